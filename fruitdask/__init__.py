@@ -1,0 +1,49 @@
+"""Map a bucket full of photographs: Keras features on a Dask cluster, stored as Zarr, reduced with PCA and t-SNE.
+
+Names are imported when they are first used (PEP 562), so that ``import fruitdask`` costs almost nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fruitdask.catalog import list_images as list_images
+    from fruitdask.cluster import open_client as open_client
+    from fruitdask.config import Config as Config, load_config as load_config
+    from fruitdask.errors import FruitdaskError as FruitdaskError
+    from fruitdask.featurize import featurize_catalog as featurize_catalog
+    from fruitdask.models import build_artifact as build_artifact
+    from fruitdask.pipeline import RunResult as RunResult, run as run
+    from fruitdask.reduce import embed_tsne as embed_tsne, fit_pca as fit_pca
+    from fruitdask.sample import draw_sample as draw_sample
+
+_ROOM_OF_NAME = {
+    "Config": "config",
+    "FruitdaskError": "errors",
+    "RunResult": "pipeline",
+    "build_artifact": "models",
+    "draw_sample": "sample",
+    "embed_tsne": "reduce",
+    "featurize_catalog": "featurize",
+    "fit_pca": "reduce",
+    "list_images": "catalog",
+    "load_config": "config",
+    "open_client": "cluster",
+    "run": "pipeline",
+}
+
+__all__ = sorted(_ROOM_OF_NAME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the room of a public name on first use."""
+    if name not in _ROOM_OF_NAME:
+        raise AttributeError(f"module 'fruitdask' has no attribute {name!r}")
+    return getattr(import_module(f"fruitdask.{_ROOM_OF_NAME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names for tab completion."""
+    return [*__all__, "__version__"]

@@ -1,0 +1,171 @@
+"""The command line: parse, call one function, say in one sentence what went wrong."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from fruitdask import __version__, errors
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fruitdask.pipeline import RunResult
+
+_INTERRUPTED = 130
+#: The exit code of the first class that an error belongs to; 1 for the others.
+_EXIT_CODES: tuple[tuple[type[errors.FruitdaskError], int], ...] = (
+    (errors.TooManyFailuresError, 3),
+    (errors.ClusterStartError, 5),
+    (errors.FeaturizeError, 1),
+    (errors.WeightsUnavailableError, 1),
+    (errors.FruitdaskError, 2),
+)
+_SHOWN_CLASSES = 24
+
+_set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a setting, for example --set model.pooling=max. Repeatable."
+)
+_config_argument = click.argument("config", type=click.Path(dir_okay=False))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fruitdask")
+def cli() -> None:
+    """Map a bucket full of photographs: features by a neural network on a Dask cluster, then PCA and t-SNE.
+
+    Start with:  fruitdask run configs/demo.yaml
+
+    Exit codes: 0 done, 1 the run failed, 2 the configuration or the command line is wrong, 3 too many images failed, 4 refused by policy,
+    5 the cluster did not start, 130 interrupted.
+    """
+
+
+@cli.command()
+@_config_argument
+@_set_option
+@click.option("--overwrite", is_flag=True, help="Delete an earlier run's results in the output folder and start again.")
+@click.option("--verbose", "-v", is_flag=True, help="Log what happens inside, and show tracebacks.")
+def run(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool) -> None:
+    """Run CONFIG: list the images, compute features, reduce them, write tables.
+
+    Run it again after an interruption: what is stored is not computed again.
+    """
+    from rich.console import Console
+
+    from fruitdask.config import load_config
+    from fruitdask.progress import choose_progress
+
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    overrides += ("output.overwrite=true",) if overwrite else ()
+    with _reported(verbose):
+        loaded = load_config(config, overrides=overrides)
+        from fruitdask.pipeline import run as run_pipeline
+
+        result = run_pipeline(loaded, progress=choose_progress(Console(stderr=True)))
+        _print_summary(result, Console())
+
+
+@cli.command()
+@_config_argument
+@_set_option
+def validate(config: str, overrides: tuple[str, ...]) -> None:
+    """Check CONFIG without touching the data."""
+    from fruitdask.config import load_config
+
+    with _reported():
+        load_config(config, overrides=overrides)
+        click.echo(f"{config} is valid.")
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of a configuration, which lets editors complete it."""
+    from fruitdask.config import build_schema
+
+    click.echo(json.dumps(build_schema(), indent=2))
+
+
+@cli.command()
+@click.argument("folder", type=click.Path())
+@click.option("--per-class", default=24, show_default=True, help="Images per class.")
+@click.option("--size", "size_px", default=160, show_default=True, help="Side of the images, in pixels.")
+@click.option("--seed", default=0, show_default=True, help="Another seed draws other fruits.")
+def sample(folder: str, per_class: int, size_px: int, seed: int) -> None:
+    """Draw a small data set of turning fruits into FOLDER, in the style of Fruits-360."""
+    from fruitdask.sample import draw_sample
+
+    with _reported():
+        n_images = draw_sample(folder, per_class=per_class, size_px=size_px, seed=seed)
+        click.echo(f"Drew {n_images} images into {folder}.")
+
+
+@contextmanager
+def _reported(verbose: bool = False) -> Iterator[None]:
+    """Turn an error into one sentence and an exit code."""
+    try:
+        yield
+    except errors.FruitdaskError as error:
+        if verbose:
+            raise
+        click.echo(f"fruitdask: {error}", err=True)
+        sys.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
+    except KeyboardInterrupt:
+        click.echo("fruitdask: interrupted; what is stored stays, run the same command again to go on", err=True)
+        sys.exit(_INTERRUPTED)
+
+
+def _print_summary(result: "RunResult", console: "Console") -> None:
+    """Print what a run has done and where it is."""
+    manifest = result.manifest
+    n_images, n_ok = manifest["n_images"], manifest["counts"]["by_status"].get("ok", 0)
+    if result.n_computed == 0:
+        console.print(f"All {n_images:,} images were done before: nothing to compute.")
+    console.print(_build_class_table(manifest["counts"]["by_class"]))
+    seconds = manifest["seconds"]
+    rows = {
+        "images": f"{n_ok:,} ok, {n_images - n_ok:,} failed",
+        "model": f"{manifest['model']['name']}, {manifest['model']['n_features']} features, {manifest['model']['engine']}",
+        "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items() if stage != "worker"),
+        "worker seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.get("worker", {}).items()),
+        "speed": f"{result.n_computed / seconds['featurize']:.1f} images/s while featurizing" if result.n_computed and "featurize" in seconds else "",
+        "explained variance": _format_ratios(manifest["pca"]["explained_variance_ratio"]),
+        "results": result.output.url,
+    }
+    for name, value in rows.items():
+        if value:
+            console.print(f"[bold]{name:>18}[/bold]  {value}", highlight=False, soft_wrap=True)
+
+
+def _build_class_table(by_class: dict[str, dict[str, int]]) -> "Table":
+    """Build the table of images by class; of very many classes those with failures and the first."""
+    from rich.table import Table
+
+    table = Table("class", "ok", "failed")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    shown = sorted(by_class, key=lambda label: -by_class[label]["failed"])[:_SHOWN_CLASSES]
+    for label in sorted(shown):
+        counts = by_class[label]
+        table.add_row(label, f"{counts['ok']:,}", f"{counts['failed']:,}", style="red" if counts["failed"] else None)
+    if len(by_class) > len(shown):
+        table.add_row(f"... and {len(by_class) - len(shown)} more classes", "", "")
+    return table
+
+
+def _format_ratios(ratios: list[float]) -> str:
+    """Format the variance explained by components, the first ones and their sum."""
+    first = " + ".join(f"{ratio:.1%}" for ratio in ratios[:4])
+    return f"{first}{' + ...' if len(ratios) > 4 else ''} = {sum(ratios):.1%} by {len(ratios)} components"
+
+
+def main() -> NoReturn:
+    """Run the command line."""
+    cli()
+    raise SystemExit(0)

@@ -1,0 +1,328 @@
+"""The configuration: defaults, then a YAML file, then overrides, merged once into frozen, validated objects."""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fruitdask.errors import ConfigError
+
+#: Pillow refuses an image of more than twice its own ``MAX_IMAGE_PIXELS`` (89,478,485), so no larger limit can be honoured.
+PILLOW_LIMIT_PIXELS = 178_956_970
+
+#: Keys that hold a path or a URL; a relative path is resolved against the file (or the working directory) it was written in.
+_PATH_KEYS = (("input", "url"), ("input", "manifest"), ("model", "weights"), ("output", "url"))
+_WORDS_FOR_WEIGHTS = ("imagenet", "random")
+_ENV_PATTERN = re.compile(r"\$\{(\w+)\}")
+
+
+class _Section(BaseModel):
+    """A frozen part of the configuration that knows its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SampleConfig(_Section):
+    """A small drawn data set that stands in for photographs."""
+
+    per_class: int = Field(24, ge=1, description="Images per class.")
+    size_px: int = Field(160, ge=16, description="Side of the square images, in pixels.")
+    seed: int = Field(0, ge=0, description="Seed of the small differences between images.")
+
+
+class InputConfig(_Section):
+    """Which images to read."""
+
+    url: str = Field(description="Folder of images: a path or any fsspec URL (s3://bucket/prefix). The class of an image is its folder.")
+    storage_options: dict[str, Any] = Field({}, description="Options of the fsspec file system, such as endpoint_url or anon.")
+    classes: tuple[str, ...] | None = Field(None, min_length=1, description="Classes to keep; null keeps all.")
+    extensions: tuple[str, ...] = Field(
+        (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"),
+        min_length=1,
+        description="File name endings of images, in any case.",
+    )
+    limit: int | None = Field(None, ge=1, description="At most so many images, spread evenly over the classes; null takes all.")
+    manifest: str | None = Field(None, description="CSV or Parquet file with the columns path and label, instead of one class per folder.")
+    sample: SampleConfig | None = Field(None, description="Draw a sample data set into url where that folder does not exist.")
+
+    @field_validator("extensions")
+    @classmethod
+    def _normalize_extensions(cls, extensions: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple("." + extension.lower().lstrip(".") for extension in extensions)
+
+
+class ModelConfig(_Section):
+    """Which network turns an image into features."""
+
+    name: str = Field("MobileNetV2", description="A network of keras.applications, or SqueezeNet. Ignored for a .keras file.")
+    weights: str = Field("imagenet", description="imagenet, random, or a path or URL of a .weights.h5, .h5 or .keras file.")
+    input_px: int | None = Field(None, ge=32, description="Side of the square input, in pixels; null takes the network's own.")
+    pooling: Literal["avg", "max", "flatten"] = Field("avg", description="How the last feature map becomes one vector.")
+    layer: str | None = Field(None, description="Layer whose output are the features; null takes the last before the classifier.")
+    preprocessing: Literal["tf", "caffe", "torch", "none"] | None = Field(
+        None,
+        description="How pixel values are scaled, in the words of Keras; null takes the network's own. Must be given for a .keras file.",
+    )
+    engine: Literal["tensorflow"] = Field("tensorflow", description="What runs the network on the workers.")
+
+    @model_validator(mode="after")
+    def _check_keras_file(self) -> "ModelConfig":
+        if self.weights.endswith(".keras") and self.preprocessing is None:
+            raise ValueError(
+                "preprocessing must be given for a .keras file, which does not say how its pixels were scaled: tf, caffe, torch or none"
+            )
+        return self
+
+
+class LocalClusterConfig(_Section):
+    """A Dask cluster on this machine."""
+
+    kind: Literal["local"] = "local"
+    n_workers: int | None = Field(None, ge=1, description="Worker processes; null chooses from the cores and the memory.")
+    threads_per_worker: int | None = Field(None, ge=1, description="Threads a process; null chooses from the cores.")
+    memory_limit: str | int | None = Field(None, description="Memory a process, such as 4GiB; null shares the machine's memory.")
+    dashboard_address: str | None = Field("127.0.0.1:8787", description="Where the dashboard listens; null turns it off.")
+
+
+class AddressClusterConfig(_Section):
+    """A Dask cluster that is already running."""
+
+    kind: Literal["address"]
+    address: str = Field(description="Address of its scheduler, such as tcp://10.0.0.5:8786.")
+    timeout_seconds: float = Field(30, gt=0, description="How long to wait for the scheduler and its first worker.")
+
+
+ClusterConfig = Annotated[LocalClusterConfig | AddressClusterConfig, Field(discriminator="kind")]
+
+
+class FeaturizeConfig(_Section):
+    """How images become features."""
+
+    images_per_partition: int | None = Field(None, ge=1, description="Images a task and a Zarr chunk; null chooses from the number of images.")
+    batch_size: int = Field(16, ge=1, description="Images a call of the network; a worker's memory grows with it.")
+    max_failed_fraction: float = Field(0.05, ge=0, le=1, description="The run fails when a larger fraction of the images does.")
+    max_pixels: int = Field(50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="Images with more pixels are not decoded.")
+    fetch_attempts: int = Field(3, ge=1, description="How often reading a file is tried.")
+    concurrent_reads: int = Field(16, ge=1, description="Files in flight at once in each worker thread, from a remote input.")
+
+
+class TsneConfig(_Section):
+    """A two-dimensional t-SNE map beside the PCA."""
+
+    enabled: bool = Field(False, description="Compute it.")
+    max_rows: int = Field(5_000, ge=10, description="At most so many images, sampled at random: time grows with their number.")
+    perplexity: float = Field(30.0, gt=0, description="About how many neighbours each image has.")
+    seed: int = Field(0, ge=0, description="Seed of the sample and of the map.")
+
+
+class ReduceConfig(_Section):
+    """How features become a few numbers an image."""
+
+    n_components: int | float = Field(2, gt=0, description="Principal components to keep, or the fraction (0 to 1) of the variance to keep.")
+    solver: Literal["exact", "randomized"] = Field("exact", description="exact equals scikit-learn's full PCA; randomized is an estimate.")
+    seed: int = Field(0, ge=0, description="Seed of the randomized solver.")
+    tsne: TsneConfig = TsneConfig()
+
+    @model_validator(mode="after")
+    def _check_n_components(self) -> "ReduceConfig":
+        if isinstance(self.n_components, float):
+            if not 0 < self.n_components < 1:
+                raise ValueError(f"n_components must be an integer, or a fraction between 0 and 1, not {self.n_components}")
+            if self.solver == "randomized":
+                raise ValueError("a fraction as n_components needs all components: use solver: exact, or an integer")
+        return self
+
+
+class OutputConfig(_Section):
+    """Where results go."""
+
+    url: str = Field(description="Folder for the results: a path or any fsspec URL.")
+    storage_options: dict[str, Any] = Field({}, description="Options of the fsspec file system.")
+    overwrite: bool = Field(False, description="Delete an earlier run's results there and start again.")
+
+
+class Config(_Section):
+    """A whole run: what to read, with which network, where, and what to keep."""
+
+    input: InputConfig
+    model: ModelConfig = ModelConfig()
+    cluster: ClusterConfig = LocalClusterConfig()
+    featurize: FeaturizeConfig = FeaturizeConfig()
+    reduce: ReduceConfig = ReduceConfig()
+    output: OutputConfig
+
+
+def load_config(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Config:
+    """
+    Load a configuration.
+
+    Parameters
+    ----------
+    source : str, Path or Mapping
+        A YAML file, or the sections themselves as nested mappings. Relative paths are relative to the file (for mappings: to the
+        working directory), and ``${NAME}`` in a string becomes the environment variable NAME.
+    overrides : Sequence[str]
+        Settings such as ``"model.pooling=max"`` that win over the file; their relative paths are relative to the working directory.
+
+    Returns
+    -------
+    Config
+        The validated, frozen configuration.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing, is not YAML, or does not describe a run.
+
+    Examples
+    --------
+    >>> config = load_config({"input": {"url": "s3://fruits/Test"}, "output": {"url": "s3://fruits/run"}}, overrides=["model.pooling=max"])
+    >>> config.model.name, config.model.pooling
+    ('MobileNetV2', 'max')
+    """
+    name, text = ("the configuration", "") if isinstance(source, Mapping) else (str(source), _read_text(Path(source)))
+    tree = dict(source) if isinstance(source, Mapping) else _parse_yaml(text, name)
+    base = Path.cwd() if isinstance(source, Mapping) else Path(source).resolve().parent
+    tree = _resolve_paths(_expand_env(tree, name), base)
+    for override in overrides:
+        tree = _merge(tree, _resolve_paths(_expand_env(_parse_override(override), "--set"), Path.cwd()))
+    if isinstance(tree.get("cluster"), dict):
+        tree["cluster"].setdefault("kind", "local")
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, name, text)) from error
+
+
+def build_schema() -> dict[str, Any]:
+    """
+    Build the JSON schema of a configuration file.
+
+    Returns
+    -------
+    dict
+        The schema; editors use it to complete and check the YAML.
+    """
+    return Config.model_json_schema()
+
+
+def _read_text(path: Path) -> str:
+    """Read a configuration file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such configuration file; configs/demo.yaml in the project is one to start from") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected a YAML file in UTF-8, but it cannot be read: {error}") from error
+
+
+def _parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """Parse YAML whose top level is a mapping."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name}: expected sections such as input: and output:, found {type(tree).__name__}")
+    return tree
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    """Turn ``a.b=value`` into nested mappings; the value is YAML."""
+    key, separator, value = override.partition("=")
+    if not separator or "." not in key:
+        raise ConfigError(f"--set {override}: expected section.key=value, for example model.pooling=max")
+    try:
+        tree: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: {value!r} is not a YAML value") from error
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return dict(tree)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings; the upper one wins."""
+    merged = dict(base)
+    for key, value in top.items():
+        both_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_mappings else value
+    return merged
+
+
+def _expand_env(tree: Any, name: str) -> Any:
+    """Replace ``${NAME}`` in every string."""
+    if isinstance(tree, Mapping):
+        return {key: _expand_env(value, name) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_expand_env(value, name) for value in tree]
+    if not isinstance(tree, str):
+        return tree
+
+    def replace(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise ConfigError(f"{name}: the environment variable {match[1]} of {tree!r} is not set; set it or write the value out")
+        return os.environ[match[1]]
+
+    return _ENV_PATTERN.sub(replace, tree)
+
+
+def _resolve_paths(tree: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Make the paths of a tree absolute; URLs stay as they are."""
+    for section, key in _PATH_KEYS:
+        value = tree.get(section, {}).get(key) if isinstance(tree.get(section), dict) else None
+        if isinstance(value, str) and value and "://" not in value and value not in _WORDS_FOR_WEIGHTS:
+            tree = _merge(tree, {section: {key: os.path.normpath(base / Path(value).expanduser())}})
+    return tree
+
+
+def _explain(error: ValidationError, name: str, text: str) -> str:
+    """Say the first thing that is wrong, where it stands and what would be right."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"] if part not in ("local", "address") or first["loc"][-1] == part]
+    key = ".".join(location) or "the file"
+    where = f"{name}{_find_line(text, location)}"
+    if first["type"] == "extra_forbidden":
+        valid = _list_keys(location[:-1])
+        nearest = difflib.get_close_matches(location[-1], valid, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"valid keys: {', '.join(valid)}"
+        return f"{where}: unknown key {key}; {hint}"
+    if first["type"] == "missing":
+        return f"{where}: the key {key} is missing; add it"
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+    return f"{where}: {key}: {message[0].lower() + message[1:]}{found}"
+
+
+def _list_keys(location: Sequence[str]) -> list[str]:
+    """List the valid keys of the mapping at a location."""
+    schema = build_schema()
+    nodes = [schema]
+    for part in location:
+        nodes = [found for node in nodes for found in _follow(schema, node.get("properties", {}).get(part, {}))]
+    return sorted({key for node in nodes for key in node.get("properties", {})})
+
+
+def _follow(schema: dict[str, Any], node: dict[str, Any]) -> list[dict[str, Any]]:
+    """Resolve the references and alternatives of a schema node."""
+    alternatives = node.get("oneOf", node.get("anyOf", [node]))
+    return [reduce(lambda found, part: found[part], alternative["$ref"].split("/")[1:], schema) for alternative in alternatives if "$ref" in alternative]
+
+
+def _find_line(text: str, location: Sequence[str]) -> str:
+    """Find the line of the deepest key of a location that stands in the text."""
+    node: Any = yaml.compose(text, Loader=yaml.SafeLoader) if text else None
+    line = None
+    for part in location:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        match = next(((key, value) for key, value in pairs if key.value == part), None)
+        if match is None:
+            break
+        line, node = match[0].start_mark.line + 1, match[1]
+    return f", line {line}" if line else ""

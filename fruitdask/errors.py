@@ -1,0 +1,61 @@
+"""Exceptions that fruitdask raises: each carries one finished sentence for a person to read.
+
+A message says what was expected, what was found, where, and what to do. Exceptions cross processes by pickle, so every constructor takes
+that message alone.
+"""
+
+
+class FruitdaskError(Exception):
+    """Base of every error that fruitdask raises on purpose."""
+
+
+class ConfigError(FruitdaskError, ValueError):
+    """The configuration, or an argument that stands for it, is wrong."""
+
+
+class StorageError(FruitdaskError, OSError):
+    """A URL cannot be read or written."""
+
+
+class CatalogError(FruitdaskError, FileNotFoundError):
+    """The input holds no images, or not those that were asked for."""
+
+
+class ImageError(FruitdaskError, ValueError):
+    """A file is not an image that can be decoded."""
+
+
+class ImageTooLargeError(ImageError):
+    """An image has more pixels than allowed."""
+
+
+class ModelError(FruitdaskError, ValueError):
+    """A network cannot be built as configured."""
+
+
+class WeightsUnavailableError(FruitdaskError, ConnectionError):
+    """Pretrained weights cannot be fetched."""
+
+
+class OutputError(FruitdaskError, FileExistsError):
+    """A place for results cannot be used, or would overwrite something."""
+
+
+class StoreMismatchError(FruitdaskError, ValueError):
+    """A store holds the results of another run."""
+
+
+class ClusterStartError(FruitdaskError, RuntimeError):
+    """A Dask cluster did not start or cannot be reached."""
+
+
+class FeaturizeError(FruitdaskError, RuntimeError):
+    """A partition could not be featurized or stored."""
+
+
+class TooManyFailuresError(FruitdaskError, RuntimeError):
+    """More images failed than the configuration allows."""
+
+
+class ReduceError(FruitdaskError, ValueError):
+    """The features cannot be reduced as configured."""

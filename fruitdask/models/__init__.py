@@ -1,0 +1,7 @@
+"""Networks: built and packed on the client (``build``), run on the workers (``predict``)."""
+
+from fruitdask.models.artifact import ModelArtifact
+from fruitdask.models.build import build_artifact, fingerprint_model
+from fruitdask.models.predict import Predictor, load_predictor, prepare_engine
+
+__all__ = ["ModelArtifact", "Predictor", "build_artifact", "fingerprint_model", "load_predictor", "prepare_engine"]

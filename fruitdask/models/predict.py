@@ -1,0 +1,114 @@
+"""The worker's face of a model: from an artifact to a callable, once per process."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fruitdask.models.artifact import ModelArtifact
+
+logger = logging.getLogger(__name__)
+
+Predictor = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+
+# The two names below are a process's own cache, the only state of this package at module level: a task cannot carry a network with it.
+_lock = threading.Lock()
+_predictors: dict[str, Predictor] = {}
+
+
+def load_predictor(artifact: ModelArtifact, *, n_threads: int) -> Predictor:
+    """
+    Turn an artifact into a callable, once per process and artifact.
+
+    Parameters
+    ----------
+    artifact : ModelArtifact
+        The packed network.
+    n_threads : int
+        Threads that the engine may use: the process's share of the cores. Only the first call in a process can set it.
+
+    Returns
+    -------
+    Predictor
+        A function from images, uint8 of shape (n, input_px, input_px, 3), to features, float32 of shape (n, n_features). Threads may
+        share it.
+    """
+    key = artifact.sha256
+    with _lock:
+        if key not in _predictors:
+            _predictors[key] = _load_tensorflow(artifact, n_threads)
+        return _predictors[key]
+
+
+def prepare_engine(engine: str, *, n_threads: int) -> None:
+    """
+    Import an engine ahead of the first artifact, which takes seconds.
+
+    Parameters
+    ----------
+    engine : str
+        The engine of the artifacts to come: ``tensorflow``.
+    n_threads : int
+        Threads that the engine may use.
+    """
+    with _lock:
+        _start_tensorflow(n_threads)
+
+
+@contextmanager
+def _muted_stderr() -> Iterator[None]:
+    """Send the process's standard error nowhere: TensorFlow's C++ logs CPU features and absent GPUs there, whatever its settings say."""
+    saved = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def import_tensorflow() -> Any:
+    """
+    Import TensorFlow quietly; an import that fails still raises.
+
+    Returns
+    -------
+    module
+        The package ``tensorflow``.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _muted_stderr():
+        import tensorflow
+    return tensorflow
+
+
+def _start_tensorflow(n_threads: int) -> Any:
+    """Import TensorFlow with its threads limited, which works only before its first operation."""
+    tf = import_tensorflow()
+    try:
+        tf.config.threading.set_intra_op_parallelism_threads(n_threads)
+        tf.config.threading.set_inter_op_parallelism_threads(n_threads)
+    except RuntimeError:
+        logger.info("TensorFlow already runs in this process: its number of threads stays as it is")
+    return tf
+
+
+def _load_tensorflow(artifact: ModelArtifact, n_threads: int) -> Predictor:
+    """Load a frozen graph: neither Keras nor a SavedModel folder is needed, and the constants let TensorFlow fuse operations."""
+    tf = _start_tensorflow(n_threads)
+    graph = tf.compat.v1.GraphDef()
+    graph.ParseFromString(artifact.payload)
+    wrapped = tf.compat.v1.wrap_function(lambda: tf.graph_util.import_graph_def(graph, name=""), [])
+    function = wrapped.prune("images:0", "features:0")
+
+    def predict(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        features: npt.NDArray[np.float32] = function(tf.constant(images)).numpy()
+        return features
+
+    return predict

@@ -1,0 +1,280 @@
+"""How a run shows that it moves: a live bar on a terminal or in a notebook, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class RunProgress:
+    """
+    What a run tells about itself while it works; this one tells nothing.
+
+    Use it as a context manager around a run.
+    """
+
+    def __enter__(self) -> Self:
+        """Begin to show."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop showing."""
+
+    def say(self, message: str) -> None:
+        """
+        Tell something once.
+
+        Parameters
+        ----------
+        message : str
+            A line.
+        """
+
+    def begin(self, stage: str) -> None:
+        """
+        Tell that a stage begins.
+
+        Parameters
+        ----------
+        stage : str
+            What is being done.
+        """
+
+    def begin_images(self, n_images: int, *, n_done: int) -> None:
+        """
+        Tell that images are going to be counted.
+
+        Parameters
+        ----------
+        n_images : int
+            Images of the whole run.
+        n_done : int
+            Those that an earlier run has done.
+        """
+
+    def advance(self, n_images: int, *, n_failed: int) -> None:
+        """
+        Count images.
+
+        Parameters
+        ----------
+        n_images : int
+            Images that now have an outcome.
+        n_failed : int
+            Those among them that failed.
+        """
+
+
+class LineProgress(RunProgress):
+    """
+    Plain lines every few seconds, for logs.
+
+    Parameters
+    ----------
+    console : Console
+        Where to write.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._n_images = self._n_done = self._n_failed = self._n_before = 0
+        self._started = self._written = time.monotonic()
+
+    def say(self, message: str) -> None:
+        """
+        Write a line.
+
+        Parameters
+        ----------
+        message : str
+            The line.
+        """
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, stage: str) -> None:
+        """
+        Write which stage begins.
+
+        Parameters
+        ----------
+        stage : str
+            What is being done.
+        """
+        self.say(f"{stage} ...")
+
+    def begin_images(self, n_images: int, *, n_done: int) -> None:
+        """
+        Start the clock of the images.
+
+        Parameters
+        ----------
+        n_images : int
+            Images of the whole run.
+        n_done : int
+            Those that an earlier run has done.
+        """
+        self._n_images, self._n_done, self._n_before, self._n_failed = n_images, n_done, n_done, 0
+        self._started = self._written = time.monotonic()
+
+    def advance(self, n_images: int, *, n_failed: int) -> None:
+        """
+        Count images, and write a line if the last one is some seconds old or these are the last images.
+
+        Parameters
+        ----------
+        n_images : int
+            Images that now have an outcome.
+        n_failed : int
+            Those among them that failed.
+        """
+        self._n_done += n_images
+        self._n_failed += n_failed
+        now = time.monotonic()
+        if now - self._written < _SECONDS_BETWEEN_LINES and self._n_done < self._n_images:
+            return
+        self._written = now
+        rate = (self._n_done - self._n_before) / max(now - self._started, 1e-9)
+        remaining = (self._n_images - self._n_done) / rate if rate else 0
+        self.say(
+            f"{self._n_done:,} of {self._n_images:,} images, {rate:.1f} images/s, {remaining:.0f} s remaining, {self._n_failed:,} failed"
+        )
+
+
+class LiveProgress(LineProgress):
+    """
+    A live bar with images, images per second, remaining time and failures.
+
+    Parameters
+    ----------
+    console : Console
+        A terminal or a notebook.
+    """
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._bar = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}"),
+            _ForImages(BarColumn(bar_width=28)),
+            _ForImages(MofNCompleteColumn()),
+            _ForImages(_RateColumn()),
+            _ForImages(TimeRemainingColumn()),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("", visible=False)
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Finish the last stage and stop drawing."""
+        if kind is None:
+            self._finish()
+        self._bar.stop()
+
+    def say(self, message: str) -> None:
+        """
+        Write a line above the bar.
+
+        Parameters
+        ----------
+        message : str
+            The line.
+        """
+        self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, stage: str) -> None:
+        """
+        Finish the stage before and draw a line for the next.
+
+        Parameters
+        ----------
+        stage : str
+            What is being done.
+        """
+        self._finish()
+        self._task = self._bar.add_task(stage, total=None)
+
+    def begin_images(self, n_images: int, *, n_done: int) -> None:
+        """
+        Turn the stage's line into a bar.
+
+        Parameters
+        ----------
+        n_images : int
+            Images of the whole run.
+        n_done : int
+            Those that an earlier run has done.
+        """
+        super().begin_images(n_images, n_done=n_done)
+        self._bar.update(self._task, total=n_images, completed=n_done, rate=0.0, failed=0, counts_images=True)
+
+    def advance(self, n_images: int, *, n_failed: int) -> None:
+        """
+        Count images.
+
+        Parameters
+        ----------
+        n_images : int
+            Images that now have an outcome.
+        n_failed : int
+            Those among them that failed.
+        """
+        self._n_done += n_images
+        self._n_failed += n_failed
+        rate = (self._n_done - self._n_before) / max(time.monotonic() - self._started, 1e-9)
+        self._bar.update(self._task, completed=self._n_done, rate=rate, failed=self._n_failed)
+
+    def _finish(self) -> None:
+        """Tick the current stage off."""
+        task = next(task for task in self._bar.tasks if task.id == self._task)
+        total = task.total if task.total is not None else 1
+        self._bar.update(self._task, total=total, completed=total)
+
+
+class _ForImages(ProgressColumn):
+    """A column that only the stage that counts images shows."""
+
+    def __init__(self, column: ProgressColumn) -> None:
+        self._column = column
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        """Render the wrapped column, or nothing."""
+        return self._column(task) if task.fields.get("counts_images") else Text("")  # type: ignore[return-value]
+
+
+class _RateColumn(ProgressColumn):
+    """Images per second and failures."""
+
+    def render(self, task: Task) -> Text:
+        """Render them; failures only where there are any."""
+        text = Text(f"{task.fields['rate']:.1f} images/s", style="cyan")
+        if task.fields["failed"]:
+            text.append(f"  {task.fields['failed']:,} failed", style="red")
+        return text
+
+
+def choose_progress(console: Console) -> RunProgress:
+    """
+    Choose how to show progress on a console.
+
+    Parameters
+    ----------
+    console : Console
+        Where to show it.
+
+    Returns
+    -------
+    RunProgress
+        A live bar on a terminal or in a notebook, lines elsewhere.
+    """
+    return LiveProgress(console) if console.is_terminal or console.is_jupyter else LineProgress(console)

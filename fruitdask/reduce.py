@@ -1,0 +1,226 @@
+"""Reduction: from features to a few numbers an image, by principal components and t-SNE."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import numpy.typing as npt
+
+from fruitdask.config import TsneConfig
+from fruitdask.errors import ReduceError
+
+#: Principal components that t-SNE works on, as its authors advise (van der Maaten and Hinton 2008, section 4.2, take 30; scikit-learn 50).
+TSNE_COMPONENTS = 50
+#: Rows a block of the decomposition: many times the features of common networks, so that each block's QR shrinks it (84 MB at 1280 features).
+_ROWS_PER_BLOCK = 8192
+#: scikit-learn's rule for its randomized solver: more power iterations where few components are wanted.
+_POWER_ITERATIONS_FEW, _POWER_ITERATIONS_MANY, _FEW_FRACTION = 7, 4, 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class PrincipalComponents:
+    """
+    A fitted principal component analysis.
+
+    Parameters
+    ----------
+    mean : numpy.ndarray
+        Mean of each feature, shape (n_features,), float64.
+    components : numpy.ndarray
+        Unit vectors in rows, shape (n_components, n_features), float64; in each the entry that is largest in magnitude is positive.
+    explained_variance : numpy.ndarray
+        Variance of the scores of each component, with n - 1 degrees of freedom, shape (n_components,), float64.
+    explained_variance_ratio : numpy.ndarray
+        The same as a fraction of the features' total variance.
+    singular_values : numpy.ndarray
+        Singular values of the centred features, shape (n_components,), float64.
+    """
+
+    mean: npt.NDArray[np.float64]
+    components: npt.NDArray[np.float64]
+    explained_variance: npt.NDArray[np.float64]
+    explained_variance_ratio: npt.NDArray[np.float64]
+    singular_values: npt.NDArray[np.float64]
+
+    @property
+    def n_components(self) -> int:
+        """How many components there are."""
+        return len(self.components)
+
+    def transform(self, features: Any) -> Any:
+        """
+        Project features onto the components.
+
+        Parameters
+        ----------
+        features : numpy.ndarray or dask.array.Array
+            Features of shape (n, n_features).
+
+        Returns
+        -------
+        numpy.ndarray or dask.array.Array
+            Scores of shape (n, n_components), float64. The mean is subtracted first, as scikit-learn does and Spark's PCA does not.
+        """
+        return (features - self.mean) @ self.components.T
+
+    def truncate(self, n_components: int) -> "PrincipalComponents":
+        """
+        Keep the first components.
+
+        Parameters
+        ----------
+        n_components : int
+            How many.
+
+        Returns
+        -------
+        PrincipalComponents
+            The same analysis with fewer components.
+        """
+        kept = {field.name: getattr(self, field.name)[:n_components] for field in fields(self) if field.name != "mean"}
+        return PrincipalComponents(mean=self.mean, **kept)
+
+
+def fit_pca(features: da.Array, *, n_components: int | float, solver: str = "exact", seed: int = 0) -> PrincipalComponents:
+    """
+    Fit principal components.
+
+    Parameters
+    ----------
+    features : dask.array.Array
+        Features of shape (n, n_features) with known chunk sizes; no row may hold NaN.
+    n_components : int or float
+        How many components, or the fraction (0 to 1) of the variance that they must explain together.
+    solver : str
+        ``exact``, or ``randomized``, which estimates the first components of very many features.
+    seed : int
+        Seed of the randomized solver.
+
+    Returns
+    -------
+    PrincipalComponents
+        The fit; it does not depend on the chunks of ``features`` beyond rounding.
+
+    Raises
+    ------
+    ReduceError
+        If there are fewer images or features than components.
+
+    Notes
+    -----
+    dask-ml's PCA in float64, which for ``exact`` equals scikit-learn's full solver. dask-ml fixes signs by the scores and has no fractions
+    of the variance; both are done here, on its result.
+    """
+    from dask_ml.decomposition import PCA
+
+    n_images, n_features = features.shape
+    largest = min(n_images, n_features)
+    wanted = n_components if isinstance(n_components, int) else largest
+    check_n_components(wanted, n_images=n_images, n_features=n_features)
+    blocks = features.astype(np.float64).rechunk((_ROWS_PER_BLOCK, -1))
+    few = wanted < _FEW_FRACTION * largest
+    pca = PCA(
+        n_components=wanted,
+        svd_solver="full" if solver == "exact" else "randomized",
+        iterated_power=_POWER_ITERATIONS_FEW if few else _POWER_ITERATIONS_MANY,
+        random_state=seed,
+    ).fit(blocks)
+    fitted = PrincipalComponents(
+        mean=np.asarray(pca.mean_),
+        components=_fix_signs(pca.components_),
+        explained_variance=pca.explained_variance_,
+        explained_variance_ratio=pca.explained_variance_ratio_,
+        singular_values=pca.singular_values_,
+    )
+    return fitted if isinstance(n_components, int) else fitted.truncate(_count_components(fitted, n_components))
+
+
+def check_n_components(n_components: int | float, *, n_images: int, n_features: int | None = None) -> None:
+    """
+    Refuse more components than there can be.
+
+    Parameters
+    ----------
+    n_components : int or float
+        Components asked for; a fraction always fits.
+    n_images : int
+        Rows.
+    n_features : int, optional
+        Columns, where they are known already.
+
+    Raises
+    ------
+    ReduceError
+        If there are fewer rows or columns than components, or fewer than two rows.
+    """
+    if n_images < 2:
+        raise ReduceError(f"principal components need at least 2 images with features, found {n_images}; add images")
+    for n_found, what in ((n_images, "images with features"), (n_features, "features")):
+        if isinstance(n_components, int) and n_found is not None and n_components > n_found:
+            raise ReduceError(
+                f"reduce.n_components is {n_components}, but there are only {n_found} {what}; set it to at most {min(n_found, n_images)}"
+            )
+
+
+def embed_tsne(scores: npt.NDArray[np.floating[Any]], *, perplexity: float = 30.0, seed: int = 0) -> npt.NDArray[np.float32]:
+    """
+    Lay images out in the plane so that neighbours stay neighbours.
+
+    Parameters
+    ----------
+    scores : numpy.ndarray
+        Scores on the first principal components, shape (n, k), best with k up to 50.
+    perplexity : float
+        About how many neighbours each image has; reduced to a third of the images where there are few.
+    seed : int
+        Seed.
+
+    Returns
+    -------
+    numpy.ndarray
+        Coordinates of shape (n, 2), float32. Distances between far groups mean nothing.
+
+    Notes
+    -----
+    scikit-learn's Barnes-Hut t-SNE (van der Maaten 2014), initialized with the first two columns.
+    """
+    from sklearn.manifold import TSNE
+
+    few = max(1.0, (len(scores) - 1) / 3)
+    tsne = TSNE(n_components=2, perplexity=min(perplexity, few), init="pca", random_state=seed)
+    embedding: npt.NDArray[np.float32] = tsne.fit_transform(np.asarray(scores, np.float32)).astype(np.float32)
+    return embedding
+
+
+def sample_rows(n_rows: int, config: TsneConfig) -> npt.NDArray[np.int64]:
+    """
+    Sample the rows that t-SNE is computed for.
+
+    Parameters
+    ----------
+    n_rows : int
+        Rows there are.
+    config : TsneConfig
+        How many at most, and the seed.
+
+    Returns
+    -------
+    numpy.ndarray
+        Ascending row numbers, int64; all rows if there are few enough.
+    """
+    if n_rows <= config.max_rows:
+        return np.arange(n_rows)
+    return np.sort(np.random.default_rng(config.seed).choice(n_rows, config.max_rows, replace=False))
+
+
+def _fix_signs(components: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Make the largest entry of each component positive, as scikit-learn 1.5 and later do."""
+    largest = np.abs(components).argmax(axis=1)
+    return components * np.sign(components[np.arange(len(components)), largest])[:, np.newaxis]
+
+
+def _count_components(fitted: PrincipalComponents, fraction: float) -> int:
+    """Count the components that together explain more than a fraction of the variance, as scikit-learn counts them."""
+    n_components = int(np.searchsorted(np.cumsum(fitted.explained_variance_ratio), fraction, side="right")) + 1
+    return min(n_components, fitted.n_components)

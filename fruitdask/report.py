@@ -1,0 +1,171 @@
+"""Tables of a run, as files for people and programs."""
+
+import io
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from fruitdask.storage import Location, explained, write_file
+from fruitdask.store import delete_result
+
+RESULTS = "results.parquet"
+#: A spreadsheet holds no more rows than about a million (Excel: 1,048,576).
+_MAX_CSV_ROWS = 1_000_000
+
+
+@dataclass
+class Counts:
+    """
+    Images by status and by class.
+
+    Parameters
+    ----------
+    by_status : Counter[str]
+        Images of each status.
+    ok_by_class : Counter[str]
+        Images with features, of each class.
+    failed_by_class : Counter[str]
+        Images without, of each class.
+    """
+
+    by_status: Counter[str] = field(default_factory=Counter)
+    ok_by_class: Counter[str] = field(default_factory=Counter)
+    failed_by_class: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def n_failed(self) -> int:
+        """Images without features."""
+        return self.failed_by_class.total()
+
+    def add(self, outcomes: pd.DataFrame) -> None:
+        """
+        Count outcomes.
+
+        Parameters
+        ----------
+        outcomes : pandas.DataFrame
+            Rows with ``label`` and ``status``.
+        """
+        is_ok = outcomes["status"] == "ok"
+        self.by_status.update(outcomes["status"])
+        self.ok_by_class.update(outcomes.loc[is_ok, "label"])
+        self.failed_by_class.update(outcomes.loc[~is_ok, "label"])
+
+    def by_class(self) -> dict[str, dict[str, int]]:
+        """
+        List the classes.
+
+        Returns
+        -------
+        dict[str, dict[str, int]]
+            For each class, in alphabetical order, its images ``ok`` and ``failed``.
+        """
+        labels = sorted({*self.ok_by_class, *self.failed_by_class})
+        return {label: {"ok": self.ok_by_class[label], "failed": self.failed_by_class[label]} for label in labels}
+
+
+def write_results(
+    output: Location, outcomes: Iterable[pd.DataFrame], *, pca: npt.NDArray[np.floating], tsne: npt.NDArray[np.floating] | None
+) -> Counts:
+    """
+    Write the table of all images, and the table of those that failed.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder; tables of an earlier run in it are replaced.
+    outcomes : Iterable[pandas.DataFrame]
+        Outcomes in the order of the catalog, piece by piece; a piece at a time is in memory.
+    pca : numpy.ndarray
+        Scores of all images, shape (n, k); NaN where an image failed.
+    tsne : numpy.ndarray or None
+        Coordinates of all images, shape (n, 2); NaN where there are none.
+
+    Returns
+    -------
+    Counts
+        Images by status and class.
+
+    Raises
+    ------
+    StorageError
+        If a table cannot be written.
+    """
+    for name in (RESULTS, "results.csv", "failures.csv"):
+        delete_result(output, name)
+    counts, failures, csv, start = Counts(), [], io.StringIO(), 0
+    for number, piece in enumerate(outcomes):
+        rows = slice(start, start + len(piece))
+        table = _add_columns(piece[["path", "label", "status"]], pca=pca[rows], tsne=None if tsne is None else tsne[rows])
+        write_file(output.child(RESULTS, f"part-{number:05d}.parquet"), table.to_parquet(index=False))
+        if len(pca) <= _MAX_CSV_ROWS:
+            table.to_csv(csv, index=False, header=start == 0, lineterminator="\n")
+        failures.append(piece[piece["status"] != "ok"])
+        counts.add(piece)
+        start = rows.stop
+    if csv.tell():
+        write_file(output.child("results.csv"), csv.getvalue().encode())
+    if counts.n_failed:
+        write_failures(output, pd.concat(failures))
+    return counts
+
+
+def write_failures(output: Location, outcomes: pd.DataFrame) -> None:
+    """
+    Write the table of the images that failed.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    outcomes : pandas.DataFrame
+        Outcomes; those that are ok are left out.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be written.
+    """
+    failed = outcomes[outcomes["status"] != "ok"]
+    write_file(output.child("failures.csv"), failed.to_csv(index=False, lineterminator="\n").encode())
+
+
+def read_results(output: Location) -> pd.DataFrame:
+    """
+    Read the table of all images.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder of a finished run.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``path``, ``label``, ``status``, ``pca_1`` ... and where it was asked for ``tsne_1``, ``tsne_2``, in the order of the catalog.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be read.
+    """
+    import pyarrow.dataset
+
+    folder = output.child(RESULTS)
+    with explained(folder, "read"):
+        folder.fs.invalidate_cache()
+        paths = sorted(folder.fs.find(folder.path))
+        table: pd.DataFrame = pyarrow.dataset.dataset(paths, filesystem=folder.fs, format="parquet").to_table().to_pandas()
+    return table
+
+
+def _add_columns(table: pd.DataFrame, *, pca: npt.NDArray[np.floating], tsne: npt.NDArray[np.floating] | None) -> pd.DataFrame:
+    """Lay scores and coordinates beside the outcomes as pca_1, pca_2 ... tsne_1, tsne_2."""
+    columns = {f"pca_{number}": column for number, column in enumerate(pca.T.astype(np.float32), start=1)}
+    if tsne is not None:
+        columns |= {f"tsne_{number}": column for number, column in enumerate(tsne.T.astype(np.float32), start=1)}
+    return pd.concat([table.reset_index(drop=True), pd.DataFrame(columns)], axis=1)

@@ -1,0 +1,203 @@
+"""Files behind URLs: open a file system, read, hash and write whole files; every failure is one sentence."""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import known_implementations
+
+from fruitdask.errors import StorageError
+
+_HASH_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder or file on any file system that fsspec knows; picklable.
+
+    Parameters
+    ----------
+    url : str
+        A local path or a URL such as ``s3://bucket/prefix``, without a slash at the end.
+    storage_options : Mapping[str, Any]
+        Options of the fsspec file system.
+    """
+
+    url: str
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        """The file system; fsspec keeps one instance for the same options."""
+        return _open_filesystem(self)[0]
+
+    @property
+    def path(self) -> str:
+        """The path inside the file system, without the protocol."""
+        return str(_open_filesystem(self)[1])
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this is on a disk of this machine."""
+        return isinstance(self.fs, LocalFileSystem)
+
+    def child(self, *names: str) -> "Location":
+        """
+        Name something inside this folder.
+
+        Parameters
+        ----------
+        *names : str
+            Path components below this folder.
+
+        Returns
+        -------
+        Location
+            The place with the same storage options.
+
+        Examples
+        --------
+        >>> Location("s3://bucket/run").child("partitions", "00000.parquet").url
+        's3://bucket/run/partitions/00000.parquet'
+        """
+        return Location("/".join((self.url.rstrip("/"), *names)), self.storage_options)
+
+
+def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Open the file system of a location, naming the missing package where one is missing."""
+    protocol = location.url.split("://")[0] if "://" in location.url else "file"
+    try:
+        fs, path = fsspec.core.url_to_fs(location.url, **location.storage_options)
+    except ImportError as error:
+        hint = known_implementations.get(protocol, {}).get("err", str(error))
+        raise StorageError(f"{location.url}: the protocol {protocol!r} needs a package that is not installed. {hint}") from error
+    except ValueError as error:
+        raise StorageError(
+            f"{location.url}: expected a local path or a URL that fsspec can open (s3://, abfs://, gs://, https:// ...), found {error}"
+        ) from error
+    return fs, path.rstrip("/")
+
+
+@contextmanager
+def explained(location: Location, action: str) -> Iterator[None]:
+    """
+    Turn whatever a file system raises into one sentence that names the URL.
+
+    Parameters
+    ----------
+    location : Location
+        The place that is worked on.
+    action : str
+        A verb, such as ``read``.
+
+    Yields
+    ------
+    None
+        Control, once.
+
+    Raises
+    ------
+    StorageError
+        If the block raises an OSError; botocore's errors arrive as OSError through s3fs, or by their own base class.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        # botocore's exceptions do not derive from OSError, and botocore is imported only where S3 is used.
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(("botocore", "aiohttp", "azure", "google")):
+            raise
+        cause = str(error) or type(error).__name__
+        raise StorageError(f"cannot {action} {location.url}: {cause}; check the path and the permissions") from error
+
+
+def write_file(location: Location, data: bytes) -> None:
+    """
+    Write a whole file so that a reader sees either all of it or none.
+
+    An object store commits an object when its upload ends. A local file is written under another name first and then renamed.
+
+    Parameters
+    ----------
+    location : Location
+        The file to write; its folder is made where the file system has folders.
+    data : bytes
+        The content.
+
+    Raises
+    ------
+    StorageError
+        If the file cannot be written.
+    """
+    fs, path = location.fs, location.path
+    with explained(location, "write"):
+        if not location.is_local:
+            fs.pipe_file(path, data)
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = f"{path}.{uuid.uuid4().hex}.part"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+            raise
+
+
+def hash_file(location: Location) -> str:
+    """
+    Hash the content of a file.
+
+    Parameters
+    ----------
+    location : Location
+        The file to read.
+
+    Returns
+    -------
+    str
+        Its SHA-256 as 64 hexadecimal digits.
+
+    Raises
+    ------
+    StorageError
+        If the file does not exist or cannot be read.
+    """
+    digest = hashlib.sha256()
+    with explained(location, "read"), location.fs.open(location.path, "rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def exists(location: Location) -> bool:
+    """
+    Tell whether something is at a location.
+
+    Parameters
+    ----------
+    location : Location
+        A file or a folder.
+
+    Returns
+    -------
+    bool
+        True if it exists; the answer is never taken from a cache.
+
+    Raises
+    ------
+    StorageError
+        If the file system refuses to say.
+    """
+    with explained(location, "read"):
+        location.fs.invalidate_cache()
+        return bool(location.fs.exists(location.path))

@@ -1,0 +1,381 @@
+"""The output folder: manifest, features, outcomes. What is written last marks what is done."""
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import zarr
+
+from fruitdask.errors import OutputError, StorageError, StoreMismatchError
+from fruitdask.storage import Location, exists, explained, write_file
+
+#: What can become of an image; the position is its code in the store. ``pending`` is an image whose partition is not committed yet.
+STATUSES = ("pending", "ok", "unreadable", "too_large", "missing", "unreachable")
+OUTCOME_COLUMNS = ("path", "label", "status", "error", "attempts")
+
+_MANIFEST = "manifest.json"
+_FEATURES = "features.zarr"
+_PARTITIONS = "partitions"
+#: All that a run may write into its output folder, and therefore all that it may delete there; the manifest is written first and deleted last.
+_NAMES = (_FEATURES, _PARTITIONS, "pca.zarr", "results.parquet", "results.csv", "failures.csv", "report.html", "figures", _MANIFEST)
+
+
+def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite: bool) -> dict[str, Any] | None:
+    """
+    Decide whether a run may use an output folder.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder; it need not exist.
+    fingerprint : Mapping[str, str]
+        What determines the features: hashes by name.
+    overwrite : bool
+        Whether an earlier run's results may be deleted.
+
+    Returns
+    -------
+    dict or None
+        The manifest of the earlier run to go on with, or None for a fresh start.
+
+    Raises
+    ------
+    OutputError
+        If the folder holds files with the names of results that no fruitdask run wrote.
+    StoreMismatchError
+        If it holds the results of a run on other images or with another network.
+    """
+    manifest = read_manifest(output)
+    if manifest is None:
+        foreign = [name for name in _NAMES if exists(output.child(name))]
+        if foreign:
+            raise OutputError(
+                f"{output.url}: expected an empty or new folder for the results, found {foreign[0]}, which no fruitdask run wrote; "
+                "choose another output.url"
+            )
+        return None
+    if overwrite:
+        return None
+    for name, value in fingerprint.items():
+        found = manifest["fingerprint"].get(name)
+        if found != value:
+            raise StoreMismatchError(
+                f"{output.url} belongs to another run: its {name} has the fingerprint {str(found)[:12]}, this run's is {value[:12]}; "
+                "choose another output.url, or --overwrite to delete those results"
+            )
+    return manifest
+
+
+def create_store(output: Location, *, n_images: int, n_features: int, images_per_partition: int, attributes: Mapping[str, Any]) -> None:
+    """
+    Create the empty arrays of a run, one chunk a partition.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    n_images : int
+        Rows.
+    n_features : int
+        Columns.
+    images_per_partition : int
+        Rows a chunk.
+    attributes : Mapping[str, Any]
+        What a reader of the features needs to know; JSON.
+
+    Raises
+    ------
+    StorageError
+        If the store cannot be written.
+
+    Notes
+    -----
+    ``status`` follows the CF conventions, section 3.5: its attributes ``flag_values`` and ``flag_meanings`` name the codes.
+    """
+    location = output.child(_FEATURES)
+    with explained(location, "write"):
+        if not output.is_local or exists(location):
+            clear_output(output, keep_manifest=True)
+        group = zarr.open_group(**_zarr_arguments(location), mode="w", attributes=dict(attributes))
+        group.create_array(
+            "features",
+            shape=(n_images, n_features),
+            chunks=(images_per_partition, n_features),
+            dtype=np.float32,
+            fill_value=np.nan,
+            dimension_names=("image", "feature"),
+        )
+        group.create_array(
+            "status",
+            shape=(n_images,),
+            chunks=(images_per_partition,),
+            dtype=np.uint8,
+            fill_value=0,
+            dimension_names=("image",),
+            attributes={"flag_values": list(range(len(STATUSES))), "flag_meanings": " ".join(STATUSES)},
+        )
+
+
+def open_store(output: Location) -> zarr.Group | None:
+    """
+    Open the arrays of a run for reading.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+
+    Returns
+    -------
+    zarr.Group or None
+        The group with ``features`` (image, feature) float32 and ``status`` (image) uint8; None where it was not created to the end.
+
+    Raises
+    ------
+    StorageError
+        If the store cannot be read.
+    """
+    location = output.child(_FEATURES)
+    with explained(location, "read"):
+        if not exists(location.child("status", "zarr.json")):
+            return None
+        return zarr.open_group(**_zarr_arguments(location), mode="r")
+
+
+def write_partition(output: Location, *, index: int, start: int, features: npt.NDArray[np.float32], outcomes: pd.DataFrame) -> None:
+    """
+    Store what became of a partition: features, then statuses, then the outcome file, which commits it.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    index : int
+        Which partition.
+    start : int
+        Its first row.
+    features : numpy.ndarray
+        Features of shape (n, n_features), float32; NaN where an image failed.
+    outcomes : pandas.DataFrame
+        One row an image with the columns ``OUTCOME_COLUMNS``.
+
+    Raises
+    ------
+    StorageError
+        If something cannot be written; the partition is then not committed.
+    """
+    location = output.child(_FEATURES)
+    rows = slice(start, start + len(features))
+    with explained(location, "write"):
+        group = zarr.open_group(**_zarr_arguments(location), mode="r+")
+        group["features"][rows] = features
+        group["status"][rows] = outcomes["status"].map(STATUSES.index).to_numpy(np.uint8)
+    buffer = io.BytesIO()
+    outcomes.to_parquet(buffer, index=False)
+    write_file(output.child(_PARTITIONS, f"{index:05d}.parquet"), buffer.getvalue())
+
+
+def list_committed(output: Location) -> set[int]:
+    """
+    List the partitions that are done.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+
+    Returns
+    -------
+    set[int]
+        Indices of partitions with a commit mark.
+
+    Raises
+    ------
+    StorageError
+        If the folder cannot be listed.
+    """
+    folder = output.child(_PARTITIONS)
+    with explained(folder, "list"):
+        folder.fs.invalidate_cache()
+        names = [path.rsplit("/", 1)[-1] for path in folder.fs.find(folder.path)]
+    return {int(name.removesuffix(".parquet")) for name in names if name.endswith(".parquet")}
+
+
+def read_outcomes(output: Location, indices: Sequence[int], *, partitions_at_once: int = 256) -> Iterator[pd.DataFrame]:
+    """
+    Read outcome rows in the order of the catalog.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    indices : Sequence[int]
+        Partitions to read, ascending.
+    partitions_at_once : int
+        How many outcome files make one table: memory grows with it, the number of tables shrinks.
+
+    Yields
+    ------
+    pandas.DataFrame
+        Outcomes of the next partitions.
+    """
+    import pyarrow.dataset
+
+    folder = output.child(_PARTITIONS)
+    for first in range(0, len(indices), partitions_at_once):
+        paths = [f"{folder.path}/{index:05d}.parquet" for index in indices[first : first + partitions_at_once]]
+        with explained(folder, "read"):
+            yield pyarrow.dataset.dataset(paths, filesystem=folder.fs, format="parquet").to_table().to_pandas()
+
+
+def read_manifest(output: Location) -> dict[str, Any] | None:
+    """
+    Read the manifest of a run.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+
+    Returns
+    -------
+    dict or None
+        The manifest; None where there is none.
+
+    Raises
+    ------
+    OutputError
+        If there is a manifest.json of something else.
+    """
+    location = output.child(_MANIFEST)
+    with explained(location, "read"):
+        if not exists(location):
+            return None
+        text = location.fs.cat_file(location.path)
+    try:
+        manifest = json.loads(text)
+        if isinstance(manifest["fruitdask"], str) and isinstance(manifest["fingerprint"], dict):
+            return dict(manifest)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise OutputError(f"{location.url}: expected the manifest of a fruitdask run, found something else; choose another output.url")
+
+
+def write_manifest(output: Location, manifest: Mapping[str, Any]) -> None:
+    """
+    Write the manifest of a run.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    manifest : Mapping[str, Any]
+        JSON.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be written.
+    """
+    write_file(output.child(_MANIFEST), json.dumps(manifest, indent=2).encode() + b"\n")
+
+
+def clear_output(output: Location, *, keep_manifest: bool = False) -> None:
+    """
+    Delete a run's results, and nothing else that lies in the folder.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    keep_manifest : bool
+        Whether the manifest stays, which says that the folder is fruitdask's.
+
+    Raises
+    ------
+    StorageError
+        If something cannot be deleted.
+    """
+    for name in _NAMES[:-1] if keep_manifest else _NAMES:
+        delete_result(output, name)
+
+
+def delete_result(output: Location, name: str) -> None:
+    """
+    Delete one of a run's results if it is there.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    name : str
+        A file or folder in it.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be deleted.
+    """
+    location = output.child(name)
+    with explained(location, "delete"):
+        if exists(location):
+            location.fs.rm(location.path, recursive=True)
+
+
+def write_arrays(location: Location, arrays: Mapping[str, tuple[npt.NDArray[Any], Sequence[str]]], attributes: Mapping[str, Any]) -> None:
+    """
+    Write small arrays as a Zarr group of their own.
+
+    Parameters
+    ----------
+    location : Location
+        Where the group goes; one that is there is replaced.
+    arrays : Mapping[str, tuple[numpy.ndarray, Sequence[str]]]
+        Arrays and the names of their dimensions.
+    attributes : Mapping[str, Any]
+        JSON.
+
+    Raises
+    ------
+    StorageError
+        If they cannot be written.
+    """
+    with explained(location, "write"):
+        group = zarr.open_group(**_zarr_arguments(location), mode="w", attributes=dict(attributes))
+        for name, (values, dimensions) in arrays.items():
+            group.create_array(name, data=np.asarray(values), dimension_names=tuple(dimensions))
+
+
+def read_arrays(location: Location) -> dict[str, npt.NDArray[Any]]:
+    """
+    Read a group of small arrays.
+
+    Parameters
+    ----------
+    location : Location
+        Where the group is.
+
+    Returns
+    -------
+    dict[str, numpy.ndarray]
+        Its arrays by name.
+
+    Raises
+    ------
+    StorageError
+        If they cannot be read.
+    """
+    with explained(location, "read"):
+        group = zarr.open_group(**_zarr_arguments(location), mode="r")
+        return {name: np.asarray(array[...]) for name, array in group.arrays()}
+
+
+def _zarr_arguments(location: Location) -> dict[str, Any]:
+    """Name a Zarr store; Zarr takes no storage options for a local path."""
+    if location.is_local:
+        return {"store": location.path}
+    return {"store": location.url, "storage_options": dict(location.storage_options)}
