@@ -105,7 +105,7 @@ class FeaturizeConfig(_Section):
     """How images become features."""
 
     images_per_partition: int | None = Field(None, ge=1, description="Images a task and a Zarr chunk; null chooses from the number of images.")
-    batch_size: int = Field(16, ge=1, description="Images a call of the network; a worker's memory grows with it.")
+    batch_size: int = Field(8, ge=1, description="Images a call of the network; a worker's memory grows with it.")
     max_failed_fraction: float = Field(0.05, ge=0, le=1, description="The run fails when a larger fraction of the images does.")
     max_pixels: int = Field(50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="Images with more pixels are not decoded.")
     fetch_attempts: int = Field(3, ge=1, description="How often reading a file is tried.")

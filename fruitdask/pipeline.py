@@ -1,16 +1,15 @@
 """A run, from its configuration to its results: the stages in their order, and nothing else."""
 
 import json
-import multiprocessing
+import os
 import platform
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from fruitdask.catalog import choose_partition_size, hash_catalog, list_images, 
 from fruitdask.cluster import open_client
 from fruitdask.config import Config
 from fruitdask.errors import ConfigError, OutputError, TooManyFailuresError
-from fruitdask.models import ModelArtifact, build_artifact, fingerprint_model
+from fruitdask.models import ModelArtifact, fingerprint_model, start_building
 from fruitdask.progress import RunProgress
 from fruitdask.sample import draw_sample
 from fruitdask.storage import Location, exists
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
     from fruitdask.reduce import PrincipalComponents
 
 _PCA = "pca.zarr"
+#: Features of up to this size are reduced on the client: 13,000 images of 1280 features; in float64, with the decomposition, under 0.5 GB.
+_LOCAL_REDUCE_BYTES = 64 * 1024**2
 #: Packages whose versions can change what a run computes.
 _PACKAGES = ("dask", "distributed", "dask-ml", "keras", "numpy", "pillow", "scikit-learn", "tensorflow", "zarr")
 
@@ -143,31 +144,30 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
     progress = progress or RunProgress()
     clock = _Clock()
     with progress:
+        progress.begin("Listing images")
         with clock.measure("list"):
-            task = _prepare(config, progress)
-        if task.is_finished:
-            assert task.manifest is not None
+            task = _prepare(config)
+        if task.manifest is not None and task.is_finished:
             return RunResult(task.output, task.manifest, n_computed=0)
         with ExitStack() as stack:
-            progress.begin("Starting the cluster and building the network")
-            with clock.measure("start"):
-                client, artifact = _start(task, client, stack)
-            progress.say(f"Dask dashboard: {client.dashboard_link}")
-            manifest = _begin_output(task, artifact, client)
-            if artifact is not None:
+            manifest = task.manifest
+            if manifest is None or not task.has_features:
+                progress.begin("Starting the cluster and building the network")
+                with clock.measure("start"):
+                    client, artifact = _start(task, client, stack)
+                progress.say(f"Dask dashboard: {client.dashboard_link}")
+                manifest = _begin_output(task, artifact, client)
                 with clock.measure("featurize"):
-                    worker_seconds = _featurize(task, artifact, client, progress)
-                manifest["seconds"]["worker"] = worker_seconds
+                    clock.worker_seconds = _featurize(task, artifact, client, progress)
             progress.begin("Reducing")
-            with clock.measure("reduce"), client.as_current():
+            with clock.measure("reduce"), _choose_scheduler(task, client, stack):
                 fitted, scores, tsne = _reduce(config, task.output)
-            progress.begin("Writing results")
+            progress.begin("Writing results and closing the cluster")
             with clock.measure("write"):
                 counts = report.write_results(task.output, store.read_outcomes(task.output, range(task.n_partitions)), pca=scores, tsne=tsne)
                 _write_pca(task.output, fitted)
-            progress.begin("Closing the cluster")
-    manifest |= _describe_results(fitted, counts)
-    manifest["seconds"] |= clock.seconds | {"total": clock.total_seconds}
+    manifest |= _describe_results(task, fitted, counts)
+    manifest["seconds"] = clock.seconds | {"total": clock.total_seconds, "worker": clock.worker_seconds}
     store.write_manifest(task.output, manifest)
     return RunResult(task.output, manifest, n_computed=len(task.catalog) - task.n_images_done)
 
@@ -178,6 +178,7 @@ class _Clock:
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self.worker_seconds: dict[str, float] = {}
 
     @property
     def total_seconds(self) -> float:
@@ -192,19 +193,14 @@ class _Clock:
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def _prepare(config: Config, progress: RunProgress) -> _Task:
+def _prepare(config: Config) -> _Task:
     """Check all that can be checked before anything is started or written."""
-    from fruitdask.errors import ReduceError
-
-    progress.begin("Listing images")
     source, output = Location(config.input.url, config.input.storage_options), Location(config.output.url, config.output.storage_options)
     _check_places(source, output)
     if config.input.sample is not None and not exists(source):
         sample = config.input.sample
         draw_sample(source.path, per_class=sample.per_class, size_px=sample.size_px, seed=sample.seed)
     catalog = list_images(config.input)
-    if isinstance(config.reduce.n_components, int) and config.reduce.n_components > len(catalog):
-        raise ReduceError(f"reduce.n_components is {config.reduce.n_components}, but there are only {len(catalog)} images; set it to at most that")
     fingerprint = {
         "catalog": hash_catalog(catalog),
         "model": fingerprint_model(config.model),
@@ -235,8 +231,6 @@ def _check_places(source: Location, output: Location) -> None:
 
 def _check_writable(output: Location) -> None:
     """Refuse a local folder that cannot be made or written, before anything is."""
-    import os
-
     path = output.path
     while not os.path.lexists(path):
         path = os.path.dirname(path)
@@ -246,67 +240,53 @@ def _check_writable(output: Location) -> None:
         raise OutputError(f"output.url {output.url}: no permission to write in {path}; choose another place or change its permissions")
 
 
-def _start(task: _Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifact | None]:
-    """Start the cluster while a child process builds the network; no network where all features are there."""
-    building = None if task.has_features else stack.enter_context(_build_in_child(task.config))
-    opened: AbstractContextManager[Any] = nullcontext(client) if client is not None else open_client(task.config.cluster)
-    client = stack.enter_context(opened)
-    if building is None:
-        return client, None
+def _start(task: _Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifact]:
+    """Start the cluster while a child process builds the network."""
     from fruitdask.featurize import prepare_workers
+    from fruitdask.reduce import check_n_components
 
-    preparing = prepare_workers(client, task.config.model.engine)
-    artifact: ModelArtifact = building.result()
+    check_n_components(task.config.reduce.n_components, n_images=len(task.catalog))
+    with start_building(task.config.model) as wait_for_artifact:
+        client = client or stack.enter_context(open_client(task.config.cluster))
+        preparing = prepare_workers(client, task.config.model.engine)
+        # The workers and the child are busy for seconds: time to import what reducing will need.
+        import_module("dask_ml.decomposition")
+        artifact = wait_for_artifact()
     del preparing
     return client, artifact
 
 
-@contextmanager
-def _build_in_child(config: Config) -> Iterator[Any]:
-    """
-    Build the artifact in a process of its own, as a future.
+def _choose_scheduler(task: _Task, client: Any, stack: ExitStack) -> AbstractContextManager[Any]:
+    """Reduce few features here, on threads, which takes no cluster and no imports on its workers; many on the cluster."""
+    import dask
 
-    The client stays free of TensorFlow: it keeps its memory, its GPU and its signal handlers, and can start the cluster meanwhile.
-    """
-    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_interrupts)
-    try:
-        yield pool.submit(build_artifact, config.model)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    if _open_features(task.output)[0].nbytes <= _LOCAL_REDUCE_BYTES:
+        return dask.config.set(scheduler="threads")  # type: ignore[no-any-return, attr-defined]
+    client = client or stack.enter_context(open_client(task.config.cluster))
+    return client.as_current()  # type: ignore[no-any-return]
 
 
-def _ignore_interrupts() -> None:
-    """Leave Ctrl-C to the parent, which reaches the whole process group, and a GPU to the workers."""
-    import os
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-
-
-def _begin_output(task: _Task, artifact: ModelArtifact | None, client: Any) -> dict[str, Any]:
+def _begin_output(task: _Task, artifact: ModelArtifact, client: Any) -> dict[str, Any]:
     """Write the manifest of a run that begins, and the empty store where there is none."""
     from fruitdask.reduce import check_n_components
 
-    previous = task.manifest or {}
-    if artifact is not None:
-        check_n_components(task.config.reduce.n_components, n_images=len(task.catalog), n_features=artifact.n_features)
-        previous["model"] = _describe_model(artifact)
+    check_n_components(task.config.reduce.n_components, n_images=len(task.catalog), n_features=artifact.n_features)
     if task.manifest is None:
         store.clear_output(task.output)
-    manifest = previous | {
+    manifest = {
         "fruitdask": __version__,
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "fingerprint": task.fingerprint,
         "n_images": len(task.catalog),
         "images_per_partition": task.images_per_partition,
-        "config": _dump(task.config),
+        "model": _describe_model(artifact),
         "cluster": {"kind": task.config.cluster.kind, "n_workers": len(client.nthreads()), "n_threads": sum(client.nthreads().values())},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
-        "seconds": {},
+        "config": _dump(task.config),
     }
     store.write_manifest(task.output, manifest)
-    if artifact is not None and not task.committed:
+    if not task.committed:
         store.create_store(
             task.output,
             n_images=len(task.catalog),
@@ -425,10 +405,12 @@ def _write_pca(output: Location, fitted: "PrincipalComponents") -> None:
     store.write_arrays(output.child(_PCA), arrays, {"fruitdask": __version__})
 
 
-def _describe_results(fitted: "PrincipalComponents", counts: report.Counts) -> dict[str, Any]:
+def _describe_results(task: _Task, fitted: "PrincipalComponents", counts: report.Counts) -> dict[str, Any]:
     """Say in the manifest what came out."""
     return {
         "status": "complete",
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": _dump(task.config),
         "counts": {"by_status": dict(counts.by_status), "by_class": counts.by_class()},
         "pca": {
             "n_components": fitted.n_components,

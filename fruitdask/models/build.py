@@ -41,6 +41,7 @@ _INPUT_PX = {
     "Xception": 299,
 }
 _DEFAULT_INPUT_PX = 224
+_RANDOM_WEIGHTS_SEED = 0
 
 Preprocess = Callable[[Any], Any]
 
@@ -92,7 +93,7 @@ def build_artifact(config: ModelConfig) -> ModelArtifact:
     WeightsUnavailableError
         If the ImageNet weights cannot be downloaded.
     """
-    import_tensorflow()
+    import_tensorflow(with_keras=True)
     network, preprocess, preprocessing = _build_network(config)
     features = _pool(network, config)
     input_px = int(features.input_shape[1])
@@ -108,8 +109,12 @@ def build_artifact(config: ModelConfig) -> ModelArtifact:
 
 def _build_network(config: ModelConfig) -> tuple[Any, Preprocess, str]:
     """Build the Keras network with its weights and find its preprocessing."""
+    import keras
+
     if config.weights == "random":
         logger.warning("model.weights is random: features of an untrained network say little about images")
+        # A run that is resumed must meet the same network.
+        keras.utils.set_random_seed(_RANDOM_WEIGHTS_SEED)
     with _local_weights(config.weights) as weights:
         if weights.endswith(".keras"):
             return _load_keras_file(weights, config), *_find_preprocessing(config, own=None)

@@ -1,0 +1,72 @@
+"""Artifacts that were built before, by content, in the user's cache folder."""
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from fruitdask import __version__
+from fruitdask.config import ModelConfig
+from fruitdask.errors import StorageError
+from fruitdask.models.artifact import ModelArtifact
+from fruitdask.models.build import fingerprint_model
+from fruitdask.storage import Location, write_file
+
+logger = logging.getLogger(__name__)
+
+
+def find_artifact(config: ModelConfig) -> ModelArtifact | None:
+    """
+    Find an artifact that was built before.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        Which network.
+
+    Returns
+    -------
+    ModelArtifact or None
+        The artifact; None where there is none, or its file is damaged.
+    """
+    description, payload = _name_files(config)
+    try:
+        fields = json.loads(description.read_text())
+        sha256 = fields.pop("sha256")
+        artifact = ModelArtifact(payload=payload.read_bytes(), **fields)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return artifact if artifact.sha256 == sha256 else None
+
+
+def keep_artifact(config: ModelConfig, artifact: ModelArtifact) -> None:
+    """
+    Keep an artifact for the next run, if the cache folder can be written.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        Which network it is.
+    artifact : ModelArtifact
+        The artifact.
+    """
+    description, payload = _name_files(config)
+    fields = asdict(artifact) | {"sha256": artifact.sha256}
+    del fields["payload"]
+    try:
+        write_file(Location(str(payload)), artifact.payload)
+        write_file(Location(str(description)), json.dumps(fields).encode())
+    except StorageError as error:
+        logger.info("the network is built anew next time: %s", error)
+
+
+def _name_files(config: ModelConfig) -> tuple[Path, Path]:
+    """Name the files of an artifact after all that determines it."""
+    import platformdirs
+
+    parts = [fingerprint_model(config), __version__, version("keras"), version("tensorflow")]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    folder = platformdirs.user_cache_path("fruitdask") / "models"
+    return folder / f"{key}.json", folder / f"{key}.pb"

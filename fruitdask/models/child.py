@@ -1,0 +1,74 @@
+"""Building in a process of its own, so that the client never imports TensorFlow."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+from fruitdask.config import ModelConfig
+from fruitdask.errors import FruitdaskError, ModelError
+from fruitdask.models.artifact import ModelArtifact
+from fruitdask.models.build import build_artifact
+from fruitdask.models.cache import find_artifact, keep_artifact
+
+
+@contextmanager
+def start_building(config: ModelConfig) -> Iterator[Callable[[], ModelArtifact]]:
+    """
+    Start to build an artifact in a child process, or take it from the cache.
+
+    The client keeps its memory, its GPU and its time for other things. The child ends with the context.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        Which network.
+
+    Yields
+    ------
+    Callable[[], ModelArtifact]
+        Waits for the artifact and returns it. Raises the errors of `build_artifact`.
+    """
+    cached = find_artifact(config)
+    if cached is not None:
+        yield lambda: cached
+        return
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_build_and_send, args=(config, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        yield lambda: _receive(receiver)
+    finally:
+        process.kill()
+        process.join()
+
+
+def _build_and_send(config: ModelConfig, sender: Connection) -> None:
+    """Build an artifact and send it, or the error that says why there is none."""
+    # Ctrl-C reaches the whole process group; the parent ends this process. GPUs belong to the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    try:
+        artifact = build_artifact(config)
+        keep_artifact(config, artifact)
+        sender.send(artifact)
+    except FruitdaskError as error:
+        sender.send(error)
+    except Exception as error:
+        # Other exceptions may not survive pickling.
+        sender.send(ModelError(f"model {config.name} with weights {config.weights} cannot be built: {type(error).__name__}: {error}"))
+
+
+def _receive(receiver: Connection) -> ModelArtifact:
+    """Receive what the child sends; a child that dies sends nothing."""
+    try:
+        received: ModelArtifact | FruitdaskError = receiver.recv()
+    except EOFError as error:
+        raise ModelError("the process that builds the network was killed, perhaps for want of memory; free some and run again") from error
+    if isinstance(received, FruitdaskError):
+        raise received
+    return received
