@@ -156,8 +156,14 @@ def _list_files(root: Location) -> pd.DataFrame:
         root.fs.invalidate_cache()
         found = root.fs.find(root.path, detail=True)
     skip = len(root.path) + 1
-    rows = [(path[skip:], int(info.get("size") or 0), _read_version(info)) for path, info in found.items() if info["type"] == "file"]
-    return pd.DataFrame(rows, columns=["path", "bytes", "version"]).astype({"path": str, "bytes": np.int64, "version": str})
+    rows = [
+        (path[skip:], int(info.get("size") or 0), _read_version(info))
+        for path, info in found.items()
+        if info["type"] == "file"
+    ]
+    return pd.DataFrame(rows, columns=["path", "bytes", "version"]).astype(
+        {"path": str, "bytes": np.int64, "version": str}
+    )
 
 
 def _read_version(info: dict[str, object]) -> str:
@@ -185,7 +191,9 @@ def _join_manifest(files: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
     manifest = manifest[["path", "label"]].astype(str)
     duplicated = manifest["path"][manifest["path"].duplicated()]
     if len(duplicated):
-        raise ConfigError(f"{config.manifest}: expected each path once in input.manifest, found {duplicated.iloc[0]!r} twice; remove one")
+        raise ConfigError(
+            f"{config.manifest}: expected each path once in input.manifest, found {duplicated.iloc[0]!r} twice; remove one"
+        )
     joined = manifest.merge(files, on="path", how="left")
     return joined.fillna({"bytes": 0, "version": ""}).astype({"bytes": np.int64})
 
@@ -198,7 +206,9 @@ def _read_manifest(config: InputConfig) -> pd.DataFrame:
     try:
         return pd.read_parquet(data) if location.path.endswith((".parquet", ".pq")) else pd.read_csv(data, dtype=str)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{config.manifest}: expected a CSV or Parquet table in input.manifest, found {error}") from error
+        raise ConfigError(
+            f"{config.manifest}: expected a CSV or Parquet table in input.manifest, found {error}"
+        ) from error
 
 
 def _keep_classes(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
@@ -207,7 +217,9 @@ def _keep_classes(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
     absent = sorted(wanted - existing)
     if absent:
         names = ", ".join(sorted(existing)[:30]) + (" ..." if len(existing) > 30 else "")
-        raise CatalogError(f"{config.url}: input.classes names {', '.join(absent)}, which is not there; the classes are: {names}")
+        raise CatalogError(
+            f"{config.url}: input.classes names {', '.join(absent)}, which is not there; the classes are: {names}"
+        )
     return catalog[catalog["label"].isin(wanted)].reset_index(drop=True)
 
 

@@ -29,7 +29,11 @@ _EXIT_CODES: tuple[tuple[type[errors.FruitdaskError], int], ...] = (
 _SHOWN_CLASSES = 24
 
 _set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a setting, for example --set model.pooling=max. Repeatable."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override a setting, for example --set model.pooling=max. Repeatable.",
 )
 _config_argument = click.argument("config", type=click.Path(dir_okay=False))
 
@@ -134,7 +138,11 @@ def _print_summary(result: "RunResult", console: "Console") -> None:
         "model": f"{manifest['model']['name']}, {manifest['model']['n_features']} features, {manifest['model']['engine']}",
         "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items() if stage != "worker"),
         "worker seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.get("worker", {}).items()),
-        "speed": f"{result.n_computed / seconds['featurize']:.1f} images/s while featurizing" if result.n_computed and "featurize" in seconds else "",
+        "speed": (
+            f"{result.n_computed / seconds['featurize']:.1f} images/s while featurizing"
+            if result.n_computed and "featurize" in seconds
+            else ""
+        ),
         "explained variance": _format_ratios(manifest["pca"]["explained_variance_ratio"]),
         "results": result.output.url,
     }

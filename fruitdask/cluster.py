@@ -92,7 +92,9 @@ def _open_local(config: LocalClusterConfig) -> Iterator[Any]:
             )
     except Exception as error:
         # Dask raises whatever kept a process from starting: OSError, ValueError of an option, TimeoutError ...
-        raise ClusterStartError(f"the local cluster ({n_workers} workers) did not start: {error}; check the section cluster") from error
+        raise ClusterStartError(
+            f"the local cluster ({n_workers} workers) did not start: {error}; check the section cluster"
+        ) from error
     with cluster, Client(cluster) as client:
         yield client
 
@@ -106,13 +108,13 @@ def _open_address(config: AddressClusterConfig) -> Iterator[Any]:
         client = Client(config.address, timeout=config.timeout_seconds)
     except (OSError, ValueError) as error:
         raise ClusterStartError(
-            f"cluster.address {config.address}: no scheduler answered within {config.timeout_seconds:g} s; check the address and that it runs"
+            f"cluster.address {config.address}: no scheduler answered within {config.timeout_seconds:g} s; check that it runs there"
         ) from error
     with client:
         try:
             client.wait_for_workers(1, timeout=config.timeout_seconds)
         except TimeoutError as error:
             raise ClusterStartError(
-                f"cluster.address {config.address}: the scheduler has no worker after {config.timeout_seconds:g} s; start one with: dask worker"
+                f"cluster.address {config.address}: no worker within {config.timeout_seconds:g} s; start one with: dask worker {config.address}"
             ) from error
         yield client

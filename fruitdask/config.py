@@ -39,17 +39,27 @@ class SampleConfig(_Section):
 class InputConfig(_Section):
     """Which images to read."""
 
-    url: str = Field(description="Folder of images: a path or any fsspec URL (s3://bucket/prefix). The class of an image is its folder.")
-    storage_options: dict[str, Any] = Field({}, description="Options of the fsspec file system, such as endpoint_url or anon.")
+    url: str = Field(
+        description="Folder of images: a path or any fsspec URL (s3://bucket/prefix). The class of an image is its folder."
+    )
+    storage_options: dict[str, Any] = Field(
+        {}, description="Options of the fsspec file system, such as endpoint_url or anon."
+    )
     classes: tuple[str, ...] | None = Field(None, min_length=1, description="Classes to keep; null keeps all.")
     extensions: tuple[str, ...] = Field(
         (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"),
         min_length=1,
         description="File name endings of images, in any case.",
     )
-    limit: int | None = Field(None, ge=1, description="At most so many images, spread evenly over the classes; null takes all.")
-    manifest: str | None = Field(None, description="CSV or Parquet file with the columns path and label, instead of one class per folder.")
-    sample: SampleConfig | None = Field(None, description="Draw a sample data set into url where that folder does not exist.")
+    limit: int | None = Field(
+        None, ge=1, description="At most so many images, spread evenly over the classes; null takes all."
+    )
+    manifest: str | None = Field(
+        None, description="CSV or Parquet file with the columns path and label, instead of one class per folder."
+    )
+    sample: SampleConfig | None = Field(
+        None, description="Draw a sample data set into url where that folder does not exist."
+    )
 
     @field_validator("extensions")
     @classmethod
@@ -60,11 +70,19 @@ class InputConfig(_Section):
 class ModelConfig(_Section):
     """Which network turns an image into features."""
 
-    name: str = Field("MobileNetV2", description="A network of keras.applications, or SqueezeNet. Ignored for a .keras file.")
-    weights: str = Field("imagenet", description="imagenet, random, or a path or URL of a .weights.h5, .h5 or .keras file.")
-    input_px: int | None = Field(None, ge=32, description="Side of the square input, in pixels; null takes the network's own.")
+    name: str = Field(
+        "MobileNetV2", description="A network of keras.applications, or SqueezeNet. Ignored for a .keras file."
+    )
+    weights: str = Field(
+        "imagenet", description="imagenet, random, or a path or URL of a .weights.h5, .h5 or .keras file."
+    )
+    input_px: int | None = Field(
+        None, ge=32, description="Side of the square input, in pixels; null takes the network's own."
+    )
     pooling: Literal["avg", "max", "flatten"] = Field("avg", description="How the last feature map becomes one vector.")
-    layer: str | None = Field(None, description="Layer whose output are the features; null takes the last before the classifier.")
+    layer: str | None = Field(
+        None, description="Layer whose output are the features; null takes the last before the classifier."
+    )
     preprocessing: Literal["tf", "caffe", "torch", "none"] | None = Field(
         None,
         description="How pixel values are scaled, in the words of Keras; null takes the network's own. Must be given for a .keras file.",
@@ -84,10 +102,16 @@ class LocalClusterConfig(_Section):
     """A Dask cluster on this machine."""
 
     kind: Literal["local"] = "local"
-    n_workers: int | None = Field(None, ge=1, description="Worker processes; null chooses from the cores and the memory.")
+    n_workers: int | None = Field(
+        None, ge=1, description="Worker processes; null chooses from the cores and the memory."
+    )
     threads_per_worker: int | None = Field(None, ge=1, description="Threads a process; null chooses from the cores.")
-    memory_limit: str | int | None = Field(None, description="Memory a process, such as 4GiB; null shares the machine's memory.")
-    dashboard_address: str | None = Field("127.0.0.1:8787", description="Where the dashboard listens; null turns it off.")
+    memory_limit: str | int | None = Field(
+        None, description="Memory a process, such as 4GiB; null shares the machine's memory."
+    )
+    dashboard_address: str | None = Field(
+        "127.0.0.1:8787", description="Where the dashboard listens; null turns it off."
+    )
 
 
 class AddressClusterConfig(_Section):
@@ -104,19 +128,29 @@ ClusterConfig = Annotated[LocalClusterConfig | AddressClusterConfig, Field(discr
 class FeaturizeConfig(_Section):
     """How images become features."""
 
-    images_per_partition: int | None = Field(None, ge=1, description="Images a task and a Zarr chunk; null chooses from the number of images.")
+    images_per_partition: int | None = Field(
+        None, ge=1, description="Images a task and a Zarr chunk; null chooses from the number of images."
+    )
     batch_size: int = Field(8, ge=1, description="Images a call of the network; a worker's memory grows with it.")
-    max_failed_fraction: float = Field(0.05, ge=0, le=1, description="The run fails when a larger fraction of the images does.")
-    max_pixels: int = Field(50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="Images with more pixels are not decoded.")
+    max_failed_fraction: float = Field(
+        0.05, ge=0, le=1, description="The run fails when a larger fraction of the images does."
+    )
+    max_pixels: int = Field(
+        50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="Images with more pixels are not decoded."
+    )
     fetch_attempts: int = Field(3, ge=1, description="How often reading a file is tried.")
-    concurrent_reads: int = Field(16, ge=1, description="Files in flight at once in each worker thread, from a remote input.")
+    concurrent_reads: int = Field(
+        16, ge=1, description="Files in flight at once in each worker thread, from a remote input."
+    )
 
 
 class TsneConfig(_Section):
     """A two-dimensional t-SNE map beside the PCA."""
 
     enabled: bool = Field(False, description="Compute it.")
-    max_rows: int = Field(5_000, ge=10, description="At most so many images, sampled at random: time grows with their number.")
+    max_rows: int = Field(
+        5_000, ge=10, description="At most so many images, sampled at random: time grows with their number."
+    )
     perplexity: float = Field(30.0, gt=0, description="About how many neighbours each image has.")
     seed: int = Field(0, ge=0, description="Seed of the sample and of the map.")
 
@@ -124,8 +158,12 @@ class TsneConfig(_Section):
 class ReduceConfig(_Section):
     """How features become a few numbers an image."""
 
-    n_components: int | float = Field(2, gt=0, description="Principal components to keep, or the fraction (0 to 1) of the variance to keep.")
-    solver: Literal["exact", "randomized"] = Field("exact", description="exact equals scikit-learn's full PCA; randomized is an estimate.")
+    n_components: int | float = Field(
+        2, gt=0, description="Principal components to keep, or the fraction (0 to 1) of the variance to keep."
+    )
+    solver: Literal["exact", "randomized"] = Field(
+        "exact", description="exact equals scikit-learn's full PCA; randomized is an estimate."
+    )
     seed: int = Field(0, ge=0, description="Seed of the randomized solver.")
     tsne: TsneConfig = TsneConfig()
 
@@ -133,7 +171,9 @@ class ReduceConfig(_Section):
     def _check_n_components(self) -> "ReduceConfig":
         if isinstance(self.n_components, float):
             if not 0 < self.n_components < 1:
-                raise ValueError(f"n_components must be an integer, or a fraction between 0 and 1, not {self.n_components}")
+                raise ValueError(
+                    f"n_components must be an integer, or a fraction between 0 and 1, not {self.n_components}"
+                )
             if self.solver == "randomized":
                 raise ValueError("a fraction as n_components needs all components: use solver: exact, or an integer")
         return self
@@ -217,7 +257,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: there is no such configuration file; configs/demo.yaml in the project is one to start from") from error
+        raise ConfigError(
+            f"{path}: there is no such configuration file; configs/demo.yaml in the project is one to start from"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected a YAML file in UTF-8, but it cannot be read: {error}") from error
 
@@ -267,7 +309,9 @@ def _expand_env(tree: Any, name: str) -> Any:
 
     def replace(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
-            raise ConfigError(f"{name}: the environment variable {match[1]} of {tree!r} is not set; set it or write the value out")
+            raise ConfigError(
+                f"{name}: the environment variable {match[1]} of {tree!r} is not set; set it or write the value out"
+            )
         return os.environ[match[1]]
 
     return _ENV_PATTERN.sub(replace, tree)
@@ -312,7 +356,11 @@ def _list_keys(location: Sequence[str]) -> list[str]:
 def _follow(schema: dict[str, Any], node: dict[str, Any]) -> list[dict[str, Any]]:
     """Resolve the references and alternatives of a schema node."""
     alternatives = node.get("oneOf", node.get("anyOf", [node]))
-    return [reduce(lambda found, part: found[part], alternative["$ref"].split("/")[1:], schema) for alternative in alternatives if "$ref" in alternative]
+    return [
+        reduce(lambda found, part: found[part], alternative["$ref"].split("/")[1:], schema)
+        for alternative in alternatives
+        if "$ref" in alternative
+    ]
 
 
 def _find_line(text: str, location: Sequence[str]) -> str:

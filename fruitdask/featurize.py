@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -159,14 +160,24 @@ def featurize_partition(partition: Partition, artifact: ModelArtifact, job: Feat
             with watch.measure("predict"):
                 if rows:
                     features[start + np.asarray(rows)] = predict(np.stack(images))
-    table = pd.DataFrame([[getattr(outcome, column) for column in OUTCOME_COLUMNS] for outcome in outcomes], columns=list(OUTCOME_COLUMNS))
+    table = pd.DataFrame(
+        [[getattr(outcome, column) for column in OUTCOME_COLUMNS] for outcome in outcomes],
+        columns=list(OUTCOME_COLUMNS),
+    )
     with watch.measure("write"):
         write_partition(job.output, index=partition.index, start=partition.start, features=features, outcomes=table)
-    return PartitionSummary(partition.index, len(outcomes), dict(Counter(table["status"])), bytes_read, dict(watch.seconds))
+    return PartitionSummary(
+        partition.index, len(outcomes), dict(Counter(table["status"])), bytes_read, dict(watch.seconds)
+    )
 
 
 def featurize_catalog(
-    client: Any, partitions: Iterable[Partition], artifact: ModelArtifact, job: FeaturizeJob, *, on_summary: Callable[[PartitionSummary], None]
+    client: Any,
+    partitions: Iterable[Partition],
+    artifact: ModelArtifact,
+    job: FeaturizeJob,
+    *,
+    on_summary: Callable[[PartitionSummary], None],
 ) -> None:
     """
     Featurize partitions on a cluster, a bounded number at a time.
@@ -205,16 +216,16 @@ def featurize_catalog(
         completed.add(future)
 
     try:
-        for partition in _take(queue, _count_window(client)):
+        for partition in islice(queue, _count_window(client)):
             submit(partition)
         for future in completed:
             partition = in_flight.pop(future)
             if future.status in ("cancelled", "lost"):
-                delivery.renew(future)
+                delivery.renew()
                 submit(partition)
                 continue
             on_summary(_get_summary(future, partition))
-            for partition in _take(queue, _count_window(client) - len(in_flight)):
+            for partition in islice(queue, max(0, _count_window(client) - len(in_flight))):
                 submit(partition)
     finally:
         client.cancel(list(in_flight), force=True)
@@ -246,15 +257,16 @@ class _Delivery:
         self._client = client
         self._artifact = artifact
         self._n_deliveries = 0
-        self._lost: set[str] = set()
         self._scatter()
 
-    def renew(self, future: Any) -> None:
+    def renew(self) -> None:
         """Scatter again, once for all the tasks that one loss has cancelled."""
         if self.future.status == "finished":
             return
         if self._n_deliveries >= _MAX_DELIVERIES:
-            raise FeaturizeError(f"every worker that held the network died, {self._n_deliveries} times over; see the workers' logs for why")
+            raise FeaturizeError(
+                f"every worker that held the network died, {self._n_deliveries} times over; see the workers' logs for why"
+            )
         self._scatter()
 
     def _scatter(self) -> None:
@@ -282,16 +294,8 @@ def _count_threads() -> int:
 
 def _count_window(client: Any) -> int:
     """Count the partitions that may be in flight on the cluster as it is now."""
-    return max(1, _PARTITIONS_PER_THREAD * sum(client.nthreads().values()))
-
-
-def _take(queue: Iterator[Partition], n: int) -> Iterator[Partition]:
-    """Take up to n partitions; unlike itertools.islice it stops before the one it will not give."""
-    for _ in range(n):
-        partition = next(queue, None)
-        if partition is None:
-            return
-        yield partition
+    n_threads: int = sum(client.nthreads().values())
+    return max(1, _PARTITIONS_PER_THREAD * n_threads)
 
 
 def _get_summary(future: Any, partition: Partition) -> PartitionSummary:
@@ -326,7 +330,11 @@ def _decode(batch: list[_Outcome], size_px: int, max_pixels: int) -> tuple[list[
     """Decode a batch; gives the positions and the pixels of the images that are well."""
     fetched = [row for row, outcome in enumerate(batch) if outcome.status == "ok"]
     rows, images = [], []
-    for row, result in zip(fetched, decode_images([batch[row].data for row in fetched], size_px=size_px, max_pixels=max_pixels), strict=True):
+    for row, result in zip(
+        fetched,
+        decode_images([batch[row].data for row in fetched], size_px=size_px, max_pixels=max_pixels),
+        strict=True,
+    ):
         batch[row].data = b""
         if isinstance(result, ImageError):
             batch[row].fail("too_large" if isinstance(result, ImageTooLargeError) else "unreadable", str(result))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fruitdask.errors import ImageError, ImageTooLargeError
 
@@ -59,7 +59,9 @@ def decode_image(data: bytes, *, size_px: int, max_pixels: int) -> npt.NDArray[n
     except ImageTooLargeError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageTooLargeError(f"expected at most {max_pixels:,} pixels (featurize.max_pixels), found more than Pillow opens") from error
+        raise ImageTooLargeError(
+            f"expected at most {max_pixels:,} pixels (featurize.max_pixels), found more than Pillow opens"
+        ) from error
     except Exception as error:
         # Decoders meet hostile bytes here and raise whatever they like: OSError, SyntaxError, struct.error, KeyError ...
         raise ImageError(_explain(data, error)) from error
@@ -115,6 +117,6 @@ def _explain(data: bytes, error: Exception) -> str:
     """Say in one sentence why bytes are not an image."""
     if not data:
         return "expected an image, found an empty file"
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "expected a JPEG, PNG, WebP, TIFF or BMP image, found something else"
     return f"the image is broken: {' '.join(str(error).split()) or type(error).__name__}"

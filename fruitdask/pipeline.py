@@ -80,8 +80,9 @@ class RunResult:
         """Show counts and places in a notebook."""
         classes = pd.DataFrame(self.manifest["counts"]["by_class"]).T.rename_axis("class")
         explained = ", ".join(f"{ratio:.1%}" for ratio in self.manifest["pca"]["explained_variance_ratio"][:5])
+        n_ok = self.manifest["counts"]["by_status"].get("ok", 0)
         return (
-            f"<p><b>fruitdask run</b>: {self.manifest['n_images']:,} images, {self.manifest['counts']['by_status'].get('ok', 0):,} with features; "
+            f"<p><b>fruitdask run</b>: {self.manifest['n_images']:,} images, {n_ok:,} with features; "
             f"variance explained by the first components: {explained}; results in <code>{self.output.url}</code></p>{classes.to_html()}"
         )
 
@@ -114,8 +115,10 @@ class _Task:
 
     @property
     def is_finished(self) -> bool:
-        is_complete = self.manifest is not None and self.manifest["status"] == "complete"
-        return is_complete and self.has_features and self.manifest["config"]["reduce"] == _dump(self.config)["reduce"]  # type: ignore[index]
+        manifest = self.manifest or {"status": "new"}
+        if manifest["status"] != "complete" or not self.has_features:
+            return False
+        return bool(manifest["config"]["reduce"] == _dump(self.config)["reduce"])
 
 
 def run(config: Config, *, client: Any = None, progress: RunProgress | None = None) -> RunResult:
@@ -164,7 +167,9 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
                 fitted, scores, tsne = _reduce(config, task.output)
             progress.begin("Writing results and closing the cluster")
             with clock.measure("write"):
-                counts = report.write_results(task.output, store.read_outcomes(task.output, range(task.n_partitions)), pca=scores, tsne=tsne)
+                counts = report.write_results(
+                    task.output, store.read_outcomes(task.output, range(task.n_partitions)), pca=scores, tsne=tsne
+                )
                 _write_pca(task.output, fitted)
     manifest |= _describe_results(task, fitted, counts)
     manifest["seconds"] = clock.seconds | {"total": clock.total_seconds, "worker": clock.worker_seconds}
@@ -195,7 +200,9 @@ class _Clock:
 
 def _prepare(config: Config) -> _Task:
     """Check all that can be checked before anything is started or written."""
-    source, output = Location(config.input.url, config.input.storage_options), Location(config.output.url, config.output.storage_options)
+    source, output = Location(config.input.url, config.input.storage_options), Location(
+        config.output.url, config.output.storage_options
+    )
     _check_places(source, output)
     if config.input.sample is not None and not exists(source):
         sample = config.input.sample
@@ -213,9 +220,11 @@ def _prepare(config: Config) -> _Task:
         output=output,
         catalog=catalog,
         fingerprint=fingerprint,
-        images_per_partition=manifest["images_per_partition"]
-        if manifest
-        else config.featurize.images_per_partition or choose_partition_size(len(catalog)),
+        images_per_partition=(
+            manifest["images_per_partition"]
+            if manifest
+            else config.featurize.images_per_partition or choose_partition_size(len(catalog))
+        ),
         manifest=manifest,
         committed=frozenset(store.list_committed(output) if has_store else ()),
     )
@@ -237,7 +246,9 @@ def _check_writable(output: Location) -> None:
     if not os.path.isdir(path):
         raise OutputError(f"output.url {output.url}: expected a folder, found the file {path}; choose another place")
     if not os.access(path, os.W_OK | os.X_OK):
-        raise OutputError(f"output.url {output.url}: no permission to write in {path}; choose another place or change its permissions")
+        raise OutputError(
+            f"output.url {output.url}: no permission to write in {path}; choose another place or change its permissions"
+        )
 
 
 def _start(task: _Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifact]:
@@ -261,7 +272,7 @@ def _choose_scheduler(task: _Task, client: Any, stack: ExitStack) -> AbstractCon
     import dask
 
     if _open_features(task.output)[0].nbytes <= _LOCAL_REDUCE_BYTES:
-        return dask.config.set(scheduler="threads")  # type: ignore[no-any-return, attr-defined]
+        return dask.config.set(scheduler="threads")
     client = client or stack.enter_context(open_client(task.config.cluster))
     return client.as_current()  # type: ignore[no-any-return]
 
@@ -281,7 +292,11 @@ def _begin_output(task: _Task, artifact: ModelArtifact, client: Any) -> dict[str
         "n_images": len(task.catalog),
         "images_per_partition": task.images_per_partition,
         "model": _describe_model(artifact),
-        "cluster": {"kind": task.config.cluster.kind, "n_workers": len(client.nthreads()), "n_threads": sum(client.nthreads().values())},
+        "cluster": {
+            "kind": task.config.cluster.kind,
+            "n_workers": len(client.nthreads()),
+            "n_threads": sum(client.nthreads().values()),
+        },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
         "config": _dump(task.config),
     }
@@ -323,7 +338,7 @@ def _featurize(task: _Task, artifact: ModelArtifact, client: Any, progress: RunP
     def note(summary: "PartitionSummary") -> None:
         nonlocal n_failed
         n_failed += summary.n_failed
-        seconds.update(summary.seconds)  # type: ignore[arg-type]
+        seconds.update(summary.seconds)
         progress.advance(summary.n_images, n_failed=summary.n_failed)
         _check_failures(task, n_failed)
 
@@ -352,7 +367,9 @@ def _check_failures(task: _Task, n_failed: int) -> None:
     )
 
 
-def _reduce(config: Config, output: Location) -> tuple["PrincipalComponents", npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+def _reduce(
+    config: Config, output: Location
+) -> tuple["PrincipalComponents", npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
     """Fit and apply the reductions to the images that have features; the others get NaN."""
     from fruitdask.reduce import TSNE_COMPONENTS, check_n_components, embed_tsne, fit_pca, sample_rows
 
@@ -381,8 +398,8 @@ def _open_features(output: Location) -> tuple["da.Array", npt.NDArray[np.bool_]]
     group = store.open_store(output)
     if group is None:
         raise OutputError(f"{output.url}: expected the features of a run, found none; run it first")
-    array: Any = group["features"]
-    status = np.asarray(group["status"][:])  # type: ignore[index]
+    arrays: Any = group
+    array, status = arrays["features"], np.asarray(arrays["status"][:])
     return da.from_array(array, chunks=array.chunks, name=False), status == store.STATUSES.index("ok")
 
 

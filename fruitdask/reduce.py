@@ -12,7 +12,8 @@ from fruitdask.errors import ReduceError
 
 #: Principal components that t-SNE works on, as its authors advise (van der Maaten and Hinton 2008, section 4.2, take 30; scikit-learn 50).
 TSNE_COMPONENTS = 50
-#: Rows a block of the decomposition: many times the features of common networks, so that each block's QR shrinks it (84 MB at 1280 features).
+#: Rows a block of the decomposition: many times the features of common networks, so that each block's QR shrinks it.
+#: With 1280 features a block takes 84 MB.
 _ROWS_PER_BLOCK = 8192
 #: scikit-learn's rule for its randomized solver: more power iterations where few components are wanted.
 _POWER_ITERATIONS_FEW, _POWER_ITERATIONS_MANY, _FEW_FRACTION = 7, 4, 0.1
@@ -82,7 +83,9 @@ class PrincipalComponents:
         return PrincipalComponents(mean=self.mean, **kept)
 
 
-def fit_pca(features: da.Array, *, n_components: int | float, solver: str = "exact", seed: int = 0) -> PrincipalComponents:
+def fit_pca(
+    features: da.Array, *, n_components: int | float, solver: str = "exact", seed: int = 0
+) -> PrincipalComponents:
     """
     Fit principal components.
 
@@ -163,7 +166,9 @@ def check_n_components(n_components: int | float, *, n_images: int, n_features: 
             )
 
 
-def embed_tsne(scores: npt.NDArray[np.floating[Any]], *, perplexity: float = 30.0, seed: int = 0) -> npt.NDArray[np.float32]:
+def embed_tsne(
+    scores: npt.NDArray[np.floating[Any]], *, perplexity: float = 30.0, seed: int = 0
+) -> npt.NDArray[np.float32]:
     """
     Lay images out in the plane so that neighbours stay neighbours.
 
@@ -217,7 +222,8 @@ def sample_rows(n_rows: int, config: TsneConfig) -> npt.NDArray[np.int64]:
 def _fix_signs(components: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Make the largest entry of each component positive, as scikit-learn 1.5 and later do."""
     largest = np.abs(components).argmax(axis=1)
-    return components * np.sign(components[np.arange(len(components)), largest])[:, np.newaxis]
+    signs = np.sign(components[np.arange(len(components)), largest])
+    return np.asarray(components * signs[:, np.newaxis])
 
 
 def _count_components(fitted: PrincipalComponents, fraction: float) -> int:

@@ -69,7 +69,11 @@ class Counts:
 
 
 def write_results(
-    output: Location, outcomes: Iterable[pd.DataFrame], *, pca: npt.NDArray[np.floating], tsne: npt.NDArray[np.floating] | None
+    output: Location,
+    outcomes: Iterable[pd.DataFrame],
+    *,
+    pca: npt.NDArray[np.floating],
+    tsne: npt.NDArray[np.floating] | None,
 ) -> Counts:
     """
     Write the table of all images, and the table of those that failed.
@@ -100,7 +104,9 @@ def write_results(
     counts, failures, csv, start = Counts(), [], io.StringIO(), 0
     for number, piece in enumerate(outcomes):
         rows = slice(start, start + len(piece))
-        table = _add_columns(piece[["path", "label", "status"]], pca=pca[rows], tsne=None if tsne is None else tsne[rows])
+        table = _add_columns(
+            piece[["path", "label", "status"]], pca=pca[rows], tsne=None if tsne is None else tsne[rows]
+        )
         write_file(output.child(RESULTS, f"part-{number:05d}.parquet"), table.to_parquet(index=False))
         if len(pca) <= _MAX_CSV_ROWS:
             table.to_csv(csv, index=False, header=start == 0, lineterminator="\n")
@@ -159,11 +165,15 @@ def read_results(output: Location) -> pd.DataFrame:
     with explained(folder, "read"):
         folder.fs.invalidate_cache()
         paths = sorted(folder.fs.find(folder.path))
-        table: pd.DataFrame = pyarrow.dataset.dataset(paths, filesystem=folder.fs, format="parquet").to_table().to_pandas()
+        table: pd.DataFrame = (
+            pyarrow.dataset.dataset(paths, filesystem=folder.fs, format="parquet").to_table().to_pandas()
+        )
     return table
 
 
-def _add_columns(table: pd.DataFrame, *, pca: npt.NDArray[np.floating], tsne: npt.NDArray[np.floating] | None) -> pd.DataFrame:
+def _add_columns(
+    table: pd.DataFrame, *, pca: npt.NDArray[np.floating], tsne: npt.NDArray[np.floating] | None
+) -> pd.DataFrame:
     """Lay scores and coordinates beside the outcomes as pca_1, pca_2 ... tsne_1, tsne_2."""
     columns = {f"pca_{number}": column for number, column in enumerate(pca.T.astype(np.float32), start=1)}
     if tsne is not None:

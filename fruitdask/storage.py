@@ -76,7 +76,9 @@ def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str
         fs, path = fsspec.core.url_to_fs(location.url, **location.storage_options)
     except ImportError as error:
         hint = known_implementations.get(protocol, {}).get("err", str(error))
-        raise StorageError(f"{location.url}: the protocol {protocol!r} needs a package that is not installed. {hint}") from error
+        raise StorageError(
+            f"{location.url}: the protocol {protocol!r} needs a package that is not installed. {hint}"
+        ) from error
     except ValueError as error:
         raise StorageError(
             f"{location.url}: expected a local path or a URL that fsspec can open (s3://, abfs://, gs://, https:// ...), found {error}"
@@ -112,7 +114,9 @@ def explained(location: Location, action: str) -> Iterator[None]:
         raise
     except Exception as error:
         # botocore's exceptions do not derive from OSError, and botocore is imported only where S3 is used.
-        if not isinstance(error, OSError) and not type(error).__module__.startswith(("botocore", "aiohttp", "azure", "google")):
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(
+            ("botocore", "aiohttp", "azure", "google")
+        ):
             raise
         cause = str(error) or type(error).__name__
         raise StorageError(f"cannot {action} {location.url}: {cause}; check the path and the permissions") from error

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 import zarr
 
-from fruitdask.errors import OutputError, StorageError, StoreMismatchError
+from fruitdask.errors import OutputError, StoreMismatchError
 from fruitdask.storage import Location, exists, explained, write_file
 
 #: What can become of an image; the position is its code in the store. ``pending`` is an image whose partition is not committed yet.
@@ -20,8 +20,19 @@ OUTCOME_COLUMNS = ("path", "label", "status", "error", "attempts")
 _MANIFEST = "manifest.json"
 _FEATURES = "features.zarr"
 _PARTITIONS = "partitions"
-#: All that a run may write into its output folder, and therefore all that it may delete there; the manifest is written first and deleted last.
-_NAMES = (_FEATURES, _PARTITIONS, "pca.zarr", "results.parquet", "results.csv", "failures.csv", "report.html", "figures", _MANIFEST)
+#: All that a run may write into its output folder, and therefore all that it may delete there.
+#: The manifest is written first and deleted last: it says that the others are fruitdask's.
+_NAMES = (
+    _FEATURES,
+    _PARTITIONS,
+    "pca.zarr",
+    "results.parquet",
+    "results.csv",
+    "failures.csv",
+    "report.html",
+    "figures",
+    _MANIFEST,
+)
 
 
 def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite: bool) -> dict[str, Any] | None:
@@ -70,7 +81,9 @@ def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite:
     return manifest
 
 
-def create_store(output: Location, *, n_images: int, n_features: int, images_per_partition: int, attributes: Mapping[str, Any]) -> None:
+def create_store(
+    output: Location, *, n_images: int, n_features: int, images_per_partition: int, attributes: Mapping[str, Any]
+) -> None:
     """
     Create the empty arrays of a run, one chunk a partition.
 
@@ -146,7 +159,9 @@ def open_store(output: Location) -> zarr.Group | None:
         return zarr.open_group(**_zarr_arguments(location), mode="r")
 
 
-def write_partition(output: Location, *, index: int, start: int, features: npt.NDArray[np.float32], outcomes: pd.DataFrame) -> None:
+def write_partition(
+    output: Location, *, index: int, start: int, features: npt.NDArray[np.float32], outcomes: pd.DataFrame
+) -> None:
     """
     Store what became of a partition: features, then statuses, then the outcome file, which commits it.
 
@@ -171,7 +186,7 @@ def write_partition(output: Location, *, index: int, start: int, features: npt.N
     location = output.child(_FEATURES)
     rows = slice(start, start + len(features))
     with explained(location, "write"):
-        group = zarr.open_group(**_zarr_arguments(location), mode="r+")
+        group: Any = zarr.open_group(**_zarr_arguments(location), mode="r+")
         group["features"][rows] = features
         group["status"][rows] = outcomes["status"].map(STATUSES.index).to_numpy(np.uint8)
     buffer = io.BytesIO()
@@ -262,7 +277,9 @@ def read_manifest(output: Location) -> dict[str, Any] | None:
             return dict(manifest)
     except (ValueError, KeyError, TypeError):
         pass
-    raise OutputError(f"{location.url}: expected the manifest of a fruitdask run, found something else; choose another output.url")
+    raise OutputError(
+        f"{location.url}: expected the manifest of a fruitdask run, found something else; choose another output.url"
+    )
 
 
 def write_manifest(output: Location, manifest: Mapping[str, Any]) -> None:
@@ -326,7 +343,9 @@ def delete_result(output: Location, name: str) -> None:
             location.fs.rm(location.path, recursive=True)
 
 
-def write_arrays(location: Location, arrays: Mapping[str, tuple[npt.NDArray[Any], Sequence[str]]], attributes: Mapping[str, Any]) -> None:
+def write_arrays(
+    location: Location, arrays: Mapping[str, tuple[npt.NDArray[Any], Sequence[str]]], attributes: Mapping[str, Any]
+) -> None:
     """
     Write small arrays as a Zarr group of their own.
 

@@ -5,4 +5,12 @@ from fruitdask.models.build import build_artifact, fingerprint_model
 from fruitdask.models.child import start_building
 from fruitdask.models.predict import Predictor, load_predictor, prepare_engine
 
-__all__ = ["ModelArtifact", "Predictor", "build_artifact", "fingerprint_model", "load_predictor", "prepare_engine", "start_building"]
+__all__ = [
+    "ModelArtifact",
+    "Predictor",
+    "build_artifact",
+    "fingerprint_model",
+    "load_predictor",
+    "prepare_engine",
+    "start_building",
+]

