@@ -115,6 +115,6 @@ def _open_address(config: AddressClusterConfig) -> Iterator[Any]:
             client.wait_for_workers(1, timeout=config.timeout_seconds)
         except TimeoutError as error:
             raise ClusterStartError(
-                f"cluster.address {config.address}: no worker within {config.timeout_seconds:g} s; start one with: dask worker {config.address}"
+                f"cluster.address {config.address}: no worker within {config.timeout_seconds:g} s; start one: dask worker {config.address}"
             ) from error
         yield client

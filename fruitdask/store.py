@@ -111,8 +111,7 @@ def create_store(
     """
     location = output.child(_FEATURES)
     with explained(location, "write"):
-        if not output.is_local or exists(location):
-            clear_output(output, keep_manifest=True)
+        clear_output(output, keep_manifest=True)
         group = zarr.open_group(**_zarr_arguments(location), mode="w", attributes=dict(attributes))
         group.create_array(
             "features",

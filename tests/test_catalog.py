@@ -1,0 +1,452 @@
+"""Tests of the catalog, on real photographs, on odd file names and on a real S3 server."""
+
+import hashlib
+import math
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fruitdask.catalog import COLUMNS, choose_partition_size, hash_catalog, list_images, split_catalog
+from fruitdask.config import InputConfig
+from fruitdask.errors import CatalogError, ConfigError, StorageError
+from fruitdask.sample import CLASS_NAMES
+
+# As published for the Test split of Fruits-360's original-size branch.
+PUBLISHED_COUNTS = {
+    "apple_hit_1": 234,
+    "apple_red_1": 154,
+    "apple_red_2": 159,
+    "apple_red_3": 140,
+    "apple_rotten_1": 159,
+}
+
+ODD_NAMES = (
+    "top.jpg",
+    "apple red/a b.jpg",
+    "pomme été/ü 梨.jpg",
+    "[1]/x[0-9].jpg",
+    "#2/50%25 + ?&*.jpg",
+    "a/b/deep.jpg",
+    "quote's/\"x\".jpg",
+)
+
+
+def list_folder(folder: Path, **options: Any) -> pd.DataFrame:
+    return list_images(InputConfig(url=str(folder), **options))
+
+
+def fill(folder: Path, *names: str) -> Path:
+    """Put small files there; each holds its own name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+
+def write_manifest(path: Path, rows: list[tuple[str, str]]) -> str:
+    table = pd.DataFrame(rows, columns=["path", "label"])
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        table.to_csv(path, index=False)
+    return str(path)
+
+
+def count_labels(catalog: pd.DataFrame) -> dict[str, int]:
+    return dict(Counter(catalog["label"]))
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    """A catalog of three rows."""
+    return pd.DataFrame(
+        {
+            "path": ["a/1.jpg", "a/2.jpg", "b/1.jpg"],
+            "label": ["a", "a", "b"],
+            "bytes": np.array([10, 20, 30], np.int64),
+            "version": ["v1", "v2", "v3"],
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def clean_memory() -> Iterator[None]:
+    """Empty fsspec's memory file system afterwards, for all tests of a process share it."""
+    yield
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+def test_list_images_counts_what_was_published(photographs: Path) -> None:
+    assert count_labels(list_folder(photographs)) == PUBLISHED_COUNTS
+
+
+def test_list_images_describes_every_file_once_and_sorted(photographs: Path) -> None:
+    catalog = list_folder(photographs)
+    files = sorted(path.relative_to(photographs).as_posix() for path in photographs.rglob("*.jpg"))
+    assert list(catalog.columns) == ["path", "label", "bytes", "version"]
+    assert list(catalog.index) == list(range(len(files)))
+    assert list(catalog["path"]) == files
+    assert list(catalog["label"]) == [path.split("/")[0] for path in files]
+    assert list(catalog["bytes"]) == [(photographs / path).stat().st_size for path in files]
+    assert list(catalog["version"].astype(float)) == [(photographs / path).stat().st_mtime for path in files]
+    assert catalog["bytes"].dtype == np.int64
+
+
+def test_list_images_takes_extensions_in_any_case(tmp_path: Path) -> None:
+    wanted = ["a/1.jpg", "a/2.JPG", "a/3.JpEg", "a/4.PNG", "a/5.webp", "a/6.TIF", "a/7.tiff", "a/8.bmp"]
+    fill(tmp_path, *wanted, "a/notes.txt", "a/9.gif", "a/jpg", "a/10.jpg.part", "a/xjpg", "a/clip.mp4")
+    assert list(list_folder(tmp_path)["path"]) == sorted(wanted)
+
+
+def test_list_images_takes_the_extensions_that_are_configured(tmp_path: Path) -> None:
+    fill(tmp_path, "a/1.jpg", "a/2.JP2", "a/3.png")
+    assert list(list_folder(tmp_path, extensions=["jp2", ".Png"])["path"]) == ["a/2.JP2", "a/3.png"]
+
+
+@pytest.mark.parametrize("end", ["", "/"], ids=["plain", "slash at the end"])
+def test_list_images_labels_files_at_the_top_by_the_folder_itself(tmp_path: Path, end: str) -> None:
+    folder = fill(tmp_path / "my fruits", "1.jpg", "pear/2.jpg", "red/apple/3.jpg")
+    catalog = list_images(InputConfig(url=str(folder) + end))
+    assert dict(zip(catalog["path"], catalog["label"])) == {
+        "1.jpg": "my fruits",
+        "pear/2.jpg": "pear",
+        "red/apple/3.jpg": "apple",
+    }
+
+
+def test_list_images_takes_any_name_literally(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "photos [é] #1 *", *ODD_NAMES)
+    catalog = list_folder(folder)
+    assert list(catalog["path"]) == sorted(ODD_NAMES)
+    assert [(folder / path).read_bytes().decode() for path in catalog["path"]] == list(catalog["path"])
+    assert set(catalog["label"]) == {"photos [é] #1 *", "apple red", "pomme été", "[1]", "#2", "b", "quote's"}
+
+
+@pytest.mark.parametrize("target", ["a/1.jpg", "a"], ids=["file", "folder"])
+@pytest.mark.xfail(strict=True, reason="links are left out without a word")
+def test_list_images_follows_links(tmp_path: Path, target: str) -> None:
+    fill(tmp_path / "real", "a/1.jpg")
+    fill(tmp_path / "fruits", "b/2.jpg")
+    (tmp_path / "fruits" / target).parent.mkdir(exist_ok=True)
+    (tmp_path / "fruits" / target).symlink_to(tmp_path / "real" / target)
+    assert list(list_folder(tmp_path / "fruits")["path"]) == ["a/1.jpg", "b/2.jpg"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not allow such a name")
+@pytest.mark.xfail(strict=True, reason="pandas raises a plain UnicodeEncodeError, which list_images lets pass")
+def test_list_images_explains_a_name_that_is_not_unicode(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")).write_bytes(b"x")
+    with pytest.raises(CatalogError, match=r"caf.*\.jpg.*UTF-8"):
+        list_folder(tmp_path)
+
+
+def test_list_images_sees_new_and_changed_files(tmp_path: Path) -> None:
+    fill(tmp_path, "a/1.jpg")
+    before = list_folder(tmp_path)
+    fill(tmp_path, "a/0.jpg")
+    (tmp_path / "a" / "1.jpg").write_bytes(b"longer than before")
+    os.utime(tmp_path / "a" / "1.jpg", (1, 1))
+    after = list_folder(tmp_path)
+    assert list(before["path"]) == ["a/1.jpg"]
+    assert list(after["path"]) == ["a/0.jpg", "a/1.jpg"]
+    assert (after["bytes"][1], float(after["version"][1])) == (18, 1.0)
+
+
+def test_list_images_keeps_the_classes_that_are_named(sample_folder: Path) -> None:
+    catalog = list_folder(sample_folder, classes=["pear_1", "apple_red_1"])
+    assert count_labels(catalog) == {"apple_red_1": 4, "pear_1": 4}
+    assert list(catalog.index) == list(range(8))
+    assert catalog["path"].is_monotonic_increasing
+
+
+def test_list_images_names_the_existing_classes_beside_an_unknown_one(sample_folder: Path) -> None:
+    names = ", ".join(sorted(CLASS_NAMES))
+    with pytest.raises(CatalogError, match=rf"input\.classes names kiwi, plum, which is not there; .* are: {names}$"):
+        list_folder(sample_folder, classes=["plum", "pear_1", "kiwi"])
+
+
+def test_list_images_names_only_some_of_many_classes(tmp_path: Path) -> None:
+    fill(tmp_path, *(f"class_{k:03}/1.jpg" for k in range(40)))
+    with pytest.raises(CatalogError, match=r"class_000, .*class_029 \.\.\.$"):
+        list_folder(tmp_path, classes=["kiwi"])
+
+
+@pytest.mark.parametrize(
+    ("limit", "counts"),
+    [(5, [1] * 5), (500, [100] * 5), (700, [140] * 5), (720, [145, 145, 145, 140, 145]), (10_000, [234, 154, 159, 140, 159])],
+    ids=["one each", "equal", "all of the smallest", "more than the smallest", "more than all"],
+)
+def test_list_images_limits_the_classes_evenly(photographs: Path, limit: int, counts: list[int]) -> None:
+    catalog = list_folder(photographs, limit=limit)
+    assert count_labels(catalog) == dict(zip(PUBLISHED_COUNTS, counts))
+    assert catalog["path"].is_monotonic_increasing
+    assert list(catalog.index) == list(range(len(catalog)))
+
+
+def test_list_images_limits_to_what_the_classes_filter_left(photographs: Path) -> None:
+    catalog = list_folder(photographs, limit=9, classes=["apple_red_1", "apple_red_2"])
+    assert sorted(count_labels(catalog).values()) == [4, 5]
+    assert set(catalog["label"]) == {"apple_red_1", "apple_red_2"}
+
+
+def test_list_images_does_not_just_take_the_first(photographs: Path) -> None:
+    chosen = set(list_folder(photographs, limit=250)["path"])
+    everything = list_folder(photographs)
+    first = set(everything.groupby("label").head(50)["path"])
+    assert len(chosen & first) < 150  # a random choice of 50 shares about 16 of 50 with the first 50
+
+
+def test_list_images_chooses_the_same_in_another_process_and_from_other_files(tmp_path: Path) -> None:
+    names = [f"{label}/{k}.jpg" for label in "abc" for k in range(20)]
+    one, two = fill(tmp_path / "one", *names), fill(tmp_path / "two", *reversed(names))
+    code = "import sys; from fruitdask.catalog import *; from fruitdask.config import InputConfig; "
+    code += "print(*list_images(InputConfig(url=sys.argv[1], limit=10))['path'])"
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(two)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == list(list_folder(one, limit=10)["path"])
+
+
+@pytest.mark.usefixtures("clean_memory")
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=5), limit=st.integers(1, 40), more=st.integers(0, 15)
+)
+def test_list_images_limits_evenly_and_keeps_what_a_smaller_limit_chose(sizes: list[int], limit: int, more: int) -> None:
+    rows = [f"{name}/{k}.jpg,class {name}" for name, size in enumerate(sizes) for k in range(size)]
+    fsspec.filesystem("memory").pipe_file("/limit/labels.csv", "\n".join(["path,label", *rows]).encode())
+    smaller, larger = (
+        list_images(InputConfig(url="memory://limit", manifest="memory://limit/labels.csv", limit=n))
+        for n in (limit, limit + more)
+    )
+    assert len(smaller) == min(limit, sum(sizes))
+    counts = count_labels(smaller)
+    for name, size in enumerate(sizes):
+        count = counts.get(f"class {name}", 0)
+        assert count == size or count >= max(counts.values()) - 1
+    assert set(smaller["path"]) <= set(larger["path"])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"], ids=["csv", "parquet"])
+def test_list_images_takes_labels_from_a_manifest(tmp_path: Path, suffix: str) -> None:
+    fill(tmp_path / "in", "x/1.jpg", "x/2.dat", "x/not listed.jpg")
+    rows = [("x/2.dat", "007"), ("x/1.jpg", "pear, ripe"), ("été.jpg", "café")]
+    manifest = write_manifest(tmp_path / f"labels{suffix}", rows)
+    catalog = list_folder(tmp_path / "in", manifest=manifest)
+    assert list(zip(catalog["path"], catalog["label"], catalog["bytes"])) == [
+        ("x/1.jpg", "pear, ripe", 7),
+        ("x/2.dat", "007", 7),
+        ("été.jpg", "café", 0),
+    ]
+
+
+def test_list_images_keeps_a_missing_file_of_the_manifest(tmp_path: Path) -> None:
+    fill(tmp_path, "1.jpg")
+    manifest = write_manifest(tmp_path / "labels.csv", [("gone/2.jpg", "a"), ("1.jpg", "b")])
+    catalog = list_folder(tmp_path, manifest=manifest)
+    assert list(catalog["path"]) == ["1.jpg", "gone/2.jpg"]
+    assert (catalog["bytes"][1], catalog["version"][1], catalog["bytes"].dtype) == (0, "", np.int64)
+    assert float(catalog["version"][0]) == (tmp_path / "1.jpg").stat().st_mtime
+
+
+def test_list_images_ignores_further_columns_of_the_manifest(tmp_path: Path) -> None:
+    fill(tmp_path, "1.jpg")
+    (tmp_path / "labels.csv").write_text("bytes,label,split,path,version\n999,pear,test,1.jpg,v9\n")
+    catalog = list_folder(tmp_path, manifest=str(tmp_path / "labels.csv"))
+    assert (list(catalog.columns), list(catalog["bytes"])) == (list(COLUMNS), [5])
+
+
+def test_list_images_applies_classes_and_limit_to_a_manifest(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "labels.csv", [(f"{k}.jpg", "abc"[k % 3]) for k in range(30)])
+    catalog = list_folder(tmp_path, manifest=manifest, classes=["a", "c"], limit=6)
+    assert count_labels(catalog) == {"a": 3, "c": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("file,class\n1.jpg,a\n", r"expected the columns path and label in input\.manifest, found file, class"),
+        ("path,class\n1.jpg,a\n", r"expected the columns path and label in input\.manifest, found path, class"),
+        ("path,label\n1.jpg,a\n2.jpg,a\n1.jpg,b\n", r"expected each path once in input\.manifest, found '1\.jpg' twice"),
+        ("", r"expected a CSV or Parquet table in input\.manifest, found No columns"),
+        ("path,label\n1.jpg,a,b,c\n2.jpg,a\n3,4,5,6,7,8\n", r"expected a CSV or Parquet table .*, found .*line 4"),
+    ],
+    ids=["other columns", "no label", "duplicate", "empty", "ragged"],
+)
+def test_list_images_refuses_a_broken_csv_manifest(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "labels.csv").write_text(content)
+    with pytest.raises(ConfigError, match=rf"labels\.csv: {message}"):
+        list_folder(tmp_path, manifest=str(tmp_path / "labels.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("labels.csv", "path,label\n\xe9.jpg,a\n".encode("latin-1")), ("labels.parquet", b"path,label\n1.jpg,a\n")],
+    ids=["latin-1", "not parquet"],
+)
+def test_list_images_refuses_a_manifest_in_another_format(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{name}: expected a CSV or Parquet table in input\.manifest, found .+"):
+        list_folder(tmp_path, manifest=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("row", [",a", "1.jpg,"], ids=["no path", "no label"])
+@pytest.mark.xfail(strict=True, reason="an empty field becomes NaN, as path or label")
+def test_list_images_refuses_a_manifest_with_an_empty_field(tmp_path: Path, row: str) -> None:
+    (tmp_path / "labels.csv").write_text(f"path,label\n0.jpg,a\n{row}\n")
+    with pytest.raises(ConfigError, match=r"labels\.csv: "):
+        list_folder(tmp_path, manifest=str(tmp_path / "labels.csv"))
+
+
+@pytest.mark.parametrize("label", ["NA", "None", "null", "nan"])
+@pytest.mark.xfail(strict=True, reason="pandas takes these words for missing values")
+def test_list_images_takes_the_words_of_a_csv_manifest_literally(tmp_path: Path, label: str) -> None:
+    (tmp_path / "labels.csv").write_text(f"path,label\n0.jpg,{label}\n")
+    assert list(list_folder(tmp_path, manifest=str(tmp_path / "labels.csv"))["label"]) == [label]
+
+
+def test_list_images_says_that_the_manifest_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"cannot read .*/none\.csv: .*No such file"):
+        list_folder(tmp_path, manifest=str(tmp_path / "none.csv"))
+
+
+def test_list_images_says_that_the_manifest_has_no_rows(tmp_path: Path) -> None:
+    fill(tmp_path, "1.jpg")
+    manifest = write_manifest(tmp_path / "labels.csv", [])
+    with pytest.raises(CatalogError, match=r"labels\.csv: expected images in input\.manifest, found no row"):
+        list_folder(tmp_path, manifest=manifest)
+
+
+@pytest.mark.parametrize("names", [[], ["a/notes.txt", "b/clip.gif"]], ids=["empty", "other files"])
+def test_list_images_says_that_a_folder_holds_no_images(tmp_path: Path, names: list[str]) -> None:
+    with pytest.raises(CatalogError, match=rf"{tmp_path}: expected images \(\.jpg, .*\.bmp\), found none; check"):
+        list_folder(fill(tmp_path, *names))
+
+
+def test_list_images_says_that_a_folder_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match=rf"{tmp_path}/nope: there is no such folder; check input\.url"):
+        list_folder(tmp_path / "nope")
+
+
+def test_list_images_says_that_a_folder_is_missing_on_s3(s3_bucket: tuple[str, dict[str, Any]]) -> None:
+    bucket, options = s3_bucket
+    with pytest.raises(CatalogError, match=rf"s3://{bucket}/nope: there is no such folder; check input\.url"):
+        list_images(InputConfig(url=f"s3://{bucket}/nope", storage_options=options))
+
+
+def test_list_images_lists_the_same_from_s3_as_from_disk(
+    tmp_path: Path, sample_folder: Path, s3_bucket: tuple[str, dict[str, Any]], s3_client: Any
+) -> None:
+    bucket, options = s3_bucket
+    folder = fill(tmp_path / "in [1]", *ODD_NAMES)
+    for path in sample_folder.rglob("*.jpg"):
+        target = folder / path.relative_to(sample_folder)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        key = f"in [1]/{path.relative_to(folder).as_posix()}"
+        s3_client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+    s3_client.put_object(Bucket=bucket, Key="in [1]/empty folder/", Body=b"")
+    s3_client.put_object(Bucket=bucket, Key="in [1] not/1.jpg", Body=b"x")
+
+    from_disk = list_folder(folder)
+    from_s3 = list_images(InputConfig(url=f"s3://{bucket}/in [1]", storage_options=options))
+    columns = ["path", "label", "bytes"]
+    pd.testing.assert_frame_equal(from_s3[columns], from_disk[columns])
+    etags = [hashlib.md5((folder / path).read_bytes()).hexdigest() for path in from_disk["path"]]
+    assert list(from_s3["version"]) == etags
+
+
+def test_list_images_sees_what_changed_on_s3(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
+    bucket, options = s3_bucket
+    config = InputConfig(url=f"s3://{bucket}", storage_options=options)
+    s3_client.put_object(Bucket=bucket, Key="a/1.jpg", Body=b"1")
+    before = list_images(config)
+    s3_client.put_object(Bucket=bucket, Key="a/1.jpg", Body=b"2")
+    s3_client.put_object(Bucket=bucket, Key="2.jpg", Body=b"2")
+    after = list_images(config)
+    assert list(before["version"]) == [hashlib.md5(b"1").hexdigest()]
+    assert list(after["version"]) == [hashlib.md5(b"2").hexdigest()] * 2
+    assert list(after["label"]) == [bucket, "a"]
+
+
+@given(n_images=st.integers(1, 5_000_000))
+def test_choose_partition_size_stays_in_its_range_and_makes_about_16(n_images: int) -> None:
+    size = choose_partition_size(n_images)
+    assert 32 <= size <= 512
+    if 32 * 16 <= n_images <= 512 * 16:
+        assert size == math.ceil(n_images / 16)
+    else:
+        assert size == (32 if n_images < 32 * 16 else 512)
+
+
+@given(n_images=st.integers(0, 120), size=st.integers(1, 130))
+def test_split_catalog_covers_each_row_once_and_in_order(n_images: int, size: int) -> None:
+    paths, labels = [f"{k}.jpg" for k in range(n_images)], [f"class {k % 7}" for k in range(n_images)]
+    catalog = pd.DataFrame({"path": paths, "label": labels, "bytes": 1, "version": "v"})
+    partitions = list(split_catalog(catalog, size))
+    assert [path for partition in partitions for path in partition.paths] == paths
+    assert [label for partition in partitions for label in partition.labels] == labels
+    assert [partition.index for partition in partitions] == list(range(math.ceil(n_images / size)))
+    assert [partition.start for partition in partitions] == list(range(0, n_images, size))
+    assert {len(partition.paths) for partition in partitions[:-1]} <= {size}
+
+
+def test_split_catalog_gives_partitions_that_survive_pickle(table: pd.DataFrame) -> None:
+    partitions = list(split_catalog(table, 2))
+    assert pickle.loads(pickle.dumps(partitions)) == partitions
+    assert {type(path) for partition in partitions for path in partition.paths} == {str}
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("path", "a/3.jpg"), ("label", "c"), ("bytes", 21), ("version", "v9")],
+    ids=["path", "label", "bytes", "version"],
+)
+def test_hash_catalog_changes_with_each_column(table: pd.DataFrame, column: str, value: Any) -> None:
+    changed = table.copy()
+    changed.loc[1, column] = value
+    assert hash_catalog(changed) != hash_catalog(table)
+
+
+def test_hash_catalog_changes_with_the_rows_and_their_order(table: pd.DataFrame) -> None:
+    swapped = table.rename(columns={"path": "label", "label": "path"})
+    variants = [table, table.iloc[::-1], table.iloc[:2], table.iloc[:0], pd.concat([table, table]), swapped]
+    assert len({hash_catalog(variant) for variant in variants}) == len(variants)
+
+
+def test_hash_catalog_depends_on_nothing_else(table: pd.DataFrame, tmp_path: Path) -> None:
+    table.to_parquet(tmp_path / "catalog.parquet")
+    variants = [
+        table.copy(),
+        table.set_index(pd.Index([7, 8, 9])),
+        table[["version", "bytes", "label", "path"]],
+        table.assign(status="ok"),
+        table.astype({"path": object, "label": object}),
+        pickle.loads(pickle.dumps(table)),
+        pd.read_parquet(tmp_path / "catalog.parquet"),
+    ]
+    assert {hash_catalog(variant) for variant in variants} == {hash_catalog(table)}
+    assert len(bytes.fromhex(hash_catalog(table))) == 32
+
+
+def test_hash_catalog_changes_with_the_time_of_a_file(tmp_path: Path) -> None:
+    fill(tmp_path, "a/1.jpg", "a/2.jpg")
+    before = hash_catalog(list_folder(tmp_path))
+    assert hash_catalog(list_folder(tmp_path)) == before
+    os.utime(tmp_path / "a" / "1.jpg", (1, 1))
+    assert hash_catalog(list_folder(tmp_path)) != before

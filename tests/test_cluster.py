@@ -1,0 +1,68 @@
+"""Clusters: local ones, running ones, and none."""
+
+import socket
+from typing import Any
+
+import pytest
+from distributed import LocalCluster, Scheduler
+
+from fruitdask.cluster import choose_workers, open_client
+from fruitdask.config import AddressClusterConfig, LocalClusterConfig
+from fruitdask.errors import ClusterStartError
+
+GIB = 1024**3
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_cores", "memory_bytes", "expected"),
+    [
+        ({}, 2, 24 * GIB, (2, 1)),
+        ({}, 16, 16 * GIB, (8, 2)),
+        ({}, 4, GIB, (1, 4)),
+        ({"threads_per_worker": 4}, 16, 128 * GIB, (4, 4)),
+        ({"n_workers": 3, "threads_per_worker": 5}, 2, GIB, (3, 5)),
+        ({"n_workers": 8}, 2, GIB, (8, 1)),
+    ],
+    ids=["a process a core", "short of memory", "very short", "threads given", "both given", "more than cores"],
+)
+def test_choose_workers(settings: dict, n_cores: int, memory_bytes: int, expected: tuple[int, int]) -> None:
+    chosen = choose_workers(LocalClusterConfig(**settings), n_cores=n_cores, memory_bytes=memory_bytes)
+    assert chosen == expected
+
+
+def test_local_cluster_listens_on_loopback_only(client: Any) -> None:
+    info = client.scheduler_info()
+    addresses = [info["address"], *info["workers"], client.dashboard_link.replace("http", "tcp")]
+    assert all(address.startswith("tcp://127.0.0.1:") for address in addresses)
+    assert sorted(client.nthreads().values()) == [2, 2]
+
+
+def test_local_cluster_that_cannot_start_says_so() -> None:
+    with pytest.raises(ClusterStartError, match="the local cluster .* did not start: .*; check the section cluster"):
+        with open_client(LocalClusterConfig(n_workers=1, memory_limit="a lot", dashboard_address=None)):
+            pass
+
+
+def test_address_cluster_is_left_running() -> None:
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=None, host="127.0.0.1") as cluster:
+        for _ in range(2):
+            with open_client(AddressClusterConfig(kind="address", address=cluster.scheduler_address)) as client:
+                assert client.submit(sum, [1, 2]).result() == 3
+
+
+def test_unreachable_scheduler_times_out() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{closed.getsockname()[1]}"
+    with pytest.raises(ClusterStartError, match=f"cluster.address {address}: no scheduler answered within 0.5 s"):
+        with open_client(AddressClusterConfig(kind="address", address=address, timeout_seconds=0.5)):
+            pass
+
+
+def test_scheduler_without_workers_times_out() -> None:
+    with LocalCluster(n_workers=0, processes=False, protocol="tcp", dashboard_address=None, host="127.0.0.1") as cluster:
+        assert isinstance(cluster.scheduler, Scheduler)
+        with pytest.raises(ClusterStartError, match="no worker within 0.5 s; start one: dask worker tcp://127.0.0.1"):
+            config = AddressClusterConfig(kind="address", address=cluster.scheduler_address, timeout_seconds=0.5)
+            with open_client(config):
+                pass

@@ -1,0 +1,558 @@
+"""Tests of the configuration."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+from PIL import Image
+
+from fruitdask.config import (
+    PILLOW_LIMIT_PIXELS,
+    AddressClusterConfig,
+    Config,
+    LocalClusterConfig,
+    build_schema,
+    load_config,
+)
+from fruitdask.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+SECTIONS = {"input": {"url": "s3://fruits/Test"}, "output": {"url": "s3://fruits/run"}}
+MINIMAL = "input: {url: s3://fruits/Test}\noutput: {url: s3://fruits/run}\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def load(**sections: Any) -> Config:
+    return load_config({**SECTIONS, **sections})
+
+
+def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, MINIMAL)).model_dump() == {
+        "input": {
+            "url": "s3://fruits/Test",
+            "storage_options": {},
+            "classes": None,
+            "extensions": (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"),
+            "limit": None,
+            "manifest": None,
+            "sample": None,
+        },
+        "model": {
+            "name": "MobileNetV2",
+            "weights": "imagenet",
+            "input_px": None,
+            "pooling": "avg",
+            "layer": None,
+            "preprocessing": None,
+            "engine": "tensorflow",
+        },
+        "cluster": {
+            "kind": "local",
+            "n_workers": None,
+            "threads_per_worker": None,
+            "memory_limit": None,
+            "dashboard_address": "127.0.0.1:8787",
+        },
+        "featurize": {
+            "images_per_partition": None,
+            "batch_size": 8,
+            "max_failed_fraction": 0.05,
+            "max_pixels": 50_000_000,
+            "fetch_attempts": 3,
+            "concurrent_reads": 16,
+        },
+        "reduce": {
+            "n_components": 2,
+            "solver": "exact",
+            "seed": 0,
+            "tsne": {"enabled": False, "max_rows": 5000, "perplexity": 30.0, "seed": 0},
+        },
+        "output": {"url": "s3://fruits/run", "storage_options": {}, "overwrite": False},
+    }
+
+
+def test_load_config_takes_mappings_as_it_takes_a_file(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, MINIMAL)) == load_config(SECTIONS)
+
+
+def test_load_config_leaves_the_callers_mapping_alone() -> None:
+    sections = {**SECTIONS, "input": {"url": "photographs"}, "cluster": {"n_workers": 2}}
+    before = json.dumps(sections)
+    load_config(sections, overrides=["input.limit=3", "cluster.n_workers=4"])
+    assert json.dumps(sections) == before
+
+
+def test_load_config_lets_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "model: {pooling: max, input_px: 96}\nreduce: {n_components: 9}\n")
+    config = load_config(path, overrides=["model.pooling=flatten", "reduce.n_components=4", "reduce.n_components=7"])
+    assert config.model.pooling == "flatten"
+    assert config.model.input_px == 96
+    assert config.model.name == "MobileNetV2"
+    assert config.reduce.n_components == 7
+
+
+def test_load_config_overrides_one_key_of_a_nested_mapping(tmp_path: Path) -> None:
+    text = "input: {url: s3://b/in, storage_options: {endpoint_url: 'http://localhost:9000', anon: false}}\n"
+    path = write(tmp_path, text + "output: {url: s3://b/out}\nreduce: {tsne: {enabled: true, seed: 4}}\n")
+    config = load_config(path, overrides=["input.storage_options.anon=true", "reduce.tsne.seed=5"])
+    assert config.input.storage_options == {"endpoint_url": "http://localhost:9000", "anon": True}
+    assert (config.reduce.tsne.enabled, config.reduce.tsne.seed) == (True, 5)
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("input.limit=10", "input", "limit", 10),
+        ("input.classes=[pear_1, apple_red_1]", "input", "classes", ("pear_1", "apple_red_1")),
+        ("output.overwrite=true", "output", "overwrite", True),
+        ("reduce.n_components=0.8", "reduce", "n_components", 0.8),
+        ("cluster.dashboard_address=null", "cluster", "dashboard_address", None),
+        ("cluster.dashboard_address=", "cluster", "dashboard_address", None),
+        ("cluster.memory_limit=4GiB", "cluster", "memory_limit", "4GiB"),
+        ("input.url=s3://b/a=b", "input", "url", "s3://b/a=b"),
+    ],
+    ids=["integer", "list", "boolean", "float", "null", "nothing", "string", "equals sign in the value"],
+)
+def test_load_config_reads_the_value_of_an_override_as_yaml(override: str, section: str, key: str, value: Any) -> None:
+    found = getattr(getattr(load_config(SECTIONS, overrides=[override]), section), key)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    "override", ["pooling=max", "model.pooling", "", "=", "model"], ids=["no section", "no value", "empty", "equals", "word"]
+)
+def test_load_config_refuses_an_override_without_a_section_or_a_value(override: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--set {override}: expected section\.key=value, for example"):
+        load_config(SECTIONS, overrides=[override])
+
+
+def test_load_config_refuses_an_override_that_is_not_yaml() -> None:
+    with pytest.raises(ConfigError, match=re.escape("--set input.classes=[pear_1: '[pear_1' is not a YAML value")):
+        load_config(SECTIONS, overrides=["input.classes=[pear_1"])
+
+
+def test_load_config_says_what_is_wrong_with_the_value_of_an_override() -> None:
+    with pytest.raises(ConfigError, match=r"model\.pooling: input should be 'avg', 'max' or 'flatten', found 'mean'"):
+        load_config(SECTIONS, overrides=["model.pooling=mean"])
+
+
+def test_load_config_resolves_paths_of_the_file_against_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "input: {url: ../photographs, manifest: ./labels.csv}\nmodel: {weights: w/m.weights.h5}\noutput: {url: out/}\n"
+    write(tmp_path / "conf", text)
+    config = load_config("conf/run.yaml")
+    assert config.input.url == str(tmp_path / "photographs")
+    assert config.input.manifest == str(tmp_path / "conf" / "labels.csv")
+    assert config.model.weights == str(tmp_path / "conf" / "w" / "m.weights.h5")
+    assert config.output.url == str(tmp_path / "conf" / "out")
+
+
+def test_load_config_resolves_paths_of_overrides_against_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "conf", "input: {url: a}\noutput: {url: b}\n")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = load_config(path, overrides=["input.url=photographs", "model.weights=../m.weights.h5"])
+    assert config.input.url == str(tmp_path / "here" / "photographs")
+    assert config.model.weights == str(tmp_path / "m.weights.h5")
+    assert config.output.url == str(tmp_path / "conf" / "b")
+
+
+def test_load_config_resolves_paths_of_mappings_against_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load(output={"url": "out"}).output.url == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize("how", ["file", "override"])
+def test_load_config_expands_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = write(tmp_path, MINIMAL.replace("s3://fruits/run", "~/run"))
+    config = load_config(path) if how == "file" else load_config(SECTIONS, overrides=["output.url=~/run"])
+    assert config.output.url == str(tmp_path / "home" / "run")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://bucket/a/../b", "abfs://c@account.dfs.core.windows.net/x", "memory://x", "file:///data/x", "/data/x"],
+    ids=["s3", "abfs", "memory", "file", "absolute path"],
+)
+def test_load_config_leaves_urls_and_absolute_paths_alone(tmp_path: Path, url: str) -> None:
+    path = write(tmp_path, f"input: {{url: '{url}'}}\noutput: {{url: '{url}'}}\nmodel: {{weights: '{url}'}}\n")
+    config = load_config(path)
+    assert (config.input.url, config.output.url, config.model.weights) == (url, url, url)
+
+
+@pytest.mark.parametrize("word", ["imagenet", "random"])
+def test_load_config_does_not_take_the_words_for_weights_as_paths(tmp_path: Path, word: str) -> None:
+    assert load_config(write(tmp_path, MINIMAL + f"model: {{weights: {word}}}\n")).model.weights == word
+
+
+@pytest.mark.xfail(strict=True, reason="the words for weights are left alone in every section")
+@pytest.mark.parametrize("word", ["imagenet", "random"])
+def test_load_config_resolves_a_folder_that_is_named_like_weights(tmp_path: Path, word: str) -> None:
+    path = write(tmp_path, f"input: {{url: {word}}}\noutput: {{url: s3://fruits/run}}\n")
+    assert load_config(path).input.url == str(tmp_path / word)
+
+
+def test_load_config_expands_environment_variables_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRUITS_BUCKET", "fruits-7")
+    monkeypatch.setenv("FRUITS_CLASS", "pear_1")
+    text = """
+    input:
+      url: s3://${FRUITS_BUCKET}/${FRUITS_CLASS}
+      classes: ["${FRUITS_CLASS}"]
+      storage_options: {a: {b: "${FRUITS_BUCKET}"}}
+    output: {url: "${FRUITS_BUCKET}/run"}
+    """
+    path = write(tmp_path, text)
+    config = load_config(path, overrides=["model.layer=${FRUITS_CLASS}_$HOME_{x}"])
+    assert config.input.url == "s3://fruits-7/pear_1"
+    assert config.input.classes == ("pear_1",)
+    assert config.input.storage_options == {"a": {"b": "fruits-7"}}
+    assert config.output.url == str(tmp_path / "fruits-7" / "run")
+    assert config.model.layer == "pear_1_$HOME_{x}"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("input: {url: 's3://${FRUITS_UNSET}/x'}", [], r"run\.yaml: the environment variable FRUITS_UNSET of .*/x' is not set"),
+        (MINIMAL, ["input.url=${FRUITS_UNSET}"], r"--set: the environment variable FRUITS_UNSET of .* is not set"),
+    ],
+    ids=["file", "override"],
+)
+def test_load_config_names_an_environment_variable_that_is_not_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, overrides: list[str], message: str
+) -> None:
+    monkeypatch.delenv("FRUITS_UNSET", raising=False)
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text), overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: {}", r"line 3: unknown key modle; did you mean model\?"),
+        ("xyz: 1", r"line 3: unknown key xyz; valid keys: cluster, featurize, input, model, output, reduce"),
+        ("model:\n  name: VGG16\n  poling: max", r"line 5: unknown key model\.poling; did you mean pooling\?"),
+        ("reduce:\n  tsne:\n    perplexty: 3", r"line 5: unknown key reduce\.tsne\.perplexty; did you mean perplexity\?"),
+        ("cluster:\n  kind: local\n  n_worker: 3", r"line 5: unknown key cluster\.n_worker; did you mean n_workers\?"),
+        ("cluster:\n  n_worker: 3", r"line 4: unknown key cluster\.n_worker; did you mean n_workers\?"),
+        (
+            "cluster:\n  kind: address\n  address: tcp://h:1\n  timeout_second: 3",
+            r"line 6: unknown key cluster\.timeout_second; did you mean timeout_seconds\?",
+        ),
+    ],
+    ids=["top level", "nothing near", "section", "nested", "union", "union by default", "other member of the union"],
+)
+def test_load_config_names_the_nearest_key_to_an_unknown_one(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(tmp_path))}/run\.yaml, {message}$"):
+        load_config(write(tmp_path, MINIMAL + text))
+
+
+def test_load_config_names_the_nearest_key_inside_an_optional_section(tmp_path: Path) -> None:
+    text = "input:\n  url: x\n  sample:\n    perclass: 3\noutput: {url: y}\n"
+    with pytest.raises(ConfigError, match=r"line 4: unknown key input\.sample\.perclass; did you mean per_class\?"):
+        load_config(write(tmp_path, text))
+
+
+@pytest.mark.xfail(strict=True, reason="the keys of all kinds are offered")
+def test_load_config_offers_only_keys_of_the_kind_of_cluster_in_use() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key cluster\.timeout_secs; ") as caught:
+        load(cluster={"kind": "local", "timeout_secs": 3})
+    assert "timeout_seconds" not in str(caught.value)
+
+
+@pytest.mark.xfail(strict=True, reason="the keys of all kinds are offered, so that the unknown key is the nearest to itself")
+def test_load_config_does_not_offer_the_unknown_key_itself() -> None:
+    with pytest.raises(ConfigError, match=r"cluster") as caught:
+        load(cluster={"address": "tcp://10.0.0.5:8786"})
+    assert "did you mean address?" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("featurize:\n  batch_size: many", r"line 4: featurize\.batch_size: input should be a valid integer.*, found 'many'"),
+        ("featurize:\n  batch_size: 0", r"line 4: featurize\.batch_size: .* greater than or equal to 1, found 0"),
+        ("featurize:\n  max_failed_fraction: 1.5", r"line 4: featurize\.max_failed_fraction: .*less than .* 1, found 1\.5"),
+        ("featurize:\n  max_failed_fraction: .nan", r"line 4: featurize\.max_failed_fraction: .*finite number, found nan"),
+        ("model: fast", r"line 3: model: input should be a valid dictionary .*, found 'fast'"),
+        ("model:", r"line 3: model: input should be a valid dictionary .*, found None"),
+        ("model: {pooling: mean}", r"line 3: model\.pooling: input should be 'avg', 'max' or 'flatten', found 'mean'"),
+        ("model: {input_px: 16}", r"line 3: model\.input_px: .* greater than or equal to 32, found 16"),
+        ("cluster:\n  kind: slurm", r"line 3: cluster: .*'slurm'.* expected tags: 'local', 'address'"),
+        ("cluster: local", r"line 3: cluster: input should be a valid dictionary .*, found 'local'"),
+        ("cluster:\n  kind: local\n  n_workers: 0", r"line 5: cluster\.n_workers: .* greater than or equal to 1, found 0"),
+        ("1: {}", r"line 3: 1: keys should be strings, found 1"),
+    ],
+    ids=[
+        "string for an integer",
+        "too small",
+        "too large",
+        "nan",
+        "word for a section",
+        "empty section",
+        "not a choice",
+        "image too small",
+        "unknown kind",
+        "word for a cluster",
+        "inside the union",
+        "number as a key",
+    ],
+)
+def test_load_config_says_where_a_value_is_wrong_and_what_it_is(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(tmp_path))}/run\.yaml, {message}"):
+        load_config(write(tmp_path, MINIMAL + text))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"input": {"url": "x", "classes": "pear_1"}}, r"input\.classes: input should be a valid tuple, found 'pear_1'"),
+        ({"input": {"url": "x", "classes": []}}, r"input\.classes: .*at least 1 item"),
+        ({"input": {"url": "x", "classes": ["a", 7]}}, r"input\.classes\.1: input should be a valid string, found 7"),
+        ({"input": {"url": "x", "extensions": []}}, r"input\.extensions: .*at least 1 item"),
+        ({"input": {"url": "x", "limit": 0}}, r"input\.limit: .*greater than or equal to 1, found 0"),
+        ({"input": {"url": "x", "sample": {"size_px": 8}}}, r"input\.sample\.size_px: .* 16, found 8"),
+    ],
+    ids=["classes as a word", "no classes", "class as a number", "no extensions", "limit 0", "sample too small"],
+)
+def test_load_config_refuses_wrong_lists_and_limits(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^the configuration: {message}"):
+        load(**sections)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("input: {url: x}", r"run\.yaml: the key output is missing; add it"),
+        ("output: {url: x}", r"run\.yaml: the key input is missing; add it"),
+        ("input: {url: x}\noutput:\n  overwrite: true", r"run\.yaml, line 2: the key output\.url is missing; add it"),
+    ],
+    ids=["no output", "no input", "no url"],
+)
+def test_load_config_names_a_missing_key(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text))
+
+
+@pytest.mark.xfail(strict=True, reason="the tag of the union has the name of the key: cluster.address.address")
+def test_load_config_names_a_missing_address(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml, line 3: the key cluster\.address is missing; add it"):
+        load_config(write(tmp_path, MINIMAL + "cluster: {kind: address}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"expected sections such as input: and output:, found NoneType"),
+        ("- input", r"expected sections such as input: and output:, found list"),
+        ("just words", r"expected sections such as input: and output:, found str"),
+        ("input: {url: x", r"not valid YAML: .*line 1"),
+        ("input: a: b", r"not valid YAML: mapping values are not allowed here .*line 1"),
+        ("input: !!python/object:os.PathLike {}", r"not valid YAML: could not determine a constructor for the tag"),
+        ("input: !!python/object/apply:os.mkdir [MARK]", r"not valid YAML: could not determine a constructor for the tag"),
+    ],
+    ids=["empty", "list", "words", "open brace", "two colons", "python object", "python call"],
+)
+def test_load_config_refuses_what_is_not_a_mapping_in_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(tmp_path))}/run\.yaml: {message}"):
+        load_config(write(tmp_path, text))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.xfail(strict=True, reason="PyYAML raises a plain ValueError here, which load_config lets pass")
+@pytest.mark.parametrize("how", ["file", "override"])
+def test_load_config_explains_a_date_that_does_not_exist(tmp_path: Path, how: str) -> None:
+    source = write(tmp_path, MINIMAL.replace("s3://fruits/run", "2026-02-30")) if how == "file" else SECTIONS
+    with pytest.raises(ConfigError, match=r"YAML.*day" if how == "file" else r"--set output\.url=2026-02-30: .*YAML"):
+        load_config(source, overrides=["output.url=2026-02-30"] if how == "override" else [])
+
+
+def test_load_config_says_that_a_file_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nope\.yaml: there is no such configuration file; configs/demo\.yaml"):
+        load_config(tmp_path / "nope.yaml")
+
+
+def test_load_config_says_that_a_file_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected a YAML file in UTF-8, but it cannot be read: .*directory"):
+        load_config(tmp_path)
+    (tmp_path / "run.yaml").write_bytes("input: {url: é}".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"run\.yaml: expected a YAML file in UTF-8, but it cannot be read: .*utf-8"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.xfail(strict=True, reason="Path.expanduser raises a plain RuntimeError, which load_config lets pass")
+def test_load_config_explains_a_home_folder_that_does_not_exist() -> None:
+    with pytest.raises(ConfigError, match=r"~no_such_user_here"):
+        load(output={"url": "~no_such_user_here/x"})
+
+
+@pytest.mark.xfail(strict=True, reason="the line of the file is given for a value that came from --set")
+def test_load_config_blames_the_override_and_not_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "model: {pooling: avg}\n")
+    with pytest.raises(ConfigError, match=r"model\.pooling: .*, found 'mean'") as caught:
+        load_config(path, overrides=["model.pooling=mean"])
+    assert "line 3" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [1, 2, 1280, 0.001, 0.8, 0.999], ids=str)
+def test_load_config_keeps_n_components_as_written(value: float) -> None:
+    found = load(reduce={"n_components": value}).reduce.n_components
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("reduce", "message"),
+    [
+        ({"n_components": 0}, r"reduce\.n_components: .*greater than 0, found 0"),
+        ({"n_components": -3}, r"reduce\.n_components: .*greater than 0, found -3"),
+        ({"n_components": -0.5}, r"reduce\.n_components: .*greater than 0, found -0\.5"),
+        ({"n_components": 1.0}, r"reduce: n_components must be an integer, or a fraction between 0 and 1, not 1\.0"),
+        ({"n_components": 2.5}, r"reduce: n_components must be an integer, or a fraction between 0 and 1, not 2\.5"),
+        ({"n_components": 0.8, "solver": "randomized"}, r"reduce: a fraction as n_components needs .* use solver: exact"),
+    ],
+    ids=["zero", "negative", "negative fraction", "one as a float", "above one", "randomized fraction"],
+)
+def test_load_config_refuses_n_components_that_mean_nothing(reduce: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^the configuration: {message}"):
+        load(reduce=reduce)
+
+
+@pytest.mark.xfail(strict=True, reason="pydantic adds the alternative it tried to the key: reduce.n_components.int")
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("reduce", "n_components", "all"), ("reduce", "n_components", None), ("cluster", "memory_limit", [4])],
+    ids=["word", "null", "list"],
+)
+def test_load_config_names_a_key_of_several_types_as_it_is_written(section: str, key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^the configuration: {section}\.{key}: .*, found {re.escape(repr(value))}$"):
+        load(**{section: {key: value}})
+
+
+def test_load_config_asks_how_a_keras_file_scales_pixels() -> None:
+    with pytest.raises(ConfigError, match=r"model: preprocessing must be given for a \.keras file.*: tf, caffe, torch or none"):
+        load(model={"weights": "s3://models/mine.keras"})
+    assert load(model={"weights": "s3://models/mine.keras", "preprocessing": "none"}).model.preprocessing == "none"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "kind"),
+    [
+        ({}, LocalClusterConfig),
+        ({"n_workers": 2}, LocalClusterConfig),
+        ({"kind": "local"}, LocalClusterConfig),
+        ({"kind": "address", "address": "tcp://10.0.0.5:8786"}, AddressClusterConfig),
+    ],
+    ids=["empty", "kind left out", "local", "address"],
+)
+def test_load_config_chooses_the_kind_of_cluster(cluster: dict[str, Any], kind: type) -> None:
+    assert type(load(cluster=cluster).cluster) is kind
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("jpg", ".jpg"), (".JPG", ".jpg"), ("..Png", ".png"), ("tar.gz", ".tar.gz")],
+    ids=["no dot", "capitals", "dots", "two parts"],
+)
+def test_load_config_normalizes_extensions(written: str, read: str) -> None:
+    assert load(input={"url": "x", "extensions": [written]}).input.extensions == (read,)
+
+
+def test_load_config_allows_as_many_pixels_as_pillow_opens_and_no_more() -> None:
+    assert Image.MAX_IMAGE_PIXELS is not None
+    assert PILLOW_LIMIT_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
+    assert load(featurize={"max_pixels": PILLOW_LIMIT_PIXELS}).featurize.max_pixels == PILLOW_LIMIT_PIXELS
+    with pytest.raises(ConfigError, match=r"featurize\.max_pixels: .*less than or equal to 178956970, found 178956971"):
+        load(featurize={"max_pixels": PILLOW_LIMIT_PIXELS + 1})
+
+
+@pytest.mark.parametrize("section", [None, "input", "model", "cluster", "featurize", "reduce", "output"], ids=str)
+def test_config_is_frozen(section: str | None) -> None:
+    config = load()
+    part, key = (config, "model") if section is None else (getattr(config, section), "url")
+    key = next(iter(type(part).model_fields)) if section else key
+    with pytest.raises(pydantic.ValidationError, match="Instance is frozen"):
+        setattr(part, key, "other")
+
+
+def test_config_does_not_share_mutable_defaults() -> None:
+    load().input.storage_options["anon"] = True
+    assert load().input.storage_options == {}
+
+
+def test_config_error_is_a_value_error_and_keeps_its_cause() -> None:
+    with pytest.raises(ValueError, match="unknown key modle") as caught:
+        load(modle={})
+    assert isinstance(caught.value.__cause__, pydantic.ValidationError)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_load_config_reads_the_examples(path: Path) -> None:
+    config = load_config(path)
+    assert (config.input.url.startswith("/"), config.output.url.startswith("/")) == (True, True)
+
+
+def test_examples_include_the_demo() -> None:
+    assert {"demo.yaml", "local.yaml"} <= {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_build_schema_accepts_the_examples(path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(build_schema())
+    validator.check_schema(build_schema())
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert [error.message for error in validator.iter_errors(tree)] == []
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"modle": {}}, "'modle' was unexpected"),
+        ({"model": {"pooling": "mean"}}, "'mean' is not one of"),
+        ({"featurize": {"batch_size": 0}}, "0 is less than the minimum of 1"),
+        ({"output": {}}, "'url' is a required property"),
+    ],
+    ids=["unknown key", "not a choice", "too small", "missing"],
+)
+def test_build_schema_refuses_what_load_config_refuses(section: dict[str, Any], message: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    with pytest.raises(jsonschema.ValidationError, match=message):
+        jsonschema.Draft202012Validator(build_schema()).validate({**SECTIONS, **section})
+    with pytest.raises(ConfigError, match="^the configuration: "):
+        load(**section)
+
+
+def list_properties(node: Any) -> list[tuple[str, dict[str, Any]]]:
+    if isinstance(node, list):
+        return [found for item in node for found in list_properties(item)]
+    if not isinstance(node, dict):
+        return []
+    properties = node.get("properties", {})
+    inner = [value for key, value in node.items() if key != "properties"]
+    return [*properties.items(), *list_properties(inner), *list_properties(list(properties.values()))]
+
+
+def test_build_schema_describes_every_key() -> None:
+    sections = {"input", "model", "cluster", "featurize", "reduce", "output", "tsne", "kind"}
+    properties = list_properties(build_schema())
+    assert len(properties) > 40
+    assert [name for name, node in properties if not node.get("description") and name not in sections] == []

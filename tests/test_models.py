@@ -1,0 +1,289 @@
+"""Networks: what is packed on the client gives on a worker what plain Keras gives."""
+
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fruitdask.config import ModelConfig
+from fruitdask.errors import ModelError, WeightsUnavailableError
+from fruitdask.models import ModelArtifact, build_artifact, fingerprint_model, load_predictor, predict, start_building
+from fruitdask.models import build as build_module
+from fruitdask.models.cache import find_artifact, keep_artifact
+from fruitdask.models.squeezenet import build_squeezenet, load_array_pickle, preprocess
+
+
+def read_pixels(paths: list[Path], size_px: int) -> np.ndarray:
+    """Read images as published work does, with Pillow alone."""
+    images = [Image.open(path).convert("RGB").resize((size_px, size_px), Image.Resampling.BICUBIC) for path in paths]
+    return np.stack([np.asarray(image) for image in images])
+
+
+def random_pixels(size_px: int, n: int = 3) -> np.ndarray:
+    """Draw pixels."""
+    return np.random.default_rng(0).integers(0, 256, (n, size_px, size_px, 3), np.uint8)
+
+
+def test_mobilenet_features_equal_keras(photographs: Path, mobilenet_weights: Path) -> None:
+    import keras
+
+    pixels = read_pixels(sorted(photographs.glob("*/*.jpg"))[::60], 224)
+    network = keras.applications.MobileNetV2(
+        include_top=False, weights=str(mobilenet_weights), input_shape=(224, 224, 3), pooling="avg"
+    )
+    expected = network.predict(keras.applications.mobilenet_v2.preprocess_input(pixels.astype(np.float32)), verbose=0)
+    artifact = build_artifact(ModelConfig(weights=str(mobilenet_weights)))
+    features = load_predictor(artifact, n_threads=1)(pixels)
+    assert (artifact.n_features, artifact.input_px, artifact.preprocessing) == (1280, 224, "own")
+    assert features.dtype == np.float32
+    errors = np.linalg.norm(features - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert errors.max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("MobileNet", "mobilenet"), ("VGG16", "vgg16"), ("EfficientNetB0", "efficientnet")]
+)
+def test_application_has_its_own_preprocessing(name: str, module: str) -> None:
+    import keras
+
+    artifact = build_artifact(ModelConfig(name=name, weights="random", input_px=64))
+    keras.utils.set_random_seed(0)
+    network = getattr(keras.applications, name)(include_top=False, weights=None, input_shape=(64, 64, 3), pooling="avg")
+    pixels = random_pixels(64)
+    expected = network.predict(
+        getattr(keras.applications, module).preprocess_input(pixels.astype(np.float32)), verbose=0
+    )
+    features = load_predictor(artifact, n_threads=1)(pixels)
+    np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_default_input_sizes_are_those_of_keras(monkeypatch: pytest.MonkeyPatch) -> None:
+    import types
+
+    import keras
+    from keras.src.applications import imagenet_utils
+
+    class Asked(Exception):
+        pass
+
+    def spy(*args: object, default_size: int, **kwargs: object) -> None:
+        raise Asked(default_size)
+
+    sizes = {}
+    for module in vars(keras.applications).values():
+        if not isinstance(module, types.ModuleType):
+            continue
+        for name, network in vars(module).items():
+            if not name[0].isupper():
+                continue
+            source = __import__(network.__module__, fromlist=["imagenet_utils"])
+            target = source if hasattr(source, "obtain_input_shape") else source.imagenet_utils
+            monkeypatch.setattr(target, "obtain_input_shape", spy)
+            try:
+                network(weights=None)
+            except Asked as asked:
+                sizes[name] = asked.args[0]
+    assert imagenet_utils and len(sizes) > 30
+    ours = {name: build_module._INPUT_PX.get(name, build_module._DEFAULT_INPUT_PX) for name in sizes}
+    assert ours == sizes
+
+
+def test_squeezenet_names_a_granny_smith(photographs: Path) -> None:
+    folder = photographs.parents[1] / "fruits-360-100x100" / "Test" / "Apple Granny Smith 1"
+    pixels = read_pixels(sorted(folder.glob("*.jpg"))[:20], 227).astype(np.float32)
+    scores = build_squeezenet(input_px=227, weights="imagenet", include_top=True).predict(preprocess(pixels), verbose=0)
+    granny_smith = 948  # of ImageNet's 1000 classes
+    assert np.mean(scores.argmax(axis=1) == granny_smith) > 0.5
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max", "flatten"])
+def test_pooling_summarizes_the_last_feature_map(pooling: str) -> None:
+    pixels = random_pixels(64)
+    feature_map = build_squeezenet(input_px=64, weights="imagenet").predict(
+        preprocess(pixels.astype(np.float32)), verbose=0
+    )
+    expected = {
+        "avg": feature_map.mean(axis=(1, 2)),
+        "max": feature_map.max(axis=(1, 2)),
+        "flatten": feature_map.reshape(3, -1),
+    }
+    artifact = build_artifact(ModelConfig(name="SqueezeNet", input_px=64, pooling=pooling))
+    np.testing.assert_allclose(load_predictor(artifact, n_threads=1)(pixels), expected[pooling], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "scale"),
+    [
+        ("none", lambda rgb: rgb),
+        ("tf", lambda rgb: rgb / 127.5 - 1),
+        ("torch", lambda rgb: (rgb / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]),
+        ("caffe", lambda rgb: rgb[..., ::-1] - [103.939, 116.779, 123.68]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_keras_file_with_a_named_preprocessing(tmp_path: Path, mode: str, scale: object) -> None:
+    import keras
+
+    network = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.GlobalAveragePooling2D(name="means"), keras.layers.Dense(2)])
+    network.save(tmp_path / "own.keras")
+    artifact = build_artifact(ModelConfig(weights=str(tmp_path / "own.keras"), preprocessing=mode))
+    pixels = random_pixels(32)
+    features = load_predictor(artifact, n_threads=1)(pixels)
+    assert (artifact.n_features, artifact.preprocessing) == (3, mode)
+    np.testing.assert_allclose(features, scale(pixels.astype(np.float64)).mean(axis=(1, 2)), rtol=1e-4, atol=1e-4)
+
+
+def test_keras_file_ends_at_a_named_layer(tmp_path: Path) -> None:
+    import keras
+
+    layers = [keras.layers.Conv2D(5, 3, name="early"), keras.layers.Conv2D(7, 3, name="late"), keras.layers.Flatten(), keras.layers.Dense(2)]
+    keras.Sequential([keras.Input((32, 32, 3)), *layers]).save(tmp_path / "own.keras")
+    config = ModelConfig(weights=str(tmp_path / "own.keras"), preprocessing="none", layer="early")
+    assert build_artifact(config).n_features == 5
+    with pytest.raises(ModelError, match="no layer 'middle' in .*; its last ones are early, late"):
+        build_artifact(config.model_copy(update={"layer": "middle"}))
+
+
+def test_keras_file_with_code_is_refused(tmp_path: Path) -> None:
+    import keras
+
+    network = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Lambda(lambda x: x * 2), keras.layers.Flatten()])
+    network.save(tmp_path / "own.keras")
+    with pytest.raises(ModelError, match="expected a Keras model without code of its own"):
+        build_artifact(ModelConfig(weights=str(tmp_path / "own.keras"), preprocessing="none"))
+
+
+def test_weights_from_a_url_equal_those_from_disk(s3_bucket: tuple[str, dict], tmp_path: Path) -> None:
+    import s3fs
+
+    bucket, options = s3_bucket
+    path = tmp_path / "own.weights.h5"
+    build_squeezenet(input_px=64, weights="imagenet").save_weights(path)
+    s3fs.S3FileSystem(**options).put_file(str(path), f"{bucket}/own.weights.h5")
+    os.environ["AWS_ENDPOINT_URL"] = options["endpoint_url"]
+    try:
+        remote = build_artifact(ModelConfig(name="SqueezeNet", input_px=64, weights=f"s3://{bucket}/own.weights.h5"))
+    finally:
+        del os.environ["AWS_ENDPOINT_URL"]
+    local = build_artifact(ModelConfig(name="SqueezeNet", input_px=64))
+    pixels = random_pixels(64)
+    np.testing.assert_array_equal(load_predictor(remote, n_threads=1)(pixels), load_predictor(local, n_threads=1)(pixels))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "MobilNetV2"}, "found 'MobilNetV2'; did you mean MobileNetV2"),
+        ({"name": "Pineapple"}, "see https://keras.io/api/applications"),
+        ({"weights": "weights.txt"}, "ending in .weights.h5, .h5 or .keras, found 'weights.txt'"),
+        ({"name": "SqueezeNet", "layer": "fire99"}, "no layer 'fire99' in SqueezeNet"),
+    ],
+    ids=["misspelt network", "no network", "ending", "layer"],
+)
+def test_build_artifact_refuses(settings: dict, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        build_artifact(ModelConfig(**settings))
+
+
+def test_build_artifact_refuses_weights_of_another_network(tmp_path: Path) -> None:
+    path = tmp_path / "squeeze.weights.h5"
+    build_squeezenet(input_px=64, weights="imagenet").save_weights(path)
+    with pytest.raises(ModelError, match="expected weights of MobileNetV2 without its classifier, found a file that does not fit"):
+        build_artifact(ModelConfig(weights=str(path)))
+
+
+def test_unavailable_weights_name_the_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Port 9 (discard) is closed: the child's download fails at once, with or without a network.
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    with pytest.raises(WeightsUnavailableError, match="set model.weights to the file, or use model.name: SqueezeNet"):
+        with start_building(ModelConfig()) as wait_for_artifact:
+            wait_for_artifact()
+
+
+def test_random_weights_are_asked_for_by_name_warned_of_and_the_same_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    config = ModelConfig(name="SqueezeNet", weights="random", input_px=64)
+    pixels = random_pixels(64)
+    first, second = (load_predictor(build_artifact(config), n_threads=1)(pixels) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert "untrained network" in caplog.text
+
+
+class Exploit:
+    """What a hostile pickle would hold."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("true",)
+
+
+def test_load_array_pickle_admits_arrays_only() -> None:
+    arrays = {"conv1": [np.arange(6.0).reshape(2, 3), np.zeros(2, np.float32)]}
+    loaded = load_array_pickle(pickle.dumps(arrays))
+    np.testing.assert_array_equal(loaded["conv1"][0], arrays["conv1"][0])
+    with pytest.raises(ModelError, match=r"arrays only, found (posix|nt)\.system"):
+        load_array_pickle(pickle.dumps(Exploit()))
+
+
+def test_load_predictor_builds_once_for_many_threads(tiny_artifact: ModelArtifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    load = predict._load_tensorflow
+    monkeypatch.setattr(predict, "_predictors", {})
+    monkeypatch.setattr(predict, "_load_tensorflow", lambda *args: built.append(1) or load(*args))
+    barrier = threading.Barrier(8)
+    predictors = []
+
+    def ask() -> None:
+        barrier.wait()
+        predictors.append(load_predictor(tiny_artifact, n_threads=1))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+    assert len(predictors) == 8 and len(set(map(id, predictors))) == 1
+
+
+def test_artifact_survives_pickling(tiny_artifact: ModelArtifact) -> None:
+    copy = pickle.loads(pickle.dumps(tiny_artifact))
+    assert copy == tiny_artifact and copy.sha256 == tiny_artifact.sha256
+
+
+def test_cache_gives_what_was_kept_and_nothing_damaged(tiny_model: ModelConfig, tiny_artifact: ModelArtifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert find_artifact(tiny_model) is None
+    keep_artifact(tiny_model, tiny_artifact)
+    assert find_artifact(tiny_model) == tiny_artifact
+    assert find_artifact(tiny_model.model_copy(update={"preprocessing": "tf"})) is None
+    payload = next(tmp_path.rglob("*.pb"))
+    payload.write_bytes(payload.read_bytes()[:-1] + b"x")
+    assert find_artifact(tiny_model) is None
+
+
+def test_start_building_takes_a_kept_artifact_without_a_child(tiny_model: ModelConfig, tiny_artifact: ModelArtifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with start_building(tiny_model) as wait_for_artifact:
+        built = wait_for_artifact()
+    assert (built.n_features, built.input_px) == (tiny_artifact.n_features, tiny_artifact.input_px)
+    monkeypatch.setattr("multiprocessing.get_context", lambda kind: pytest.fail("a child was started"))
+    with start_building(tiny_model) as wait_for_artifact:
+        assert wait_for_artifact() == built
+
+
+def test_fingerprint_model_changes_with_settings_and_content(tiny_model: ModelConfig) -> None:
+    path = Path(tiny_model.weights)
+    content = path.read_bytes()
+    before = fingerprint_model(tiny_model)
+    assert fingerprint_model(tiny_model) == before
+    assert fingerprint_model(tiny_model.model_copy(update={"pooling": "max"})) != before
+    try:
+        path.write_bytes(content + b"\0")
+        assert fingerprint_model(tiny_model) != before
+    finally:
+        path.write_bytes(content)

@@ -1,0 +1,57 @@
+"""Progress as a log and as a terminal shows it."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from fruitdask import progress
+from fruitdask.progress import LineProgress, LiveProgress, RunProgress, choose_progress
+
+
+def show(reporter: RunProgress) -> None:
+    """Go through a run of 100 images, 20 of them done before, 3 of them failed."""
+    with reporter:
+        reporter.begin("Listing images")
+        reporter.begin("Featurizing")
+        reporter.say("Dask dashboard: http://127.0.0.1:8787/status")
+        reporter.begin_images(100, n_done=20)
+        reporter.advance(40, n_failed=0)
+        reporter.advance(40, n_failed=3)
+        reporter.begin("Reducing")
+
+
+def test_line_progress_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 4.0, 6.0, 10.0, 10.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    out = io.StringIO()
+    with LineProgress(Console(file=out, width=200)) as reporter:
+        reporter.begin_images(100, n_done=20)
+        reporter.advance(20, n_failed=0)
+        reporter.advance(20, n_failed=1)
+        reporter.advance(40, n_failed=2)
+    assert out.getvalue().splitlines() == [
+        "60 of 100 images, 6.7 images/s, 6 s remaining, 1 failed",
+        "100 of 100 images, 8.0 images/s, 0 s remaining, 3 failed",
+    ]
+
+
+def test_line_progress_writes_stages_and_the_last_count() -> None:
+    out = io.StringIO()
+    show(LineProgress(Console(file=out, width=200)))
+    lines = out.getvalue().splitlines()
+    assert lines[:3] == ["Listing images ...", "Featurizing ...", "Dask dashboard: http://127.0.0.1:8787/status"]
+    assert lines[-2].startswith("100 of 100 images") and lines[-2].endswith("3 failed")
+
+
+def test_live_progress_shows_bar_rate_and_failures() -> None:
+    out = io.StringIO()
+    show(LiveProgress(Console(file=out, width=200, force_terminal=True, color_system=None)))
+    text = out.getvalue()
+    for expected in ("Listing images", "100/100", "images/s", "3 failed", "Reducing", "http://127.0.0.1:8787/status"):
+        assert expected in text
+
+
+def test_choose_progress_looks_at_the_console() -> None:
+    assert type(choose_progress(Console(file=io.StringIO()))) is LineProgress
+    assert type(choose_progress(Console(file=io.StringIO(), force_terminal=True))) is LiveProgress

@@ -1,0 +1,281 @@
+"""Tests of files behind URLs, on a disk, in memory and on a real S3 server."""
+
+import hashlib
+import pickle
+import re
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from fruitdask.errors import StorageError
+from fruitdask.storage import Location, exists, explained, hash_file, write_file
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Place:
+    """An empty folder, with ways around fruitdask to put files there and to read them."""
+
+    root: Location
+    put: Callable[[str, bytes], None]
+    get: Callable[[str], bytes]
+
+
+def open_local(request: pytest.FixtureRequest) -> Place:
+    folder: Path = request.getfixturevalue("tmp_path")
+
+    def put(name: str, data: bytes) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+    return Place(Location(str(folder)), put, lambda name: (folder / name).read_bytes())
+
+
+def open_memory(request: pytest.FixtureRequest) -> Place:
+    request.getfixturevalue("clean_memory")
+    fs = fsspec.filesystem("memory")
+    return Place(
+        Location("memory://folder"),
+        lambda name, data: fs.pipe_file(f"/folder/{name}", data),
+        lambda name: MemoryFileSystem.store[f"/folder/{name}"].getvalue(),
+    )
+
+
+def open_s3(request: pytest.FixtureRequest) -> Place:
+    bucket, options = request.getfixturevalue("s3_bucket")
+    client = request.getfixturevalue("s3_client")
+
+    def put(name: str, data: bytes) -> None:
+        client.put_object(Bucket=bucket, Key=f"folder/{name}", Body=data)
+
+    def get(name: str) -> bytes:
+        body: bytes = client.get_object(Bucket=bucket, Key=f"folder/{name}")["Body"].read()
+        return body
+
+    return Place(Location(f"s3://{bucket}/folder", options), put, get)
+
+
+@pytest.fixture
+def clean_memory() -> Iterator[None]:
+    """Empty fsspec's memory file system, which all tests of a process share."""
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+    yield
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture(params=[open_local, open_memory, open_s3], ids=["local", "memory", "s3"])
+def place(request: pytest.FixtureRequest) -> Place:
+    """An empty folder on each kind of file system."""
+    opened: Place = request.param(request)
+    return opened
+
+
+def list_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("url", "child"),
+    [("s3://b/run", "s3://b/run/a/b.zarr"), ("s3://b/run/", "s3://b/run/a/b.zarr"), ("/data/run", "/data/run/a/b.zarr")],
+    ids=["url", "slash at the end", "path"],
+)
+def test_location_child_appends_to_the_url_and_keeps_the_options(url: str, child: str) -> None:
+    assert Location(url, {"anon": True}).child("a", "b.zarr") == Location(child, {"anon": True})
+
+
+@pytest.mark.parametrize(
+    ("url", "path", "is_local"),
+    [
+        ("/data/run", "/data/run", True),
+        ("/data/run/", "/data/run", True),
+        ("file:///data/run", "/data/run", True),
+        ("/data/a b#[1]*?", "/data/a b#[1]*?", True),
+        ("memory://run/x", "/run/x", False),
+        ("s3://bucket/run/", "bucket/run", False),
+        ("s3://bucket", "bucket", False),
+    ],
+    ids=["path", "slash", "file url", "odd characters", "memory", "s3", "bucket alone"],
+)
+def test_location_path_drops_the_protocol(url: str, path: str, is_local: bool) -> None:
+    location = Location(url)
+    assert (location.path, location.is_local) == (path, is_local)
+
+
+def test_location_hides_its_options_from_logs_and_survives_pickle() -> None:
+    location = Location("s3://bucket/run", {"secret": "hunter2"})
+    assert "hunter2" not in repr(location)
+    assert pickle.loads(pickle.dumps(location)) == location
+
+
+def test_location_fs_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "adlfs", None)  # Python's own way to make an import fail
+    with pytest.raises(StorageError, match=r"abfs://c/x: the protocol 'abfs' needs a package .* not installed\. .*adlfs"):
+        Location("abfs://c/x").fs
+
+
+def test_location_fs_refuses_an_unknown_protocol() -> None:
+    with pytest.raises(StorageError, match=r"foo://bar/x: expected a local path or a URL .* Protocol not known: foo"):
+        Location("foo://bar/x").path
+
+
+def test_write_file_writes_all_bytes_and_makes_the_folders(place: Place) -> None:
+    data = bytes(range(256)) * 5000
+    write_file(place.root.child("a", "b c", "ü#[1].bin"), data)
+    assert place.get("a/b c/ü#[1].bin") == data
+
+
+def test_write_file_replaces_what_was_there(place: Place) -> None:
+    place.put("x.bin", b"a longer content than the new one")
+    write_file(place.root.child("x.bin"), b"new")
+    assert place.get("x.bin") == b"new"
+
+
+def test_write_file_leaves_only_the_file_itself(tmp_path: Path) -> None:
+    write_file(Location(str(tmp_path / "x.bin")), b"1")
+    write_file(Location(str(tmp_path / "x.bin")), b"2")
+    assert list_names(tmp_path) == ["x.bin"]
+
+
+def test_write_file_onto_a_folder_fails_and_leaves_it_alone(tmp_path: Path) -> None:
+    target = tmp_path / "taken"
+    target.mkdir()
+    (target / "inside.txt").write_text("kept")
+    with pytest.raises(StorageError, match=rf"cannot write {re.escape(str(target))}: .*[Dd]irectory.*; check the path"):
+        write_file(Location(str(target)), b"data")
+    assert list_names(tmp_path) == ["taken"]
+    assert (target / "inside.txt").read_text() == "kept"
+
+
+def test_write_file_below_a_file_fails_and_leaves_it_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(StorageError, match=r"cannot write .*file/x\.bin: .*; check the path and the permissions"):
+        write_file(Location(str(tmp_path / "file" / "x.bin")), b"data")
+    assert list_names(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_write_file_cut_short_keeps_the_old_content(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="needs POSIX resource limits")
+    target = tmp_path / "x.bin"
+    target.write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 * MIB, hard))
+    try:
+        with pytest.raises(StorageError, match=r"cannot write .*x\.bin: .*File too large"):
+            write_file(Location(str(target)), bytes(5 * MIB))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list_names(tmp_path) == ["x.bin"]
+    assert target.read_bytes() == b"old"
+
+
+def test_write_file_never_shows_half_a_file(tmp_path: Path) -> None:
+    target = Location(str(tmp_path / "x.bin"))
+    contents = [bytes([k]) * (k * MIB // 4) for k in (1, 2)]
+    write_file(target, contents[0])
+    writer = threading.Thread(target=lambda: [write_file(target, contents[k % 2]) for k in range(100)])
+    writer.start()
+    seen = set()
+    while writer.is_alive():
+        seen.add(hash_file(target))
+    writer.join()
+    assert seen <= {hashlib.sha256(content).hexdigest() for content in contents}
+
+
+@pytest.mark.parametrize(
+    "n_bytes", [0, 1, MIB - 1, MIB, MIB + 1, 3 * MIB], ids=["empty", "1 B", "1 MiB - 1", "1 MiB", "1 MiB + 1", "3 MiB"]
+)
+def test_hash_file_equals_hashlib(tmp_path: Path, n_bytes: int) -> None:
+    data = (b"0123456789abcdef!" * (n_bytes // 17 + 1))[:n_bytes]
+    (tmp_path / "x.bin").write_bytes(data)
+    assert hash_file(Location(str(tmp_path / "x.bin"))) == hashlib.sha256(data).hexdigest()
+
+
+def test_hash_file_reads_every_file_system(place: Place) -> None:
+    data = bytes(range(256)) * 6000
+    place.put("x.bin", data)
+    assert hash_file(place.root.child("x.bin")) == hashlib.sha256(data).hexdigest()
+
+
+def test_hash_file_says_which_file_is_missing(place: Place) -> None:
+    with pytest.raises(StorageError, match=rf"cannot read {re.escape(place.root.url)}/none\.bin: .+; check the path"):
+        hash_file(place.root.child("none.bin"))
+
+
+def test_hash_file_refuses_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"cannot read .*: .*[Dd]irectory"):
+        hash_file(Location(str(tmp_path)))
+
+
+def test_hash_file_says_which_bucket_is_missing(s3_server: str) -> None:
+    location = Location("s3://no-such-bucket/x.bin", {"endpoint_url": s3_server})
+    with pytest.raises(StorageError, match=r"cannot read s3://no-such-bucket/x\.bin: .+"):
+        hash_file(location)
+
+
+@pytest.mark.usefixtures("s3_server")
+def test_hash_file_explains_an_unreachable_server() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        options = {
+            "endpoint_url": f"http://127.0.0.1:{unused.getsockname()[1]}",
+            "config_kwargs": {"retries": {"max_attempts": 0}},
+        }
+        with pytest.raises(StorageError, match=r"cannot read s3://bucket/x\.bin: .*connect to.*; check the path"):
+            hash_file(Location("s3://bucket/x.bin", options))
+
+
+def test_exists_tells_files_and_folders_from_nothing(place: Place) -> None:
+    place.put("a/x.bin", b"1")
+    found = {name: exists(place.root.child(*name)) for name in [("a", "x.bin"), ("a",), ("b",), ("a", "y.bin"), ("a", "x")]}
+    assert found == {("a", "x.bin"): True, ("a",): True, ("b",): False, ("a", "y.bin"): False, ("a", "x"): False}
+
+
+def test_exists_does_not_answer_from_a_cache(place: Place) -> None:
+    place.put("a/x.bin", b"1")
+    place.root.fs.find(place.root.path, detail=True)  # fills the listings cache of s3fs
+    assert not exists(place.root.child("a", "y.bin"))
+    place.put("a/y.bin", b"1")
+    assert exists(place.root.child("a", "y.bin"))
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [(PermissionError(13, "Permission denied"), "Permission denied"), (TimeoutError(), "TimeoutError")],
+    ids=["with a message", "without a message"],
+)
+def test_explained_turns_an_oserror_into_a_sentence(error: OSError, cause: str) -> None:
+    sentence = rf"^cannot list s3://b/x: .*{cause}; check the path and the permissions$"
+    with pytest.raises(StorageError, match=sentence) as caught, explained(Location("s3://b/x"), "list"):
+        raise error
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("unexpected"), StorageError("unexpected"), KeyboardInterrupt("unexpected")],
+    ids=["a bug", "a sentence", "an interrupt"],
+)
+def test_explained_lets_other_errors_pass(error: BaseException) -> None:
+    with pytest.raises(type(error), match="^'?unexpected'?$") as caught, explained(Location("s3://b/x"), "list"):
+        raise error
+    assert caught.value is error
+
+
+def test_storage_error_survives_pickle(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot read") as caught:
+        hash_file(Location(str(tmp_path / "none")))
+    copy: Any = pickle.loads(pickle.dumps(caught.value))
+    assert (type(copy), str(copy)) == (StorageError, str(caught.value))
+    assert isinstance(copy, OSError)

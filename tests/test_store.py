@@ -1,0 +1,126 @@
+"""The output folder: contracts of its layout, and what may be deleted in it."""
+
+import json
+from pathlib import Path
+
+import dask.array as da
+import numpy as np
+import pandas as pd
+import pytest
+import xarray
+import zarr
+
+from fruitdask import store
+from fruitdask.errors import OutputError, StoreMismatchError
+from fruitdask.storage import Location
+
+FINGERPRINT = {"catalog": "a" * 64, "model": "b" * 64}
+
+
+@pytest.fixture(params=["disk", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    """An output folder on disk and one on S3."""
+    if request.param == "disk":
+        return Location(str(tmp_path / "out"))
+    bucket, options = request.getfixturevalue("s3_bucket")
+    return Location(f"s3://{bucket}/out", options)
+
+
+def make_outcomes(statuses: list[str]) -> pd.DataFrame:
+    """Make outcome rows."""
+    rows = [[f"a/{n}.jpg", "a", status, "", 1] for n, status in enumerate(statuses)]
+    return pd.DataFrame(rows, columns=list(store.OUTCOME_COLUMNS))
+
+
+def fill(output: Location) -> np.ndarray:
+    """Create a store of 5 images in partitions of 2, write the last two partitions, and return all features."""
+    store.write_manifest(output, {"fruitdask": "0", "fingerprint": FINGERPRINT})
+    store.create_store(output, n_images=5, n_features=3, images_per_partition=2, attributes={"class_names": ["a"]})
+    features = np.arange(15, dtype=np.float32).reshape(5, 3)
+    features[[0, 1, 3]] = np.nan
+    store.write_partition(output, index=1, start=2, features=features[2:4], outcomes=make_outcomes(["ok", "missing"]))
+    store.write_partition(output, index=2, start=4, features=features[4:], outcomes=make_outcomes(["ok"]))
+    return features
+
+
+def test_store_reads_back_and_lists_what_is_committed(output: Location) -> None:
+    features = fill(output)
+    group = store.open_store(output)
+    assert group is not None
+    np.testing.assert_array_equal(group["features"][:], features)
+    assert [store.STATUSES[code] for code in group["status"][:]] == ["pending", "pending", "ok", "missing", "ok"]
+    assert store.list_committed(output) == {1, 2}
+    tables = list(store.read_outcomes(output, [1, 2], partitions_at_once=1))
+    assert [list(table["status"]) for table in tables] == [["ok", "missing"], ["ok"]]
+
+
+def test_store_opens_with_zarr_dask_and_xarray(tmp_path: Path) -> None:
+    output = Location(str(tmp_path))
+    features = fill(output)
+    path = tmp_path / "features.zarr"
+    group = zarr.open(path, mode="r")
+    assert group.metadata.zarr_format == 3 and group["features"].chunks == (2, 3)
+    np.testing.assert_array_equal(da.from_zarr(str(path), component="features").compute(), features)
+    dataset = xarray.open_zarr(path, consolidated=False)
+    assert dataset["features"].dims == ("image", "feature")
+    np.testing.assert_array_equal(dataset["features"].values, features)
+    assert dataset["status"].dtype == np.uint8
+    assert dataset["status"].attrs["flag_meanings"].split()[1] == "ok"
+    assert dataset.attrs["class_names"] == ["a"]
+
+
+def test_open_store_finds_none_where_creation_was_interrupted(output: Location) -> None:
+    assert store.open_store(output) is None
+    fill(output)
+    store.delete_result(output, "features.zarr/status")
+    assert store.open_store(output) is None
+
+
+def test_check_output_accepts_the_same_run_and_refuses_another(output: Location) -> None:
+    assert store.check_output(output, FINGERPRINT, overwrite=False) is None
+    fill(output)
+    manifest = store.check_output(output, FINGERPRINT, overwrite=False)
+    assert manifest is not None and manifest["fingerprint"] == FINGERPRINT
+    other = FINGERPRINT | {"model": "c" * 64}
+    with pytest.raises(StoreMismatchError, match="its model has the fingerprint bbbbbbbbbbbb, this run's is cccccccccccc"):
+        store.check_output(output, other, overwrite=False)
+    assert store.check_output(output, other, overwrite=True) is None
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["keep", "overwrite"])
+def test_check_output_refuses_files_that_no_run_wrote(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "mine.png").write_bytes(b"x")
+    with pytest.raises(OutputError, match="found figures, which no fruitdask run wrote"):
+        store.check_output(Location(str(tmp_path)), FINGERPRINT, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"fruitdask": 1}', "no json", '{"name": "another tool"}'])
+def test_read_manifest_refuses_what_is_not_ours(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(OutputError, match="expected the manifest of a fruitdask run, found something else"):
+        store.read_manifest(Location(str(tmp_path)))
+
+
+def test_clear_output_deletes_results_and_nothing_else(output: Location) -> None:
+    fill(output)
+    mine = output.child("notes.txt")
+    mine.fs.pipe_file(mine.path, b"mine")
+    store.clear_output(output)
+    mine.fs.invalidate_cache()
+    assert [path.rsplit("/", 1)[-1] for path in mine.fs.find(output.path)] == ["notes.txt"]
+
+
+def test_arrays_read_back(output: Location) -> None:
+    arrays = {"mean": (np.arange(3.0), ["feature"]), "components": (np.eye(2, 3), ["component", "feature"])}
+    location = output.child("pca.zarr")
+    for _ in range(2):
+        store.write_arrays(location, arrays, {"fruitdask": "0"})
+    read = store.read_arrays(location)
+    assert set(read) == {"mean", "components"}
+    np.testing.assert_array_equal(read["components"], np.eye(2, 3))
+
+
+def test_write_manifest_is_readable_json(tmp_path: Path) -> None:
+    store.write_manifest(Location(str(tmp_path)), {"fruitdask": "0", "fingerprint": {}})
+    assert json.loads((tmp_path / "manifest.json").read_text()) == {"fruitdask": "0", "fingerprint": {}}
