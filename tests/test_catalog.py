@@ -40,7 +40,7 @@ ODD_NAMES = (
     "[1]/x[0-9].jpg",
     "#2/50%25 + ?&*.jpg",
     "a/b/deep.jpg",
-    "quote's/\"x\".jpg",
+    'quote\'s/"x".jpg',
 )
 
 
@@ -187,7 +187,13 @@ def test_list_images_names_only_some_of_many_classes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "counts"),
-    [(5, [1] * 5), (500, [100] * 5), (700, [140] * 5), (720, [145, 145, 145, 140, 145]), (10_000, [234, 154, 159, 140, 159])],
+    [
+        (5, [1] * 5),
+        (500, [100] * 5),
+        (700, [140] * 5),
+        (720, [145, 145, 145, 140, 145]),
+        (10_000, [234, 154, 159, 140, 159]),
+    ],
     ids=["one each", "equal", "all of the smallest", "more than the smallest", "more than all"],
 )
 def test_list_images_limits_the_classes_evenly(photographs: Path, limit: int, counts: list[int]) -> None:
@@ -223,10 +229,10 @@ def test_list_images_chooses_the_same_in_another_process_and_from_other_files(tm
 
 
 @pytest.mark.usefixtures("clean_memory")
-@given(
-    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=5), limit=st.integers(1, 40), more=st.integers(0, 15)
-)
-def test_list_images_limits_evenly_and_keeps_what_a_smaller_limit_chose(sizes: list[int], limit: int, more: int) -> None:
+@given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=5), limit=st.integers(1, 40), more=st.integers(0, 15))
+def test_list_images_limits_evenly_and_keeps_what_a_smaller_limit_chose(
+    sizes: list[int], limit: int, more: int
+) -> None:
     rows = [f"{name}/{k}.jpg,class {name}" for name, size in enumerate(sizes) for k in range(size)]
     fsspec.filesystem("memory").pipe_file("/limit/labels.csv", "\n".join(["path,label", *rows]).encode())
     smaller, larger = (
@@ -281,7 +287,10 @@ def test_list_images_applies_classes_and_limit_to_a_manifest(tmp_path: Path) -> 
     [
         ("file,class\n1.jpg,a\n", r"expected the columns path and label in input\.manifest, found file, class"),
         ("path,class\n1.jpg,a\n", r"expected the columns path and label in input\.manifest, found path, class"),
-        ("path,label\n1.jpg,a\n2.jpg,a\n1.jpg,b\n", r"expected each path once in input\.manifest, found '1\.jpg' twice"),
+        (
+            "path,label\n1.jpg,a\n2.jpg,a\n1.jpg,b\n",
+            r"expected each path once in input\.manifest, found '1\.jpg' twice",
+        ),
         ("", r"expected a CSV or Parquet table in input\.manifest, found No columns"),
         ("path,label\n1.jpg,a,b,c\n2.jpg,a\n3,4,5,6,7,8\n", r"expected a CSV or Parquet table .*, found .*line 4"),
     ],

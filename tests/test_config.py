@@ -129,7 +129,9 @@ def test_load_config_reads_the_value_of_an_override_as_yaml(override: str, secti
 
 
 @pytest.mark.parametrize(
-    "override", ["pooling=max", "model.pooling", "", "=", "model"], ids=["no section", "no value", "empty", "equals", "word"]
+    "override",
+    ["pooling=max", "model.pooling", "", "=", "model"],
+    ids=["no section", "no value", "empty", "equals", "word"],
 )
 def test_load_config_refuses_an_override_without_a_section_or_a_value(override: str) -> None:
     with pytest.raises(ConfigError, match=rf"--set {override}: expected section\.key=value, for example"):
@@ -146,9 +148,13 @@ def test_load_config_says_what_is_wrong_with_the_value_of_an_override() -> None:
         load_config(SECTIONS, overrides=["model.pooling=mean"])
 
 
-def test_load_config_resolves_paths_of_the_file_against_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_config_resolves_paths_of_the_file_against_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    text = "input: {url: ../photographs, manifest: ./labels.csv}\nmodel: {weights: w/m.weights.h5}\noutput: {url: out/}\n"
+    text = (
+        "input: {url: ../photographs, manifest: ./labels.csv}\nmodel: {weights: w/m.weights.h5}\noutput: {url: out/}\n"
+    )
     write(tmp_path / "conf", text)
     config = load_config("conf/run.yaml")
     assert config.input.url == str(tmp_path / "photographs")
@@ -229,7 +235,11 @@ def test_load_config_expands_environment_variables_everywhere(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("input: {url: 's3://${FRUITS_UNSET}/x'}", [], r"run\.yaml: the environment variable FRUITS_UNSET of .*/x' is not set"),
+        (
+            "input: {url: 's3://${FRUITS_UNSET}/x'}",
+            [],
+            r"run\.yaml: the environment variable FRUITS_UNSET of .*/x' is not set",
+        ),
         (MINIMAL, ["input.url=${FRUITS_UNSET}"], r"--set: the environment variable FRUITS_UNSET of .* is not set"),
     ],
     ids=["file", "override"],
@@ -248,7 +258,10 @@ def test_load_config_names_an_environment_variable_that_is_not_set(
         ("modle: {}", r"line 3: unknown key modle; did you mean model\?"),
         ("xyz: 1", r"line 3: unknown key xyz; valid keys: cluster, featurize, input, model, output, reduce"),
         ("model:\n  name: VGG16\n  poling: max", r"line 5: unknown key model\.poling; did you mean pooling\?"),
-        ("reduce:\n  tsne:\n    perplexty: 3", r"line 5: unknown key reduce\.tsne\.perplexty; did you mean perplexity\?"),
+        (
+            "reduce:\n  tsne:\n    perplexty: 3",
+            r"line 5: unknown key reduce\.tsne\.perplexty; did you mean perplexity\?",
+        ),
         ("cluster:\n  kind: local\n  n_worker: 3", r"line 5: unknown key cluster\.n_worker; did you mean n_workers\?"),
         ("cluster:\n  n_worker: 3", r"line 4: unknown key cluster\.n_worker; did you mean n_workers\?"),
         (
@@ -276,7 +289,9 @@ def test_load_config_offers_only_keys_of_the_kind_of_cluster_in_use() -> None:
     assert "timeout_seconds" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="the keys of all kinds are offered, so that the unknown key is the nearest to itself")
+@pytest.mark.xfail(
+    strict=True, reason="the keys of all kinds are offered, so that the unknown key is the nearest to itself"
+)
 def test_load_config_does_not_offer_the_unknown_key_itself() -> None:
     with pytest.raises(ConfigError, match=r"cluster") as caught:
         load(cluster={"address": "tcp://10.0.0.5:8786"})
@@ -286,17 +301,29 @@ def test_load_config_does_not_offer_the_unknown_key_itself() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("featurize:\n  batch_size: many", r"line 4: featurize\.batch_size: input should be a valid integer.*, found 'many'"),
+        (
+            "featurize:\n  batch_size: many",
+            r"line 4: featurize\.batch_size: input should be a valid integer.*, found 'many'",
+        ),
         ("featurize:\n  batch_size: 0", r"line 4: featurize\.batch_size: .* greater than or equal to 1, found 0"),
-        ("featurize:\n  max_failed_fraction: 1.5", r"line 4: featurize\.max_failed_fraction: .*less than .* 1, found 1\.5"),
-        ("featurize:\n  max_failed_fraction: .nan", r"line 4: featurize\.max_failed_fraction: .*finite number, found nan"),
+        (
+            "featurize:\n  max_failed_fraction: 1.5",
+            r"line 4: featurize\.max_failed_fraction: .*less than .* 1, found 1\.5",
+        ),
+        (
+            "featurize:\n  max_failed_fraction: .nan",
+            r"line 4: featurize\.max_failed_fraction: .*finite number, found nan",
+        ),
         ("model: fast", r"line 3: model: input should be a valid dictionary .*, found 'fast'"),
         ("model:", r"line 3: model: input should be a valid dictionary .*, found None"),
         ("model: {pooling: mean}", r"line 3: model\.pooling: input should be 'avg', 'max' or 'flatten', found 'mean'"),
         ("model: {input_px: 16}", r"line 3: model\.input_px: .* greater than or equal to 32, found 16"),
         ("cluster:\n  kind: slurm", r"line 3: cluster: .*'slurm'.* expected tags: 'local', 'address'"),
         ("cluster: local", r"line 3: cluster: input should be a valid dictionary .*, found 'local'"),
-        ("cluster:\n  kind: local\n  n_workers: 0", r"line 5: cluster\.n_workers: .* greater than or equal to 1, found 0"),
+        (
+            "cluster:\n  kind: local\n  n_workers: 0",
+            r"line 5: cluster\.n_workers: .* greater than or equal to 1, found 0",
+        ),
         ("1: {}", r"line 3: 1: keys should be strings, found 1"),
     ],
     ids=[
@@ -322,7 +349,10 @@ def test_load_config_says_where_a_value_is_wrong_and_what_it_is(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"input": {"url": "x", "classes": "pear_1"}}, r"input\.classes: input should be a valid tuple, found 'pear_1'"),
+        (
+            {"input": {"url": "x", "classes": "pear_1"}},
+            r"input\.classes: input should be a valid tuple, found 'pear_1'",
+        ),
         ({"input": {"url": "x", "classes": []}}, r"input\.classes: .*at least 1 item"),
         ({"input": {"url": "x", "classes": ["a", 7]}}, r"input\.classes\.1: input should be a valid string, found 7"),
         ({"input": {"url": "x", "extensions": []}}, r"input\.extensions: .*at least 1 item"),
@@ -365,7 +395,10 @@ def test_load_config_names_a_missing_address(tmp_path: Path) -> None:
         ("input: {url: x", r"not valid YAML: .*line 1"),
         ("input: a: b", r"not valid YAML: mapping values are not allowed here .*line 1"),
         ("input: !!python/object:os.PathLike {}", r"not valid YAML: could not determine a constructor for the tag"),
-        ("input: !!python/object/apply:os.mkdir [MARK]", r"not valid YAML: could not determine a constructor for the tag"),
+        (
+            "input: !!python/object/apply:os.mkdir [MARK]",
+            r"not valid YAML: could not determine a constructor for the tag",
+        ),
     ],
     ids=["empty", "list", "words", "open brace", "two colons", "python object", "python call"],
 )
@@ -427,7 +460,10 @@ def test_load_config_keeps_n_components_as_written(value: float) -> None:
         ({"n_components": -0.5}, r"reduce\.n_components: .*greater than 0, found -0\.5"),
         ({"n_components": 1.0}, r"reduce: n_components must be an integer, or a fraction between 0 and 1, not 1\.0"),
         ({"n_components": 2.5}, r"reduce: n_components must be an integer, or a fraction between 0 and 1, not 2\.5"),
-        ({"n_components": 0.8, "solver": "randomized"}, r"reduce: a fraction as n_components needs .* use solver: exact"),
+        (
+            {"n_components": 0.8, "solver": "randomized"},
+            r"reduce: a fraction as n_components needs .* use solver: exact",
+        ),
     ],
     ids=["zero", "negative", "negative fraction", "one as a float", "above one", "randomized fraction"],
 )
@@ -443,12 +479,16 @@ def test_load_config_refuses_n_components_that_mean_nothing(reduce: dict[str, An
     ids=["word", "null", "list"],
 )
 def test_load_config_names_a_key_of_several_types_as_it_is_written(section: str, key: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"^the configuration: {section}\.{key}: .*, found {re.escape(repr(value))}$"):
+    with pytest.raises(
+        ConfigError, match=rf"^the configuration: {section}\.{key}: .*, found {re.escape(repr(value))}$"
+    ):
         load(**{section: {key: value}})
 
 
 def test_load_config_asks_how_a_keras_file_scales_pixels() -> None:
-    with pytest.raises(ConfigError, match=r"model: preprocessing must be given for a \.keras file.*: tf, caffe, torch or none"):
+    with pytest.raises(
+        ConfigError, match=r"model: preprocessing must be given for a \.keras file.*: tf, caffe, torch or none"
+    ):
         load(model={"weights": "s3://models/mine.keras"})
     assert load(model={"weights": "s3://models/mine.keras", "preprocessing": "none"}).model.preprocessing == "none"
 

@@ -90,7 +90,9 @@ def test_featurize_partition_gives_each_bad_image_its_outcome(tiny_artifact: Mod
     (source / "apple").mkdir(parents=True)
     for name, data in files.items():
         (source / "apple" / name).write_bytes(data)
-    catalog, partitions, job = prepare(Location(str(source)), output, images_per_partition=10, max_pixels=80_000, batch_size=3)
+    catalog, partitions, job = prepare(
+        Location(str(source)), output, images_per_partition=10, max_pixels=80_000, batch_size=3
+    )
     (source / "apple" / "f_vanished.jpg").unlink()
     summary = featurize_partition(partitions[0], tiny_artifact, job)
     assert summary.statuses == {"ok": 2, "too_large": 1, "unreadable": 3, "missing": 1} and summary.n_failed == 5
@@ -224,7 +226,9 @@ def test_featurize_catalog_says_which_partition_cannot_be_stored(
     output = Location(str(tmp_path))
     _, partitions, job = prepare(Location(str(sample_folder)), output, images_per_partition=24)
     (tmp_path / "partitions").write_text("a file where the folder of commit marks should be")
-    with pytest.raises(FeaturizeError, match=r"partition 0 \(apple_granny_smith_1/r0_0.jpg to .*cannot write .*00000.parquet"):
+    with pytest.raises(
+        FeaturizeError, match=r"partition 0 \(apple_granny_smith_1/r0_0.jpg to .*cannot write .*00000.parquet"
+    ):
         featurize_catalog(client, partitions, tiny_artifact, job, on_summary=lambda summary: None)
 
 

@@ -128,7 +128,9 @@ def test_pooling_summarizes_the_last_feature_map(pooling: str) -> None:
 def test_keras_file_with_a_named_preprocessing(tmp_path: Path, mode: str, scale: object) -> None:
     import keras
 
-    network = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.GlobalAveragePooling2D(name="means"), keras.layers.Dense(2)])
+    network = keras.Sequential(
+        [keras.Input((32, 32, 3)), keras.layers.GlobalAveragePooling2D(name="means"), keras.layers.Dense(2)]
+    )
     network.save(tmp_path / "own.keras")
     artifact = build_artifact(ModelConfig(weights=str(tmp_path / "own.keras"), preprocessing=mode))
     pixels = random_pixels(32)
@@ -140,7 +142,12 @@ def test_keras_file_with_a_named_preprocessing(tmp_path: Path, mode: str, scale:
 def test_keras_file_ends_at_a_named_layer(tmp_path: Path) -> None:
     import keras
 
-    layers = [keras.layers.Conv2D(5, 3, name="early"), keras.layers.Conv2D(7, 3, name="late"), keras.layers.Flatten(), keras.layers.Dense(2)]
+    layers = [
+        keras.layers.Conv2D(5, 3, name="early"),
+        keras.layers.Conv2D(7, 3, name="late"),
+        keras.layers.Flatten(),
+        keras.layers.Dense(2),
+    ]
     keras.Sequential([keras.Input((32, 32, 3)), *layers]).save(tmp_path / "own.keras")
     config = ModelConfig(weights=str(tmp_path / "own.keras"), preprocessing="none", layer="early")
     assert build_artifact(config).n_features == 5
@@ -171,7 +178,9 @@ def test_weights_from_a_url_equal_those_from_disk(s3_bucket: tuple[str, dict], t
         del os.environ["AWS_ENDPOINT_URL"]
     local = build_artifact(ModelConfig(name="SqueezeNet", input_px=64))
     pixels = random_pixels(64)
-    np.testing.assert_array_equal(load_predictor(remote, n_threads=1)(pixels), load_predictor(local, n_threads=1)(pixels))
+    np.testing.assert_array_equal(
+        load_predictor(remote, n_threads=1)(pixels), load_predictor(local, n_threads=1)(pixels)
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,7 +201,9 @@ def test_build_artifact_refuses(settings: dict, message: str) -> None:
 def test_build_artifact_refuses_weights_of_another_network(tmp_path: Path) -> None:
     path = tmp_path / "squeeze.weights.h5"
     build_squeezenet(input_px=64, weights="imagenet").save_weights(path)
-    with pytest.raises(ModelError, match="expected weights of MobileNetV2 without its classifier, found a file that does not fit"):
+    with pytest.raises(
+        ModelError, match="expected weights of MobileNetV2 without its classifier, found a file that does not fit"
+    ):
         build_artifact(ModelConfig(weights=str(path)))
 
 
@@ -206,7 +217,9 @@ def test_unavailable_weights_name_the_ways_out(monkeypatch: pytest.MonkeyPatch, 
             wait_for_artifact()
 
 
-def test_random_weights_are_asked_for_by_name_warned_of_and_the_same_each_time(caplog: pytest.LogCaptureFixture) -> None:
+def test_random_weights_are_asked_for_by_name_warned_of_and_the_same_each_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     config = ModelConfig(name="SqueezeNet", weights="random", input_px=64)
     pixels = random_pixels(64)
     first, second = (load_predictor(build_artifact(config), n_threads=1)(pixels) for _ in range(2))
@@ -229,7 +242,9 @@ def test_load_array_pickle_admits_arrays_only() -> None:
         load_array_pickle(pickle.dumps(Exploit()))
 
 
-def test_load_predictor_builds_once_for_many_threads(tiny_artifact: ModelArtifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_predictor_builds_once_for_many_threads(
+    tiny_artifact: ModelArtifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built = []
     load = predict._load_tensorflow
     monkeypatch.setattr(predict, "_predictors", {})
@@ -255,7 +270,9 @@ def test_artifact_survives_pickling(tiny_artifact: ModelArtifact) -> None:
     assert copy == tiny_artifact and copy.sha256 == tiny_artifact.sha256
 
 
-def test_cache_gives_what_was_kept_and_nothing_damaged(tiny_model: ModelConfig, tiny_artifact: ModelArtifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_gives_what_was_kept_and_nothing_damaged(
+    tiny_model: ModelConfig, tiny_artifact: ModelArtifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert find_artifact(tiny_model) is None
     keep_artifact(tiny_model, tiny_artifact)
@@ -266,7 +283,9 @@ def test_cache_gives_what_was_kept_and_nothing_damaged(tiny_model: ModelConfig, 
     assert find_artifact(tiny_model) is None
 
 
-def test_start_building_takes_a_kept_artifact_without_a_child(tiny_model: ModelConfig, tiny_artifact: ModelArtifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_start_building_takes_a_kept_artifact_without_a_child(
+    tiny_model: ModelConfig, tiny_artifact: ModelArtifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with start_building(tiny_model) as wait_for_artifact:
         built = wait_for_artifact()

@@ -109,9 +109,7 @@ def test_render_fruit_has_the_colour_of_its_class(class_name: str, hue: str) -> 
 
 @pytest.mark.parametrize("class_name", CLASS_NAMES)
 def test_render_fruit_repeats_a_seed_and_varies_between_seeds(class_name: str) -> None:
-    first, again, other = (
-        render_fruit(class_name, angle_degrees=40, size_px=SIZE_PX, seed=seed) for seed in (3, 3, 4)
-    )
+    first, again, other = (render_fruit(class_name, angle_degrees=40, size_px=SIZE_PX, seed=seed) for seed in (3, 3, 4))
     assert first.tobytes() == again.tobytes()
     assert np.abs(read_pixels(first) - read_pixels(other)).mean() > 1
 

@@ -87,7 +87,11 @@ def list_names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("url", "child"),
-    [("s3://b/run", "s3://b/run/a/b.zarr"), ("s3://b/run/", "s3://b/run/a/b.zarr"), ("/data/run", "/data/run/a/b.zarr")],
+    [
+        ("s3://b/run", "s3://b/run/a/b.zarr"),
+        ("s3://b/run/", "s3://b/run/a/b.zarr"),
+        ("/data/run", "/data/run/a/b.zarr"),
+    ],
     ids=["url", "slash at the end", "path"],
 )
 def test_location_child_appends_to_the_url_and_keeps_the_options(url: str, child: str) -> None:
@@ -120,7 +124,9 @@ def test_location_hides_its_options_from_logs_and_survives_pickle() -> None:
 
 def test_location_fs_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "adlfs", None)  # Python's own way to make an import fail
-    with pytest.raises(StorageError, match=r"abfs://c/x: the protocol 'abfs' needs a package .* not installed\. .*adlfs"):
+    with pytest.raises(
+        StorageError, match=r"abfs://c/x: the protocol 'abfs' needs a package .* not installed\. .*adlfs"
+    ):
         Location("abfs://c/x").fs
 
 
@@ -238,7 +244,9 @@ def test_hash_file_explains_an_unreachable_server() -> None:
 
 def test_exists_tells_files_and_folders_from_nothing(place: Place) -> None:
     place.put("a/x.bin", b"1")
-    found = {name: exists(place.root.child(*name)) for name in [("a", "x.bin"), ("a",), ("b",), ("a", "y.bin"), ("a", "x")]}
+    found = {
+        name: exists(place.root.child(*name)) for name in [("a", "x.bin"), ("a",), ("b",), ("a", "y.bin"), ("a", "x")]
+    }
     assert found == {("a", "x.bin"): True, ("a",): True, ("b",): False, ("a", "y.bin"): False, ("a", "x"): False}
 
 

@@ -82,7 +82,9 @@ def test_check_output_accepts_the_same_run_and_refuses_another(output: Location)
     manifest = store.check_output(output, FINGERPRINT, overwrite=False)
     assert manifest is not None and manifest["fingerprint"] == FINGERPRINT
     other = FINGERPRINT | {"model": "c" * 64}
-    with pytest.raises(StoreMismatchError, match="its model has the fingerprint bbbbbbbbbbbb, this run's is cccccccccccc"):
+    with pytest.raises(
+        StoreMismatchError, match="its model has the fingerprint bbbbbbbbbbbb, this run's is cccccccccccc"
+    ):
         store.check_output(output, other, overwrite=False)
     assert store.check_output(output, other, overwrite=True) is None
 

@@ -1,0 +1,340 @@
+"""Whole runs: real photographs against plain Keras and scikit-learn, resuming, and what a run leaves behind."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn.decomposition
+from PIL import Image
+
+import fruitdask
+from fruitdask import pipeline, store
+from fruitdask.config import Config, ModelConfig
+from fruitdask.errors import (
+    ConfigError,
+    FruitdaskError,
+    OutputError,
+    ReduceError,
+    StoreMismatchError,
+    TooManyFailuresError,
+)
+from fruitdask.models import build_artifact, load_predictor
+from fruitdask.storage import Location
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture
+def make_config(tiny_model: ModelConfig, sample_folder: Path, tmp_path: Path) -> MakeConfig:
+    """Make the configuration of a run of the tiny model on the drawn images, with settings of a test's own."""
+
+    def make(**settings: dict[str, Any]) -> Config:
+        sections: dict[str, dict[str, Any]] = {
+            "input": {"url": str(sample_folder)},
+            "model": tiny_model.model_dump(),
+            "cluster": {"kind": "local", "n_workers": 1, "threads_per_worker": 2, "dashboard_address": None},
+            "featurize": {"images_per_partition": 5},
+            "output": {"url": str(tmp_path / "out")},
+        }
+        return fruitdask.load_config(
+            {name: section | settings.get(name, {}) for name, section in sections.items()}
+            | {name: section for name, section in settings.items() if name not in sections}
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def reference(photographs: Path, mobilenet_weights: Path) -> dict[str, np.ndarray]:
+    """Features of the photographs by plain Keras, and their principal components by scikit-learn."""
+    import keras
+
+    network = keras.applications.MobileNetV2(
+        include_top=False, weights=str(mobilenet_weights), input_shape=(224, 224, 3), pooling="avg"
+    )
+    paths = sorted(str(path.relative_to(photographs)) for path in photographs.glob("*/*.jpg"))
+    features = []
+    for start in range(0, len(paths), 32):
+        images = [Image.open(photographs / path).convert("RGB") for path in paths[start : start + 32]]
+        pixels = np.stack(
+            [np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC), np.float32) for image in images]
+        )
+        features.append(network.predict(keras.applications.mobilenet_v2.preprocess_input(pixels), verbose=0))
+    scores = sklearn.decomposition.PCA(5, svd_solver="full").fit_transform(np.concatenate(features).astype(np.float64))
+    return {"paths": np.array(paths), "features": np.concatenate(features), "scores": scores}
+
+
+@pytest.mark.parametrize(("images_per_partition", "n_workers"), [(16, 2), (200, 1)], ids=["16 x 2", "200 x 1"])
+def test_run_on_photographs_equals_keras_and_sklearn(
+    reference: dict[str, np.ndarray],
+    photographs: Path,
+    mobilenet_weights: Path,
+    tmp_path: Path,
+    images_per_partition: int,
+    n_workers: int,
+) -> None:
+    config = fruitdask.load_config(
+        {
+            "input": {"url": str(photographs)},
+            "model": {"name": "MobileNetV2", "weights": str(mobilenet_weights)},
+            "cluster": {"kind": "local", "n_workers": n_workers, "dashboard_address": None},
+            "featurize": {"images_per_partition": images_per_partition},
+            "reduce": {"n_components": 5},
+            "output": {"url": str(tmp_path / "out")},
+        }
+    )
+    result = fruitdask.run(config)
+    assert result.manifest["counts"]["by_status"] == {"ok": 846}
+    table = result.table
+    assert list(table["path"]) == list(reference["paths"])
+    features = result.features.compute()
+    norms = np.linalg.norm(reference["features"], axis=1)
+    assert (np.linalg.norm(features - reference["features"], axis=1) / norms).max() < 1e-4
+    scores = table[[f"pca_{number}" for number in range(1, 6)]].to_numpy()
+    signs = np.sign((scores * reference["scores"]).sum(axis=0))
+    assert np.abs(scores * signs - reference["scores"]).max() < 1e-3
+    assert result.features.chunksize == (images_per_partition, 1280)
+
+
+def test_run_leaves_what_the_architecture_lists(
+    make_config: MakeConfig, client: Any, sample_folder: Path, tmp_path: Path
+) -> None:
+    config = make_config(reduce={"n_components": 2, "tsne": {"enabled": True, "perplexity": 5}})
+    result = fruitdask.run(config, client=client)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["features.zarr", "manifest.json", "partitions", "pca.zarr", "results.csv", "results.parquet"]
+    table = result.table
+    assert list(table.columns) == ["path", "label", "status", "pca_1", "pca_2", "tsne_1", "tsne_2"]
+    assert len(table) == result.n_computed == 24 and not table.isna().any().any()
+    assert list(table["label"]) == [path.split("/")[0] for path in table["path"]]
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / "results.parquet"), table)
+    features = da.from_zarr(str(tmp_path / "out" / "features.zarr"), component="features").compute()
+    np.testing.assert_array_equal(result.features.compute(), features)
+    np.testing.assert_allclose(result.pca.transform(features), table[["pca_1", "pca_2"]], atol=1e-3)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest == result.manifest
+    assert manifest["cluster"] == {"kind": "local", "n_workers": 2, "n_threads": 4}
+    assert manifest["counts"]["by_class"]["pear_1"] == {"ok": 4, "failed": 0}
+    assert set(manifest["seconds"]) == {"list", "start", "featurize", "reduce", "write", "total", "worker"}
+    assert "24 images" in result._repr_html_() and "pear_1" in result._repr_html_()
+
+
+def test_run_leaves_out_failed_images(
+    make_config: MakeConfig, client: Any, sample_folder: Path, tmp_path: Path
+) -> None:
+    source = copy_images(sample_folder, tmp_path / "in")
+    (source / "pear_1" / "r0_0.jpg").write_bytes(b"")
+    result = fruitdask.run(make_config(input={"url": str(source)}), client=client)
+    table = result.table.set_index("path")
+    assert table["status"].value_counts().to_dict() == {"ok": 23, "unreadable": 1}
+    assert table.loc["pear_1/r0_0.jpg", ["pca_1", "pca_2"]].isna().all()
+    ok = table["status"] == "ok"
+    features = result.features.compute()
+    assert np.isnan(features[~ok]).all()
+    expected = sklearn.decomposition.PCA(2, svd_solver="full").fit_transform(features[ok].astype(np.float64))
+    np.testing.assert_allclose(table.loc[ok, ["pca_1", "pca_2"]], expected, atol=1e-3)
+    failures = pd.read_csv(tmp_path / "out" / "failures.csv")
+    assert list(failures["path"]) == ["pear_1/r0_0.jpg"] and failures["error"][0].endswith("found an empty file")
+
+
+def test_run_goes_on_after_too_many_failures(
+    make_config: MakeConfig, client: Any, sample_folder: Path, tmp_path: Path
+) -> None:
+    source = copy_images(sample_folder, tmp_path / "in")
+    for path in sorted(source.rglob("*.jpg"))[:6]:
+        path.write_bytes(b"broken")
+    config = make_config(input={"url": str(source)}, featurize={"max_failed_fraction": 0.1, "images_per_partition": 3})
+    with pytest.raises(
+        TooManyFailuresError, match="of 24 images failed, more than featurize.max_failed_fraction .0.1. allows"
+    ):
+        fruitdask.run(config, client=client)
+    assert len(pd.read_csv(tmp_path / "out" / "failures.csv")) >= 3
+    with pytest.raises(TooManyFailuresError, match="run again to go on"):
+        fruitdask.run(config, client=client)
+    more = make_config(input={"url": str(source)}, featurize={"max_failed_fraction": 0.5, "images_per_partition": 3})
+    result = fruitdask.run(more, client=client)
+    assert result.manifest["counts"]["by_status"] == {"unreadable": 6, "ok": 18}
+    assert result.n_computed < 24
+
+
+def test_run_computes_only_what_is_missing(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
+    first = fruitdask.run(make_config(), client=client)
+    expected, table = first.features.compute(), first.table
+    marks = tmp_path / "out" / "partitions"
+    assert sorted(path.name for path in marks.iterdir()) == [f"{index:05d}.parquet" for index in range(5)]
+    chunks = tmp_path / "out" / "features.zarr" / "features" / "c"
+    before = {path: path.stat().st_mtime_ns for path in chunks.rglob("*") if path.is_file()}
+    (marks / "00001.parquet").unlink()
+    (marks / "00004.parquet").unlink()
+    # The partition size of the store counts, whatever the configuration says by now.
+    again = fruitdask.run(make_config(featurize={"images_per_partition": 7}), client=client)
+    assert again.n_computed == 5 + 4
+    written = {path.relative_to(chunks).parts[0] for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert written == {"1", "4"}
+    np.testing.assert_array_equal(again.features.compute(), expected)
+    pd.testing.assert_frame_equal(again.table, table)
+
+
+def test_run_again_when_finished_starts_nothing(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
+    config = make_config()
+    fruitdask.run(config, client=client)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    code = (
+        "import sys, fruitdask\n"
+        f"result = fruitdask.run(fruitdask.load_config({str(tmp_path / 'config.json')!r}))\n"
+        "print(result.n_computed, sorted({'tensorflow', 'keras', 'distributed', 'dask', 'dask_ml'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0 []"
+
+
+def test_run_reduces_again_without_a_cluster_when_only_that_changed(
+    make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fruitdask.run(make_config(), client=client)
+    monkeypatch.setattr(pipeline, "open_client", lambda config: pytest.fail("a cluster was started"))
+    result = fruitdask.run(make_config(reduce={"n_components": 0.999}))
+    assert result.n_computed == 0
+    assert result.pca.n_components == result.manifest["pca"]["n_components"] > 2
+    assert result.pca.explained_variance_ratio.sum() > 0.999
+
+
+def test_run_reduces_large_features_on_the_cluster(
+    make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = fruitdask.run(make_config(), client=client).table
+    monkeypatch.setattr(pipeline, "_LOCAL_REDUCE_BYTES", 0)
+    distributed = fruitdask.run(make_config(output={"overwrite": True}), client=client).table
+    pd.testing.assert_frame_equal(distributed, local, rtol=1e-5)
+
+
+def test_run_reads_and_writes_s3(
+    make_config: MakeConfig, client: Any, sample_folder: Path, s3_bucket: tuple[str, dict], s3_client: Any
+) -> None:
+    bucket, options = s3_bucket
+    for path in sample_folder.rglob("*.jpg"):
+        s3_client.upload_file(str(path), bucket, f"in/{path.relative_to(sample_folder)}")
+    on_disk = fruitdask.run(make_config(), client=client)
+    remote = {
+        "input": {"url": f"s3://{bucket}/in", "storage_options": options},
+        "output": {"url": f"s3://{bucket}/out", "storage_options": options},
+    }
+    result = fruitdask.run(make_config(**remote), client=client)
+    pd.testing.assert_frame_equal(result.table, on_disk.table)
+    np.testing.assert_array_equal(result.features.compute(), on_disk.features.compute())
+    assert fruitdask.run(make_config(**remote)).n_computed == 0
+    assert options["endpoint_url"] not in json.dumps(result.manifest)
+
+
+def test_each_stage_works_by_itself_on_a_client(
+    make_config: MakeConfig, client: Any, tiny_model: ModelConfig, tmp_path: Path
+) -> None:
+    from fruitdask.catalog import split_catalog
+    from fruitdask.featurize import FeaturizeJob
+
+    config, output = make_config(), Location(str(tmp_path / "mine"))
+    catalog = fruitdask.list_images(config.input)
+    artifact = fruitdask.build_artifact(tiny_model)
+    store.create_store(
+        output, n_images=len(catalog), n_features=artifact.n_features, images_per_partition=10, attributes={}
+    )
+    job = FeaturizeJob(
+        Location(config.input.url), output, batch_size=8, max_pixels=10**6, fetch_attempts=1, concurrent_reads=1
+    )
+    fruitdask.featurize_catalog(client, split_catalog(catalog, 10), artifact, job, on_summary=lambda summary: None)
+    features = da.from_zarr(str(tmp_path / "mine" / "features.zarr"), component="features")
+    assert fruitdask.fit_pca(features, n_components=2).n_components == 2
+
+
+def test_random_weights_give_the_same_network_in_a_child(
+    make_config: MakeConfig, client: Any, sample_folder: Path
+) -> None:
+    config = make_config(model={"name": "SqueezeNet", "weights": "random", "input_px": 64, "preprocessing": None})
+    result = fruitdask.run(config, client=client)
+    pixels = [
+        Image.open(sample_folder / path).resize((64, 64), Image.Resampling.BICUBIC) for path in result.table["path"][:3]
+    ]
+    expected = load_predictor(build_artifact(config.model), n_threads=1)(
+        np.stack([np.asarray(image) for image in pixels])
+    )
+    np.testing.assert_allclose(result.features[:3].compute(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"reduce": {"n_components": 25}}, ReduceError, "n_components is 25, but there are only 24 images"),
+        ({"reduce": {"n_components": 7}}, ReduceError, "n_components is 7, but there are only 6 features"),
+        ({"output": {"url": "{input}/out"}}, ConfigError, "lies inside input.url"),
+        ({"output": {"url": "{input}"}}, ConfigError, "lies inside input.url"),
+        ({"output": {"url": "{input}/pear_1/r0_0.jpg/out"}}, ConfigError, "lies inside input.url"),
+        ({"output": {"url": "{model}/out"}}, OutputError, "expected a folder, found the file"),
+        ({"output": {"url": "gs://bucket/out"}}, FruitdaskError, "needs a package that is not installed. .*gcsfs"),
+        ({"input": {"url": "nowhere://bucket"}}, FruitdaskError, "expected a local path or a URL that fsspec can open"),
+    ],
+    ids=[
+        "images",
+        "features",
+        "output in input",
+        "output is input",
+        "deep in input",
+        "a file",
+        "no package",
+        "no protocol",
+    ],
+)
+def test_run_refuses_and_writes_nothing(
+    make_config: MakeConfig,
+    client: Any,
+    sample_folder: Path,
+    tiny_model: ModelConfig,
+    tmp_path: Path,
+    settings: dict,
+    error: type[Exception],
+    message: str,
+) -> None:
+    settings = json.loads(
+        json.dumps(settings).replace("{input}", str(sample_folder)).replace("{model}", tiny_model.weights)
+    )
+    before = sorted(sample_folder.rglob("*"))
+    with pytest.raises(error, match=message):
+        fruitdask.run(make_config(**settings), client=client)
+    assert not (tmp_path / "out").exists()
+    assert sorted(sample_folder.rglob("*")) == before
+
+
+def test_run_refuses_the_results_of_another_run(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
+    result = fruitdask.run(make_config(), client=client)
+    before = result.table
+    with pytest.raises(
+        StoreMismatchError, match="belongs to another run: its catalog has the fingerprint .* or --overwrite"
+    ):
+        fruitdask.run(make_config(input={"limit": 10}), client=client)
+    with pytest.raises(StoreMismatchError, match="its model has the fingerprint"):
+        fruitdask.run(make_config(model={"preprocessing": "tf"}), client=client)
+    pd.testing.assert_frame_equal(result.table, before)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    replaced = fruitdask.run(make_config(input={"limit": 10}, output={"overwrite": True}), client=client)
+    assert len(replaced.table) == 10
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_sample_is_drawn_where_there_is_no_input(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
+    config = make_config(input={"url": str(tmp_path / "drawn"), "sample": {"per_class": 2, "size_px": 32}})
+    assert len(fruitdask.run(config, client=client).table) == 12
+    assert len(list((tmp_path / "drawn").rglob("*.jpg"))) == 12
+
+
+def copy_images(source: Path, target: Path) -> Path:
+    """Copy the drawn images for a test that breaks some."""
+    import shutil
+
+    shutil.copytree(source, target)
+    return target
