@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -153,22 +154,47 @@ def hash_catalog(catalog: pd.DataFrame) -> str:
 def _list_files(root: Location) -> pd.DataFrame:
     """List every file below a location with its size and version."""
     with explained(root, "list"):
-        root.fs.invalidate_cache()
-        found = root.fs.find(root.path, detail=True)
-    skip = len(root.path) + 1
-    rows = [
-        (path[skip:], int(info.get("size") or 0), _read_version(info))
-        for path, info in found.items()
-        if info["type"] == "file"
-    ]
+        rows = list(_walk_folder(root.path) if root.is_local else _find_objects(root))
+    unreadable = next((path for path, *_ in rows if _is_broken(path)), None)
+    if unreadable is not None:
+        raise CatalogError(f"{root.url}: found the file name {unreadable!r}, expected names in UTF-8; rename that file")
     return pd.DataFrame(rows, columns=["path", "bytes", "version"]).astype(
         {"path": str, "bytes": np.int64, "version": str}
     )
 
 
+def _find_objects(root: Location) -> Iterator[tuple[str, int, str]]:
+    """List the objects below a prefix."""
+    root.fs.invalidate_cache()
+    skip = len(root.path) + 1
+    for path, info in root.fs.find(root.path, detail=True).items():
+        if info["type"] == "file":
+            yield path[skip:], int(info.get("size") or 0), _read_version(info)
+
+
+def _walk_folder(top: str) -> Iterator[tuple[str, int, str]]:
+    """List the files below a local folder, through links, but no folder twice: links may run in circles."""
+    visited = set()
+    for folder, subfolders, names in os.walk(top, followlinks=True):
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        for name in names:
+            path = os.path.join(folder, name)
+            if os.path.isfile(path):
+                status = os.stat(path)
+                yield os.path.relpath(path, top).replace(os.sep, "/"), status.st_size, str(status.st_mtime)
+
+
+def _is_broken(path: str) -> bool:
+    """Tell whether a name holds bytes that are not UTF-8, which Python carries as lone surrogates."""
+    return any("\ud800" <= character <= "\udfff" for character in path)
+
+
 def _read_version(info: dict[str, object]) -> str:
     """Read what changes when a file does: the ETag where there is one, else the time of modification."""
-    for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created"):
+    for key in ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "created"):
         if info.get(key) is not None:
             return str(info[key]).strip('"')
     return ""
@@ -188,7 +214,13 @@ def _join_manifest(files: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
         raise ConfigError(
             f"{config.manifest}: expected the columns path and label in input.manifest, found {', '.join(map(str, manifest.columns))}"
         )
-    manifest = manifest[["path", "label"]].astype(str)
+    manifest = manifest[["path", "label"]].fillna("").astype(str)
+    empty = (manifest == "").any(axis=1)
+    if empty.any():
+        row = int(empty.argmax()) + 1
+        raise ConfigError(
+            f"{config.manifest}: expected a path and a label in each row of input.manifest, row {row} lacks one"
+        )
     duplicated = manifest["path"][manifest["path"].duplicated()]
     if len(duplicated):
         raise ConfigError(
@@ -204,7 +236,11 @@ def _read_manifest(config: InputConfig) -> pd.DataFrame:
     with explained(location, "read"):
         data = io.BytesIO(location.fs.cat_file(location.path))
     try:
-        return pd.read_parquet(data) if location.path.endswith((".parquet", ".pq")) else pd.read_csv(data, dtype=str)
+        return (
+            pd.read_parquet(data)
+            if location.path.endswith((".parquet", ".pq"))
+            else pd.read_csv(data, dtype=str, keep_default_na=False)
+        )
     except (ValueError, OSError) as error:
         raise ConfigError(
             f"{config.manifest}: expected a CSV or Parquet table in input.manifest, found {error}"

@@ -4,7 +4,6 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -198,6 +197,21 @@ class Config(_Section):
     output: OutputConfig
 
 
+#: The sections by their place, a cluster's kind standing for the alternative that pydantic took.
+_SECTIONS: dict[tuple[int | str, ...], type[BaseModel]] = {
+    (): Config,
+    ("input",): InputConfig,
+    ("input", "sample"): SampleConfig,
+    ("model",): ModelConfig,
+    ("cluster", "local"): LocalClusterConfig,
+    ("cluster", "address"): AddressClusterConfig,
+    ("featurize",): FeaturizeConfig,
+    ("reduce",): ReduceConfig,
+    ("reduce", "tsne"): TsneConfig,
+    ("output",): OutputConfig,
+}
+
+
 def load_config(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Config:
     """
     Load a configuration.
@@ -227,17 +241,23 @@ def load_config(source: str | Path | Mapping[str, Any], *, overrides: Sequence[s
     ('MobileNetV2', 'max')
     """
     name, text = ("the configuration", "") if isinstance(source, Mapping) else (str(source), _read_text(Path(source)))
-    tree = dict(source) if isinstance(source, Mapping) else _parse_yaml(text, name)
     base = Path.cwd() if isinstance(source, Mapping) else Path(source).resolve().parent
-    tree = _resolve_paths(_expand_env(tree, name), base)
-    for override in overrides:
-        tree = _merge(tree, _resolve_paths(_expand_env(_parse_override(override), "--set"), Path.cwd()))
+    try:
+        tree = dict(source) if isinstance(source, Mapping) else _parse_yaml(text, name)
+        tree = _resolve_paths(_expand_env(tree, name), base, name)
+        for override in overrides:
+            top = _resolve_paths(_expand_env(_parse_override(override), f"--set {override}"), Path.cwd(), "--set")
+            tree = _merge(tree, top)
+    except RecursionError as error:
+        raise ConfigError(
+            f"{name}: expected sections of keys and values, found something nested without end"
+        ) from error
     if isinstance(tree.get("cluster"), dict):
-        tree["cluster"].setdefault("kind", "local")
+        tree["cluster"] = {"kind": "address" if "address" in tree["cluster"] else "local"} | tree["cluster"]
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, name, text)) from error
+        raise ConfigError(_explain(error, name, text, overrides)) from error
 
 
 def build_schema() -> dict[str, Any]:
@@ -268,7 +288,8 @@ def _parse_yaml(text: str, name: str) -> dict[str, Any]:
     """Parse YAML whose top level is a mapping."""
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
+        # PyYAML lets the ValueError of a date that does not exist through.
         raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{name}: expected sections such as input: and output:, found {type(tree).__name__}")
@@ -282,7 +303,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise ConfigError(f"--set {override}: expected section.key=value, for example model.pooling=max")
     try:
         tree: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override}: {value!r} is not a YAML value") from error
     for part in reversed(key.split(".")):
         tree = {part: tree}
@@ -317,23 +338,30 @@ def _expand_env(tree: Any, name: str) -> Any:
     return _ENV_PATTERN.sub(replace, tree)
 
 
-def _resolve_paths(tree: dict[str, Any], base: Path) -> dict[str, Any]:
+def _resolve_paths(tree: dict[str, Any], base: Path, name: str) -> dict[str, Any]:
     """Make the paths of a tree absolute; URLs stay as they are."""
     for section, key in _PATH_KEYS:
         value = tree.get(section, {}).get(key) if isinstance(tree.get(section), dict) else None
-        if isinstance(value, str) and value and "://" not in value and value not in _WORDS_FOR_WEIGHTS:
-            tree = _merge(tree, {section: {key: os.path.normpath(base / Path(value).expanduser())}})
+        is_word = section == "model" and value in _WORDS_FOR_WEIGHTS
+        if isinstance(value, str) and value and "://" not in value and not is_word:
+            try:
+                path = base / Path(value).expanduser()
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"{name}: {section}.{key}: there is no home folder for {value}; write the path out"
+                ) from error
+            tree = _merge(tree, {section: {key: os.path.normpath(path)}})
     return tree
 
 
-def _explain(error: ValidationError, name: str, text: str) -> str:
+def _explain(error: ValidationError, name: str, text: str, overrides: Sequence[str]) -> str:
     """Say the first thing that is wrong, where it stands and what would be right."""
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"] if part not in ("local", "address") or first["loc"][-1] == part]
+    section, location = _locate(first["loc"])
     key = ".".join(location) or "the file"
-    where = f"{name}{_find_line(text, location)}"
+    where = _find_override(overrides, location) or f"{name}{_find_line(text, location)}"
     if first["type"] == "extra_forbidden":
-        valid = _list_keys(location[:-1])
+        valid = sorted(section.model_fields)
         nearest = difflib.get_close_matches(location[-1], valid, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"valid keys: {', '.join(valid)}"
         return f"{where}: unknown key {key}; {hint}"
@@ -344,23 +372,23 @@ def _explain(error: ValidationError, name: str, text: str) -> str:
     return f"{where}: {key}: {message[0].lower() + message[1:]}{found}"
 
 
-def _list_keys(location: Sequence[str]) -> list[str]:
-    """List the valid keys of the mapping at a location."""
-    schema = build_schema()
-    nodes = [schema]
-    for part in location:
-        nodes = [found for node in nodes for found in _follow(schema, node.get("properties", {}).get(part, {}))]
-    return sorted({key for node in nodes for key in node.get("properties", {})})
+def _locate(loc: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
+    """Find the section of an error and its key as the user wrote it; pydantic also names the alternatives that it tried."""
+    depth = max(n for n in range(len(loc)) if loc[:n] in _SECTIONS) if loc else 0
+    parts = [*loc[: depth + 1], *(part for part in loc[depth + 1 :] if isinstance(part, int))]
+    if loc[:1] == ("cluster",) and len(parts) > 1:
+        del parts[1]
+    return _SECTIONS[loc[:depth]], [str(part) for part in parts]
 
 
-def _follow(schema: dict[str, Any], node: dict[str, Any]) -> list[dict[str, Any]]:
-    """Resolve the references and alternatives of a schema node."""
-    alternatives = node.get("oneOf", node.get("anyOf", [node]))
-    return [
-        reduce(lambda found, part: found[part], alternative["$ref"].split("/")[1:], schema)
-        for alternative in alternatives
-        if "$ref" in alternative
-    ]
+def _find_override(overrides: Sequence[str], location: Sequence[str]) -> str | None:
+    """Find the override that set a key, the last one if there are several."""
+    for override in reversed(overrides):
+        parts = override.partition("=")[0].split(".")
+        n_common = min(len(parts), len(location))
+        if n_common and parts[:n_common] == list(location[:n_common]):
+            return f"--set {override}"
+    return None
 
 
 def _find_line(text: str, location: Sequence[str]) -> str:

@@ -5,13 +5,23 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from fruitdask.errors import ImageError, ImageTooLargeError
 
 #: What is decoded, by content; Pillow knows further formats, some of which start other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 _WHITE = (255, 255, 255, 255)
+#: What undoes each EXIF orientation (Exif 2.32, section 4.6.4 A, tag 0x0112).
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode_image(data: bytes, *, size_px: int, max_pixels: int) -> npt.NDArray[np.uint8]:
@@ -96,11 +106,14 @@ def decode_images(files: Sequence[bytes], *, size_px: int, max_pixels: int) -> l
 
 def _turn_upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; broken EXIF does not make the pixels unreadable."""
+    # ImageOps.exif_transpose also writes the other tags back, and gives up where one of them is broken.
     image.load()
     try:
-        return ImageOps.exif_transpose(image)
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
+        # Broken bytes again: struct.error, SyntaxError, ValueError ...
         return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:

@@ -137,7 +137,6 @@ def test_list_images_takes_any_name_literally(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["a/1.jpg", "a"], ids=["file", "folder"])
-@pytest.mark.xfail(strict=True, reason="links are left out without a word")
 def test_list_images_follows_links(tmp_path: Path, target: str) -> None:
     fill(tmp_path / "real", "a/1.jpg")
     fill(tmp_path / "fruits", "b/2.jpg")
@@ -147,7 +146,6 @@ def test_list_images_follows_links(tmp_path: Path, target: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not allow such a name")
-@pytest.mark.xfail(strict=True, reason="pandas raises a plain UnicodeEncodeError, which list_images lets pass")
 def test_list_images_explains_a_name_that_is_not_unicode(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")).write_bytes(b"x")
     with pytest.raises(CatalogError, match=r"caf.*\.jpg.*UTF-8"):
@@ -265,7 +263,8 @@ def test_list_images_keeps_a_missing_file_of_the_manifest(tmp_path: Path) -> Non
     manifest = write_manifest(tmp_path / "labels.csv", [("gone/2.jpg", "a"), ("1.jpg", "b")])
     catalog = list_folder(tmp_path, manifest=manifest)
     assert list(catalog["path"]) == ["1.jpg", "gone/2.jpg"]
-    assert (catalog["bytes"][1], catalog["version"][1], catalog["bytes"].dtype) == (0, "", np.int64)
+    assert (catalog["bytes"][1], catalog["version"][1]) == (0, "")
+    assert catalog["bytes"].dtype == np.int64
     assert float(catalog["version"][0]) == (tmp_path / "1.jpg").stat().st_mtime
 
 
@@ -314,7 +313,6 @@ def test_list_images_refuses_a_manifest_in_another_format(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("row", [",a", "1.jpg,"], ids=["no path", "no label"])
-@pytest.mark.xfail(strict=True, reason="an empty field becomes NaN, as path or label")
 def test_list_images_refuses_a_manifest_with_an_empty_field(tmp_path: Path, row: str) -> None:
     (tmp_path / "labels.csv").write_text(f"path,label\n0.jpg,a\n{row}\n")
     with pytest.raises(ConfigError, match=r"labels\.csv: "):
@@ -322,7 +320,6 @@ def test_list_images_refuses_a_manifest_with_an_empty_field(tmp_path: Path, row:
 
 
 @pytest.mark.parametrize("label", ["NA", "None", "null", "nan"])
-@pytest.mark.xfail(strict=True, reason="pandas takes these words for missing values")
 def test_list_images_takes_the_words_of_a_csv_manifest_literally(tmp_path: Path, label: str) -> None:
     (tmp_path / "labels.csv").write_text(f"path,label\n0.jpg,{label}\n")
     assert list(list_folder(tmp_path, manifest=str(tmp_path / "labels.csv"))["label"]) == [label]

@@ -206,7 +206,6 @@ def test_load_config_does_not_take_the_words_for_weights_as_paths(tmp_path: Path
     assert load_config(write(tmp_path, MINIMAL + f"model: {{weights: {word}}}\n")).model.weights == word
 
 
-@pytest.mark.xfail(strict=True, reason="the words for weights are left alone in every section")
 @pytest.mark.parametrize("word", ["imagenet", "random"])
 def test_load_config_resolves_a_folder_that_is_named_like_weights(tmp_path: Path, word: str) -> None:
     path = write(tmp_path, f"input: {{url: {word}}}\noutput: {{url: s3://fruits/run}}\n")
@@ -240,7 +239,7 @@ def test_load_config_expands_environment_variables_everywhere(tmp_path: Path, mo
             [],
             r"run\.yaml: the environment variable FRUITS_UNSET of .*/x' is not set",
         ),
-        (MINIMAL, ["input.url=${FRUITS_UNSET}"], r"--set: the environment variable FRUITS_UNSET of .* is not set"),
+        (MINIMAL, ["input.url=${FRUITS_UNSET}"], r"--set .*: the environment variable FRUITS_UNSET of .* is not set"),
     ],
     ids=["file", "override"],
 )
@@ -282,20 +281,14 @@ def test_load_config_names_the_nearest_key_inside_an_optional_section(tmp_path: 
         load_config(write(tmp_path, text))
 
 
-@pytest.mark.xfail(strict=True, reason="the keys of all kinds are offered")
 def test_load_config_offers_only_keys_of_the_kind_of_cluster_in_use() -> None:
     with pytest.raises(ConfigError, match=r"unknown key cluster\.timeout_secs; ") as caught:
         load(cluster={"kind": "local", "timeout_secs": 3})
     assert "timeout_seconds" not in str(caught.value)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the keys of all kinds are offered, so that the unknown key is the nearest to itself"
-)
-def test_load_config_does_not_offer_the_unknown_key_itself() -> None:
-    with pytest.raises(ConfigError, match=r"cluster") as caught:
-        load(cluster={"address": "tcp://10.0.0.5:8786"})
-    assert "did you mean address?" not in str(caught.value)
+def test_load_config_takes_an_address_for_a_running_cluster() -> None:
+    assert load(cluster={"address": "tcp://10.0.0.5:8786"}).cluster.kind == "address"
 
 
 @pytest.mark.parametrize(
@@ -380,7 +373,6 @@ def test_load_config_names_a_missing_key(tmp_path: Path, text: str, message: str
         load_config(write(tmp_path, text))
 
 
-@pytest.mark.xfail(strict=True, reason="the tag of the union has the name of the key: cluster.address.address")
 def test_load_config_names_a_missing_address(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.yaml, line 3: the key cluster\.address is missing; add it"):
         load_config(write(tmp_path, MINIMAL + "cluster: {kind: address}"))
@@ -411,7 +403,6 @@ def test_load_config_refuses_what_is_not_a_mapping_in_yaml(
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
-@pytest.mark.xfail(strict=True, reason="PyYAML raises a plain ValueError here, which load_config lets pass")
 @pytest.mark.parametrize("how", ["file", "override"])
 def test_load_config_explains_a_date_that_does_not_exist(tmp_path: Path, how: str) -> None:
     source = write(tmp_path, MINIMAL.replace("s3://fruits/run", "2026-02-30")) if how == "file" else SECTIONS
@@ -432,13 +423,11 @@ def test_load_config_says_that_a_file_cannot_be_read(tmp_path: Path) -> None:
         load_config(tmp_path / "run.yaml")
 
 
-@pytest.mark.xfail(strict=True, reason="Path.expanduser raises a plain RuntimeError, which load_config lets pass")
 def test_load_config_explains_a_home_folder_that_does_not_exist() -> None:
     with pytest.raises(ConfigError, match=r"~no_such_user_here"):
         load(output={"url": "~no_such_user_here/x"})
 
 
-@pytest.mark.xfail(strict=True, reason="the line of the file is given for a value that came from --set")
 def test_load_config_blames_the_override_and_not_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL + "model: {pooling: avg}\n")
     with pytest.raises(ConfigError, match=r"model\.pooling: .*, found 'mean'") as caught:
@@ -472,7 +461,6 @@ def test_load_config_refuses_n_components_that_mean_nothing(reduce: dict[str, An
         load(reduce=reduce)
 
 
-@pytest.mark.xfail(strict=True, reason="pydantic adds the alternative it tried to the key: reduce.n_components.int")
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [("reduce", "n_components", "all"), ("reduce", "n_components", None), ("cluster", "memory_limit", [4])],

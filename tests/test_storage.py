@@ -190,7 +190,12 @@ def test_write_file_never_shows_half_a_file(tmp_path: Path) -> None:
     target = Location(str(tmp_path / "x.bin"))
     contents = [bytes([k]) * (k * MIB // 4) for k in (1, 2)]
     write_file(target, contents[0])
-    writer = threading.Thread(target=lambda: [write_file(target, contents[k % 2]) for k in range(100)])
+
+    def write_in_turn() -> None:
+        for k in range(100):
+            write_file(target, contents[k % 2])
+
+    writer = threading.Thread(target=write_in_turn)
     writer.start()
     seen = set()
     while writer.is_alive():

@@ -1,0 +1,230 @@
+"""The command line as a person meets it: sentences, exit codes, no traceback."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from fruitdask.cli import cli
+from fruitdask.config import ModelConfig
+
+DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+
+
+def invoke(*arguments: str) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(cli, arguments)
+
+
+@pytest.fixture
+def config_path(tiny_model: ModelConfig, sample_folder: Path, tmp_path: Path) -> Path:
+    """Configuration file of a run of the tiny model on the drawn images."""
+    sections = {
+        "input": {"url": str(sample_folder)},
+        "model": tiny_model.model_dump(exclude_defaults=True),
+        "cluster": {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"},
+        "featurize": {"images_per_partition": 4},
+        "output": {"url": "out"},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def run_in_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m fruitdask`` as a person does."""
+    return subprocess.run(
+        [sys.executable, "-m", "fruitdask", *arguments], capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(config_path: Path) -> None:
+    first = run_in_process("run", str(config_path), "--set", "reduce.tsne.enabled=true", COLUMNS="120")
+    assert (first.returncode, "Traceback" in first.stderr) == (0, False)
+    for expected in ("Listing images", "Dask dashboard: http://127.0.0.1:", "24 of 24 images", "0 failed", "Reducing"):
+        assert expected in first.stderr
+    for expected in ("pear_1", "24 ok, 0 failed", "images/s", "by 2 components", str(config_path.parent / "out")):
+        assert expected in first.stdout
+    assert "tsne_2" in pd.read_csv(config_path.parent / "out" / "results.csv").columns
+    second = run_in_process("run", str(config_path), "--set", "reduce.tsne.enabled=true")
+    assert second.returncode == 0 and "All 24 images were done before: nothing to compute." in second.stdout
+
+
+@pytest.fixture
+def paused_run(config_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run in a process group of its own that has committed its first partition and not its last."""
+    slow = ["--set", "featurize.images_per_partition=1", "--set", "featurize.batch_size=1", "--set", "input.limit=24"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fruitdask", "run", str(config_path), *slow],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_interrupted_run_goes_on(config_path: Path, paused_run: subprocess.Popen[str]) -> None:
+    marks = config_path.parent / "out" / "partitions"
+    while not marks.exists() and paused_run.poll() is None:
+        os.sched_yield()
+    os.killpg(paused_run.pid, signal.SIGINT)
+    _, stderr = paused_run.communicate(timeout=60)
+    assert paused_run.returncode == 130
+    last_line = stderr.strip().splitlines()[-1]
+    assert last_line == "fruitdask: interrupted; what is stored stays, run the same command again to go on"
+    assert "Traceback" not in stderr
+    committed = {path.name: path.stat().st_mtime_ns for path in marks.glob("*.parquet")}
+    again = run_in_process("run", str(config_path), "--set", "input.limit=24")
+    assert again.returncode == 0 and "24 ok, 0 failed" in again.stdout
+    assert len(list(marks.glob("*.parquet"))) == 24
+    assert {name: (marks / name).stat().st_mtime_ns for name in committed} == committed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["--set", "model.nam=VGG16"], 2, "unknown key model.nam; did you mean name?"),
+        (["--set", "input.limit=many"], 2, "input.limit: .*integer.*found 'many'"),
+        (["--set", "input.url=/no/such/folder"], 2, "/no/such/folder: there is no such folder; check input.url"),
+        (["--set", "input.url={empty}"], 2, "empty: expected images .*found none"),
+        (
+            ["--set", "input.classes=[pineapple]"],
+            2,
+            "input.classes names pineapple, which is not there; the classes are: .*pear_1",
+        ),
+        (["--set", "input.url=gs://bucket/photos"], 2, "protocol 'gs' needs a package that is not installed. .*gcsfs"),
+        (["--set", "input.manifest=/no/such.csv"], 2, "cannot read /no/such.csv: .*check the path and the permissions"),
+        (["--set", "output.url={input}/out"], 2, "lies inside input.url"),
+        (["--set", "reduce.n_components=100"], 2, "n_components is 100, but there are only 24 images"),
+        (["--set", "model.weights=/no/such.h5"], 2, "cannot read /no/such.h5"),
+        (
+            ["--set", "model.weights={text}.h5", "--set", "model.name=SqueezeNet"],
+            2,
+            "expected weights of SqueezeNet .*does not fit",
+        ),
+        (
+            ["--set", "input.url={broken}"],
+            3,
+            "3 of 3 images failed, more than featurize.max_failed_fraction .0.05. allows",
+        ),
+    ],
+    ids=[
+        "key",
+        "type",
+        "folder",
+        "empty",
+        "class",
+        "protocol",
+        "manifest",
+        "inside",
+        "components",
+        "weights",
+        "weights misfit",
+        "failures",
+    ],
+)
+def test_bad_input_is_one_sentence_and_an_exit_code(
+    config_path: Path, sample_folder: Path, tmp_path: Path, arguments: list[str], code: int, sentence: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.h5").write_text("no weights")
+    (tmp_path / "broken" / "apple").mkdir(parents=True)
+    for number in range(3):
+        (tmp_path / "broken" / "apple" / f"{number}.jpg").write_bytes(b"no image")
+    places = {
+        "empty": tmp_path / "empty",
+        "input": sample_folder,
+        "text": tmp_path / "text",
+        "broken": tmp_path / "broken",
+    }
+    result = invoke("run", str(config_path), *(argument.format(**places) for argument in arguments))
+    assert result.exit_code == code, result.output
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("fruitdask: ")
+    assert pd.Series([last_line]).str.contains(sentence).all(), last_line
+    if code == 2:
+        assert not (tmp_path / "out").exists()
+
+
+def test_unreachable_scheduler_is_one_sentence(config_path: Path) -> None:
+    sections = yaml.safe_load(config_path.read_text())
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{closed.getsockname()[1]}"
+    sections["cluster"] = {"kind": "address", "address": address, "timeout_seconds": 0.5}
+    config_path.write_text(yaml.safe_dump(sections))
+    result = invoke("run", str(config_path))
+    assert result.exit_code == 5
+    sentence = f"fruitdask: cluster.address {address}: no scheduler answered within 0.5 s; check that it runs there"
+    assert result.stderr.strip().splitlines()[-1] == sentence
+    assert not (config_path.parent / "out").exists()
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission_is_one_sentence(config_path: Path) -> None:
+    config_path.parent.joinpath("locked").mkdir(mode=0o500)
+    result = invoke("run", str(config_path), "--set", f"output.url={config_path.parent}/locked/out")
+    assert result.exit_code == 2 and "no permission to write in" in result.stderr
+
+
+def test_unwritable_place_is_one_sentence(config_path: Path) -> None:
+    result = invoke("run", str(config_path), "--set", "output.url=/proc/fruitdask/out")
+    assert result.exit_code == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("fruitdask: ")
+
+
+def test_validate_checks_without_touching_the_data(config_path: Path) -> None:
+    result = invoke("validate", str(config_path), "--set", "input.url=s3://no-such-bucket/photos")
+    assert (result.exit_code, result.output) == (0, f"{config_path} is valid.\n")
+    result = invoke("validate", str(config_path.with_name("missing.yaml")))
+    assert result.exit_code == 2 and "there is no such configuration file" in result.stderr
+
+
+def test_schema_describes_the_demo() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(invoke("schema").stdout)
+    jsonschema.validate(yaml.safe_load(DEMO.read_text()), schema)
+    with pytest.raises(jsonschema.ValidationError, match="'colour' was unexpected"):
+        jsonschema.validate({"input": {"url": "x", "colour": 1}, "output": {"url": "y"}}, schema)
+
+
+def test_sample_draws_and_refuses_to_overwrite(tmp_path: Path) -> None:
+    folder = tmp_path / "fruits"
+    result = invoke("sample", str(folder), "--per-class", "1", "--size", "32", "--seed", "3")
+    assert (result.exit_code, result.output) == (0, f"Drew 6 images into {folder}.\n")
+    result = invoke("sample", str(folder))
+    assert result.exit_code == 2 and "fruitdask: " in result.stderr
+
+
+@pytest.mark.parametrize("command", ["", "run", "validate", "schema", "sample"])
+def test_help_is_there(command: str) -> None:
+    result = invoke(*filter(None, [command]), "--help")
+    assert result.exit_code == 0 and "Usage:" in result.stdout
+
+
+def test_demo_runs_offline(tmp_path: Path) -> None:
+    places = [
+        "--set",
+        f"input.url={tmp_path}/photographs",
+        "--set",
+        f"output.url={tmp_path}/results",
+        "--set",
+        "input.sample.per_class=3",
+    ]
+    done = run_in_process("run", str(DEMO), *places, http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "results" / "results.csv")
+    assert len(table) == 18 and {"pca_5", "tsne_2"} <= set(table.columns)
