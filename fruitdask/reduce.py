@@ -13,8 +13,8 @@ from fruitdask.errors import ReduceError
 #: Principal components that t-SNE works on, as its authors advise (van der Maaten and Hinton 2008, section 4.2, take 30; scikit-learn 50).
 TSNE_COMPONENTS = 50
 #: Rows a block of the decomposition: many times the features of common networks, so that each block's QR shrinks it.
-#: With 1280 features a block takes 84 MB.
-_ROWS_PER_BLOCK = 8192
+#: With 1280 features a block takes 42 MB.
+_ROWS_PER_BLOCK = 4096
 #: scikit-learn's rule for its randomized solver: more power iterations where few components are wanted.
 _POWER_ITERATIONS_FEW, _POWER_ITERATIONS_MANY, _FEW_FRACTION = 7, 4, 0.1
 

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/main_job.py PHOTOGRAPHS WEIGHTS [--repeat 10]
 
-PHOTOGRAPHS is a folder of classes (the 846 test photographs of Fruits-360's original size), WEIGHTS the file of MobileNetV2's weights without
-its top. Each line gives seconds, their ratio to the plain loop of the same run, and the largest resident memory of the client and of a worker.
+PHOTOGRAPHS is a folder of classes (the 846 test photographs of Fruits-360's original size), WEIGHTS the file of
+MobileNetV2's weights without its top. Each line gives seconds, their ratio to the plain loop of the same run, and the
+largest resident memory of the client and of a worker.
 """
 
 import argparse
