@@ -175,7 +175,7 @@ def _find_objects(root: Location) -> Iterator[tuple[str, int, str]]:
 def _walk_folder(top: str) -> Iterator[tuple[str, int, str]]:
     """List the files below a local folder, through links, but no folder twice: links may run in circles."""
     visited = set()
-    for folder, subfolders, names in os.walk(top, followlinks=True):
+    for folder, subfolders, names in os.walk(top, followlinks=True, onerror=_refuse):
         if os.path.realpath(folder) in visited:
             subfolders.clear()
             continue
@@ -185,6 +185,12 @@ def _walk_folder(top: str) -> Iterator[tuple[str, int, str]]:
             if os.path.isfile(path):
                 status = os.stat(path)
                 yield os.path.relpath(path, top).replace(os.sep, "/"), status.st_size, str(status.st_mtime)
+
+
+def _refuse(error: OSError) -> None:
+    """End a listing at a folder that cannot be read, where os.walk would pass it over; that there is no top folder is said elsewhere."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _is_broken(path: str) -> bool:

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
@@ -24,6 +25,7 @@ _EXIT_CODES: tuple[tuple[type[errors.FruitdaskError], int], ...] = (
     (errors.ClusterStartError, 5),
     (errors.FeaturizeError, 1),
     (errors.WeightsUnavailableError, 1),
+    (errors.EngineError, 1),
     (errors.FruitdaskError, 2),
 )
 _SHOWN_CLASSES = 24
@@ -68,7 +70,7 @@ def run(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool)
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     overrides += ("output.overwrite=true",) if overwrite else ()
-    with _reported(verbose):
+    with _reported(verbose=verbose, overwrite=overwrite):
         loaded = load_config(config, overrides=overrides)
         from fruitdask.pipeline import run as run_pipeline
 
@@ -111,17 +113,18 @@ def sample(folder: str, per_class: int, size_px: int, seed: int) -> None:
 
 
 @contextmanager
-def _reported(verbose: bool = False) -> Iterator[None]:
+def _reported(*, verbose: bool = False, overwrite: bool = False) -> Iterator[None]:
     """Turn an error into one sentence and an exit code."""
     try:
         yield
     except errors.FruitdaskError as error:
         if verbose:
-            raise
+            traceback.print_exc()
         click.echo(f"fruitdask: {error}", err=True)
         sys.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
     except KeyboardInterrupt:
-        click.echo("fruitdask: interrupted; what is stored stays, run the same command again to go on", err=True)
+        again = "run the same command again to go on" + (", without --overwrite" if overwrite else "")
+        click.echo(f"fruitdask: interrupted; what is stored stays, {again}", err=True)
         sys.exit(_INTERRUPTED)
 
 

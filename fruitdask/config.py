@@ -39,7 +39,8 @@ class InputConfig(_Section):
     """Which images to read."""
 
     url: str = Field(
-        description="Folder of images: a path or any fsspec URL (s3://bucket/prefix). The class of an image is its folder."
+        min_length=1,
+        description="Folder of images: a path or any fsspec URL (s3://bucket/prefix). The class of an image is its folder.",
     )
     storage_options: dict[str, Any] = Field(
         {}, description="Options of the fsspec file system, such as endpoint_url or anon."
@@ -181,7 +182,7 @@ class ReduceConfig(_Section):
 class OutputConfig(_Section):
     """Where results go."""
 
-    url: str = Field(description="Folder for the results: a path or any fsspec URL.")
+    url: str = Field(min_length=1, description="Folder for the results: a path or any fsspec URL.")
     storage_options: dict[str, Any] = Field({}, description="Options of the fsspec file system.")
     overwrite: bool = Field(False, description="Delete an earlier run's results there and start again.")
 

@@ -33,6 +33,10 @@ class ModelError(FruitdaskError, ValueError):
     """A network cannot be built as configured."""
 
 
+class EngineError(FruitdaskError, RuntimeError):
+    """A network ended its process, or could not be built for a reason of its library."""
+
+
 class WeightsUnavailableError(FruitdaskError, ConnectionError):
     """Pretrained weights cannot be fetched."""
 

@@ -1,10 +1,10 @@
 """Featurizing: one partition of images to features on a worker, and a bounded number of partitions in flight."""
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -25,6 +25,10 @@ _PARTITIONS_PER_THREAD = 2
 #: How often a task is tried again on another worker, and how often the artifact is delivered again after its last holder died.
 _TASK_RETRIES = 2
 _MAX_DELIVERIES = 20
+#: How long to wait for a worker after the last one died: a nanny starts another in seconds, a cloud in minutes.
+_WORKER_TIMEOUT_SECONDS = 600
+#: The first pause before reading a file again; each further one is twice as long.
+_FIRST_PAUSE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -149,17 +153,17 @@ def featurize_partition(partition: Partition, artifact: ModelArtifact, job: Feat
     outcomes = [_Outcome(path, label) for path, label in zip(partition.paths, partition.labels, strict=True)]
     features = np.full((len(outcomes), artifact.n_features), np.nan, np.float32)
     bytes_read = 0
-    with ThreadPoolExecutor(1 if job.source.is_local else job.concurrent_reads) as pool:
+    with ThreadPoolExecutor(job.concurrent_reads) as pool:
+        fetched = _fetch_ahead(outcomes, job, pool)
         for start in range(0, len(outcomes), job.batch_size):
-            batch = outcomes[start : start + job.batch_size]
             with watch.measure("fetch"):
-                list(pool.map(lambda outcome: _fetch(outcome, job), batch))
+                batch = list(islice(fetched, job.batch_size))
             bytes_read += sum(len(outcome.data) for outcome in batch)
             with watch.measure("decode"):
                 rows, images = _decode(batch, artifact.input_px, job.max_pixels)
             with watch.measure("predict"):
                 if rows:
-                    features[start + np.asarray(rows)] = predict(np.stack(images))
+                    features[start + np.asarray(rows)] = _check_finite(predict(np.stack(images)), batch, rows)
     table = pd.DataFrame(
         [[getattr(outcome, column) for column in OUTCOME_COLUMNS] for outcome in outcomes],
         columns=list(OUTCOME_COLUMNS),
@@ -220,15 +224,24 @@ def featurize_catalog(
             submit(partition)
         for future in completed:
             partition = in_flight.pop(future)
-            if future.status in ("cancelled", "lost"):
+            summary = _get_summary(future, partition)
+            if summary is None:
                 delivery.renew()
                 submit(partition)
                 continue
-            on_summary(_get_summary(future, partition))
+            on_summary(summary)
             for partition in islice(queue, max(0, _count_window(client) - len(in_flight))):
                 submit(partition)
+    except (OSError, TimeoutError) as error:
+        if isinstance(error, FruitdaskError):
+            raise
+        raise FeaturizeError(
+            f"the cluster was lost: {str(error) or type(error).__name__}; what is stored stays, run again to go on"
+        ) from error
     finally:
-        client.cancel(list(in_flight), force=True)
+        # Where the scheduler is gone there is nothing left to cancel.
+        with suppress(OSError, TimeoutError):
+            client.cancel(list(in_flight), force=True)
 
 
 def prepare_workers(client: Any, engine: str) -> list[Any]:
@@ -271,7 +284,7 @@ class _Delivery:
 
     def _scatter(self) -> None:
         """Copy the artifact to every worker; a new key each time, for the scheduler remembers the lost one."""
-        self._client.wait_for_workers(1)
+        self._client.wait_for_workers(1, timeout=_WORKER_TIMEOUT_SECONDS)
         self.future = self._client.scatter(self._artifact, broadcast=True, hash=False)
         self._n_deliveries += 1
 
@@ -298,10 +311,12 @@ def _count_window(client: Any) -> int:
     return max(1, _PARTITIONS_PER_THREAD * n_threads)
 
 
-def _get_summary(future: Any, partition: Partition) -> PartitionSummary:
-    """Get a task's summary, or say which images it stood for."""
+def _get_summary(future: Any, partition: Partition) -> PartitionSummary | None:
+    """Get a task's summary, or say which images it stood for; None where it was lost with its worker."""
     try:
         summary: PartitionSummary = future.result()
+    except CancelledError:
+        return None
     except Exception as error:
         raise FeaturizeError(
             f"partition {partition.index} ({partition.paths[0]} to {partition.paths[-1]}) failed: {str(error) or type(error).__name__}"
@@ -310,16 +325,37 @@ def _get_summary(future: Any, partition: Partition) -> PartitionSummary:
     return summary
 
 
-def _fetch(outcome: _Outcome, job: FeaturizeJob) -> None:
+def _fetch_ahead(outcomes: list[_Outcome], job: FeaturizeJob, pool: ThreadPoolExecutor) -> Iterator[_Outcome]:
+    """Read files in their order, some ahead of the one that is wanted, so that they arrive while others are decoded."""
+    fs, root = job.source.fs, job.source.path
+    waiting: deque[tuple[_Outcome, Future[None]]] = deque()
+    for outcome in outcomes:
+        waiting.append((outcome, pool.submit(_fetch, outcome, fs, f"{root}/{outcome.path}", job.fetch_attempts)))
+        if len(waiting) > job.concurrent_reads:
+            yield _wait(*waiting.popleft())
+    while waiting:
+        yield _wait(*waiting.popleft())
+
+
+def _wait(outcome: _Outcome, reading: "Future[None]") -> _Outcome:
+    """Wait until a file is read."""
+    reading.result()
+    return outcome
+
+
+def _fetch(outcome: _Outcome, fs: Any, path: str, max_attempts: int) -> None:
     """Read one file, trying again unless it is certainly not there."""
-    location = job.source.child(outcome.path)
-    while outcome.attempts < job.fetch_attempts:
+    while outcome.attempts < max_attempts:
+        if outcome.attempts:
+            time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (outcome.attempts - 1))
         outcome.attempts += 1
         try:
-            outcome.data = location.fs.cat_file(location.path)
+            outcome.data = fs.cat_file(path)
             return
         except FileNotFoundError:
             return outcome.fail("missing", "the file was listed, but is not there any more")
+        except MemoryError:
+            raise
         except Exception as error:
             # File systems raise OSError, but also their clients' own exceptions; whichever it is, only this image is concerned.
             last = f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
@@ -342,3 +378,11 @@ def _decode(batch: list[_Outcome], size_px: int, max_pixels: int) -> tuple[list[
             rows.append(row)
             images.append(result)
     return rows, images
+
+
+def _check_finite(features: npt.NDArray[np.float32], batch: list[_Outcome], rows: list[int]) -> npt.NDArray[np.float32]:
+    """Fail the images for which the network gives infinity or no number, which would spoil the reduction of all others."""
+    is_finite = np.asarray(np.isfinite(features).all(axis=1))
+    for row in np.flatnonzero(~is_finite):
+        batch[rows[row]].fail("not_finite", "the network gives features that are not finite numbers")
+    return np.where(is_finite[:, np.newaxis], features, np.float32(np.nan))

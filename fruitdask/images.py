@@ -66,7 +66,7 @@ def decode_image(data: bytes, *, size_px: int, max_pixels: int) -> npt.NDArray[n
                 )
             rgb = _convert_to_rgb(_turn_upright(image))
             return np.asarray(rgb.resize((size_px, size_px), Image.Resampling.BICUBIC))
-    except ImageTooLargeError:
+    except (ImageTooLargeError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(

@@ -118,6 +118,8 @@ class _Task:
         manifest = self.manifest or {"status": "new"}
         if manifest["status"] != "complete" or not self.has_features:
             return False
+        if not all(exists(self.output.child(name)) for name in (report.RESULTS, _PCA)):
+            return False
         return bool(manifest["config"]["reduce"] == _dump(self.config)["reduce"])
 
 
@@ -150,6 +152,9 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
         progress.begin("Listing images")
         with clock.measure("list"):
             task = _prepare(config)
+        _check_failures(task, _count_failed(task))
+        if config.model.weights == "random":
+            progress.say("Warning: model.weights is random; features of an untrained network say little about images.")
         if task.manifest is not None and task.is_finished:
             return RunResult(task.output, task.manifest, n_computed=0)
         with ExitStack() as stack:
@@ -158,21 +163,26 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
                 progress.begin("Starting the cluster and building the network")
                 with clock.measure("start"):
                     client, artifact = _start(task, client, stack)
-                progress.say(f"Dask dashboard: {client.dashboard_link}")
+                if "dashboard" in client.scheduler_info()["services"]:
+                    progress.say(f"Dask dashboard: {client.dashboard_link}")
                 manifest = _begin_output(task, artifact, client)
                 with clock.measure("featurize"):
-                    clock.worker_seconds = _featurize(task, artifact, client, progress)
+                    manifest["seconds"]["worker"] = _featurize(task, artifact, client, progress)
             progress.begin("Reducing")
             with clock.measure("reduce"), _choose_scheduler(task, client, stack):
                 fitted, scores, tsne = _reduce(config, task.output)
             progress.begin("Writing results and closing the cluster")
             with clock.measure("write"):
+                # Should this be interrupted, the next run must not take a mixture of old and new tables for results.
+                manifest = manifest | {"status": "running"}
+                store.write_manifest(task.output, manifest)
                 counts = report.write_results(
                     task.output, store.read_outcomes(task.output, range(task.n_partitions)), pca=scores, tsne=tsne
                 )
                 _write_pca(task.output, fitted)
     manifest |= _describe_results(task, fitted, counts)
-    manifest["seconds"] = clock.seconds | {"total": clock.total_seconds, "worker": clock.worker_seconds}
+    # Seconds of stages that were done before are those of the run that did them.
+    manifest["seconds"] |= clock.seconds | {"total": clock.total_seconds}
     store.write_manifest(task.output, manifest)
     return RunResult(task.output, manifest, n_computed=len(task.catalog) - task.n_images_done)
 
@@ -183,7 +193,6 @@ class _Clock:
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self.worker_seconds: dict[str, float] = {}
 
     @property
     def total_seconds(self) -> float:
@@ -204,6 +213,10 @@ def _prepare(config: Config) -> _Task:
         config.output.url, config.output.storage_options
     )
     _check_places(source, output)
+    if config.input.sample is not None and not source.is_local:
+        raise ConfigError(
+            f"input.sample draws into a local folder, but input.url is {source.url}; draw with: fruitdask sample FOLDER"
+        )
     if config.input.sample is not None and not exists(source):
         sample = config.input.sample
         draw_sample(source.path, per_class=sample.per_class, size_px=sample.size_px, seed=sample.seed)
@@ -232,7 +245,8 @@ def _prepare(config: Config) -> _Task:
 
 def _check_places(source: Location, output: Location) -> None:
     """Refuse an output that would be listed as input the next time, or that cannot be a folder."""
-    if f"{output.path}/".startswith(f"{source.path}/") and type(output.fs) is type(source.fs):
+    inner, outer = (os.path.realpath(place.path) if place.is_local else place.path for place in (output, source))
+    if f"{inner}/".startswith(f"{outer}/") and type(output.fs) is type(source.fs):
         raise ConfigError(f"output.url {output.url} lies inside input.url {source.url}; choose a folder outside it")
     if output.is_local:
         _check_writable(output)
@@ -299,6 +313,7 @@ def _begin_output(task: _Task, artifact: ModelArtifact, client: Any) -> dict[str
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
         "config": _dump(task.config),
+        "seconds": {},
     }
     store.write_manifest(task.output, manifest)
     if not task.committed:
@@ -342,7 +357,6 @@ def _featurize(task: _Task, artifact: ModelArtifact, client: Any, progress: RunP
         progress.advance(summary.n_images, n_failed=summary.n_failed)
         _check_failures(task, n_failed)
 
-    _check_failures(task, n_failed)
     todo = (part for part in split_catalog(task.catalog, task.images_per_partition) if part.index not in task.committed)
     featurize_catalog(client, todo, artifact, job, on_summary=note)
     return {stage: round(value, 3) for stage, value in seconds.items()}
@@ -350,6 +364,9 @@ def _featurize(task: _Task, artifact: ModelArtifact, client: Any, progress: RunP
 
 def _count_failed(task: _Task) -> int:
     """Count the failures of an earlier run."""
+    if task.manifest is not None and task.manifest["status"] == "complete" and task.has_features:
+        by_status: dict[str, int] = task.manifest["counts"]["by_status"]
+        return sum(by_status.values()) - by_status.get("ok", 0)
     tables = store.read_outcomes(task.output, sorted(task.committed))
     return sum(int((table["status"] != "ok").sum()) for table in tables)
 
@@ -360,10 +377,11 @@ def _check_failures(task: _Task, n_failed: int) -> None:
     if n_failed <= limit * len(task.catalog):
         return
     done = sorted(store.list_committed(task.output))
-    report.write_failures(task.output, pd.concat(list(store.read_outcomes(task.output, done))))
+    failures = [table[table["status"] != "ok"] for table in store.read_outcomes(task.output, done)]
+    report.write_failures(task.output, pd.concat(failures))
     raise TooManyFailuresError(
         f"{n_failed:,} of {len(task.catalog):,} images failed, more than featurize.max_failed_fraction ({limit:g}) allows; see "
-        f"{task.output.child('failures.csv').url} for the reasons, then mend the images, or raise the limit and run again to go on"
+        f"{task.output.child('failures.csv').url} for the reasons; raise the limit and run again to go on, or mend the images and run with --overwrite"
     )
 
 
@@ -378,16 +396,17 @@ def _reduce(
     wanted = config.reduce.n_components
     check_n_components(wanted, n_images=len(rows), n_features=features.shape[1])
     ok = features if is_ok.all() else features[rows]
-    fitted = fit_pca(ok, n_components=wanted, solver=config.reduce.solver, seed=config.reduce.seed)
+    largest = min(len(rows), features.shape[1])
+    n_for_tsne = min(TSNE_COMPONENTS, largest) if config.reduce.tsne.enabled else 0
+    most = max(wanted, n_for_tsne) if isinstance(wanted, int) else largest
+    found = fit_pca(ok, n_components=most, solver=config.reduce.solver, seed=config.reduce.seed)
+    fitted = found.truncate(wanted)
     scores = _spread(fitted.transform(ok).astype(np.float32).compute(), rows, len(is_ok))
     if not config.reduce.tsne.enabled:
         return fitted, scores, None
     sampled = sample_rows(len(rows), config.reduce.tsne)
-    n_components = min(TSNE_COMPONENTS, len(rows), features.shape[1])
-    more = fit_pca(ok, n_components=n_components, solver=config.reduce.solver, seed=config.reduce.seed)
-    embedding = embed_tsne(
-        more.transform(ok[sampled]).compute(), perplexity=config.reduce.tsne.perplexity, seed=config.reduce.tsne.seed
-    )
+    tsne_scores = found.truncate(n_for_tsne).transform(ok[sampled]).compute()
+    embedding = embed_tsne(tsne_scores, perplexity=config.reduce.tsne.perplexity, seed=config.reduce.tsne.seed)
     return fitted, scores, _spread(embedding, rows[sampled], len(is_ok))
 
 

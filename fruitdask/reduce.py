@@ -65,20 +65,23 @@ class PrincipalComponents:
         """
         return (features - self.mean) @ self.components.T
 
-    def truncate(self, n_components: int) -> "PrincipalComponents":
+    def truncate(self, n_components: int | float) -> "PrincipalComponents":
         """
         Keep the first components.
 
         Parameters
         ----------
-        n_components : int
-            How many.
+        n_components : int or float
+            How many, or the fraction (0 to 1) of the variance that they must explain together, counted as scikit-learn does.
 
         Returns
         -------
         PrincipalComponents
             The same analysis with fewer components.
         """
+        if isinstance(n_components, float):
+            explained = np.cumsum(self.explained_variance_ratio)
+            n_components = int(np.searchsorted(explained, n_components, side="right")) + 1
         kept = {field.name: getattr(self, field.name)[:n_components] for field in fields(self) if field.name != "mean"}
         return PrincipalComponents(mean=self.mean, **kept)
 
@@ -128,7 +131,13 @@ def fit_pca(
         svd_solver="full" if solver == "exact" else "randomized",
         iterated_power=_POWER_ITERATIONS_FEW if few else _POWER_ITERATIONS_MANY,
         random_state=seed,
-    ).fit(blocks)
+    )
+    with np.errstate(invalid="ignore"):
+        pca.fit(blocks)
+    if not np.isfinite(pca.explained_variance_ratio_).all():
+        raise ReduceError(
+            f"all {n_images} images have the same features, which leaves nothing to reduce; check the images and model.weights"
+        )
     fitted = PrincipalComponents(
         mean=np.asarray(pca.mean_),
         components=_fix_signs(pca.components_),
@@ -136,7 +145,7 @@ def fit_pca(
         explained_variance_ratio=pca.explained_variance_ratio_,
         singular_values=pca.singular_values_,
     )
-    return fitted if isinstance(n_components, int) else fitted.truncate(_count_components(fitted, n_components))
+    return fitted.truncate(n_components)
 
 
 def check_n_components(n_components: int | float, *, n_images: int, n_features: int | None = None) -> None:
@@ -193,7 +202,8 @@ def embed_tsne(
     from sklearn.manifold import TSNE
 
     few = max(1.0, (len(scores) - 1) / 3)
-    tsne = TSNE(n_components=2, perplexity=min(perplexity, few), init="pca", random_state=seed)
+    init = "pca" if scores.shape[1] > 1 else "random"
+    tsne = TSNE(n_components=2, perplexity=min(perplexity, few), init=init, random_state=seed)
     embedding: npt.NDArray[np.float32] = tsne.fit_transform(np.asarray(scores, np.float32)).astype(np.float32)
     return embedding
 
@@ -224,9 +234,3 @@ def _fix_signs(components: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     largest = np.abs(components).argmax(axis=1)
     signs = np.sign(components[np.arange(len(components)), largest])
     return np.asarray(components * signs[:, np.newaxis])
-
-
-def _count_components(fitted: PrincipalComponents, fraction: float) -> int:
-    """Count the components that together explain more than a fraction of the variance, as scikit-learn counts them."""
-    n_components = int(np.searchsorted(np.cumsum(fitted.explained_variance_ratio), fraction, side="right")) + 1
-    return min(n_components, fitted.n_components)

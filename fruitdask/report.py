@@ -129,15 +129,14 @@ def write_failures(output: Location, outcomes: pd.DataFrame) -> None:
     output : Location
         The output folder.
     outcomes : pandas.DataFrame
-        Outcomes; those that are ok are left out.
+        Their outcomes.
 
     Raises
     ------
     StorageError
         If it cannot be written.
     """
-    failed = outcomes[outcomes["status"] != "ok"]
-    write_file(output.child("failures.csv"), failed.to_csv(index=False, lineterminator="\n").encode())
+    write_file(output.child("failures.csv"), outcomes.to_csv(index=False, lineterminator="\n").encode())
 
 
 def read_results(output: Location) -> pd.DataFrame:

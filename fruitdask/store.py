@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,27 +11,26 @@ import numpy.typing as npt
 import pandas as pd
 import zarr
 
-from fruitdask.errors import OutputError, StoreMismatchError
+from fruitdask.errors import OutputError, StorageError, StoreMismatchError
 from fruitdask.storage import Location, exists, explained, write_file
 
 #: What can become of an image; the position is its code in the store. ``pending`` is an image whose partition is not committed yet.
-STATUSES = ("pending", "ok", "unreadable", "too_large", "missing", "unreachable")
+STATUSES = ("pending", "ok", "unreadable", "too_large", "missing", "unreachable", "not_finite")
 OUTCOME_COLUMNS = ("path", "label", "status", "error", "attempts")
 
 _MANIFEST = "manifest.json"
 _FEATURES = "features.zarr"
 _PARTITIONS = "partitions"
+_COMMIT_MARK = re.compile(r"(\d{5,})\.parquet")
 #: All that a run may write into its output folder, and therefore all that it may delete there.
-#: The manifest is written first and deleted last: it says that the others are fruitdask's.
+#: Commit marks go before what they vouch for. The manifest is written first and deleted last: it says that the others are fruitdask's.
 _NAMES = (
-    _FEATURES,
     _PARTITIONS,
+    _FEATURES,
     "pca.zarr",
     "results.parquet",
     "results.csv",
     "failures.csv",
-    "report.html",
-    "figures",
     _MANIFEST,
 )
 
@@ -75,7 +75,7 @@ def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite:
         found = manifest["fingerprint"].get(name)
         if found != value:
             raise StoreMismatchError(
-                f"{output.url} belongs to another run: its {name} has the fingerprint {str(found)[:12]}, this run's is {value[:12]}; "
+                f"{output.url} belongs to another run: its {name} has the fingerprint {_shorten(found)}, this run's is {_shorten(value)}; "
                 "choose another output.url, or --overwrite to delete those results"
             )
     return manifest
@@ -155,7 +155,12 @@ def open_store(output: Location) -> zarr.Group | None:
     with explained(location, "read"):
         if not exists(location.child("status", "zarr.json")):
             return None
-        return zarr.open_group(**_zarr_arguments(location), mode="r")
+        try:
+            return zarr.open_group(**_zarr_arguments(location), mode="r")
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                f"{location.url}: the store is damaged ({error}); use --overwrite to begin again"
+            ) from error
 
 
 def write_partition(
@@ -216,7 +221,7 @@ def list_committed(output: Location) -> set[int]:
     with explained(folder, "list"):
         folder.fs.invalidate_cache()
         names = [path.rsplit("/", 1)[-1] for path in folder.fs.find(folder.path)]
-    return {int(name.removesuffix(".parquet")) for name in names if name.endswith(".parquet")}
+    return {int(match[1]) for name in names if (match := _COMMIT_MARK.fullmatch(name))}
 
 
 def read_outcomes(output: Location, indices: Sequence[int], *, partitions_at_once: int = 256) -> Iterator[pd.DataFrame]:
@@ -243,7 +248,14 @@ def read_outcomes(output: Location, indices: Sequence[int], *, partitions_at_onc
     for first in range(0, len(indices), partitions_at_once):
         paths = [f"{folder.path}/{index:05d}.parquet" for index in indices[first : first + partitions_at_once]]
         with explained(folder, "read"):
-            yield pyarrow.dataset.dataset(paths, filesystem=folder.fs, format="parquet").to_table().to_pandas()
+            try:
+                table = pyarrow.dataset.dataset(paths, filesystem=folder.fs, format="parquet").to_table()
+            except pyarrow.ArrowInvalid as error:
+                cause = " ".join(str(error).split())
+                raise StorageError(
+                    f"{folder.url}: an outcome file is damaged; delete it and run again ({cause})"
+                ) from error
+        yield table.to_pandas()
 
 
 def read_manifest(output: Location) -> dict[str, Any] | None:
@@ -297,7 +309,7 @@ def write_manifest(output: Location, manifest: Mapping[str, Any]) -> None:
     StorageError
         If it cannot be written.
     """
-    write_file(output.child(_MANIFEST), json.dumps(manifest, indent=2).encode() + b"\n")
+    write_file(output.child(_MANIFEST), json.dumps(manifest, indent=2, allow_nan=False).encode() + b"\n")
 
 
 def clear_output(output: Location, *, keep_manifest: bool = False) -> None:
@@ -390,6 +402,11 @@ def read_arrays(location: Location) -> dict[str, npt.NDArray[Any]]:
     with explained(location, "read"):
         group = zarr.open_group(**_zarr_arguments(location), mode="r")
         return {name: np.asarray(array[...]) for name, array in group.arrays()}
+
+
+def _shorten(fingerprint: Any) -> str:
+    """Shorten a hash; other fingerprints are words."""
+    return fingerprint[:12] if isinstance(fingerprint, str) and len(fingerprint) == 64 else str(fingerprint)
 
 
 def _zarr_arguments(location: Location) -> dict[str, Any]:

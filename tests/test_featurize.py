@@ -11,16 +11,17 @@ import fsspec
 import numpy as np
 import pandas as pd
 import pytest
+from distributed import Client, LocalCluster
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from fruitdask import store
 from fruitdask.catalog import Partition, list_images, split_catalog
 from fruitdask.cluster import open_client
-from fruitdask.config import InputConfig, LocalClusterConfig
+from fruitdask.config import InputConfig, LocalClusterConfig, ModelConfig
 from fruitdask.errors import FeaturizeError
 from fruitdask.featurize import FeaturizeJob, PartitionSummary, featurize_catalog, featurize_partition
-from fruitdask.models import ModelArtifact, load_predictor, predict
+from fruitdask.models import ModelArtifact, build_artifact, load_predictor, predict
 from fruitdask.storage import Location
 
 
@@ -234,3 +235,61 @@ def test_featurize_catalog_says_which_partition_cannot_be_stored(
 
 def test_predictor_is_shared_by_partitions(tiny_artifact: ModelArtifact) -> None:
     assert load_predictor(tiny_artifact, n_threads=1) is load_predictor(tiny_artifact, n_threads=2)
+
+
+def test_featurize_partition_fails_images_whose_features_are_not_finite(tmp_path: Path) -> None:
+    import keras
+
+    # The largest float32 is 3.4e38: a mean of more than 3 overflows.
+    layers = [keras.layers.GlobalAveragePooling2D(), keras.layers.Rescaling(1e38), keras.layers.Dense(1)]
+    keras.Sequential([keras.Input((32, 32, 3)), *layers]).save(tmp_path / "overflow.keras")
+    artifact = build_artifact(ModelConfig(weights=str(tmp_path / "overflow.keras"), preprocessing="none"))
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (40, 40), (1, 4, 1)).save(tmp_path / "in" / "bright.png")
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(tmp_path / "in" / "dark.png")
+    output = Location(str(tmp_path / "out"))
+    _, partitions, job = prepare(Location(str(tmp_path / "in")), output, images_per_partition=2, n_features=3)
+    featurize_partition(partitions[0], artifact, job)
+    (outcomes,) = store.read_outcomes(output, [0])
+    assert list(outcomes["status"]) == ["not_finite", "ok"]
+    np.testing.assert_allclose(
+        read_features(output), np.array([[np.nan] * 3, [1e38, 2e38, 3e38]], np.float32), rtol=1e-5
+    )
+
+
+def test_featurize_catalog_survives_the_loss_of_summaries(
+    sample_folder: Path, tiny_artifact: ModelArtifact, tmp_path: Path
+) -> None:
+    output = Location(str(tmp_path))
+    catalog, partitions, job = prepare(Location(str(sample_folder)), output, images_per_partition=2)
+    done: list[PartitionSummary] = []
+    with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
+
+        def kill_when_a_second_is_committed(summary: PartitionSummary) -> None:
+            done.append(summary)
+            if len(done) == 1:
+                while len(store.list_committed(output)) < 2:
+                    os.sched_yield()
+                (pid,) = client.run(os.getpid).values()
+                os.kill(pid, signal.SIGKILL)
+
+        featurize_catalog(client, partitions, tiny_artifact, job, on_summary=kill_when_a_second_is_committed)
+    assert store.list_committed(output) == set(range(len(partitions)))
+    assert {summary.index for summary in done} == set(range(len(partitions)))
+
+
+def test_featurize_catalog_says_that_the_scheduler_is_gone(
+    sample_folder: Path, tiny_artifact: ModelArtifact, tmp_path: Path
+) -> None:
+    output = Location(str(tmp_path))
+    _, partitions, job = prepare(Location(str(sample_folder)), output, images_per_partition=1)
+    cluster = LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=None, host="127.0.0.1"
+    )
+    with cluster, Client(cluster.scheduler_address, timeout=2) as client:
+
+        def close(summary: PartitionSummary) -> None:
+            cluster.close()
+
+        with pytest.raises(FeaturizeError, match="the cluster was lost: .*; what is stored stays, run again to go on"):
+            featurize_catalog(client, partitions, tiny_artifact, job, on_summary=close)

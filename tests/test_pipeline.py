@@ -338,3 +338,97 @@ def copy_images(source: Path, target: Path) -> Path:
 
     shutil.copytree(source, target)
     return target
+
+
+def test_run_refused_for_failures_is_refused_again(
+    make_config: MakeConfig, client: Any, sample_folder: Path, tmp_path: Path
+) -> None:
+    source = copy_images(sample_folder, tmp_path / "in")
+    for path in sorted(source.rglob("*.jpg"))[-6:]:
+        path.write_bytes(b"broken")
+    config = make_config(input={"url": str(source)}, featurize={"max_failed_fraction": 0.2, "images_per_partition": 24})
+    for _ in range(2):
+        with pytest.raises(TooManyFailuresError, match="6 of 24 images failed"):
+            fruitdask.run(config, client=client)
+    lenient = make_config(input={"url": str(source)}, featurize={"max_failed_fraction": 0.25})
+    assert fruitdask.run(lenient, client=client).n_computed == 0
+    with pytest.raises(TooManyFailuresError, match="6 of 24 images failed"):
+        fruitdask.run(config, client=client)
+
+
+@pytest.mark.parametrize("step", ["write_results", "_write_pca"])
+def test_interrupted_writing_is_mended_by_the_next_run(
+    make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    expected = fruitdask.run(make_config(), client=client).table
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((pipeline.report, step) if step == "write_results" else (pipeline, step)), interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fruitdask.run(make_config(reduce={"n_components": 3}), client=client)
+    result = fruitdask.run(make_config(), client=client)
+    pd.testing.assert_frame_equal(result.table, expected)
+    assert result.pca.n_components == 2
+
+
+@pytest.mark.parametrize("name", ["results.parquet", "pca.zarr"])
+def test_deleted_results_are_made_again(make_config: MakeConfig, client: Any, tmp_path: Path, name: str) -> None:
+    expected = fruitdask.run(make_config(), client=client).table
+    store.delete_result(Location(str(tmp_path / "out")), name)
+    result = fruitdask.run(make_config(), client=client)
+    pd.testing.assert_frame_equal(result.table, expected)
+    assert result.pca.n_components == 2
+
+
+def test_interrupted_overwriting_leaves_no_commit_mark_without_its_chunk(
+    make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = fruitdask.run(make_config(), client=client).features.compute()
+    delete = store.delete_result
+
+    def delete_and_interrupt(output: Location, name: str) -> None:
+        delete(output, name)
+        if name == "features.zarr":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "delete_result", delete_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fruitdask.run(make_config(output={"overwrite": True}), client=client)
+    result = fruitdask.run(make_config(), client=client)
+    assert result.n_computed == 24
+    np.testing.assert_array_equal(result.features.compute(), expected)
+
+
+def test_identical_images_are_refused_by_the_reduction(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        Image.new("RGB", (40, 40), (10, 20, 30)).save(tmp_path / "in" / f"{number}.png")
+    config = make_config(input={"url": str(tmp_path / "in")}, reduce={"n_components": 2, "tsne": {"enabled": True}})
+    with pytest.raises(ReduceError, match="all 4 images have the same features"):
+        fruitdask.run(config, client=client)
+
+
+def test_sample_is_not_drawn_into_a_remote_input(make_config: MakeConfig, client: Any) -> None:
+    with pytest.raises(ConfigError, match="draws into a local folder, but input.url is memory://drawn"):
+        fruitdask.run(make_config(input={"url": "memory://drawn", "sample": {"per_class": 1}}), client=client)
+
+
+def test_output_that_reaches_the_input_by_a_link_is_refused(
+    make_config: MakeConfig, client: Any, sample_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(sample_folder)
+    with pytest.raises(ConfigError, match="lies inside input.url"):
+        fruitdask.run(make_config(output={"url": str(tmp_path / "link" / "out")}), client=client)
+
+
+def test_other_decoding_is_refused_with_both_values(make_config: MakeConfig, client: Any) -> None:
+    fruitdask.run(make_config(), client=client)
+    with pytest.raises(
+        StoreMismatchError,
+        match="its decoding has the fingerprint exact, max_pixels 50000000, this run's is exact, max_pixels 9999; ",
+    ):
+        fruitdask.run(make_config(featurize={"max_pixels": 9999}), client=client)

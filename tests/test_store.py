@@ -11,7 +11,7 @@ import xarray
 import zarr
 
 from fruitdask import store
-from fruitdask.errors import OutputError, StoreMismatchError
+from fruitdask.errors import OutputError, StorageError, StoreMismatchError
 from fruitdask.storage import Location
 
 FINGERPRINT = {"catalog": "a" * 64, "model": "b" * 64}
@@ -91,9 +91,8 @@ def test_check_output_accepts_the_same_run_and_refuses_another(output: Location)
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["keep", "overwrite"])
 def test_check_output_refuses_files_that_no_run_wrote(tmp_path: Path, overwrite: bool) -> None:
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "mine.png").write_bytes(b"x")
-    with pytest.raises(OutputError, match="found figures, which no fruitdask run wrote"):
+    (tmp_path / "results.csv").write_bytes(b"x")
+    with pytest.raises(OutputError, match="found results.csv, which no fruitdask run wrote"):
         store.check_output(Location(str(tmp_path)), FINGERPRINT, overwrite=overwrite)
 
 
@@ -126,3 +125,31 @@ def test_arrays_read_back(output: Location) -> None:
 def test_write_manifest_is_readable_json(tmp_path: Path) -> None:
     store.write_manifest(Location(str(tmp_path)), {"fruitdask": "0", "fingerprint": {}})
     assert json.loads((tmp_path / "manifest.json").read_text()) == {"fruitdask": "0", "fingerprint": {}}
+
+
+def test_foreign_files_beside_commit_marks_are_passed_over(output: Location) -> None:
+    fill(output)
+    for name in ("notes.parquet", "00009.parquet.part"):
+        location = output.child("partitions", name)
+        location.fs.pipe_file(location.path, b"")
+    assert store.list_committed(output) == {1, 2}
+
+
+def test_damaged_files_are_one_sentence(tmp_path: Path) -> None:
+    output = Location(str(tmp_path))
+    fill(output)
+    (tmp_path / "partitions" / "00001.parquet").write_bytes(b"")
+    with pytest.raises(StorageError, match="an outcome file is damaged; delete it and run again"):
+        list(store.read_outcomes(output, [1]))
+    (tmp_path / "features.zarr" / "zarr.json").write_text("{")
+    with pytest.raises(StorageError, match="the store is damaged .*; use --overwrite to begin again"):
+        store.open_store(output)
+
+
+def test_clear_output_leaves_files_of_other_names(tmp_path: Path) -> None:
+    output = Location(str(tmp_path))
+    fill(output)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "mine.png").write_bytes(b"mine")
+    store.clear_output(output)
+    assert [path.name for path in tmp_path.rglob("*")] == ["figures", "mine.png"]

@@ -268,6 +268,10 @@ def _explained_weights(config: ModelConfig) -> Iterator[None]:
         raise
     except Exception as error:
         # Keras raises a bare Exception for a failed download, and ValueError, OSError or KeyError for a file that does not fit.
+        if config.weights in ("imagenet", "random") and isinstance(error, ValueError):
+            raise ModelError(
+                f"{config.name} cannot be built as configured: {_first_line(error)}; see the section model"
+            ) from error
         if config.weights == "imagenet":
             raise WeightsUnavailableError(
                 f"the ImageNet weights of {config.name} cannot be downloaded ({_first_line(error)}); "

@@ -1,5 +1,6 @@
 """Building in a process of its own, so that the client never imports TensorFlow."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 from fruitdask.config import ModelConfig
-from fruitdask.errors import FruitdaskError, ModelError
+from fruitdask.errors import EngineError, FruitdaskError
 from fruitdask.models.artifact import ModelArtifact
 from fruitdask.models.build import build_artifact
 from fruitdask.models.cache import find_artifact, keep_artifact
@@ -52,6 +53,8 @@ def _build_and_send(config: ModelConfig, sender: Connection) -> None:
     # Ctrl-C reaches the whole process group; the parent ends this process. GPUs belong to the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    # The pipeline says what there is to say, whether a network is built or kept from before.
+    logging.disable(logging.WARNING)
     try:
         artifact = build_artifact(config)
         keep_artifact(config, artifact)
@@ -61,7 +64,7 @@ def _build_and_send(config: ModelConfig, sender: Connection) -> None:
     except Exception as error:
         # Other exceptions may not survive pickling.
         sender.send(
-            ModelError(
+            EngineError(
                 f"model {config.name} with weights {config.weights} cannot be built: {type(error).__name__}: {error}"
             )
         )
@@ -72,9 +75,11 @@ def _receive(receiver: Connection) -> ModelArtifact:
     try:
         received: ModelArtifact | FruitdaskError = receiver.recv()
     except EOFError as error:
-        raise ModelError(
-            "the process that builds the network was killed, perhaps for want of memory; free some and run again"
+        raise EngineError(
+            "the process that builds the network ended before it was done; free some memory and run again, "
+            'and in a script of your own call run under if __name__ == "__main__":'
         ) from error
+
     if isinstance(received, FruitdaskError):
         raise received
     return received
