@@ -381,7 +381,8 @@ def _check_failures(task: _Task, n_failed: int) -> None:
     report.write_failures(task.output, pd.concat(failures))
     raise TooManyFailuresError(
         f"{n_failed:,} of {len(task.catalog):,} images failed, more than featurize.max_failed_fraction ({limit:g}) allows; see "
-        f"{task.output.child('failures.csv').url} for the reasons; raise the limit and run again to go on, or mend the images and run with --overwrite"
+        f"{task.output.child('failures.csv').url} for the reasons; "
+        "raise the limit and run again to go on, or mend the images and run with --overwrite"
     )
 
 
