@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fruitdask.featurize import featurize_catalog as featurize_catalog
     from fruitdask.models import build_artifact as build_artifact
     from fruitdask.pipeline import RunResult as RunResult, run as run
+    from fruitdask.progress import choose_progress as choose_progress
     from fruitdask.reduce import embed_tsne as embed_tsne, fit_pca as fit_pca
     from fruitdask.sample import draw_sample as draw_sample
 
@@ -24,6 +25,7 @@ _ROOM_OF_NAME = {
     "FruitdaskError": "errors",
     "RunResult": "pipeline",
     "build_artifact": "models",
+    "choose_progress": "progress",
     "draw_sample": "sample",
     "embed_tsne": "reduce",
     "featurize_catalog": "featurize",

@@ -74,7 +74,7 @@ def run(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool)
         loaded = load_config(config, overrides=overrides)
         from fruitdask.pipeline import run as run_pipeline
 
-        result = run_pipeline(loaded, progress=choose_progress(Console(stderr=True)))
+        result = run_pipeline(loaded, progress=choose_progress())
         _print_summary(result, Console())
 
 

@@ -277,18 +277,19 @@ class _RateColumn(ProgressColumn):
         return text
 
 
-def choose_progress(console: Console) -> RunProgress:
+def choose_progress(console: Console | None = None) -> RunProgress:
     """
     Choose how to show progress on a console.
 
     Parameters
     ----------
-    console : Console
-        Where to show it.
+    console : Console, optional
+        Where to show it; standard error, or the notebook, by default.
 
     Returns
     -------
     RunProgress
         A live bar on a terminal or in a notebook, lines elsewhere.
     """
+    console = console or Console(stderr=True)
     return LiveProgress(console) if console.is_terminal or console.is_jupyter else LineProgress(console)

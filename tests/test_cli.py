@@ -228,3 +228,18 @@ def test_demo_runs_offline(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "results" / "results.csv")
     assert len(table) == 18 and {"pca_5", "tsne_2"} <= set(table.columns)
+
+
+def test_verbose_shows_where_and_keeps_the_exit_code(config_path: Path) -> None:
+    done = run_in_process("run", str(config_path), "--verbose", "--set", "reduce.n_components=99")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith("fruitdask: reduce.n_components is 99")
+
+
+def test_random_weights_are_warned_of_each_time(config_path: Path) -> None:
+    sections = yaml.safe_load(config_path.read_text())
+    sections["model"] = {"name": "SqueezeNet", "weights": "random", "input_px": 64}
+    config_path.write_text(yaml.safe_dump(sections))
+    for _ in range(2):
+        result = invoke("run", str(config_path))
+        assert result.exit_code == 0 and "Warning: model.weights is random" in result.stderr

@@ -306,3 +306,8 @@ def test_fingerprint_model_changes_with_settings_and_content(tiny_model: ModelCo
         assert fingerprint_model(tiny_model) != before
     finally:
         path.write_bytes(content)
+
+
+def test_input_size_that_a_network_refuses_is_not_blamed_on_the_network_connection() -> None:
+    with pytest.raises(ModelError, match="InceptionV3 cannot be built as configured: .*75x75.*; see the section model"):
+        build_artifact(ModelConfig(name="InceptionV3", input_px=64))
