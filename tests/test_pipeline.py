@@ -390,9 +390,10 @@ def test_interrupted_overwriting_leaves_no_commit_mark_without_its_chunk(
     delete = store.delete_result
 
     def delete_and_interrupt(output: Location, name: str) -> None:
-        delete(output, name)
         if name == "features.zarr":
+            delete(output, "features.zarr/features/c")
             raise KeyboardInterrupt
+        delete(output, name)
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "delete_result", delete_and_interrupt)
