@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -60,36 +59,36 @@ def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(config_p
 
 
 @pytest.fixture
-def paused_run(config_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run in a process group of its own that has committed its first partition and not its last."""
-    slow = ["--set", "featurize.images_per_partition=1", "--set", "featurize.batch_size=1", "--set", "input.limit=24"]
+def many_images(sample_folder: Path, tmp_path: Path) -> Path:
+    """The drawn images under so many names that a run of them, one a partition, takes seconds."""
+    for path in sample_folder.rglob("*.jpg"):
+        folder = tmp_path / "many" / path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(10):
+            (folder / f"{number}_{path.name}").symlink_to(path)
+    return tmp_path / "many"
+
+
+def test_interrupted_run_goes_on(config_path: Path, many_images: Path) -> None:
+    settings = ["--set", f"input.url={many_images}", "--set", "featurize.images_per_partition=1"]
+    command = [sys.executable, "-m", "fruitdask", "run", str(config_path), *settings]
     process = subprocess.Popen(
-        [sys.executable, "-m", "fruitdask", "run", str(config_path), *slow],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    yield process
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-def test_interrupted_run_goes_on(config_path: Path, paused_run: subprocess.Popen[str]) -> None:
     marks = config_path.parent / "out" / "partitions"
-    while not marks.exists() and paused_run.poll() is None:
+    while not marks.exists() and process.poll() is None:
         os.sched_yield()
-    os.killpg(paused_run.pid, signal.SIGINT)
-    _, stderr = paused_run.communicate(timeout=60)
-    assert paused_run.returncode == 130
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
     last_line = stderr.strip().splitlines()[-1]
     assert last_line == "fruitdask: interrupted; what is stored stays, run the same command again to go on"
     assert "Traceback" not in stderr
     committed = {path.name: path.stat().st_mtime_ns for path in marks.glob("*.parquet")}
-    again = run_in_process("run", str(config_path), "--set", "input.limit=24")
-    assert again.returncode == 0 and "24 ok, 0 failed" in again.stdout
-    assert len(list(marks.glob("*.parquet"))) == 24
+    assert 0 < len(committed) < 240
+    again = run_in_process(*command[3:])
+    assert again.returncode == 0 and "240 ok, 0 failed" in again.stdout
+    assert len(list(marks.glob("*.parquet"))) == 240
     assert {name: (marks / name).stat().st_mtime_ns for name in committed} == committed
 
 
@@ -233,7 +232,9 @@ def test_demo_runs_offline(tmp_path: Path) -> None:
 def test_verbose_shows_where_and_keeps_the_exit_code(config_path: Path) -> None:
     done = run_in_process("run", str(config_path), "--verbose", "--set", "reduce.n_components=99")
     assert done.returncode == 2
-    assert "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith("fruitdask: reduce.n_components is 99")
+    assert "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith(
+        "fruitdask: reduce.n_components is 99"
+    )
 
 
 def test_random_weights_are_warned_of_each_time(config_path: Path) -> None:

@@ -363,11 +363,11 @@ def test_interrupted_writing_is_mended_by_the_next_run(
     expected = fruitdask.run(make_config(), client=client).table
 
     def interrupt(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("in this test")
 
     with monkeypatch.context() as patch:
         patch.setattr(*((pipeline.report, step) if step == "write_results" else (pipeline, step)), interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="in this test"):
             fruitdask.run(make_config(reduce={"n_components": 3}), client=client)
     result = fruitdask.run(make_config(), client=client)
     pd.testing.assert_frame_equal(result.table, expected)
@@ -392,12 +392,12 @@ def test_interrupted_overwriting_leaves_no_commit_mark_without_its_chunk(
     def delete_and_interrupt(output: Location, name: str) -> None:
         if name == "features.zarr":
             delete(output, "features.zarr/features/c")
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("in this test")
         delete(output, name)
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "delete_result", delete_and_interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="in this test"):
             fruitdask.run(make_config(output={"overwrite": True}), client=client)
     result = fruitdask.run(make_config(), client=client)
     assert result.n_computed == 24
