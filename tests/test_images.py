@@ -173,7 +173,12 @@ def test_decode_image_turns_a_jpeg_upright(orientation: int) -> None:
     assert min(np.abs(turned - other).max() for other in others) > 50
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Tag data larger than file", "ignore:Metadata Warning")
+@pytest.mark.filterwarnings(
+    "ignore:Corrupt EXIF data",
+    "ignore:Truncated File Read",
+    "ignore:Tag data larger than file",
+    "ignore:Metadata Warning",
+)
 @pytest.mark.parametrize(
     "exif",
     [
@@ -206,7 +211,12 @@ def test_decode_image_decodes_in_spite_of_broken_exif(exif: bytes) -> None:
     assert np.array_equal(decode(add_exif(jpeg, exif)), decode(jpeg))
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Tag data larger than file", "ignore:Metadata Warning")
+@pytest.mark.filterwarnings(
+    "ignore:Corrupt EXIF data",
+    "ignore:Truncated File Read",
+    "ignore:Tag data larger than file",
+    "ignore:Metadata Warning",
+)
 @pytest.mark.parametrize(
     "entry",
     [
