@@ -284,13 +284,14 @@ def read_manifest(output: Location) -> dict[str, Any] | None:
         text = location.fs.cat_file(location.path)
     try:
         manifest = json.loads(text)
-        if isinstance(manifest["fruitdask"], str) and isinstance(manifest["fingerprint"], dict):
-            return dict(manifest)
+        is_ours = isinstance(manifest["fruitdask"], str) and isinstance(manifest["fingerprint"], dict)
     except (ValueError, KeyError, TypeError):
-        pass
-    raise OutputError(
-        f"{location.url}: expected the manifest of a fruitdask run, found something else; choose another output.url"
-    )
+        is_ours = False
+    if not is_ours:
+        raise OutputError(
+            f"{location.url}: expected the manifest of a fruitdask run, found something else; choose another output.url"
+        )
+    return dict(manifest)
 
 
 def write_manifest(output: Location, manifest: Mapping[str, Any]) -> None:
