@@ -53,8 +53,8 @@ class ClusterStartError(FruitdaskError, RuntimeError):
     """A Dask cluster did not start or cannot be reached."""
 
 
-class FeaturizeError(FruitdaskError, RuntimeError):
-    """A partition could not be featurized or stored."""
+class PartitionError(FruitdaskError, RuntimeError):
+    """A partition could not be worked on, or its results could not be stored."""
 
 
 class TooManyFailuresError(FruitdaskError, RuntimeError):

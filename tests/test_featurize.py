@@ -11,7 +11,6 @@ import fsspec
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client, LocalCluster
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
@@ -19,8 +18,10 @@ from fruitdask import store
 from fruitdask.catalog import Partition, list_images, split_catalog
 from fruitdask.cluster import open_client
 from fruitdask.config import InputConfig, LocalClusterConfig, ModelConfig
-from fruitdask.errors import FeaturizeError
-from fruitdask.featurize import FeaturizeJob, PartitionSummary, featurize_catalog, featurize_partition
+from fruitdask.errors import PartitionError
+from fruitdask.featurize import FeaturizeJob, PartitionSummary, featurize_partition
+from fruitdask.fetch import ImageSource
+from fruitdask.mapping import map_partitions
 from fruitdask.models import ModelArtifact, build_artifact, load_predictor, predict
 from fruitdask.storage import Location
 
@@ -34,7 +35,7 @@ def prepare(
         output, n_images=len(catalog), n_features=n_features, images_per_partition=images_per_partition, attributes={}
     )
     defaults = {"batch_size": 4, "max_pixels": 10_000_000, "fetch_attempts": 3, "concurrent_reads": 4}
-    job = FeaturizeJob(source=source, output=output, **(defaults | settings))
+    job = FeaturizeJob(ImageSource(source, **(defaults | settings)), output)
     return catalog, list(split_catalog(catalog, images_per_partition)), job
 
 
@@ -164,75 +165,6 @@ def test_featurize_partition_reads_and_writes_s3(
     assert store.list_committed(output) == set(range(len(partitions)))
 
 
-def install_counter() -> None:
-    """Count the networks that this process builds from now on, and forget those it has."""
-    load = predict._load_tensorflow
-
-    def count(*args: Any) -> Any:
-        os.environ["N_BUILDS"] = str(int(os.environ.get("N_BUILDS", 0)) + 1)
-        return load(*args)
-
-    predict._predictors.clear()
-    predict._load_tensorflow = count
-
-
-def test_featurize_catalog_builds_once_a_process_and_keeps_a_bounded_number_in_flight(
-    client: Any, sample_folder: Path, tiny_artifact: ModelArtifact, tmp_path: Path
-) -> None:
-    output = Location(str(tmp_path))
-    catalog, partitions, job = prepare(Location(str(sample_folder)), output, images_per_partition=1)
-    client.run(install_counter)
-    taken, most, done = 0, 0, []
-
-    def take() -> Iterator[Partition]:
-        nonlocal taken, most
-        for partition in partitions:
-            taken += 1
-            most = max(most, taken - len(done))
-            yield partition
-
-    featurize_catalog(client, take(), tiny_artifact, job, on_summary=done.append)
-    n_threads = 4
-    assert len(done) == len(catalog) == 24 and most == 2 * n_threads
-    assert list(client.run(lambda: os.environ["N_BUILDS"]).values()) == ["1", "1"]
-    np.testing.assert_allclose(
-        read_features(output), compute_colours([sample_folder / path for path in catalog["path"]]), rtol=1e-5
-    )
-
-
-def test_featurize_catalog_delivers_again_when_every_worker_dies(
-    sample_folder: Path, tiny_artifact: ModelArtifact, tmp_path: Path
-) -> None:
-    output = Location(str(tmp_path))
-    catalog, partitions, job = prepare(Location(str(sample_folder)), output, images_per_partition=2)
-    done: list[PartitionSummary] = []
-    with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
-
-        def kill_after_the_third(summary: PartitionSummary) -> None:
-            done.append(summary)
-            if len(done) == 3:
-                (pid,) = client.run(os.getpid).values()
-                os.kill(pid, signal.SIGKILL)
-
-        featurize_catalog(client, partitions, tiny_artifact, job, on_summary=kill_after_the_third)
-    assert sorted({summary.index for summary in done}) == list(range(len(partitions)))
-    np.testing.assert_allclose(
-        read_features(output), compute_colours([sample_folder / path for path in catalog["path"]]), rtol=1e-5
-    )
-
-
-def test_featurize_catalog_says_which_partition_cannot_be_stored(
-    client: Any, sample_folder: Path, tiny_artifact: ModelArtifact, tmp_path: Path
-) -> None:
-    output = Location(str(tmp_path))
-    _, partitions, job = prepare(Location(str(sample_folder)), output, images_per_partition=24)
-    (tmp_path / "partitions").write_text("a file where the folder of commit marks should be")
-    with pytest.raises(
-        FeaturizeError, match=r"partition 0 \(apple_granny_smith_1/r0_0.jpg to .*cannot write .*00000.parquet"
-    ):
-        featurize_catalog(client, partitions, tiny_artifact, job, on_summary=lambda summary: None)
-
-
 def test_predictor_is_shared_by_partitions(tiny_artifact: ModelArtifact) -> None:
     assert load_predictor(tiny_artifact, n_threads=1) is load_predictor(tiny_artifact, n_threads=2)
 
@@ -257,7 +189,34 @@ def test_featurize_partition_fails_images_whose_features_are_not_finite(tmp_path
     )
 
 
-def test_featurize_catalog_survives_the_loss_of_summaries(
+def install_counter() -> None:
+    """Count the networks that this process builds from now on, and forget those it has."""
+    load = predict._load_tensorflow
+
+    def count(*args: Any) -> Any:
+        os.environ["N_BUILDS"] = str(int(os.environ.get("N_BUILDS", 0)) + 1)
+        return load(*args)
+
+    predict._predictors.clear()
+    predict._load_tensorflow = count
+
+
+def test_network_is_built_once_a_process(
+    client: Any, sample_folder: Path, tiny_artifact: ModelArtifact, tmp_path: Path
+) -> None:
+    output = Location(str(tmp_path))
+    catalog, partitions, job = prepare(Location(str(sample_folder)), output, images_per_partition=1)
+    client.run(install_counter)
+    done: list[PartitionSummary] = []
+    map_partitions(client, featurize_partition, partitions, job, delivered=tiny_artifact, on_result=done.append)
+    assert len(done) == len(catalog) == 24
+    assert list(client.run(lambda: os.environ["N_BUILDS"]).values()) == ["1", "1"]
+    np.testing.assert_allclose(
+        read_features(output), compute_colours([sample_folder / path for path in catalog["path"]]), rtol=1e-5
+    )
+
+
+def test_features_are_the_same_when_every_worker_dies(
     sample_folder: Path, tiny_artifact: ModelArtifact, tmp_path: Path
 ) -> None:
     output = Location(str(tmp_path))
@@ -265,31 +224,30 @@ def test_featurize_catalog_survives_the_loss_of_summaries(
     done: list[PartitionSummary] = []
     with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
 
-        def kill_when_a_second_is_committed(summary: PartitionSummary) -> None:
+        def kill_after_the_third(summary: PartitionSummary) -> None:
             done.append(summary)
-            if len(done) == 1:
-                while len(store.list_committed(output)) < 2:
-                    os.sched_yield()
+            if len(done) == 3:
                 (pid,) = client.run(os.getpid).values()
                 os.kill(pid, signal.SIGKILL)
 
-        featurize_catalog(client, partitions, tiny_artifact, job, on_summary=kill_when_a_second_is_committed)
-    assert store.list_committed(output) == set(range(len(partitions)))
-    assert {summary.index for summary in done} == set(range(len(partitions)))
+        map_partitions(
+            client, featurize_partition, partitions, job, delivered=tiny_artifact, on_result=kill_after_the_third
+        )
+    assert sorted({summary.index for summary in done}) == list(range(len(partitions)))
+    np.testing.assert_allclose(
+        read_features(output), compute_colours([sample_folder / path for path in catalog["path"]]), rtol=1e-5
+    )
 
 
-def test_featurize_catalog_says_that_the_scheduler_is_gone(
-    sample_folder: Path, tiny_artifact: ModelArtifact, tmp_path: Path
+def test_partition_that_cannot_be_stored_is_named(
+    client: Any, sample_folder: Path, tiny_artifact: ModelArtifact, tmp_path: Path
 ) -> None:
     output = Location(str(tmp_path))
-    _, partitions, job = prepare(Location(str(sample_folder)), output, images_per_partition=1)
-    cluster = LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=None, host="127.0.0.1"
-    )
-    with cluster, Client(cluster.scheduler_address, timeout=2) as client:
-
-        def close(summary: PartitionSummary) -> None:
-            cluster.close()
-
-        with pytest.raises(FeaturizeError, match="the cluster was lost: .*; what is stored stays, run again to go on"):
-            featurize_catalog(client, partitions, tiny_artifact, job, on_summary=close)
+    _, partitions, job = prepare(Location(str(sample_folder)), output, images_per_partition=24)
+    (tmp_path / "partitions").write_text("a file where the folder of commit marks should be")
+    with pytest.raises(
+        PartitionError, match=r"partition 0 \(apple_granny_smith_1/r0_0.jpg to .*cannot write .*00000.parquet"
+    ):
+        map_partitions(
+            client, featurize_partition, partitions, job, delivered=tiny_artifact, on_result=lambda summary: None
+        )

@@ -1,0 +1,228 @@
+"""Reading: the images of a partition, batch by batch, fetched ahead of the one that is wanted; each ends with one outcome."""
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fruitdask.catalog import Partition
+from fruitdask.errors import ImageError, ImageTooLargeError
+from fruitdask.images import decode_images
+from fruitdask.storage import Location
+
+#: The first pause before reading a file again; each further one is twice as long.
+_FIRST_PAUSE_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """
+    Where images are and how to read them; picklable and small.
+
+    Parameters
+    ----------
+    location : Location
+        The folder that the paths of the catalog are relative to.
+    batch_size : int
+        Images in memory at once.
+    max_pixels : int
+        Images with more pixels are not decoded.
+    fetch_attempts : int
+        How often reading a file is tried.
+    concurrent_reads : int
+        Files in flight at once from a remote input.
+    """
+
+    location: Location
+    batch_size: int
+    max_pixels: int
+    fetch_attempts: int
+    concurrent_reads: int
+
+
+@dataclass
+class Outcome:
+    """
+    What becomes of one image, filled in stage by stage.
+
+    Parameters
+    ----------
+    path : str
+        Its path relative to the source.
+    label : str
+        Its class.
+    status : str
+        One of ``fruitdask.store.STATUSES``.
+    error : str
+        Why it has no features; empty where it has.
+    attempts : int
+        How often reading it was tried.
+    data : bytes
+        The content of the file while its batch is worked on.
+    """
+
+    path: str
+    label: str
+    status: str = "ok"
+    error: str = ""
+    attempts: int = 0
+    data: bytes = field(default=b"", repr=False)
+
+    def fail(self, status: str, error: str) -> None:
+        """
+        Record why there will be no features.
+
+        Parameters
+        ----------
+        status : str
+            What kind of failure.
+        error : str
+            The reason in words.
+        """
+        self.status, self.error = status, error
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """
+    Some images of a partition, read and decoded.
+
+    Parameters
+    ----------
+    start : int
+        The place of the first one in the partition.
+    outcomes : list[Outcome]
+        All of them, with the content of their files.
+    rows : list[int]
+        Places in ``outcomes`` of those that were decoded.
+    pixels : numpy.ndarray
+        RGB pixels of those, shape (len(rows), input_px, input_px, 3), uint8.
+    """
+
+    start: int
+    outcomes: list[Outcome]
+    rows: list[int]
+    pixels: npt.NDArray[np.uint8]
+
+
+class Stopwatch:
+    """Seconds by stage of a task."""
+
+    def __init__(self) -> None:
+        self._seconds: Counter[str] = Counter()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds so far."""
+        return dict(self._seconds)
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """
+        Add the seconds of a block to a stage.
+
+        Parameters
+        ----------
+        stage : str
+            Its name.
+
+        Yields
+        ------
+        None
+            Control, once.
+        """
+        start = time.perf_counter()
+        yield
+        self._seconds[stage] += time.perf_counter() - start  # type: ignore[assignment]
+
+
+def read_batches(partition: Partition, source: ImageSource, *, input_px: int, watch: Stopwatch) -> Iterator[Batch]:
+    """
+    Read and decode the images of a partition, so many at a time that memory does not grow with it.
+
+    Parameters
+    ----------
+    partition : Partition
+        The images.
+    source : ImageSource
+        Where they are.
+    input_px : int
+        Side to which they are resized, in pixels.
+    watch : Stopwatch
+        Measures the stages ``fetch`` and ``decode``.
+
+    Yields
+    ------
+    Batch
+        The next images. An image that cannot be read or decoded has an outcome that says why, and no pixels.
+    """
+    outcomes = [Outcome(path, label) for path, label in zip(partition.paths, partition.labels, strict=True)]
+    with ThreadPoolExecutor(source.concurrent_reads) as pool:
+        fetched = _fetch_ahead(outcomes, source, pool)
+        for start in range(0, len(outcomes), source.batch_size):
+            with watch.measure("fetch"):
+                batch = list(islice(fetched, source.batch_size))
+            with watch.measure("decode"):
+                rows, pixels = _decode(batch, input_px=input_px, max_pixels=source.max_pixels)
+            yield Batch(start, batch, rows, pixels)
+            for outcome in batch:
+                outcome.data = b""
+
+
+def _fetch_ahead(outcomes: list[Outcome], source: ImageSource, pool: ThreadPoolExecutor) -> Iterator[Outcome]:
+    """Read files in their order, some ahead of the one that is wanted, so that they arrive while others are decoded."""
+    fs, root = source.location.fs, source.location.path
+    waiting: deque[tuple[Outcome, Future[None]]] = deque()
+    for outcome in outcomes:
+        waiting.append((outcome, pool.submit(_fetch, outcome, fs, f"{root}/{outcome.path}", source.fetch_attempts)))
+        if len(waiting) > source.concurrent_reads:
+            yield _wait(*waiting.popleft())
+    while waiting:
+        yield _wait(*waiting.popleft())
+
+
+def _wait(outcome: Outcome, reading: "Future[None]") -> Outcome:
+    """Wait until a file is read."""
+    reading.result()
+    return outcome
+
+
+def _fetch(outcome: Outcome, fs: Any, path: str, max_attempts: int) -> None:
+    """Read one file, trying again unless it is certainly not there."""
+    while outcome.attempts < max_attempts:
+        if outcome.attempts:
+            time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (outcome.attempts - 1))
+        outcome.attempts += 1
+        try:
+            outcome.data = fs.cat_file(path)
+            return
+        except FileNotFoundError:
+            return outcome.fail("missing", "the file was listed, but is not there any more")
+        except MemoryError:
+            raise
+        except Exception as error:
+            # File systems raise OSError, but also their clients' own exceptions; whichever it is, only this image is concerned.
+            last = f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+    outcome.fail("unreachable", last)
+
+
+def _decode(batch: list[Outcome], *, input_px: int, max_pixels: int) -> tuple[list[int], npt.NDArray[np.uint8]]:
+    """Decode a batch; gives the places and the pixels of the images that are well."""
+    fetched = [row for row, outcome in enumerate(batch) if outcome.status == "ok"]
+    decoded = decode_images([batch[row].data for row in fetched], size_px=input_px, max_pixels=max_pixels)
+    rows: list[int] = []
+    pixels = np.empty((len(fetched), input_px, input_px, 3), np.uint8)
+    for row, result in zip(fetched, decoded, strict=True):
+        if isinstance(result, ImageError):
+            batch[row].fail("too_large" if isinstance(result, ImageTooLargeError) else "unreadable", str(result))
+        else:
+            pixels[len(rows)] = result
+            rows.append(row)
+    return rows, pixels[: len(rows)]

@@ -1,0 +1,98 @@
+"""Mapping over partitions on real clusters: bounded, and complete whatever happens to the workers."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client, LocalCluster
+
+from fruitdask.catalog import Partition
+from fruitdask.cluster import open_client
+from fruitdask.config import LocalClusterConfig
+from fruitdask.errors import PartitionError
+from fruitdask.mapping import map_partitions
+
+PARTITIONS = [Partition(index, index, (f"a/{index}.jpg",), ("a",)) for index in range(12)]
+ONE_WORKER = LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)
+
+
+def write_note(partition: Partition, folder: Path, text: str) -> int:
+    """Leave a file for each partition, so that it shows what was done."""
+    (folder / str(partition.index)).write_text(text + partition.paths[0])
+    return partition.index
+
+
+def kill_worker(client: Any) -> None:
+    """Kill the only worker."""
+    (pid,) = client.run(os.getpid).values()
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_map_partitions_calls_with_all_arguments_and_keeps_a_bounded_number_in_flight(
+    client: Any, tmp_path: Path
+) -> None:
+    taken, most, done = 0, 0, []
+
+    def take() -> Iterator[Partition]:
+        nonlocal taken, most
+        for partition in PARTITIONS:
+            taken += 1
+            most = max(most, taken - len(done))
+            yield partition
+
+    map_partitions(client, write_note, take(), "saw ", delivered=tmp_path, on_result=done.append)
+    n_threads = 4
+    assert sorted(done) == list(range(12)) and most == 2 * n_threads
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        str(index): f"saw a/{index}.jpg" for index in range(12)
+    }
+
+
+def test_map_partitions_delivers_again_when_every_worker_dies(tmp_path: Path) -> None:
+    done: list[int] = []
+    with open_client(ONE_WORKER) as client:
+
+        def kill_after_the_third(index: int) -> None:
+            done.append(index)
+            if len(done) == 3:
+                kill_worker(client)
+
+        map_partitions(client, write_note, PARTITIONS, "", delivered=tmp_path, on_result=kill_after_the_third)
+    assert sorted(done) == list(range(12))
+
+
+def test_map_partitions_survives_the_loss_of_results(tmp_path: Path) -> None:
+    done: list[int] = []
+    with open_client(ONE_WORKER) as client:
+
+        def kill_when_a_second_is_written(index: int) -> None:
+            done.append(index)
+            if len(done) == 1:
+                while len(list(tmp_path.iterdir())) < 2:
+                    os.sched_yield()
+                kill_worker(client)
+
+        map_partitions(client, write_note, PARTITIONS, "", delivered=tmp_path, on_result=kill_when_a_second_is_written)
+    assert sorted(done) == list(range(12))
+
+
+def test_map_partitions_says_which_partition_failed(client: Any, tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    with pytest.raises(PartitionError, match=r"partition 0 \(a/0.jpg to a/0.jpg\) failed: .*0'? \(IsADirectoryError\)"):
+        map_partitions(client, write_note, PARTITIONS, "", delivered=tmp_path, on_result=lambda index: None)
+
+
+def test_map_partitions_says_that_the_scheduler_is_gone(tmp_path: Path) -> None:
+    cluster = LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=None, host="127.0.0.1"
+    )
+    with cluster, Client(cluster.scheduler_address, timeout=2) as client:
+
+        def close(index: int) -> None:
+            cluster.close()
+
+        with pytest.raises(PartitionError, match="the cluster was lost: .*; what is stored stays, run again to go on"):
+            map_partitions(client, write_note, PARTITIONS, "", delivered=tmp_path, on_result=close)
