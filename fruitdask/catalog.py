@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from fruitdask.config import InputConfig
@@ -83,7 +84,7 @@ def list_images(config: InputConfig) -> pd.DataFrame:
     if config.classes is not None:
         catalog = _keep_classes(catalog, config)
     if config.limit is not None:
-        catalog = _sample_evenly(catalog, config.limit)
+        catalog = catalog.iloc[sample_evenly(catalog, config.limit)].reset_index(drop=True)
     return catalog[list(COLUMNS)]
 
 
@@ -129,6 +130,35 @@ def split_catalog(catalog: pd.DataFrame, images_per_partition: int) -> Iterator[
     for index, start in enumerate(range(0, len(catalog), images_per_partition)):
         rows = catalog.iloc[start : start + images_per_partition]
         yield Partition(index, start, tuple(rows["path"]), tuple(rows["label"]))
+
+
+def sample_evenly(catalog: pd.DataFrame, limit: int) -> npt.NDArray[np.int64]:
+    """
+    Choose at most ``limit`` rows, the same number of each class as far as it has them.
+
+    Rows are taken class by class in turn, within a class by a hash of the path: the choice is reproducible, looks random, and a larger
+    limit keeps what a smaller one chose.
+
+    Parameters
+    ----------
+    catalog : pandas.DataFrame
+        Rows with ``path`` and ``label``.
+    limit : int
+        How many at most.
+
+    Returns
+    -------
+    numpy.ndarray
+        Positions of the chosen rows, ascending, int64.
+
+    Examples
+    --------
+    >>> sample_evenly(pd.DataFrame({"path": ["a/1", "a/2", "a/3", "b/4"], "label": ["a", "a", "a", "b"]}), 2)[-1]
+    np.int64(3)
+    """
+    order = pd.util.hash_pandas_object(catalog["path"], index=False).to_numpy()
+    turn = pd.Series(order).groupby(catalog["label"].to_numpy()).rank(method="first")
+    return np.sort(np.lexsort((order, turn.to_numpy()))[:limit])
 
 
 def hash_catalog(catalog: pd.DataFrame) -> str:
@@ -263,19 +293,6 @@ def _keep_classes(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
             f"{config.url}: input.classes names {', '.join(absent)}, which is not there; the classes are: {names}"
         )
     return catalog[catalog["label"].isin(wanted)].reset_index(drop=True)
-
-
-def _sample_evenly(catalog: pd.DataFrame, limit: int) -> pd.DataFrame:
-    """
-    Keep at most ``limit`` rows, the same number of each class as far as it has them.
-
-    Rows are taken class by class in turn, within a class by a hash of the path: the choice is reproducible, looks random, and a larger
-    limit keeps what a smaller one chose.
-    """
-    order = pd.util.hash_pandas_object(catalog["path"], index=False)
-    turn = order.groupby(catalog["label"]).rank(method="first")
-    chosen = pd.DataFrame({"turn": turn, "order": order}).sort_values(["turn", "order"]).index[:limit]
-    return catalog.loc[chosen.sort_values()].reset_index(drop=True)
 
 
 def _explain_empty(root: Location, config: InputConfig) -> str:

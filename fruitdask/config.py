@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from fruitdask.errors import ConfigError
 
@@ -179,6 +179,61 @@ class ReduceConfig(_Section):
         return self
 
 
+class ExploreConfig(_Section):
+    """What to find out about the images themselves, without a network."""
+
+    enabled: bool = Field(True, description="Explore the images in the same pass that featurizes them.")
+    input_px: int | None = Field(
+        None, ge=16, description="Side to which images are resized for comparing; null takes the network's input."
+    )
+    scale: Literal["signed", "unit", "bytes"] = Field(
+        "signed", description="Scale of pixel values in differences: signed is -1 to 1, unit 0 to 1, bytes 0 to 255."
+    )
+    near_duplicate_bits: int = Field(
+        2,
+        ge=0,
+        le=16,
+        description="Images whose perceptual hashes differ in at most so many of 64 bits are near duplicates.",
+    )
+    thumbnail_px: int = Field(64, ge=16, le=256, description="Side of the thumbnails, in pixels.")
+    max_thumbnails: int = Field(
+        2_000, ge=1, description="Thumbnails that are kept, evenly over the classes: the report grows with them."
+    )
+
+
+class QualityConfig(_Section):
+    """How well the features separate the classes, in numbers."""
+
+    enabled: bool = Field(True, description="Compute silhouettes and the agreement of nearest neighbours.")
+    n_neighbors: int = Field(5, ge=1, description="Nearest neighbours of each image that are asked for their class.")
+    metric: Literal["euclidean", "cosine"] = Field("euclidean", description="Distance between features.")
+    max_rows: int = Field(
+        5_000, ge=10, description="At most so many images, sampled at random: time grows with their square."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the sample.")
+
+
+class PlotsConfig(_Section):
+    """Figures as PNG files."""
+
+    enabled: bool = Field(True, description="Write them.")
+    components: tuple[PositiveInt, PositiveInt] = Field(
+        (1, 2), description="The two principal components that the maps show, counted from 1."
+    )
+    dpi: int = Field(150, ge=50, le=600, description="Dots per inch.")
+
+
+class ReportConfig(_Section):
+    """The page that says what was found, for people who never open Python."""
+
+    enabled: bool = Field(True, description="Write report.html.")
+    title: str | None = Field(None, description="Its title; null takes the input's name.")
+    max_points: int = Field(
+        10_000, ge=10, description="At most so many images in the interactive maps, sampled evenly over the classes."
+    )
+    examples_per_class: int = Field(6, ge=0, description="Thumbnails shown of each class.")
+
+
 class OutputConfig(_Section):
     """Where results go."""
 
@@ -195,6 +250,10 @@ class Config(_Section):
     cluster: ClusterConfig = LocalClusterConfig()
     featurize: FeaturizeConfig = FeaturizeConfig()
     reduce: ReduceConfig = ReduceConfig()
+    explore: ExploreConfig = ExploreConfig()
+    quality: QualityConfig = QualityConfig()
+    plots: PlotsConfig = PlotsConfig()
+    report: ReportConfig = ReportConfig()
     output: OutputConfig
 
 
@@ -209,6 +268,10 @@ _SECTIONS: dict[tuple[int | str, ...], type[BaseModel]] = {
     ("featurize",): FeaturizeConfig,
     ("reduce",): ReduceConfig,
     ("reduce", "tsne"): TsneConfig,
+    ("explore",): ExploreConfig,
+    ("quality",): QualityConfig,
+    ("plots",): PlotsConfig,
+    ("report",): ReportConfig,
     ("output",): OutputConfig,
 }
 

@@ -104,6 +104,30 @@ def decode_images(files: Sequence[bytes], *, size_px: int, max_pixels: int) -> l
     return decoded
 
 
+def read_header(data: bytes) -> tuple[str, int, int] | None:
+    """
+    Read the format and the size of an image without decoding it.
+
+    Parameters
+    ----------
+    data : bytes
+        The content of a file.
+
+    Returns
+    -------
+    tuple[str, int, int] or None
+        Format (``JPEG``, ``PNG``, ``WEBP``, ``TIFF`` or ``BMP``), width and height in pixels as stored; None where it is not an image.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return str(image.format), image.width, image.height
+    except MemoryError:
+        raise
+    except Exception:
+        # Whatever a decoder raises at hostile bytes.
+        return None
+
+
 def _turn_upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; broken EXIF does not make the pixels unreadable."""
     # ImageOps.exif_transpose also writes the other tags back, and gives up where one of them is broken.

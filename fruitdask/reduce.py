@@ -7,7 +7,6 @@ import dask.array as da
 import numpy as np
 import numpy.typing as npt
 
-from fruitdask.config import TsneConfig
 from fruitdask.errors import ReduceError
 
 #: Principal components that t-SNE works on, as its authors advise (van der Maaten and Hinton 2008, section 4.2, take 30; scikit-learn 50).
@@ -208,25 +207,27 @@ def embed_tsne(
     return embedding
 
 
-def sample_rows(n_rows: int, config: TsneConfig) -> npt.NDArray[np.int64]:
+def sample_rows(n_rows: int, *, max_rows: int, seed: int) -> npt.NDArray[np.int64]:
     """
-    Sample the rows that t-SNE is computed for.
+    Sample rows for what would take too long with all of them.
 
     Parameters
     ----------
     n_rows : int
         Rows there are.
-    config : TsneConfig
-        How many at most, and the seed.
+    max_rows : int
+        How many at most.
+    seed : int
+        Seed of the sample.
 
     Returns
     -------
     numpy.ndarray
         Ascending row numbers, int64; all rows if there are few enough.
     """
-    if n_rows <= config.max_rows:
+    if n_rows <= max_rows:
         return np.arange(n_rows)
-    return np.sort(np.random.default_rng(config.seed).choice(n_rows, config.max_rows, replace=False))
+    return np.sort(np.random.default_rng(seed).choice(n_rows, max_rows, replace=False))
 
 
 def _fix_signs(components: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

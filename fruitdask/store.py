@@ -4,7 +4,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +18,48 @@ from fruitdask.storage import Location, exists, explained, write_file
 STATUSES = ("pending", "ok", "unreadable", "too_large", "missing", "unreachable", "not_finite")
 OUTCOME_COLUMNS = ("path", "label", "status", "error", "attempts")
 
-_MANIFEST = "manifest.json"
+#: The two manifests: each is written first and says whose the other files are, and when it says "complete" they are.
+MANIFEST, EXPLORATION = "manifest.json", "explore.json"
+QUALITY = "quality.json"
 _FEATURES = "features.zarr"
 _PARTITIONS = "partitions"
 _COMMIT_MARK = re.compile(r"(\d{5,})\.parquet")
-#: All that a run may write into its output folder, and therefore all that it may delete there.
-#: Commit marks go before what they vouch for. The manifest is written first and deleted last: it says that the others are fruitdask's.
-_NAMES = (
+_THUMBNAILS = "thumbnails.zarr"
+FIGURES = "figures"
+FIGURE_NAMES = (
+    "classes",
+    "sizes",
+    "examples",
+    "colours",
+    "differences",
+    "pca",
+    "tsne",
+    "explained_variance",
+    "silhouettes",
+    "neighbors",
+)
+#: All that a run or an exploration may write into its output folder, and therefore all that it may delete there.
+#: Commit marks go before what they vouch for, a manifest last: it says that the others are fruitdask's.
+_RUN_NAMES = (
     _PARTITIONS,
     _FEATURES,
     "pca.zarr",
+    QUALITY,
     "results.parquet",
     "results.csv",
     "failures.csv",
-    _MANIFEST,
+    MANIFEST,
+)
+_EXPLORATION_NAMES = (
+    _THUMBNAILS,
+    "explore.zarr",
+    "explore.parquet",
+    "explore.csv",
+    "explore_classes.parquet",
+    "explore_classes.csv",
+    *(f"{FIGURES}/{name}.png" for name in FIGURE_NAMES),
+    "report.html",
+    EXPLORATION,
 )
 
 
@@ -62,7 +90,9 @@ def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite:
     """
     manifest = read_manifest(output)
     if manifest is None:
-        foreign = [name for name in _NAMES if exists(output.child(name))]
+        is_explored = read_manifest(output, name=EXPLORATION) is not None
+        names = _RUN_NAMES if is_explored else _EXPLORATION_NAMES + _RUN_NAMES
+        foreign = [name for name in names if exists(output.child(name))]
         if foreign:
             raise OutputError(
                 f"{output.url}: expected an empty or new folder for the results, found {foreign[0]}, which no fruitdask run wrote; "
@@ -111,7 +141,8 @@ def create_store(
     """
     location = output.child(_FEATURES)
     with explained(location, "write"):
-        clear_output(output, keep_manifest=True)
+        for name in _RUN_NAMES[:-1]:
+            delete_result(output, name)
         group = zarr.open_group(**_zarr_arguments(location), mode="w", attributes=dict(attributes))
         group.create_array(
             "features",
@@ -258,14 +289,111 @@ def read_outcomes(output: Location, indices: Sequence[int], *, partitions_at_onc
         yield table.to_pandas()
 
 
-def read_manifest(output: Location) -> dict[str, Any] | None:
+def create_thumbnails(output: Location, *, n_images: int, thumbnail_px: int, images_per_partition: int) -> None:
     """
-    Read the manifest of a run.
+    Create the array that holds the thumbnails of all images while they are explored, one chunk a partition.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder; an array that is there is replaced.
+    n_images : int
+        Images.
+    thumbnail_px : int
+        Side of a thumbnail, in pixels.
+    images_per_partition : int
+        Images a chunk.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be written.
+    """
+    delete_result(output, _THUMBNAILS)
+    with explained(output.child(_THUMBNAILS), "write"):
+        zarr.create_array(
+            **_zarr_arguments(output.child(_THUMBNAILS)),
+            shape=(n_images, thumbnail_px, thumbnail_px, 3),
+            chunks=(images_per_partition, thumbnail_px, thumbnail_px, 3),
+            dtype=np.uint8,
+            fill_value=0,
+            dimension_names=("image", "y", "x", "channel"),
+        )
+
+
+def open_thumbnails(output: Location, *, mode: Literal["r", "r+"]) -> Any:
+    """
+    Open the array of thumbnails.
 
     Parameters
     ----------
     output : Location
         The output folder.
+    mode : str
+        ``r`` to read, ``r+`` to write.
+
+    Returns
+    -------
+    zarr.Array
+        Thumbnails (image, y, x, channel), uint8.
+    """
+    return zarr.open_array(**_zarr_arguments(output.child(_THUMBNAILS)), mode=mode)
+
+
+def delete_thumbnails(output: Location) -> None:
+    """
+    Delete the array of thumbnails, of which only a sample is kept elsewhere.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be deleted.
+    """
+    delete_result(output, _THUMBNAILS)
+
+
+def read_table(location: Location) -> pd.DataFrame:
+    """
+    Read a Parquet file.
+
+    Parameters
+    ----------
+    location : Location
+        The file.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The table.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be read, or is no table.
+    """
+    with explained(location, "read"):
+        data = location.fs.cat_file(location.path)
+    try:
+        return pd.read_parquet(io.BytesIO(data))
+    except (ValueError, OSError) as error:
+        raise StorageError(f"{location.url}: the table is damaged; delete it and run again ({error})") from error
+
+
+def read_manifest(output: Location, *, name: str = MANIFEST) -> dict[str, Any] | None:
+    """
+    Read the manifest of a run or of an exploration.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    name : str
+        ``MANIFEST`` or ``EXPLORATION``.
 
     Returns
     -------
@@ -275,15 +403,13 @@ def read_manifest(output: Location) -> dict[str, Any] | None:
     Raises
     ------
     OutputError
-        If there is a manifest.json of something else.
+        If there is such a file of something else.
     """
-    location = output.child(_MANIFEST)
-    with explained(location, "read"):
-        if not exists(location):
-            return None
-        text = location.fs.cat_file(location.path)
+    location = output.child(name)
     try:
-        manifest = json.loads(text)
+        manifest = read_json(location)
+        if manifest is None:
+            return None
         is_ours = isinstance(manifest["fruitdask"], str) and isinstance(manifest["fingerprint"], dict)
     except (ValueError, KeyError, TypeError):
         is_ours = False
@@ -294,9 +420,9 @@ def read_manifest(output: Location) -> dict[str, Any] | None:
     return dict(manifest)
 
 
-def write_manifest(output: Location, manifest: Mapping[str, Any]) -> None:
+def write_manifest(output: Location, manifest: Mapping[str, Any], *, name: str = MANIFEST) -> None:
     """
-    Write the manifest of a run.
+    Write the manifest of a run or of an exploration.
 
     Parameters
     ----------
@@ -304,32 +430,78 @@ def write_manifest(output: Location, manifest: Mapping[str, Any]) -> None:
         The output folder.
     manifest : Mapping[str, Any]
         JSON.
+    name : str
+        ``MANIFEST`` or ``EXPLORATION``.
 
     Raises
     ------
     StorageError
         If it cannot be written.
     """
-    write_file(output.child(_MANIFEST), json.dumps(manifest, indent=2, allow_nan=False).encode() + b"\n")
+    write_json(output.child(name), manifest)
 
 
-def clear_output(output: Location, *, keep_manifest: bool = False) -> None:
+def read_json(location: Location) -> Any:
     """
-    Delete a run's results, and nothing else that lies in the folder.
+    Read a JSON file.
+
+    Parameters
+    ----------
+    location : Location
+        The file.
+
+    Returns
+    -------
+    Any
+        What it says; None where there is none.
+
+    Raises
+    ------
+    ValueError
+        If it is not JSON.
+    StorageError
+        If it cannot be read.
+    """
+    with explained(location, "read"):
+        if not exists(location):
+            return None
+        return json.loads(location.fs.cat_file(location.path))
+
+
+def write_json(location: Location, tree: Mapping[str, Any]) -> None:
+    """
+    Write a JSON file.
+
+    Parameters
+    ----------
+    location : Location
+        The file.
+    tree : Mapping[str, Any]
+        What to say; without infinity and NaN, which JSON does not know.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be written.
+    """
+    write_file(location, json.dumps(tree, indent=2, allow_nan=False).encode() + b"\n")
+
+
+def clear_output(output: Location) -> None:
+    """
+    Delete the results of a run and of an exploration, and nothing else that lies in the folder.
 
     Parameters
     ----------
     output : Location
         The output folder.
-    keep_manifest : bool
-        Whether the manifest stays, which says that the folder is fruitdask's.
 
     Raises
     ------
     StorageError
         If something cannot be deleted.
     """
-    for name in _NAMES[:-1] if keep_manifest else _NAMES:
+    for name in _EXPLORATION_NAMES + _RUN_NAMES:
         delete_result(output, name)
 
 

@@ -77,6 +77,17 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
             "seed": 0,
             "tsne": {"enabled": False, "max_rows": 5000, "perplexity": 30.0, "seed": 0},
         },
+        "explore": {
+            "enabled": True,
+            "input_px": None,
+            "scale": "signed",
+            "near_duplicate_bits": 2,
+            "thumbnail_px": 64,
+            "max_thumbnails": 2000,
+        },
+        "quality": {"enabled": True, "n_neighbors": 5, "metric": "euclidean", "max_rows": 5000, "seed": 0},
+        "plots": {"enabled": True, "components": (1, 2), "dpi": 150},
+        "report": {"enabled": True, "title": None, "max_points": 10_000, "examples_per_class": 6},
         "output": {"url": "s3://fruits/run", "storage_options": {}, "overwrite": False},
     }
 
@@ -255,7 +266,7 @@ def test_load_config_names_an_environment_variable_that_is_not_set(
     ("text", "message"),
     [
         ("modle: {}", r"line 3: unknown key modle; did you mean model\?"),
-        ("xyz: 1", r"line 3: unknown key xyz; valid keys: cluster, featurize, input, model, output, reduce"),
+        ("xyz: 1", r"line 3: unknown key xyz; valid keys: cluster, explore, featurize, input, model, output, plots, quality, reduce, report"),
         ("model:\n  name: VGG16\n  poling: max", r"line 5: unknown key model\.poling; did you mean pooling\?"),
         (
             "reduce:\n  tsne:\n    perplexty: 3",
@@ -580,7 +591,7 @@ def list_properties(node: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_build_schema_describes_every_key() -> None:
-    sections = {"input", "model", "cluster", "featurize", "reduce", "output", "tsne", "kind"}
+    sections = {*Config.model_fields, "tsne", "kind"}
     properties = list_properties(build_schema())
     assert len(properties) > 40
     assert [name for name, node in properties if not node.get("description") and name not in sections] == []

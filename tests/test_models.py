@@ -11,7 +11,15 @@ from PIL import Image
 
 from fruitdask.config import ModelConfig
 from fruitdask.errors import ModelError, WeightsUnavailableError
-from fruitdask.models import ModelArtifact, build_artifact, fingerprint_model, load_predictor, predict, start_building
+from fruitdask.models import (
+    ModelArtifact,
+    build_artifact,
+    choose_input_px,
+    fingerprint_model,
+    load_predictor,
+    predict,
+    start_building,
+)
 from fruitdask.models import build as build_module
 from fruitdask.models.cache import find_artifact, keep_artifact
 from fruitdask.models.squeezenet import build_squeezenet, load_array_pickle, preprocess
@@ -311,3 +319,11 @@ def test_fingerprint_model_changes_with_settings_and_content(tiny_model: ModelCo
 def test_input_size_that_a_network_refuses_is_not_blamed_on_the_network_connection() -> None:
     with pytest.raises(ModelError, match="InceptionV3 cannot be built as configured: .*75x75.*; see the section model"):
         build_artifact(ModelConfig(name="InceptionV3", input_px=64))
+
+
+def test_choose_input_px_reads_it_from_a_keras_file(tiny_model: ModelConfig, tmp_path: Path) -> None:
+    assert choose_input_px(tiny_model) == 32
+    assert choose_input_px(ModelConfig(name="Xception")) == 299 and choose_input_px(ModelConfig(input_px=96)) == 96
+    (tmp_path / "no.keras").write_bytes(b"no archive")
+    with pytest.raises(ModelError, match="no.keras: expected a .keras model whose input has a size"):
+        choose_input_px(ModelConfig(weights=str(tmp_path / "no.keras"), preprocessing="none"))

@@ -6,7 +6,6 @@ import pytest
 import sklearn.decomposition
 from sklearn.manifold import trustworthiness
 
-from fruitdask.config import TsneConfig
 from fruitdask.errors import ReduceError
 from fruitdask.reduce import PrincipalComponents, check_n_components, embed_tsne, fit_pca, sample_rows
 
@@ -101,8 +100,8 @@ def test_embed_tsne_takes_fewer_images_than_its_perplexity() -> None:
 
 
 def test_sample_rows_takes_all_or_a_reproducible_choice() -> None:
-    np.testing.assert_array_equal(sample_rows(10, TsneConfig(max_rows=10)), np.arange(10))
-    rows = sample_rows(1000, TsneConfig(max_rows=100, seed=4))
+    np.testing.assert_array_equal(sample_rows(10, max_rows=10, seed=0), np.arange(10))
+    rows = sample_rows(1000, max_rows=100, seed=4)
     assert len(set(rows)) == 100 and (np.diff(rows) > 0).all() and rows.max() < 1000
-    np.testing.assert_array_equal(rows, sample_rows(1000, TsneConfig(max_rows=100, seed=4)))
-    assert not np.array_equal(rows, sample_rows(1000, TsneConfig(max_rows=100, seed=5)))
+    np.testing.assert_array_equal(rows, sample_rows(1000, max_rows=100, seed=4))
+    assert not np.array_equal(rows, sample_rows(1000, max_rows=100, seed=5))

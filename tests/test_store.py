@@ -150,6 +150,7 @@ def test_clear_output_leaves_files_of_other_names(tmp_path: Path) -> None:
     output = Location(str(tmp_path))
     fill(output)
     (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "mine.png").write_bytes(b"mine")
+    for name in ("mine.png", "pca.png"):
+        (tmp_path / "figures" / name).write_bytes(b"picture")
     store.clear_output(output)
     assert [path.name for path in tmp_path.rglob("*")] == ["figures", "mine.png"]

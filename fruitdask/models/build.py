@@ -1,10 +1,12 @@
 """The client's face of a model: build a Keras network, check it, pack it into an artifact."""
 
 import hashlib
+import io
 import json
 import logging
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +74,30 @@ def fingerprint_model(config: ModelConfig) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
+def choose_input_px(config: ModelConfig) -> int:
+    """
+    Say how large the input of a network is, without building it.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        Which network.
+
+    Returns
+    -------
+    int
+        Side of its square input, in pixels.
+
+    Raises
+    ------
+    ModelError
+        If the weights are a ``.keras`` file that does not say so.
+    """
+    if config.weights.endswith(".keras") and config.input_px is None:
+        return _read_input_px(Location(config.weights))
+    return config.input_px or _INPUT_PX.get(config.name, _DEFAULT_INPUT_PX)
+
+
 def build_artifact(config: ModelConfig) -> ModelArtifact:
     """
     Build a network and pack it for the workers.
@@ -107,6 +133,21 @@ def build_artifact(config: ModelConfig) -> ModelArtifact:
     )
 
 
+def _read_input_px(location: Location) -> int:
+    """Read the input size of a .keras file, a ZIP archive, from the description of its network."""
+    with explained(location, "read"):
+        data = location.fs.cat_file(location.path)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            layers = json.loads(archive.read("config.json"))["config"]["layers"]
+        shapes = [layer["config"]["batch_shape"] for layer in layers if layer["class_name"] == "InputLayer"]
+        return int(shapes[0][1])
+    except (zipfile.BadZipFile, KeyError, ValueError, IndexError, TypeError) as error:
+        raise ModelError(
+            f"{location.url}: expected a .keras model whose input has a size, found something else; set model.input_px"
+        ) from error
+
+
 def _build_network(config: ModelConfig) -> tuple[Any, Preprocess, str]:
     """Build the Keras network with its weights and find its preprocessing."""
     import keras
@@ -118,7 +159,7 @@ def _build_network(config: ModelConfig) -> tuple[Any, Preprocess, str]:
     with _local_weights(config.weights) as weights:
         if weights.endswith(".keras"):
             return _load_keras_file(weights, config), *_find_preprocessing(config, own=None)
-        input_px = config.input_px or _INPUT_PX.get(config.name, _DEFAULT_INPUT_PX)
+        input_px = choose_input_px(config)
         if config.name == "SqueezeNet":
             with _explained_weights(config):
                 network = squeezenet.build_squeezenet(input_px=input_px, weights=weights)

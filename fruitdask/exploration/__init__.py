@@ -1,0 +1,33 @@
+"""Exploration: what the images themselves say, before any network looks at them.
+
+Tasks look at each image once (``partition``); the client puts together what they found (``summary``, ``duplicates``) and keeps it
+(``files``).
+"""
+
+from fruitdask.exploration.files import Exploration, read_exploration, write_exploration
+from fruitdask.exploration.partition import ClassSums, ExploreJob, Explorer, Findings, explore_partition
+from fruitdask.exploration.summary import (
+    Measured,
+    Tally,
+    Yardstick,
+    mean_squared_difference,
+    measure_partition,
+    summarize_findings,
+)
+
+__all__ = [
+    "ClassSums",
+    "Exploration",
+    "ExploreJob",
+    "Explorer",
+    "Findings",
+    "Measured",
+    "Tally",
+    "Yardstick",
+    "explore_partition",
+    "mean_squared_difference",
+    "measure_partition",
+    "read_exploration",
+    "summarize_findings",
+    "write_exploration",
+]

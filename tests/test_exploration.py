@@ -1,0 +1,289 @@
+"""Exploration, held against brute force, Pillow and published figures."""
+
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import fruitdask
+from fruitdask import store
+from fruitdask.catalog import list_images, split_catalog
+from fruitdask.config import Config, ExploreConfig, InputConfig, load_config
+from fruitdask.exploration import (
+    ClassSums,
+    Exploration,
+    ExploreJob,
+    Tally,
+    explore_partition,
+    mean_squared_difference,
+    measure_partition,
+    read_exploration,
+    summarize_findings,
+    write_exploration,
+)
+from fruitdask.exploration.duplicates import group_duplicates, group_near_duplicates
+from fruitdask.fetch import ImageSource
+from fruitdask.storage import Location
+
+#: Published for the same photographs (Fruits-360, original size): the "average MSE" between the images of a class.
+PUBLISHED = {
+    "apple_hit_1": 0.1635,
+    "apple_red_1": 0.1619,
+    "apple_red_2": 0.1590,
+    "apple_red_3": 0.1789,
+    "apple_rotten_1": 0.1927,
+}
+
+
+def explore_here(
+    folder: Path, output: Path, *, images_per_partition: int = 5, px: int = 32, **settings: Any
+) -> Exploration:
+    """Explore a folder without a cluster."""
+    catalog = list_images(InputConfig(url=str(folder)))
+    config = ExploreConfig(**settings)
+    source = ImageSource(
+        Location(str(folder)), batch_size=3, max_pixels=10_000_000, fetch_attempts=1, concurrent_reads=4
+    )
+    job = ExploreJob(source, Location(str(output)), input_px=px, thumbnail_px=config.thumbnail_px)
+    store.create_thumbnails(
+        job.output,
+        n_images=len(catalog),
+        thumbnail_px=config.thumbnail_px,
+        images_per_partition=images_per_partition,
+    )
+    tally, partitions = Tally(), list(split_catalog(catalog, images_per_partition))
+    for partition in reversed(partitions):
+        tally.add(explore_partition(partition, job))
+    images = tally.images
+    yardstick = tally.build_yardstick(images, config, job.output)
+    measured = [measure_partition(partition, yardstick) for partition in reversed(partitions)]
+    return summarize_findings(
+        tally, images, measured, config=config, described={"fruitdask": "test", "fingerprint": {}}
+    )
+
+
+def read_pixels(paths: list[Path], px: int) -> np.ndarray:
+    """Read images with Pillow alone, as float64 on the scale of -1 to 1."""
+    images = [Image.open(path).convert("RGB").resize((px, px), Image.Resampling.BICUBIC) for path in paths]
+    return np.stack([np.asarray(image, np.float64) for image in images]) / 127.5 - 1
+
+
+def compare_all_pairs(pixels: np.ndarray) -> np.ndarray:
+    """Compute the mean squared difference of each pair, one after the other."""
+    return np.array([np.mean((first - second) ** 2) for first, second in itertools.combinations(pixels, 2)])
+
+
+@pytest.mark.parametrize("images_per_partition", [1, 3, 7, 100])
+def test_differences_equal_brute_force_whatever_the_partitions(
+    sample_folder: Path, tmp_path: Path, images_per_partition: int
+) -> None:
+    found = explore_here(sample_folder, tmp_path, images_per_partition=images_per_partition, thumbnail_px=32)
+    for label, row in found.classes.iterrows():
+        paths = sorted((sample_folder / str(label)).iterdir())
+        pixels = read_pixels(paths, 32)
+        pairs = compare_all_pairs(pixels)
+        assert row["mean_squared_difference"] == pytest.approx(pairs.mean(), rel=1e-9)
+        # Thumbnails of the same size as the input are the input: distances and quantiles are exact as well.
+        np.testing.assert_allclose(
+            row[["pair_q05", "pair_q50", "pair_q95"]].astype(float), np.quantile(pairs, [0.05, 0.5, 0.95]), rtol=1e-6
+        )
+        distances = ((pixels - pixels.mean(axis=0)) ** 2).mean(axis=(1, 2, 3))
+        images = found.images[found.images["label"] == label]
+        np.testing.assert_allclose(images["distance_to_mean"], distances, rtol=1e-5)
+        assert row["most_typical"] == f"{label}/{paths[distances.argmin()].name}"
+        assert row["least_typical"] == f"{label}/{paths[distances.argmax()].name}"
+
+
+@given(
+    st.integers(2, 6).flatmap(lambda n: st.lists(st.binary(min_size=12, max_size=12), min_size=n, max_size=n)),
+    st.integers(1, 5),
+)
+def test_mean_squared_difference_is_the_mean_over_all_pairs(images: list[bytes], n_first: int) -> None:
+    pixels = np.frombuffer(b"".join(images), np.uint8).reshape(-1, 2, 2, 3)
+    sums = ClassSums.measure(pixels[:n_first], pixels[:n_first])
+    sums.add(ClassSums.measure(pixels[n_first:], pixels[n_first:]))
+    expected = compare_all_pairs(pixels.astype(np.float64)).mean()
+    assert mean_squared_difference(sums, scale="bytes") == pytest.approx(expected, rel=1e-12)
+    assert mean_squared_difference(sums, scale="unit") == pytest.approx(expected / 255**2, rel=1e-12)
+    assert mean_squared_difference(sums) == pytest.approx(expected / 127.5**2, rel=1e-12)
+
+
+def test_mean_squared_difference_loses_nothing_where_images_hardly_differ() -> None:
+    pixels = np.full((1000, 224, 224, 3), 250, np.uint8)
+    pixels[0, 0, 0, 0] = 251
+    sums = ClassSums.measure(pixels, pixels[:, :1, :1])
+    # Of the pairs, those with the first image differ, by 1 in one of the values.
+    assert mean_squared_difference(sums, scale="bytes") == pytest.approx(2 / 1000 / pixels[0].size, rel=1e-12)
+
+
+def test_standard_error_is_that_of_repeated_samples() -> None:
+    rng = np.random.default_rng(0)
+
+    def measure(n: int) -> tuple[float, float]:
+        pixels = rng.integers(100, 110, (n, 2, 2, 3)) + rng.integers(0, 60, (n, 1, 1, 1))
+        pairs = compare_all_pairs(pixels.astype(float))
+        of_image = ((pixels - pixels.mean(axis=0)) ** 2).mean(axis=(1, 2, 3))
+        return pairs.mean(), 2 * n / (n - 1) * of_image.std(ddof=1) / np.sqrt(n)
+
+    means, errors = np.array([measure(40) for _ in range(300)]).T
+    assert errors.mean() == pytest.approx(means.std(), rel=0.15)
+
+
+def test_differences_of_photographs_are_near_the_published_ones(photographs: Path, client: Any, tmp_path: Path) -> None:
+    found = fruitdask.explore(make_config(photographs, tmp_path, **{"plots.enabled": False}), client=client)
+    assert dict(found.classes["n_ok"]) == {
+        "apple_hit_1": 234,
+        "apple_red_1": 154,
+        "apple_red_2": 159,
+        "apple_red_3": 140,
+        "apple_rotten_1": 159,
+    }
+    for label, published in PUBLISHED.items():
+        assert found.classes.at[label, "mean_squared_difference"] == pytest.approx(published, rel=0.2)
+    apples = read_pixels(sorted((photographs / "apple_red_2").iterdir()), 224)
+    total = ((apples - apples.mean(axis=0)) ** 2).mean(axis=(1, 2, 3))
+    n = len(apples)
+    assert found.classes.at["apple_red_2", "mean_squared_difference"] == pytest.approx(
+        2 * total.sum() / (n - 1), rel=1e-9
+    )
+    # Distances are measured on thumbnails: they agree with those at full size.
+    images = found.images[found.images["label"] == "apple_red_2"]
+    assert np.corrcoef(images["distance_to_mean"], total)[0, 1] > 0.99
+    assert total[list(images["path"]).index(found.classes.at["apple_red_2", "most_typical"])] < 1.01 * total.min()
+    assert not list(tmp_path.glob("thumbnails*"))
+
+
+def make_config(folder: Path, output: Path, **overrides: Any) -> Config:
+    """Make a configuration whose network is never built."""
+    tree = {"input": {"url": str(folder)}, "output": {"url": str(output)}}
+    return load_config(tree, overrides=[f"{key}={str(value).lower()}" for key, value in overrides.items()])
+
+
+def save(path: Path, image: Image.Image, **options: Any) -> None:
+    """Save an image, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def test_explore_finds_what_is_in_the_files(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    exif = Image.Exif()
+    exif[0x013B] = "Jane Doe"
+    save(folder / "a" / "1.jpg", Image.new("RGB", (80, 60), (200, 10, 10)), exif=exif)
+    save(folder / "a" / "2.png", Image.new("RGB", (40, 20), (100, 110, 10)))
+    (folder / "b").mkdir()
+    (folder / "b" / "1.png").write_bytes((folder / "a" / "2.png").read_bytes())
+    (folder / "b" / "2.jpg").write_bytes(b"no image")
+    (folder / "c").mkdir()
+    (folder / "c" / "1.jpg").write_bytes(b"")
+    found = explore_here(folder, tmp_path / "out", images_per_partition=2)
+    images = found.images.set_index("path")
+    assert list(images["status"]) == ["ok", "ok", "ok", "unreadable", "unreadable"]
+    assert list(images["format"]) == ["JPEG", "PNG", "PNG", "", ""]
+    assert images.loc["a/1.jpg", ["width_px", "height_px"]].tolist() == [80, 60]
+    assert images.at["b/2.jpg", "bytes"] == 8 and images["width_px"].isna().sum() == 2
+    assert images.index[images["has_name"]].tolist() == ["a/1.jpg"] and not images["has_gps"].any()
+    np.testing.assert_allclose(
+        images.loc["a/2.png", ["mean_red", "mean_green", "mean_blue"]].astype(float), [100, 110, 10]
+    )
+    assert images["duplicate_group"].dropna().index.tolist() == ["a/2.png", "b/1.png"]
+    assert found.summary["duplicates"] == {"n_groups": 1, "n_images": 2, "n_groups_across_classes": 1}
+    assert found.summary["metadata"] == {"exif": 1, "gps": 0, "serial": 0, "name": 1}
+    assert found.summary["n_images"] == 5 and found.summary["n_ok"] == 3
+    assert "Jane" not in found.images.to_csv() + found.classes.to_csv() + str(found.summary)
+    assert found.classes["palette"].tolist() == ["#707010 0.500, #d01010 0.500", "#707010 1.000", ""]
+    assert found.classes.loc["c", ["n_images", "n_ok", "most_typical"]].tolist() == [1, 0, ""]
+    assert found.classes["mean_squared_difference"].isna().tolist() == [False, True, True]
+    assert len(found.thumbnails) == len(found.thumbnail_rows) == 3 and len(found.means) == 3
+
+
+def test_exploration_reads_back(sample_folder: Path, tmp_path: Path) -> None:
+    found = explore_here(sample_folder, tmp_path, max_thumbnails=7)
+    output = Location(str(tmp_path))
+    assert read_exploration(output) is None
+    write_exploration(output, found)
+    read = read_exploration(output)
+    assert read is not None
+    pd.testing.assert_frame_equal(read.images, found.images)
+    pd.testing.assert_frame_equal(read.classes, found.classes)
+    np.testing.assert_array_equal(read.thumbnails, found.thumbnails)
+    np.testing.assert_array_equal(read.thumbnail_rows, found.thumbnail_rows)
+    np.testing.assert_array_equal(read.means, found.means)
+    assert len(read.thumbnails) == 7 and read.summary["status"] == "complete"
+    assert pd.read_csv(tmp_path / "explore.csv")["path"].tolist() == found.images["path"].tolist()
+    row = int(found.thumbnail_rows[3])
+    with Image.open(sample_folder / found.images.at[row, "path"]) as image:
+        thumbnail = image.resize((32, 32), Image.Resampling.BICUBIC).resize((64, 64), Image.Resampling.BOX)
+    np.testing.assert_array_equal(found.thumbnails[3], thumbnail)
+
+
+def test_explore_again_looks_at_nothing(sample_folder: Path, client: Any, tmp_path: Path) -> None:
+    config = make_config(sample_folder, tmp_path / "out", **{"explore.input_px": 32})
+    first = fruitdask.explore(config, client=client)
+    marked = (tmp_path / "out" / "explore.parquet").stat().st_mtime_ns
+    again = fruitdask.explore(config)
+    assert (tmp_path / "out" / "explore.parquet").stat().st_mtime_ns == marked
+    pd.testing.assert_frame_equal(first.images, again.images)
+    other = fruitdask.explore(make_config(sample_folder, tmp_path / "out", **{"explore.input_px": 48}), client=client)
+    assert other.summary["input_px"] == 48
+    assert not other.classes["mean_squared_difference"].equals(first.classes["mean_squared_difference"])
+
+
+def test_group_duplicates_leaves_out_what_is_alone() -> None:
+    groups = group_duplicates(pd.Series(["b", "", "a", "b", "a", "c", ""], index=range(10, 17)))
+    assert groups.tolist() == [0, pd.NA, 1, 0, 1, pd.NA, pd.NA] and groups.dtype == "Int64"
+
+
+@pytest.mark.parametrize("max_bits", [0, 1, 3, 8])
+def test_group_near_duplicates_equals_comparing_all(max_bits: int) -> None:
+    rng = np.random.default_rng(max_bits)
+    values = rng.integers(0, 2**64, 40, dtype=np.uint64)
+    # Each of them several times, with a few bits flipped.
+    for _ in range(3):
+        flips = rng.integers(0, 64, (len(values), 3))
+        flipped = values.copy()
+        for column in flips.T[: rng.integers(1, 4)]:
+            flipped ^= np.uint64(1) << column.astype(np.uint64)
+        values = np.concatenate([values, flipped])
+    values = rng.permutation(values)
+    groups = group_near_duplicates(pd.Series([f"{value:016x}" for value in values]), max_bits=max_bits)
+    leader = np.arange(len(values))
+    for first, second in itertools.combinations(range(len(values)), 2):
+        if int(values[first] ^ values[second]).bit_count() <= max_bits:
+            leader[leader == leader[second]] = leader[first]
+    sizes = pd.Series(leader).map(pd.Series(leader).value_counts())
+    assert (groups.notna() == (sizes > 1)).all()
+    assert pd.DataFrame({"found": groups, "leader": leader})[sizes > 1].drop_duplicates().shape[0] == groups.nunique()
+    assert 0 < groups.nunique() < len(values)
+
+
+def test_near_duplicates_are_the_same_picture_saved_otherwise(sample_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for number, path in enumerate(sorted(sample_folder.glob("*/r0_0.jpg"))):
+        with Image.open(path) as image:
+            save(folder / "first" / f"{number}.png", image)
+            save(folder / "second" / f"{number}.jpg", image.resize((150, 150)), quality=90)
+    found = explore_here(folder, tmp_path / "out", near_duplicate_bits=4)
+    groups = found.images.groupby("near_duplicate_group")["path"].apply(list).tolist()
+    assert groups == [[f"first/{n}.png", f"second/{n}.jpg"] for n in range(6)]
+    assert found.summary["near_duplicates"]["n_groups_across_classes"] == 6
+
+
+def test_images_that_are_all_the_same_do_not_differ(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((300, 300), 60).convert("RGB").save(buffer, "JPEG")
+    for number in range(20):
+        path = tmp_path / "in" / "a" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(buffer.getvalue())
+    found = explore_here(tmp_path / "in", tmp_path / "out", images_per_partition=20, px=224)
+    assert found.classes.at["a", "mean_squared_difference"] == 0 and found.classes.at["a", "standard_error"] == 0
+    assert found.images["distance_to_mean"].tolist() == [0.0] * 20
+    assert found.classes.at["a", "n_duplicates"] == found.classes.at["a", "n_near_duplicates"] == 20
