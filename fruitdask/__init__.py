@@ -13,27 +13,41 @@ if TYPE_CHECKING:
     from fruitdask.cluster import open_client as open_client
     from fruitdask.config import Config as Config, load_config as load_config
     from fruitdask.errors import FruitdaskError as FruitdaskError
-    from fruitdask.featurize import featurize_catalog as featurize_catalog
+    from fruitdask.exploration import Exploration as Exploration
     from fruitdask.models import build_artifact as build_artifact
-    from fruitdask.pipeline import RunResult as RunResult, run as run
+    from fruitdask.neighbors import find_neighbors as find_neighbors, summarize_quality as summarize_quality
+    from fruitdask.pipeline import (
+        Report as Report,
+        RunResult as RunResult,
+        explore as explore,
+        render_report as render_report,
+        run as run,
+    )
+    from fruitdask.plots import plot_map as plot_map
     from fruitdask.progress import choose_progress as choose_progress
     from fruitdask.reduce import embed_tsne as embed_tsne, fit_pca as fit_pca
     from fruitdask.sample import draw_sample as draw_sample
 
 _ROOM_OF_NAME = {
     "Config": "config",
+    "Exploration": "exploration",
     "FruitdaskError": "errors",
+    "Report": "pipeline",
     "RunResult": "pipeline",
     "build_artifact": "models",
     "choose_progress": "progress",
     "draw_sample": "sample",
     "embed_tsne": "reduce",
-    "featurize_catalog": "featurize",
+    "explore": "pipeline",
+    "find_neighbors": "neighbors",
     "fit_pca": "reduce",
     "list_images": "catalog",
     "load_config": "config",
     "open_client": "cluster",
+    "plot_map": "plots",
+    "render_report": "pipeline",
     "run": "pipeline",
+    "summarize_quality": "neighbors",
 }
 
 __all__ = sorted(_ROOM_OF_NAME)

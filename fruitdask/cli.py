@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from fruitdask.config import Config
+    from fruitdask.exploration import Exploration
     from fruitdask.pipeline import RunResult
 
 _INTERRUPTED = 130
@@ -23,7 +25,7 @@ _INTERRUPTED = 130
 _EXIT_CODES: tuple[tuple[type[errors.FruitdaskError], int], ...] = (
     (errors.TooManyFailuresError, 3),
     (errors.ClusterStartError, 5),
-    (errors.FeaturizeError, 1),
+    (errors.PartitionError, 1),
     (errors.WeightsUnavailableError, 1),
     (errors.EngineError, 1),
     (errors.FruitdaskError, 2),
@@ -58,7 +60,7 @@ def cli() -> None:
 @click.option("--overwrite", is_flag=True, help="Delete an earlier run's results in the output folder and start again.")
 @click.option("--verbose", "-v", is_flag=True, help="Log what happens inside, and show tracebacks.")
 def run(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool) -> None:
-    """Run CONFIG: list the images, compute features, reduce them, write tables.
+    """Run CONFIG: list the images, compute features, reduce them, write tables, figures and a report.
 
     Run it again after an interruption: what is stored is not computed again.
     """
@@ -76,6 +78,44 @@ def run(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool)
 
         result = run_pipeline(loaded, progress=choose_progress())
         _print_summary(result, Console())
+
+
+@cli.command()
+@_config_argument
+@_set_option
+@click.option("--verbose", "-v", is_flag=True, help="Log what happens inside, and show tracebacks.")
+def explore(config: str, overrides: tuple[str, ...], verbose: bool) -> None:
+    """Look at the images of CONFIG before any network does.
+
+    Images per class, sizes, colours, differences within classes, duplicates, and which files carry positions or names.
+    """
+    from rich.console import Console
+
+    from fruitdask.config import load_config
+    from fruitdask.progress import choose_progress
+
+    with _reported(verbose=verbose):
+        loaded = load_config(config, overrides=overrides)
+        from fruitdask.pipeline import explore as explore_images
+
+        _print_exploration(explore_images(loaded, progress=choose_progress()), loaded, Console())
+
+
+@cli.command()
+@_config_argument
+@_set_option
+def report(config: str, overrides: tuple[str, ...]) -> None:
+    """Draw the figures and the page of CONFIG again, from stored results.
+
+    Needs no cluster and no images; settings of the sections plots and report apply.
+    """
+    from fruitdask.config import load_config
+
+    with _reported():
+        loaded = load_config(config, overrides=overrides)
+        from fruitdask.pipeline import render_report
+
+        click.echo(f"Wrote {render_report(loaded).location.url}")
 
 
 @cli.command()
@@ -148,7 +188,45 @@ def _print_summary(result: "RunResult", console: "Console") -> None:
         ),
         "explained variance": _format_ratios(manifest["pca"]["explained_variance_ratio"]),
         "results": result.output.url,
+        "report": result.report.location.url if manifest["config"]["report"]["enabled"] else "",
     }
+    _print_rows(rows, console)
+
+
+def _print_exploration(found: "Exploration", config: "Config", console: "Console") -> None:
+    """Print what an exploration has found and where it is."""
+    from rich.table import Table
+
+    table = Table("class", "images", "median px", "difference", "near duplicates", title=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for label, row in found.classes.head(_SHOWN_CLASSES).iterrows():
+        size = f"{row['width_px_median']:.0f} x {row['height_px_median']:.0f}"
+        difference = f"{row['mean_squared_difference']:.4f} ± {row['standard_error']:.4f}"
+        table.add_row(str(label), f"{row['n_ok']:,}", size, difference, f"{row['n_near_duplicates']:,}")
+    if len(found.classes) > _SHOWN_CLASSES:
+        table.add_row(f"... and {len(found.classes) - _SHOWN_CLASSES} more classes")
+    console.print(table)
+    summary = found.summary
+    rows = {
+        "images": f"{summary['n_ok']:,} readable, {summary['n_images'] - summary['n_ok']:,} not",
+        "duplicates": _format_groups(summary["duplicates"]),
+        "near duplicates": _format_groups(summary["near_duplicates"]),
+        "files that carry": ", ".join(f"{kind} {count:,}" for kind, count in summary["metadata"].items()),
+        "results": config.output.url,
+        "report": f"{config.output.url.rstrip('/')}/report.html" if config.report.enabled else "",
+    }
+    _print_rows(rows, console)
+
+
+def _format_groups(groups: dict[str, int]) -> str:
+    """Say how many images are there more than once."""
+    across = f", {groups['n_groups_across_classes']:,} of them across classes" if groups["n_groups_across_classes"] else ""
+    return f"{groups['n_images']:,} images in {groups['n_groups']:,} groups{across}"
+
+
+def _print_rows(rows: dict[str, str], console: "Console") -> None:
+    """Print names and values, those that there are."""
     for name, value in rows.items():
         if value:
             console.print(f"[bold]{name:>18}[/bold]  {value}", highlight=False, soft_wrap=True)

@@ -51,9 +51,11 @@ def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(config_p
     assert (first.returncode, "Traceback" in first.stderr) == (0, False)
     for expected in ("Listing images", "Dask dashboard: http://127.0.0.1:", "24 of 24 images", "0 failed", "Reducing"):
         assert expected in first.stderr
-    for expected in ("pear_1", "24 ok, 0 failed", "images/s", "by 2 components", str(config_path.parent / "out")):
+    report = config_path.parent / "out" / "report.html"
+    for expected in ("pear_1", "24 ok, 0 failed", "images/s", "by 2 components", str(report)):
         assert expected in first.stdout
-    assert "tsne_2" in pd.read_csv(config_path.parent / "out" / "results.csv").columns
+    assert "tsne_2" in pd.read_csv(report.with_name("results.csv")).columns
+    assert report.read_text().startswith("<!DOCTYPE html>")
     second = run_in_process("run", str(config_path), "--set", "reduce.tsne.enabled=true")
     assert second.returncode == 0 and "All 24 images were done before: nothing to compute." in second.stdout
 
@@ -208,7 +210,7 @@ def test_sample_draws_and_refuses_to_overwrite(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "fruitdask: " in result.stderr
 
 
-@pytest.mark.parametrize("command", ["", "run", "validate", "schema", "sample"])
+@pytest.mark.parametrize("command", ["", "run", "explore", "report", "validate", "schema", "sample"])
 def test_help_is_there(command: str) -> None:
     result = invoke(*filter(None, [command]), "--help")
     assert result.exit_code == 0 and "Usage:" in result.stdout
@@ -244,3 +246,26 @@ def test_random_weights_are_warned_of_each_time(config_path: Path) -> None:
     for _ in range(2):
         result = invoke("run", str(config_path))
         assert result.exit_code == 0 and "Warning: model.weights is random" in result.stderr
+
+
+def test_explore_then_report(config_path: Path) -> None:
+    explored = run_in_process("explore", str(config_path), COLUMNS="120")
+    assert (explored.returncode, "Traceback" in explored.stderr) == (0, False)
+    assert "24 of 24 images" in explored.stderr and "Dask dashboard" not in explored.stdout
+    for expected in ("pear_1", "64 x 64", "24 readable, 0 not", "exif 0, gps 0, serial 0, name 0", "near duplicates"):
+        assert expected in explored.stdout
+    page = config_path.parent / "out" / "report.html"
+    page.unlink()
+    result = invoke("report", str(config_path))
+    assert (result.exit_code, result.output) == (0, f"Wrote {page}\n")
+    assert "pear_1" in page.read_text()
+
+
+def test_report_without_results_is_one_sentence(config_path: Path) -> None:
+    result = invoke("report", str(config_path))
+    assert result.exit_code == 2
+    assert result.stderr.strip() == (
+        f"fruitdask: {config_path.parent / 'out'}: expected a finished run or exploration, found none; "
+        "use fruitdask run or fruitdask explore first"
+    )
+    assert not (config_path.parent / "out").exists()

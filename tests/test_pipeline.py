@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn.decomposition
+import sklearn.metrics
 from PIL import Image
 
 import fruitdask
-from fruitdask import pipeline, store
+from fruitdask import store
 from fruitdask.config import Config, ModelConfig
 from fruitdask.errors import (
     ConfigError,
@@ -26,6 +27,7 @@ from fruitdask.errors import (
     TooManyFailuresError,
 )
 from fruitdask.models import build_artifact, load_predictor
+from fruitdask.pipeline import exploring, running
 from fruitdask.storage import Location
 
 MakeConfig = Callable[..., Config]
@@ -41,6 +43,8 @@ def make_config(tiny_model: ModelConfig, sample_folder: Path, tmp_path: Path) ->
             "model": tiny_model.model_dump(),
             "cluster": {"kind": "local", "n_workers": 1, "threads_per_worker": 2, "dashboard_address": None},
             "featurize": {"images_per_partition": 5},
+            "plots": {"enabled": False},
+            "report": {"enabled": False},
             "output": {"url": str(tmp_path / "out")},
         }
         return fruitdask.load_config(
@@ -106,10 +110,18 @@ def test_run_on_photographs_equals_keras_and_sklearn(
 def test_run_leaves_what_the_architecture_lists(
     make_config: MakeConfig, client: Any, sample_folder: Path, tmp_path: Path
 ) -> None:
-    config = make_config(reduce={"n_components": 2, "tsne": {"enabled": True, "perplexity": 5}})
+    config = make_config(
+        reduce={"n_components": 2, "tsne": {"enabled": True, "perplexity": 5}},
+        plots={"enabled": True},
+        report={"enabled": True},
+    )
     result = fruitdask.run(config, client=client)
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["features.zarr", "manifest.json", "partitions", "pca.zarr", "results.csv", "results.parquet"]
+    explored = ["explore.csv", "explore.json", "explore.parquet", "explore.zarr"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        [*explored, "explore_classes.csv", "explore_classes.parquet", "features.zarr", "figures", "manifest.json"]
+        + ["partitions", "pca.zarr", "quality.json", "report.html", "results.csv", "results.parquet"]
+    )
+    assert sorted(path.stem for path in (tmp_path / "out" / "figures").iterdir()) == sorted(store.FIGURE_NAMES)
     table = result.table
     assert list(table.columns) == ["path", "label", "status", "pca_1", "pca_2", "tsne_1", "tsne_2"]
     assert len(table) == result.n_computed == 24 and not table.isna().any().any()
@@ -122,7 +134,7 @@ def test_run_leaves_what_the_architecture_lists(
     assert manifest == result.manifest
     assert manifest["cluster"] == {"kind": "local", "n_workers": 2, "n_threads": 4}
     assert manifest["counts"]["by_class"]["pear_1"] == {"ok": 4, "failed": 0}
-    assert set(manifest["seconds"]) == {"list", "start", "featurize", "reduce", "write", "total", "worker"}
+    assert set(manifest["seconds"]) == {"list", "start", "featurize", "explore", "reduce", "write", "total", "worker"}
     assert "24 images" in result._repr_html_() and "pear_1" in result._repr_html_()
 
 
@@ -199,7 +211,7 @@ def test_run_reduces_again_without_a_cluster_when_only_that_changed(
     make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fruitdask.run(make_config(), client=client)
-    monkeypatch.setattr(pipeline, "open_client", lambda config: pytest.fail("a cluster was started"))
+    monkeypatch.setattr(running, "open_client", lambda config: pytest.fail("a cluster was started"))
     result = fruitdask.run(make_config(reduce={"n_components": 0.999}))
     assert result.n_computed == 0
     assert result.pca.n_components == result.manifest["pca"]["n_components"] > 2
@@ -210,7 +222,7 @@ def test_run_reduces_large_features_on_the_cluster(
     make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = fruitdask.run(make_config(), client=client).table
-    monkeypatch.setattr(pipeline, "_LOCAL_REDUCE_BYTES", 0)
+    monkeypatch.setattr(running, "_LOCAL_REDUCE_BYTES", 0)
     distributed = fruitdask.run(make_config(output={"overwrite": True}), client=client).table
     pd.testing.assert_frame_equal(distributed, local, rtol=1e-5)
 
@@ -237,7 +249,8 @@ def test_each_stage_works_by_itself_on_a_client(
     make_config: MakeConfig, client: Any, tiny_model: ModelConfig, tmp_path: Path
 ) -> None:
     from fruitdask.catalog import split_catalog
-    from fruitdask.featurize import FeaturizeJob
+    from fruitdask.featurize import FeaturizeJob, featurize_partition
+    from fruitdask.fetch import ImageSource
 
     config, output = make_config(), Location(str(tmp_path / "mine"))
     catalog = fruitdask.list_images(config.input)
@@ -245,10 +258,11 @@ def test_each_stage_works_by_itself_on_a_client(
     store.create_store(
         output, n_images=len(catalog), n_features=artifact.n_features, images_per_partition=10, attributes={}
     )
-    job = FeaturizeJob(
-        Location(config.input.url), output, batch_size=8, max_pixels=10**6, fetch_attempts=1, concurrent_reads=1
+    source = ImageSource(
+        Location(config.input.url), batch_size=8, max_pixels=10**6, fetch_attempts=1, concurrent_reads=1
     )
-    fruitdask.featurize_catalog(client, split_catalog(catalog, 10), artifact, job, on_summary=lambda summary: None)
+    for partition in split_catalog(catalog, 10):
+        featurize_partition(partition, artifact, FeaturizeJob(source, output))
     features = da.from_zarr(str(tmp_path / "mine" / "features.zarr"), component="features")
     assert fruitdask.fit_pca(features, n_components=2).n_components == 2
 
@@ -366,7 +380,7 @@ def test_interrupted_writing_is_mended_by_the_next_run(
         raise KeyboardInterrupt("in this test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((pipeline.report, step) if step == "write_results" else (pipeline, step)), interrupt)
+        patch.setattr(*((running.report, step) if step == "write_results" else (running, step)), interrupt)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
             fruitdask.run(make_config(reduce={"n_components": 3}), client=client)
     result = fruitdask.run(make_config(), client=client)
@@ -433,3 +447,109 @@ def test_other_decoding_is_refused_with_both_values(make_config: MakeConfig, cli
         match="its decoding has the fingerprint exact, max_pixels 50000000, this run's is exact, max_pixels 9999; ",
     ):
         fruitdask.run(make_config(featurize={"max_pixels": 9999}), client=client)
+
+
+def test_exploring_along_with_a_run_finds_what_exploring_alone_does(
+    make_config: MakeConfig, client: Any, tmp_path: Path
+) -> None:
+    along = fruitdask.run(make_config(), client=client).exploration
+    alone = fruitdask.explore(make_config(output={"url": str(tmp_path / "alone")}), client=client)
+    assert along is not None
+    pd.testing.assert_frame_equal(along.images, alone.images)
+    pd.testing.assert_frame_equal(along.classes, alone.classes)
+    np.testing.assert_array_equal(along.thumbnails, alone.thumbnails)
+    assert along.summary["fingerprint"] == alone.summary["fingerprint"] and along.summary["input_px"] == 32
+
+
+def test_run_looks_at_each_image_once(
+    make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(exploring, "explore_partition", None)
+        fruitdask.run(make_config(), client=client)
+    # What was explored before is not explored by the run.
+    alone = make_config(output={"url": str(tmp_path / "alone")})
+    fruitdask.explore(alone, client=client)
+    before = (tmp_path / "alone" / "explore.json").stat().st_mtime_ns
+    result = fruitdask.run(alone, client=client)
+    assert result.n_computed == 24 and (tmp_path / "alone" / "explore.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "explore", [{}, {"input_px": 20}, {"thumbnail_px": 16}], ids=["left out", "another size", "other thumbnails"]
+)
+def test_exploration_is_made_up_for(make_config: MakeConfig, client: Any, explore: dict[str, Any]) -> None:
+    first = fruitdask.run(make_config(explore={"enabled": explore != {}}), client=client)
+    assert (first.exploration is None) == (explore == {})
+    again = fruitdask.run(make_config(explore=explore), client=client)
+    assert again.n_computed == 0 and again.exploration is not None
+    assert len(again.exploration.images) == 24 and again.exploration.images["status"].eq("ok").all()
+    assert again.exploration.summary["input_px"] == explore.get("input_px", 32)
+    assert again.exploration.thumbnails.shape[1] == explore.get("thumbnail_px", 64)
+    np.testing.assert_array_equal(again.features.compute(), first.features.compute())
+
+
+def test_exploration_of_an_interrupted_run_is_complete(
+    make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = fruitdask.run(make_config(), client=client).exploration
+    check, overwrite = running._check_failures, make_config(output={"overwrite": True})
+
+    def interrupt(task: Any, n_failed: int) -> None:
+        if len(store.list_committed(task.output)) >= 2:
+            raise KeyboardInterrupt("in this test")
+        check(task, n_failed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "_check_failures", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="in this test"):
+            fruitdask.run(overwrite, client=client)
+    result = fruitdask.run(make_config(), client=client)
+    assert expected is not None and result.exploration is not None and result.n_computed < 24
+    pd.testing.assert_frame_equal(result.exploration.images, expected.images)
+    pd.testing.assert_frame_equal(result.exploration.classes, expected.classes)
+
+
+def test_quality_equals_scikit_learn_on_the_same_features(make_config: MakeConfig, client: Any) -> None:
+    result = fruitdask.run(make_config(quality={"n_neighbors": 3}), client=client)
+    features, labels = result.features.compute().astype(np.float64), result.table["label"].to_numpy()
+    assert result.quality is not None and result.quality["n_images"] == 24
+    silhouette = sklearn.metrics.silhouette_score(features, labels)
+    assert result.quality["silhouette"]["mean"] == pytest.approx(silhouette, rel=1e-4)
+    distances = sklearn.metrics.pairwise_distances(features) + np.diag(np.full(24, np.inf))
+    nearest = labels[distances.argsort(axis=1)[:, :3]]
+    assert result.quality["neighbors"]["agreement"] == pytest.approx((nearest == labels[:, np.newaxis]).mean())
+    full = sklearn.decomposition.PCA(svd_solver="full").fit(features).explained_variance_ratio_
+    np.testing.assert_allclose(result.quality["explained_variance"]["ratio"], full, atol=1e-6)
+    assert len(result.table.filter(like="pca_").columns) == 2
+
+
+def test_report_is_rendered_again_without_images_and_cluster(
+    make_config: MakeConfig, client: Any, sample_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = copy_images(sample_folder, tmp_path / "in")
+    settings = {"input": {"url": str(source)}, "plots": {"enabled": True}, "report": {"enabled": True}}
+    first = fruitdask.run(make_config(**settings), client=client)
+    written = first.report.read()
+    assert "<iframe" in first.report._repr_html_()
+    for module in (running, exploring):
+        monkeypatch.setattr(module, "open_client", lambda config: pytest.fail("a cluster was started"))
+    titled = make_config(**settings | {"report": {"enabled": True, "title": "Our <orchard>"}})
+    again = fruitdask.run(titled)
+    assert (
+        again.n_computed == 0 and "Our &lt;orchard&gt;" in again.report.read() and "Our &lt;orchard&gt;" not in written
+    )
+    (tmp_path / "out" / "report.html").unlink()
+    store.delete_result(Location(str(source)), "pear_1")
+    assert "Our &lt;orchard&gt;" in fruitdask.render_report(titled).read()
+
+
+def test_render_report_needs_results(make_config: MakeConfig) -> None:
+    with pytest.raises(OutputError, match="expected a finished run or exploration, found none; use fruitdask run or"):
+        fruitdask.render_report(make_config())
+
+
+def test_explore_refuses_the_folder_of_a_run_on_other_images(make_config: MakeConfig, client: Any) -> None:
+    fruitdask.run(make_config(), client=client)
+    with pytest.raises(StoreMismatchError, match="belongs to another run: its catalog has the fingerprint"):
+        fruitdask.explore(make_config(input={"limit": 10}), client=client)

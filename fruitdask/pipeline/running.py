@@ -1,7 +1,5 @@
-"""A run, from its configuration to its results: the stages in their order, and nothing else."""
+"""A run, from its configuration to its results."""
 
-import json
-import os
 import platform
 import time
 from collections import Counter
@@ -18,13 +16,17 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask import __version__, report, store
-from fruitdask.catalog import choose_partition_size, hash_catalog, list_images, split_catalog
+from fruitdask.catalog import choose_partition_size, split_catalog
 from fruitdask.cluster import open_client
 from fruitdask.config import Config
-from fruitdask.errors import ConfigError, OutputError, TooManyFailuresError
+from fruitdask.errors import OutputError, TooManyFailuresError
+from fruitdask.exploration import Exploration, read_exploration
+from fruitdask.mapping import map_partitions
 from fruitdask.models import ModelArtifact, fingerprint_model, start_building
+from fruitdask.pipeline.exploring import Survey
+from fruitdask.pipeline.inputs import Inputs, dump_config, prepare_inputs
+from fruitdask.pipeline.presenting import Report, present
 from fruitdask.progress import RunProgress
-from fruitdask.sample import draw_sample
 from fruitdask.storage import Location, exists
 
 if TYPE_CHECKING:
@@ -33,7 +35,11 @@ if TYPE_CHECKING:
     from fruitdask.featurize import PartitionSummary
     from fruitdask.reduce import PrincipalComponents
 
+Scores = npt.NDArray[np.float32]
+
 _PCA = "pca.zarr"
+#: Sections of the configuration on which the tables depend, and those on which figures and page do.
+_REDUCING, _PRESENTING = ("reduce", "quality"), ("plots", "report")
 #: Features of up to this size are reduced on the client: 3,276 images of 1280 features, which take 0.1 GB of its memory.
 _LOCAL_REDUCE_BYTES = 16 * 1024**2
 #: Packages whose versions can change what a run computes.
@@ -76,6 +82,22 @@ class RunResult:
 
         return PrincipalComponents(**store.read_arrays(self.output.child(_PCA)))
 
+    @property
+    def exploration(self) -> Exploration | None:
+        """What the images are like; None where that was not asked for."""
+        return read_exploration(self.output)
+
+    @property
+    def quality(self) -> dict[str, Any] | None:
+        """How well the features separate the classes; None where that was not asked for."""
+        quality: dict[str, Any] | None = store.read_json(self.output.child(store.QUALITY))
+        return quality
+
+    @property
+    def report(self) -> Report:
+        """The page; a notebook shows it in place."""
+        return Report(self.output.child(report.PAGE))
+
     def _repr_html_(self) -> str:
         """Show counts and places in a notebook."""
         classes = pd.DataFrame(self.manifest["counts"]["by_class"]).T.rename_axis("class")
@@ -91,13 +113,23 @@ class RunResult:
 class _Task:
     """A run that has been checked: what there is to do, and what is done."""
 
-    config: Config
-    output: Location
-    catalog: pd.DataFrame
+    inputs: Inputs
     fingerprint: dict[str, str]
     images_per_partition: int
     manifest: dict[str, Any] | None
     committed: frozenset[int]
+
+    @property
+    def config(self) -> Config:
+        return self.inputs.config
+
+    @property
+    def output(self) -> Location:
+        return self.inputs.output
+
+    @property
+    def catalog(self) -> pd.DataFrame:
+        return self.inputs.catalog
 
     @property
     def n_partitions(self) -> int:
@@ -114,13 +146,22 @@ class _Task:
         return len(self.committed) == self.n_partitions
 
     @property
-    def is_finished(self) -> bool:
+    def is_reduced(self) -> bool:
         manifest = self.manifest or {"status": "new"}
         if manifest["status"] != "complete" or not self.has_features:
             return False
-        if not all(exists(self.output.child(name)) for name in (report.RESULTS, _PCA)):
+        names = [report.RESULTS, _PCA] + [store.QUALITY] * self.config.quality.enabled
+        if not all(exists(self.output.child(name)) for name in names):
             return False
-        return bool(manifest["config"]["reduce"] == _dump(self.config)["reduce"])
+        return _select(manifest["config"], _REDUCING) == _select(dump_config(self.config), _REDUCING)
+
+    @property
+    def is_presented(self) -> bool:
+        names = [report.PAGE] * self.config.report.enabled + [store.FIGURES] * self.config.plots.enabled
+        wanted = _select(dump_config(self.config), _PRESENTING)
+        return (self.manifest or {}).get("presented") == wanted and all(
+            exists(self.output.child(name)) for name in names
+        )
 
 
 def run(config: Config, *, client: Any = None, progress: RunProgress | None = None) -> RunResult:
@@ -155,35 +196,31 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
         _check_failures(task, _count_failed(task))
         if config.model.weights == "random":
             progress.say("Warning: model.weights is random; features of an untrained network say little about images.")
-        if task.manifest is not None and task.is_finished:
+        survey = Survey(task.inputs, images_per_partition=task.images_per_partition)
+        needs_survey = config.explore.enabled and (config.output.overwrite or not survey.is_done)
+        if task.manifest is not None and task.is_reduced and task.is_presented and not needs_survey:
             return RunResult(task.output, task.manifest, n_computed=0)
         with ExitStack() as stack:
             manifest = task.manifest
             if manifest is None or not task.has_features:
-                progress.begin("Starting the cluster and building the network")
-                with clock.measure("start"):
-                    client, artifact = _start(task, client, stack)
-                if "dashboard" in client.scheduler_info()["services"]:
-                    progress.say(f"Dask dashboard: {client.dashboard_link}")
-                manifest = _begin_output(task, artifact, client)
-                with clock.measure("featurize"):
-                    manifest["seconds"]["worker"] = _featurize(task, artifact, client, progress)
-            progress.begin("Reducing")
-            with clock.measure("reduce"), _choose_scheduler(task, client, stack):
-                fitted, scores, tsne = _reduce(config, task.output)
-            progress.begin("Writing results and closing the cluster")
-            with clock.measure("write"):
-                # Should this be interrupted, the next run must not take a mixture of old and new tables for results.
-                manifest = manifest | {"status": "running"}
-                store.write_manifest(task.output, manifest)
-                counts = report.write_results(
-                    task.output, store.read_outcomes(task.output, range(task.n_partitions)), pca=scores, tsne=tsne
+                client, manifest = _compute_features(
+                    task, client, stack, survey if needs_survey else None, clock, progress
                 )
-                _write_pca(task.output, fitted)
-    manifest |= _describe_results(task, fitted, counts)
-    # Seconds of stages that were done before are those of the run that did them.
-    manifest["seconds"] |= clock.seconds | {"total": clock.total_seconds}
-    store.write_manifest(task.output, manifest)
+            if needs_survey:
+                client = client or stack.enter_context(open_client(config.cluster))
+                with clock.measure("explore"):
+                    survey.complete(client, progress)
+            if not task.is_reduced:
+                manifest = _reduce_features(task, manifest, client, stack, clock, progress)
+            progress.begin("Closing the cluster")
+        manifest = {name: value for name, value in manifest.items() if name != "presented"}
+        # Seconds of stages that were done before are those of the run that did them.
+        manifest["seconds"] |= clock.seconds | {"total": clock.total_seconds}
+        store.write_manifest(task.output, manifest)
+        progress.begin("Drawing")
+        present(config, task.output)
+        manifest["presented"] = _select(dump_config(config), _PRESENTING)
+        store.write_manifest(task.output, manifest)
     return RunResult(task.output, manifest, n_computed=len(task.catalog) - task.n_images_done)
 
 
@@ -209,29 +246,13 @@ class _Clock:
 
 def _prepare(config: Config) -> _Task:
     """Check all that can be checked before anything is started or written."""
-    source, output = Location(config.input.url, config.input.storage_options), Location(
-        config.output.url, config.output.storage_options
-    )
-    _check_places(source, output)
-    if config.input.sample is not None and not source.is_local:
-        raise ConfigError(
-            f"input.sample draws into a local folder, but input.url is {source.url}; draw with: fruitdask sample FOLDER"
-        )
-    if config.input.sample is not None and not exists(source):
-        sample = config.input.sample
-        draw_sample(source.path, per_class=sample.per_class, size_px=sample.size_px, seed=sample.seed)
-    catalog = list_images(config.input)
-    fingerprint = {
-        "catalog": hash_catalog(catalog),
-        "model": fingerprint_model(config.model),
-        "decoding": f"exact, max_pixels {config.featurize.max_pixels}",
-    }
+    inputs = prepare_inputs(config)
+    output, catalog = inputs.output, inputs.catalog
+    fingerprint = inputs.fingerprint | {"model": fingerprint_model(config.model)}
     manifest = store.check_output(output, fingerprint, overwrite=config.output.overwrite)
     has_store = manifest is not None and store.open_store(output) is not None
     return _Task(
-        config=config,
-        output=output,
-        catalog=catalog,
+        inputs=inputs,
         fingerprint=fingerprint,
         images_per_partition=(
             manifest["images_per_partition"]
@@ -241,28 +262,6 @@ def _prepare(config: Config) -> _Task:
         manifest=manifest,
         committed=frozenset(store.list_committed(output) if has_store else ()),
     )
-
-
-def _check_places(source: Location, output: Location) -> None:
-    """Refuse an output that would be listed as input the next time, or that cannot be a folder."""
-    inner, outer = (os.path.realpath(place.path) if place.is_local else place.path for place in (output, source))
-    if f"{inner}/".startswith(f"{outer}/") and type(output.fs) is type(source.fs):
-        raise ConfigError(f"output.url {output.url} lies inside input.url {source.url}; choose a folder outside it")
-    if output.is_local:
-        _check_writable(output)
-
-
-def _check_writable(output: Location) -> None:
-    """Refuse a local folder that cannot be made or written, before anything is."""
-    path = output.path
-    while not os.path.lexists(path):
-        path = os.path.dirname(path)
-    if not os.path.isdir(path):
-        raise OutputError(f"output.url {output.url}: expected a folder, found the file {path}; choose another place")
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"output.url {output.url}: no permission to write in {path}; choose another place or change its permissions"
-        )
 
 
 def _start(task: _Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifact]:
@@ -281,6 +280,42 @@ def _start(task: _Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifa
     return client, artifact
 
 
+def _compute_features(
+    task: _Task, client: Any, stack: ExitStack, survey: Survey | None, clock: _Clock, progress: RunProgress
+) -> tuple[Any, dict[str, Any]]:
+    """Start what is needed and featurize; gives the client and the manifest."""
+    progress.begin("Starting the cluster and building the network")
+    with clock.measure("start"):
+        client, artifact = _start(task, client, stack)
+    if "dashboard" in client.scheduler_info()["services"]:
+        progress.say(f"Dask dashboard: {client.dashboard_link}")
+    manifest = _begin_output(task, artifact, client)
+    with clock.measure("featurize"):
+        manifest["seconds"]["worker"] = _featurize(task, artifact, client, survey, progress)
+    return client, manifest
+
+
+def _reduce_features(
+    task: _Task, manifest: dict[str, Any], client: Any, stack: ExitStack, clock: _Clock, progress: RunProgress
+) -> dict[str, Any]:
+    """Reduce the features and write the tables; gives the manifest of the complete run."""
+    progress.begin("Reducing")
+    with clock.measure("reduce"), _choose_scheduler(task, client, stack):
+        fitted, scores, tsne, quality = _reduce(task)
+    progress.begin("Writing results")
+    with clock.measure("write"):
+        # Should this be interrupted, the next run must not take a mixture of old and new tables for results.
+        manifest = manifest | {"status": "running"}
+        store.write_manifest(task.output, manifest)
+        outcomes = store.read_outcomes(task.output, range(task.n_partitions))
+        counts = report.write_results(task.output, outcomes, pca=scores, tsne=tsne)
+        _write_pca(task.output, fitted)
+        store.delete_result(task.output, store.QUALITY)
+        if quality is not None:
+            store.write_json(task.output.child(store.QUALITY), quality)
+    return manifest | _describe_results(task, fitted, counts)
+
+
 def _choose_scheduler(task: _Task, client: Any, stack: ExitStack) -> AbstractContextManager[Any]:
     """Reduce few features here, on threads, which takes no cluster and no imports on its workers; many on the cluster."""
     import dask
@@ -296,7 +331,7 @@ def _begin_output(task: _Task, artifact: ModelArtifact, client: Any) -> dict[str
     from fruitdask.reduce import check_n_components
 
     check_n_components(task.config.reduce.n_components, n_images=len(task.catalog), n_features=artifact.n_features)
-    if task.manifest is None:
+    if task.config.output.overwrite:
         store.clear_output(task.output)
     manifest = {
         "fruitdask": __version__,
@@ -312,7 +347,7 @@ def _begin_output(task: _Task, artifact: ModelArtifact, client: Any) -> dict[str
             "n_threads": sum(client.nthreads().values()),
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
-        "config": _dump(task.config),
+        "config": dump_config(task.config),
         "seconds": {},
     }
     store.write_manifest(task.output, manifest)
@@ -332,19 +367,16 @@ def _begin_output(task: _Task, artifact: ModelArtifact, client: Any) -> dict[str
     return manifest
 
 
-def _featurize(task: _Task, artifact: ModelArtifact, client: Any, progress: RunProgress) -> dict[str, float]:
-    """Featurize what has no commit mark; gives the seconds of all workers by stage."""
-    from fruitdask.featurize import FeaturizeJob, featurize_catalog
+def _featurize(
+    task: _Task, artifact: ModelArtifact, client: Any, survey: Survey | None, progress: RunProgress
+) -> dict[str, float]:
+    """Featurize what has no commit mark, and look at the images meanwhile; gives the seconds of all workers by stage."""
+    from fruitdask.featurize import FeaturizeJob, featurize_partition
 
-    config = task.config
-    job = FeaturizeJob(
-        source=Location(config.input.url, config.input.storage_options),
-        output=task.output,
-        batch_size=config.featurize.batch_size,
-        max_pixels=config.featurize.max_pixels,
-        fetch_attempts=config.featurize.fetch_attempts,
-        concurrent_reads=config.featurize.concurrent_reads,
-    )
+    explore_job = survey.begin() if survey is not None else None
+    if explore_job is not None and explore_job.input_px != artifact.input_px:
+        explore_job = None
+    job = FeaturizeJob(task.inputs.source, task.output, explore_job)
     seconds: Counter[str] = Counter()
     n_failed = _count_failed(task)
     progress.begin("Featurizing")
@@ -354,11 +386,13 @@ def _featurize(task: _Task, artifact: ModelArtifact, client: Any, progress: RunP
         nonlocal n_failed
         n_failed += summary.n_failed
         seconds.update(summary.seconds)
+        if survey is not None and summary.findings is not None:
+            survey.add(summary.findings)
         progress.advance(summary.n_images, n_failed=summary.n_failed)
         _check_failures(task, n_failed)
 
     todo = (part for part in split_catalog(task.catalog, task.images_per_partition) if part.index not in task.committed)
-    featurize_catalog(client, todo, artifact, job, on_summary=note)
+    map_partitions(client, featurize_partition, todo, job, delivered=artifact, on_result=note)
     return {stage: round(value, 3) for stage, value in seconds.items()}
 
 
@@ -386,29 +420,52 @@ def _check_failures(task: _Task, n_failed: int) -> None:
     )
 
 
-def _reduce(
-    config: Config, output: Location
-) -> tuple["PrincipalComponents", npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
-    """Fit and apply the reductions to the images that have features; the others get NaN."""
+def _reduce(task: _Task) -> tuple["PrincipalComponents", Scores, Scores | None, dict[str, Any] | None]:
+    """Fit and apply the reductions to the images that have features, and judge these; the other images get NaN."""
     from fruitdask.reduce import TSNE_COMPONENTS, check_n_components, embed_tsne, fit_pca, sample_rows
 
-    features, is_ok = _open_features(output)
+    settings = task.config.reduce
+    features, is_ok = _open_features(task.output)
     rows = np.flatnonzero(is_ok)
-    wanted = config.reduce.n_components
-    check_n_components(wanted, n_images=len(rows), n_features=features.shape[1])
+    check_n_components(settings.n_components, n_images=len(rows), n_features=features.shape[1])
     ok = features if is_ok.all() else features[rows]
     largest = min(len(rows), features.shape[1])
-    n_for_tsne = min(TSNE_COMPONENTS, largest) if config.reduce.tsne.enabled else 0
-    most = max(wanted, n_for_tsne) if isinstance(wanted, int) else largest
-    found = fit_pca(ok, n_components=most, solver=config.reduce.solver, seed=config.reduce.seed)
-    fitted = found.truncate(wanted)
+    n_for_tsne = min(TSNE_COMPONENTS, largest) if settings.tsne.enabled else 0
+    # The exact solver finds all components anyhow.
+    is_estimate = settings.solver == "randomized" and isinstance(settings.n_components, int)
+    most = max(int(settings.n_components), n_for_tsne) if is_estimate else largest
+    found = fit_pca(ok, n_components=most, solver=settings.solver, seed=settings.seed)
+    fitted = found.truncate(settings.n_components)
     scores = _spread(fitted.transform(ok).astype(np.float32).compute(), rows, len(is_ok))
-    if not config.reduce.tsne.enabled:
-        return fitted, scores, None
-    sampled = sample_rows(len(rows), config.reduce.tsne)
-    tsne_scores = found.truncate(n_for_tsne).transform(ok[sampled]).compute()
-    embedding = embed_tsne(tsne_scores, perplexity=config.reduce.tsne.perplexity, seed=config.reduce.tsne.seed)
-    return fitted, scores, _spread(embedding, rows[sampled], len(is_ok))
+    tsne = None
+    if settings.tsne.enabled:
+        sampled = sample_rows(len(rows), max_rows=settings.tsne.max_rows, seed=settings.tsne.seed)
+        tsne_scores = found.truncate(n_for_tsne).transform(ok[sampled]).compute()
+        embedding = embed_tsne(tsne_scores, perplexity=settings.tsne.perplexity, seed=settings.tsne.seed)
+        tsne = _spread(embedding, rows[sampled], len(is_ok))
+    return fitted, scores, tsne, _judge(task, ok, rows, found)
+
+
+def _judge(
+    task: _Task, features: "da.Array", rows: npt.NDArray[np.int64], found: "PrincipalComponents"
+) -> dict[str, Any] | None:
+    """Say in numbers how well the features separate the classes, on a sample of the images."""
+    from fruitdask.neighbors import explain_variance, summarize_quality
+    from fruitdask.reduce import sample_rows
+
+    settings = task.config.quality
+    if not settings.enabled:
+        return None
+    sampled = sample_rows(len(rows), max_rows=settings.max_rows, seed=settings.seed)
+    labels = task.catalog["label"].to_numpy()[rows[sampled]]
+    chosen = (features if len(sampled) == len(rows) else features[sampled]).compute()
+    return {
+        "n_images": len(sampled),
+        "n_images_with_features": len(rows),
+        "metric": settings.metric,
+        **summarize_quality(chosen, labels, n_neighbors=settings.n_neighbors, metric=settings.metric),
+        "explained_variance": explain_variance(found.explained_variance_ratio.tolist()),
+    }
 
 
 def _open_features(output: Location) -> tuple["da.Array", npt.NDArray[np.bool_]]:
@@ -447,13 +504,18 @@ def _describe_results(task: _Task, fitted: "PrincipalComponents", counts: report
     return {
         "status": "complete",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": _dump(task.config),
+        "config": dump_config(task.config),
         "counts": {"by_status": dict(counts.by_status), "by_class": counts.by_class()},
         "pca": {
             "n_components": fitted.n_components,
             "explained_variance_ratio": [round(float(ratio), 6) for ratio in fitted.explained_variance_ratio],
         },
     }
+
+
+def _select(sections: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Select some sections of a dumped configuration."""
+    return {name: sections.get(name) for name in names}
 
 
 def _describe_model(artifact: ModelArtifact) -> dict[str, Any]:
@@ -466,10 +528,3 @@ def _describe_model(artifact: ModelArtifact) -> dict[str, Any]:
         "n_features": artifact.n_features,
         "sha256": artifact.sha256,
     }
-
-
-def _dump(config: Config) -> dict[str, Any]:
-    """Write a configuration out without storage options, which may hold secrets."""
-    exclude = {"input": {"storage_options"}, "output": {"storage_options"}}
-    dumped: dict[str, Any] = json.loads(config.model_dump_json(exclude=exclude))
-    return dumped

@@ -1,0 +1,142 @@
+"""What every command begins with: places that can be used, and the images that are there."""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+from fruitdask.catalog import hash_catalog, list_images
+from fruitdask.config import Config
+from fruitdask.errors import ConfigError, OutputError
+from fruitdask.fetch import ImageSource
+from fruitdask.sample import draw_sample
+from fruitdask.storage import Location, exists
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """
+    A configuration whose places were checked, and the images that it names.
+
+    Parameters
+    ----------
+    config : Config
+        The configuration.
+    source : ImageSource
+        Where the images are and how to read them.
+    output : Location
+        The output folder.
+    catalog : pandas.DataFrame
+        The images.
+    """
+
+    config: Config
+    source: ImageSource
+    output: Location
+    catalog: pd.DataFrame
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What determines the pixels: the images, and how they are decoded."""
+        return {
+            "catalog": hash_catalog(self.catalog),
+            "decoding": f"exact, max_pixels {self.config.featurize.max_pixels}",
+        }
+
+
+def prepare_inputs(config: Config) -> Inputs:
+    """
+    Check the places of a configuration, draw the sample where it asks for one, and list the images.
+
+    Parameters
+    ----------
+    config : Config
+        The configuration.
+
+    Returns
+    -------
+    Inputs
+        What there is to work on. Nothing was written to the output.
+
+    Raises
+    ------
+    ConfigError
+        If the output lies inside the input.
+    OutputError
+        If the output cannot be a folder or cannot be written.
+    CatalogError
+        If there are no images.
+    """
+    source = Location(config.input.url, config.input.storage_options)
+    output = open_output(config)
+    _check_places(source, output)
+    if config.input.sample is not None and not source.is_local:
+        raise ConfigError(
+            f"input.sample draws into a local folder, but input.url is {source.url}; draw with: fruitdask sample FOLDER"
+        )
+    if config.input.sample is not None and not exists(source):
+        sample = config.input.sample
+        draw_sample(source.path, per_class=sample.per_class, size_px=sample.size_px, seed=sample.seed)
+    options = config.featurize.model_dump(include={"batch_size", "max_pixels", "fetch_attempts", "concurrent_reads"})
+    return Inputs(config, ImageSource(source, **options), output, list_images(config.input))
+
+
+def open_output(config: Config) -> Location:
+    """
+    Name the output folder of a configuration.
+
+    Parameters
+    ----------
+    config : Config
+        The configuration.
+
+    Returns
+    -------
+    Location
+        The folder, which need not exist.
+    """
+    return Location(config.output.url, config.output.storage_options)
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """
+    Write a configuration out without storage options, which may hold secrets.
+
+    Parameters
+    ----------
+    config : Config
+        The configuration.
+
+    Returns
+    -------
+    dict[str, Any]
+        Its sections, as JSON.
+    """
+    exclude = {"input": {"storage_options"}, "output": {"storage_options"}}
+    dumped: dict[str, Any] = json.loads(config.model_dump_json(exclude=exclude))
+    return dumped
+
+
+def _check_places(source: Location, output: Location) -> None:
+    """Refuse an output that would be listed as input the next time, or that cannot be a folder."""
+    inner, outer = (os.path.realpath(place.path) if place.is_local else place.path for place in (output, source))
+    if f"{inner}/".startswith(f"{outer}/") and type(output.fs) is type(source.fs):
+        raise ConfigError(f"output.url {output.url} lies inside input.url {source.url}; choose a folder outside it")
+    if output.is_local:
+        _check_writable(output)
+
+
+def _check_writable(output: Location) -> None:
+    """Refuse a local folder that cannot be made or written, before anything is."""
+    path = output.path
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise OutputError(f"output.url {output.url}: expected a folder, found the file {path}; choose another place")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"output.url {output.url}: no permission to write in {path}; choose another place or change its permissions"
+        )
