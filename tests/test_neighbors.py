@@ -1,0 +1,257 @@
+"""Quality of features, held against scikit-learn, brute force and closed forms."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.decomposition import PCA
+from sklearn.metrics import silhouette_score
+from sklearn.model_selection import LeaveOneOut, cross_val_score
+from sklearn.neighbors import KNeighborsClassifier
+
+from fruitdask.errors import ReduceError
+from fruitdask.neighbors import explain_variance, find_neighbors, summarize_quality
+
+Array = npt.NDArray[Any]
+
+METRICS = ["euclidean", "cosine"]
+
+
+def draw_features(n_images: int, n_features: int = 24, *, n_classes: int = 4, seed: int = 0) -> tuple[Array, Array]:
+    """Draw features of classes that overlap, as networks give them: not negative, far from zero, float32."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, n_classes, n_images)
+    centres = rng.uniform(0, 3, (n_classes, n_features))
+    features = np.abs(centres[codes] + rng.normal(0, 1.2, (n_images, n_features))).astype(np.float32)
+    return features, np.array([f"class {code}" for code in codes])
+
+
+def measure_distances(features: Array, metric: str) -> Array:
+    """Measure all distances in float64 by their definitions, each row's to itself infinite."""
+    rows = features.astype(np.float64)
+    if metric == "cosine":
+        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        distances = 1 - rows @ rows.T
+    else:
+        distances = np.sqrt(((rows[:, np.newaxis] - rows) ** 2).sum(axis=2))
+    np.fill_diagonal(distances, np.inf)
+    return distances
+
+
+def summarize(features: Any, labels: Any, *, n_neighbors: int = 5, metric: str = "euclidean") -> dict[str, Any]:
+    features = np.asarray(features, np.float32).reshape(len(labels), -1 if len(labels) else 3)
+    quality = summarize_quality(features, labels, n_neighbors=n_neighbors, metric=metric)
+    # What JSON cannot say is refused, and what it says is what there was.
+    assert json.loads(json.dumps(quality, allow_nan=False)) == quality
+    return quality
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("n_images", "k"), [(200, 5), (700, 1), (30, 29)], ids=["200", "700", "all others"])
+def test_find_neighbors_equals_brute_force(n_images: int, k: int, metric: str) -> None:
+    features, _ = draw_features(n_images)
+    found = find_neighbors(features, n_neighbors=k, metric=metric)
+    distances = measure_distances(features, metric)
+    assert found.shape == (n_images, k) and found.dtype == np.int64
+    assert all(len(set(row)) == k for row in found)
+    # By distance, not by number: rounding may swap neighbours that are equally far.
+    expected = np.sort(distances, axis=1)[:, :k]
+    np.testing.assert_allclose(np.take_along_axis(distances, found, axis=1), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_find_neighbors_finds_duplicates_but_never_the_row_itself(metric: str) -> None:
+    features, _ = draw_features(60, 8)
+    copies = np.repeat(features, [9] + [1] * 58 + [2], axis=0)
+    found = find_neighbors(copies, n_neighbors=4, metric=metric)
+    assert not (found == np.arange(len(copies))[:, np.newaxis]).any()
+    assert (found[:9] < 9).all() and all(len(set(row)) == 4 for row in found)
+    assert (found[-2, 0], found[-1, 0]) == (len(copies) - 1, len(copies) - 2)
+
+
+def test_find_neighbors_of_equal_rows_leaves_out_each_row() -> None:
+    found = find_neighbors(np.ones((50, 3), np.float32), n_neighbors=3, metric="euclidean")
+    assert not (found == np.arange(50)[:, np.newaxis]).any()
+
+
+@pytest.mark.parametrize(("n_images", "shape"), [(0, (0, 0)), (1, (1, 0)), (2, (2, 1)), (4, (4, 3))], ids=str)
+def test_find_neighbors_takes_fewer_where_there_are_not_so_many(n_images: int, shape: tuple[int, int]) -> None:
+    found = find_neighbors(draw_features(n_images)[0], n_neighbors=5, metric="euclidean")
+    assert found.shape == shape and found.dtype == np.int64
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_summarize_quality_silhouette_equals_sklearn(metric: str) -> None:
+    features, labels = draw_features(400)
+    found = summarize(features, labels, metric=metric)["silhouette"]
+    assert found["mean"] == pytest.approx(silhouette_score(features, labels, metric=metric), abs=1e-7)
+    # By the definition of Rousseeuw: a and b are the mean distances to the own and to the nearest other class.
+    distances = measure_distances(features, metric)
+    np.fill_diagonal(distances, 0)
+    sums = np.stack([distances[:, labels == label].sum(axis=1) for label in sorted(set(labels))], axis=1)
+    sizes = np.array([(labels == label).sum() for label in sorted(set(labels))])
+    own = np.unique(labels, return_inverse=True)[1]
+    rows = np.arange(len(labels))
+    a = sums[rows, own] / (sizes[own] - 1)
+    means = sums / sizes
+    means[rows, own] = np.inf
+    b = means.min(axis=1)
+    values = (b - a) / np.maximum(a, b)
+    expected = {label: values[labels == label].mean() for label in sorted(set(labels))}
+    assert found["by_class"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_summarize_quality_agreement_equals_sklearn_leave_one_out() -> None:
+    features, labels = draw_features(250)
+    accuracy = cross_val_score(KNeighborsClassifier(1, algorithm="brute"), features, labels, cv=LeaveOneOut()).mean()
+    assert 0.3 < accuracy < 0.98
+    assert summarize(features, labels, n_neighbors=1)["neighbors"]["agreement"] == pytest.approx(accuracy)
+
+
+def test_summarize_quality_confusion_equals_sklearn_leave_one_out() -> None:
+    features, labels = draw_features(120, n_classes=3)
+    classifier = KNeighborsClassifier(7, algorithm="brute")
+    rows = np.arange(len(labels))
+    # The probabilities of an even vote are the shares of classes among the neighbours.
+    votes = np.stack(
+        [classifier.fit(features[rows != row], labels[rows != row]).predict_proba(features[[row]])[0] for row in rows]
+    )
+    found = summarize(features, labels, n_neighbors=7)["neighbors"]
+    assert found["k"] == 7 and found["confusion"]["labels"] == ["class 0", "class 1", "class 2"]
+    expected = np.stack([votes[labels == label].mean(axis=0) for label in found["confusion"]["labels"]])
+    np.testing.assert_allclose(found["confusion"]["share"], expected, atol=1e-12)
+    assert list(found["by_class"].values()) == pytest.approx(np.diag(expected).tolist())
+
+
+def test_summarize_quality_of_two_pairs_is_what_one_computes_by_hand() -> None:
+    quality = summarize([0, 1, 8, 10], ["a", "a", "b", "b"], n_neighbors=2)
+    # Silhouettes: 1 - 1/9, 1 - 1/8, 1 - 2/7.5, 1 - 2/9.5.
+    expected = {"a": 1 - (1 / 9 + 1 / 8) / 2, "b": 1 - (2 / 7.5 + 2 / 9.5) / 2}
+    assert quality["silhouette"]["by_class"] == pytest.approx(expected, abs=1e-6)
+    assert quality["silhouette"]["mean"] == pytest.approx(sum(expected.values()) / 2, abs=1e-6)
+    assert quality["neighbors"] == {
+        "k": 2,
+        "agreement": 0.5,
+        "by_class": {"a": 0.5, "b": 0.5},
+        "confusion": {"labels": ["a", "b"], "share": [[0.5, 0.5], [0.5, 0.5]]},
+    }
+
+
+def test_summarize_quality_averages_over_images_not_classes() -> None:
+    quality = summarize([0, 1, 2, 50], ["a", "a", "a", "b"], n_neighbors=1)
+    assert quality["neighbors"]["agreement"] == 0.75
+    assert quality["neighbors"]["by_class"] == {"a": 1.0, "b": 0.0}
+
+
+def test_summarize_quality_of_a_class_of_one_image() -> None:
+    features, labels = [0, 1, 8, 9, 100], ["a", "a", "b", "b", "alone"]
+    quality = summarize(features, labels, n_neighbors=1)
+    assert quality["silhouette"]["by_class"]["alone"] == 0
+    assert quality["neighbors"]["by_class"] == {"a": 1, "alone": 0, "b": 1}
+    assert quality["neighbors"]["confusion"] == {
+        "labels": ["a", "alone", "b"],
+        "share": [[1, 0, 0], [0, 0, 1], [0, 0, 1]],
+    }
+
+
+@pytest.mark.parametrize(
+    ("labels", "agreement", "by_class"),
+    [
+        ([], None, {}),
+        (["a"], None, {"a": None}),
+        (["a", "a"], 1.0, {"a": 1.0}),
+        (["a", "b"], 0.0, {"a": 0.0, "b": 0.0}),
+        (["a", "a", "a", "a"], 1.0, {"a": 1.0}),
+        (["d", "c", "b", "a"], 0.0, {"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.0}),
+    ],
+    ids=["nothing", "one image", "one pair", "two classes of one", "one class", "one label an image"],
+)
+def test_summarize_quality_has_no_silhouette_where_there_is_none(
+    labels: list[str], agreement: float | None, by_class: dict[str, float | None]
+) -> None:
+    quality = summarize(np.arange(len(labels)), labels)
+    assert quality["silhouette"] == {"mean": None, "by_class": dict.fromkeys(sorted(set(labels)))}
+    found = quality["neighbors"]
+    assert (found["k"], found["agreement"], found["by_class"]) == (max(0, len(labels) - 1), agreement, by_class)
+    assert found["confusion"]["labels"] == ([] if agreement is None else sorted(set(labels)))
+
+
+def test_summarize_quality_of_images_that_are_all_equal() -> None:
+    quality = summarize(np.ones((6, 4)), ["a", "b"] * 3, n_neighbors=5)
+    assert quality["silhouette"] == {"mean": 0, "by_class": {"a": 0, "b": 0}}
+    assert quality["neighbors"]["agreement"] == pytest.approx(2 / 5)
+
+
+def test_summarize_quality_refuses_labels_that_do_not_fit() -> None:
+    with pytest.raises(ReduceError, match="a label for each of 3 rows of features, found 2 labels"):
+        summarize_quality(np.zeros((3, 2), np.float32), ["a", "b"], n_neighbors=1, metric="euclidean")
+
+
+@settings(max_examples=40)
+@given(
+    n_images=st.integers(2, 40),
+    n_classes=st.integers(1, 5),
+    n_neighbors=st.integers(1, 8),
+    metric=st.sampled_from(METRICS),
+    seed=st.integers(0, 1000),
+)
+def test_summarize_quality_keeps_its_promises(
+    n_images: int, n_classes: int, n_neighbors: int, metric: str, seed: int
+) -> None:
+    features, labels = draw_features(n_images, 6, n_classes=n_classes, seed=seed)
+    quality = summarize(features, labels, n_neighbors=n_neighbors, metric=metric)
+    neighbors, confusion = quality["neighbors"], quality["neighbors"]["confusion"]
+    share = np.array(confusion["share"])
+    np.testing.assert_allclose(share.sum(axis=1), 1)
+    assert list(neighbors["by_class"].values()) == pytest.approx(np.diag(share).tolist())
+    sizes = [(labels == label).sum() for label in confusion["labels"]]
+    assert neighbors["agreement"] == pytest.approx(np.average(np.diag(share), weights=sizes))
+    # Neither the order of the images nor a turn of the space, nor a scale changes who is near whom.
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(n_images)
+    turn = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    again = summarize(2.5 * features[order] @ turn, labels[order], n_neighbors=n_neighbors, metric=metric)
+    np.testing.assert_allclose(again["neighbors"]["confusion"]["share"], share, atol=1e-9)
+    assert again["silhouette"]["by_class"] == {
+        label: pytest.approx(value, abs=1e-4) for label, value in quality["silhouette"]["by_class"].items()
+    }
+    renamed = summarize(features, np.char.add("z", labels), n_neighbors=n_neighbors, metric=metric)
+    assert renamed["neighbors"]["agreement"] == neighbors["agreement"]
+
+
+@pytest.mark.parametrize("n_features", [12, 40])
+def test_explain_variance_counts_as_sklearn_does(n_features: int) -> None:
+    features, _ = draw_features(200, n_features)
+    ratio = PCA().fit(features).explained_variance_ratio_
+    found = explain_variance(ratio)
+    assert found["ratio"] == pytest.approx(ratio.tolist()) and all(type(value) is float for value in found["ratio"])
+    expected = {str(part): PCA(part, svd_solver="full").fit(features).n_components_ for part in (0.8, 0.9, 0.95, 0.99)}
+    assert found["n_components"] == expected
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+@pytest.mark.parametrize(
+    ("ratio", "counts"),
+    [
+        ([], [None, None, None, None]),
+        ([0.5, 0.2], [None, None, None, None]),
+        ([0.85, 0.06], [1, 2, None, None]),
+        ([1.0, 0.0], [1, 1, 1, 1]),
+        ([0.5, 0.3, 0.2], [3, 3, 3, 3]),
+    ],
+    ids=["nothing", "too little", "some", "all in one", "more than, not as much as"],
+)
+def test_explain_variance_says_none_where_the_known_do_not_reach(ratio: list[float], counts: list[int | None]) -> None:
+    found = explain_variance(ratio)
+    assert found == {"ratio": ratio, "n_components": dict(zip(["0.8", "0.9", "0.95", "0.99"], counts, strict=True))}
+
+
+def test_neighbors_imports_sklearn_only_when_called() -> None:
+    code = "import sys, fruitdask.neighbors; print('sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
