@@ -1,0 +1,237 @@
+"""What all figures share: ink, type, axes, and a layout in inches that leaves nothing to chance."""
+
+from __future__ import annotations
+
+import threading
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+Colour: TypeAlias = str | tuple[str, float]
+
+#: Text and lines. ``render_svg`` turns it into the colour of the page's text, wherever it appears.
+INK = "#1b1d21"
+MUTED: Colour = (INK, 0.68)
+FAINT: Colour = (INK, 0.28)
+HAIRLINE: Colour = (INK, 0.12)
+#: Of Okabe and Ito's colours: for what is shown, and for what went wrong.
+ACCENT, ALARM = "#0072b2", "#d55e00"
+#: Around each figure, in inches, and the height of title and note.
+MARGIN, HEADER = 0.12, 0.56
+#: Type sizes in points.
+TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 11.0, 9.0, 8.0
+_POINTS_PER_INCH = 72.0
+#: A browser's fonts are seldom wider than matplotlib's own, but some are.
+_SLACK = 1.04
+#: Warning filters and the settings of matplotlib's SVG writer belong to the process; one thread at a time may change them.
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """
+    Measure or draw text, one thread at a time, without warnings of glyphs that a font lacks.
+
+    Yields
+    ------
+    None
+        Such glyphs are drawn as boxes in a PNG; in an SVG the reader's fonts draw them.
+    """
+    with _LOCK, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ ")
+        yield
+
+
+def start_figure(width: float, height: float, *, title: str, note: str = "") -> Figure:
+    """
+    Start a figure with a title and a line that says how to read it.
+
+    Parameters
+    ----------
+    width, height : float
+        In inches; it grows in width where the title or the note need it.
+    title, note : str
+        Text at the top left.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        The figure, which pyplot knows nothing of. Its label is the title.
+    """
+    from matplotlib.figure import Figure
+
+    title, note = tidy_label(title, n_characters=90), tidy_label(note, n_characters=200)
+    needed = max(measure_width([title], size=TITLE_SIZE, weight="bold"), measure_width([note], size=SMALL_SIZE))
+    figure = Figure(figsize=(max(width, needed + 2 * MARGIN), height), label=title)
+    write(figure, MARGIN, 0.24, title, size=TITLE_SIZE, weight="bold")
+    write(figure, MARGIN, 0.42, note, size=SMALL_SIZE, color=MUTED)
+    return figure
+
+
+def add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """
+    Add axes with thin lines at the left and at the bottom.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+        The figure.
+    left, top : float
+        Their upper left corner, in inches from that of the figure.
+    width, height : float
+        In inches.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        The axes.
+    """
+    full_width, full_height = figure.get_size_inches()
+    bottom = full_height - top - height
+    axes = figure.add_axes(
+        (left / full_width, bottom / full_height, width / full_width, height / full_height), facecolor="none"
+    )
+    for side, spine in axes.spines.items():
+        spine.set(visible=side in ("left", "bottom"), edgecolor=FAINT, linewidth=0.6)
+    axes.tick_params(which="both", color=FAINT, labelcolor=MUTED, labelsize=SMALL_SIZE, length=3, width=0.6, pad=3)
+    axes.minorticks_off()
+    axes.grid(False)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def hide_axes(axes: Axes) -> None:
+    """
+    Leave only what is drawn.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+        Their lines, ticks and numbers go.
+    """
+    axes.spines[:].set_visible(False)
+    axes.set(xticks=[], yticks=[])
+
+
+def write(target: Figure | Axes, x: float, y: float, text: str, **properties: Any) -> Text:
+    """
+    Write plain text: no formula is read into it.
+
+    Parameters
+    ----------
+    target : matplotlib.figure.Figure or matplotlib.axes.Axes
+        Where to.
+    x, y : float
+        Where: on a figure in inches from its upper left corner, on axes in data coordinates.
+    text : str
+        One line.
+    **properties : Any
+        Of matplotlib's text.
+
+    Returns
+    -------
+    matplotlib.text.Text
+        The text.
+    """
+    from matplotlib.figure import Figure
+
+    if isinstance(target, Figure):
+        width, height = target.get_size_inches()
+        x, y = x / width, 1 - y / height
+    style: dict[str, Any] = {"size": TEXT_SIZE, "color": INK, "parse_math": False}
+    return target.text(x, y, text, **style | properties)
+
+
+def tidy_label(label: str, *, n_characters: int = 34) -> str:
+    """
+    Make a name fit into a line.
+
+    Parameters
+    ----------
+    label : str
+        Any text.
+    n_characters : int
+        The longest that is left whole; a wide East Asian character counts twice.
+
+    Returns
+    -------
+    str
+        Printable text in one line, for what XML and fonts cannot show becomes a space, shortened in the middle.
+    """
+    text = "".join(character if character.isprintable() else " " for character in str(label))
+    if sum(map(_count_cells, text)) <= n_characters:
+        return text
+    tail = _cut(text[::-1], n_characters // 2)[::-1].lstrip()
+    return f"{_cut(text, n_characters - 1 - n_characters // 2).rstrip()}…{tail}"
+
+
+def measure_width(texts: Iterable[str], *, size: float, weight: str = "normal") -> float:
+    """
+    Measure how wide text will be.
+
+    Parameters
+    ----------
+    texts : Iterable[str]
+        Lines.
+    size : float
+        In points.
+    weight : str
+        Normal or bold.
+
+    Returns
+    -------
+    float
+        Width of the widest, in inches; 0 without any.
+    """
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=size, weight=weight)
+    widest = 0.0
+    with quiet():
+        for text in texts:
+            width, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
+            # The box drawn for a missing East Asian character is about half as wide as the character.
+            width += 0.5 * size * sum(_count_cells(character) - 1 for character in text)
+            widest = max(widest, width)
+    return widest * _SLACK / _POINTS_PER_INCH
+
+
+def plot_nothing(title: str, reason: str) -> Figure:
+    """
+    Make a figure that says why there is nothing to see.
+
+    Parameters
+    ----------
+    title : str
+        Its title.
+    reason : str
+        One short sentence.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A low figure without axes.
+    """
+    return start_figure(4.0, HEADER, title=title, note=reason)
+
+
+def _count_cells(character: str) -> int:
+    """Count the cells that a character takes in a line: two where it is a wide East Asian one."""
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _cut(text: str, n_cells: int) -> str:
+    """Cut text after so many cells."""
+    for end, character in enumerate(text):
+        n_cells -= _count_cells(character)
+        if n_cells < 0:
+            return text[:end]
+    return text

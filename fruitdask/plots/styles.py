@@ -1,0 +1,71 @@
+"""How classes are told apart: by colour, by shape, and by filling where there are very many."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+#: Colours of Okabe and Ito (2008), "Color Universal Design". A grey stands in for their black, which would vanish on a dark page, and a
+#: darker yellow for theirs (#f0e442), which nearly vanishes on a white one: each has a contrast of at least 1.6 to both.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#777777", "#e0cc1a")
+#: Shapes with an inside, for they are used filled and open: Bokeh's name, and matplotlib's marker that looks the same. Their number has
+#: no factor in common with that of the colours, so that both change from class to class.
+MARKERS: Mapping[str, str | tuple[int, int, float]] = MappingProxyType(
+    {
+        "circle": "o",
+        "square": "s",
+        "triangle": "^",
+        "diamond": "d",
+        "inverted_triangle": "v",
+        "plus": "P",
+        "star": "*",
+        "hex": "h",
+        "square_pin": (4, 1, 45),
+    }
+)
+
+
+@dataclass(frozen=True)
+class ClassStyle:
+    """
+    How the points of a class look.
+
+    Parameters
+    ----------
+    colour : str
+        As "#rrggbb".
+    marker : str
+        Bokeh's name of the shape.
+    is_filled : bool
+        Whether the shape is filled; otherwise it is an outline.
+    """
+
+    colour: str
+    marker: str
+    is_filled: bool
+
+
+def style_classes(labels: Sequence[str]) -> dict[str, ClassStyle]:
+    """
+    Give each class a look of its own.
+
+    Parameters
+    ----------
+    labels : Sequence[str]
+        Classes, in the same order wherever the same looks are wanted.
+
+    Returns
+    -------
+    dict[str, ClassStyle]
+        A style for each class. Neighbours differ in colour and in shape; outlines begin at the 73rd class; after 144 classes styles
+        come again.
+    """
+    markers = tuple(MARKERS)
+    n_pairs = len(COLOURS) * len(markers)
+    return {
+        label: ClassStyle(
+            colour=COLOURS[number % len(COLOURS)],
+            marker=markers[number % len(markers)],
+            is_filled=number // n_pairs % 2 == 0,
+        )
+        for number, label in enumerate(dict.fromkeys(labels))
+    }
