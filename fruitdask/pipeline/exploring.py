@@ -64,7 +64,6 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | None 
             with ExitStack() as stack:
                 progress.begin("Starting the cluster")
                 client = client or stack.enter_context(open_client(config.cluster))
-                survey.begin()
                 survey.complete(client, progress)
         progress.begin("Drawing")
         present(config, inputs.output)
@@ -90,6 +89,7 @@ class Survey:
         self._inputs = inputs
         self._images_per_partition = images_per_partition
         self._tally = Tally()
+        self._has_begun = False
         settings = inputs.config.explore
         self._job = ExploreJob(
             source=inputs.source,
@@ -113,7 +113,7 @@ class Survey:
 
     def begin(self) -> ExploreJob:
         """
-        Make the output folder ready.
+        Make the output folder ready, for tasks that look at images before the survey is completed.
 
         Returns
         -------
@@ -125,7 +125,7 @@ class Survey:
         StorageError
             If it cannot be written.
         """
-        output = self._inputs.output
+        output, self._has_begun = self._inputs.output, True
         store.write_manifest(output, self._described | {"status": "running"}, name=store.EXPLORATION)
         store.create_thumbnails(
             output,
@@ -164,6 +164,8 @@ class Survey:
         StorageError
             If the results cannot be written.
         """
+        if not self._has_begun:
+            self.begin()
         self._look(client, progress)
         progress.begin("Comparing images")
         settings, images, measured = self._inputs.config.explore, self._tally.images, list[Measured]()
