@@ -65,7 +65,12 @@ def explore_here(
     yardstick = tally.build_yardstick(images, config, job.output)
     measured = [measure_partition(partition, yardstick) for partition in reversed(partitions)]
     return summarize_findings(
-        tally, images, measured, config=config, described={"fruitdask": "test", "fingerprint": {}}
+        tally,
+        images,
+        measured,
+        kept_rows=yardstick.kept_rows,
+        config=config,
+        described={"fruitdask": "test", "fingerprint": {}},
     )
 
 
@@ -216,7 +221,10 @@ def test_exploration_reads_back(sample_folder: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.thumbnails, found.thumbnails)
     np.testing.assert_array_equal(read.thumbnail_rows, found.thumbnail_rows)
     np.testing.assert_array_equal(read.means, found.means)
-    assert len(read.thumbnails) == 7 and read.summary["status"] == "complete"
+    # Besides the 7 that were asked for, the most and the least typical of each of the 6 classes.
+    shown = set(read.images["path"].iloc[read.thumbnail_rows])
+    assert {*read.classes["most_typical"], *read.classes["least_typical"]} <= shown
+    assert 12 <= len(read.thumbnails) == len(shown) <= 7 + 12 and read.summary["status"] == "complete"
     assert pd.read_csv(tmp_path / "explore.csv")["path"].tolist() == found.images["path"].tolist()
     row = int(found.thumbnail_rows[3])
     with Image.open(sample_folder / found.images.at[row, "path"]) as image:

@@ -38,11 +38,14 @@ class Yardstick:
         Mean thumbnail of each class, float64, 0 to 255.
     kept_rows : numpy.ndarray
         Catalog rows whose thumbnails are kept, ascending, int64.
+    unreadable_rows : numpy.ndarray
+        Catalog rows that have no thumbnail.
     """
 
     output: Location
     means: Mapping[str, npt.NDArray[np.float64]]
     kept_rows: npt.NDArray[np.int64]
+    unreadable_rows: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,17 +58,17 @@ class Measured:
     start : int
         The catalog row of the first image.
     distances : numpy.ndarray
-        Mean squared differences, shape (n,), float64, in steps of a byte; NaN where a class has no readable image.
-    kept_rows : numpy.ndarray
-        Catalog rows of this partition whose thumbnails are kept.
-    kept : numpy.ndarray
-        Those thumbnails.
+        Mean squared differences, shape (n,), float64, in steps of a byte; NaN of an image that cannot be read.
+    rows : numpy.ndarray
+        Catalog rows of this partition whose thumbnails are kept, and those nearest to and farthest from the mean of each class.
+    thumbnails : numpy.ndarray
+        Their thumbnails.
     """
 
     start: int
     distances: npt.NDArray[np.float64]
-    kept_rows: npt.NDArray[np.int64]
-    kept: npt.NDArray[np.uint8]
+    rows: npt.NDArray[np.int64]
+    thumbnails: npt.NDArray[np.uint8]
 
 
 class Tally:
@@ -120,9 +123,14 @@ class Tally:
         Yardstick
             Mean thumbnails, and which thumbnails to keep.
         """
-        readable = images.loc[images["perceptual_hash"] != "", ["path", "label"]]
-        kept = readable.index.to_numpy(np.int64)[sample_evenly(readable.reset_index(drop=True), config.max_thumbnails)]
-        return Yardstick(output, {label: sums.thumbnails / sums.n_images for label, sums in self.sums.items()}, kept)
+        is_readable = (images["perceptual_hash"] != "").to_numpy()
+        chosen = sample_evenly(images[is_readable], config.max_thumbnails)
+        return Yardstick(
+            output,
+            means={label: sums.thumbnails / sums.n_images for label, sums in self.sums.items()},
+            kept_rows=np.flatnonzero(is_readable)[chosen],
+            unreadable_rows=np.flatnonzero(~is_readable),
+        )
 
 
 def measure_partition(partition: Partition, yardstick: Yardstick) -> Measured:
@@ -146,19 +154,17 @@ def measure_partition(partition: Partition, yardstick: Yardstick) -> Measured:
     StorageError
         If the thumbnails cannot be read.
     """
-    stop = partition.start + len(partition.paths)
+    rows = np.arange(partition.start, partition.start + len(partition.paths))
     with explained(yardstick.output, "read thumbnails from"):
-        thumbnails = np.asarray(open_thumbnails(yardstick.output, mode="r")[partition.start : stop])
-    nowhere = np.full(thumbnails.shape[1:], np.nan)
-    distances = np.array(
-        [
-            np.mean((thumbnail - yardstick.means.get(label, nowhere)) ** 2)
-            for thumbnail, label in zip(thumbnails, partition.labels, strict=True)
-        ]
-    )
-    first, last = np.searchsorted(yardstick.kept_rows, [partition.start, stop])
-    kept_rows = yardstick.kept_rows[first:last]
-    return Measured(partition.start, distances, kept_rows, thumbnails[kept_rows - partition.start])
+        thumbnails = np.asarray(open_thumbnails(yardstick.output, mode="r")[rows[0] : rows[-1] + 1])
+    distances = pd.Series(np.nan, index=rows)
+    for row in np.setdiff1d(rows, yardstick.unreadable_rows):
+        thumbnail, label = thumbnails[row - rows[0]], partition.labels[row - rows[0]]
+        distances[row] = np.mean((thumbnail - yardstick.means[label]) ** 2)
+    of_class = distances.dropna().groupby(pd.Series(partition.labels, index=rows))
+    ends = np.union1d(of_class.idxmin(), of_class.idxmax()).astype(np.int64)
+    kept = np.union1d(np.intersect1d(rows, yardstick.kept_rows), ends)
+    return Measured(partition.start, np.asarray(distances, np.float64), kept, thumbnails[kept - rows[0]])
 
 
 def mean_squared_difference(sums: ClassSums, *, scale: str = "signed") -> float:
@@ -198,6 +204,7 @@ def summarize_findings(
     images: pd.DataFrame,
     measured: Iterable[Measured],
     *,
+    kept_rows: npt.NDArray[np.int64],
     config: ExploreConfig,
     described: dict[str, Any],
 ) -> Exploration:
@@ -212,6 +219,8 @@ def summarize_findings(
         Its rows.
     measured : Iterable[Measured]
         Distances of all partitions.
+    kept_rows : numpy.ndarray
+        Rows whose thumbnails are kept; those of the most and the least typical images are too.
     config : ExploreConfig
         Scale, and what counts as a near duplicate.
     described : dict[str, Any]
@@ -223,10 +232,13 @@ def summarize_findings(
         Tables, thumbnails and a summary.
     """
     parts = sorted(measured, key=lambda part: part.start)
-    rows, thumbnails = np.concatenate([part.kept_rows for part in parts]), np.concatenate([part.kept for part in parts])
+    rows, thumbnails = np.concatenate([part.rows for part in parts]), np.concatenate(
+        [part.thumbnails for part in parts]
+    )
+    is_kept = np.isin(rows, kept_rows)
     is_readable = images["perceptual_hash"] != ""
     images = images.assign(
-        distance_to_mean=np.where(is_readable, np.concatenate([part.distances for part in parts]), np.nan),
+        distance_to_mean=np.concatenate([part.distances for part in parts]),
         duplicate_group=group_duplicates(images["content_hash"]),
         near_duplicate_group=group_near_duplicates(images["perceptual_hash"], max_bits=config.near_duplicate_bits),
     )
@@ -235,7 +247,7 @@ def summarize_findings(
         name, sums = str(label), tally.sums.get(str(label))
         steps = _scale_distances(group["distance_to_mean"], sums, scale=config.scale)
         images.loc[group.index, "distance_to_mean"] *= steps
-        pairs = _measure_pairs(thumbnails[np.isin(rows, group.index)]) * steps
+        pairs = _measure_pairs(thumbnails[is_kept & np.isin(rows, group.index)]) * steps
         described_classes[name] = _count(group) | _describe_class(
             images.loc[group.index], sums, pairs, scale=config.scale
         )
@@ -250,8 +262,9 @@ def summarize_findings(
         "near_duplicates": _count_groups(images, "near_duplicate_group"),
         "metadata": {kind: int(images[f"has_{kind}"].sum()) for kind in KINDS},
     }
+    is_kept |= images["path"].iloc[rows].isin([*classes["most_typical"], *classes["least_typical"]]).to_numpy()
     images = images.astype({"distance_to_mean": np.float32})
-    return Exploration(images, classes, rows, thumbnails, np.stack(means), summary)
+    return Exploration(images, classes, rows[is_kept], thumbnails[is_kept], np.stack(means), summary)
 
 
 def _scale_distances(distances: pd.Series, sums: ClassSums | None, *, scale: str) -> float:

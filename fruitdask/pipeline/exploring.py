@@ -100,7 +100,11 @@ class Survey:
         self._described = {
             "fruitdask": __version__,
             "fingerprint": inputs.fingerprint
-            | {"exploration": settings.model_copy(update={"input_px": self._job.input_px}).model_dump_json(exclude={"enabled"})},
+            | {
+                "exploration": settings.model_copy(update={"input_px": self._job.input_px}).model_dump_json(
+                    exclude={"enabled"}
+                )
+            },
             "input_px": self._job.input_px,
         }
 
@@ -172,7 +176,9 @@ class Survey:
         yardstick = self._tally.build_yardstick(images, settings, self._inputs.output)
         map_partitions(client, measure_partition, self._split(), delivered=yardstick, on_result=measured.append)
         described = self._described | {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
-        exploration = summarize_findings(self._tally, images, measured, config=settings, described=described)
+        exploration = summarize_findings(
+            self._tally, images, measured, kept_rows=yardstick.kept_rows, config=settings, described=described
+        )
         write_exploration(self._inputs.output, exploration)
         store.delete_thumbnails(self._inputs.output)
 
