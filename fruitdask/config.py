@@ -87,7 +87,10 @@ class ModelConfig(_Section):
         None,
         description="How pixel values are scaled, in the words of Keras; null takes the network's own. Must be given for a .keras file.",
     )
-    engine: Literal["tensorflow"] = Field("tensorflow", description="What runs the network on the workers.")
+    engine: Literal["auto", "tensorflow", "openvino"] = Field(
+        "auto",
+        description="What runs the network on the workers; auto takes openvino where it is installed and there is no GPU.",
+    )
 
     @model_validator(mode="after")
     def _check_keras_file(self) -> "ModelConfig":
@@ -255,6 +258,16 @@ class Config(_Section):
     plots: PlotsConfig = PlotsConfig()
     report: ReportConfig = ReportConfig()
     output: OutputConfig
+
+    @model_validator(mode="after")
+    def _check_components(self) -> "Config":
+        n_components, shown = self.reduce.n_components, self.plots.components
+        # With one component there is no map, which is no mistake.
+        if isinstance(n_components, int) and 1 < n_components < max(shown):
+            raise ValueError(
+                f"plots.components names component {max(shown)}, but reduce.n_components is {n_components}"
+            )
+        return self
 
 
 #: The sections by their place, a cluster's kind standing for the alternative that pydantic took.

@@ -595,3 +595,9 @@ def test_build_schema_describes_every_key() -> None:
     properties = list_properties(build_schema())
     assert len(properties) > 40
     assert [name for name, node in properties if not node.get("description") and name not in sections] == []
+
+
+def test_load_config_refuses_to_plot_components_that_are_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="plots.components names component 3, but reduce.n_components is 2"):
+        load_config(write(tmp_path, MINIMAL), overrides=["plots.components=[1, 3]"])
+    assert load_config(write(tmp_path, MINIMAL), overrides=["reduce.n_components=1"]).plots.components == (1, 2)

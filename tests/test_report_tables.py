@@ -50,7 +50,7 @@ def test_write_results_replaces_earlier_tables(tmp_path: Path) -> None:
 def test_write_results_leaves_the_csv_out_where_it_would_be_too_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "_MAX_CSV_ROWS", 2)
+    monkeypatch.setattr(report.tables, "_MAX_CSV_ROWS", 2)
     report.write_results(Location(str(tmp_path)), make_outcomes(), pca=PCA, tsne=None)
     assert not (tmp_path / "results.csv").exists()
     assert len(report.read_results(Location(str(tmp_path)))) == 3

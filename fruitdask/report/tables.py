@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from fruitdask.storage import Location, explained, write_file
-from fruitdask.store import delete_result
+from fruitdask.storage import Location, exists, explained, write_file
+from fruitdask.store import OUTCOME_COLUMNS, delete_result
 
 RESULTS = "results.parquet"
 #: A spreadsheet holds no more rows than about a million (Excel: 1,048,576).
@@ -137,6 +137,33 @@ def write_failures(output: Location, outcomes: pd.DataFrame) -> None:
         If it cannot be written.
     """
     write_file(output.child("failures.csv"), outcomes.to_csv(index=False, lineterminator="\n").encode())
+
+
+def read_failures(output: Location) -> pd.DataFrame:
+    """
+    Read the table of the images that failed.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Their outcomes: ``path``, ``label``, ``status``, ``error``, ``attempts``; no row where nothing failed.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be read.
+    """
+    location = output.child("failures.csv")
+    if not exists(location):
+        return pd.DataFrame(columns=list(OUTCOME_COLUMNS))
+    with explained(location, "read"):
+        data = location.fs.cat_file(location.path)
+    return pd.read_csv(io.BytesIO(data), keep_default_na=False, dtype=dict.fromkeys(OUTCOME_COLUMNS[:-1], str))
 
 
 def read_results(output: Location) -> pd.DataFrame:

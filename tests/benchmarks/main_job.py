@@ -3,23 +3,29 @@
     python tests/benchmarks/main_job.py PHOTOGRAPHS WEIGHTS [--repeat 10]
 
 PHOTOGRAPHS is a folder of classes (the 846 test photographs of Fruits-360's original size), WEIGHTS the file of
-MobileNetV2's weights without its top. Each line gives seconds, their ratio to the plain loop of the same run, and the
+MobileNetV2's weights without its top. The loop computes features and two components, so exploring, quality, figures and page
+are left out, but for one line. Each line gives seconds, their ratio to the plain loop of the same run, and the
 largest resident memory of the client and of a worker.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from pathlib import Path
 
-from measuring import Measurement, measure
+from measuring import Measurement, measure, print_header, print_line, repeat_images
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "local.yaml"
 
 
-def run_fruitdask(photographs: Path, weights: Path, folder: Path, name: str) -> Measurement:
+#: What the plain loop does not do.
+EXTRAS = ("explore.enabled", "quality.enabled", "plots.enabled", "report.enabled")
+
+
+def run_fruitdask(
+    photographs: Path, weights: Path, folder: Path, name: str, *, with_extras: bool = False
+) -> Measurement:
     """Run the command on a folder; networks are kept in, and taken from, a cache of the benchmark's own."""
     settings = [
         f"input.url={photographs}",
@@ -27,19 +33,11 @@ def run_fruitdask(photographs: Path, weights: Path, folder: Path, name: str) -> 
         f"output.url={folder / name}",
         "reduce.n_components=2",
         "reduce.tsne.enabled=false",
+        *(f"{extra}={str(with_extras).lower()}" for extra in EXTRAS),
     ]
     overrides = [argument for setting in settings for argument in ("--set", setting)]
     command = [sys.executable, "-m", "fruitdask", "run", str(CONFIG), *overrides]
     return measure(command, XDG_CACHE_HOME=str(folder / "cache"))
-
-
-def repeat_images(photographs: Path, target: Path, times: int) -> Path:
-    """Give each image several names, without copying it."""
-    for path in photographs.glob("*/*.jpg"):
-        (target / path.parent.name).mkdir(parents=True, exist_ok=True)
-        for number in range(times):
-            os.symlink(path.resolve(), target / path.parent.name / f"{number}_{path.name}")
-    return target
 
 
 def main() -> None:
@@ -56,25 +54,19 @@ def main() -> None:
         loop = measure(
             [sys.executable, str(HERE / "keras_loop.py"), str(arguments.photographs), str(arguments.weights)]
         )
-        print(f"{'':36}{'seconds':>9}{'ratio':>8}{'client MB':>11}{'worker MB':>11}")
+        print_header()
         print_line("plain Keras loop", loop, loop)
         for title in ("fruitdask, first run", "fruitdask, network kept from before"):
             print_line(title, run_fruitdask(arguments.photographs, arguments.weights, folder, title.split()[-1]), loop)
-        print_line(
-            "the same command again", run_fruitdask(arguments.photographs, arguments.weights, folder, "before"), loop
-        )
+        again = run_fruitdask(arguments.photographs, arguments.weights, folder, "before")
+        print_line("the same command again", again, loop)
+        extras = run_fruitdask(arguments.photographs, arguments.weights, folder, "extras", with_extras=True)
+        print_line("with exploration, quality, figures, page", extras, loop)
         if arguments.repeat:
             repeated = repeat_images(arguments.photographs, folder / "repeated", arguments.repeat)
             print_line(
                 f"each image {arguments.repeat} times", run_fruitdask(repeated, arguments.weights, folder, "more"), loop
             )
-
-
-def print_line(title: str, measurement: Measurement, baseline: Measurement) -> None:
-    """Print one measurement."""
-    ratio = measurement.seconds / baseline.seconds
-    megabytes = f"{measurement.client_bytes / 1e6:11.0f}{measurement.worker_bytes / 1e6:11.0f}"
-    print(f"{title:36}{measurement.seconds:9.1f}{ratio:8.2f}{megabytes}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import subprocess
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -67,3 +68,24 @@ def measure(command: list[str], **environment: str) -> Measurement:
 def _is_worker(process: psutil.Process, client: psutil.Process) -> bool:
     """Tell a worker from the child that builds the network: Dask's nanny sets OMP_NUM_THREADS for it."""
     return process.environ().get("OMP_NUM_THREADS") == "1" and client.environ().get("OMP_NUM_THREADS") != "1"
+
+
+def repeat_images(photographs: Path, target: Path, times: int) -> Path:
+    """Give each image several names, without copying it."""
+    for path in photographs.glob("*/*.jpg"):
+        (target / path.parent.name).mkdir(parents=True, exist_ok=True)
+        for number in range(times):
+            os.symlink(path.resolve(), target / path.parent.name / f"{number}_{path.name}")
+    return target
+
+
+def print_header() -> None:
+    """Print what the columns of the lines are."""
+    print(f"{'':44}{'seconds':>9}{'ratio':>8}{'client MB':>11}{'worker MB':>11}")
+
+
+def print_line(title: str, measurement: Measurement, baseline: Measurement) -> None:
+    """Print one measurement."""
+    ratio = measurement.seconds / baseline.seconds
+    megabytes = f"{measurement.client_bytes / 1e6:11.0f}{measurement.worker_bytes / 1e6:11.0f}"
+    print(f"{title:44}{measurement.seconds:9.1f}{ratio:8.2f}{megabytes}", flush=True)

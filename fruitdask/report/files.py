@@ -1,0 +1,80 @@
+"""Figures and the page, written to the output folder."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fruitdask import plots
+from fruitdask.report.maps import choose_axes
+from fruitdask.report.page import ReportData, render_page
+from fruitdask.storage import Location, write_file
+from fruitdask.store import FIGURE_NAMES, FIGURES, delete_result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE = "report.html"
+#: Examples a class in the figure; the page has its own number.
+_EXAMPLES_PER_CLASS = 6
+
+
+def write_page(output: Location, data: ReportData) -> None:
+    """
+    Write the page.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    data : ReportData
+        What to show.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be written.
+    """
+    write_file(output.child(PAGE), render_page(data).encode())
+
+
+def write_figures(output: Location, data: ReportData) -> None:
+    """
+    Write the figures that there are data for, and delete those of an earlier run.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    data : ReportData
+        What to show.
+
+    Raises
+    ------
+    StorageError
+        If one cannot be written.
+    """
+    for name in FIGURE_NAMES:
+        delete_result(output, f"{FIGURES}/{name}.png")
+    for name, figure in _plot_all(data):
+        write_file(output.child(FIGURES, f"{name}.png"), plots.render_png(figure, dpi=data.config.plots.dpi))
+
+
+def _plot_all(data: ReportData) -> Iterator[tuple[str, "Figure"]]:
+    """Plot what there is, one figure at a time, each under one of the store's names."""
+    if data.exploration is not None:
+        classes = data.exploration.classes
+        yield "classes", plots.plot_class_counts(classes)
+        yield "sizes", plots.plot_sizes(data.exploration.images)
+        yield "examples", plots.plot_examples(data.exploration, per_class=_EXAMPLES_PER_CLASS)
+        yield "colours", plots.plot_colours(classes)
+        yield "differences", plots.plot_differences(classes)
+    if data.results is not None:
+        ratio = (data.manifest or {})["pca"]["explained_variance_ratio"]
+        for axes in choose_axes(list(data.results.columns), data.config.plots.components, ratio):
+            yield axes.name, plots.plot_map(
+                data.results, x=axes.x, y=axes.y, title=axes.title, x_label=axes.x_label, y_label=axes.y_label
+            )
+    if data.quality is not None:
+        explained, neighbors = data.quality["explained_variance"], data.quality["neighbors"]
+        yield "explained_variance", plots.plot_explained_variance(explained["ratio"], explained["n_components"])
+        yield "silhouettes", plots.plot_silhouettes(data.quality["silhouette"])
+        yield "neighbors", plots.plot_confusion(neighbors["confusion"]["labels"], neighbors["confusion"]["share"])

@@ -1,0 +1,311 @@
+"""The interactive maps of the page: which points they show, and the Bokeh document that draws them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from fruitdask import plots
+from fruitdask.report.formats import format_share
+from fruitdask.report.thumbnails import Thumbnails
+
+if TYPE_CHECKING:
+    from bokeh.models import ColumnDataSource, Filter
+    from bokeh.plotting import figure as Figure
+
+#: A class that is muted, and points outside a selection.
+_FADED_ALPHA = 0.08
+#: Points of a map with few of them, and of one with thousands, in pixels.
+_POINT_PX, _SMALL_POINT_PX, _MANY_POINTS = 8, 6, 3_000
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class MapAxes:
+    """
+    One map: which columns of the results it shows, and what it is called.
+
+    Parameters
+    ----------
+    name : str
+        ``pca`` or ``tsne``.
+    title : str
+        Its heading.
+    x, y : str
+        Columns of the results.
+    x_label, y_label : str
+        What stands at the axes.
+    """
+
+    name: str
+    title: str
+    x: str
+    y: str
+    x_label: str
+    y_label: str
+
+
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """
+    What the page needs in order to draw its maps.
+
+    Parameters
+    ----------
+    axes : list[MapAxes]
+        The maps, one or two.
+    styles : dict[str, ClassStyle]
+        Colour and marker of each class, in alphabetical order.
+    symbols : dict[str, str]
+        The outline of each marker that occurs, as the ``d`` of an SVG path.
+    n_shown, n_total : int
+        Images in the maps, and images with features.
+    payload : dict[str, Any]
+        Everything for the page's script, made of JSON's types.
+    """
+
+    axes: list[MapAxes]
+    styles: dict[str, plots.ClassStyle]
+    symbols: dict[str, str]
+    n_shown: int
+    n_total: int
+    payload: dict[str, Any] = field(repr=False)
+
+
+def choose_axes(columns: Sequence[str], components: tuple[int, int], ratio: Sequence[float]) -> list[MapAxes]:
+    """
+    Choose the maps that can be drawn from a table of results.
+
+    Parameters
+    ----------
+    columns : Sequence[str]
+        Columns of the results.
+    components : tuple[int, int]
+        The principal components that are wanted, counted from 1; the first two stand in where the results have fewer.
+    ratio : Sequence[float]
+        Share of the variance that each component explains, in [0, 1]; may be short or empty.
+
+    Returns
+    -------
+    list[MapAxes]
+        The map of principal components, then that of t-SNE, each where its columns are there.
+    """
+    maps = []
+    x, y = components if all(f"pca_{number}" in columns for number in components) else (1, 2)
+    if f"pca_{x}" in columns and f"pca_{y}" in columns:
+        labels = [_label_component(number, ratio) for number in (x, y)]
+        maps.append(MapAxes("pca", "Principal components (PCA)", f"pca_{x}", f"pca_{y}", *labels))
+    if "tsne_1" in columns and "tsne_2" in columns:
+        maps.append(MapAxes("tsne", "Neighbourhoods (t-SNE)", "tsne_1", "tsne_2", "t-SNE 1", "t-SNE 2"))
+    return maps
+
+
+def _label_component(number: int, ratio: Sequence[float]) -> str:
+    """Name a principal component and what it explains."""
+    share = f" ({format_share(ratio[number - 1])} of the variance)" if number <= len(ratio) else ""
+    return f"Component {number}{share}"
+
+
+def sample_points(
+    results: pd.DataFrame, axes: Sequence[MapAxes], *, max_points: int, with_thumbnail: frozenset[str]
+) -> npt.NDArray[np.intp]:
+    """
+    Choose the images that the maps show: evenly over the classes, the same ones every time.
+
+    Images on more of the maps come first, then images with a thumbnail, then any.
+
+    Parameters
+    ----------
+    results : pandas.DataFrame
+        All images.
+    axes : Sequence[MapAxes]
+        The maps.
+    max_points : int
+        How many images there may be.
+    with_thumbnail : frozenset[str]
+        Paths of the images that have a thumbnail.
+
+    Returns
+    -------
+    numpy.ndarray
+        Positions of rows, ascending; images without coordinates are not among them.
+    """
+    n_maps = sum(np.isfinite(results[[each.x, each.y]].to_numpy()).all(axis=1).astype(int) for each in axes)
+    rank = 2 * np.asarray(n_maps) + results["path"].isin(with_thumbnail).to_numpy()
+    rows = np.flatnonzero(n_maps)
+    # Neighbours in the catalog are often shots of one series, so a class's share is drawn, not cut off.
+    order = rows[np.lexsort((np.random.default_rng(_SEED).random(len(rows)), -rank[rows]))]
+    return np.sort(_deal(results["label"].to_numpy()[order], order)[:max_points])
+
+
+def _deal(labels: npt.NDArray[Any], rows: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    """Reorder rows so that each class gives one in turn while it has any."""
+    turn = pd.Series(labels).groupby(labels).cumcount().to_numpy()
+    return rows[np.argsort(turn, kind="stable")]
+
+
+def build_maps(
+    results: pd.DataFrame, axes: Sequence[MapAxes], *, thumbnails: Thumbnails, max_points: int
+) -> Maps | None:
+    """
+    Build the maps of a run's results.
+
+    Parameters
+    ----------
+    results : pandas.DataFrame
+        All images: ``path``, ``label`` and the columns of the maps.
+    axes : Sequence[MapAxes]
+        The maps.
+    thumbnails : Thumbnails
+        Pictures that are shown beside the pointer.
+    max_points : int
+        At most so many images are shown.
+
+    Returns
+    -------
+    Maps or None
+        The maps; None where no image has a place on any.
+    """
+    chosen = sample_points(results, axes, max_points=max_points, with_thumbnail=thumbnails.paths)
+    if not len(chosen):
+        return None
+    points = results.iloc[chosen].reset_index(drop=True)
+    # Styles are those of all classes, so that the figures agree with the maps.
+    styles = plots.style_classes(sorted(results["label"].unique()))
+    styles = {label: styles[label] for label in sorted(points["label"].unique())}
+    n_total = int(np.isfinite(results[[each.x for each in axes]].to_numpy()).any(axis=1).sum())
+    return Maps(
+        axes=list(axes),
+        styles=styles,
+        symbols={style.marker: _trace_marker(style.marker) for style in styles.values()},
+        n_shown=len(points),
+        n_total=n_total,
+        payload=_describe_points(points, list(styles), thumbnails) | _build_document(points, axes, styles),
+    )
+
+
+def _describe_points(points: pd.DataFrame, labels: list[str], thumbnails: Thumbnails) -> dict[str, Any]:
+    """List what the page says about each point: its path, its class and its thumbnail."""
+    pictures: list[str] = []
+    picture_of_point = np.full(len(points), -1)
+    paths = points["path"].to_list()
+    for row in _deal(points["label"].to_numpy(), np.arange(len(points))):
+        picture = thumbnails.encode(paths[row])
+        if picture is not None:
+            picture_of_point[row] = len(pictures)
+            pictures.append(picture)
+    return {
+        "paths": paths,
+        "labels": labels,
+        "class_of_point": pd.Categorical(points["label"], categories=labels).codes.tolist(),
+        "picture_of_point": picture_of_point.tolist(),
+        "pictures": pictures,
+    }
+
+
+def _build_document(
+    points: pd.DataFrame, axes: Sequence[MapAxes], styles: Mapping[str, plots.ClassStyle]
+) -> dict[str, Any]:
+    """Build the Bokeh document: one source for all maps, so that they share their selection, and one renderer a class."""
+    from bokeh.document import Document
+    from bokeh.models import ColumnDataSource, IndexFilter
+
+    columns = sorted({column for each in axes for column in (each.x, each.y)})
+    source = ColumnDataSource({name: points[name].to_numpy(np.float32) for name in columns}, name="points")
+    rows = points.groupby("label").indices
+    filters: dict[str, Filter] = {label: IndexFilter(indices=np.asarray(rows[label]).tolist()) for label in styles}
+    document = Document()
+    for each in axes:
+        document.add_root(_draw_map(each, source, filters, styles))
+    return {
+        "document": document.to_json(deferred=False),
+        "roots": {root.ref["id"]: f"map-{each.name}" for root, each in zip(document.roots, axes, strict=True)},
+    }
+
+
+def _draw_map(
+    axes: MapAxes,
+    source: "ColumnDataSource",
+    filters: Mapping[str, "Filter"],
+    styles: Mapping[str, plots.ClassStyle],
+) -> "Figure":
+    """Draw one map; its colours for axes and grid are set by the page, which knows whether it is dark."""
+    from bokeh.models import CDSView
+    from bokeh.plotting import figure
+
+    options: dict[str, Any] = {
+        "name": f"plot-{axes.name}",
+        "sizing_mode": "stretch_width",
+        "aspect_ratio": 1.1,
+        "min_height": 280,
+        "x_axis_label": axes.x_label,
+        "y_axis_label": axes.y_label,
+        "tools": _make_tools(),
+        "active_drag": None,
+        "active_scroll": None,
+        "toolbar_location": "above",
+        "background_fill_color": None,
+        "border_fill_color": None,
+        "lod_threshold": None,
+        # The page lets go when it has set the colours, so that the points are drawn once.
+        "hold_render": True,
+        "min_border_right": 12,
+    }
+    plot = figure(**options)
+    plot.toolbar.logo = None
+    size = _POINT_PX if len(source.data[axes.x]) <= _MANY_POINTS else _SMALL_POINT_PX
+    for number, (label, style) in enumerate(styles.items()):
+        plot.scatter(
+            axes.x,
+            axes.y,
+            source=source,
+            view=CDSView(filter=filters[label]),
+            name=f"class-{number}",
+            marker=style.marker,
+            size=size,
+            line_color=style.colour,
+            fill_color=style.colour if style.is_filled else None,
+            fill_alpha=0.65,
+            muted_alpha=_FADED_ALPHA,
+            nonselection_alpha=_FADED_ALPHA,
+        )
+    return plot
+
+
+def _make_tools() -> list[Any]:
+    """Make the tools of one map; their icons stand in this order."""
+    from bokeh import models
+
+    return [
+        models.PanTool(),
+        models.WheelZoomTool(description="Zoom with the wheel or two fingers"),
+        models.BoxZoomTool(),
+        models.ZoomInTool(),
+        models.ZoomOutTool(),
+        models.BoxSelectTool(),
+        models.LassoSelectTool(),
+        models.TapTool(),
+        # The page shows its own box beside the pointer, made of text nodes: no template to escape paths for.
+        models.HoverTool(tooltips=None, visible=False),
+        models.ResetTool(),
+        models.SaveTool(),
+    ]
+
+
+def _trace_marker(marker: str) -> str:
+    """Trace the outline of a marker in a square of side 1 around the origin, as an SVG path."""
+    from matplotlib.markers import MarkerStyle
+    from matplotlib.path import Path
+
+    style = MarkerStyle(plots.MARKERS[marker])
+    path = style.get_path().transformed(style.get_transform())
+    letters = {Path.MOVETO: "M", Path.LINETO: "L", Path.CURVE3: "Q", Path.CURVE4: "C"}
+    parts = []
+    for values, code in path.iter_segments():
+        # An SVG's y axis points down.
+        numbers = " ".join(f"{value:.3g}" for value in np.asarray(values) * np.tile([1, -1], len(values) // 2))
+        parts.append("Z" if code == Path.CLOSEPOLY else f"{letters[code]}{numbers}")
+    return "".join(parts)

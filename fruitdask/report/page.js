@@ -1,0 +1,209 @@
+"use strict";
+
+// In a notebook's frame (srcdoc) a link to a section would load the notebook into the frame.
+if (location.protocol === "about:") {
+  addEventListener("click", (event) => {
+    const link = event.target.closest?.("a[href^='#']");
+    if (!link) return;
+    event.preventDefault();
+    document.getElementById(link.getAttribute("href").slice(1)).scrollIntoView();
+  });
+}
+
+// Paper shows what is folded away.
+const folded = [];
+addEventListener("beforeprint", () => {
+  folded.push(...document.querySelectorAll("details:not([open])"));
+  for (const each of folded) each.open = true;
+});
+addEventListener("afterprint", () => {
+  for (const each of folded.splice(0)) each.open = false;
+});
+
+// The maps. Paths and labels are strangers' text: they reach the page as text nodes and attributes, never as HTML.
+const showMaps = async () => {
+  const MAX_PICTURES = 24;
+  const find = (id) => document.getElementById(id);
+  const data = JSON.parse(find("maps-data").textContent);
+
+  // The page opens first; the maps, most of its work, follow.
+  if (document.readyState !== "complete") await new Promise((go) => addEventListener("load", go));
+  await new Promise((go) => setTimeout(go));
+
+  const places = Object.values(data.roots).map(find);
+  const item = { docid: "maps", roots: data.roots, root_ids: Object.keys(data.roots) };
+  const [views] = await Bokeh.embed.embed_items({ maps: data.document }, [item]);
+  const plots = Bokeh.documents.at(-1).roots();
+  const renderers = plots.flatMap((plot) => plot.renderers);
+  const source = renderers[0].data_source;
+  const rendererClass = (renderer) => Number(renderer.name.replace("class-", ""));
+
+  const make = (tag, text) => {
+    const element = document.createElement(tag);
+    element.textContent = text;
+    return element;
+  };
+
+  const makePicture = (point) => {
+    const number = data.picture_of_point[point];
+    if (number < 0) return null;
+    const image = document.createElement("img");
+    image.src = `data:image/webp;base64,${data.pictures[number]}`;
+    image.alt = data.labels[data.class_of_point[point]];
+    image.title = data.paths[point];
+    return image;
+  };
+
+  // Colours: a canvas does not know the page's style sheet.
+  const paint = (isPrinted) => {
+    const style = getComputedStyle(document.documentElement);
+    const read = (name) => style.getPropertyValue(name).trim();
+    const [ink, line] = isPrinted ? ["#000000", "#cccccc"] : [read("--ink"), read("--line")];
+    const font = "system-ui, sans-serif";
+    for (const plot of plots) {
+      plot.outline_line_color = line;
+      for (const axis of [...plot.below, ...plot.left]) {
+        axis.setv({
+          axis_label_text_color: ink,
+          axis_label_text_font: font,
+          axis_label_text_font_style: "normal",
+          axis_line_color: line,
+          major_label_text_color: ink,
+          major_label_text_font: font,
+          major_tick_line_color: line,
+          minor_tick_line_color: null,
+        });
+      }
+      for (const grid of plot.center) grid.setv({ grid_line_color: line, grid_line_alpha: 0.6 });
+    }
+  };
+  paint(false);
+  for (const plot of plots) plot.hold_render = false;
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => paint(false));
+
+  // Legend
+  const buttons = [...document.querySelectorAll("#legend .class")];
+  const isMuted = (point) => buttons[data.class_of_point[point]].getAttribute("aria-pressed") === "false";
+  const mute = (changed, muted) => {
+    for (const button of changed) button.setAttribute("aria-pressed", String(!muted));
+    const numbers = new Set(changed.map((button) => Number(button.dataset.class)));
+    for (const renderer of renderers) if (numbers.has(rendererClass(renderer))) renderer.muted = muted;
+    keepVisible();
+  };
+  const isShown = (button) => !button.parentElement.hidden;
+  for (const button of buttons) {
+    button.addEventListener("click", () => mute([button], button.getAttribute("aria-pressed") === "true"));
+  }
+  find("legend-all").addEventListener("click", () => mute(buttons.filter(isShown), false));
+  find("legend-none").addEventListener("click", () => mute(buttons.filter(isShown), true));
+  find("legend-filter").addEventListener("input", (event) => {
+    const wanted = event.target.value.trim().toLocaleLowerCase();
+    for (const button of buttons) {
+      button.parentElement.hidden = !button.textContent.toLocaleLowerCase().includes(wanted);
+    }
+    find("legend-empty").hidden = buttons.some(isShown);
+  });
+
+  // Selection: one source for all maps, so what is selected in one is selected in the other.
+  const keepVisible = () => {
+    const kept = source.selected.indices.filter((point) => !isMuted(point));
+    if (kept.length < source.selected.indices.length) source.selected.indices = kept;
+  };
+  const describeSelection = (points) => {
+    if (points.length === 0) return "Nothing is selected.";
+    const counts = new Map();
+    for (const point of points) {
+      const label = data.labels[data.class_of_point[point]];
+      counts.set(label, (counts.get(label) ?? 0) + 1);
+    }
+    const most = [...counts].sort((a, b) => b[1] - a[1]);
+    const listed = most.slice(0, 8).map(([label, n]) => `${label} ${n.toLocaleString("en")}`).join(", ");
+    const rest = most.length > 8 ? ` and ${most.length - 8} more classes` : "";
+    return `${points.length.toLocaleString("en")} selected: ${listed}${rest}.`;
+  };
+  const spread = (all, n) => all.filter((_, place) => Math.floor((place * n) / all.length) !== Math.floor(((place - 1) * n) / all.length));
+  const showSelection = () => {
+    keepVisible();
+    const points = source.selected.indices;
+    find("selection-text").textContent = describeSelection(points);
+    find("selection-clear").hidden = points.length === 0;
+    const pictured = points.filter((point) => data.picture_of_point[point] >= 0);
+    const shown = points.length === 1 ? points : spread(pictured, MAX_PICTURES);
+    find("selection-pictures").replaceChildren(
+      ...shown.map((point) => {
+        const item = document.createElement("li");
+        const caption = make("span", data.paths[point]);
+        caption.className = "tag path";
+        item.append(makePicture(point) ?? "", caption);
+        return item;
+      }),
+    );
+  };
+  source.selected.properties.indices.change.connect(() => {
+    showSelection();
+    // A finger cannot hover: what it taps is shown where it is.
+    if (pointer.isTap) showTip(source.selected.indices.at(-1));
+  });
+  find("selection-clear").addEventListener("click", () => {
+    source.selected.indices = [];
+  });
+
+  // The box beside the pointer
+  const tip = find("tip");
+  const pointer = { x: 0, y: 0, type: "mouse", isTap: false };
+  const hits = new Map();
+  const placeTip = () => {
+    const { width, height } = tip.getBoundingClientRect();
+    const right = pointer.x + 16;
+    const left = right + width < innerWidth - 8 ? right : Math.max(8, pointer.x - 16 - width);
+    tip.style.left = `${left}px`;
+    tip.style.top = `${Math.min(Math.max(8, pointer.y - height / 2), Math.max(8, innerHeight - height - 8))}px`;
+  };
+  const showTip = (point) => {
+    tip.hidden = point === undefined;
+    if (tip.hidden) return;
+    const label = make("b", data.labels[data.class_of_point[point]]);
+    tip.replaceChildren(...[makePicture(point), label, make("span", data.paths[point])].filter(Boolean));
+    placeTip();
+  };
+  const showHit = () => {
+    // Of points over one another the one on top is meant: it was drawn last.
+    const point = [...hits.values()].flat().filter((each) => !isMuted(each)).at(-1);
+    hits.clear();
+    // Bokeh takes a finger that is lifted for a pointer that leaves.
+    if (pointer.type !== "touch") showTip(point);
+  };
+  source.inspect.connect(([renderer]) => {
+    // Bokeh reports the renderers of a map one after the other.
+    if (hits.size === 0) queueMicrotask(showHit);
+    hits.set(renderer, [...source.inspected.indices]);
+  });
+  const hideTip = () => showTip(undefined);
+  const follow = (event, isTap) => Object.assign(pointer, { x: event.clientX, y: event.clientY, type: event.pointerType, isTap });
+  for (const place of places) {
+    place.addEventListener("pointerdown", (event) => follow(event, event.pointerType === "touch"), true);
+    place.addEventListener("pointermove", (event) => {
+      const isFar = Math.hypot(event.clientX - pointer.x, event.clientY - pointer.y) > 8;
+      follow(event, pointer.isTap && !isFar);
+    }, true);
+    place.addEventListener("pointerleave", (event) => {
+      if (event.pointerType !== "touch") hideTip();
+    });
+  }
+  addEventListener("scroll", hideTip, { passive: true });
+
+  // A finger scrolls the page past the maps until a tool is chosen; a mouse may move the map at once.
+  if (matchMedia("(pointer: fine)").matches) {
+    for (const plot of plots) plot.toolbar.tools.find((tool) => tool.type === "PanTool").active = true;
+  }
+
+  // Paper is white, and does not wait for the next frame.
+  addEventListener("beforeprint", () => {
+    paint(true);
+    for (const plot of plots) views.get(plot).repaint();
+  });
+  addEventListener("afterprint", () => paint(false));
+  document.documentElement.dataset.maps = "ready";
+};
+
+if (document.getElementById("maps-data")) showMaps();

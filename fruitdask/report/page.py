@@ -1,0 +1,206 @@
+"""The page that says what was found: one HTML file that needs nothing else, for people who never open Python."""
+
+import base64
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from fruitdask import plots
+from fruitdask.config import Config
+from fruitdask.exploration import Exploration
+from fruitdask.report import formats, sections
+from fruitdask.report.maps import Maps, build_maps, choose_axes
+from fruitdask.report.thumbnails import Thumbnails
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FOLDER = Path(__file__).parent
+#: Characters of Base64 for pictures in the text and in the maps; with Bokeh's 1.3 MB, figures and points the page stays well under 10 MB.
+_EXAMPLES_BYTES, _MAP_PICTURES_BYTES = 2_000_000, 3_000_000
+#: Sections by their anchor, in their order on the page.
+_SECTIONS = {
+    "summary": "Summary",
+    "data": "Data",
+    "exploration": "Exploration",
+    "features": "Features",
+    "maps": "Maps",
+    "failures": "Failures",
+    "performance": "Performance",
+    "protection": "Data protection",
+    "reproduce": "Reproduce",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ReportData:
+    """
+    What a report can say; what is None is left out.
+
+    Parameters
+    ----------
+    config : Config
+        What was run.
+    manifest : dict[str, Any] or None
+        The manifest of a run.
+    exploration : Exploration or None
+        What an exploration found.
+    results : pandas.DataFrame or None
+        The table of all images with their coordinates.
+    failures : pandas.DataFrame
+        ``path``, ``label``, ``status``, ``error`` and ``attempts`` of the images that could not be used.
+    quality : dict[str, Any] or None
+        How well the features separate the classes.
+    """
+
+    config: Config
+    manifest: dict[str, Any] | None
+    exploration: Exploration | None = field(repr=False)
+    results: pd.DataFrame | None = field(repr=False)
+    failures: pd.DataFrame = field(repr=False)
+    quality: dict[str, Any] | None = field(repr=False)
+
+
+def render_page(data: ReportData) -> str:
+    """
+    Render the page.
+
+    Parameters
+    ----------
+    data : ReportData
+        What there is to say.
+
+    Returns
+    -------
+    str
+        HTML with everything that it needs: styles, scripts, figures, pictures. It forbids the browser to fetch anything.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        lstrip_blocks=True,
+    )
+    # Bokeh's documents define a model where they name it first, so their keys must stay in order.
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}
+    environment.filters |= {
+        name.removeprefix("format_"): value for name, value in vars(formats).items() if name.startswith("format_")
+    }
+    return environment.get_template("page.html").render(_build_context(data))
+
+
+def _build_context(data: ReportData) -> dict[str, Any]:
+    """Build what the template shows."""
+    views = _build_views(data)
+    scripts = [_read_bokeh()] * bool(views["maps"]) + [(_FOLDER / "page.js").read_text(encoding="utf-8")]
+    return {
+        "title": sections.choose_title(data.config),
+        "toc": [(anchor, name) for anchor, name in _SECTIONS.items() if views[anchor]],
+        "css": _trust((_FOLDER / "page.css").read_text(encoding="utf-8")),
+        "scripts": [_trust(script) for script in scripts],
+        "script_hashes": [_hash_script(script) for script in scripts],
+        **views,
+    }
+
+
+def _build_views(data: ReportData) -> dict[str, Any]:
+    """Build the views of all sections, None where there is nothing to say."""
+    config, manifest, exploration = data.config, data.manifest, data.exploration
+    counts = sections.count_images(manifest, data.results, exploration)
+    return {
+        "summary": sections.describe_summary(
+            config, counts=counts, manifest=manifest, exploration=exploration, quality=data.quality
+        ),
+        "data": sections.describe_data(counts, exploration),
+        "exploration": None if exploration is None else _describe_exploration(exploration, config),
+        "features": None if data.quality is None else _describe_features(data.quality, manifest),
+        "maps": _describe_maps(data),
+        "failures": sections.describe_failures(data.failures),
+        "performance": None if manifest is None else sections.describe_performance(manifest, n_images=counts.n_images),
+        "protection": sections.describe_protection(config, manifest, exploration),
+        "reproduce": sections.describe_reproduction(config, manifest, exploration),
+    }
+
+
+def _describe_exploration(exploration: Exploration, config: Config) -> sections.View:
+    """Describe what the images themselves say."""
+    thumbnails = Thumbnails(exploration, max_bytes=_EXAMPLES_BYTES)
+    differences = sections.describe_differences(exploration)
+    return {
+        "examples": sections.describe_examples(exploration, thumbnails, per_class=config.report.examples_per_class),
+        "colours": sections.describe_colours(exploration.classes),
+        "differences": differences,
+        "duplicates": sections.describe_duplicates(exploration, thumbnails),
+        "size_figure": _draw(
+            plots.plot_sizes(exploration.images), "Distribution of the images' sizes in bytes and in pixels."
+        ),
+        "difference_figure": differences
+        and _draw(
+            plots.plot_differences(exploration.classes),
+            "Mean squared difference between images of each class; the same numbers are in the table below.",
+        ),
+    }
+
+
+def _describe_features(quality: dict[str, Any], manifest: dict[str, Any] | None) -> sections.View:
+    """Describe the features and their quality."""
+    variance, confusion = quality.get("explained_variance"), quality["neighbors"]["confusion"]
+    figures = {
+        "silhouette_figure": _draw(
+            plots.plot_silhouettes(quality["silhouette"]),
+            "Silhouette of each class; the same numbers are in the table below.",
+        ),
+        "confusion_figure": _draw(
+            plots.plot_confusion(confusion["labels"], confusion["share"]),
+            "Heat map: the class of an image in rows, the classes of its nearest neighbours in columns.",
+        ),
+        "variance_figure": variance
+        and _draw(
+            plots.plot_explained_variance(variance["ratio"], variance["n_components"]),
+            "Explained variance by number of components; the numbers of interest are in the table below.",
+        ),
+    }
+    return sections.describe_quality(quality) | figures | {"model": (manifest or {}).get("model")}
+
+
+def _describe_maps(data: ReportData) -> Maps | None:
+    """Describe the interactive maps."""
+    if data.results is None:
+        return None
+    ratio = (data.manifest or {}).get("pca", {}).get("explained_variance_ratio", [])
+    axes = choose_axes(list(data.results.columns), data.config.plots.components, ratio)
+    thumbnails = Thumbnails(data.exploration, max_bytes=_MAP_PICTURES_BYTES)
+    return (
+        build_maps(data.results, axes, thumbnails=thumbnails, max_points=data.config.report.max_points)
+        if axes
+        else None
+    )
+
+
+def _draw(figure: "Figure", label: str) -> Any:
+    """Draw a figure into the page, with what a reader who cannot see it is told."""
+    return _trust(plots.render_svg(figure, label=label))
+
+
+def _trust(text: str) -> Any:
+    """Mark HTML of our own, and figures, in which matplotlib has escaped all text."""
+    from markupsafe import Markup
+
+    return Markup(text)
+
+
+def _read_bokeh() -> str:
+    """Read the script that draws the maps."""
+    from bokeh.resources import Resources
+
+    return "\n".join(Resources(mode="inline", components=["bokeh"], log_level="error").js_raw)
+
+
+def _hash_script(script: str) -> str:
+    """Hash a script, so that the page's policy lets the browser run it and no other."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")

@@ -1,0 +1,632 @@
+"""What the sections of the page say, as plain data: every function gives the view of one section, or None where its data is not there."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from fruitdask.config import Config
+from fruitdask.exploration import Exploration
+from fruitdask.report.thumbnails import Thumbnails
+
+#: View of a section: what the template shows, under the names that it uses.
+View = dict[str, Any]
+
+#: Pictures of examples in all: about 1 KB each.
+_MAX_EXAMPLES = 1_200
+_MAX_GROUPS, _MAX_GROUP_PICTURES = 6, 8
+_MAX_FAILURES = 50
+_MAX_CONFUSIONS = 10
+_MEANINGS = {
+    "unreadable": "The file is no image that can be decoded: it is damaged, cut short, or something else under an image's name.",
+    "too_large": "The image has more pixels than featurize.max_pixels allows.",
+    "missing": "The file was there when the images were listed, but not when it was read.",
+    "unreachable": "The storage did not give the file out, however often it was asked.",
+}
+_STAGES = {
+    "list": "List the images",
+    "start": "Start the cluster and build the network",
+    "featurize": "Turn images into features",
+    "explore": "Compare images",
+    "reduce": "PCA, t-SNE and quality",
+    "write": "Write the results",
+    "total": "All together",
+}
+_WORKER_STAGES = {
+    "load": "Load the network",
+    "fetch": "Read the files",
+    "decode": "Decode and resize",
+    "explore": "Look at the images",
+    "predict": "Run the network",
+    "write": "Write features",
+}
+_SCALES = {
+    "signed": ("−1 (black) to 1 (white)", 4.0),
+    "unit": ("0 (black) to 1 (white)", 1.0),
+    "bytes": ("0 (black) to 255 (white)", 65_025.0),
+}
+_METADATA = {
+    "exif": "camera data (EXIF)",
+    "gps": "a GPS position",
+    "serial": "a serial number of a camera or lens",
+    "name": "a name of an owner or author",
+}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """
+    How many images there are of each class.
+
+    Parameters
+    ----------
+    by_class : dict[str, tuple[int, int]]
+        For each class, in alphabetical order: all its images, and those that could not be used.
+    """
+
+    by_class: dict[str, tuple[int, int]]
+
+    @property
+    def n_images(self) -> int:
+        """All images."""
+        return sum(n for n, _ in self.by_class.values())
+
+    @property
+    def n_failed(self) -> int:
+        """Images that could not be used."""
+        return sum(n for _, n in self.by_class.values())
+
+
+def count_images(
+    manifest: Mapping[str, Any] | None, results: pd.DataFrame | None, exploration: Exploration | None
+) -> Counts:
+    """
+    Count images by class, from the best source there is.
+
+    Parameters
+    ----------
+    manifest : Mapping[str, Any] or None
+        The run's manifest; its counts come first.
+    results : pandas.DataFrame or None
+        The table of all images.
+    exploration : Exploration or None
+        What an exploration found.
+
+    Returns
+    -------
+    Counts
+        Empty where there is no source at all.
+    """
+    by_class = (manifest or {}).get("counts", {}).get("by_class")
+    if by_class:
+        return Counts({label: (each["ok"] + each["failed"], each["failed"]) for label, each in by_class.items()})
+    table = results if results is not None else exploration.images if exploration is not None else None
+    if table is None:
+        return Counts({})
+    groups = (table["status"] != "ok").groupby(table["label"]).agg(["size", "sum"]).sort_index()
+    return Counts({str(label): (int(n), int(n_failed)) for label, n, n_failed in groups.itertuples()})
+
+
+def describe_summary(
+    config: Config,
+    *,
+    counts: Counts,
+    manifest: Mapping[str, Any] | None,
+    exploration: Exploration | None,
+    quality: Mapping[str, Any] | None,
+) -> View:
+    """
+    Describe what was run on what, where and when, with the key figures.
+
+    Parameters
+    ----------
+    config : Config
+        What was run.
+    counts : Counts
+        Images by class.
+    manifest, exploration, quality : optional
+        What is known of the run.
+
+    Returns
+    -------
+    dict[str, Any]
+        The view.
+    """
+    manifest = manifest or {}
+    model, pca = manifest.get("model"), manifest.get("pca")
+    seconds = manifest.get("seconds", {}).get("total")
+    return {
+        "input": hide_secrets(config.input.url),
+        "output": hide_secrets(config.output.url),
+        "n_images": counts.n_images,
+        "n_classes": len(counts.by_class),
+        "n_failed": counts.n_failed,
+        "finished": manifest.get("finished") or (exploration.summary.get("finished") if exploration else None),
+        "version": manifest.get("fruitdask") or (exploration.summary.get("fruitdask") if exploration else None),
+        "model": model,
+        "cluster": manifest.get("cluster"),
+        "seconds": seconds,
+        "agreement": quality["neighbors"]["agreement"] if quality else None,
+        "n_neighbors": quality["neighbors"]["k"] if quality else None,
+        "explained": sum(pca["explained_variance_ratio"][:2]) if pca else None,
+        "duplicates": exploration.summary.get("duplicates") if exploration else None,
+        "near_share": _share_near_duplicates(exploration),
+        "metadata": exploration.summary.get("metadata") if exploration else None,
+    }
+
+
+def _share_near_duplicates(exploration: Exploration | None) -> float:
+    """Find the share of the images that look nearly the same as another one."""
+    found = exploration.summary.get("near_duplicates") if exploration else None
+    return found["n_images"] / len(exploration.images) if exploration and found else 0.0
+
+
+def describe_data(counts: Counts, exploration: Exploration | None) -> View | None:
+    """
+    Describe the images: how many of each class, and their sizes.
+
+    Parameters
+    ----------
+    counts : Counts
+        Images by class.
+    exploration : Exploration or None
+        What an exploration found.
+
+    Returns
+    -------
+    dict[str, Any] or None
+        The view; None where there are no images.
+    """
+    if not counts.by_class:
+        return None
+    most = max(n for n, _ in counts.by_class.values())
+    rows: list[View] = [
+        {"label": label, "n_images": n, "n_failed": n_failed, "share": n / most}
+        for label, (n, n_failed) in counts.by_class.items()
+    ]
+    if exploration is None:
+        return {"rows": rows, "has_sizes": False}
+    for row in rows:
+        row |= _describe_sizes(exploration.classes, row["label"])
+    return {"rows": rows, "has_sizes": True, "bytes_total": int(exploration.classes["bytes_total"].sum())}
+
+
+def _describe_sizes(classes: pd.DataFrame, label: str) -> View:
+    """Give the median sizes of a class, None where they are not known."""
+    if label not in classes.index:
+        return {"bytes": None, "width_px": None, "height_px": None}
+    names = {"bytes": "bytes_median", "width_px": "width_px_median", "height_px": "height_px_median"}
+    return {key: _get_number(classes.at[label, name]) for key, name in names.items()}
+
+
+def _get_number(value: Any) -> float | None:
+    """Give a number, None for NaN and NA."""
+    return None if value is None or pd.isna(value) else float(value)
+
+
+def describe_examples(exploration: Exploration, thumbnails: Thumbnails, *, per_class: int) -> list[View]:
+    """
+    Choose pictures of each class: its mean image, the most and the least typical image, and some more.
+
+    Parameters
+    ----------
+    exploration : Exploration
+        What an exploration found.
+    thumbnails : Thumbnails
+        Where the pictures are.
+    per_class : int
+        How many more; fewer where there are so many classes that the page would grow too large.
+
+    Returns
+    -------
+    list[dict[str, Any]]
+        A view for each class that has pictures.
+    """
+    classes = exploration.classes
+    per_class = min(per_class, max(0, _MAX_EXAMPLES // max(1, len(classes)) - 3))
+    with_picture = exploration.images.iloc[exploration.thumbnail_rows].groupby("label")["path"].agg(list)
+    blocks = [_Block(label, classes.loc[label], with_picture.get(label, []), per_class) for label in classes.index]
+    has_mean = classes["mean_red"].notna()
+    for block, mean in zip(blocks, exploration.means, strict=True):
+        if has_mean[block.label]:
+            block.add("mean", thumbnails.encode_pixels(mean), "")
+    # One picture of each class in turn: should the budget end, it ends for all of them alike.
+    for turn in range(2 + per_class):
+        for block in blocks:
+            block.add_turn(turn, thumbnails)
+    return [{"label": block.label, "pictures": block.pictures} for block in blocks if block.pictures]
+
+
+class _Block:
+    """The pictures of one class, as they are collected."""
+
+    def __init__(self, label: str, row: pd.Series, paths: list[str], n_examples: int) -> None:
+        self.label = label
+        self.pictures: list[View] = []
+        typical = [("most typical", row["most_typical"]), ("least typical", row["least_typical"])]
+        others = [path for path in paths if path not in (row["most_typical"], row["least_typical"])]
+        places = np.linspace(0, len(others) - 1, min(n_examples, len(others))).round().astype(int)
+        self._turns = [*typical, *(("", others[place]) for place in places)]
+
+    def add_turn(self, turn: int, thumbnails: Thumbnails) -> None:
+        """Add the picture whose turn it is."""
+        if turn < len(self._turns):
+            kind, path = self._turns[turn]
+            self.add(kind, thumbnails.encode(path), path)
+
+    def add(self, kind: str, picture: str | None, path: str) -> None:
+        """Add a picture, if there is one."""
+        if picture is not None:
+            self.pictures.append({"kind": kind, "picture": picture, "path": path})
+
+
+def describe_colours(classes: pd.DataFrame) -> list[View]:
+    """
+    Read the palettes of classes.
+
+    Parameters
+    ----------
+    classes : pandas.DataFrame
+        `fruitdask.exploration.Exploration.classes`.
+
+    Returns
+    -------
+    list[dict[str, Any]]
+        For each class that has colours, pairs of a colour and its share in [0, 1] of all pixels, the most frequent first.
+
+    Examples
+    --------
+    >>> describe_colours(pd.DataFrame({"palette": ["#f0f0f0 0.712, #b03020 0.103"]}, index=["apple"]))
+    [{'label': 'apple', 'colours': [('#f0f0f0', 0.712), ('#b03020', 0.103)]}]
+    """
+    rows = []
+    for label, palette in classes["palette"].items():
+        found = re.findall(r"(#[0-9a-fA-F]{6}) ([0-9.]+)", str(palette))
+        if found:
+            rows.append({"label": label, "colours": [(colour, float(share)) for colour, share in found]})
+    return rows
+
+
+def describe_differences(exploration: Exploration) -> View | None:
+    """
+    Describe how much images of one class differ.
+
+    Parameters
+    ----------
+    exploration : Exploration
+        What an exploration found.
+
+    Returns
+    -------
+    dict[str, Any] or None
+        The view; None where no class has two images.
+    """
+    classes = exploration.classes.dropna(subset=["mean_squared_difference"])
+    if classes.empty:
+        return None
+    names = ["mean_squared_difference", "standard_error", "pair_q05", "pair_q50", "pair_q95"]
+    rows = [{"label": label, **{name: classes.at[label, name] for name in names}} for label in classes.index]
+    scale, largest = _SCALES[exploration.summary.get("scale", "signed")]
+    by_size = classes["mean_squared_difference"].sort_values()
+    return {
+        "rows": rows,
+        "scale": scale,
+        "largest": largest,
+        "input_px": exploration.summary.get("input_px"),
+        "most": (by_size.index[-1], by_size.iloc[-1]),
+        "least": (by_size.index[0], by_size.iloc[0]),
+    }
+
+
+def describe_duplicates(exploration: Exploration, thumbnails: Thumbnails) -> list[View]:
+    """
+    Describe exact and near duplicates, with a few groups of each.
+
+    Parameters
+    ----------
+    exploration : Exploration
+        What an exploration found.
+    thumbnails : Thumbnails
+        Where the pictures are.
+
+    Returns
+    -------
+    list[dict[str, Any]]
+        A view for exact and one for near duplicates.
+    """
+    kinds = {"duplicate_group": "duplicates", "near_duplicate_group": "near_duplicates"}
+    return [
+        exploration.summary[key]
+        | {"kind": key, "groups": _choose_groups(exploration.images, column, thumbnails)}
+        | {"bits": exploration.summary.get("near_duplicate_bits")}
+        for column, key in kinds.items()
+        if key in exploration.summary
+    ]
+
+
+def _choose_groups(images: pd.DataFrame, column: str, thumbnails: Thumbnails) -> list[View]:
+    """Choose the groups to show: those across classes first, large ones before small ones."""
+    members = images.loc[images[column].notna(), ["path", "label", column]]
+    sizes = members.groupby(column).agg(n_labels=("label", "nunique"), n_images=("path", "size"))
+    chosen = sizes.sort_values(["n_labels", "n_images"], ascending=False, kind="stable").head(_MAX_GROUPS)
+    groups = []
+    for number, row in chosen.iterrows():
+        group = members[members[column] == number]
+        shown = sorted(group["path"], key=lambda path: path not in thumbnails.paths)[:_MAX_GROUP_PICTURES]
+        groups.append(
+            {
+                "n_images": int(row["n_images"]),
+                "labels": sorted(group["label"].unique()),
+                "pictures": [{"path": path, "picture": thumbnails.encode(path)} for path in shown],
+            }
+        )
+    return groups
+
+
+def describe_quality(quality: Mapping[str, Any]) -> View:
+    """
+    Describe how well the features separate the classes.
+
+    Parameters
+    ----------
+    quality : Mapping[str, Any]
+        The content of ``quality.json``.
+
+    Returns
+    -------
+    dict[str, Any]
+        The view.
+    """
+    silhouettes, neighbors = quality["silhouette"], quality["neighbors"]
+    labels = sorted({*silhouettes["by_class"], *neighbors["by_class"]})
+    return {
+        "n_images": quality["n_images"],
+        "n_images_with_features": quality["n_images_with_features"],
+        "metric": quality["metric"],
+        "k": neighbors["k"],
+        "agreement": neighbors["agreement"],
+        "silhouette": silhouettes["mean"],
+        "rows": [
+            {
+                "label": label,
+                "silhouette": silhouettes["by_class"].get(label),
+                "agreement": neighbors["by_class"].get(label),
+            }
+            for label in labels
+        ],
+        "confusions": _list_confusions(neighbors["confusion"]),
+        "n_components": [
+            (float(share), n) for share, n in quality.get("explained_variance", {}).get("n_components", {}).items()
+        ],
+    }
+
+
+def _list_confusions(confusion: Mapping[str, Any]) -> list[View]:
+    """List the pairs of classes that are mistaken most often."""
+    share = np.array(confusion["share"], float)
+    if not share.size:
+        return []
+    np.fill_diagonal(share, 0)
+    places = np.argsort(-np.nan_to_num(share), axis=None, kind="stable")[:_MAX_CONFUSIONS]
+    pairs = [divmod(int(place), share.shape[1]) for place in places]
+    labels = confusion["labels"]
+    return [{"label": labels[i], "other": labels[j], "share": share[i, j]} for i, j in pairs if share[i, j] > 0]
+
+
+def describe_failures(failures: pd.DataFrame) -> View | None:
+    """
+    Describe the images that could not be used, by reason.
+
+    Parameters
+    ----------
+    failures : pandas.DataFrame
+        ``path``, ``label``, ``status``, ``error`` and ``attempts`` of each.
+
+    Returns
+    -------
+    dict[str, Any] or None
+        The view; None where there are none.
+    """
+    if failures.empty:
+        return None
+    reasons = [
+        {"status": status, "meaning": _MEANINGS.get(str(status), ""), "n_images": int(n)}
+        for status, n in failures["status"].value_counts().items()
+    ]
+    ordered = failures.assign(order=failures["status"].map({each["status"]: n for n, each in enumerate(reasons)}))
+    rows = ordered.sort_values("order", kind="stable").head(_MAX_FAILURES)
+    return {
+        "n_images": len(failures),
+        "reasons": reasons,
+        "rows": rows[["path", "label", "status", "error"]].to_dict("records"),
+    }
+
+
+def describe_performance(manifest: Mapping[str, Any], *, n_images: int) -> View | None:
+    """
+    Describe the seconds of the stages, and their images per second.
+
+    Parameters
+    ----------
+    manifest : Mapping[str, Any]
+        The run's manifest.
+    n_images : int
+        Images of the run.
+
+    Returns
+    -------
+    dict[str, Any] or None
+        The view; None where no seconds were noted.
+    """
+    seconds = manifest.get("seconds", {})
+    stages, worker_stages = (
+        [
+            {"name": names.get(key, key), "seconds": value, "rate": n_images / value if value > 0 else None}
+            for key, value in sorted(found.items(), key=lambda item: [*names, item[0]].index(item[0]))
+            if isinstance(value, int | float)
+        ]
+        for names, found in ((_STAGES, seconds), (_WORKER_STAGES, seconds.get("worker", {})))
+    )
+    if not stages:
+        return None
+    return {"stages": stages, "worker_stages": worker_stages, "cost": list_facts(manifest.get("cost"))}
+
+
+def describe_protection(
+    config: Config, manifest: Mapping[str, Any] | None, exploration: Exploration | None
+) -> View | None:
+    """
+    Describe where the data was, and what the files say about people.
+
+    Parameters
+    ----------
+    config : Config
+        What was run.
+    manifest : Mapping[str, Any] or None
+        The run's manifest.
+    exploration : Exploration or None
+        What an exploration found.
+
+    Returns
+    -------
+    dict[str, Any] or None
+        The view; None where nothing is known.
+    """
+    regions = list_facts((manifest or {}).get("regions"))
+    metadata = exploration.summary.get("metadata") if exploration else None
+    if not regions and metadata is None:
+        return None
+    n_images = len(exploration.images) if exploration else 0
+    return {
+        "input": hide_secrets(config.input.url),
+        "output": hide_secrets(config.output.url),
+        "regions": regions,
+        "metadata": [(what, metadata.get(key, 0)) for key, what in _METADATA.items()] if metadata else [],
+        "n_images": n_images,
+    }
+
+
+def describe_reproduction(config: Config, manifest: Mapping[str, Any] | None, exploration: Exploration | None) -> View:
+    """
+    Describe how to do the same again.
+
+    Parameters
+    ----------
+    config : Config
+        What was run.
+    manifest : Mapping[str, Any] or None
+        The run's manifest.
+    exploration : Exploration or None
+        What an exploration found.
+
+    Returns
+    -------
+    dict[str, Any]
+        The view.
+    """
+    tree = (manifest or {}).get("config") or config.model_dump(mode="json", fallback=str)
+    tree = {name: _drop_options(section) for name, section in tree.items()}
+    summary: Mapping[str, Any] = manifest or (exploration.summary if exploration else {})
+    versions = {"fruitdask": summary["fruitdask"]} if "fruitdask" in summary else {}
+    return {
+        "command": f"fruitdask {'run' if manifest else 'explore'} config.yaml",
+        "config": yaml.safe_dump(hide_secrets(tree), sort_keys=False, allow_unicode=True, width=88),
+        "versions": versions | (manifest or {}).get("versions", {}),
+        "fingerprint": list_facts(summary.get("fingerprint")),
+        "model": list_facts((manifest or {}).get("model")),
+    }
+
+
+def _drop_options(section: Any) -> Any:
+    """Leave the options of a storage out of a section, for they may hold keys."""
+    if not isinstance(section, Mapping):
+        return section
+    return {key: value for key, value in section.items() if key != "storage_options"}
+
+
+def list_facts(value: Any) -> list[tuple[str, str]]:
+    """
+    Flatten nested values into names and texts.
+
+    Parameters
+    ----------
+    value : Any
+        Mappings, lists and scalars as JSON has them, or None.
+
+    Returns
+    -------
+    list[tuple[str, str]]
+        The name of each scalar, its keys joined by spaces, and its text.
+
+    Examples
+    --------
+    >>> list_facts({"input": {"region": "eu-central-1"}, "n_workers": 2})
+    [('input region', 'eu-central-1'), ('n workers', '2')]
+    """
+    return [(name, text) for name, text in _walk_facts(value, ())]
+
+
+def _walk_facts(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Walk through nested values, depth first."""
+    if isinstance(value, Mapping):
+        for key, child in value.items():
+            yield from _walk_facts(child, (*keys, str(key)))
+    elif isinstance(value, list | tuple):
+        yield " ".join(keys).replace("_", " "), ", ".join(map(str, value))
+    elif value is not None:
+        yield " ".join(keys).replace("_", " "), str(hide_secrets(value))
+
+
+def hide_secrets(value: Any) -> Any:
+    """
+    Take user names, passwords and signatures out of URLs, for the page is made to be handed on.
+
+    Parameters
+    ----------
+    value : Any
+        A text, or mappings and lists of them.
+
+    Returns
+    -------
+    Any
+        The same without what stands before the host and after a question mark of a URL.
+
+    Examples
+    --------
+    >>> hide_secrets({"url": "https://me:secret@example.org/fruits?sig=abc", "limit": 3})
+    {'url': 'https://***@example.org/fruits?***', 'limit': 3}
+    """
+    if isinstance(value, Mapping):
+        return {key: hide_secrets(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [hide_secrets(child) for child in value]
+    if isinstance(value, str) and "://" in value:
+        return re.sub(r"\?\S*", "?***", re.sub(r"://[^/@\s]+@", "://***@", value))
+    return value
+
+
+def choose_title(config: Config) -> str:
+    """
+    Choose the title of the page.
+
+    Parameters
+    ----------
+    config : Config
+        What was run.
+
+    Returns
+    -------
+    str
+        The configured title, or the last part of the input's URL.
+    """
+    if config.report.title:
+        return config.report.title
+    url = str(hide_secrets(config.input.url))
+    path = urlsplit(url).path if "://" in url else url
+    name = path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return name or urlsplit(url).netloc or "Images"

@@ -1,0 +1,87 @@
+"""Thumbnails for the page: small pictures as data URIs, within a budget of bytes."""
+
+import base64
+import io
+
+import numpy as np
+import numpy.typing as npt
+
+from fruitdask.exploration import Exploration
+
+#: Larger ones are shrunk to this side, which fills twice the pixels of the smallest place they are shown in.
+_MAX_PX = 72
+#: Of WebP, which needs about half the bytes of JPEG at this size: 800 bytes for a photograph of a fruit at 64 pixels.
+_QUALITY = 72
+
+
+class Thumbnails:
+    """
+    Pictures of an exploration by the path of their image, handed out until a number of bytes is spent.
+
+    Parameters
+    ----------
+    exploration : Exploration or None
+        Where the thumbnails are; with None there are none.
+    max_bytes : int
+        How many characters of Base64 are handed out in all.
+    """
+
+    def __init__(self, exploration: Exploration | None, *, max_bytes: int) -> None:
+        self._exploration = exploration
+        self._places: dict[str, int] = {}
+        if exploration is not None:
+            paths = exploration.images["path"].to_numpy()[exploration.thumbnail_rows]
+            self._places = {path: place for place, path in enumerate(paths)}
+        #: Paths of the images that have a thumbnail.
+        self.paths = frozenset(self._places)
+        self._left_bytes = max_bytes
+
+    def encode(self, path: str) -> str | None:
+        """
+        Encode the thumbnail of an image.
+
+        Parameters
+        ----------
+        path : str
+            Path of the image.
+
+        Returns
+        -------
+        str or None
+            WebP in Base64, None where there is no thumbnail or the budget is spent.
+        """
+        place = self._places.get(path)
+        if place is None or self._exploration is None:
+            return None
+        return self.encode_pixels(self._exploration.thumbnails[place])
+
+    def encode_pixels(self, pixels: npt.NDArray[np.uint8]) -> str | None:
+        """
+        Encode any picture on the same budget.
+
+        Parameters
+        ----------
+        pixels : numpy.ndarray
+            Shape (height, width, 3), uint8.
+
+        Returns
+        -------
+        str or None
+            WebP in Base64, None where the budget is spent.
+        """
+        encoded = _encode_webp(pixels)
+        if len(encoded) > self._left_bytes:
+            return None
+        self._left_bytes -= len(encoded)
+        return encoded
+
+
+def _encode_webp(pixels: npt.NDArray[np.uint8]) -> str:
+    """Encode pixels as WebP in Base64."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    image.thumbnail((_MAX_PX, _MAX_PX))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=_QUALITY, method=4)
+    return base64.b64encode(file.getvalue()).decode("ascii")

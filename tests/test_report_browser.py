@@ -1,0 +1,342 @@
+"""The page in a real browser: headless Chromium, without any network."""
+
+import html
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+from test_report_page import HOSTILE, HOSTILE_END, make_report_data
+
+from fruitdask.report.page import render_page
+
+#: A browser of its own that asks nobody for anything.
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+]
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+N_CLASSES = 14
+READY = "html[data-maps=ready]"
+
+#: The place on the screen of a point in a map: of those of a class with or without a thumbnail the one that is farthest from all others.
+FIND_POINT = """([name, number, withPicture]) => {
+  const data = JSON.parse(document.getElementById("maps-data").textContent);
+  const plot = Bokeh.documents[0].get_model_by_name(`plot-${name}`);
+  const view = Bokeh.index.find_one(plot);
+  const { glyph, data_source } = plot.renderers[0];
+  const box = view.canvas_view.events_el.getBoundingClientRect();
+  const [xs, ys] = ["x", "y"].map((axis) => Array.from(data_source.get_column(glyph[axis].field)));
+  const places = xs.map((x, point) => ({ x: box.x + view.frame.x_scale.compute(x), y: box.y + view.frame.y_scale.compute(ys[point]) }));
+  const room = (point) => Math.min(...places.map((each, other) => (
+    other === point ? Infinity : Math.hypot(each.x - places[point].x, each.y - places[point].y))));
+  const wanted = (point) => data.class_of_point[point] === number && (data.picture_of_point[point] >= 0) === withPicture;
+  const point = places.map((_, each) => each).filter(wanted).sort((a, b) => room(b) - room(a))[0];
+  return { ...places[point], path: data.paths[point], label: data.labels[number] };
+}"""
+LIST_MUTED = """() => Bokeh.documents[0].roots().map((plot) => plot.renderers.filter((each) => each.muted).map((each) => each.name))"""
+LIST_SELECTED = "() => Bokeh.documents[0].roots().map((plot) => plot.renderers[0].data_source.selected.indices.length)"
+
+
+@dataclass
+class Watched:
+    """A page, and what it has asked for and complained of."""
+
+    page: Page
+    requests: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Debian's Chromium."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("needs a chromium on the PATH, such as Debian's package of that name")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report in which not all points have thumbnails, and two classes names that would do harm where they are not escaped."""
+    names = {N_CLASSES - 2: f"{HOSTILE}", N_CLASSES - 1: f"fruit {HOSTILE_END}"}
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(render_page(make_report_data(700, N_CLASSES, names=names, n_thumbnails=200)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def opened(browser: Browser, report_file: Path, request: pytest.FixtureRequest) -> Iterator[Watched]:
+    """The report with its maps drawn, in a browser with the options that a test gives."""
+    options: dict[str, Any] = {"viewport": DESKTOP} | getattr(request, "param", {})
+    with browser.new_context(**options) as context:
+        watched = Watched(context.new_page())
+        watched.page.on("request", lambda each: watched.requests.append(each.url))
+        watched.page.on("pageerror", lambda error: watched.complaints.append(str(error)))
+        watched.page.on(
+            "console",
+            lambda message: watched.complaints.append(message.text) if message.type in ("error", "warning") else None,
+        )
+        watched.page.goto(report_file.as_uri())
+        watched.page.wait_for_selector(READY, state="attached")
+        yield watched
+
+
+def hover(page: Page, name: str, number: int, *, with_picture: bool = True) -> dict[str, Any]:
+    """Move the mouse onto a point of a class; gives its path and label."""
+    page.locator(f"#map-{name}").scroll_into_view_if_needed()
+    point: dict[str, Any] = page.evaluate(FIND_POINT, [name, number, with_picture])
+    page.mouse.move(point["x"] - 3, point["y"])
+    page.mouse.move(point["x"], point["y"])
+    page.wait_for_selector("#tip", state="visible")
+    return point
+
+
+def drag_box(page: Page, name: str) -> None:
+    """Select what lies in the middle of a map with its box."""
+    page.evaluate(
+        """(name) => {
+          const tools = Bokeh.documents[0].get_model_by_name(`plot-${name}`).toolbar.tools;
+          tools.find((tool) => tool.type === "BoxSelectTool").active = true;
+        }""",
+        name,
+    )
+    page.locator(f"#map-{name}").scroll_into_view_if_needed()
+    box = page.locator(f"#map-{name}").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.5, steps=3)
+    page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + box["height"] * 0.75, steps=3)
+    page.mouse.up()
+
+
+def test_page_asks_for_nothing_and_complains_of_nothing(opened: Watched, report_file: Path) -> None:
+    page = opened.page
+    hover(page, "pca", 0)
+    drag_box(page, "tsne")
+    page.wait_for_selector("#selection-clear", state="visible")
+    assert opened.requests == [report_file.as_uri()]
+    assert opened.complaints == []
+
+
+def test_policy_stops_what_is_not_the_pages_own(opened: Watched, report_file: Path) -> None:
+    page = opened.page
+    refused = page.evaluate("""async () => {
+          const script = document.createElement("script");
+          script.textContent = "window.harmed = 3";
+          document.head.append(script);
+          const fetched = await fetch("https://example.org/").then(() => "fetched", () => "refused");
+          return [fetched, window.harmed === undefined];
+        }""")
+    assert refused == ["refused", True]
+    assert opened.requests == [report_file.as_uri()]
+
+
+@pytest.mark.parametrize("name", ["pca", "tsne"])
+def test_hover_shows_thumbnail_path_and_label(opened: Watched, name: str) -> None:
+    point = hover(opened.page, name, 3)
+    tip = opened.page.locator("#tip")
+    assert (tip.locator("b").text_content(), tip.locator("span").text_content()) == (point["label"], point["path"])
+    picture = tip.locator("img")
+    assert picture.get_attribute("alt") == point["label"]
+    assert picture.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])") == [64, 64]
+    opened.page.mouse.move(5, 5)
+    opened.page.wait_for_selector("#tip", state="hidden")
+
+
+def test_hover_shows_a_point_without_thumbnail(opened: Watched) -> None:
+    point = hover(opened.page, "pca", 3, with_picture=False)
+    tip = opened.page.locator("#tip")
+    assert tip.locator("span").text_content() == point["path"]
+    assert tip.locator("img").count() == 0
+
+
+def test_names_of_strangers_stay_text(opened: Watched) -> None:
+    page = opened.page
+    labels = page.evaluate("() => JSON.parse(document.getElementById('maps-data').textContent).labels")
+    for label in (HOSTILE, f"fruit {HOSTILE_END}"):
+        point = hover(page, "pca", labels.index(label))
+        assert page.locator("#tip b").text_content() == label == point["label"]
+        page.mouse.move(5, 5)
+        page.wait_for_selector("#tip", state="hidden")
+    page.get_by_role("button", name="Fade all").click()
+    drag_box(page, "pca")
+    assert page.evaluate("() => window.harmed") is None
+    assert page.locator("img[src='x']").count() == 0
+    assert opened.complaints == []
+
+
+def test_legend_mutes_a_class_in_both_maps(opened: Watched) -> None:
+    page = opened.page
+    button = page.locator("#legend .class").nth(2)
+    button.click()
+    assert button.get_attribute("aria-pressed") == "false"
+    assert page.evaluate(LIST_MUTED) == [["class-2"], ["class-2"]]
+    button.click()
+    assert button.get_attribute("aria-pressed") == "true"
+    assert page.evaluate(LIST_MUTED) == [[], []]
+
+
+def test_legend_works_by_keyboard(opened: Watched) -> None:
+    page = opened.page
+    page.locator("#legend-none").focus()
+    page.keyboard.press("Tab")
+    # The list scrolls, so that a browser may stop at it before its first button.
+    if page.evaluate("() => document.activeElement.tagName") != "BUTTON":
+        page.keyboard.press("Tab")
+    assert page.evaluate("() => document.activeElement.dataset.class") == "0"
+    outline = page.evaluate("() => getComputedStyle(document.activeElement).outlineStyle")
+    page.keyboard.press("Space")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert outline == "solid"
+    assert page.evaluate(LIST_MUTED) == [["class-0", "class-1"]] * 2
+
+
+def test_legend_filter_limits_what_its_buttons_do(opened: Watched) -> None:
+    page = opened.page
+    page.locator("#legend-filter").fill("  FRUIT_00")
+    assert page.locator("#legend .class:visible").count() == 10
+    page.get_by_role("button", name="Fade all").click()
+    assert (
+        page.evaluate(LIST_MUTED)
+        == [
+            [
+                f"class-{n}"
+                for n in page.evaluate(
+                    "() => [...document.querySelectorAll('#legend li:not([hidden]) .class')].map((each) => each.dataset.class)"
+                )
+            ]
+        ]
+        * 2
+    )
+    page.locator("#legend-filter").fill("no such fruit")
+    assert page.locator("#legend-empty").is_visible()
+    page.locator("#legend-filter").fill("")
+    page.get_by_role("button", name="Show all").click()
+    assert page.evaluate(LIST_MUTED) == [[], []]
+
+
+def test_selection_is_shared_by_both_maps(opened: Watched) -> None:
+    page = opened.page
+    drag_box(page, "pca")
+    page.wait_for_selector("#selection-clear", state="visible")
+    in_pca, in_tsne = page.evaluate(LIST_SELECTED)
+    assert 0 < in_pca < 700 and in_pca == in_tsne
+    assert page.locator("#selection-text").text_content().startswith(f"{in_pca} selected: ")
+    assert page.locator("#selection-pictures img").count() > 0
+    # A class that is faded out leaves the selection.
+    page.get_by_role("button", name="Fade all").click()
+    assert page.evaluate(LIST_SELECTED) == [0, 0]
+    assert page.locator("#selection-text").text_content() == "Nothing is selected."
+
+
+@pytest.mark.parametrize("opened", [{"viewport": PHONE, "is_mobile": True, "has_touch": True}], indirect=True)
+def test_phone_shows_everything_without_scrolling_sideways(opened: Watched) -> None:
+    page = opened.page
+    assert page.evaluate("() => [document.documentElement.scrollWidth, innerWidth]") == [360, 360]
+    tools = page.evaluate(
+        "() => Bokeh.documents[0].roots().map((plot) => plot.toolbar.tools.find((tool) => tool.type === 'PanTool').active)"
+    )
+    assert tools == [False, False], "a finger on a map must scroll the page"
+    page.locator("#map-pca").scroll_into_view_if_needed()
+    point = page.evaluate(FIND_POINT, ["pca", 1, True])
+    page.touchscreen.tap(point["x"], point["y"])
+    page.wait_for_selector("#tip", state="visible")
+    assert page.locator("#tip span").text_content() == page.locator("#selection-pictures .path").first.text_content()
+
+
+@pytest.mark.parametrize("opened", [{"color_scheme": "light"}], indirect=True)
+def test_dark_mode_reaches_page_and_maps(opened: Watched) -> None:
+    page = opened.page
+
+    def read_colours() -> list[str]:
+        colours: list[str] = page.evaluate("""() => [
+              getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,
+              Bokeh.documents[0].roots()[0].below[0].major_label_text_color,
+            ]""")
+        return colours
+
+    light = read_colours()
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(
+        "(light) => Bokeh.documents[0].roots()[0].below[0].major_label_text_color !== light", arg=light[2]
+    )
+    dark = read_colours()
+    assert light == ["rgb(255, 255, 255)", "rgb(28, 33, 30)", "#1c211e"]
+    assert dark == ["rgb(20, 24, 22)", "rgb(230, 234, 231)", "#e6eae7"]
+
+
+@pytest.mark.parametrize("opened", [{"color_scheme": "dark"}], indirect=True)
+def test_print_is_black_on_white_and_unfolded(opened: Watched) -> None:
+    page = opened.page
+    page.emulate_media(media="print", color_scheme="dark")
+    page.evaluate("() => dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("() => getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("() => Bokeh.documents[0].roots()[0].below[0].major_label_text_color") == "#000000"
+    assert page.locator("details:not([open])").count() == 0
+    page.evaluate("() => dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details:not([open])").count() > 0
+
+
+@pytest.mark.parametrize(
+    "opened", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True, ids=["light", "dark"]
+)
+def test_contrast_of_text_is_enough(opened: Watched) -> None:
+    worst = opened.page.evaluate("""() => {
+          const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+          const light = (colour) => parse(colour).slice(0, 3)
+            .map((each) => each / 255).map((each) => (each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4))
+            .reduce((sum, each, place) => sum + each * [0.2126, 0.7152, 0.0722][place], 0);
+          const behind = (element) => {
+            for (let each = element; each; each = each.parentElement) {
+              const colour = getComputedStyle(each).backgroundColor;
+              if (parse(colour)[3] !== 0) return colour;
+            }
+          };
+          let worst = [Infinity, ""];
+          for (const element of document.querySelectorAll("body *:not(svg *):not(script):not(noscript *)")) {
+            const hasText = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+            if (!hasText || !element.checkVisibility()) continue;
+            const pair = [light(getComputedStyle(element).color), light(behind(element))].sort((a, b) => b - a);
+            const ratio = (pair[0] + 0.05) / (pair[1] + 0.05);
+            if (ratio < worst[0]) worst = [ratio, element.outerHTML.slice(0, 200)];
+          }
+          return worst;
+        }""")
+    # WCAG 2.2, success criterion 1.4.3.
+    assert worst[0] >= 4.5, worst[1]
+
+
+def test_page_works_in_a_frame_of_a_notebook(browser: Browser, report_file: Path, tmp_path: Path) -> None:
+    notebook = tmp_path / "notebook.html"
+    report = html.escape(report_file.read_text(encoding="utf-8"))
+    notebook.write_text(
+        f'<!DOCTYPE html><meta charset="utf-8"><iframe srcdoc="{report}" height="600"></iframe>', encoding="utf-8"
+    )
+    with browser.new_context(viewport=DESKTOP, reduced_motion="reduce") as context:
+        page = context.new_page()
+        page.goto(notebook.as_uri())
+        frame = page.frames[1]
+        frame.wait_for_selector(READY, state="attached")
+        frame.get_by_role("link", name="Reproduce").click()
+        assert frame.url == "about:srcdoc"
+        assert frame.evaluate("() => scrollY") > 1_000
+
+
+def test_page_without_scripts_names_the_pictures(browser: Browser, report_file: Path) -> None:
+    with browser.new_context(java_script_enabled=False) as context:
+        page = context.new_page()
+        page.goto(report_file.as_uri())
+        assert "figures/pca.png and figures/tsne.png" in page.locator("#maps .note").inner_text()
+        assert page.get_by_role("heading", name="Summary").is_visible()
