@@ -54,7 +54,7 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
             "pooling": "avg",
             "layer": None,
             "preprocessing": None,
-            "engine": "tensorflow",
+            "engine": "auto",
         },
         "cluster": {
             "kind": "local",
