@@ -141,6 +141,9 @@ class FeaturizeConfig(_Section):
     max_pixels: int = Field(
         50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="Images with more pixels are not decoded."
     )
+    decode: Literal["exact", "fast"] = Field(
+        "exact", description="fast lets the JPEG decoder shrink images of at least twice the network's input."
+    )
     fetch_attempts: int = Field(3, ge=1, description="How often reading a file is tried.")
     concurrent_reads: int = Field(
         16, ge=1, description="Files in flight at once in each worker thread, from a remote input."

@@ -38,6 +38,8 @@ class ImageSource:
         How often reading a file is tried.
     concurrent_reads : int
         Files in flight at once from a remote input.
+    decode : str
+        ``exact``, or ``fast``: see `fruitdask.images.decode_image`.
     """
 
     location: Location
@@ -45,6 +47,7 @@ class ImageSource:
     max_pixels: int
     fetch_attempts: int
     concurrent_reads: int
+    decode: str = "exact"
 
 
 @dataclass
@@ -170,7 +173,7 @@ def read_batches(partition: Partition, source: ImageSource, *, input_px: int, wa
             with watch.measure("fetch"):
                 batch = list(islice(fetched, source.batch_size))
             with watch.measure("decode"):
-                rows, pixels = _decode(batch, input_px=input_px, max_pixels=source.max_pixels)
+                rows, pixels = _decode(batch, source, input_px)
             yield Batch(start, batch, rows, pixels)
             for outcome in batch:
                 outcome.data = b""
@@ -213,10 +216,11 @@ def _fetch(outcome: Outcome, fs: Any, path: str, max_attempts: int) -> None:
     outcome.fail("unreachable", last)
 
 
-def _decode(batch: list[Outcome], *, input_px: int, max_pixels: int) -> tuple[list[int], npt.NDArray[np.uint8]]:
+def _decode(batch: list[Outcome], source: ImageSource, input_px: int) -> tuple[list[int], npt.NDArray[np.uint8]]:
     """Decode a batch; gives the places and the pixels of the images that are well."""
     fetched = [row for row, outcome in enumerate(batch) if outcome.status == "ok"]
-    decoded = decode_images([batch[row].data for row in fetched], size_px=input_px, max_pixels=max_pixels)
+    files = [batch[row].data for row in fetched]
+    decoded = decode_images(files, size_px=input_px, max_pixels=source.max_pixels, is_fast=source.decode == "fast")
     rows: list[int] = []
     pixels = np.empty((len(fetched), input_px, input_px, 3), np.uint8)
     for row, result in zip(fetched, decoded, strict=True):

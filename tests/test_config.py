@@ -68,6 +68,7 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
             "batch_size": 8,
             "max_failed_fraction": 0.05,
             "max_pixels": 50_000_000,
+            "decode": "exact",
             "fetch_attempts": 3,
             "concurrent_reads": 16,
         },

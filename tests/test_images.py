@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageDraw
+from PIL import ExifTags, Image, ImageCms, ImageDraw
 
 from fruitdask.errors import ImageError, ImageTooLargeError
 from fruitdask.images import decode_image, decode_images
@@ -486,3 +486,37 @@ def test_decode_image_gives_pixels_or_an_image_error_for_any_bytes(
         assert "\n" not in str(error)
     else:
         assert (pixels.shape, pixels.dtype) == ((SIDE, SIDE, 3), np.dtype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "factor"), [(447, 900, 1), (448, 448, 2), (900, 1800, 4), (1792, 1792, 8), (4000, 4000, 8)]
+)
+def test_decode_image_fast_shrinks_while_it_decodes(width: int, height: int, factor: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+    data = save(image, "JPEG", quality=95)
+    fast = decode_image(data, size_px=224, max_pixels=10**8, is_fast=True)
+    exact = decode_image(data, size_px=224, max_pixels=10**8)
+    with Image.open(io.BytesIO(data)) as shrunk:
+        shrunk.draft("RGB", (-(-width // factor), -(-height // factor)))
+        assert shrunk.size == (-(-width // factor), -(-height // factor))
+        expected = np.asarray(shrunk.resize((224, 224), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(fast, expected)
+    assert np.array_equal(fast, exact) == (factor == 1)
+    assert np.abs(fast.astype(float) - exact).mean() < 8
+
+
+def test_decode_image_fast_turns_and_limits_as_before() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image = Image.new("RGB", (800, 600), (250, 0, 0))
+    image.paste((0, 0, 250), (400, 0, 800, 600))
+    data = save(image, "JPEG", exif=exif, quality=95)
+    upright = decode_image(data, size_px=100, max_pixels=10**6, is_fast=True)
+    assert upright[20, 50, 0] > 200 and upright[80, 50, 2] > 200
+    with pytest.raises(ImageTooLargeError, match="800 x 600 = 480,000"):
+        decode_image(data, size_px=100, max_pixels=400_000, is_fast=True)
+    png = save(image, "PNG")
+    np.testing.assert_array_equal(
+        decode_image(png, size_px=100, max_pixels=10**6, is_fast=True), decode_image(png, size_px=100, max_pixels=10**6)
+    )

@@ -43,7 +43,7 @@ class Inputs:
         """What determines the pixels: the images, and how they are decoded."""
         return {
             "catalog": hash_catalog(self.catalog),
-            "decoding": f"exact, max_pixels {self.config.featurize.max_pixels}",
+            "decoding": f"{self.config.featurize.decode}, max_pixels {self.config.featurize.max_pixels}",
         }
 
 
@@ -80,7 +80,7 @@ def prepare_inputs(config: Config) -> Inputs:
     if config.input.sample is not None and not exists(source):
         sample = config.input.sample
         draw_sample(source.path, per_class=sample.per_class, size_px=sample.size_px, seed=sample.seed)
-    options = config.featurize.model_dump(include={"batch_size", "max_pixels", "fetch_attempts", "concurrent_reads"})
+    options = config.featurize.model_dump(include={"batch_size", "max_pixels", "decode", "fetch_attempts", "concurrent_reads"})
     return Inputs(config, ImageSource(source, **options), output, list_images(config.input))
 
 
