@@ -91,7 +91,8 @@ def _open_local(config: LocalClusterConfig) -> Iterator[Any]:
                 memory_limit=config.memory_limit or "auto",
                 dashboard_address=config.dashboard_address,
                 host="127.0.0.1",
-                silence_logs=logging.ERROR,
+                # What is wrong with a task comes back as its exception; workers also log that their scheduler is gone while they are closed.
+                silence_logs=logging.CRITICAL,
                 preload=[_IGNORE_INTERRUPTS],
             )
     except Exception as error:

@@ -1,6 +1,7 @@
 """How a run shows that it moves: a live bar on a terminal or in a notebook, plain lines elsewhere."""
 
 import time
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Self
 
@@ -289,7 +290,9 @@ def choose_progress(console: Console | None = None) -> RunProgress:
     Returns
     -------
     RunProgress
-        A live bar on a terminal or in a notebook, lines elsewhere.
+        A live bar on a terminal or in a notebook that has ipywidgets, lines elsewhere.
     """
     console = console or Console(stderr=True)
-    return LiveProgress(console) if console.is_terminal or console.is_jupyter else LineProgress(console)
+    # In a notebook rich draws its bar with ipywidgets, and complains at each step where they are missing.
+    is_live = console.is_terminal or console.is_jupyter and find_spec("ipywidgets") is not None
+    return LiveProgress(console) if is_live else LineProgress(console)

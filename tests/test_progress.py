@@ -55,3 +55,12 @@ def test_live_progress_shows_bar_rate_and_failures() -> None:
 def test_choose_progress_looks_at_the_console() -> None:
     assert type(choose_progress(Console(file=io.StringIO()))) is LineProgress
     assert type(choose_progress(Console(file=io.StringIO(), force_terminal=True))) is LiveProgress
+
+
+@pytest.mark.parametrize(("has_widgets", "expected"), [(True, LiveProgress), (False, LineProgress)])
+def test_choose_progress_draws_in_a_notebook_only_with_widgets(
+    monkeypatch: pytest.MonkeyPatch, has_widgets: bool, expected: type[RunProgress]
+) -> None:
+    if not has_widgets:
+        monkeypatch.setattr(progress, "find_spec", lambda name: None)
+    assert type(choose_progress(Console(force_jupyter=True))) is expected

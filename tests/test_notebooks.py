@@ -1,0 +1,204 @@
+"""The notebooks: stripped of outputs, in short cells, without functions of their own, and running; what costs money stays off."""
+
+import ast
+import inspect
+import json
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import nbformat
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("01_explore", "02_run", "03_map", "04_cloud")
+REGION = "eu-west-1"
+#: Nothing listens there: whoever asks AWS for anything gets an error.
+NOWHERE = "http://127.0.0.1:9"
+#: A worker of a cluster that is being closed may find the scheduler gone before itself; Dask then logs a traceback that means nothing.
+LAST_HEARTBEAT = re.compile(
+    r"^\S+ \S+ - distributed\.worker - ERROR - Failed to communicate with scheduler during heartbeat\.$.*?^\S*CommClosedError: .*?$\n?",
+    re.MULTILINE | re.DOTALL,
+)
+
+Execute = Callable[[str], nbformat.NotebookNode]
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    """Read a notebook as it is kept."""
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=nbformat.NO_CONVERT)
+
+
+def list_sources(notebook: nbformat.NotebookNode) -> list[str]:
+    """List the code cells, magics turned into Python."""
+    return [TransformerManager().transform_cell(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def list_outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """List the outputs of all cells."""
+    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+
+def join_prints(notebook: nbformat.NotebookNode) -> str:
+    """Join what the cells have printed."""
+    return "".join(output.text for output in list_outputs(notebook) if output.output_type == "stream")
+
+
+def list_complaints(notebook: nbformat.NotebookNode) -> list[str]:
+    """List what the cells have written to standard error, and warnings and tracebacks wherever they are shown."""
+    complaints = []
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", ())
+        written = "".join(output.text for output in outputs if output.get("name") == "stderr")
+        complaints.append(LAST_HEARTBEAT.sub("", written))
+        shown = (
+            str(output.data) if "data" in output else output.text
+            for output in outputs
+            if output.get("name") != "stderr"
+        )
+        complaints += [text for text in shown if re.search(r"Traceback|\w+Warning: ", text)]
+    return [complaint for complaint in complaints if complaint.strip()]
+
+
+def count_pictures(notebook: nbformat.NotebookNode) -> int:
+    """Count the images and figures among the outputs."""
+    return sum("image/png" in output.get("data", {}) for output in list_outputs(notebook))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of the notebooks and of what they read; Jupyter keeps to it, its kernel is this interpreter, and AWS is out of reach."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("notebooks", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    kernel = folder / "jupyter" / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel.write_text(json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
+        for variable in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+            patch.setenv(variable, str(folder / variable.lower()))
+        for variable in ("SPEND_MONEY", "BUCKET", "AMI", "SECURITY_GROUP", "INSTANCE_PROFILE", "DOCKER_IMAGE"):
+            patch.delenv(f"FRUITDASK_{variable}", raising=False)
+        patch.setenv("AWS_ENDPOINT_URL", NOWHERE)
+        yield folder
+
+
+@pytest.fixture
+def execute(workplace: Path) -> Execute:
+    """Execute a notebook in the shared folder, in which each finds what those before it have left."""
+
+    def run(name: str) -> nbformat.NotebookNode:
+        notebook = nbformat.read(workplace / "notebooks" / f"{name}.ipynb", as_version=nbformat.NO_CONVERT)
+        resources = {"metadata": {"path": str(workplace / "notebooks")}}
+        # A cell that raises ends this with a CellExecutionError that shows its traceback.
+        executed = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+        assert not list_complaints(executed)
+        return executed
+
+    return run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_is_valid_and_stripped(name: str) -> None:
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"} and notebook.metadata.kernelspec.name == "python3"
+    assert not list_outputs(notebook)
+    assert all(cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+    assert not any(cell.metadata for cell in notebook.cells)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_is_short_cells_without_functions(name: str) -> None:
+    notebook = read(name)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    assert code[0].startswith("%matplotlib inline\n") and "import fruitdask\n" in code[0]
+    assert max(len(source.splitlines()) for source in code) < 12
+    assert max(len(line) for source in code for line in source.splitlines()) <= 100
+    nodes = [node for source in list_sources(notebook) for node in ast.walk(ast.parse(source))]
+    assert not [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_explains_and_links_to_what_is_there(name: str) -> None:
+    texts = [cell.source for cell in read(name).cells if cell.cell_type == "markdown"]
+    assert texts[0].startswith(f"# {int(name[:2])}. ") and "## A question to try\n" in texts[-1]
+    links = re.findall(r"\]\(([^)]+)\)", "\n".join(texts))
+    here = [link for link in links if not link.startswith("https://")]
+    assert all((ROOT / "notebooks" / link).is_file() for link in here)
+
+
+def test_01_explore(execute: Execute, workplace: Path) -> None:
+    executed = execute("01_explore")
+    by_hand, fruitdask = re.findall(r"^(?:by hand|fruitdask): +(\S+)", join_prints(executed), re.MULTILINE)
+    assert float(by_hand) == pytest.approx(float(fruitdask), rel=1e-6)
+    assert count_pictures(executed) == 6
+    assert (workplace / "demo" / "results" / "explore.csv").is_file()
+
+
+def test_02_run(execute: Execute, workplace: Path) -> None:
+    executed = execute("02_run")
+    pages = [output.data.get("text/html", "") for output in list_outputs(executed) if "data" in output]
+    assert sum("<iframe" in page and "Data protection" in page for page in pages) == 1
+    assert any("/status" in page for page in pages), "no link to the dashboard"
+    prints = join_prints(executed)
+    assert float(re.findall(r"largest difference: (\S+)", prints)[0]) < 1e-3
+    assert "images computed this time: 0\n" in prints
+    assert (workplace / "demo" / "results" / "report.html").is_file()
+
+
+def test_03_map(execute: Execute) -> None:
+    executed = execute("03_map")
+    prints = join_prints(executed)
+    assert float(re.findall(r"largest difference from the table: (\S+)", prints)[0]) < 1e-3
+    n_foreign = int(re.findall(r"(\d+) of 720 neighbours are of another class", prints)[0])
+    assert f"{1 - n_foreign / 720:.3f} of the neighbours" in prints
+    assert count_pictures(executed) == 11
+
+
+def test_04_cloud_spends_nothing_unless_told_to(execute: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("BUCKET", "AMI", "SECURITY_GROUP", "INSTANCE_PROFILE", "DOCKER_IMAGE"):
+        monkeypatch.setenv(f"FRUITDASK_{variable}", "there-is-one")
+    prints = join_prints(execute("04_cloud"))
+    assert "S3 is off and EC2 is off\n" in prints
+    assert prints.endswith("to s3://there-is-one/fruitdask-notebook/results\n")
+
+
+def test_04_cloud_on_s3(execute: Execute, s3_server: str, s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    s3_client.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("FRUITDASK_SPEND_MONEY", "1")
+    monkeypatch.setenv("FRUITDASK_BUCKET", bucket)
+    prints = join_prints(execute("04_cloud"))
+    assert "S3 is ON and EC2 is off\n" in prints
+    assert f"144 images in s3://{bucket}/fruitdask-notebook/photographs\n" in prints
+    assert f"{{'ok': 144}} in s3://{bucket}/fruitdask-notebook/results\n" in prints
+    assert float(re.findall(r"features of the local files: (\S+)", prints)[0]) < 1e-3
+    assert prints.endswith("0 machines are still there []\n")
+    assert s3_client.head_object(Bucket=bucket, Key="fruitdask-notebook/results/report.html")["ContentLength"] > 100_000
+    ec2 = boto3.client("ec2", endpoint_url=s3_server, region_name=REGION)
+    assert ec2.describe_instances()["Reservations"] == []
+    ec2.close()
+
+
+def test_04_cloud_describes_machines_in_the_words_of_ec2cluster() -> None:
+    from dask_cloudprovider.aws import EC2Cluster
+    from dask_cloudprovider.generic.vmcluster import VMCluster
+
+    names = ("REGION", "AMI", "SECURITY_GROUP", "INSTANCE_PROFILE", "DOCKER_IMAGE")
+    found: dict[str, Any] = dict.fromkeys(names, "there-is-one")
+    (cell,) = (cell for cell in read("04_cloud").cells if cell.id == "machines")
+    exec(cell.source, found)
+    known = {name for kind in (EC2Cluster, VMCluster) for name in inspect.signature(kind.__init__).parameters}
+    assert set(found["machines"]) <= known - {"self", "kwargs"}
