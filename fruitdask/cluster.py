@@ -91,7 +91,7 @@ def _open_local(config: LocalClusterConfig) -> Iterator[Any]:
                 memory_limit=config.memory_limit or "auto",
                 dashboard_address=config.dashboard_address,
                 host="127.0.0.1",
-                # What is wrong with a task comes back as its exception; workers also log that their scheduler is gone while they are closed.
+                # A task's error comes back as its exception; workers also log that the scheduler is gone while they are closed.
                 silence_logs=logging.CRITICAL,
                 preload=[_IGNORE_INTERRUPTS],
             )

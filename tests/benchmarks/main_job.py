@@ -52,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         loop = measure(
-            [sys.executable, str(HERE / "keras_loop.py"), str(arguments.photographs), str(arguments.weights)]
+            [sys.executable, str(HERE / "peers" / "keras_loop.py"), str(arguments.photographs), str(arguments.weights)]
         )
         print_header()
         print_line("plain Keras loop", loop, loop)

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,20 @@ class Measurement:
         Largest resident memory of the command's own process.
     worker_bytes : int
         Largest resident memory of a Dask worker that it started; 0 if it started none.
+    tree_bytes : int
+        Largest sum of the resident memory of all its processes.
+    cpu_seconds : float
+        Seconds that all its processes have kept cores busy, as far as sampling sees the end of each.
+    output : str
+        What it printed.
     """
 
     seconds: float
     client_bytes: int
     worker_bytes: int
+    tree_bytes: int
+    cpu_seconds: float
+    output: str
 
 
 def measure(command: list[str], **environment: str) -> Measurement:
@@ -45,24 +55,31 @@ def measure(command: list[str], **environment: str) -> Measurement:
     Returns
     -------
     Measurement
-        Seconds and memory.
+        Seconds, memory and output.
     """
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | environment)
-    client_bytes = worker_bytes = 0
-    while process.poll() is None:
-        try:
-            root = psutil.Process(process.pid)
-            client_bytes = max(client_bytes, root.memory_info().rss)
-            workers = [child for child in root.children(recursive=True) if _is_worker(child, root)]
-            worker_bytes = max([worker_bytes, *(worker.memory_info().rss for worker in workers)])
-        except psutil.Error:
-            pass  # A process has just ended.
-        time.sleep(_SECONDS_BETWEEN_SAMPLES)
-    seconds = time.perf_counter() - start
+    client_bytes = worker_bytes = tree_bytes = 0
+    cpu_seconds: dict[int, float] = {}
+    with tempfile.TemporaryFile("w+") as output:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=output, env=os.environ | environment)
+        while process.poll() is None:
+            try:
+                root = psutil.Process(process.pid)
+                children = root.children(recursive=True)
+                used = {each.pid: each.memory_info().rss for each in (root, *children)}
+                client_bytes, tree_bytes = max(client_bytes, used[root.pid]), max(tree_bytes, sum(used.values()))
+                workers = [used[child.pid] for child in children if _is_worker(child, root)]
+                worker_bytes = max([worker_bytes, *workers])
+                cpu_seconds |= {each.pid: sum(each.cpu_times()[:2]) for each in (root, *children)}
+            except psutil.Error:
+                pass  # A process has just ended.
+            time.sleep(_SECONDS_BETWEEN_SAMPLES)
+        seconds = time.perf_counter() - start
+        output.seek(0)
+        printed = output.read()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}")
-    return Measurement(seconds, client_bytes, worker_bytes)
+    return Measurement(seconds, client_bytes, worker_bytes, tree_bytes, sum(cpu_seconds.values()), printed)
 
 
 def _is_worker(process: psutil.Process, client: psutil.Process) -> bool:
