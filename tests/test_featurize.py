@@ -3,7 +3,9 @@
 import io
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from fruitdask.errors import PartitionError
 from fruitdask.featurize import FeaturizeJob, PartitionSummary, featurize_partition
 from fruitdask.fetch import ImageSource
 from fruitdask.mapping import map_partitions
-from fruitdask.models import ModelArtifact, build_artifact, load_predictor, predict
+from fruitdask.models import ModelArtifact, build_artifact, engines, load_predictor, predict
 from fruitdask.storage import Location
 
 
@@ -191,14 +193,14 @@ def test_featurize_partition_fails_images_whose_features_are_not_finite(tmp_path
 
 def install_counter() -> None:
     """Count the networks that this process builds from now on, and forget those it has."""
-    load = predict._load_tensorflow
 
-    def count(*args: Any) -> Any:
+    def count(load: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
         os.environ["N_BUILDS"] = str(int(os.environ.get("N_BUILDS", 0)) + 1)
-        return load(*args)
+        return load(*arguments, **settings)
 
     predict._predictors.clear()
-    predict._load_tensorflow = count
+    for name, engine in engines.ENGINES.items():
+        engines.ENGINES[name] = replace(engine, load_network=partial(count, engine.load_network))
 
 
 def test_network_is_built_once_a_process(

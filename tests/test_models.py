@@ -1,8 +1,17 @@
 """Networks: what is packed on the client gives on a worker what plain Keras gives."""
 
+import io
 import os
 import pickle
+import platform
+import subprocess
+import sys
 import threading
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +19,32 @@ import pytest
 from PIL import Image
 
 from fruitdask.config import ModelConfig
-from fruitdask.errors import ModelError, WeightsUnavailableError
+from fruitdask.errors import EngineError, ModelError, WeightsUnavailableError
 from fruitdask.models import (
     ModelArtifact,
     build_artifact,
+    cache,
+    choose_engine,
     choose_input_px,
+    engines,
     fingerprint_model,
     load_predictor,
     predict,
+    prepare_engine,
     start_building,
 )
 from fruitdask.models import build as build_module
 from fruitdask.models.cache import find_artifact, keep_artifact
+from fruitdask.models.engines import ENGINES
 from fruitdask.models.squeezenet import build_squeezenet, load_array_pickle, preprocess
+
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs the extra openvino")
+
+
+@pytest.fixture(params=["tensorflow", pytest.param("openvino", marks=needs_openvino)])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each engine."""
+    return str(request.param)
 
 
 def read_pixels(paths: list[Path], size_px: int) -> np.ndarray:
@@ -36,7 +58,13 @@ def random_pixels(size_px: int, n: int = 3) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (n, size_px, size_px, 3), np.uint8)
 
 
-def test_mobilenet_features_equal_keras(photographs: Path, mobilenet_weights: Path) -> None:
+def measure_error(features: np.ndarray, expected: np.ndarray) -> float:
+    """Measure the largest relative error of an image's features, as the norm of the difference over the norm."""
+    assert features.dtype == np.float32 and features.shape == expected.shape
+    return float((np.linalg.norm(features - expected, axis=1) / np.linalg.norm(expected, axis=1)).max())
+
+
+def test_mobilenet_features_equal_keras(photographs: Path, mobilenet_weights: Path, engine: str) -> None:
     import keras
 
     pixels = read_pixels(sorted(photographs.glob("*/*.jpg"))[::60], 224)
@@ -44,29 +72,26 @@ def test_mobilenet_features_equal_keras(photographs: Path, mobilenet_weights: Pa
         include_top=False, weights=str(mobilenet_weights), input_shape=(224, 224, 3), pooling="avg"
     )
     expected = network.predict(keras.applications.mobilenet_v2.preprocess_input(pixels.astype(np.float32)), verbose=0)
-    artifact = build_artifact(ModelConfig(weights=str(mobilenet_weights)))
-    features = load_predictor(artifact, n_threads=1)(pixels)
+    artifact = build_artifact(ModelConfig(weights=str(mobilenet_weights), engine=engine))
     assert (artifact.n_features, artifact.input_px, artifact.preprocessing) == (1280, 224, "own")
-    assert features.dtype == np.float32
-    errors = np.linalg.norm(features - expected, axis=1) / np.linalg.norm(expected, axis=1)
-    assert errors.max() < 1e-4
+    assert artifact.engine == engine
+    assert measure_error(load_predictor(artifact, n_threads=1)(pixels), expected) < 1e-5
 
 
 @pytest.mark.parametrize(
     ("name", "module"), [("MobileNet", "mobilenet"), ("VGG16", "vgg16"), ("EfficientNetB0", "efficientnet")]
 )
-def test_application_has_its_own_preprocessing(name: str, module: str) -> None:
+def test_application_has_its_own_preprocessing(name: str, module: str, engine: str) -> None:
     import keras
 
-    artifact = build_artifact(ModelConfig(name=name, weights="random", input_px=64))
+    artifact = build_artifact(ModelConfig(name=name, weights="random", input_px=64, engine=engine))
     keras.utils.set_random_seed(0)
     network = getattr(keras.applications, name)(include_top=False, weights=None, input_shape=(64, 64, 3), pooling="avg")
     pixels = random_pixels(64)
     expected = network.predict(
         getattr(keras.applications, module).preprocess_input(pixels.astype(np.float32)), verbose=0
     )
-    features = load_predictor(artifact, n_threads=1)(pixels)
-    np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert measure_error(load_predictor(artifact, n_threads=1)(pixels), expected) < 1e-5
 
 
 def test_default_input_sizes_are_those_of_keras(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +134,7 @@ def test_squeezenet_names_a_granny_smith(photographs: Path) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["avg", "max", "flatten"])
-def test_pooling_summarizes_the_last_feature_map(pooling: str) -> None:
+def test_pooling_summarizes_the_last_feature_map(pooling: str, engine: str) -> None:
     pixels = random_pixels(64)
     feature_map = build_squeezenet(input_px=64, weights="imagenet").predict(
         preprocess(pixels.astype(np.float32)), verbose=0
@@ -119,8 +144,8 @@ def test_pooling_summarizes_the_last_feature_map(pooling: str) -> None:
         "max": feature_map.max(axis=(1, 2)),
         "flatten": feature_map.reshape(3, -1),
     }
-    artifact = build_artifact(ModelConfig(name="SqueezeNet", input_px=64, pooling=pooling))
-    np.testing.assert_allclose(load_predictor(artifact, n_threads=1)(pixels), expected[pooling], rtol=1e-4, atol=1e-4)
+    artifact = build_artifact(ModelConfig(name="SqueezeNet", input_px=64, pooling=pooling, engine=engine))
+    assert measure_error(load_predictor(artifact, n_threads=1)(pixels), expected[pooling]) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -133,14 +158,14 @@ def test_pooling_summarizes_the_last_feature_map(pooling: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_keras_file_with_a_named_preprocessing(tmp_path: Path, mode: str, scale: object) -> None:
+def test_keras_file_with_a_named_preprocessing(tmp_path: Path, mode: str, scale: Callable, engine: str) -> None:
     import keras
 
     network = keras.Sequential(
         [keras.Input((32, 32, 3)), keras.layers.GlobalAveragePooling2D(name="means"), keras.layers.Dense(2)]
     )
     network.save(tmp_path / "own.keras")
-    artifact = build_artifact(ModelConfig(weights=str(tmp_path / "own.keras"), preprocessing=mode))
+    artifact = build_artifact(ModelConfig(weights=str(tmp_path / "own.keras"), preprocessing=mode, engine=engine))
     pixels = random_pixels(32)
     features = load_predictor(artifact, n_threads=1)(pixels)
     assert (artifact.n_features, artifact.preprocessing) == (3, mode)
@@ -254,9 +279,14 @@ def test_load_predictor_builds_once_for_many_threads(
     tiny_artifact: ModelArtifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = []
-    load = predict._load_tensorflow
+    engine = ENGINES[tiny_artifact.engine]
+
+    def load(artifact: ModelArtifact, *, n_threads: int) -> predict.Predictor:
+        built.append(1)
+        return engine.load_network(artifact, n_threads=n_threads)
+
     monkeypatch.setattr(predict, "_predictors", {})
-    monkeypatch.setattr(predict, "_load_tensorflow", lambda *args: built.append(1) or load(*args))
+    monkeypatch.setitem(ENGINES, tiny_artifact.engine, replace(engine, load_network=load))
     barrier = threading.Barrier(8)
     predictors = []
 
@@ -286,9 +316,24 @@ def test_cache_gives_what_was_kept_and_nothing_damaged(
     keep_artifact(tiny_model, tiny_artifact)
     assert find_artifact(tiny_model) == tiny_artifact
     assert find_artifact(tiny_model.model_copy(update={"preprocessing": "tf"})) is None
-    payload = next(tmp_path.rglob("*.pb"))
+    payload = next(tmp_path.rglob("*.bin"))
     payload.write_bytes(payload.read_bytes()[:-1] + b"x")
     assert find_artifact(tiny_model) is None
+
+
+@needs_openvino
+def test_cache_knows_engines_and_versions_apart(
+    tiny_model: ModelConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    configs = [tiny_model.model_copy(update={"engine": engine}) for engine in ENGINES]
+    artifacts = [build_artifact(config) for config in configs]
+    for config, artifact in zip(configs, artifacts, strict=True):
+        assert find_artifact(config) is None
+        keep_artifact(config, artifact)
+    assert [find_artifact(config) for config in configs] == artifacts
+    monkeypatch.setattr(cache, "version", lambda package: "1.0" if package == "openvino" else version(package))
+    assert [find_artifact(config) for config in configs] == [artifacts[0], None]
 
 
 def test_start_building_takes_a_kept_artifact_without_a_child(
@@ -309,6 +354,7 @@ def test_fingerprint_model_changes_with_settings_and_content(tiny_model: ModelCo
     before = fingerprint_model(tiny_model)
     assert fingerprint_model(tiny_model) == before
     assert fingerprint_model(tiny_model.model_copy(update={"pooling": "max"})) != before
+    assert fingerprint_model(tiny_model.model_copy(update={"engine": "tensorflow"})) == before
     try:
         path.write_bytes(content + b"\0")
         assert fingerprint_model(tiny_model) != before
@@ -327,3 +373,137 @@ def test_choose_input_px_reads_it_from_a_keras_file(tiny_model: ModelConfig, tmp
     (tmp_path / "no.keras").write_bytes(b"no archive")
     with pytest.raises(ModelError, match="no.keras: expected a .keras model whose input has a size"):
         choose_input_px(ModelConfig(weights=str(tmp_path / "no.keras"), preprocessing="none"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "is_installed", "has_gpu", "expected"),
+    [
+        ("auto", True, False, "openvino"),
+        ("auto", True, True, "tensorflow"),
+        ("auto", False, False, "tensorflow"),
+        ("openvino", True, True, "openvino"),
+        ("tensorflow", True, False, "tensorflow"),
+    ],
+    ids=["CPU", "GPU", "no extra", "openvino on a GPU's machine", "tensorflow on a CPU"],
+)
+def test_choose_engine(
+    engine: str, is_installed: bool, has_gpu: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda name: object() if is_installed else None)
+    monkeypatch.setattr(engines, "_has_nvidia_gpu", lambda: has_gpu)
+    assert choose_engine(ModelConfig(engine=engine)) == expected
+
+
+def test_choose_engine_refuses_openvino_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"needs its extra: pip install 'fruitdask\[openvino\]', or set"):
+        choose_engine(ModelConfig(engine="openvino"))
+
+
+def test_has_nvidia_gpu_finds_the_drivers_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert engines._has_nvidia_gpu()
+
+
+@needs_openvino
+def test_network_that_openvino_cannot_run_is_refused_on_the_client() -> None:
+    import tensorflow as tf
+
+    def trace(images: tf.Tensor) -> tf.Tensor:
+        floats = tf.cast(images, tf.float32)
+        return tf.reduce_mean(tf.raw_ops.Betainc(a=floats, b=floats, x=floats), axis=[1, 2])
+
+    graph = build_module._freeze(trace, 32)
+    assert ENGINES["tensorflow"].pack_graph(graph) == graph
+    message = "OpenVINO cannot run this network: No conversion rule found .*: Betainc; set model.engine: tensorflow"
+    with pytest.raises(ModelError, match=message):
+        ENGINES["openvino"].pack_graph(graph)
+
+
+@needs_openvino
+def test_openvino_packs_in_full_precision() -> None:
+    graph = build_artifact(ModelConfig(name="SqueezeNet", input_px=64, engine="tensorflow")).payload
+    with zipfile.ZipFile(io.BytesIO(ENGINES["openvino"].pack_graph(graph))) as archive:
+        xml, weights = archive.read("network.xml"), archive.read("network.bin")
+    n_parameters = build_squeezenet(input_px=64, weights="imagenet").count_params()
+    assert len(weights) >= 4 * n_parameters and b"f16" not in xml
+
+
+@needs_openvino
+def test_openvino_gives_an_image_the_same_features_in_every_batch_and_thread() -> None:
+    artifact = build_artifact(ModelConfig(name="SqueezeNet", input_px=64, engine="openvino"))
+    pixels = random_pixels(64, n=24)
+    single = ENGINES["openvino"].load_network(artifact, n_threads=1)
+    expected = np.concatenate([single(image[np.newaxis]) for image in pixels])
+    assert single(pixels[:0]).shape == (0, 512)
+    shared = ENGINES["openvino"].load_network(artifact, n_threads=2)
+    found: dict[int, np.ndarray] = {}
+    barrier = threading.Barrier(4)
+
+    def ask(shift: int) -> None:
+        barrier.wait()
+        for _ in range(5):
+            found[shift] = np.roll(shared(np.roll(pixels, shift, axis=0)), -shift, axis=0)
+
+    threads = [threading.Thread(target=ask, args=(shift,)) for shift in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    for features in found.values():
+        np.testing.assert_array_equal(features, expected)
+
+
+_RUN_AGAIN = """
+import sys
+import numpy as np
+from fruitdask.config import ModelConfig
+from fruitdask.models import load_predictor, prepare_engine, start_building
+
+with start_building(ModelConfig.model_validate_json(sys.argv[1])) as wait_for_artifact:
+    artifact = wait_for_artifact()
+prepare_engine(artifact.engine, n_threads=1)
+print(load_predictor(artifact, n_threads=1)(np.full((2, 32, 32, 3), 7, np.uint8)).tolist())
+assert "openvino" in sys.modules
+print([name for name in ("tensorflow", "keras", "openvino_telemetry.main") if name in sys.modules])
+"""
+
+
+@needs_openvino
+def test_kept_artifact_runs_without_tensorflow_and_without_telemetry(
+    tiny_model: ModelConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = tiny_model.model_copy(update={"engine": "openvino"})
+    keep_artifact(config, build_artifact(config))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    command = [sys.executable, "-c", _RUN_AGAIN, config.model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str([[7.0] * 6] * 2), "[]"]
+    # OpenVINO's telemetry would leave the number by which it knows this user.
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+def test_worker_without_openvino_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    message = (
+        rf"openvino cannot be imported on {platform.node()} .* install it there with pip install 'fruitdask\[openvino"
+    )
+    with pytest.raises(EngineError, match=message):
+        prepare_engine("openvino", n_threads=1)
+
+
+@needs_openvino
+def test_artifact_that_a_worker_cannot_read_is_an_error_of_its_openvino() -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("network.xml", "<net version='99'/>")
+        archive.writestr("network.bin", b"")
+    artifact = ModelArtifact(buffer.getvalue(), "openvino", "Pear", "own", input_px=32, n_features=3)
+    with pytest.raises(
+        EngineError, match=f"openvino .* on {platform.node()} cannot load Pear: Unable to read the model"
+    ):
+        load_predictor(artifact, n_threads=1)

@@ -1,8 +1,15 @@
 """The model artifact: a network as bytes, ready to be scattered to workers."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+#: What an artifact becomes on a worker: from images, uint8 of shape (n, input_px, input_px, 3), to features, float32 (n, n_features).
+Predictor = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -13,9 +20,9 @@ class ModelArtifact:
     Parameters
     ----------
     payload : bytes
-        What the engine loads; for TensorFlow a serialized graph with the weights and the preprocessing inside.
+        What the engine loads: a graph with the weights and the preprocessing inside.
     engine : str
-        What runs it: ``tensorflow``.
+        What runs it: ``tensorflow`` or ``openvino``.
     name : str
         The network's name.
     preprocessing : str

@@ -12,6 +12,7 @@ from fruitdask.config import ModelConfig
 from fruitdask.errors import StorageError
 from fruitdask.models.artifact import ModelArtifact
 from fruitdask.models.build import fingerprint_model
+from fruitdask.models.engines import choose_engine
 from fruitdask.storage import Location, write_file
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,10 @@ def _name_files(config: ModelConfig) -> tuple[Path, Path]:
     """Name the files of an artifact after all that determines it."""
     import platformdirs
 
-    parts = [fingerprint_model(config), __version__, version("keras"), version("tensorflow")]
+    engine = choose_engine(config)
+    # Whatever runs the network, Keras builds it on TensorFlow.
+    versions = {name: version(name) for name in ("keras", "tensorflow", engine)}
+    parts = [fingerprint_model(config), engine, __version__, versions]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     folder = platformdirs.user_cache_path("fruitdask") / "models"
-    return folder / f"{key}.json", folder / f"{key}.pb"
+    return folder / f"{key}.json", folder / f"{key}.bin"

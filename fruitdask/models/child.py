@@ -13,6 +13,7 @@ from fruitdask.errors import EngineError, FruitdaskError
 from fruitdask.models.artifact import ModelArtifact
 from fruitdask.models.build import build_artifact
 from fruitdask.models.cache import find_artifact, keep_artifact
+from fruitdask.models.engines import choose_engine
 
 
 @contextmanager
@@ -31,7 +32,14 @@ def start_building(config: ModelConfig) -> Iterator[Callable[[], ModelArtifact]]
     ------
     Callable[[], ModelArtifact]
         Waits for the artifact and returns it. Raises the errors of `build_artifact`.
+
+    Raises
+    ------
+    ModelError
+        If the weights are a file that is not there, or the engine is not installed.
     """
+    # Chosen once, for the cache and for the child.
+    config = config.model_copy(update={"engine": choose_engine(config)})
     cached = find_artifact(config)
     if cached is not None:
         yield lambda: cached

@@ -1,20 +1,9 @@
 """The worker's face of a model: from an artifact to a callable, once per process."""
 
-import logging
-import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from fruitdask.models.artifact import ModelArtifact
-
-logger = logging.getLogger(__name__)
-
-Predictor = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+from fruitdask.models.artifact import ModelArtifact, Predictor
+from fruitdask.models.engines import ENGINES
 
 # The two names below are a process's own cache, the only state of this package at module level: a task cannot carry a network with it.
 _lock = threading.Lock()
@@ -37,11 +26,16 @@ def load_predictor(artifact: ModelArtifact, *, n_threads: int) -> Predictor:
     Predictor
         A function from images, uint8 of shape (n, input_px, input_px, 3), to features, float32 of shape (n, n_features). Threads may
         share it.
+
+    Raises
+    ------
+    EngineError
+        If the artifact's engine is not installed here, or cannot read it.
     """
     key = artifact.sha256
     with _lock:
         if key not in _predictors:
-            _predictors[key] = _load_tensorflow(artifact, n_threads)
+            _predictors[key] = ENGINES[artifact.engine].load_network(artifact, n_threads=n_threads)
         return _predictors[key]
 
 
@@ -52,82 +46,14 @@ def prepare_engine(engine: str, *, n_threads: int) -> None:
     Parameters
     ----------
     engine : str
-        The engine of the artifacts to come: ``tensorflow``.
+        The engine of the artifacts to come: ``tensorflow`` or ``openvino``.
     n_threads : int
         Threads that the engine may use.
+
+    Raises
+    ------
+    EngineError
+        If the engine is not installed here.
     """
     with _lock:
-        _start_tensorflow(n_threads)
-
-
-def import_tensorflow(*, with_keras: bool) -> Any:
-    """
-    Import TensorFlow quietly; an import that fails still raises.
-
-    Parameters
-    ----------
-    with_keras : bool
-        Whether Keras comes along. A frozen graph runs without it, and TensorFlow starts in two thirds of the time.
-
-    Returns
-    -------
-    module
-        The package ``tensorflow``.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _muted_stderr(), nullcontext() if with_keras else _without_keras():
-        import tensorflow
-    return tensorflow
-
-
-@contextmanager
-def _muted_stderr() -> Iterator[None]:
-    """Send the process's standard error nowhere: TensorFlow's C++ logs CPU features and absent GPUs there, whatever its settings say."""
-    saved = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
-@contextmanager
-def _without_keras() -> Iterator[None]:
-    """Let TensorFlow believe that Keras 2 is wanted, which it imports on first use only; ``tf.keras`` is Keras 3 again afterwards."""
-    name = "TF_USE_LEGACY_KERAS"
-    saved = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if saved is not None:
-            os.environ[name] = saved
-
-
-def _start_tensorflow(n_threads: int) -> Any:
-    """Import TensorFlow with its threads limited, which works only before its first operation."""
-    tf = import_tensorflow(with_keras=False)
-    try:
-        tf.config.threading.set_intra_op_parallelism_threads(n_threads)
-        tf.config.threading.set_inter_op_parallelism_threads(n_threads)
-    except RuntimeError:
-        logger.info("TensorFlow already runs in this process: its number of threads stays as it is")
-    return tf
-
-
-def _load_tensorflow(artifact: ModelArtifact, n_threads: int) -> Predictor:
-    """Load a frozen graph: neither Keras nor a SavedModel folder is needed, and the constants let TensorFlow fuse operations."""
-    tf = _start_tensorflow(n_threads)
-    graph = tf.compat.v1.GraphDef()
-    graph.ParseFromString(artifact.payload)
-    wrapped = tf.compat.v1.wrap_function(lambda: tf.graph_util.import_graph_def(graph, name=""), [])
-    function = wrapped.prune("images:0", "features:0")
-
-    def predict(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        features: npt.NDArray[np.float32] = function(tf.constant(images)).numpy()
-        return features
-
-    return predict
+        ENGINES[engine].start_engine(n_threads=n_threads)

@@ -22,7 +22,7 @@ from fruitdask.config import Config
 from fruitdask.errors import OutputError, TooManyFailuresError
 from fruitdask.exploration import Exploration, read_exploration
 from fruitdask.mapping import map_partitions
-from fruitdask.models import ModelArtifact, fingerprint_model, start_building
+from fruitdask.models import ModelArtifact, choose_engine, fingerprint_model, start_building
 from fruitdask.pipeline.exploring import Survey
 from fruitdask.pipeline.inputs import Inputs, dump_config, prepare_inputs
 from fruitdask.pipeline.presenting import Report, present
@@ -43,7 +43,7 @@ _REDUCING, _PRESENTING = ("reduce", "quality"), ("plots", "report")
 #: Features of up to this size are reduced on the client: 3,276 images of 1280 features, which take 0.1 GB of its memory.
 _LOCAL_REDUCE_BYTES = 16 * 1024**2
 #: Packages whose versions can change what a run computes.
-_PACKAGES = ("dask", "distributed", "dask-ml", "keras", "numpy", "pillow", "scikit-learn", "tensorflow", "zarr")
+_PACKAGES = ("dask", "distributed", "dask-ml", "keras", "numpy", "pillow", "scikit-learn", "zarr")
 
 
 @dataclass(frozen=True)
@@ -272,11 +272,14 @@ def _start(task: _Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifa
     check_n_components(task.config.reduce.n_components, n_images=len(task.catalog))
     with start_building(task.config.model) as wait_for_artifact:
         client = client or stack.enter_context(open_client(task.config.cluster))
-        preparing = prepare_workers(client, task.config.model.engine)
+        preparing = prepare_workers(client, choose_engine(task.config.model))
         # The workers and the child are busy for seconds: time to import what reducing will need.
         import_module("dask_ml.decomposition")
         artifact = wait_for_artifact()
-    del preparing
+    for future in preparing:
+        # A worker without the engine would fail with each task; better now, before anything is written.
+        if future.status == "error":
+            future.result()
     return client, artifact
 
 
@@ -346,7 +349,7 @@ def _begin_output(task: _Task, artifact: ModelArtifact, client: Any) -> dict[str
             "n_workers": len(client.nthreads()),
             "n_threads": sum(client.nthreads().values()),
         },
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in (*_PACKAGES, artifact.engine)},
         "config": dump_config(task.config),
         "seconds": {},
     }
