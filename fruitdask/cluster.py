@@ -89,7 +89,9 @@ def _open_local(config: LocalClusterConfig) -> Iterator[Any]:
                 n_workers=n_workers,
                 threads_per_worker=threads,
                 memory_limit=config.memory_limit or "auto",
-                dashboard_address=config.dashboard_address,
+                # Without a dashboard Dask still serves its health and metrics there, and would take the usual port for them.
+                dashboard_address=config.dashboard_address or "127.0.0.1:0",
+                scheduler_kwargs={"dashboard": config.dashboard_address is not None},
                 host="127.0.0.1",
                 # A task's error comes back as its exception; workers also log that the scheduler is gone while they are closed.
                 silence_logs=logging.CRITICAL,

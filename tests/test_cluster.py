@@ -45,7 +45,12 @@ def test_local_cluster_that_cannot_start_says_so() -> None:
 
 def test_address_cluster_is_left_running() -> None:
     with LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=None, host="127.0.0.1"
+        n_workers=1,
+        threads_per_worker=1,
+        processes=False,
+        protocol="tcp",
+        dashboard_address="127.0.0.1:0",
+        host="127.0.0.1",
     ) as cluster:
         for _ in range(2):
             with open_client(AddressClusterConfig(kind="address", address=cluster.scheduler_address)) as client:
@@ -63,7 +68,7 @@ def test_unreachable_scheduler_times_out() -> None:
 
 def test_scheduler_without_workers_times_out() -> None:
     with LocalCluster(
-        n_workers=0, processes=False, protocol="tcp", dashboard_address=None, host="127.0.0.1"
+        n_workers=0, processes=False, protocol="tcp", dashboard_address="127.0.0.1:0", host="127.0.0.1"
     ) as cluster:
         assert isinstance(cluster.scheduler, Scheduler)
         with pytest.raises(ClusterStartError, match="no worker within 0.5 s; start one: dask worker tcp://127.0.0.1"):

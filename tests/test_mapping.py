@@ -87,7 +87,12 @@ def test_map_partitions_says_which_partition_failed(client: Any, tmp_path: Path)
 
 def test_map_partitions_says_that_the_scheduler_is_gone(tmp_path: Path) -> None:
     cluster = LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=None, host="127.0.0.1"
+        n_workers=1,
+        threads_per_worker=1,
+        processes=False,
+        protocol="tcp",
+        dashboard_address="127.0.0.1:0",
+        host="127.0.0.1",
     )
     with cluster, Client(cluster.scheduler_address, timeout=2) as client:
 
