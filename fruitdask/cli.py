@@ -31,6 +31,7 @@ _EXIT_CODES: tuple[tuple[type[errors.FruitdaskError], int], ...] = (
     (errors.FruitdaskError, 2),
 )
 _SHOWN_CLASSES = 24
+_LOG_FORMAT = "%(asctime)s %(name)s: %(message)s"
 
 _set_option = click.option(
     "--set",
@@ -70,9 +71,10 @@ def run(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool)
     from fruitdask.progress import choose_progress
 
     if verbose:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
     overrides += ("output.overwrite=true",) if overwrite else ()
-    with _reported(verbose=verbose, overwrite=overwrite):
+    again = "what is stored stays, run the same command again to go on" + (", without --overwrite" if overwrite else "")
+    with _reported(verbose=verbose, again=again):
         loaded = load_config(config, overrides=overrides)
         from fruitdask.pipeline import run as run_pipeline
 
@@ -94,6 +96,8 @@ def explore(config: str, overrides: tuple[str, ...], verbose: bool) -> None:
     from fruitdask.config import load_config
     from fruitdask.progress import choose_progress
 
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
     with _reported(verbose=verbose):
         loaded = load_config(config, overrides=overrides)
         from fruitdask.pipeline import explore as explore_images
@@ -153,8 +157,8 @@ def sample(folder: str, per_class: int, size_px: int, seed: int) -> None:
 
 
 @contextmanager
-def _reported(*, verbose: bool = False, overwrite: bool = False) -> Iterator[None]:
-    """Turn an error into one sentence and an exit code."""
+def _reported(*, verbose: bool = False, again: str = "run the same command again") -> Iterator[None]:
+    """Turn an error into one sentence and an exit code; an interruption is told how to go on."""
     try:
         yield
     except errors.FruitdaskError as error:
@@ -163,8 +167,7 @@ def _reported(*, verbose: bool = False, overwrite: bool = False) -> Iterator[Non
         click.echo(f"fruitdask: {error}", err=True)
         sys.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
     except KeyboardInterrupt:
-        again = "run the same command again to go on" + (", without --overwrite" if overwrite else "")
-        click.echo(f"fruitdask: interrupted; what is stored stays, {again}", err=True)
+        click.echo(f"fruitdask: interrupted; {again}", err=True)
         sys.exit(_INTERRUPTED)
 
 
@@ -195,15 +198,17 @@ def _print_summary(result: "RunResult", console: "Console") -> None:
 
 def _print_exploration(found: "Exploration", config: "Config", console: "Console") -> None:
     """Print what an exploration has found and where it is."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("class", "images", "median px", "difference", "near duplicates", title=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for label, row in found.classes.head(_SHOWN_CLASSES).iterrows():
-        size = f"{row['width_px_median']:.0f} x {row['height_px_median']:.0f}"
-        difference = f"{row['mean_squared_difference']:.4f} ± {row['standard_error']:.4f}"
-        table.add_row(str(label), f"{row['n_ok']:,}", size, difference, f"{row['n_near_duplicates']:,}")
+        size = f"{row['width_px_median']:.0f} x {row['height_px_median']:.0f}" if row["n_ok"] else "-"
+        has_pairs = row["n_ok"] > 1
+        difference = f"{row['mean_squared_difference']:.4f} ± {row['standard_error']:.4f}" if has_pairs else "-"
+        table.add_row(escape(str(label)), f"{row['n_images']:,}", size, difference, f"{row['n_near_duplicates']:,}")
     if len(found.classes) > _SHOWN_CLASSES:
         table.add_row(f"... and {len(found.classes) - _SHOWN_CLASSES} more classes")
     console.print(table)
@@ -221,19 +226,24 @@ def _print_exploration(found: "Exploration", config: "Config", console: "Console
 
 def _format_groups(groups: dict[str, int]) -> str:
     """Say how many images are there more than once."""
-    across = f", {groups['n_groups_across_classes']:,} of them across classes" if groups["n_groups_across_classes"] else ""
+    across = (
+        f", {groups['n_groups_across_classes']:,} of them across classes" if groups["n_groups_across_classes"] else ""
+    )
     return f"{groups['n_images']:,} images in {groups['n_groups']:,} groups{across}"
 
 
 def _print_rows(rows: dict[str, str], console: "Console") -> None:
     """Print names and values, those that there are."""
+    from rich.markup import escape
+
     for name, value in rows.items():
         if value:
-            console.print(f"[bold]{name:>18}[/bold]  {value}", highlight=False, soft_wrap=True)
+            console.print(f"[bold]{name:>18}[/bold]  {escape(value)}", highlight=False, soft_wrap=True)
 
 
 def _build_class_table(by_class: dict[str, dict[str, int]]) -> "Table":
     """Build the table of images by class; of very many classes those with failures and the first."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("class", "ok", "failed")
@@ -242,7 +252,9 @@ def _build_class_table(by_class: dict[str, dict[str, int]]) -> "Table":
     shown = sorted(by_class, key=lambda label: -by_class[label]["failed"])[:_SHOWN_CLASSES]
     for label in sorted(shown):
         counts = by_class[label]
-        table.add_row(label, f"{counts['ok']:,}", f"{counts['failed']:,}", style="red" if counts["failed"] else None)
+        table.add_row(
+            escape(label), f"{counts['ok']:,}", f"{counts['failed']:,}", style="red" if counts["failed"] else None
+        )
     if len(by_class) > len(shown):
         table.add_row(f"... and {len(by_class) - len(shown)} more classes", "", "")
     return table

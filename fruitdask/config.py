@@ -16,7 +16,7 @@ from fruitdask.errors import ConfigError
 PILLOW_LIMIT_PIXELS = 178_956_970
 
 #: Keys that hold a path or a URL; a relative path is resolved against the file (or the working directory) it was written in.
-_PATH_KEYS = (("input", "url"), ("input", "manifest"), ("model", "weights"), ("output", "url"))
+URL_KEYS = (("input", "url"), ("input", "manifest"), ("model", "weights"), ("output", "url"))
 _WORDS_FOR_WEIGHTS = ("imagenet", "random")
 _ENV_PATTERN = re.compile(r"\$\{(\w+)\}")
 
@@ -198,7 +198,7 @@ class ExploreConfig(_Section):
     near_duplicate_bits: int = Field(
         2,
         ge=0,
-        le=16,
+        le=8,
         description="Images whose perceptual hashes differ in at most so many of 64 bits are near duplicates.",
     )
     thumbnail_px: int = Field(64, ge=16, le=256, description="Side of the thumbnails, in pixels.")
@@ -227,6 +227,13 @@ class PlotsConfig(_Section):
         (1, 2), description="The two principal components that the maps show, counted from 1."
     )
     dpi: int = Field(150, ge=50, le=600, description="Dots per inch.")
+
+    @field_validator("components")
+    @classmethod
+    def _check_two(cls, components: tuple[int, int]) -> tuple[int, int]:
+        if components[0] == components[1]:
+            raise ValueError("expected two different components")
+        return components
 
 
 class ReportConfig(_Section):
@@ -420,7 +427,7 @@ def _expand_env(tree: Any, name: str) -> Any:
 
 def _resolve_paths(tree: dict[str, Any], base: Path, name: str) -> dict[str, Any]:
     """Make the paths of a tree absolute; URLs stay as they are."""
-    for section, key in _PATH_KEYS:
+    for section, key in URL_KEYS:
         value = tree.get(section, {}).get(key) if isinstance(tree.get(section), dict) else None
         is_word = section == "model" and value in _WORDS_FOR_WEIGHTS
         if isinstance(value, str) and value and "://" not in value and not is_word:

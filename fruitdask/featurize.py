@@ -74,7 +74,8 @@ def featurize_partition(partition: Partition, artifact: ModelArtifact, job: Feat
     """
     Turn the images of a partition into features and store them.
 
-    Images are fetched, decoded and predicted in batches, so that memory does not grow with the partition. An image that fails is data: its
+    Images are fetched, decoded and predicted in batches, so that of a partition only its features (and, where it is explored too, small
+    thumbnails) are held. An image that fails is data: its
     features are NaN and its outcome says why. The function runs without a cluster too.
 
     Parameters

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -67,6 +68,34 @@ class Location:
         's3://bucket/run/partitions/00000.parquet'
         """
         return Location("/".join((self.url.rstrip("/"), *names)), self.storage_options)
+
+
+def hide_secrets(text: str) -> str:
+    """
+    Take user names, passwords and signatures out of a URL, or of a text that quotes one.
+
+    Parameters
+    ----------
+    text : str
+        A URL or any other text.
+
+    Returns
+    -------
+    str
+        The same without what stands before the host, and after a question or number sign, of a URL.
+
+    Examples
+    --------
+    >>> hide_secrets("https://me:secret@example.org/fruits?sig=abc")
+    'https://***@example.org/fruits?***'
+    >>> hide_secrets("s3://AKIA:ab/cd@bucket/fruits"), hide_secrets("/home/me@work/fruits?")
+    ('s3://***@bucket/fruits', '/home/me@work/fruits?')
+    """
+    if "://" not in text:
+        return text
+    # A password may hold slashes and at signs, as those of AWS do: up to the last one, where there is a colon before it.
+    hidden = re.sub(r"://(?:[^@\s:]*:\S*|[^/@\s]+)@", "://***@", text)
+    return re.sub(r"([?#])\S+", r"\1***", hidden)
 
 
 def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -86,27 +86,26 @@ def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite:
     OutputError
         If the folder holds files with the names of results that no fruitdask run wrote.
     StoreMismatchError
-        If it holds the results of a run on other images or with another network.
+        If it holds the results of a run or an exploration of other images, or of a run with another network.
     """
-    manifest = read_manifest(output)
+    manifest, exploration = read_manifest(output), read_manifest(output, name=EXPLORATION)
     if manifest is None:
-        is_explored = read_manifest(output, name=EXPLORATION) is not None
-        names = _RUN_NAMES if is_explored else _EXPLORATION_NAMES + _RUN_NAMES
+        names = _EXPLORATION_NAMES + _RUN_NAMES if exploration is None else _RUN_NAMES
         foreign = [name for name in names if exists(output.child(name))]
         if foreign:
             raise OutputError(
                 f"{output.url}: expected an empty or new folder for the results, found {foreign[0]}, which no fruitdask run wrote; "
                 "choose another output.url"
             )
-        return None
     if overwrite:
         return None
-    for name, value in fingerprint.items():
-        found = manifest["fingerprint"].get(name)
-        if found != value:
+    found = manifest or exploration or {"fingerprint": {}}
+    for name in set(fingerprint) & set(found["fingerprint"]):
+        theirs, ours = found["fingerprint"][name], fingerprint[name]
+        if theirs != ours:
             raise StoreMismatchError(
-                f"{output.url} belongs to another run: its {name} has the fingerprint {_shorten(found)}, this run's is {_shorten(value)}; "
-                "choose another output.url, or --overwrite to delete those results"
+                f"{output.url} belongs to another run: its {name} has the fingerprint {_shorten(theirs)}, this run's is {_shorten(ours)}; "
+                "choose another output.url, or delete those results with fruitdask run --overwrite"
             )
     return manifest
 
@@ -410,7 +409,8 @@ def read_manifest(output: Location, *, name: str = MANIFEST) -> dict[str, Any] |
         manifest = read_json(location)
         if manifest is None:
             return None
-        is_ours = isinstance(manifest["fruitdask"], str) and isinstance(manifest["fingerprint"], dict)
+        texts = manifest["fruitdask"], manifest["status"]
+        is_ours = all(isinstance(text, str) for text in texts) and isinstance(manifest["fingerprint"], dict)
     except (ValueError, KeyError, TypeError):
         is_ours = False
     if not is_ours:
@@ -468,6 +468,33 @@ def read_json(location: Location) -> Any:
         return json.loads(location.fs.cat_file(location.path))
 
 
+def read_quality(output: Location) -> dict[str, Any] | None:
+    """
+    Read how well the features of a run keep the classes apart.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+
+    Returns
+    -------
+    dict or None
+        What ``fruitdask.neighbors`` has found; None where that was not asked for.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be read, or is damaged.
+    """
+    location = output.child(QUALITY)
+    try:
+        quality: dict[str, Any] | None = read_json(location)
+    except ValueError as error:
+        raise StorageError(f"{location.url}: the file is damaged ({error}); delete it and run again") from error
+    return quality
+
+
 def write_json(location: Location, tree: Mapping[str, Any]) -> None:
     """
     Write a JSON file.
@@ -501,6 +528,11 @@ def clear_output(output: Location) -> None:
     StorageError
         If something cannot be deleted.
     """
+    for name in (MANIFEST, EXPLORATION):
+        # Should this be interrupted, what is left must not be taken for results.
+        manifest = read_manifest(output, name=name)
+        if manifest is not None:
+            write_manifest(output, manifest | {"status": "deleting"}, name=name)
     for name in _EXPLORATION_NAMES + _RUN_NAMES:
         delete_result(output, name)
 

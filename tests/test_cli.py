@@ -269,3 +269,22 @@ def test_report_without_results_is_one_sentence(config_path: Path) -> None:
         "use fruitdask run or fruitdask explore first"
     )
     assert not (config_path.parent / "out").exists()
+
+
+def test_names_with_brackets_are_shown_as_they_are(config_path: Path, sample_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "[red]apple").symlink_to(sample_folder / "apple_red_1")
+    (tmp_path / "in" / "[").mkdir()
+    (tmp_path / "in" / "[" / "b]").symlink_to(sample_folder / "pear_1")
+    arguments = [
+        "--set",
+        f"input.url={tmp_path}/in",
+        "--set",
+        f"output.url={tmp_path}/[out]",
+        "--set",
+        "explore.input_px=32",
+    ]
+    for command in ("explore", "run"):
+        result = invoke(command, str(config_path), *arguments)
+        assert result.exit_code == 0, result.output
+        assert "[red]apple" in result.stdout and "b]" in result.stdout and "[out]" in result.stdout

@@ -267,7 +267,10 @@ def test_load_config_names_an_environment_variable_that_is_not_set(
     ("text", "message"),
     [
         ("modle: {}", r"line 3: unknown key modle; did you mean model\?"),
-        ("xyz: 1", r"line 3: unknown key xyz; valid keys: cluster, explore, featurize, input, model, output, plots, quality, reduce, report"),
+        (
+            "xyz: 1",
+            r"line 3: unknown key xyz; valid keys: cluster, explore, featurize, input, model, output, plots, quality, reduce, report",
+        ),
         ("model:\n  name: VGG16\n  poling: max", r"line 5: unknown key model\.poling; did you mean pooling\?"),
         (
             "reduce:\n  tsne:\n    perplexty: 3",

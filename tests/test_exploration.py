@@ -16,6 +16,7 @@ import fruitdask
 from fruitdask import store
 from fruitdask.catalog import list_images, split_catalog
 from fruitdask.config import Config, ExploreConfig, InputConfig, load_config
+from fruitdask.errors import StorageError, StoreMismatchError
 from fruitdask.exploration import (
     ClassSums,
     Exploration,
@@ -29,7 +30,9 @@ from fruitdask.exploration import (
     write_exploration,
 )
 from fruitdask.exploration.duplicates import group_duplicates, group_near_duplicates
+from fruitdask.exploration.summary import _describe_class
 from fruitdask.fetch import ImageSource
+from fruitdask.sample import draw_sample
 from fruitdask.storage import Location
 
 #: Published for the same photographs (Fruits-360, original size): the "average MSE" between the images of a class.
@@ -68,7 +71,7 @@ def explore_here(
         tally,
         images,
         measured,
-        kept_rows=yardstick.kept_rows,
+        yardstick=yardstick,
         config=config,
         described={"fruitdask": "test", "fingerprint": {}},
     )
@@ -86,12 +89,12 @@ def compare_all_pairs(pixels: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("images_per_partition", [1, 3, 7, 100])
-def test_differences_equal_brute_force_whatever_the_partitions(
-    sample_folder: Path, tmp_path: Path, images_per_partition: int
-) -> None:
-    found = explore_here(sample_folder, tmp_path, images_per_partition=images_per_partition, thumbnail_px=32)
+def test_differences_equal_brute_force_whatever_the_partitions(tmp_path: Path, images_per_partition: int) -> None:
+    folder = tmp_path / "in"
+    draw_sample(folder, per_class=5, size_px=64)
+    found = explore_here(folder, tmp_path / "out", images_per_partition=images_per_partition, thumbnail_px=32)
     for label, row in found.classes.iterrows():
-        paths = sorted((sample_folder / str(label)).iterdir())
+        paths = sorted((folder / str(label)).iterdir())
         pixels = read_pixels(paths, 32)
         pairs = compare_all_pairs(pixels)
         assert row["mean_squared_difference"] == pytest.approx(pairs.mean(), rel=1e-9)
@@ -132,10 +135,13 @@ def test_standard_error_is_that_of_repeated_samples() -> None:
     rng = np.random.default_rng(0)
 
     def measure(n: int) -> tuple[float, float]:
-        pixels = rng.integers(100, 110, (n, 2, 2, 3)) + rng.integers(0, 60, (n, 1, 1, 1))
-        pairs = compare_all_pairs(pixels.astype(float))
-        of_image = ((pixels - pixels.mean(axis=0)) ** 2).mean(axis=(1, 2, 3))
-        return pairs.mean(), 2 * n / (n - 1) * of_image.std(ddof=1) / np.sqrt(n)
+        pixels = (rng.integers(100, 110, (n, 2, 2, 3)) + rng.integers(0, 60, (n, 1, 1, 1))).astype(np.uint8)
+        distances = ((pixels - pixels.mean(axis=0)) ** 2).mean(axis=(1, 2, 3))
+        group = pd.DataFrame(
+            {"distance_to_mean": distances, "path": "", "mean_red": 0, "mean_green": 0, "mean_blue": 0}
+        )
+        found = _describe_class(group, ClassSums.measure(pixels, pixels), np.empty(0), scale="bytes")
+        return found["mean_squared_difference"], found["standard_error"]
 
     means, errors = np.array([measure(40) for _ in range(300)]).T
     assert errors.mean() == pytest.approx(means.std(), rel=0.15)
@@ -295,3 +301,53 @@ def test_images_that_are_all_the_same_do_not_differ(tmp_path: Path) -> None:
     assert found.classes.at["a", "mean_squared_difference"] == 0 and found.classes.at["a", "standard_error"] == 0
     assert found.images["distance_to_mean"].tolist() == [0.0] * 20
     assert found.classes.at["a", "n_duplicates"] == found.classes.at["a", "n_near_duplicates"] == 20
+
+
+def test_images_that_cannot_be_read_are_all_that_there_is(tmp_path: Path, client: Any) -> None:
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    for number in range(3):
+        (tmp_path / "in" / "a" / f"{number}.jpg").write_bytes(b"no image")
+    found = fruitdask.explore(make_config(tmp_path / "in", tmp_path / "out"), client=client)
+    assert found.classes.loc["a", ["n_images", "n_ok"]].tolist() == [3, 0] and len(found.thumbnails) == 0
+    assert set(found.images["error"]) == {"expected a JPEG, PNG, WebP, TIFF or BMP image, found something else"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "expected a JPEG" in page and "explore.csv" in page
+
+
+def test_labels_in_any_order_give_the_same_classes(sample_folder: Path, tmp_path: Path, client: Any) -> None:
+    paths = sorted(str(path.relative_to(sample_folder)) for path in sample_folder.rglob("*.jpg"))
+    labels = [f"label {number % 5}" for number in range(len(paths))]
+    pd.DataFrame({"path": paths, "label": labels}).to_csv(tmp_path / "labels.csv", index=False)
+    tree = {"input": {"url": str(sample_folder), "manifest": str(tmp_path / "labels.csv")}}
+    config = load_config(
+        tree | {"output": {"url": str(tmp_path / "out")}, "plots": {"enabled": False}, "explore": {"input_px": 32}}
+    )
+    found = fruitdask.explore(config, client=client)
+    for number, (label, row) in enumerate(found.classes.iterrows()):
+        pixels = read_pixels([sample_folder / path for path in paths[number::5]], 32)
+        assert label == f"label {number}"
+        assert row["mean_squared_difference"] == pytest.approx(compare_all_pairs(pixels).mean(), rel=1e-9)
+
+
+def test_explore_refuses_the_folder_of_another_exploration(sample_folder: Path, tmp_path: Path, client: Any) -> None:
+    fruitdask.explore(make_config(sample_folder, tmp_path / "out"), client=client)
+    other = make_config(sample_folder, tmp_path / "out", **{"input.limit": 7})
+    with pytest.raises(StoreMismatchError, match="belongs to another run: its catalog has the fingerprint"):
+        fruitdask.explore(other, client=client)
+
+
+def test_group_near_duplicates_takes_many_that_are_all_alike() -> None:
+    rng = np.random.default_rng(0)
+    centre = rng.integers(0, 2**64, dtype=np.uint64)
+    flips = np.uint64(1) << rng.integers(0, 64, (3000, 3), dtype=np.uint64)
+    values = centre ^ flips[:, 0] ^ flips[:, 1] ^ flips[:, 2]
+    groups = group_near_duplicates(pd.Series([f"{value:016x}" for value in values]), max_bits=8)
+    assert groups.nunique() == 1 and groups.notna().all()
+
+
+def test_damaged_exploration_is_one_sentence(sample_folder: Path, tmp_path: Path) -> None:
+    output = Location(str(tmp_path))
+    write_exploration(output, explore_here(sample_folder, tmp_path))
+    store.delete_result(output, "explore.zarr/means")
+    with pytest.raises(StorageError, match="expected the arrays of an exploration, means is missing; delete it"):
+        read_exploration(output)

@@ -27,7 +27,8 @@ from fruitdask.errors import (
     TooManyFailuresError,
 )
 from fruitdask.models import build_artifact, load_predictor
-from fruitdask.pipeline import exploring, running
+from fruitdask.pipeline import exploring, presenting, running
+from fruitdask.pipeline.inputs import dump_config
 from fruitdask.storage import Location
 
 MakeConfig = Callable[..., Config]
@@ -328,7 +329,8 @@ def test_run_refuses_the_results_of_another_run(make_config: MakeConfig, client:
     result = fruitdask.run(make_config(), client=client)
     before = result.table
     with pytest.raises(
-        StoreMismatchError, match="belongs to another run: its catalog has the fingerprint .* or --overwrite"
+        StoreMismatchError,
+        match="belongs to another run: its catalog .* or delete those results with fruitdask run --overwrite",
     ):
         fruitdask.run(make_config(input={"limit": 10}), client=client)
     with pytest.raises(StoreMismatchError, match="its model has the fingerprint"):
@@ -553,3 +555,89 @@ def test_explore_refuses_the_folder_of_a_run_on_other_images(make_config: MakeCo
     fruitdask.run(make_config(), client=client)
     with pytest.raises(StoreMismatchError, match="belongs to another run: its catalog has the fingerprint"):
         fruitdask.explore(make_config(input={"limit": 10}), client=client)
+
+
+def test_run_refuses_the_exploration_of_other_images(make_config: MakeConfig, client: Any) -> None:
+    fruitdask.explore(make_config(), client=client)
+    other = {"input": {"limit": 10}, "explore": {"enabled": False}}
+    with pytest.raises(StoreMismatchError, match="belongs to another run: its catalog has the fingerprint"):
+        fruitdask.run(make_config(**other), client=client)
+    result = fruitdask.run(make_config(**other | {"output": {"overwrite": True}}), client=client)
+    assert result.exploration is None and len(result.table) == 10
+
+
+def test_interrupted_drawing_is_made_up_for(
+    make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shown = {"plots": {"enabled": True}, "report": {"enabled": True}}
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt("in this test")
+
+    fruitdask.run(make_config(**shown), client=client)
+    with monkeypatch.context() as patch:
+        patch.setattr(presenting.report, "write_page", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="in this test"):
+            fruitdask.render_report(make_config(**shown | {"report": {"title": "Orchard"}}))
+    assert "Orchard" not in (tmp_path / "out" / "report.html").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(exploring, "present", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="in this test"):
+            fruitdask.explore(make_config(**shown, explore={"input_px": 24}), client=client)
+    result = fruitdask.run(make_config(**shown, explore={"input_px": 24}))
+    assert result.n_computed == 0 and "24 × 24" in result.report.read() and "Orchard" not in result.report.read()
+    assert result.manifest["config"]["explore"]["input_px"] == 24
+    fruitdask.render_report(make_config(**shown | {"report": {"title": "Orchard"}}))
+    assert "Orchard" not in fruitdask.run(make_config(**shown, explore={"input_px": 24})).report.read()
+
+
+def test_other_numbers_leave_no_picture_of_the_old_ones(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
+    fruitdask.run(make_config(plots={"enabled": True}, report={"enabled": True}), client=client)
+    fruitdask.run(make_config(reduce={"n_components": 3}))
+    assert not (tmp_path / "out" / "report.html").exists() and not list((tmp_path / "out" / "figures").iterdir())
+
+
+def test_seconds_are_those_of_the_run_that_took_them(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
+    first = fruitdask.run(make_config(), client=client).manifest
+    again = fruitdask.run(make_config(reduce={"n_components": 3})).manifest
+    assert again["n_computed"] == 24 and again["seconds"]["total"] == first["seconds"]["total"]
+    assert again["seconds"]["worker"] == first["seconds"]["worker"]
+    (tmp_path / "out" / "partitions" / "00000.parquet").unlink()
+    resumed = fruitdask.run(make_config(), client=client).manifest
+    assert resumed["n_computed"] == 5 and resumed["seconds"]["total"] != first["seconds"]["total"]
+
+
+def test_interrupted_overwriting_leaves_nothing_that_looks_complete(
+    make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fruitdask.run(make_config(), client=client)
+    deleted: list[str] = []
+
+    def delete_some(output: Location, name: str) -> None:
+        deleted.append(name)
+        if name == "features.zarr":
+            raise KeyboardInterrupt("in this test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "delete_result", delete_some)
+        with pytest.raises(KeyboardInterrupt, match="in this test"):
+            fruitdask.run(make_config(output={"overwrite": True}), client=client)
+    with pytest.raises(OutputError, match="expected a finished run or exploration, found none"):
+        fruitdask.render_report(make_config(report={"enabled": True}))
+
+
+def test_thumbnails_of_all_images_do_not_stay(
+    make_config: MakeConfig, client: Any, sample_folder: Path, tmp_path: Path
+) -> None:
+    source = copy_images(sample_folder, tmp_path / "in")
+    for path in sorted(source.rglob("*.jpg"))[:6]:
+        path.write_bytes(b"broken")
+    with pytest.raises(TooManyFailuresError, match="images failed"):
+        fruitdask.run(make_config(input={"url": str(source)}), client=client)
+    assert not (tmp_path / "out" / "thumbnails.zarr").exists()
+
+
+def test_manifest_keeps_no_secret_of_a_url(make_config: MakeConfig) -> None:
+    config = make_config(input={"url": "https://me:se/cr@t@example.org/fruits?signature=abc"})
+    dumped = json.dumps(dump_config(config))
+    assert "***@example.org/fruits?***" in dumped and "cr@t" not in dumped and "abc" not in dumped

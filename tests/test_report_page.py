@@ -91,6 +91,7 @@ def make_manifest(config: Config, results: pd.DataFrame) -> dict[str, Any]:
         "finished": "2026-11-23T07:01:05+00:00",
         "fingerprint": {"catalog": "ab12", "model": "cd34", "decoding": "exact, max_pixels 50000000"},
         "n_images": len(results),
+        "n_computed": len(results),
         "model": {"name": "MobileNetV2", "engine": "tensorflow", "input_px": 224, "n_features": 1280, "sha256": "ef"},
         "cluster": {"kind": "local", "n_workers": 2, "n_threads": 4},
         "versions": {"python": "3.11.9", "dask": "2026.8.0"},
@@ -394,7 +395,7 @@ def test_render_page_lists_the_first_failures() -> None:
     failures = data.failures.assign(status=["missing"] * 5 + ["unreadable"] * 55)
     outline = Outline(render_page(replace(data, failures=failures)))
     assert "unreadable 55" in outline.text and "missing 5" in outline.text
-    assert "All 60 are in the file failures.csv beside this page." in outline.text
+    assert "All 60 are in the table failures.csv beside this page." in outline.text
     listed = [path for path in failures["path"] if path in {text.strip() for text in outline.texts["th"]}]
     assert listed == list(failures["path"][5:55])
 

@@ -34,7 +34,7 @@ def make_outcomes(statuses: list[str]) -> pd.DataFrame:
 
 def fill(output: Location) -> np.ndarray:
     """Create a store of 5 images in partitions of 2, write the last two partitions, and return all features."""
-    store.write_manifest(output, {"fruitdask": "0", "fingerprint": FINGERPRINT})
+    store.write_manifest(output, {"fruitdask": "0", "status": "running", "fingerprint": FINGERPRINT})
     store.create_store(output, n_images=5, n_features=3, images_per_partition=2, attributes={"class_names": ["a"]})
     features = np.arange(15, dtype=np.float32).reshape(5, 3)
     features[[0, 1, 3]] = np.nan

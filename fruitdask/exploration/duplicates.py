@@ -63,29 +63,47 @@ def group_near_duplicates(hashes: pd.Series, *, max_bits: int) -> pd.Series:
     >>> group_near_duplicates(pd.Series(["00000000000000ff", "00000000000000fe", "ff00000000000000"]), max_bits=1).tolist()
     [0, 0, <NA>]
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     known = hashes[hashes != ""]
     codes, unique = pd.factorize(known)
-    values = np.array([int(text, 16) for text in unique], np.uint64)
-    pairs = np.concatenate([np.empty((2, 0), np.int64), *_find_close(values, max_bits)], axis=1)
-    links = coo_array((np.ones(pairs.shape[1], np.bool_), (pairs[0], pairs[1])), shape=(len(values), len(values)))
-    components = connected_components(links, directed=False)[1] if len(values) else np.empty(0, np.int64)
+    components = _connect(np.array([int(text, 16) for text in unique], np.uint64), max_bits)
     # The number of a component is as good a hash as any.
     return group_duplicates(
         pd.Series(components[codes].astype(str), index=known.index).reindex(hashes.index, fill_value="")
     )
 
 
+def _connect(values: npt.NDArray[np.uint64], max_bits: int) -> npt.NDArray[np.int64]:
+    """Number the connected components of distinct hashes, holding no more than some of the pairs at a time."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    components = np.arange(len(values))
+
+    def merge(pairs: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+        ends = components[np.concatenate(pairs, axis=1)]
+        links = coo_array((np.ones(ends.shape[1], np.bool_), tuple(ends)), shape=(len(values), len(values)))
+        return np.asarray(connected_components(links, directed=False)[1])[components]
+
+    waiting: list[npt.NDArray[np.int64]] = []
+    n_waiting = 0
+    for pairs in _find_close(values, max_bits):
+        waiting.append(pairs)
+        n_waiting += pairs.shape[1]
+        if n_waiting > _PAIRS_AT_ONCE:
+            components, waiting, n_waiting = merge(waiting), [], 0
+    return merge(waiting) if waiting else components
+
+
 def _find_close(values: npt.NDArray[np.uint64], max_bits: int) -> Iterator[npt.NDArray[np.int64]]:
     """Find the pairs of distinct hashes that differ in at most so many bits; a pair may come several times."""
-    edges = np.linspace(0, _HASH_BITS, max_bits + 2).astype(int)
+    edges = np.linspace(0, _HASH_BITS, max_bits + 2).astype(int) if len(values) else np.empty(0, int)
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         band = (values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
         order = np.argsort(band, kind="stable")
         starts = np.flatnonzero(np.diff(band[order], prepend=~band[order[:1]]))
-        for members in np.split(order, starts[1:]):
+        sizes = np.diff(starts, append=len(order))
+        for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
+            members = order[start : start + size]
             yield from _compare(values, members, max_bits)
 
 

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask import store
+from fruitdask.errors import StorageError
 from fruitdask.storage import Location, write_file
 
 #: A spreadsheet holds no more rows than about a million (Excel: 1,048,576).
@@ -23,7 +24,8 @@ class Exploration:
     Parameters
     ----------
     images : pandas.DataFrame
-        One row an image, in the order of the catalog: ``path``, ``label``, ``status``; ``bytes``, ``width_px``, ``height_px``, ``format``;
+        One row an image, in the order of the catalog: ``path``, ``label``, ``status``, ``error``; ``bytes``, ``width_px``, ``height_px``,
+        ``format``;
         ``content_hash`` (SHA-256), ``perceptual_hash`` (64 bits) and the groups ``duplicate_group`` and ``near_duplicate_group``;
         ``has_exif``, ``has_gps``, ``has_serial``, ``has_name``; ``mean_red``, ``mean_green``, ``mean_blue`` (0 to 255);
         ``distance_to_mean``, the mean squared difference from the mean image of the class.
@@ -110,4 +112,10 @@ def read_exploration(output: Location) -> Exploration | None:
         return None
     images = store.read_table(output.child(f"{_IMAGES}.parquet"))
     classes = store.read_table(output.child(f"{_CLASSES}.parquet")).set_index("label")
-    return Exploration(images, classes, summary=summary, **store.read_arrays(output.child(_ARRAYS)))
+    arrays = store.read_arrays(output.child(_ARRAYS))
+    missing = sorted({"thumbnail_rows", "thumbnails", "means"} - set(arrays))
+    if missing:
+        raise StorageError(
+            f"{output.child(_ARRAYS).url}: expected the arrays of an exploration, {missing[0]} is missing; delete it and explore again"
+        )
+    return Exploration(images, classes, summary=summary, **arrays)

@@ -20,6 +20,8 @@ from fruitdask.store import open_thumbnails
 #: How many of the 256 steps of a byte make one unit of each scale.
 _STEPS_PER_UNIT = {"signed": 127.5, "unit": 255.0, "bytes": 1.0}
 _QUANTILES = (0.05, 0.5, 0.95)
+#: Of fewer pairs there are no quantiles to speak of.
+_MIN_PAIRS = 10
 #: All pairs of so many images of a class make its quantiles: 19,900 pairs.
 _MAX_PAIRED = 200
 _PALETTE_COLOURS = 6
@@ -60,7 +62,7 @@ class Measured:
     distances : numpy.ndarray
         Mean squared differences, shape (n,), float64, in steps of a byte; NaN of an image that cannot be read.
     rows : numpy.ndarray
-        Catalog rows of this partition whose thumbnails are kept, and those nearest to and farthest from the mean of each class.
+        Catalog rows of this partition whose thumbnails are kept.
     thumbnails : numpy.ndarray
         Their thumbnails.
     """
@@ -161,9 +163,7 @@ def measure_partition(partition: Partition, yardstick: Yardstick) -> Measured:
     for row in np.setdiff1d(rows, yardstick.unreadable_rows):
         thumbnail, label = thumbnails[row - rows[0]], partition.labels[row - rows[0]]
         distances[row] = np.mean((thumbnail - yardstick.means[label]) ** 2)
-    of_class = distances.dropna().groupby(pd.Series(partition.labels, index=rows))
-    ends = np.union1d(of_class.idxmin(), of_class.idxmax()).astype(np.int64)
-    kept = np.union1d(np.intersect1d(rows, yardstick.kept_rows), ends)
+    kept = np.intersect1d(rows, yardstick.kept_rows)
     return Measured(partition.start, np.asarray(distances, np.float64), kept, thumbnails[kept - rows[0]])
 
 
@@ -204,7 +204,7 @@ def summarize_findings(
     images: pd.DataFrame,
     measured: Iterable[Measured],
     *,
-    kept_rows: npt.NDArray[np.int64],
+    yardstick: Yardstick,
     config: ExploreConfig,
     described: dict[str, Any],
 ) -> Exploration:
@@ -219,8 +219,8 @@ def summarize_findings(
         Its rows.
     measured : Iterable[Measured]
         Distances of all partitions.
-    kept_rows : numpy.ndarray
-        Rows whose thumbnails are kept; those of the most and the least typical images are too.
+    yardstick : Yardstick
+        What they were measured with; the thumbnails of the most and the least typical images are read from its output.
     config : ExploreConfig
         Scale, and what counts as a near duplicate.
     described : dict[str, Any]
@@ -235,7 +235,6 @@ def summarize_findings(
     rows, thumbnails = np.concatenate([part.rows for part in parts]), np.concatenate(
         [part.thumbnails for part in parts]
     )
-    is_kept = np.isin(rows, kept_rows)
     is_readable = images["perceptual_hash"] != ""
     images = images.assign(
         distance_to_mean=np.concatenate([part.distances for part in parts]),
@@ -247,7 +246,7 @@ def summarize_findings(
         name, sums = str(label), tally.sums.get(str(label))
         steps = _scale_distances(group["distance_to_mean"], sums, scale=config.scale)
         images.loc[group.index, "distance_to_mean"] *= steps
-        pairs = _measure_pairs(thumbnails[is_kept & np.isin(rows, group.index)]) * steps
+        pairs = _measure_pairs(thumbnails[np.isin(rows, group.index)]) * steps
         described_classes[name] = _count(group) | _describe_class(
             images.loc[group.index], sums, pairs, scale=config.scale
         )
@@ -262,9 +261,19 @@ def summarize_findings(
         "near_duplicates": _count_groups(images, "near_duplicate_group"),
         "metadata": {kind: int(images[f"has_{kind}"].sum()) for kind in KINDS},
     }
-    is_kept |= images["path"].iloc[rows].isin([*classes["most_typical"], *classes["least_typical"]]).to_numpy()
-    images = images.astype({"distance_to_mean": np.float32})
-    return Exploration(images, classes, rows[is_kept], thumbnails[is_kept], np.stack(means), summary)
+    is_typical = images["path"].isin([*classes["most_typical"], *classes["least_typical"]])
+    more = np.setdiff1d(np.flatnonzero(is_typical), rows)
+    with explained(yardstick.output, "read thumbnails from"):
+        more_thumbnails = np.asarray(open_thumbnails(yardstick.output, mode="r").oindex[more])
+    order = np.argsort(np.concatenate([rows, more]))
+    return Exploration(
+        images=images.astype({"distance_to_mean": np.float32}),
+        classes=classes,
+        thumbnail_rows=np.concatenate([rows, more])[order],
+        thumbnails=np.concatenate([thumbnails, more_thumbnails])[order],
+        means=np.stack(means),
+        summary=summary,
+    )
 
 
 def _scale_distances(distances: pd.Series, sums: ClassSums | None, *, scale: str) -> float:
@@ -311,7 +320,7 @@ def _describe_class(
 ) -> dict[str, Any]:
     """Say how the images of a class look and differ."""
     distances = group["distance_to_mean"].dropna()
-    quantiles = np.quantile(pairs, _QUANTILES) if len(pairs) else np.full(len(_QUANTILES), np.nan)
+    quantiles = np.quantile(pairs, _QUANTILES) if len(pairs) >= _MIN_PAIRS else np.full(len(_QUANTILES), np.nan)
     n = len(distances)
     return {
         **{f"mean_{colour}": float(group[f"mean_{colour}"].mean()) for colour in ("red", "green", "blue")},

@@ -177,7 +177,7 @@ class Survey:
         map_partitions(client, measure_partition, self._split(), delivered=yardstick, on_result=measured.append)
         described = self._described | {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
         exploration = summarize_findings(
-            self._tally, images, measured, kept_rows=yardstick.kept_rows, config=settings, described=described
+            self._tally, images, measured, yardstick=yardstick, config=settings, described=described
         )
         write_exploration(self._inputs.output, exploration)
         store.delete_thumbnails(self._inputs.output)

@@ -9,11 +9,11 @@ from typing import Any
 import pandas as pd
 
 from fruitdask.catalog import hash_catalog, list_images
-from fruitdask.config import Config
+from fruitdask.config import URL_KEYS, Config
 from fruitdask.errors import ConfigError, OutputError
 from fruitdask.fetch import ImageSource
 from fruitdask.sample import draw_sample
-from fruitdask.storage import Location, exists
+from fruitdask.storage import Location, exists, hide_secrets
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ def prepare_inputs(config: Config) -> Inputs:
     if config.input.sample is not None and not exists(source):
         sample = config.input.sample
         draw_sample(source.path, per_class=sample.per_class, size_px=sample.size_px, seed=sample.seed)
-    options = config.featurize.model_dump(include={"batch_size", "max_pixels", "decode", "fetch_attempts", "concurrent_reads"})
+    options = config.featurize.model_dump(
+        include={"batch_size", "max_pixels", "decode", "fetch_attempts", "concurrent_reads"}
+    )
     return Inputs(config, ImageSource(source, **options), output, list_images(config.input))
 
 
@@ -103,7 +105,7 @@ def open_output(config: Config) -> Location:
 
 def dump_config(config: Config) -> dict[str, Any]:
     """
-    Write a configuration out without storage options, which may hold secrets.
+    Write a configuration out without storage options and without what may be secret in URLs.
 
     Parameters
     ----------
@@ -117,6 +119,9 @@ def dump_config(config: Config) -> dict[str, Any]:
     """
     exclude = {"input": {"storage_options"}, "output": {"storage_options"}}
     dumped: dict[str, Any] = json.loads(config.model_dump_json(exclude=exclude))
+    for section, key in URL_KEYS:
+        if dumped[section][key] is not None:
+            dumped[section][key] = hide_secrets(dumped[section][key])
     return dumped
 
 

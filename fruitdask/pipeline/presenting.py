@@ -4,15 +4,19 @@ import html
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 from fruitdask import report, store
 from fruitdask.config import Config
 from fruitdask.errors import OutputError
-from fruitdask.exploration import read_exploration
-from fruitdask.pipeline.inputs import open_output
+from fruitdask.exploration import Exploration, read_exploration
+from fruitdask.pipeline.inputs import dump_config, open_output
 from fruitdask.report import PAGE, ReportData
 from fruitdask.storage import Location, explained
 
 _FRAME_HEIGHT_PX = 800
+#: The sections of a configuration that say what figures and page look like.
+_SECTIONS = ("plots", "report")
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,9 @@ def render_report(config: Config) -> Report:
     return Report(output.child(PAGE))
 
 
-def present(config: Config, output: Location) -> None:
+def describe_presentation(config: Config, output: Location) -> dict[str, Any]:
     """
-    Write the figures and the page, as far as the configuration asks for them.
+    Say what the figures and the page depend on, besides the run.
 
     Parameters
     ----------
@@ -87,6 +91,32 @@ def present(config: Config, output: Location) -> None:
     output : Location
         The output folder.
 
+    Returns
+    -------
+    dict[str, Any]
+        The mark that a manifest bears once they are drawn.
+    """
+    exploration = store.read_manifest(output, name=store.EXPLORATION) or {}
+    sections = dump_config(config)
+    return {name: sections[name] for name in _SECTIONS} | {"exploration": exploration.get("finished")}
+
+
+def present(config: Config, output: Location) -> dict[str, Any] | None:
+    """
+    Write the figures and the page, as far as the configuration asks for them, and mark in the run's manifest that they are drawn.
+
+    Parameters
+    ----------
+    config : Config
+        What they shall look like.
+    output : Location
+        The output folder.
+
+    Returns
+    -------
+    dict[str, Any] or None
+        The manifest; None where there is only an exploration.
+
     Raises
     ------
     OutputError
@@ -94,19 +124,32 @@ def present(config: Config, output: Location) -> None:
     StorageError
         If something cannot be read or written.
     """
-    if not (config.plots.enabled or config.report.enabled):
-        return
-    data = _read_data(config, output)
-    if config.plots.enabled:
-        report.write_figures(output, data)
-    if config.report.enabled:
-        report.write_page(output, data)
+    manifest = _read_complete(output)
+    if manifest is not None and "presented" in manifest:
+        del manifest["presented"]
+        store.write_manifest(output, manifest)
+    if config.plots.enabled or config.report.enabled:
+        data = _read_data(config, output, manifest)
+        if config.plots.enabled:
+            report.write_figures(output, data)
+        if config.report.enabled:
+            report.write_page(output, data)
+    if manifest is not None:
+        mark = describe_presentation(config, output)
+        manifest |= {"presented": mark, "config": manifest["config"] | {name: mark[name] for name in _SECTIONS}}
+        store.write_manifest(output, manifest)
+    return manifest
 
 
-def _read_data(config: Config, output: Location) -> ReportData:
-    """Read whatever a run or an exploration has left."""
+def _read_complete(output: Location) -> dict[str, Any] | None:
+    """Read the manifest of a run that was completed."""
     manifest = store.read_manifest(output)
-    is_run = manifest is not None and manifest["status"] == "complete"
+    return manifest if manifest is not None and manifest["status"] == "complete" else None
+
+
+def _read_data(config: Config, output: Location, manifest: dict[str, Any] | None) -> ReportData:
+    """Read whatever a run or an exploration has left."""
+    is_run = manifest is not None
     exploration = read_exploration(output)
     if not is_run and exploration is None:
         raise OutputError(
@@ -114,15 +157,15 @@ def _read_data(config: Config, output: Location) -> ReportData:
         )
     return ReportData(
         config=config,
-        manifest=manifest if is_run else None,
+        manifest=manifest,
         exploration=exploration,
         results=report.read_results(output) if is_run else None,
-        failures=report.read_failures(output),
-        quality=_read_quality(output) if is_run else None,
+        failures=report.read_failures(output) if exploration is None or is_run else _list_unreadable(exploration),
+        quality=store.read_quality(output) if is_run else None,
     )
 
 
-def _read_quality(output: Location) -> dict[str, Any] | None:
-    """Read what the features are worth; nothing where that was not asked for."""
-    quality: dict[str, Any] | None = store.read_json(output.child(store.QUALITY))
-    return quality
+def _list_unreadable(exploration: Exploration) -> pd.DataFrame:
+    """List the images that an exploration could not read, as a run lists its failures."""
+    images = exploration.images
+    return images.loc[images["status"] != "ok", ["path", "label", "status", "error"]]

@@ -1,5 +1,6 @@
 """A run, from its configuration to its results."""
 
+import html
 import platform
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from fruitdask.mapping import map_partitions
 from fruitdask.models import ModelArtifact, choose_engine, fingerprint_model, start_building
 from fruitdask.pipeline.exploring import Survey
 from fruitdask.pipeline.inputs import Inputs, dump_config, prepare_inputs
-from fruitdask.pipeline.presenting import Report, present
+from fruitdask.pipeline.presenting import Report, describe_presentation, present
 from fruitdask.progress import RunProgress
 from fruitdask.storage import Location, exists
 
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 Scores = npt.NDArray[np.float32]
 
 _PCA = "pca.zarr"
-#: Sections of the configuration on which the tables depend, and those on which figures and page do.
-_REDUCING, _PRESENTING = ("reduce", "quality"), ("plots", "report")
+#: Sections of the configuration on which the tables depend.
+_REDUCING = ("reduce", "quality")
 #: Features of up to this size are reduced on the client: 3,276 images of 1280 features, which take 0.1 GB of its memory.
 _LOCAL_REDUCE_BYTES = 16 * 1024**2
 #: Packages whose versions can change what a run computes.
@@ -90,8 +91,7 @@ class RunResult:
     @property
     def quality(self) -> dict[str, Any] | None:
         """How well the features separate the classes; None where that was not asked for."""
-        quality: dict[str, Any] | None = store.read_json(self.output.child(store.QUALITY))
-        return quality
+        return store.read_quality(self.output)
 
     @property
     def report(self) -> Report:
@@ -105,7 +105,8 @@ class RunResult:
         n_ok = self.manifest["counts"]["by_status"].get("ok", 0)
         return (
             f"<p><b>fruitdask run</b>: {self.manifest['n_images']:,} images, {n_ok:,} with features; "
-            f"variance explained by the first components: {explained}; results in <code>{self.output.url}</code></p>{classes.to_html()}"
+            f"variance explained by the first components: {explained}; "
+            f"results in <code>{html.escape(self.output.url)}</code></p>{classes.to_html()}"
         )
 
 
@@ -158,10 +159,9 @@ class _Task:
     @property
     def is_presented(self) -> bool:
         names = [report.PAGE] * self.config.report.enabled + [store.FIGURES] * self.config.plots.enabled
-        wanted = _select(dump_config(self.config), _PRESENTING)
-        return (self.manifest or {}).get("presented") == wanted and all(
-            exists(self.output.child(name)) for name in names
-        )
+        mark = (self.manifest or {}).get("presented")
+        is_same = mark == describe_presentation(self.config, self.output)
+        return is_same and all(exists(self.output.child(name)) for name in names)
 
 
 def run(config: Config, *, client: Any = None, progress: RunProgress | None = None) -> RunResult:
@@ -198,6 +198,8 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
             progress.say("Warning: model.weights is random; features of an untrained network say little about images.")
         survey = Survey(task.inputs, images_per_partition=task.images_per_partition)
         needs_survey = config.explore.enabled and (config.output.overwrite or not survey.is_done)
+        if not needs_survey:
+            store.delete_thumbnails(task.output)
         if task.manifest is not None and task.is_reduced and task.is_presented and not needs_survey:
             return RunResult(task.output, task.manifest, n_computed=0)
         with ExitStack() as stack:
@@ -213,15 +215,14 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
             if not task.is_reduced:
                 manifest = _reduce_features(task, manifest, client, stack, clock, progress)
             progress.begin("Closing the cluster")
-        manifest = {name: value for name, value in manifest.items() if name != "presented"}
-        # Seconds of stages that were done before are those of the run that did them.
-        manifest["seconds"] |= clock.seconds | {"total": clock.total_seconds}
+        n_computed = len(task.catalog) - task.n_images_done
+        # Seconds of stages that were done before are those of the run that did them; so is the total, if that computed the features.
+        manifest["seconds"] |= clock.seconds | ({"total": clock.total_seconds} if n_computed else {})
+        manifest |= {"config": dump_config(config)} | ({"n_computed": n_computed} if n_computed else {})
         store.write_manifest(task.output, manifest)
         progress.begin("Drawing")
-        present(config, task.output)
-        manifest["presented"] = _select(dump_config(config), _PRESENTING)
-        store.write_manifest(task.output, manifest)
-    return RunResult(task.output, manifest, n_computed=len(task.catalog) - task.n_images_done)
+        manifest = present(config, task.output) or manifest
+    return RunResult(task.output, manifest, n_computed=n_computed)
 
 
 class _Clock:
@@ -310,6 +311,9 @@ def _reduce_features(
         # Should this be interrupted, the next run must not take a mixture of old and new tables for results.
         manifest = manifest | {"status": "running"}
         store.write_manifest(task.output, manifest)
+        # They show other numbers; whether they are drawn again is for the configuration to say.
+        for name in (report.PAGE, *(f"{store.FIGURES}/{figure}.png" for figure in store.FIGURE_NAMES)):
+            store.delete_result(task.output, name)
         outcomes = store.read_outcomes(task.output, range(task.n_partitions))
         counts = report.write_results(task.output, outcomes, pca=scores, tsne=tsne)
         _write_pca(task.output, fitted)
@@ -349,7 +353,8 @@ def _begin_output(task: _Task, artifact: ModelArtifact, client: Any) -> dict[str
             "n_workers": len(client.nthreads()),
             "n_threads": sum(client.nthreads().values()),
         },
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in (*_PACKAGES, artifact.engine)},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in (*_PACKAGES, artifact.engine)},
         "config": dump_config(task.config),
         "seconds": {},
     }
@@ -416,6 +421,7 @@ def _check_failures(task: _Task, n_failed: int) -> None:
     done = sorted(store.list_committed(task.output))
     failures = [table[table["status"] != "ok"] for table in store.read_outcomes(task.output, done)]
     report.write_failures(task.output, pd.concat(failures))
+    store.delete_thumbnails(task.output)
     raise TooManyFailuresError(
         f"{n_failed:,} of {len(task.catalog):,} images failed, more than featurize.max_failed_fraction ({limit:g}) allows; see "
         f"{task.output.child('failures.csv').url} for the reasons; "

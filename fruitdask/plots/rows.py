@@ -121,7 +121,7 @@ def plot_differences(classes: pd.DataFrame) -> Figure:
     mean, error, low, high = (
         ordered[name].to_numpy(float) for name in ("mean_squared_difference", "standard_error", "pair_q05", "pair_q95")
     )
-    note = "Dot: mean over all pairs of images, with its standard error. Bar: 5 % to 95 % of the pairs."
+    note = "Dot: mean over all pairs of images, with its standard error. Bar: 5 % to 95 % of a sample of pairs."
     figure, columns, size = _start_rows(
         ordered.index, title=title, note=note + left_out, axis_label="mean squared difference"
     )

@@ -91,7 +91,7 @@ def render_page(data: ReportData) -> str:
     environment.filters |= {
         name.removeprefix("format_"): value for name, value in vars(formats).items() if name.startswith("format_")
     }
-    return environment.get_template("page.html").render(_build_context(data))
+    return environment.get_template("page.html").render(_build_context(data)).lstrip()
 
 
 def _build_context(data: ReportData) -> dict[str, Any]:

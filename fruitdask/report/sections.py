@@ -1,8 +1,9 @@
 """What the sections of the page say, as plain data: every function gives the view of one section, or None where its data is not there."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ import yaml
 from fruitdask.config import Config
 from fruitdask.exploration import Exploration
 from fruitdask.report.thumbnails import Thumbnails
+from fruitdask.storage import hide_secrets
 
 #: View of a section: what the template shows, under the names that it uses.
 View = dict[str, Any]
@@ -139,10 +141,10 @@ def describe_summary(
     """
     manifest = manifest or {}
     model, pca = manifest.get("model"), manifest.get("pca")
-    seconds = manifest.get("seconds", {}).get("total")
+    is_whole = manifest.get("n_computed") == manifest.get("n_images")
     return {
-        "input": hide_secrets(config.input.url),
-        "output": hide_secrets(config.output.url),
+        "input": show_place(config.input.url),
+        "output": show_place(config.output.url),
         "n_images": counts.n_images,
         "n_classes": len(counts.by_class),
         "n_failed": counts.n_failed,
@@ -150,7 +152,7 @@ def describe_summary(
         "version": manifest.get("fruitdask") or (exploration.summary.get("fruitdask") if exploration else None),
         "model": model,
         "cluster": manifest.get("cluster"),
-        "seconds": seconds,
+        "seconds": manifest.get("seconds", {}).get("total") if is_whole else None,
         "agreement": quality["neighbors"]["agreement"] if quality else None,
         "n_neighbors": quality["neighbors"]["k"] if quality else None,
         "explained": sum(pca["explained_variance_ratio"][:2]) if pca else None,
@@ -442,14 +444,20 @@ def describe_failures(failures: pd.DataFrame) -> View | None:
     rows = ordered.sort_values("order", kind="stable").head(_MAX_FAILURES)
     return {
         "n_images": len(failures),
+        # A run lists its failures; an exploration has them among its images.
+        "file": "failures.csv" if "attempts" in failures else "explore.csv",
         "reasons": reasons,
-        "rows": rows[["path", "label", "status", "error"]].to_dict("records"),
+        "rows": [
+            _map_texts(hide_secrets, row) for row in rows[["path", "label", "status", "error"]].to_dict("records")
+        ],
     }
 
 
 def describe_performance(manifest: Mapping[str, Any], *, n_images: int) -> View | None:
     """
     Describe the seconds of the stages, and their images per second.
+
+    Of a run that was interrupted and taken up again, the stages that compute features know the images of its last part only.
 
     Parameters
     ----------
@@ -463,14 +471,15 @@ def describe_performance(manifest: Mapping[str, Any], *, n_images: int) -> View 
     dict[str, Any] or None
         The view; None where no seconds were noted.
     """
-    seconds = manifest.get("seconds", {})
+    seconds, n_computed = manifest.get("seconds", {}), manifest.get("n_computed", n_images)
+    of_all = dict.fromkeys(("list", "explore", "reduce", "write"), n_images)
     stages, worker_stages = (
         [
-            {"name": names.get(key, key), "seconds": value, "rate": n_images / value if value > 0 else None}
+            {"name": names.get(key, key), "seconds": value, "rate": images.get(key, n_computed) / max(value, 1e-3)}
             for key, value in sorted(found.items(), key=lambda item: [*names, item[0]].index(item[0]))
             if isinstance(value, int | float)
         ]
-        for names, found in ((_STAGES, seconds), (_WORKER_STAGES, seconds.get("worker", {})))
+        for names, found, images in ((_STAGES, seconds, of_all), (_WORKER_STAGES, seconds.get("worker", {}), {}))
     )
     if not stages:
         return None
@@ -503,8 +512,8 @@ def describe_protection(
         return None
     n_images = len(exploration.images) if exploration else 0
     return {
-        "input": hide_secrets(config.input.url),
-        "output": hide_secrets(config.output.url),
+        "input": show_place(config.input.url),
+        "output": show_place(config.output.url),
         "regions": regions,
         "metadata": [(what, metadata.get(key, 0)) for key, what in _METADATA.items()] if metadata else [],
         "n_images": n_images,
@@ -530,23 +539,52 @@ def describe_reproduction(config: Config, manifest: Mapping[str, Any] | None, ex
         The view.
     """
     tree = (manifest or {}).get("config") or config.model_dump(mode="json", fallback=str)
-    tree = {name: _drop_options(section) for name, section in tree.items()}
+    # Who follows the page must not delete these results.
+    tree = {name: _drop(section, "storage_options", "overwrite") for name, section in tree.items()}
     summary: Mapping[str, Any] = manifest or (exploration.summary if exploration else {})
     versions = {"fruitdask": summary["fruitdask"]} if "fruitdask" in summary else {}
     return {
         "command": f"fruitdask {'run' if manifest else 'explore'} config.yaml",
-        "config": yaml.safe_dump(hide_secrets(tree), sort_keys=False, allow_unicode=True, width=88),
+        "config": yaml.safe_dump(_map_texts(show_place, tree), sort_keys=False, allow_unicode=True, width=88),
         "versions": versions | (manifest or {}).get("versions", {}),
         "fingerprint": list_facts(summary.get("fingerprint")),
         "model": list_facts((manifest or {}).get("model")),
     }
 
 
-def _drop_options(section: Any) -> Any:
-    """Leave the options of a storage out of a section, for they may hold keys."""
+def _drop(section: Any, *keys: str) -> Any:
+    """Leave keys out of a section: options of a storage may hold secrets."""
     if not isinstance(section, Mapping):
         return section
-    return {key: value for key, value in section.items() if key != "storage_options"}
+    return {key: value for key, value in section.items() if key not in keys}
+
+
+def _map_texts(change: Callable[[str], str], tree: Any) -> Any:
+    """Change every text of nested mappings and lists."""
+    if isinstance(tree, Mapping):
+        return {key: _map_texts(change, child) for key, child in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_map_texts(change, child) for child in tree]
+    return change(tree) if isinstance(tree, str) else tree
+
+
+def show_place(text: str) -> str:
+    """
+    Show a path or URL on a page that is made to be handed on: without secrets, and without the name of the user's home folder.
+
+    Parameters
+    ----------
+    text : str
+        A path, a URL or any other text.
+
+    Returns
+    -------
+    str
+        The same, the home folder as ``~``.
+    """
+    home = str(Path.home())
+    hidden = hide_secrets(text)
+    return "~" + hidden[len(home) :] if len(home) > 1 and f"{hidden}/".startswith(f"{home}/") else hidden
 
 
 def list_facts(value: Any) -> list[tuple[str, str]]:
@@ -579,35 +617,7 @@ def _walk_facts(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple):
         yield " ".join(keys).replace("_", " "), ", ".join(map(str, value))
     elif value is not None:
-        yield " ".join(keys).replace("_", " "), str(hide_secrets(value))
-
-
-def hide_secrets(value: Any) -> Any:
-    """
-    Take user names, passwords and signatures out of URLs, for the page is made to be handed on.
-
-    Parameters
-    ----------
-    value : Any
-        A text, or mappings and lists of them.
-
-    Returns
-    -------
-    Any
-        The same without what stands before the host and after a question mark of a URL.
-
-    Examples
-    --------
-    >>> hide_secrets({"url": "https://me:secret@example.org/fruits?sig=abc", "limit": 3})
-    {'url': 'https://***@example.org/fruits?***', 'limit': 3}
-    """
-    if isinstance(value, Mapping):
-        return {key: hide_secrets(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [hide_secrets(child) for child in value]
-    if isinstance(value, str) and "://" in value:
-        return re.sub(r"\?\S*", "?***", re.sub(r"://[^/@\s]+@", "://***@", value))
-    return value
+        yield " ".join(keys).replace("_", " "), str(_map_texts(show_place, value))
 
 
 def choose_title(config: Config) -> str:
@@ -626,7 +636,7 @@ def choose_title(config: Config) -> str:
     """
     if config.report.title:
         return config.report.title
-    url = str(hide_secrets(config.input.url))
+    url = str(show_place(config.input.url))
     path = urlsplit(url).path if "://" in url else url
     name = path.replace("\\", "/").rstrip("/").rpartition("/")[2]
     return name or urlsplit(url).netloc or "Images"
