@@ -11,11 +11,13 @@ from fruitdask.errors import ReduceError
 
 #: Principal components that t-SNE works on, as its authors advise (van der Maaten and Hinton 2008, section 4.2, take 30; scikit-learn 50).
 TSNE_COMPONENTS = 50
-#: Rows a block of the decomposition: many times the features of common networks, so that each block's QR shrinks it.
-#: With 1280 features a block takes 42 MB.
-_ROWS_PER_BLOCK = 4096
-#: scikit-learn's rule for its randomized solver: more power iterations where few components are wanted.
-_POWER_ITERATIONS_FEW, _POWER_ITERATIONS_MANY, _FEW_FRACTION = 7, 4, 0.1
+#: Side of the largest square matrix that the exact solver decomposes, 134 MB in float64; only pooling: flatten gives more features.
+LARGEST_SIDE = 4096
+#: Power iterations of the randomized solver, as scikit-learn's has where many components are wanted; each reads the features twice.
+_POWER_ITERATIONS = 4
+
+#: Mean of what is decomposed, variances of the components, variance of all features together, components.
+_Decomposition = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float, npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,39 +112,41 @@ def fit_pca(
     Raises
     ------
     ReduceError
-        If there are fewer images or features than components.
+        If there are fewer images or features than components, too many of both for the exact solver, or no variance.
 
     Notes
     -----
-    dask-ml's PCA in float64, which for ``exact`` equals scikit-learn's full solver. dask-ml fixes signs by the scores and has no fractions
-    of the variance; both are done here, on its result.
+    ``exact`` equals scikit-learn's full solver. Up to 4096 features it reads them once (and the first block a second time) and decomposes
+    their covariance, as scikit-learn's ``covariance_eigh`` does: a worker holds blocks and a few matrices of n_features x n_features,
+    however many images there are. An eigenvalue's error is about 1e-16 of the largest, so a component whose standard deviation is under
+    1e-7 of the first one's is noise. More features of up to 4096 images are decomposed by Dask's SVD, in slabs of columns.
+    ``randomized`` is Dask's compressed SVD (Halko, Martinsson and Tropp 2011), which reads the features again for each iteration rather
+    than keep them in memory.
     """
-    from dask_ml.decomposition import PCA
-
     n_images, n_features = features.shape
     largest = min(n_images, n_features)
     wanted = n_components if isinstance(n_components, int) else largest
     check_n_components(wanted, n_images=n_images, n_features=n_features)
-    blocks = features.astype(np.float64).rechunk((_ROWS_PER_BLOCK, -1))
-    few = wanted < _FEW_FRACTION * largest
-    pca = PCA(
-        n_components=wanted,
-        svd_solver="full" if solver == "exact" else "randomized",
-        iterated_power=_POWER_ITERATIONS_FEW if few else _POWER_ITERATIONS_MANY,
-        random_state=seed,
-    )
-    with np.errstate(invalid="ignore"):
-        pca.fit(blocks)
-    if not np.isfinite(pca.explained_variance_ratio_).all():
+    check_solver(solver, n_images=n_images, n_features=n_features)
+    # Sums about the first image: they do not cancel where the mean is far from zero, and are exactly zero where all images are the same.
+    first = features[0].compute().astype(np.float64)
+    shifted = features.astype(np.float64) - first
+    if solver == "randomized":
+        offset, variances, total, components = _decompose_randomly(shifted, wanted, seed)
+    elif n_features <= LARGEST_SIDE:
+        offset, variances, total, components = _decompose_covariance(shifted, wanted)
+    else:
+        offset, variances, total, components = _decompose_slabs(shifted, wanted)
+    if not total > 0:
         raise ReduceError(
             f"all {n_images} images have the same features, which leaves nothing to reduce; check the images and model.weights"
         )
     fitted = PrincipalComponents(
-        mean=np.asarray(pca.mean_),
-        components=_fix_signs(pca.components_),
-        explained_variance=pca.explained_variance_,
-        explained_variance_ratio=pca.explained_variance_ratio_,
-        singular_values=pca.singular_values_,
+        mean=first + offset,
+        components=_fix_signs(components),
+        explained_variance=variances,
+        explained_variance_ratio=variances / total,
+        singular_values=np.sqrt(variances * (n_images - 1)),
     )
     return fitted.truncate(n_components)
 
@@ -172,6 +176,32 @@ def check_n_components(n_components: int | float, *, n_images: int, n_features: 
             raise ReduceError(
                 f"reduce.n_components is {n_components}, but there are only {n_found} {what}; set it to at most {min(n_found, n_images)}"
             )
+
+
+def check_solver(solver: str, *, n_images: int, n_features: int) -> None:
+    """
+    Refuse what is too large for the exact solver.
+
+    Parameters
+    ----------
+    solver : str
+        ``exact`` or ``randomized``; the latter takes any size.
+    n_images : int
+        Rows.
+    n_features : int
+        Columns.
+
+    Raises
+    ------
+    ReduceError
+        If there are more than 4096 rows and more than 4096 columns.
+    """
+    if solver == "exact" and min(n_images, n_features) > LARGEST_SIDE:
+        raise ReduceError(
+            f"reduce.solver is exact, which takes at most {LARGEST_SIDE:,} features an image or {LARGEST_SIDE:,} images, "
+            f"but there are {n_features:,} features of {n_images:,} images; "
+            "set model.pooling to avg, or reduce.solver to randomized and reduce.n_components to an integer"
+        )
 
 
 def embed_tsne(
@@ -228,6 +258,38 @@ def sample_rows(n_rows: int, *, max_rows: int, seed: int) -> npt.NDArray[np.int6
     if n_rows <= max_rows:
         return np.arange(n_rows)
     return np.sort(np.random.default_rng(seed).choice(n_rows, max_rows, replace=False))
+
+
+def _decompose_covariance(shifted: da.Array, n_components: int) -> _Decomposition:
+    """Decompose the covariance, whose blocks are summed in one pass."""
+    n_images = len(shifted)
+    products, sums = da.compute(shifted.T @ shifted, shifted.sum(axis=0))
+    offset = sums / n_images
+    covariance = (products - np.outer(sums, offset)) / (n_images - 1)
+    variances, vectors = np.linalg.eigh(covariance)
+    # Ascending; rounding may leave those that are zero a little below it.
+    return offset, variances[::-1][:n_components].clip(0), np.trace(covariance), vectors.T[::-1][:n_components]
+
+
+def _decompose_slabs(shifted: da.Array, n_components: int) -> _Decomposition:
+    """Decompose many features of few images: slabs of columns, each with all images, are tall and skinny when turned."""
+    n_images = len(shifted)
+    slabs = shifted.rechunk((n_images, LARGEST_SIDE))
+    offset = slabs.mean(axis=0)
+    _, singular, components = da.linalg.svd(slabs - offset)
+    offset, singular, components = da.compute(offset, singular, components[:n_components])
+    variances = singular**2 / (n_images - 1)
+    return offset, variances[:n_components], variances.sum(), components
+
+
+def _decompose_randomly(shifted: da.Array, n_components: int, seed: int) -> _Decomposition:
+    """Estimate the first components."""
+    offset, total = da.compute(shifted.mean(axis=0), shifted.var(axis=0, ddof=1).sum())
+    _, singular, components = da.linalg.svd_compressed(
+        shifted - offset, n_components, iterator="QR", n_power_iter=_POWER_ITERATIONS, seed=seed, compute=True
+    )
+    singular, components = da.compute(singular, components)
+    return offset, singular**2 / (len(shifted) - 1), total, components
 
 
 def _fix_signs(components: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
