@@ -40,6 +40,10 @@ _set_option = click.option(
     metavar="SECTION.KEY=VALUE",
     help="Override a setting, for example --set model.pooling=max. Repeatable.",
 )
+_overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Delete earlier results in the output folder and start again."
+)
+_verbose_option = click.option("--verbose", "-v", is_flag=True, help="Log what happens inside, and show tracebacks.")
 _config_argument = click.argument("config", type=click.Path(dir_okay=False))
 
 
@@ -58,8 +62,8 @@ def cli() -> None:
 @cli.command()
 @_config_argument
 @_set_option
-@click.option("--overwrite", is_flag=True, help="Delete an earlier run's results in the output folder and start again.")
-@click.option("--verbose", "-v", is_flag=True, help="Log what happens inside, and show tracebacks.")
+@_overwrite_option
+@_verbose_option
 def run(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool) -> None:
     """Run CONFIG: list the images, compute features, reduce them, write tables, figures and a report.
 
@@ -85,8 +89,9 @@ def run(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool)
 @cli.command()
 @_config_argument
 @_set_option
-@click.option("--verbose", "-v", is_flag=True, help="Log what happens inside, and show tracebacks.")
-def explore(config: str, overrides: tuple[str, ...], verbose: bool) -> None:
+@_overwrite_option
+@_verbose_option
+def explore(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool) -> None:
     """Look at the images of CONFIG before any network does.
 
     Images per class, sizes, colours, differences within classes, duplicates, and which files carry positions or names.
@@ -98,6 +103,7 @@ def explore(config: str, overrides: tuple[str, ...], verbose: bool) -> None:
 
     if verbose:
         logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
+    overrides += ("output.overwrite=true",) if overwrite else ()
     with _reported(verbose=verbose):
         loaded = load_config(config, overrides=overrides)
         from fruitdask.pipeline import explore as explore_images

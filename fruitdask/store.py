@@ -105,7 +105,7 @@ def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite:
         if theirs != ours:
             raise StoreMismatchError(
                 f"{output.url} belongs to another run: its {name} has the fingerprint {_shorten(theirs)}, this run's is {_shorten(ours)}; "
-                "choose another output.url, or delete those results with fruitdask run --overwrite"
+                "choose another output.url, or --overwrite to delete those results"
             )
     return manifest
 
@@ -292,10 +292,12 @@ def create_thumbnails(output: Location, *, n_images: int, thumbnail_px: int, ima
     """
     Create the array that holds the thumbnails of all images while they are explored, one chunk a partition.
 
+    One of the same shape is taken again: all of it will be written anew, and a straggling task of an earlier run may still write to it.
+
     Parameters
     ----------
     output : Location
-        The output folder; an array that is there is replaced.
+        The output folder; an array of another shape that is there is replaced.
     n_images : int
         Images.
     thumbnail_px : int
@@ -308,12 +310,18 @@ def create_thumbnails(output: Location, *, n_images: int, thumbnail_px: int, ima
     StorageError
         If it cannot be written.
     """
-    delete_result(output, _THUMBNAILS)
-    with explained(output.child(_THUMBNAILS), "write"):
+    location, image = output.child(_THUMBNAILS), (thumbnail_px, thumbnail_px, 3)
+    shape, chunks = (n_images, *image), (images_per_partition, *image)
+    with explained(location, "write"):
+        if exists(location.child("zarr.json")):
+            found = open_thumbnails(output, mode="r")
+            if (found.shape, found.chunks) == (shape, chunks):
+                return
+        delete_result(output, _THUMBNAILS)
         zarr.create_array(
-            **_zarr_arguments(output.child(_THUMBNAILS)),
-            shape=(n_images, thumbnail_px, thumbnail_px, 3),
-            chunks=(images_per_partition, thumbnail_px, thumbnail_px, 3),
+            **_zarr_arguments(location),
+            shape=shape,
+            chunks=chunks,
             dtype=np.uint8,
             fill_value=0,
             dimension_names=("image", "y", "x", "channel"),

@@ -330,7 +330,7 @@ def test_run_refuses_the_results_of_another_run(make_config: MakeConfig, client:
     before = result.table
     with pytest.raises(
         StoreMismatchError,
-        match="belongs to another run: its catalog .* or delete those results with fruitdask run --overwrite",
+        match="belongs to another run: its catalog has the fingerprint .* or --overwrite",
     ):
         fruitdask.run(make_config(input={"limit": 10}), client=client)
     with pytest.raises(StoreMismatchError, match="its model has the fingerprint"):
@@ -626,7 +626,7 @@ def test_interrupted_overwriting_leaves_nothing_that_looks_complete(
         fruitdask.render_report(make_config(report={"enabled": True}))
 
 
-def test_thumbnails_of_all_images_do_not_stay(
+def test_thumbnails_of_all_images_go_when_the_exploration_is_complete(
     make_config: MakeConfig, client: Any, sample_folder: Path, tmp_path: Path
 ) -> None:
     source = copy_images(sample_folder, tmp_path / "in")
@@ -634,6 +634,8 @@ def test_thumbnails_of_all_images_do_not_stay(
         path.write_bytes(b"broken")
     with pytest.raises(TooManyFailuresError, match="images failed"):
         fruitdask.run(make_config(input={"url": str(source)}), client=client)
+    assert (tmp_path / "out" / "thumbnails.zarr").exists()
+    fruitdask.run(make_config(input={"url": str(source)}, featurize={"max_failed_fraction": 0.5}), client=client)
     assert not (tmp_path / "out" / "thumbnails.zarr").exists()
 
 

@@ -1,6 +1,7 @@
 """Looking at the images of one partition, on a worker: rows about each image, sums over each class, a thumbnail of each."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -113,6 +114,24 @@ class ClassSums:
         self.colours += other.colours
 
 
+def add_sums(total: dict[str, ClassSums], more: Mapping[str, ClassSums]) -> None:
+    """
+    Add sums class by class.
+
+    Parameters
+    ----------
+    total : dict[str, ClassSums]
+        What they are added to.
+    more : Mapping[str, ClassSums]
+        Sums over other images.
+    """
+    for label, sums in more.items():
+        if label in total:
+            total[label].add(sums)
+        else:
+            total[label] = sums
+
+
 @dataclass(frozen=True, eq=False)
 class Findings:
     """
@@ -173,10 +192,7 @@ class Explorer:
         for label in dict.fromkeys(labels):
             is_label = labels == label
             sums = ClassSums.measure(batch.pixels[is_label], thumbnails[batch.rows][is_label])
-            if label in self._sums:
-                self._sums[label].add(sums)
-            else:
-                self._sums[label] = sums
+            add_sums(self._sums, {label: sums})
 
     def finish(self) -> Findings:
         """

@@ -12,7 +12,7 @@ from fruitdask.catalog import Partition, sample_evenly
 from fruitdask.config import ExploreConfig
 from fruitdask.exploration.duplicates import group_duplicates, group_near_duplicates
 from fruitdask.exploration.files import Exploration
-from fruitdask.exploration.partition import COLOUR_LEVELS, ClassSums, Findings
+from fruitdask.exploration.partition import COLOUR_LEVELS, ClassSums, Findings, add_sums
 from fruitdask.privacy import KINDS
 from fruitdask.storage import Location, explained
 from fruitdask.store import open_thumbnails
@@ -90,11 +90,7 @@ class Tally:
             The findings of a partition that was not added before.
         """
         self._images[findings.start] = findings.images
-        for label, sums in findings.sums.items():
-            if label in self.sums:
-                self.sums[label].add(sums)
-            else:
-                self.sums[label] = sums
+        add_sums(self.sums, findings.sums)
 
     def __contains__(self, partition: Partition) -> bool:
         """Tell whether the findings of a partition are there."""

@@ -58,12 +58,14 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | None 
         progress.begin("Listing images")
         inputs = prepare_inputs(config)
         # Other images in the folder of a run: its report would mix them up.
-        store.check_output(inputs.output, inputs.fingerprint, overwrite=False)
+        store.check_output(inputs.output, inputs.fingerprint, overwrite=config.output.overwrite)
         survey = Survey(inputs, images_per_partition=choose_partition_size(len(inputs.catalog)))
-        if not survey.is_done:
+        if config.output.overwrite or not survey.is_done:
             with ExitStack() as stack:
                 progress.begin("Starting the cluster")
                 client = client or stack.enter_context(open_client(config.cluster))
+                if config.output.overwrite:
+                    store.clear_output(inputs.output)
                 survey.complete(client, progress)
         progress.begin("Drawing")
         present(config, inputs.output)

@@ -198,19 +198,14 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
         _check_failures(task, _count_failed(task))
         if config.model.weights == "random":
             progress.say("Warning: model.weights is random; features of an untrained network say little about images.")
-        survey = Survey(task.inputs, images_per_partition=task.images_per_partition)
-        needs_survey = config.explore.enabled and (config.output.overwrite or not survey.is_done)
-        if not needs_survey:
-            store.delete_thumbnails(task.output)
-        if task.manifest is not None and task.is_reduced and task.is_presented and not needs_survey:
+        survey = _plan_survey(task)
+        if task.manifest is not None and task.is_reduced and task.is_presented and survey is None:
             return RunResult(task.output, task.manifest, n_computed=0)
         with ExitStack() as stack:
             manifest = task.manifest
             if manifest is None or not task.has_features:
-                client, manifest = _compute_features(
-                    task, client, stack, survey if needs_survey else None, clock, progress
-                )
-            if needs_survey:
+                client, manifest = _compute_features(task, client, stack, survey, clock, progress)
+            if survey is not None:
                 client = client or stack.enter_context(open_client(config.cluster))
                 with clock.measure("explore"):
                     survey.complete(client, progress)
@@ -417,6 +412,17 @@ def _count_failed(task: _Task) -> int:
     return sum(int((table["status"] != "ok").sum()) for table in tables)
 
 
+def _plan_survey(task: _Task) -> Survey | None:
+    """Plan the exploration that is to be done; None where it is not wanted, or done."""
+    if task.config.explore.enabled:
+        survey = Survey(task.inputs, images_per_partition=task.images_per_partition)
+        if task.config.output.overwrite or not survey.is_done:
+            return survey
+    # An interrupted exploration may have left those of all images.
+    store.delete_thumbnails(task.output)
+    return None
+
+
 def _check_failures(task: _Task, n_failed: int) -> None:
     """End a run in which too many images have failed, and say which."""
     limit = task.config.featurize.max_failed_fraction
@@ -425,7 +431,6 @@ def _check_failures(task: _Task, n_failed: int) -> None:
     done = sorted(store.list_committed(task.output))
     failures = [table[table["status"] != "ok"] for table in store.read_outcomes(task.output, done)]
     report.write_failures(task.output, pd.concat(failures))
-    store.delete_thumbnails(task.output)
     raise TooManyFailuresError(
         f"{n_failed:,} of {len(task.catalog):,} images failed, more than featurize.max_failed_fraction ({limit:g}) allows; see "
         f"{task.output.child('failures.csv').url} for the reasons; "
