@@ -53,6 +53,14 @@ class ClusterStartError(FruitdaskError, RuntimeError):
     """A Dask cluster did not start or cannot be reached."""
 
 
+class ResidencyError(FruitdaskError, PermissionError):
+    """Data or machines are where the configuration does not allow them, or nobody knows where they are."""
+
+
+class LimitError(FruitdaskError, RuntimeError):
+    """A run would cost more, or has cost more, than its configuration allows."""
+
+
 class PartitionError(FruitdaskError, RuntimeError):
     """A partition could not be worked on, or its results could not be stored."""
 

@@ -41,7 +41,9 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
         "input": {
             "url": "s3://fruits/Test",
             "storage_options": {},
+            "region": None,
             "classes": None,
+            "exclude": (),
             "extensions": (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"),
             "limit": None,
             "manifest": None,
@@ -50,6 +52,8 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
         "model": {
             "name": "MobileNetV2",
             "weights": "imagenet",
+            "storage_options": {},
+            "region": None,
             "input_px": None,
             "pooling": "avg",
             "layer": None,
@@ -89,7 +93,15 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
         "quality": {"enabled": True, "n_neighbors": 5, "metric": "euclidean", "max_rows": 5000, "seed": 0},
         "plots": {"enabled": True, "components": (1, 2), "dpi": 150},
         "report": {"enabled": True, "title": None, "max_points": 10_000, "examples_per_class": 6},
-        "output": {"url": "s3://fruits/run", "storage_options": {}, "overwrite": False},
+        "privacy": {
+            "allowed_regions": None,
+            "require_encryption": False,
+            "controller": None,
+            "purpose": None,
+            "retention_days": None,
+        },
+        "limits": {"max_cost": None, "max_hours": None},
+        "output": {"url": "s3://fruits/run", "storage_options": {}, "region": None, "overwrite": False},
     }
 
 
@@ -269,7 +281,7 @@ def test_load_config_names_an_environment_variable_that_is_not_set(
         ("modle: {}", r"line 3: unknown key modle; did you mean model\?"),
         (
             "xyz: 1",
-            r"line 3: unknown key xyz; valid keys: cluster, explore, featurize, input, model, output, plots, quality, reduce, report",
+            r"line 3: unknown key xyz; valid keys: cluster, explore, featurize, input, limits, model, output, plots, privacy, quality, reduce, report",
         ),
         ("model:\n  name: VGG16\n  poling: max", r"line 5: unknown key model\.poling; did you mean pooling\?"),
         (

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 import fruitdask
 from fruitdask import config
+from fruitdask.config.base import Section
 
 #: Left out on purpose: extended summaries, examples and "see also" everywhere.
 IGNORED = {"ES01", "EX01", "SA01", "GL08", "YD01"}
@@ -40,18 +41,18 @@ def test_docstring_follows_numpydoc(name: str) -> None:
     assert errors == []
 
 
-SECTIONS = [value for value in vars(config).values() if inspect.isclass(value) and issubclass(value, config._Section)]
+SECTIONS = [value for value in vars(config).values() if inspect.isclass(value) and issubclass(value, Section)]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
 def test_config_section_describes_each_key(section: type[BaseModel]) -> None:
-    sections = (config._Section, config.LocalClusterConfig | config.AddressClusterConfig)
+    union = type(config.LocalClusterConfig | config.AddressClusterConfig)
     undescribed = [
         name
         for name, field in section.model_fields.items()
         if not field.description
         and name != "kind"
-        and not isinstance(field.annotation, type(sections[1]))
-        and not (inspect.isclass(field.annotation) and issubclass(field.annotation, config._Section))
+        and not isinstance(field.annotation, union)
+        and not (inspect.isclass(field.annotation) and issubclass(field.annotation, Section))
     ]
     assert section.__doc__ and undescribed == []

@@ -117,7 +117,10 @@ def dump_config(config: Config) -> dict[str, Any]:
     dict[str, Any]
         Its sections, as JSON.
     """
-    exclude = {"input": {"storage_options"}, "output": {"storage_options"}}
+    options = {"storage_options"}
+    # What is handed to containers and shells may hold secrets, against all advice.
+    cluster = {"env_vars", "docker_args", "extra_bootstrap", "worker_options", "scheduler_options"}
+    exclude = {"input": options, "model": options, "output": options, "cluster": cluster}
     dumped: dict[str, Any] = json.loads(config.model_dump_json(exclude=exclude))
     for section, key in URL_KEYS:
         if dumped[section][key] is not None:

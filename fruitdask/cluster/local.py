@@ -1,13 +1,13 @@
-"""Dask clusters: started or found, handed over as a client, and closed again."""
+"""Clusters of processes on this machine."""
 
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from fruitdask.config import AddressClusterConfig, ClusterConfig, LocalClusterConfig
+from fruitdask.config import LocalClusterConfig
 from fruitdask.errors import ClusterStartError
 
 #: TensorFlow, a network and a batch of images need 1 to 1.2 GB a process (measured with MobileNetV2 and 16 images a batch).
@@ -15,29 +15,6 @@ _BYTES_PER_WORKER = 2 * 1024**3
 
 #: Ctrl-C in a terminal reaches every process of the group; the client alone answers it, and closes the workers.
 _IGNORE_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-
-
-def open_client(config: ClusterConfig) -> AbstractContextManager[Any]:
-    """
-    Open a client of the cluster that a configuration describes, and close both at the end.
-
-    Parameters
-    ----------
-    config : LocalClusterConfig or AddressClusterConfig
-        Which cluster. One that was already running is left running.
-
-    Returns
-    -------
-    contextlib.AbstractContextManager[distributed.Client]
-        A context manager that gives the client of a cluster with at least one worker.
-
-    Raises
-    ------
-    ClusterStartError
-        On entering it, if the cluster does not start or cannot be reached in time.
-    """
-    openers: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {"local": _open_local, "address": _open_address}
-    return openers[config.kind](config)
 
 
 def choose_workers(config: LocalClusterConfig, *, n_cores: int, memory_bytes: int) -> tuple[int, int]:
@@ -74,8 +51,25 @@ def choose_workers(config: LocalClusterConfig, *, n_cores: int, memory_bytes: in
 
 
 @contextmanager
-def _open_local(config: LocalClusterConfig) -> Iterator[Any]:
-    """Start workers on this machine that listen on the loopback interface only."""
+def open_local(config: LocalClusterConfig) -> Iterator[Any]:
+    """
+    Start workers on this machine that listen on the loopback interface only.
+
+    Parameters
+    ----------
+    config : LocalClusterConfig
+        How many, and how large.
+
+    Yields
+    ------
+    distributed.Client
+        A client of the cluster, which is closed at the end.
+
+    Raises
+    ------
+    ClusterStartError
+        If it does not start.
+    """
     from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
     from distributed.system import MEMORY_LIMIT
@@ -103,25 +97,4 @@ def _open_local(config: LocalClusterConfig) -> Iterator[Any]:
             f"the local cluster ({n_workers} workers) did not start: {error}; check the section cluster"
         ) from error
     with cluster, Client(cluster) as client:
-        yield client
-
-
-@contextmanager
-def _open_address(config: AddressClusterConfig) -> Iterator[Any]:
-    """Connect to a running scheduler that has a worker."""
-    from distributed import Client
-
-    try:
-        client = Client(config.address, timeout=config.timeout_seconds)
-    except (OSError, ValueError) as error:
-        raise ClusterStartError(
-            f"cluster.address {config.address}: no scheduler answered within {config.timeout_seconds:g} s; check that it runs there"
-        ) from error
-    with client:
-        try:
-            client.wait_for_workers(1, timeout=config.timeout_seconds)
-        except TimeoutError as error:
-            raise ClusterStartError(
-                f"cluster.address {config.address}: no worker within {config.timeout_seconds:g} s; start one: dask worker {config.address}"
-            ) from error
         yield client

@@ -1,16 +1,10 @@
-"""The command line: parse, call one function, say in one sentence what went wrong."""
+"""Commands that work on images and results: run, explore, report."""
 
-import json
-import logging
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
-from fruitdask import __version__, errors
+from fruitdask.cli.common import config_argument, overwrite_option, print_rows, reported, set_option, verbose_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,50 +14,14 @@ if TYPE_CHECKING:
     from fruitdask.exploration import Exploration
     from fruitdask.pipeline import RunResult
 
-_INTERRUPTED = 130
-#: The exit code of the first class that an error belongs to; 1 for the others.
-_EXIT_CODES: tuple[tuple[type[errors.FruitdaskError], int], ...] = (
-    (errors.TooManyFailuresError, 3),
-    (errors.ClusterStartError, 5),
-    (errors.PartitionError, 1),
-    (errors.WeightsUnavailableError, 1),
-    (errors.EngineError, 1),
-    (errors.FruitdaskError, 2),
-)
 _SHOWN_CLASSES = 24
-_LOG_FORMAT = "%(asctime)s %(name)s: %(message)s"
-
-_set_option = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    help="Override a setting, for example --set model.pooling=max. Repeatable.",
-)
-_overwrite_option = click.option(
-    "--overwrite", is_flag=True, help="Delete earlier results in the output folder and start again."
-)
-_verbose_option = click.option("--verbose", "-v", is_flag=True, help="Log what happens inside, and show tracebacks.")
-_config_argument = click.argument("config", type=click.Path(dir_okay=False))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="fruitdask")
-def cli() -> None:
-    """Map a bucket full of photographs: features by a neural network on a Dask cluster, then PCA and t-SNE.
-
-    Start with:  fruitdask run configs/demo.yaml
-
-    Exit codes: 0 done, 1 the run failed, 2 the configuration or the command line is wrong, 3 too many images failed, 4 refused by policy,
-    5 the cluster did not start, 130 interrupted.
-    """
-
-
-@cli.command()
-@_config_argument
-@_set_option
-@_overwrite_option
-@_verbose_option
+@click.command()
+@config_argument
+@set_option
+@overwrite_option
+@verbose_option
 def run(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool) -> None:
     """Run CONFIG: list the images, compute features, reduce them, write tables, figures and a report.
 
@@ -74,11 +32,9 @@ def run(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool)
     from fruitdask.config import load_config
     from fruitdask.progress import choose_progress
 
-    if verbose:
-        logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
     overrides += ("output.overwrite=true",) if overwrite else ()
     again = "what is stored stays, run the same command again to go on" + (", without --overwrite" if overwrite else "")
-    with _reported(verbose=verbose, again=again):
+    with reported(verbose=verbose, again=again):
         loaded = load_config(config, overrides=overrides)
         from fruitdask.pipeline import run as run_pipeline
 
@@ -86,11 +42,11 @@ def run(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool)
         _print_summary(result, Console())
 
 
-@cli.command()
-@_config_argument
-@_set_option
-@_overwrite_option
-@_verbose_option
+@click.command()
+@config_argument
+@set_option
+@overwrite_option
+@verbose_option
 def explore(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool) -> None:
     """Look at the images of CONFIG before any network does.
 
@@ -101,19 +57,17 @@ def explore(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: b
     from fruitdask.config import load_config
     from fruitdask.progress import choose_progress
 
-    if verbose:
-        logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
     overrides += ("output.overwrite=true",) if overwrite else ()
-    with _reported(verbose=verbose):
+    with reported(verbose=verbose):
         loaded = load_config(config, overrides=overrides)
         from fruitdask.pipeline import explore as explore_images
 
         _print_exploration(explore_images(loaded, progress=choose_progress()), loaded, Console())
 
 
-@cli.command()
-@_config_argument
-@_set_option
+@click.command()
+@config_argument
+@set_option
 def report(config: str, overrides: tuple[str, ...]) -> None:
     """Draw the figures and the page of CONFIG again, from stored results.
 
@@ -121,60 +75,11 @@ def report(config: str, overrides: tuple[str, ...]) -> None:
     """
     from fruitdask.config import load_config
 
-    with _reported():
+    with reported():
         loaded = load_config(config, overrides=overrides)
         from fruitdask.pipeline import render_report
 
         click.echo(f"Wrote {render_report(loaded).location.url}")
-
-
-@cli.command()
-@_config_argument
-@_set_option
-def validate(config: str, overrides: tuple[str, ...]) -> None:
-    """Check CONFIG without touching the data."""
-    from fruitdask.config import load_config
-
-    with _reported():
-        load_config(config, overrides=overrides)
-        click.echo(f"{config} is valid.")
-
-
-@cli.command()
-def schema() -> None:
-    """Print the JSON schema of a configuration, which lets editors complete it."""
-    from fruitdask.config import build_schema
-
-    click.echo(json.dumps(build_schema(), indent=2))
-
-
-@cli.command()
-@click.argument("folder", type=click.Path())
-@click.option("--per-class", default=24, show_default=True, help="Images per class.")
-@click.option("--size", "size_px", default=160, show_default=True, help="Side of the images, in pixels.")
-@click.option("--seed", default=0, show_default=True, help="Another seed draws other fruits.")
-def sample(folder: str, per_class: int, size_px: int, seed: int) -> None:
-    """Draw a small data set of turning fruits into FOLDER, in the style of Fruits-360."""
-    from fruitdask.sample import draw_sample
-
-    with _reported():
-        n_images = draw_sample(folder, per_class=per_class, size_px=size_px, seed=seed)
-        click.echo(f"Drew {n_images} images into {folder}.")
-
-
-@contextmanager
-def _reported(*, verbose: bool = False, again: str = "run the same command again") -> Iterator[None]:
-    """Turn an error into one sentence and an exit code; an interruption is told how to go on."""
-    try:
-        yield
-    except errors.FruitdaskError as error:
-        if verbose:
-            traceback.print_exc()
-        click.echo(f"fruitdask: {error}", err=True)
-        sys.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
-    except KeyboardInterrupt:
-        click.echo(f"fruitdask: interrupted; {again}", err=True)
-        sys.exit(_INTERRUPTED)
 
 
 def _print_summary(result: "RunResult", console: "Console") -> None:
@@ -199,7 +104,7 @@ def _print_summary(result: "RunResult", console: "Console") -> None:
         "results": result.output.url,
         "report": result.report.location.url if manifest["config"]["report"]["enabled"] else "",
     }
-    _print_rows(rows, console)
+    print_rows(rows, console)
 
 
 def _print_exploration(found: "Exploration", config: "Config", console: "Console") -> None:
@@ -227,7 +132,7 @@ def _print_exploration(found: "Exploration", config: "Config", console: "Console
         "results": config.output.url,
         "report": f"{config.output.url.rstrip('/')}/report.html" if config.report.enabled else "",
     }
-    _print_rows(rows, console)
+    print_rows(rows, console)
 
 
 def _format_groups(groups: dict[str, int]) -> str:
@@ -236,15 +141,6 @@ def _format_groups(groups: dict[str, int]) -> str:
         f", {groups['n_groups_across_classes']:,} of them across classes" if groups["n_groups_across_classes"] else ""
     )
     return f"{groups['n_images']:,} images in {groups['n_groups']:,} groups{across}"
-
-
-def _print_rows(rows: dict[str, str], console: "Console") -> None:
-    """Print names and values, those that there are."""
-    from rich.markup import escape
-
-    for name, value in rows.items():
-        if value:
-            console.print(f"[bold]{name:>18}[/bold]  {escape(value)}", highlight=False, soft_wrap=True)
 
 
 def _build_class_table(by_class: dict[str, dict[str, int]]) -> "Table":
@@ -270,9 +166,3 @@ def _format_ratios(ratios: list[float]) -> str:
     """Format the variance explained by components, the first ones and their sum."""
     first = " + ".join(f"{ratio:.1%}" for ratio in ratios[:4])
     return f"{first}{' + ...' if len(ratios) > 4 else ''} = {sum(ratios):.1%} by {len(ratios)} components"
-
-
-def main() -> NoReturn:
-    """Run the command line."""
-    cli()
-    raise SystemExit(0)

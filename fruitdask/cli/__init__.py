@@ -1,0 +1,31 @@
+"""The command line: parse, call one function, say in one sentence what went wrong."""
+
+from typing import NoReturn
+
+import click
+
+from fruitdask import __version__
+from fruitdask.cli.runs import explore, report, run
+from fruitdask.cli.settings import sample, schema, validate
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fruitdask")
+def cli() -> None:
+    """Map a bucket full of photographs: features by a neural network on a Dask cluster, then PCA and t-SNE.
+
+    Start with:  fruitdask run configs/demo.yaml
+
+    Exit codes: 0 done, 1 the run failed, 2 the configuration or the command line is wrong, 3 too many images failed, 4 refused by policy,
+    5 the cluster did not start, 130 interrupted.
+    """
+
+
+for _command in (run, explore, report, validate, schema, sample):
+    cli.add_command(_command)
+
+
+def main() -> NoReturn:
+    """Run the command line."""
+    cli()
+    raise SystemExit(0)

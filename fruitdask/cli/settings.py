@@ -1,0 +1,41 @@
+"""Commands around configurations and data: validate, schema, sample."""
+
+import json
+
+import click
+
+from fruitdask.cli.common import config_argument, reported, set_option
+
+
+@click.command()
+@config_argument
+@set_option
+def validate(config: str, overrides: tuple[str, ...]) -> None:
+    """Check CONFIG without touching the data."""
+    from fruitdask.config import load_config
+
+    with reported():
+        load_config(config, overrides=overrides)
+        click.echo(f"{config} is valid.")
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON schema of a configuration, which lets editors complete it."""
+    from fruitdask.config import build_schema
+
+    click.echo(json.dumps(build_schema(), indent=2))
+
+
+@click.command()
+@click.argument("folder", type=click.Path())
+@click.option("--per-class", default=24, show_default=True, help="Images per class.")
+@click.option("--size", "size_px", default=160, show_default=True, help="Side of the images, in pixels.")
+@click.option("--seed", default=0, show_default=True, help="Another seed draws other fruits.")
+def sample(folder: str, per_class: int, size_px: int, seed: int) -> None:
+    """Draw a small data set of turning fruits into FOLDER, in the style of Fruits-360."""
+    from fruitdask.sample import draw_sample
+
+    with reported():
+        n_images = draw_sample(folder, per_class=per_class, size_px=size_px, seed=seed)
+        click.echo(f"Drew {n_images} images into {folder}.")

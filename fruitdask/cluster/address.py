@@ -1,0 +1,46 @@
+"""Clusters that run already."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fruitdask.config import AddressClusterConfig
+from fruitdask.errors import ClusterStartError
+
+
+@contextmanager
+def open_address(config: AddressClusterConfig) -> Iterator[Any]:
+    """
+    Connect to a running scheduler that has a worker.
+
+    Parameters
+    ----------
+    config : AddressClusterConfig
+        Where it is.
+
+    Yields
+    ------
+    distributed.Client
+        A client of the cluster, which is left running.
+
+    Raises
+    ------
+    ClusterStartError
+        If nobody answers in time, or no worker is there.
+    """
+    from distributed import Client
+
+    try:
+        client = Client(config.address, timeout=config.timeout_seconds)
+    except (OSError, ValueError) as error:
+        raise ClusterStartError(
+            f"cluster.address {config.address}: no scheduler answered within {config.timeout_seconds:g} s; check that it runs there"
+        ) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=config.timeout_seconds)
+        except TimeoutError as error:
+            raise ClusterStartError(
+                f"cluster.address {config.address}: no worker within {config.timeout_seconds:g} s; start one: dask worker {config.address}"
+            ) from error
+        yield client

@@ -1,0 +1,41 @@
+"""What all sections share."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_SECONDS_OF_UNIT = {
+    "s": 1,
+    "second": 1,
+    "min": 60,
+    "m": 60,
+    "minute": 60,
+    "h": 3600,
+    "hour": 3600,
+    "d": 86400,
+    "day": 86400,
+}
+_DURATION = re.compile(r"([0-9.]+)\s*([a-z]*?)s?")
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that knows its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _parse_duration(value: Any) -> Any:
+    """Turn ``20 minutes`` into seconds; numbers are seconds already."""
+    if not isinstance(value, str):
+        return value
+    match = _DURATION.fullmatch(value.strip().lower())
+    unit = (match[2] or "s") if match else ""
+    try:
+        return float(match[1] if match else "") * _SECONDS_OF_UNIT[unit]
+    except (KeyError, ValueError):
+        raise ValueError(f"expected a duration such as 90, '20 minutes' or '2 hours', found {value!r}") from None
+
+
+#: A duration: seconds, or a text such as ``20 minutes``; in the configuration it is seconds.
+Seconds = Annotated[float, BeforeValidator(_parse_duration, json_schema_input_type=float | str), Field(gt=0)]
