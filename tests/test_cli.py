@@ -75,7 +75,13 @@ def test_interrupted_run_goes_on(config_path: Path, many_images: Path) -> None:
     settings = ["--set", f"input.url={many_images}", "--set", "featurize.images_per_partition=1"]
     command = [sys.executable, "-m", "fruitdask", "run", str(config_path), *settings]
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Whoever runs the tests in the background has Ctrl-C ignored, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     marks = config_path.parent / "out" / "partitions"
     while not marks.exists() and process.poll() is None:
