@@ -1,0 +1,1011 @@
+"""An EC2 on this machine whose instances really run, so that a cluster launcher can be tested without a cloud.
+
+A moto server answers for EC2, S3, IAM and STS on 127.0.0.1. An instance gets a loopback address of its own, and when it boots,
+the ``docker run`` line of its user data is run as a process of this machine, with this interpreter in place of the image's. So an
+unmodified ``dask_cloudprovider.aws.EC2Cluster`` starts real schedulers and workers, which talk TLS with each other and with the
+client. The user data go through YAML and a real shell, as on a real instance: what is quoted wrongly fails here as well.
+
+It does not show what images, docker, the bootstrap by apt, GPU drivers, security groups, IAM policies (any credentials will do,
+unless ``needs_profile``), the metadata service, quotas and real latency do. Processes share this machine's memory, disk and
+interpreter. EC2 answers at once and consistently here; the real one says for a while that a new instance is unknown.
+
+Linux only, for all of 127.0.0.0/8 must be addresses of this machine. Each scheduler listens at port 8786 of its own address, so
+nothing may listen at that port of all addresses. One simulator at a time in a process: moto's state is global.
+"""
+
+import base64
+import binascii
+import contextlib
+import copy
+import ipaddress
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http import HTTPStatus
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+from unittest import mock
+from urllib.parse import parse_qs
+from xml.sax.saxutils import escape
+
+import boto3
+import dask.config
+import pytest
+import yaml
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.ec2.exceptions import EC2ClientError
+from moto.ec2.models import ec2_backends
+from moto.ec2.models.amis import Ami
+from moto.ec2.models.instance_types import INSTANCE_TYPE_OFFERINGS, INSTANCE_TYPES
+from moto.ec2.models.instances import Instance, InstanceBackend, InstanceState, StateReason
+from moto.iam.models import iam_backends
+from moto.s3.models import s3_backends
+from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import make_server
+
+import fruitdask
+
+MAX_USER_DATA_BYTES = 16_384
+CANONICAL = "099720109477"
+ALIVE = ("pending", "running")
+_PORT = 8786
+
+# Tells a call that would be retried from one that would not: botocore retries 5xx. EC2 answers 500 for want of capacity.
+_STATUS = {
+    "AuthFailure": 401,
+    "UnauthorizedOperation": 403,
+    "InsufficientInstanceCapacity": 500,
+    "InternalError": 500,
+    "RequestLimitExceeded": 503,
+    "Unavailable": 503,
+}
+
+_STATE_CODES = {"pending": 0, "running": 16, "shutting-down": 32, "terminated": 48, "stopping": 64, "stopped": 80}
+_REASONS = {
+    "user": ("Client.UserInitiatedShutdown", "User initiated shutdown"),
+    "instance": ("Client.InstanceInitiatedShutdown", "Instance initiated shutdown"),
+    "spot": ("Server.SpotInstanceTermination", "Spot instance termination"),
+}
+
+# What an instance is: it passes SIGTERM on as docker does, to the first process alone, and nothing survives it or the test. Its
+# standard input is a pipe whose other end only the test holds. (A parent-death signal would come when the thread ends that
+# started it; below it there are no threads, so its child has one: prctl's PR_SET_PDEATHSIG is 1.)
+_LAUNCHER = """
+import ctypes, os, signal, sys, threading
+child = 0
+signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM) if child else os._exit(143))
+child = os.fork()
+if not child:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    try:
+        os.execvp(sys.argv[1], sys.argv[1:])
+    except OSError as error:
+        print(f"docker: {sys.argv[1]}: {error}", flush=True)
+        os._exit(127)
+def watch():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(f"docker: the container ended with {code}", flush=True)
+os.killpg(0, signal.SIGKILL)
+"""
+
+# Docker's other options are taken to be followed by a value.
+_DOCKER_FLAGS = set("--rm --init --privileged --read-only --detach --interactive --tty -d -i -t -it".split())
+_PYTHONS = {"python", "python3"}
+_BUCKET_PARTS = set("acl encryption location policy tagging uploads versioning versions".split())
+
+
+class Call(NamedTuple):
+    """A request that reached the server."""
+
+    service: str
+    action: str
+    summary: str
+
+
+@dataclass
+class Refusal:
+    """Refuse the next ``count`` calls (None: all) of an action after ``skip`` more of them, which it counts down as they come."""
+
+    code: str = "InsufficientInstanceCapacity"
+    action: str = "RunInstances"
+    role: str | None = None
+    is_spot: bool | None = None
+    skip: int = 0
+    count: int | None = None
+    message: str = "refused by the loopback EC2"
+    status: int | None = None
+
+    def concerns(self, action: str, form: dict[str, str]) -> bool:
+        """Whether it is about this call."""
+        if action != self.action:
+            return False
+        if self.is_spot is not None and self.is_spot != (form.get("InstanceMarketOptions.MarketType") == "spot"):
+            return False
+        return self.role is None or self.role == _read_role(form)
+
+    def strikes(self) -> bool:
+        """Count a call, and say whether it is refused."""
+        if self.skip > 0:
+            self.skip -= 1
+            return False
+        if self.count is None:
+            return True
+        self.count -= 1
+        return self.count >= 0
+
+
+@dataclass
+class Faults:
+    """What goes wrong; may be changed at any time, and counts from then on."""
+
+    boot_delay_seconds: float = 0.0
+    never_boots: set[str] = field(default_factory=set)  # roles: "scheduler", "worker"
+    unpullable: set[str] = field(default_factory=set)  # docker images
+    refusals: list[Refusal] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LoopbackInstance:
+    """An instance, as it was when asked for."""
+
+    id: str
+    role: str
+    instance_type: str
+    is_spot: bool
+    tags: dict[str, str]
+    user_data: str
+    address: str
+    launched_at: datetime
+    state: str
+    state_reason: str
+    image: str
+
+
+@dataclass
+class Plan:
+    """What user data make an instance do."""
+
+    role: str = "other"
+    image: str = ""
+    command: list[str] = field(default_factory=list)
+    variables: dict[str, str] = field(default_factory=dict)
+    lifetime_minutes: float | None = None
+    shuts_down: bool = False
+    problem: str = ""
+
+
+def read_plan(user_data: str) -> Plan:
+    """Read cloud-config as cloud-init would, which runs nothing at all of what it cannot read."""
+    if not user_data.startswith("#cloud-config"):
+        return Plan(problem="user data are no cloud-config")
+    try:
+        lines = (yaml.safe_load(user_data) or {}).get("runcmd") or []
+    except yaml.YAMLError as error:
+        return Plan(problem=f"cloud-init cannot read the user data: {error}")
+    if not all(isinstance(line, str | list) for line in lines):
+        return Plan(problem="cloud-init runs only strings and lists of strings")
+    plan = Plan()
+    for line in lines:
+        _read_line(plan, line if isinstance(line, str) else shlex.join(line))
+        if plan.problem:
+            break  # The shell gives up a script that it cannot read, and the shutdown at its end.
+    return plan
+
+
+def _read_line(plan: Plan, line: str) -> None:
+    """Read a command of cloud-init's."""
+    if re.match(r"\s*(sudo\s+)?docker\s+run\s", line):
+        _read_docker(plan, _split_in_shell(line))
+    elif minutes := re.search(r"\bshutdown\s+-[hP]\s+\+(\d+)", line):
+        plan.lifetime_minutes = float(minutes[1])
+    elif re.search(r"\bshutdown\s+-[hP]\s+now\b", line):
+        plan.shuts_down = True
+
+
+def _split_in_shell(line: str) -> list[str]:
+    """Let a shell that knows no other program say what docker's arguments would be."""
+    script = 'sudo() { "$@"; }\ndocker() { printf "%s\\0" "$@"; }\n' + line
+    done = subprocess.run(
+        ["/bin/sh", "-c", script],
+        env={"PATH": "/nonexistent"},
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=30,
+    )
+    return done.stdout.decode().split("\0")[:-1]
+
+
+def _read_docker(plan: Plan, arguments: list[str]) -> None:
+    """Read variables, image and command out of docker's arguments."""
+    rest = iter(arguments[1:])
+    for argument in rest:
+        if not argument.startswith("-"):
+            plan.image = argument
+            break
+        if "=" in argument or argument in _DOCKER_FLAGS:
+            continue
+        value = next(rest, "")
+        if argument in ("-e", "--env"):
+            name, _, content = value.partition("=")
+            plan.variables[name] = content
+    plan.command = list(rest)
+    if not plan.image:
+        plan.problem = "the shell or docker cannot read the docker run line"
+    if plan.command[:1] == ["env"]:
+        while plan.command[1:] and "=" in plan.command[1]:
+            name, _, content = plan.command.pop(1).partition("=")
+            plan.variables[name] = content
+        plan.command = plan.command[1:] or plan.command
+    plan.role = _find_role(plan.command)
+
+
+def _find_role(command: list[str]) -> str:
+    """Find out what a command makes of an instance."""
+    if not command:
+        return "other"
+    text = " ".join(command[:3])
+    return "scheduler" if "dask_scheduler" in text or "dask-scheduler" in text else "worker"
+
+
+def _read_role(form: dict[str, str]) -> str:
+    """Role of the instance that a call is to launch."""
+    try:
+        return read_plan(base64.b64decode(form.get("UserData", "")).decode()).role
+    except (binascii.Error, UnicodeDecodeError):
+        return "other"
+
+
+def _localize(command: list[str], address: str) -> list[str]:
+    """Give a command this interpreter and let it listen at an address only."""
+    command = [sys.executable if part in _PYTHONS and not index else part for index, part in enumerate(command)]
+    for index, part in enumerate(command[:-1]):
+        if part == "--dashboard-address" and command[index + 1].startswith(":"):
+            command[index + 1] = address + command[index + 1]
+        if part == "--spec":
+            command[index + 1] = _add_host(command[index + 1], address)
+    program = " ".join(command[:3])
+    if re.search(r"dask[-_](cuda[-_])?(worker|scheduler)", program) and "--host" not in command:
+        command += ["--host", address]
+    if re.search(r"dask[-_](worker|scheduler)", program) and not any("dashboard" in part for part in command):
+        command.append("--no-dashboard")
+    return command
+
+
+def _add_host(spec: str, address: str) -> str:
+    """Add the host to a worker's specification, or to several workers'."""
+    try:
+        loaded = json.loads(spec)
+    except ValueError:
+        return spec  # The worker is to complain.
+    for worker in [loaded] if "cls" in loaded else loaded.values():
+        worker["opts"].setdefault("host", address)
+    return json.dumps(loaded)
+
+
+class _Machine:
+    """What moto's instance lacks: a life."""
+
+    def __init__(self, cloud: "LoopbackEC2", instance: Instance) -> None:
+        self.cloud = cloud
+        self.instance = instance
+        self.user_data = instance.user_data.decode() if instance.user_data else ""
+        self.plan = read_plan(self.user_data)
+        self.folder = cloud.folder / instance.id
+        self.ending: str | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._live, name=instance.id, daemon=True)]
+
+    @property
+    def log_path(self) -> Path:
+        """File of what its processes print."""
+        return self.folder / "log.txt"
+
+    def describe(self) -> LoopbackInstance:
+        """Say how it is now."""
+        instance = self.instance
+        return LoopbackInstance(
+            id=instance.id,
+            role=self.plan.role,
+            instance_type=instance.instance_type,
+            is_spot=instance.lifecycle == "spot",
+            tags={tag["key"]: tag["value"] for tag in instance.get_tags()},
+            user_data=self.user_data,
+            address=instance.private_ip or "",
+            launched_at=instance.launch_time.replace(tzinfo=UTC),
+            state=instance.state,
+            state_reason=instance.state_reason.code,
+            image=self.plan.image,
+        )
+
+    def power_on(self) -> None:
+        """Begin to run."""
+        with self.cloud.changed:
+            if self.ending is None:
+                self.folder.mkdir()
+                self._threads[0].start()
+
+    def power_off(self, ending: str) -> None:
+        """End, for the first reason given."""
+        with self.cloud.changed:
+            if self.ending is not None:
+                return
+            self.ending = ending
+            if ending == "instance" and self.instance.instance_initiated_shutdown_behavior == "stop":
+                self._set_state("stopping")
+            else:
+                self.cloud.originals["terminate"](self.instance)
+                self._set_state("shutting-down")
+            for nic in self.instance.nics.values():
+                nic.public_ip = None
+        self._over.set()
+
+    def join(self, timeout: float) -> None:
+        """Wait until its threads have ended."""
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(timeout)
+
+    def _set_state(self, name: str) -> None:
+        """Tell moto, and whoever waits, how it is."""
+        with self.cloud.changed:
+            self.instance._state = InstanceState(name, _STATE_CODES[name])
+            if self.ending is not None:
+                code, message = _REASONS[self.ending]
+                self.instance.state_reason = StateReason(f"{code}: {message}", code)
+            self.cloud.changed.notify_all()
+
+    def _live(self) -> None:
+        """Boot, wait for an end of any kind, and clean up."""
+        with self.cloud.changed:
+            if self.ending is None:
+                self._set_state("running")
+                if self.cloud.wants_public.get(self.instance.id):
+                    self.instance.nics[0].public_ip = self.instance.private_ip
+        if not self._over.wait(self.cloud.faults.boot_delay_seconds):
+            self._boot()
+        self._clean_up()
+
+    def _boot(self) -> None:
+        """Do what the user data say."""
+        if self.plan.role in self.cloud.faults.never_boots:
+            self._over.wait()
+            return
+        if self.plan.problem:
+            self.log_path.write_text(self.plan.problem + "\n")
+        self._run_docker()
+        minutes = self.plan.lifetime_minutes
+        if not self._over.wait(None if minutes is None else minutes * self.cloud.seconds_per_minute):
+            self.power_off("instance")
+
+    def _run_docker(self) -> None:
+        """Run the container's command, unless docker could not."""
+        if self.plan.image in self.cloud.faults.unpullable:
+            self.log_path.write_text(f"docker: cannot pull the image '{self.plan.image}'\n")
+        elif self.plan.command:
+            self.process = self._start()
+            watch = threading.Thread(target=self._watch, args=(self.process,), name=self.instance.id, daemon=True)
+            self._threads.append(watch)
+            watch.start()
+            return
+        if self.plan.shuts_down:
+            self.power_off("instance")
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        """Start the container's command in an empty folder and a process group of its own."""
+        for name in ("cwd", "home", "tmp"):
+            (self.folder / name).mkdir()
+        command = _localize(self.plan.command, self.instance.private_ip or "")
+        with self.log_path.open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.folder / "cwd",
+                env=self._build_environment(),
+                start_new_session=True,
+            )
+
+    def _build_environment(self) -> dict[str, str]:
+        """Build the environment of the container, of which the user data have the last word."""
+        kept = ("LANG", "LC_ALL", "LD_LIBRARY_PATH")
+        environment = {name: os.environ[name] for name in kept if name in os.environ}
+        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        environment |= {"HOME": str(self.folder / "home"), "TMPDIR": str(self.folder / "tmp")}
+        # The same fruitdask as the test's, wherever that was found.
+        environment["PYTHONPATH"] = str(Path(fruitdask.__file__).parents[1])
+        environment["LOOPBACK_EC2"] = self.cloud.token
+        environment["LOOPBACK_EC2_INSTANCE"] = self.instance.id
+        environment |= self.cloud.build_environment(self.instance.id, has_credentials=self._has_credentials())
+        return environment | self.plan.variables
+
+    def _has_credentials(self) -> bool:
+        """Whether the metadata service would hand out credentials."""
+        profiles = self.instance.ec2_backend.iam_instance_profile_associations
+        return not self.cloud.needs_profile or self.instance.id in profiles
+
+    def _watch(self, process: "subprocess.Popen[bytes]") -> None:
+        """Wait for the container's end, after which cloud-init goes on."""
+        process.wait()
+        self._kill()
+        if self.plan.shuts_down:
+            self.power_off("instance")
+
+    def _clean_up(self) -> None:
+        """End all of its processes."""
+        if self.process is not None:
+            if self.ending != "spot" and not self.cloud.is_closing:
+                self.process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(self.cloud.grace_seconds)
+            with contextlib.suppress(ProcessLookupError):
+                if self.process.poll() is None:
+                    os.killpg(self.process.pid, signal.SIGKILL)
+            self._kill()
+            self.process.wait()
+            self.process.stdin.close()
+        with self.cloud.changed:
+            self._set_state("stopped" if self.instance.state == "stopping" else "terminated")
+
+    def _kill(self) -> None:
+        """Kill what left the process group."""
+        while left := _find_processes(f"LOOPBACK_EC2_INSTANCE={self.instance.id}"):
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+
+
+def _find_processes(mark: str) -> list[int]:
+    """Find the live processes that have a variable in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        # A process may end meanwhile, others are not ours to read, and a zombie has no environment.
+        with contextlib.suppress(OSError):
+            if mark.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+class _QuietHandler(MotoRequestHandler):
+    """Handler that does not print each request."""
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Print nothing."""
+
+
+class _Gateway:
+    """WSGI application in front of moto's: notes what is asked, refuses, and lets no address out but its own."""
+
+    def __init__(self, cloud: "LoopbackEC2") -> None:
+        self.cloud = cloud
+        self.moto = DomainDispatcherApplication(create_backend_app)
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Answer a request."""
+        credential = re.search(r"Credential=([^/,]+)/\d+/[^/]*/([^/]+)/", environ.get("HTTP_AUTHORIZATION", ""))
+        if not credential and environ.get("CONTENT_TYPE", "").startswith("application/x-www-form-urlencoded"):
+            return _send(401, _render_error("AuthFailure", "the request is not signed"), start_response)
+        caller, service = credential.groups() if credential else ("", "s3")
+        if service == "s3":
+            call = _name_s3_call(environ)
+            if call.action == "CreateBucket" and call.summary not in s3_backends.bucket_accounts:
+                self.cloud.buckets.add(call.summary)
+            self.cloud.note(caller, call)
+            return self.moto(environ, start_response)
+        form = _read_form(environ)
+        action = form.pop("Action", environ.get("PATH_INFO", ""))
+        shown = " ".join(
+            f"{name}={value}" for name, value in sorted(form.items()) if name not in ("UserData", "Version")
+        )
+        self.cloud.note(caller, Call(service, action, shown))
+        if service != "ec2":
+            return self.moto(environ, start_response)
+        return self._answer_ec2(action, form, environ, start_response)
+
+    def _answer_ec2(
+        self, action: str, form: dict[str, str], environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        """Answer for EC2."""
+        refusal = self.cloud.find_refusal(action, form)
+        if refusal is not None:
+            status = refusal.status or _STATUS.get(refusal.code, 400)
+            body = _render_error(refusal.code, refusal.message)
+        elif action in ("StopInstances", "StartInstances", "RebootInstances"):
+            status, body = 400, _render_error("UnsupportedOperation", f"the loopback EC2 does not know {action}")
+        else:
+            status, body = self._ask_moto(environ)
+            self.cloud.power_on()
+        return _send(status, body, start_response)
+
+    def _ask_moto(self, environ: dict[str, Any]) -> tuple[int, bytes]:
+        """Get moto's answer, without names that it made up, or an error if there are addresses that it made up."""
+        answered = []
+        with contextlib.closing(self.moto(environ, lambda status, *_: answered.append(status))) as parts:
+            body = b"".join(parts)
+        body = re.sub(rb"<(\w*[dD]nsName)>[^<]*</\1>", rb"<\1/>", body)
+        if made_up := find_foreign_addresses(body.decode(), self.cloud.network):
+            self.cloud.leaks += made_up
+            return 400, _render_error("LoopbackLeak", f"the answer held addresses of other machines: {made_up}")
+        return int(answered[0].split()[0]), body
+
+
+def find_foreign_addresses(document: str, network: str) -> list[str]:
+    """Find the IP addresses in an XML document that are not of a simulator's network, given by its first three numbers."""
+    own = ipaddress.ip_network(f"{network}.0/24")
+    found = []
+    for text in re.findall(r">\s*([0-9a-fA-F:.]+)\s*<", document):
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(text) not in own:
+                found.append(text)
+    return found
+
+
+def _render_error(code: str, message: str) -> bytes:
+    """Render an error as EC2 does."""
+    error = f"<Error><Code>{escape(code)}</Code><Message>{escape(message)}</Message></Error>"
+    return f"<Response><Errors>{error}</Errors><RequestID>{uuid.uuid4()}</RequestID></Response>".encode()
+
+
+def _send(status: int, body: bytes, start_response: Callable[..., Any]) -> list[bytes]:
+    """Send an XML document."""
+    headers = [("Content-Type", "text/xml"), ("Content-Length", str(len(body)))]
+    start_response(f"{status} {HTTPStatus(status).phrase}", headers)
+    return [body]
+
+
+def _read_form(environ: dict[str, Any]) -> dict[str, str]:
+    """Read the parameters of a request, and leave it as if unread."""
+    body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    environ["wsgi.input"] = BytesIO(body)
+    fields = parse_qs(body.decode(errors="replace"), keep_blank_values=True)
+    return {name: values[0] for name, values in fields.items()}
+
+
+def _name_s3_call(environ: dict[str, Any]) -> Call:
+    """Name the S3 operation that a request asks for."""
+    bucket, _, key = environ["PATH_INFO"].encode("latin-1").decode(errors="replace").lstrip("/").partition("/")
+    query = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
+    method = environ["REQUEST_METHOD"]
+    if key:
+        return Call("s3", _name_object_call(method, query, environ), f"{bucket}/{key}")
+    if method == "GET" and bucket:
+        others = _BUCKET_PARTS & query.keys()
+        listing = "ListObjectsV2" if "list-type" in query else "ListObjects"
+        action = "GetBucket" + others.pop().title() if others else listing
+        prefix = query.get("prefix", [""])[0]
+        return Call("s3", action, f"{bucket}/{prefix}" if prefix else bucket)
+    if method == "POST":
+        return Call("s3", "DeleteObjects" if "delete" in query else "PostObject", bucket)
+    if method == "PUT" and query:
+        return Call("s3", "PutBucket" + next(iter(query)).title(), bucket)
+    actions = {"GET": "ListBuckets", "PUT": "CreateBucket", "HEAD": "HeadBucket", "DELETE": "DeleteBucket"}
+    return Call("s3", actions.get(method, method), bucket)
+
+
+def _name_object_call(method: str, query: dict[str, list[str]], environ: dict[str, Any]) -> str:
+    """Name the S3 operation on an object."""
+    if method == "POST":
+        return "CreateMultipartUpload" if "uploads" in query else "CompleteMultipartUpload"
+    if "uploadId" in query:
+        return {"PUT": "UploadPart", "DELETE": "AbortMultipartUpload", "GET": "ListParts"}.get(method, method)
+    if method == "PUT" and "HTTP_X_AMZ_COPY_SOURCE" in environ:
+        return "CopyObject"
+    return {"GET": "GetObject", "HEAD": "HeadObject", "PUT": "PutObject", "DELETE": "DeleteObject"}.get(method, method)
+
+
+class LoopbackEC2:
+    """An EC2, S3, IAM and STS on this machine, whose instances are processes.
+
+    ``seconds_per_minute`` is how long a minute of ``shutdown -h +N`` in the user data lasts. With ``needs_profile`` only instances
+    launched with an instance profile have credentials.
+    """
+
+    def __init__(
+        self,
+        *,
+        boot_delay_seconds: float = 0.0,
+        seconds_per_minute: float = 60.0,
+        grace_seconds: float = 3.0,
+        needs_profile: bool = False,
+        region: str = "eu-west-1",
+    ) -> None:
+        self.faults = Faults(boot_delay_seconds=boot_delay_seconds)
+        self.seconds_per_minute = seconds_per_minute
+        self.grace_seconds = grace_seconds
+        self.needs_profile = needs_profile
+        self.region = region
+        self.token = uuid.uuid4().hex
+        self.is_closing = False
+        self.changed = threading.Condition(threading.RLock())
+        self.originals: dict[str, Callable[..., Any]] = {}
+        self.buckets: set[str] = set()
+        self.leaks: list[str] = []
+        self.wants_public: dict[str, bool] = {}
+        self._notes: list[tuple[str, Call]] = []
+        self._machines: dict[str, _Machine] = {}
+        self._asleep: list[_Machine] = []
+        self._n_addresses = 1
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        """Start to answer."""
+        with contextlib.ExitStack() as stack:
+            self.folder = Path(tempfile.mkdtemp(prefix="loopback-ec2-"))
+            stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            self.network = stack.enter_context(_reserve_network())
+            stack.enter_context(self._own_moto())
+            self.endpoint_url = stack.enter_context(self._serve())
+            stack.callback(self._power_everything_off)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End everything that runs, and forget all."""
+        if error is not None:
+            for machine in self._machines.values():
+                log = self.log(machine.instance.id)
+                error.add_note(f"{machine.plan.role} {machine.instance.id}:\n{log[-3000:]}")
+        self._stack.close()
+        _disarm_clusters()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables with which any AWS client talks to this, and to nothing else."""
+        return self.build_environment("client", has_credentials=True)
+
+    @property
+    def calls(self) -> list[Call]:
+        """Requests that reached the server so far."""
+        return [call for _, call in list(self._notes)]
+
+    def calls_by(self, instance_id: str) -> list[Call]:
+        """Requests that an instance made so far."""
+        return [call for caller, call in list(self._notes) if caller == _name_key(instance_id)]
+
+    def build_environment(self, caller: str, *, has_credentials: bool) -> dict[str, str]:
+        """Build the variables of an AWS client that goes by a name."""
+        environment = {
+            "AWS_DEFAULT_REGION": self.region,
+            "AWS_REGION": self.region,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "false",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
+        }
+        # Those of a service would go before the general one, if somebody's shell has them.
+        for suffix in ("", "_EC2", "_S3", "_IAM", "_STS"):
+            environment["AWS_ENDPOINT_URL" + suffix] = self.endpoint_url
+        if has_credentials:
+            environment |= {"AWS_ACCESS_KEY_ID": _name_key(caller), "AWS_SECRET_ACCESS_KEY": "loopback"}
+        return environment
+
+    def use(self, patch: pytest.MonkeyPatch) -> None:
+        """Let all AWS clients of this process and its children talk to this."""
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN"):
+            patch.delenv(name, raising=False)
+        for name, value in self.environment.items():
+            patch.setenv(name, value)
+
+    @contextlib.contextmanager
+    def client(self, service: str, **options: Any) -> Iterator[Any]:
+        """Open a boto3 client of this, whatever the environment is."""
+        client = boto3.client(
+            service,
+            endpoint_url=self.endpoint_url,
+            region_name=self.region,
+            aws_access_key_id=_name_key("client"),
+            aws_secret_access_key="loopback",
+            **options,
+        )
+        with contextlib.closing(client):
+            yield client
+
+    def instances(self, states: Collection[str] | None = ALIVE) -> list[LoopbackInstance]:
+        """List the instances in some states (None: any) in the order of their launch."""
+        with self.changed:
+            described = [machine.describe() for machine in self._machines.values()]
+        return [instance for instance in described if states is None or instance.state in states]
+
+    def processes(self) -> list[int]:
+        """List the live processes of all instances, their children included."""
+        return _find_processes(f"LOOPBACK_EC2={self.token}")
+
+    def log(self, instance_id: str) -> str:
+        """Read what an instance has printed."""
+        path = self._machines[instance_id].log_path
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def interrupt(self, instance_id: str) -> None:
+        """Take an instance away as EC2 takes spot instances; works for any, as if its host broke down."""
+        self._machines[instance_id].power_off("spot")
+
+    def wait_until_quiet(self, timeout: float) -> bool:
+        """Wait until no instance is left that costs money and no process; say whether it came to that."""
+        deadline = time.monotonic() + timeout
+        busy = (*ALIVE, "shutting-down", "stopping")
+        with self.changed:
+            if not self.changed.wait_for(lambda: not self.instances(busy), timeout):
+                return False
+        while self.processes():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def note(self, caller: str, call: Call) -> None:
+        """Remember a request."""
+        self._notes.append((caller, call))
+
+    def find_refusal(self, action: str, form: dict[str, str]) -> Refusal | None:
+        """Find the fault, if any, that refuses a call."""
+        with self.changed:
+            concerned = [refusal for refusal in self.faults.refusals if refusal.concerns(action, form)]
+            return next((refusal for refusal in concerned if refusal.strikes()), None)
+
+    def power_on(self) -> None:
+        """Let instances live whose launch has been answered: as with EC2, the answer says that they are pending."""
+        with self.changed:
+            asleep, self._asleep = self._asleep, []
+        for machine in asleep:
+            machine.power_on()
+
+    def _power_everything_off(self) -> None:
+        """End all instances, and make sure of it."""
+        with self.changed:
+            self.is_closing = True
+            machines = list(self._machines.values())
+        for machine in machines:
+            machine.power_off("user")
+        for machine in machines:
+            machine.join(30)
+        if left := self.processes():
+            raise RuntimeError(f"processes of instances are alive after the end: {left}")
+
+    @contextlib.contextmanager
+    def _serve(self) -> Iterator[str]:
+        """Serve on a free port of 127.0.0.1."""
+        server = make_server("127.0.0.1", 0, _Gateway(self), threaded=True, request_handler=_QuietHandler)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+    @contextlib.contextmanager
+    def _own_moto(self) -> Iterator[None]:
+        """Have moto's EC2 and IAM to ourselves, and leave no bucket behind; other S3 servers of this process go on."""
+        if hasattr(InstanceBackend.run_instances, "is_loopback"):
+            raise RuntimeError("there is a loopback EC2 in this process already")
+        _reset_moto()
+        self._furnish()
+        with contextlib.ExitStack() as stack:
+            for owner, name, replacement in (
+                (InstanceBackend, "run_instances", self._replace_run_instances()),
+                (Instance, "prep_nics", self._replace_prep_nics()),
+                (Instance, "terminate", self._replace_terminate()),
+            ):
+                self.originals[name] = getattr(owner, name)
+                stack.enter_context(mock.patch.object(owner, name, replacement))
+            try:
+                yield
+            finally:
+                for bucket in self.buckets:
+                    _remove_bucket(bucket)
+                _reset_moto()
+
+    def _furnish(self) -> None:
+        """Make what an account has: a default network, a security group, and two images of Canonical's."""
+        backend = ec2_backends[DEFAULT_ACCOUNT_ID][self.region]
+        backend.amis.clear()
+        subnet = min(backend.get_default_subnets().values(), key=lambda subnet: str(subnet.availability_zone))
+        self.vpc_id, self.subnet_id = subnet.vpc_id, subnet.id
+        group = backend.create_security_group("loopback", "for instances of the loopback EC2", vpc_id=self.vpc_id)
+        self.security_group_id = group.id
+        images = {architecture: _add_image(backend, architecture) for architecture in ("amd64", "arm64")}
+        self.ami, self.arm_ami = images["amd64"], images["arm64"]
+
+    def _replace_run_instances(self) -> Callable[..., Any]:
+        """Make a RunInstances that refuses what EC2 refuses, and starts what it launches."""
+
+        def run_instances(
+            backend: Any, image_id: str, count: int, user_data: Any, security_group_names: list[str], **kwargs: Any
+        ) -> Any:
+            _check_launch(backend, image_id, user_data, kwargs)
+            reservation = self.originals["run_instances"](
+                backend, image_id, count, user_data, security_group_names, **kwargs
+            )
+            with self.changed:
+                if self.is_closing:
+                    raise EC2ClientError("Unavailable", "the loopback EC2 is closing")
+                for instance in reservation.instances:
+                    self._asleep.append(self._find_machine(instance))
+            return reservation
+
+        run_instances.is_loopback = True
+        return run_instances
+
+    def _replace_prep_nics(self) -> Callable[..., None]:
+        """Make one that gives an instance its address before anybody can see it, and leaves it pending."""
+
+        def prep_nics(instance: Instance, *args: Any, **kwargs: Any) -> None:
+            self.originals["prep_nics"](instance, *args, **kwargs)
+            address = self._take_address()
+            self.wants_public[instance.id] = any(nic.public_ip for nic in instance.nics.values())
+            for nic in instance.nics.values():
+                nic.public_ip, nic.public_ip_auto_assign = None, False
+                nic.private_ip_address = address
+                nic.private_ip_addresses = [{"Primary": True, "PrivateIpAddress": address}]
+            instance._state = InstanceState("pending", _STATE_CODES["pending"])
+
+        return prep_nics
+
+    def _replace_terminate(self) -> Callable[..., InstanceState]:
+        """Make one that ends an instance's processes after the answer, once."""
+
+        def terminate(instance: Instance) -> InstanceState:
+            previous = copy.copy(instance._state)
+            self._find_machine(instance).power_off("user")
+            return previous
+
+        return terminate
+
+    def _find_machine(self, instance: Instance) -> _Machine:
+        """Find an instance's machine; others may know an instance before its launch is answered."""
+        with self.changed:
+            if instance.id not in self._machines:
+                self._machines[instance.id] = _Machine(self, instance)
+            return self._machines[instance.id]
+
+    def _take_address(self) -> str:
+        """Take an address of this simulator's network; the first one is its mark."""
+        with self.changed:
+            self._n_addresses += 1
+            if self._n_addresses > 254:
+                raise EC2ClientError("InsufficientFreeAddressesInSubnet", "the loopback EC2 has 253 addresses")
+            return f"{self.network}.{self._n_addresses}"
+
+
+def _name_key(caller: str) -> str:
+    """Name the access key of a caller, by which the requests of an instance are known."""
+    return "LOOPBACK" + re.sub("[^A-Z0-9]", "", caller.upper())
+
+
+@contextlib.contextmanager
+def _reserve_network() -> Iterator[str]:
+    """Reserve 127.A.B.0/24 among the simulators of this machine by taking a port of its first address."""
+    # Not the tests' own generator, which would choose the same network in processes that run at the same time.
+    choose = random.SystemRandom().randrange
+    for _ in range(100):
+        network = f"127.{choose(1, 255)}.{choose(256)}"
+        with contextlib.closing(socket.socket()) as mark:
+            try:
+                mark.bind((f"{network}.1", _PORT))
+            except OSError:
+                continue
+            yield network
+            return
+    raise RuntimeError(
+        f"127.A.B.1:{_PORT} is taken for 100 A and B; does something listen at that port of all addresses?"
+    )
+
+
+def _disarm_clusters() -> None:
+    """Keep clusters that were left open from calling the real EC2 when the interpreter ends."""
+    deploy = sys.modules.get("distributed.deploy.spec")
+    for cluster in list(deploy.SpecCluster._instances) if deploy else ():
+        if hasattr(cluster, "boto_session"):
+            cluster.shutdown_on_close = False
+
+
+@contextlib.contextmanager
+def keep_dask_config() -> Iterator[None]:
+    """Undo what EC2Cluster leaves in dask's configuration: TLS for every cluster after it."""
+    kept = copy.deepcopy(dask.config.config)
+    try:
+        yield
+    finally:
+        dask.config.config.clear()
+        dask.config.config.update(kept)
+
+
+def _reset_moto() -> None:
+    """Forget what moto knows of EC2 and IAM, and of nothing else."""
+    # Without moto's own list of 1,300 images, which takes a third of a second to make.
+    with mock.patch.dict(os.environ, {"MOTO_EC2_LOAD_DEFAULT_AMIS": "false"}):
+        for backends in (ec2_backends, iam_backends):
+            for of_account in list(backends.values()):
+                of_account.reset()
+
+
+def _remove_bucket(name: str) -> None:
+    """Remove a bucket of moto's with all that is in it."""
+    backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+    bucket = backend.buckets.pop(name, None)
+    s3_backends.bucket_accounts.pop(name, None)
+    if bucket is None:
+        return
+    for _, versions in bucket.keys.lists():
+        for version in versions:
+            if hasattr(version, "dispose"):
+                version.dispose()
+    for upload in bucket.multiparts.values():
+        upload.dispose()
+
+
+def _add_image(backend: Any, architecture: str) -> str:
+    """Add an image named as Canonical names its own."""
+    image = Ami(
+        backend,
+        f"ami-0{uuid.uuid4().hex[:16]}",
+        name=f"ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-{architecture}-server-20261101",
+        owner_id=CANONICAL,
+        public=True,
+        virtualization_type="hvm",
+        architecture={"amd64": "x86_64"}.get(architecture, architecture),
+        creation_date=datetime(2026, 11, 1, tzinfo=UTC).replace(tzinfo=None),
+        root_device_type="ebs",
+        hypervisor="xen",
+    )
+    backend.amis[image.id] = image
+    return image.id
+
+
+def _check_launch(backend: Any, image_id: str, user_data: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse what EC2 refuses and moto does not."""
+    if user_data is not None and len(base64.b64decode(str(user_data))) > MAX_USER_DATA_BYTES:
+        raise EC2ClientError("InvalidParameterValue", f"User data is limited to {MAX_USER_DATA_BYTES} bytes")
+    if image_id not in backend.amis:
+        raise EC2ClientError("InvalidAMIID.NotFound", f"The image id '[{image_id}]' does not exist")
+    kind = kwargs["instance_type"]
+    if kind not in INSTANCE_TYPES:
+        raise EC2ClientError("InvalidParameterValue", f"Invalid value '{kind}' for InstanceType.")
+    if backend.amis[image_id].architecture not in INSTANCE_TYPES[kind]["ProcessorInfo"]["SupportedArchitectures"]:
+        message = f"The architecture of instance type '{kind}' does not match that of the specified AMI."
+        raise EC2ClientError("InvalidParameterValue", message)
+    for nic in kwargs.get("nics") or []:
+        _check_interface(backend, nic, kind)
+
+
+def _check_interface(backend: Any, nic: dict[str, Any], kind: str) -> None:
+    """Refuse unknown security groups, and types that the zone of a subnet does not offer."""
+    for group in nic.get("Groups") or []:
+        if backend.get_security_group_from_id(group) is None:
+            raise EC2ClientError("InvalidGroup.NotFound", f"The security group '{group}' does not exist")
+    if "SubnetId" not in nic:
+        return
+    zone = backend.get_subnet(nic["SubnetId"]).availability_zone
+    offered = INSTANCE_TYPE_OFFERINGS["availability-zone"][backend.region_name]
+    if not any(offer["InstanceType"] == kind and offer["Location"] == zone for offer in offered):
+        message = f"Instance type ({kind}) is not supported in your requested Availability Zone ({zone})."
+        raise EC2ClientError("Unsupported", message)

@@ -1,0 +1,541 @@
+"""The loopback EC2 is honest: it refuses, runs, ends and forgets as EC2 does, and reaches nothing but this machine."""
+
+import contextlib
+import operator
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore import UNSIGNED
+from botocore.config import Config
+from botocore.exceptions import ClientError
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from distributed import Client, Security, SpecCluster
+from loopback_ec2 import (
+    CANONICAL,
+    MAX_USER_DATA_BYTES,
+    LoopbackEC2,
+    Refusal,
+    find_foreign_addresses,
+    keep_dask_config,
+    read_plan,
+)
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc")
+
+SLEEP = "docker run any sleep 600"
+SHUTDOWN = "shutdown -h now"
+
+
+@pytest.fixture
+def cloud() -> Iterator[LoopbackEC2]:
+    """A loopback EC2 in which a minute lasts a hundredth of a second."""
+    with LoopbackEC2(seconds_per_minute=0.01) as cloud:
+        yield cloud
+
+
+def render(*lines: str) -> str:
+    """Render user data that run some commands."""
+    return "\n".join(["#cloud-config", "runcmd:", *(f"  - '{line.replace(chr(39), chr(39) * 2)}'" for line in lines)])
+
+
+def launch(cloud: LoopbackEC2, *lines: str, **options: Any) -> dict[str, Any]:
+    """Launch an instance that runs some commands, and return what EC2 answers."""
+    request = {
+        "ImageId": cloud.ami,
+        "InstanceType": "t3.medium",
+        "MinCount": 1,
+        "MaxCount": 1,
+        "UserData": render(*lines),
+        "InstanceInitiatedShutdownBehavior": "terminate",
+        "NetworkInterfaces": [
+            {
+                "DeviceIndex": 0,
+                "AssociatePublicIpAddress": True,
+                "SubnetId": cloud.subnet_id,
+                "Groups": [cloud.security_group_id],
+            }
+        ],
+    }
+    with cloud.client("ec2", config=Config(retries={"total_max_attempts": 2})) as client:
+        return client.run_instances(**request | options)["Instances"][0]
+
+
+def describe(cloud: LoopbackEC2, instance_id: str) -> dict[str, Any]:
+    """Ask EC2 for an instance."""
+    with cloud.client("ec2") as client:
+        return client.describe_instances(InstanceIds=[instance_id])["Reservations"][0]["Instances"][0]
+
+
+@contextlib.contextmanager
+def open_pipe(path: Path) -> Iterator[int]:
+    """Make a named pipe, by which a process says how far it is."""
+    os.mkfifo(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_pipe(descriptor: int) -> str:
+    """Wait until something is written into a pipe."""
+    readable, _, _ = select.select([descriptor], [], [], 30)
+    assert readable, "nothing was written in time"
+    return os.read(descriptor, 1000).decode()
+
+
+def wait_for_state(cloud: LoopbackEC2, state: str) -> None:
+    """Wait until all instances are in a state."""
+    with cloud.changed:
+        in_time = cloud.changed.wait_for(lambda: {instance.state for instance in cloud.instances(None)} == {state}, 30)
+    assert in_time, cloud.instances(None)
+
+
+def make_security() -> Security:
+    """Make TLS settings of one elliptic-curve key, which leave room in user data."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    certificate = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(hours=1))
+    pem = certificate.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ).decode()
+    ours = {f"tls_{role}_{part}": pem if part == "cert" else secret for role in ROLES for part in ("cert", "key")}
+    return Security(tls_ca_file=pem, require_encryption=True, **ours)
+
+
+ROLES = ("client", "scheduler", "worker")
+
+
+# dask-cloudprovider leaves the sockets open with which it tries whether the scheduler listens.
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+def test_ec2cluster_computes_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unmodified EC2Cluster runs tasks over TLS on processes with addresses of their own, and closes."""
+    from dask_cloudprovider.aws import EC2Cluster
+
+    with LoopbackEC2(boot_delay_seconds=0.2) as cloud, keep_dask_config():
+        cloud.use(monkeypatch)
+        with EC2Cluster(
+            region=cloud.region,
+            ami=cloud.ami,
+            vpc=cloud.vpc_id,
+            subnet_id=cloud.subnet_id,
+            security_groups=[cloud.security_group_id],
+            docker_image="any",
+            security=make_security(),
+            n_workers=1,
+            worker_options={"nthreads": 1},
+            env_vars={"GREETING": "good day"},
+            instance_type="t3.medium",
+        ) as cluster:
+            scheduler, worker = cloud.instances()
+            with Client(cluster) as client:
+                assert client.submit(operator.add, 40, 2).result(60) == 42
+                assert client.submit(os.getenv, "GREETING").result(60) == "good day"
+                assert client.submit(os.listdir, ".").result(60) == []
+                assert [address.partition(":")[0] for address in client.scheduler_info()["workers"]] == ["tls"]
+            assert cluster.scheduler_address == f"tls://{scheduler.address}:8786"
+            assert (scheduler.role, worker.role) == ("scheduler", "worker")
+            assert scheduler.address != worker.address and len(scheduler.user_data) < 6_000
+            assert worker.tags["createdBy"] == "dask-cloudprovider" and not worker.is_spot
+            assert len(cloud.processes()) >= 4  # An instance's own, a scheduler, a nanny, a worker.
+        assert cloud.wait_until_quiet(30)
+        assert cloud.processes() == [] and cloud.leaks == []
+        actions = {call.action for call in cloud.calls}
+        assert actions == {"RunInstances", "CreateTags", "DescribeInstances", "TerminateInstances"}
+
+
+def test_run_instances_answers_before_it_runs(cloud: LoopbackEC2) -> None:
+    """The answer says pending and knows no public address; later the instance runs, at a loopback address."""
+    answered = launch(cloud, SLEEP)
+    assert answered["State"]["Name"] == "pending" and "PublicIpAddress" not in answered
+    wait_for_state(cloud, "running")
+    described = describe(cloud, answered["InstanceId"])
+    assert described["PublicIpAddress"] == described["PrivateIpAddress"] == cloud.instances()[0].address
+    assert described["PublicIpAddress"].startswith("127.") and not described.get("PublicDnsName")
+
+
+def test_run_instances_gives_no_public_address_unasked(cloud: LoopbackEC2) -> None:
+    """An instance whose interface asks for none has a private address only."""
+    interface = {"DeviceIndex": 0, "AssociatePublicIpAddress": False, "SubnetId": cloud.subnet_id}
+    instance_id = launch(cloud, SLEEP, NetworkInterfaces=[interface])["InstanceId"]
+    wait_for_state(cloud, "running")
+    assert "PublicIpAddress" not in describe(cloud, instance_id)
+
+
+def test_addresses_of_other_machines_are_kept_back(cloud: LoopbackEC2) -> None:
+    """An address that moto makes up does not reach the client, whatever the call."""
+    with cloud.client("ec2") as client, pytest.raises(ClientError, match="LoopbackLeak"):
+        client.create_network_interface(SubnetId=cloud.subnet_id)
+    assert len(cloud.leaks) > 0
+
+
+def test_unsigned_requests_are_refused(cloud: LoopbackEC2) -> None:
+    """EC2 answers nobody whom it does not know."""
+    with cloud.client("ec2", config=Config(signature_version=UNSIGNED)) as client:
+        with pytest.raises(ClientError, match="AuthFailure"):
+            client.describe_instances()
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        pytest.param("<a>127.3.4.5</a><b>127.3.4.255</b>", [], id="own"),
+        pytest.param("<a>127.3.5.1</a><b>::1</b>", ["127.3.5.1", "::1"], id="another simulator's"),
+        pytest.param("<privateIpAddress>10.1.2.3</privateIpAddress>", ["10.1.2.3"], id="private"),
+        pytest.param("<publicIp>\n54.1.2.3\n</publicIp><a>2001:db8::1</a>", ["54.1.2.3", "2001:db8::1"], id="public"),
+        pytest.param("<cidrIp>0.0.0.0/0</cidrIp><time>12:30:59</time><count>16</count>", [], id="no addresses"),
+    ],
+)
+def test_find_foreign_addresses_reads_whole_texts(document: str, expected: list[str]) -> None:
+    """Addresses are told from networks, times and counts."""
+    assert find_foreign_addresses(document, "127.3.4") == expected
+
+
+def test_made_up_address_of_an_instance_is_kept_back(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should an instance ever have an address elsewhere, launching and describing it fail."""
+    monkeypatch.setattr(cloud, "_take_address", lambda: "192.0.2.1")
+    for _ in range(2):
+        with pytest.raises(ClientError, match=r"LoopbackLeak.*192\.0\.2\.1"):
+            launch(cloud, SLEEP)
+    with cloud.client("ec2") as client, pytest.raises(ClientError, match=r"LoopbackLeak.*192\.0\.2\.1"):
+        client.describe_instances()
+
+
+def test_user_data_are_limited_as_by_ec2(cloud: LoopbackEC2) -> None:
+    """16,384 bytes pass, before encoding, and one more does not."""
+    largest = render(SLEEP) + "\n#"
+    largest += "x" * (MAX_USER_DATA_BYTES - len(largest))
+    launch(cloud, UserData=largest)
+    with pytest.raises(ClientError, match=r"InvalidParameterValue.*User data is limited to 16384 bytes"):
+        launch(cloud, UserData=largest + "x")
+    assert [instance.user_data for instance in cloud.instances()] == [largest]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"ImageId": "ami-0123456789abcdef0"}, r"InvalidAMIID\.NotFound", id="image"),
+        pytest.param({"InstanceType": "t3.enormous"}, "InvalidParameterValue.*t3.enormous", id="type"),
+        pytest.param({"InstanceType": "t4g.medium"}, "InvalidParameterValue.*architecture", id="architecture"),
+        pytest.param({"InstanceType": "p5.48xlarge"}, r"Unsupported.*eu-west-1a", id="zone"),
+        pytest.param({"group": "sg-0123456789abcdef0"}, r"InvalidGroup\.NotFound", id="group"),
+        pytest.param({"IamInstanceProfile": {"Name": "nobody"}}, "nobody", id="profile"),
+    ],
+)
+def test_run_instances_refuses_what_does_not_exist(cloud: LoopbackEC2, options: dict[str, Any], message: str) -> None:
+    """Unknown images, types, groups and profiles are refused, and so are types that do not fit."""
+    group = options.get("group", cloud.security_group_id)
+    interface = {"DeviceIndex": 0, "SubnetId": cloud.subnet_id, "Groups": [group]}
+    rest = {name: value for name, value in options.items() if name != "group"}
+    with pytest.raises(ClientError, match=message):
+        launch(cloud, SLEEP, NetworkInterfaces=[interface], **rest)
+    assert cloud.instances(None) == []
+
+
+def test_refusals_count_calls(cloud: LoopbackEC2) -> None:
+    """A refusal lets some calls pass, refuses some, and is over."""
+    cloud.faults.refusals.append(Refusal("VcpuLimitExceeded", skip=1, count=2))
+    launch(cloud, SLEEP)
+    for _ in range(2):
+        with pytest.raises(ClientError, match="VcpuLimitExceeded"):
+            launch(cloud, SLEEP)
+    launch(cloud, SLEEP)
+    assert len(cloud.instances()) == 2
+    assert [call.action for call in cloud.calls] == ["RunInstances"] * 4
+
+
+def test_want_of_capacity_is_retried_by_clients(cloud: LoopbackEC2) -> None:
+    """EC2 answers it with the status of a server's fault, so a client asks again."""
+    cloud.faults.refusals.append(Refusal("InsufficientInstanceCapacity"))
+    with pytest.raises(ClientError, match="InsufficientInstanceCapacity") as caught:
+        launch(cloud, SLEEP)
+    assert caught.value.response["ResponseMetadata"]["HTTPStatusCode"] == 500
+    assert len(cloud.calls) == 2
+
+
+def test_refusals_choose_their_victims(cloud: LoopbackEC2) -> None:
+    """Only the launches of a role, only spot ones, or another action are refused."""
+    worker = "docker run any python -m distributed.cli.dask_spec tls://127.0.0.1:1 --spec {}"
+    spot = {"InstanceMarketOptions": {"MarketType": "spot"}}
+    cloud.faults.boot_delay_seconds = 600
+    cloud.faults.refusals += [
+        Refusal("UnauthorizedOperation", role="scheduler"),
+        Refusal("MaxSpotInstanceCountExceeded", is_spot=True),
+        Refusal("InvalidInstanceID.NotFound", action="CreateTags", count=1),
+    ]
+    with pytest.raises(ClientError, match="UnauthorizedOperation"):
+        launch(cloud, "docker run any python -m distributed.cli.dask_scheduler")
+    with pytest.raises(ClientError, match="MaxSpotInstanceCountExceeded"):
+        launch(cloud, worker, **spot)
+    instance_id = launch(cloud, worker)["InstanceId"]
+    with cloud.client("ec2") as client:
+        tags = {"Resources": [instance_id], "Tags": [{"Key": "run", "Value": "1"}]}
+        with pytest.raises(ClientError, match=r"InvalidInstanceID\.NotFound"):
+            client.create_tags(**tags)
+        client.create_tags(**tags)
+    assert [(instance.role, instance.tags) for instance in cloud.instances()] == [("worker", {"run": "1"})]
+
+
+def test_container_end_terminates_its_instance(cloud: LoopbackEC2) -> None:
+    """When the container ends, the shutdown after it ends the instance."""
+    instance_id = launch(cloud, "docker run any sh -c 'echo done; exit 3'", SHUTDOWN)["InstanceId"]
+    assert cloud.wait_until_quiet(30)
+    described = describe(cloud, instance_id)
+    assert described["State"]["Name"] == "terminated"
+    assert described["StateReason"]["Code"] == "Client.InstanceInitiatedShutdown"
+    assert cloud.log(instance_id).splitlines() == ["done", "docker: the container ended with 3"]
+
+
+def test_container_end_without_shutdown_leaves_the_instance(cloud: LoopbackEC2, tmp_path: Path) -> None:
+    """Without a shutdown in the user data the instance stays, empty, and costs."""
+    with open_pipe(tmp_path / "pipe") as pipe:
+        instance_id = launch(cloud, f"docker run any sh -c 'echo done > {tmp_path}/pipe'")["InstanceId"]
+        assert read_pipe(pipe) == "done\n"
+    assert not cloud.wait_until_quiet(0.3)
+    assert [(instance.id, instance.state) for instance in cloud.instances()] == [(instance_id, "running")]
+    assert cloud.processes() == []
+
+
+def test_shutdown_stops_an_instance_that_is_to_be_stopped(cloud: LoopbackEC2) -> None:
+    """EC2's default behaviour at shutdown is to stop."""
+    launch(cloud, "docker run any true", SHUTDOWN, InstanceInitiatedShutdownBehavior="stop")
+    wait_for_state(cloud, "stopped")
+    assert cloud.processes() == []
+
+
+@pytest.mark.parametrize("command", ["shutdown -h +60", "shutdown -P +60"], ids=["h", "P"])
+def test_shutdown_later_caps_the_lifetime(cloud: LoopbackEC2, command: str) -> None:
+    """An instance that is to shut down in an hour does, whatever it does then."""
+    instance_id = launch(cloud, command, SLEEP)["InstanceId"]
+    assert cloud.wait_until_quiet(30)
+    assert describe(cloud, instance_id)["StateReason"]["Code"] == "Client.InstanceInitiatedShutdown"
+
+
+def test_termination_lets_the_container_say_goodbye(cloud: LoopbackEC2, tmp_path: Path) -> None:
+    """A terminated instance's process gets SIGTERM; terminating again changes nothing."""
+    script = f'trap "echo goodbye; exit" TERM; echo ready > {tmp_path}/pipe; while :; do sleep 0.02; done'
+    with open_pipe(tmp_path / "pipe") as pipe, cloud.client("ec2") as client:
+        instance_id = launch(cloud, f"docker run any sh -c '{script}'")["InstanceId"]
+        read_pipe(pipe)
+        answer = client.terminate_instances(InstanceIds=[instance_id])["TerminatingInstances"][0]
+        assert answer["CurrentState"]["Name"] == "shutting-down" and answer["PreviousState"]["Name"] == "running"
+        assert cloud.wait_until_quiet(30)
+        client.terminate_instances(InstanceIds=[instance_id])
+    described = describe(cloud, instance_id)
+    assert described["State"]["Name"] == "terminated" and "PublicIpAddress" not in described
+    assert described["StateReason"]["Code"] == "Client.UserInitiatedShutdown"
+    assert "goodbye" in cloud.log(instance_id)
+
+
+def test_termination_kills_what_does_not_listen(tmp_path: Path) -> None:
+    """A process that ignores SIGTERM is killed after the grace."""
+    script = f'trap "" TERM; echo ready > {tmp_path}/pipe; while :; do sleep 0.02; done'
+    with LoopbackEC2(grace_seconds=0.1) as cloud, open_pipe(tmp_path / "pipe") as pipe, cloud.client("ec2") as client:
+        instance_id = launch(cloud, f"docker run any sh -c '{script}'")["InstanceId"]
+        read_pipe(pipe)
+        client.terminate_instances(InstanceIds=[instance_id])
+        assert cloud.wait_until_quiet(30)
+
+
+def test_interrupt_kills_without_warning(cloud: LoopbackEC2, tmp_path: Path) -> None:
+    """A spot instance goes at once, with children that left its process group, and says why."""
+    script = f'trap "echo goodbye; exit" TERM; setsid sleep 600 & echo ready > {tmp_path}/pipe; wait'
+    with open_pipe(tmp_path / "pipe") as pipe:
+        spot = launch(cloud, f"docker run any sh -c '{script}'", InstanceMarketOptions={"MarketType": "spot"})
+        read_pipe(pipe)
+    assert cloud.instances()[0].is_spot
+    cloud.interrupt(spot["InstanceId"])
+    assert cloud.wait_until_quiet(30)
+    assert describe(cloud, spot["InstanceId"])["StateReason"]["Code"] == "Server.SpotInstanceTermination"
+    assert "goodbye" not in cloud.log(spot["InstanceId"])
+
+
+def test_never_boots_runs_empty(cloud: LoopbackEC2) -> None:
+    """An instance that never boots is running for EC2, does nothing, and can be terminated."""
+    cloud.faults.never_boots = {"worker"}
+    instance_id = launch(cloud, "shutdown -h +1", SLEEP, SHUTDOWN)["InstanceId"]
+    wait_for_state(cloud, "running")
+    assert not cloud.wait_until_quiet(0.3)
+    assert cloud.processes() == [] and cloud.log(instance_id) == ""
+    with cloud.client("ec2") as client:
+        client.terminate_instances(InstanceIds=[instance_id])
+    assert cloud.wait_until_quiet(30)
+
+
+def test_unpullable_image_ends_the_instance(cloud: LoopbackEC2) -> None:
+    """Where docker finds no image, cloud-init goes on to the shutdown."""
+    cloud.faults.unpullable = {"nobody/nothing:1"}
+    instance_id = launch(cloud, "docker run --rm --net=host nobody/nothing:1 sleep 600", SHUTDOWN)["InstanceId"]
+    assert cloud.wait_until_quiet(30)
+    assert "nobody/nothing:1" in cloud.log(instance_id)
+
+
+def test_boot_delay_ends_with_the_instance(cloud: LoopbackEC2) -> None:
+    """An instance that is terminated while it boots never runs its container."""
+    cloud.faults.boot_delay_seconds = 600
+    instance_id = launch(cloud, SLEEP)["InstanceId"]
+    wait_for_state(cloud, "running")
+    with cloud.client("ec2") as client:
+        client.terminate_instances(InstanceIds=[instance_id])
+    assert cloud.wait_until_quiet(30)
+    assert cloud.log(instance_id) == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "image", "command", "variables"),
+    [
+        pytest.param('docker run -e A="b c" -e D= img:1 run', "img:1", ["run"], {"A": "b c", "D": ""}, id="variables"),
+        pytest.param(
+            'docker run --gpus=all --shm-size 1g --rm img env "A=x=y" run', "img", ["run"], {"A": "x=y"}, id="options"
+        ),
+        pytest.param('docker run -e A="say "a b" now" img run', "b now", ["img", "run"], {"A": "say a"}, id="quotes"),
+        pytest.param('docker run -e A="$HOME$(ls /)" img run', "img", ["run"], {"A": ""}, id="expansion"),
+        pytest.param('docker run img run "', "", [], {}, id="unbalanced"),
+    ],
+)
+def test_read_plan_quotes_as_a_shell(line: str, image: str, command: list[str], variables: dict[str, str]) -> None:
+    """Docker gets what a shell makes of the line."""
+    plan = read_plan(render(line, SHUTDOWN))
+    assert (plan.image, plan.command, plan.variables) == (image, command, variables)
+    # A script that the shell cannot read never gets to its shutdown.
+    assert plan.shuts_down == (image != "")
+
+
+@pytest.mark.parametrize(
+    "user_data",
+    [
+        pytest.param("#!/bin/sh\ndocker run img run", id="script"),
+        pytest.param("#cloud-config\nruncmd:\n  - docker run -e A: img run\n  - {a: b}", id="mapping"),
+        pytest.param("#cloud-config\nruncmd:\n  - 'docker run img run", id="broken"),
+    ],
+)
+def test_read_plan_runs_nothing_of_what_it_cannot_read(user_data: str) -> None:
+    """As with cloud-init, a mistake leaves a running instance that does nothing."""
+    plan = read_plan(user_data)
+    assert plan.problem and not plan.command and not plan.shuts_down
+
+
+def test_instances_reach_s3_and_are_known_by_their_calls(cloud: LoopbackEC2) -> None:
+    """Instances have an endpoint and credentials, and it shows which of them asked for what."""
+    script = (
+        "import boto3; s3 = boto3.client(chr(115) + chr(51)); s3.put_object(Bucket=str.lower(chr(65) * 3), Key=str(1))"
+    )
+    with cloud.client("s3") as client:
+        client.create_bucket(Bucket="aaa", CreateBucketConfiguration={"LocationConstraint": cloud.region})
+        instance_id = launch(cloud, f'docker run any python -c "{script}"', SHUTDOWN)["InstanceId"]
+        assert cloud.wait_until_quiet(60), cloud.log(instance_id)
+        assert client.get_object(Bucket="aaa", Key="1")["Body"].read() == b""
+        client.list_objects_v2(Bucket="aaa", Prefix="b/")
+    assert cloud.calls_by(instance_id) == [("s3", "PutObject", "aaa/1")]
+    seen = [call for call in cloud.calls if call.service == "s3"]
+    assert seen == [
+        ("s3", "CreateBucket", "aaa"),
+        ("s3", "PutObject", "aaa/1"),
+        ("s3", "GetObject", "aaa/1"),
+        ("s3", "ListObjectsV2", "aaa/b/"),
+    ]
+
+
+def test_instances_without_profile_have_no_credentials() -> None:
+    """With needs_profile, an instance profile makes the difference."""
+    with LoopbackEC2(needs_profile=True) as cloud:
+        with cloud.client("iam") as client:
+            client.create_instance_profile(InstanceProfileName="reader")
+        bare = launch(cloud, "docker run any env", SHUTDOWN)["InstanceId"]
+        trusted = launch(cloud, "docker run any env", SHUTDOWN, IamInstanceProfile={"Name": "reader"})["InstanceId"]
+        assert cloud.wait_until_quiet(30)
+        assert "AWS_SECRET_ACCESS_KEY" not in cloud.log(bare)
+        assert "AWS_SECRET_ACCESS_KEY" in cloud.log(trusted)
+
+
+def test_images_are_found_by_name(cloud: LoopbackEC2) -> None:
+    """Canonical's images are there for both architectures, and no others."""
+    filters = [{"Name": "name", "Values": ["ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-*-server-*"]}]
+    with cloud.client("ec2") as client:
+        found = client.describe_images(Owners=[CANONICAL], Filters=filters)["Images"]
+        assert len(client.describe_images()["Images"]) == 2
+    assert {image["Architecture"]: image["ImageId"] for image in found} == {"x86_64": cloud.ami, "arm64": cloud.arm_ami}
+
+
+def test_exit_ends_everything_and_keeps_other_servers(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
+    """After the end no process lives, its buckets are gone, and those of another S3 server of this process are not."""
+    with LoopbackEC2() as cloud:
+        launch(cloud, SLEEP)
+        with cloud.client("s3") as client:
+            client.create_bucket(Bucket="loopback", CreateBucketConfiguration={"LocationConstraint": cloud.region})
+            client.put_object(Bucket="loopback", Key="key", Body=b"body")
+    assert cloud.processes() == [] and not cloud.folder.exists()
+    with LoopbackEC2() as cloud:
+        assert cloud.instances(None) == [] and cloud.calls == []
+    names = {bucket["Name"] for bucket in s3_client.list_buckets()["Buckets"]}
+    assert s3_bucket[0] in names and "loopback" not in names
+
+
+def test_only_one_at_a_time(cloud: LoopbackEC2) -> None:
+    """A second simulator would share moto's state, and is refused."""
+    with pytest.raises(RuntimeError, match="a loopback EC2 in this process already"):
+        LoopbackEC2().__enter__()
+    launch(cloud, SLEEP)
+
+
+def test_use_redirects_every_client(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the shell says of profiles and endpoints, clients talk to the simulator."""
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_EC2", "http://192.0.2.1")
+    cloud.use(monkeypatch)
+    for service in ("ec2", "s3", "iam", "sts"):
+        with contextlib.closing(boto3.session.Session().client(service)) as client:
+            assert client.meta.endpoint_url == cloud.endpoint_url
+    with contextlib.closing(boto3.session.Session().client("sts")) as client:
+        assert client.get_caller_identity()["Account"] == "123456789012"
+
+
+def test_exit_disarms_clusters_left_open() -> None:
+    """A cluster that a test forgot is not closed by the interpreter's end, which would call the real EC2."""
+
+    class Forgotten:
+        boto_session = None
+        shutdown_on_close = True
+
+    forgotten = Forgotten()
+    SpecCluster._instances.add(forgotten)
+    try:
+        with LoopbackEC2():
+            pass
+    finally:
+        SpecCluster._instances.discard(forgotten)
+    assert not forgotten.shutdown_on_close
+
+
+def test_instances_do_not_outlive_a_killed_test(tmp_path: Path) -> None:
+    """When the test's process is killed, the instances' processes end."""
+    line = f"docker run any sh -c 'exec 3> {tmp_path}/held; sleep 600 & echo ready > {tmp_path}/pipe; wait'"
+    script = f"""
+import signal
+from test_loopback_ec2 import LoopbackEC2, launch
+with LoopbackEC2() as cloud:
+    launch(cloud, {line!r})
+    signal.pause()
+"""
+    here = Path(__file__).parent
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    with open_pipe(tmp_path / "pipe") as pipe, open_pipe(tmp_path / "held") as held:
+        with subprocess.Popen([sys.executable, "-c", script], env=environment) as process:
+            assert read_pipe(pipe) == "ready\n"
+            process.kill()
+        # The pipe is at its end when all that held it open have gone.
+        assert read_pipe(held) == ""
