@@ -27,7 +27,7 @@ from fruitdask.errors import (
     TooManyFailuresError,
 )
 from fruitdask.models import build_artifact, load_predictor
-from fruitdask.pipeline import exploring, presenting, running
+from fruitdask.pipeline import exploring, presenting, running, spending
 from fruitdask.pipeline.inputs import dump_config
 from fruitdask.storage import Location
 
@@ -212,7 +212,7 @@ def test_run_reduces_again_without_a_cluster_when_only_that_changed(
     make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fruitdask.run(make_config(), client=client)
-    monkeypatch.setattr(running, "open_client", lambda config: pytest.fail("a cluster was started"))
+    monkeypatch.setattr(spending, "open_client", lambda config: pytest.fail("a cluster was started"))
     result = fruitdask.run(make_config(reduce={"n_components": 0.999}))
     assert result.n_computed == 0
     assert result.pca.n_components == result.manifest["pca"]["n_components"] > 2
@@ -223,7 +223,7 @@ def test_run_reduces_large_features_on_the_cluster(
     make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = fruitdask.run(make_config(), client=client).table
-    monkeypatch.setattr(running, "_LOCAL_REDUCE_BYTES", 0)
+    monkeypatch.setattr(running, "LOCAL_REDUCE_BYTES", 0)
     distributed = fruitdask.run(make_config(output={"overwrite": True}), client=client).table
     pd.testing.assert_frame_equal(distributed, local, rtol=1e-5)
 
@@ -412,7 +412,7 @@ def test_interrupted_overwriting_leaves_no_commit_mark_without_its_chunk(
         delete(output, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "delete_result", delete_and_interrupt)
+        patch.setattr(store.manifests, "delete_result", delete_and_interrupt)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
             fruitdask.run(make_config(output={"overwrite": True}), client=client)
     result = fruitdask.run(make_config(), client=client)
@@ -534,7 +534,7 @@ def test_report_is_rendered_again_without_images_and_cluster(
     first = fruitdask.run(make_config(**settings), client=client)
     written = first.report.read()
     assert "<iframe" in first.report._repr_html_()
-    for module in (running, exploring):
+    for module in (spending, exploring):
         monkeypatch.setattr(module, "open_client", lambda config: pytest.fail("a cluster was started"))
     titled = make_config(**settings | {"report": {"enabled": True, "title": "Our <orchard>"}})
     again = fruitdask.run(titled)
@@ -619,7 +619,7 @@ def test_interrupted_overwriting_leaves_nothing_that_looks_complete(
             raise KeyboardInterrupt("in this test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "delete_result", delete_some)
+        patch.setattr(store.manifests, "delete_result", delete_some)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
             fruitdask.run(make_config(output={"overwrite": True}), client=client)
     with pytest.raises(OutputError, match="expected a finished run or exploration, found none"):

@@ -9,10 +9,12 @@ import pandas as pd
 import pytest
 import xarray
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fruitdask import store
 from fruitdask.errors import OutputError, StorageError, StoreMismatchError
-from fruitdask.storage import Location
+from fruitdask.storage import Location, exists
 
 FINGERPRINT = {"catalog": "a" * 64, "model": "b" * 64}
 
@@ -154,3 +156,68 @@ def test_clear_output_leaves_files_of_other_names(tmp_path: Path) -> None:
         (tmp_path / "figures" / name).write_bytes(b"picture")
     store.clear_output(output)
     assert [path.name for path in tmp_path.rglob("*")] == ["figures", "mine.png"]
+
+
+@settings(max_examples=40)
+@given(
+    n_images=st.integers(1, 17),
+    size=st.integers(1, 6),
+    seed=st.integers(0, 2**32 - 1),
+    missing=st.sets(st.integers(0, 16), max_size=3),
+)
+def test_stage_rows_keeps_whole_partitions_of_what_is_there(
+    tmp_path_factory: pytest.TempPathFactory, n_images: int, size: int, seed: int, missing: set[int]
+) -> None:
+    output, random = Location(str(tmp_path_factory.mktemp("out"))), np.random.default_rng(seed)
+    features = random.normal(size=(n_images, 3)).astype(np.float32)
+    statuses = [store.STATUSES[code] for code in random.integers(1, 4, n_images)]
+    outcomes = make_outcomes(statuses)
+    store.create_store(output, n_images=n_images, n_features=3, images_per_partition=size, attributes={"a": 1, "b": 2})
+    for index in set(range(-(-n_images // size))) - missing:
+        rows = slice(index * size, index * size + size)
+        store.write_partition(
+            output, index=index, start=rows.start, features=features[rows], outcomes=outcomes.iloc[rows]
+        )
+    rows = np.flatnonzero(random.random(n_images) < 0.7)
+    store.stage_rows(output, rows, images_per_partition=size, attributes={"b": 3})
+    staged = output.child("erasing")
+    group = store.open_store(staged)
+    assert group is not None and dict(group.attrs) == {"a": 1, "b": 3} and group["features"].shape == (len(rows), 3)
+    wanted = {
+        index
+        for index in range(-(-len(rows) // size))
+        if not missing & {row // size for row in rows[index * size : index * size + size]}
+    }
+    assert store.list_committed(staged) == wanted
+    for index in wanted:
+        chosen = rows[index * size : index * size + size]
+        np.testing.assert_array_equal(group["features"][index * size : index * size + size], features[chosen])
+        read = next(store.read_outcomes(staged, [index]))
+        pd.testing.assert_frame_equal(read, outcomes.iloc[chosen].reset_index(drop=True))
+
+
+def test_finish_erasing_begins_again_where_it_was_interrupted(output: Location) -> None:
+    fill(output)
+    for name in ("results.csv", "explore.parquet"):
+        location = output.child(name)
+        location.fs.pipe_file(location.path, b"names")
+    store.stage_rows(output, np.array([2, 4]), images_per_partition=2, attributes={})
+    store.finish_erasing(output)
+    assert store.list_committed(output) == {1, 2} and not exists(output.child("erasing"))
+
+    store.stage_rows(output, np.array([2, 4]), images_per_partition=2, attributes={})
+    manifest = store.read_manifest(output)
+    assert manifest is not None
+    store.write_manifest(output, manifest | {"status": store.ERASING})
+    # Some was deleted already, some copied.
+    store.delete_result(output, "features.zarr/features/c/1")
+    copied = output.child("partitions", "00000.parquet")
+    copied.fs.pipe_file(copied.path, b"half")
+    store.finish_erasing(output)
+    group = store.open_store(output)
+    assert group is not None
+    np.testing.assert_array_equal(group["features"][:], [[6, 7, 8], [12, 13, 14]])
+    assert [list(table["path"]) for table in store.read_outcomes(output, [0])] == [["a/0.jpg", "a/0.jpg"]]
+    names = {path[len(output.path) + 1 :].split("/")[0] for path in output.fs.find(output.path)}
+    assert names == {"features.zarr", "manifest.json", "partitions"}
+    assert (store.read_manifest(output) or {})["status"] == store.ERASED

@@ -1,0 +1,113 @@
+"""Erasing images from a run: what is kept is copied aside, everything else is deleted, and the copy takes its place.
+
+Until the manifest says ``ERASING`` nothing has changed; from then on nothing is needed to finish but what lies in the folder, so an
+interrupted erasure either has not happened or is finished by the next command.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from fruitdask.storage import Location, exists, explained
+from fruitdask.store.arrays import create_store, open_store, write_partition
+from fruitdask.store.manifests import delete_result, read_manifest, write_manifest
+from fruitdask.store.names import ERASED, ERASING, EXPLORATION_NAMES, FEATURES, MANIFEST, PARTITIONS, RUN_NAMES, STAGING
+from fruitdask.store.outcomes import list_committed, read_outcomes
+
+#: What a process leaves that was killed while it wrote a file.
+_LEFTOVER = re.compile(r".+\.[0-9a-f]{32}\.part")
+
+
+def stage_rows(
+    output: Location, rows: npt.NDArray[np.int64], *, images_per_partition: int, attributes: Mapping[str, Any]
+) -> None:
+    """
+    Copy some rows of a run aside, as a store without gaps; a partition of which some row was not computed yet is left out.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder, which stays as it is.
+    rows : numpy.ndarray
+        The rows to keep, ascending, int64.
+    images_per_partition : int
+        Rows a partition, of the run and of the copy.
+    attributes : Mapping[str, Any]
+        What is said about the copy in place of what is said about the run.
+
+    Raises
+    ------
+    StorageError
+        If something cannot be read or written.
+    """
+    staging = output.child(STAGING)
+    delete_result(output, STAGING)
+    store: Any = open_store(output)
+    if store is None:
+        return
+    features, committed = store["features"], list_committed(output)
+    create_store(
+        staging,
+        n_images=len(rows),
+        n_features=features.shape[1],
+        images_per_partition=images_per_partition,
+        attributes={**store.attrs, **attributes},
+    )
+    for index, start in enumerate(range(0, len(rows), images_per_partition)):
+        chosen = rows[start : start + images_per_partition]
+        sources, ordinals = np.unique(chosen // images_per_partition, return_inverse=True)
+        if committed.issuperset(sources.tolist()):
+            outcomes = pd.concat(read_outcomes(output, sources.tolist()))
+            with explained(output, "read the features in"):
+                kept = features.oindex[chosen]
+            places = ordinals * images_per_partition + chosen % images_per_partition
+            write_partition(staging, index=index, start=start, features=kept, outcomes=outcomes.iloc[places])
+
+
+def finish_erasing(output: Location) -> None:
+    """
+    Finish an erasure that the manifest says has begun: delete all results, and put the rows that were staged in their place.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder; one in which nothing is being erased stays as it is.
+
+    Raises
+    ------
+    StorageError
+        If something cannot be deleted or written.
+    """
+    manifest = read_manifest(output)
+    if manifest is None:
+        return
+    if manifest["status"] == ERASING:
+        for name in EXPLORATION_NAMES + RUN_NAMES:
+            if name not in (STAGING, MANIFEST):
+                delete_result(output, name)
+        _delete_leftovers(output)
+        for name in (FEATURES, PARTITIONS):
+            _copy_folder(output.child(STAGING, name), output.child(name))
+        write_manifest(output, manifest | {"status": ERASED})
+    delete_result(output, STAGING)
+
+
+def _delete_leftovers(output: Location) -> None:
+    """Delete what killed processes left on a disk; an object store keeps no half of an object."""
+    if output.is_local:
+        with explained(output, "delete leftovers in"):
+            for path in output.fs.find(output.path):
+                if _LEFTOVER.fullmatch(path):
+                    output.fs.rm(path)
+
+
+def _copy_folder(source: Location, target: Location) -> None:
+    """Copy a folder, if it is there, to a place where there is none."""
+    with explained(target, "write"):
+        if exists(source):
+            source.fs.copy(f"{source.path}/", f"{target.path}/", recursive=True)
+            target.fs.invalidate_cache()

@@ -1,0 +1,248 @@
+"""The manifests, which say whose an output folder is, other small JSON files, and what may be deleted."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fruitdask.errors import OutputError, StorageError, StoreMismatchError
+from fruitdask.storage import Location, exists, explained, write_file
+from fruitdask.store.names import EXPLORATION, EXPLORATION_NAMES, MANIFEST, QUALITY, RUN_NAMES
+
+
+def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite: bool) -> dict[str, Any] | None:
+    """
+    Decide whether a run may use an output folder.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder; it need not exist.
+    fingerprint : Mapping[str, str]
+        What determines the features: hashes by name.
+    overwrite : bool
+        Whether an earlier run's results may be deleted.
+
+    Returns
+    -------
+    dict or None
+        The manifest of the earlier run to go on with, or None for a fresh start.
+
+    Raises
+    ------
+    OutputError
+        If the folder holds files with the names of results that no fruitdask run wrote.
+    StoreMismatchError
+        If it holds the results of a run or an exploration of other images, or of a run with another network.
+    """
+    manifest, exploration = read_manifest(output), read_manifest(output, name=EXPLORATION)
+    if manifest is None:
+        names = EXPLORATION_NAMES + RUN_NAMES if exploration is None else RUN_NAMES
+        foreign = [name for name in names if exists(output.child(name))]
+        if foreign:
+            raise OutputError(
+                f"{output.url}: expected an empty or new folder for the results, found {foreign[0]}, which no fruitdask run wrote; "
+                "choose another output.url"
+            )
+    if overwrite:
+        return None
+    found = manifest or exploration or {"fingerprint": {}}
+    for name in set(fingerprint) & set(found["fingerprint"]):
+        theirs, ours = found["fingerprint"][name], fingerprint[name]
+        if theirs != ours and name == "catalog" and found.get("erasures"):
+            n_erased = sum(erasure["n_images"] for erasure in found["erasures"])
+            raise StoreMismatchError(
+                f"{output.url}: the input has other images than those that are left here after some were erased ({n_erased:,} in all); "
+                "delete the erased ones from the input too or name them in input.exclude, or begin again with --overwrite"
+            )
+        if theirs != ours:
+            raise StoreMismatchError(
+                f"{output.url} belongs to another run: its {name} has the fingerprint {_shorten(theirs)}, this run's is {_shorten(ours)}; "
+                "choose another output.url, or --overwrite to delete those results"
+            )
+    return manifest
+
+
+def read_manifest(output: Location, *, name: str = MANIFEST) -> dict[str, Any] | None:
+    """
+    Read the manifest of a run or of an exploration.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    name : str
+        ``MANIFEST`` or ``EXPLORATION``.
+
+    Returns
+    -------
+    dict or None
+        The manifest; None where there is none.
+
+    Raises
+    ------
+    OutputError
+        If there is such a file of something else.
+    """
+    location = output.child(name)
+    try:
+        manifest = read_json(location)
+        if manifest is None:
+            return None
+        texts = manifest["fruitdask"], manifest["status"]
+        is_ours = all(isinstance(text, str) for text in texts) and isinstance(manifest["fingerprint"], dict)
+    except (ValueError, KeyError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise OutputError(
+            f"{location.url}: expected the manifest of a fruitdask run, found something else; choose another output.url"
+        )
+    return dict(manifest)
+
+
+def write_manifest(output: Location, manifest: Mapping[str, Any], *, name: str = MANIFEST) -> None:
+    """
+    Write the manifest of a run or of an exploration.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    manifest : Mapping[str, Any]
+        JSON.
+    name : str
+        ``MANIFEST`` or ``EXPLORATION``.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be written.
+    """
+    write_json(output.child(name), manifest)
+
+
+def read_json(location: Location) -> Any:
+    """
+    Read a JSON file.
+
+    Parameters
+    ----------
+    location : Location
+        The file.
+
+    Returns
+    -------
+    Any
+        What it says; None where there is none.
+
+    Raises
+    ------
+    ValueError
+        If it is not JSON.
+    StorageError
+        If it cannot be read.
+    """
+    with explained(location, "read"):
+        if not exists(location):
+            return None
+        return json.loads(location.fs.cat_file(location.path))
+
+
+def read_quality(output: Location) -> dict[str, Any] | None:
+    """
+    Read how well the features of a run keep the classes apart.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+
+    Returns
+    -------
+    dict or None
+        What ``fruitdask.neighbors`` has found; None where that was not asked for.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be read, or is damaged.
+    """
+    location = output.child(QUALITY)
+    try:
+        quality: dict[str, Any] | None = read_json(location)
+    except ValueError as error:
+        raise StorageError(f"{location.url}: the file is damaged ({error}); delete it and run again") from error
+    return quality
+
+
+def write_json(location: Location, tree: Mapping[str, Any]) -> None:
+    """
+    Write a JSON file.
+
+    Parameters
+    ----------
+    location : Location
+        The file.
+    tree : Mapping[str, Any]
+        What to say; without infinity and NaN, which JSON does not know.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be written.
+    """
+    write_file(location, json.dumps(tree, indent=2, allow_nan=False).encode() + b"\n")
+
+
+def clear_output(output: Location) -> None:
+    """
+    Delete the results of a run and of an exploration, and nothing else that lies in the folder.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+
+    Raises
+    ------
+    StorageError
+        If something cannot be deleted.
+    """
+    for name in (MANIFEST, EXPLORATION):
+        # Should this be interrupted, what is left must not be taken for results.
+        manifest = read_manifest(output, name=name)
+        if manifest is not None:
+            write_manifest(output, manifest | {"status": "deleting"}, name=name)
+    for name in EXPLORATION_NAMES + RUN_NAMES:
+        delete_result(output, name)
+
+
+def delete_result(output: Location, name: str) -> None:
+    """
+    Delete one of a run's results if it is there.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    name : str
+        A file or folder in it.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be deleted.
+    """
+    location = output.child(name)
+    with explained(location, "delete"):
+        if exists(location):
+            location.fs.rm(location.path, recursive=True)
+            # s3fs passes over objects that S3 does not let it delete.
+            if exists(location):
+                raise StorageError(
+                    f"cannot delete {location.url}: it is still there; check that you may delete it (s3:DeleteObject)"
+                )
+
+
+def _shorten(fingerprint: Any) -> str:
+    """Shorten a hash; other fingerprints are words."""
+    return fingerprint[:12] if isinstance(fingerprint, str) and len(fingerprint) == 64 else str(fingerprint)

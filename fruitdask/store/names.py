@@ -1,0 +1,52 @@
+"""What is in the output folder, by name."""
+
+#: What can become of an image; the position is its code in the store. ``pending`` is an image whose partition is not committed yet.
+STATUSES = ("pending", "ok", "unreadable", "too_large", "missing", "unreachable", "not_finite")
+OUTCOME_COLUMNS = ("path", "label", "status", "error", "attempts")
+
+#: The two manifests: each is written first and says whose the other files are, and when it says "complete" they are.
+MANIFEST, EXPLORATION = "manifest.json", "explore.json"
+#: What a manifest says while images are being erased, and after that until results without them are there.
+ERASING, ERASED = "erasing", "erased"
+QUALITY = "quality.json"
+FEATURES = "features.zarr"
+PARTITIONS = "partitions"
+THUMBNAILS = "thumbnails.zarr"
+STAGING = "erasing"
+FIGURES = "figures"
+FIGURE_NAMES = (
+    "classes",
+    "sizes",
+    "examples",
+    "colours",
+    "differences",
+    "pca",
+    "tsne",
+    "explained_variance",
+    "silhouettes",
+    "neighbors",
+)
+#: All that a run or an exploration may write into its output folder, and therefore all that it may delete there.
+#: Commit marks go before what they vouch for, a manifest last: it says that the others are fruitdask's.
+RUN_NAMES = (
+    STAGING,
+    PARTITIONS,
+    FEATURES,
+    "pca.zarr",
+    QUALITY,
+    "results.parquet",
+    "results.csv",
+    "failures.csv",
+    MANIFEST,
+)
+EXPLORATION_NAMES = (
+    THUMBNAILS,
+    "explore.zarr",
+    "explore.parquet",
+    "explore.csv",
+    "explore_classes.parquet",
+    "explore_classes.csv",
+    *(f"{FIGURES}/{name}.png" for name in FIGURE_NAMES),
+    "report.html",
+    EXPLORATION,
+)
