@@ -348,7 +348,7 @@ def test_render_page_says_what_was_run_on_what(outline: Outline) -> None:
         "1 of the groups reaches over more than one class",
         "unreadable 2 The file is no image that can be decoded",
         "Turn images into features 20 s 3",
-        "input eu-central-1",
+        "Photographs from eu-central-1 (Frankfurt, Germany)",
         "total usd 0.12",
         "camera data (EXIF) 5 8.3 %",
         "fruitdask run config.yaml",

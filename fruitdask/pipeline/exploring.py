@@ -24,8 +24,9 @@ from fruitdask.exploration import (
 )
 from fruitdask.mapping import map_partitions
 from fruitdask.models import choose_input_px
-from fruitdask.pipeline.inputs import Inputs, prepare_inputs
+from fruitdask.pipeline.inputs import Inputs, prepare_inputs, settle_erasure
 from fruitdask.pipeline.presenting import present
+from fruitdask.pipeline.processing import describe_processing, describe_protection
 from fruitdask.progress import RunProgress
 from fruitdask.storage import exists
 
@@ -56,7 +57,8 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | None 
     progress = progress or RunProgress()
     with progress:
         progress.begin("Listing images")
-        inputs = prepare_inputs(config)
+        inputs = prepare_inputs(config, client=client)
+        settle_erasure(inputs, progress)
         # Other images in the folder of a run: its report would mix them up.
         store.check_output(inputs.output, inputs.fingerprint, overwrite=config.output.overwrite)
         survey = Survey(inputs, images_per_partition=choose_partition_size(len(inputs.catalog)))
@@ -67,6 +69,8 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | None 
                 if config.output.overwrite:
                     store.clear_output(inputs.output)
                 survey.complete(client, progress)
+        else:
+            survey.renew_record()
         progress.begin("Drawing")
         present(config, inputs.output)
     found = read_exploration(inputs.output)
@@ -108,6 +112,7 @@ class Survey:
                 )
             },
             "input_px": self._job.input_px,
+            "regions": inputs.regions,
         }
 
     @property
@@ -172,17 +177,36 @@ class Survey:
         """
         if not self._has_begun:
             self.begin()
+        config, written = self._inputs.config, self._inputs.output.child(store.EXPLORATION)
+        protection = describe_protection(config, written, client)
         self._look(client, progress)
         progress.begin("Comparing images")
         settings, images, measured = self._inputs.config.explore, self._tally.images, list[Measured]()
         yardstick = self._tally.build_yardstick(images, settings, self._inputs.output)
         map_partitions(client, measure_partition, self._split(), delivered=yardstick, on_result=measured.append)
-        described = self._described | {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
+        described = self._described | {
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "processing": describe_processing(config) | protection,
+        }
         exploration = summarize_findings(
             self._tally, images, measured, yardstick=yardstick, config=settings, described=described
         )
         write_exploration(self._inputs.output, exploration)
         store.delete_thumbnails(self._inputs.output)
+
+    def renew_record(self) -> None:
+        """
+        Say in a complete exploration what the configuration says now of purpose, controller and retention.
+
+        Raises
+        ------
+        StorageError
+            If it cannot be written.
+        """
+        output, found = self._inputs.output, store.read_manifest(self._inputs.output, name=store.EXPLORATION) or {}
+        record = found.get("processing", {}) | describe_processing(self._inputs.config, since=found["finished"])
+        if record != found.get("processing"):
+            store.write_manifest(output, found | {"processing": record}, name=store.EXPLORATION)
 
     def _look(self, client: Any, progress: RunProgress) -> None:
         """Look at the images that no task of a run has looked at."""

@@ -8,10 +8,13 @@ from typing import Any
 
 import pandas as pd
 
+from fruitdask import store
 from fruitdask.catalog import hash_catalog, list_images
 from fruitdask.config import URL_KEYS, Config
 from fruitdask.errors import ConfigError, OutputError
 from fruitdask.fetch import ImageSource
+from fruitdask.progress import RunProgress
+from fruitdask.residency import check_regions, find_regions
 from fruitdask.sample import draw_sample
 from fruitdask.storage import Location, exists, hide_secrets
 
@@ -31,12 +34,15 @@ class Inputs:
         The output folder.
     catalog : pandas.DataFrame
         The images.
+    regions : dict[str, str]
+        The regions of the input, the output and the cluster, from `fruitdask.residency`.
     """
 
     config: Config
     source: ImageSource
     output: Location
     catalog: pd.DataFrame
+    regions: dict[str, str]
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -47,7 +53,7 @@ class Inputs:
         }
 
 
-def prepare_inputs(config: Config) -> Inputs:
+def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
     """
     Check the places of a configuration, draw the sample where it asks for one, and list the images.
 
@@ -55,6 +61,8 @@ def prepare_inputs(config: Config) -> Inputs:
     ----------
     config : Config
         The configuration.
+    client : distributed.Client, optional
+        A cluster that is used instead of the configured one.
 
     Returns
     -------
@@ -67,12 +75,16 @@ def prepare_inputs(config: Config) -> Inputs:
         If the output lies inside the input.
     OutputError
         If the output cannot be a folder or cannot be written.
+    ResidencyError
+        If something is in a region that is not allowed; nothing was read then.
     CatalogError
         If there are no images.
     """
     source = Location(config.input.url, config.input.storage_options)
     output = open_output(config)
     _check_places(source, output)
+    scheduler = client.scheduler.address if client is not None else None
+    regions = check_regions(config, scheduler=scheduler) if config.privacy.allowed_regions is not None else None
     if config.input.sample is not None and not source.is_local:
         raise ConfigError(
             f"input.sample draws into a local folder, but input.url is {source.url}; draw with: fruitdask sample FOLDER"
@@ -83,7 +95,57 @@ def prepare_inputs(config: Config) -> Inputs:
     options = config.featurize.model_dump(
         include={"batch_size", "max_pixels", "decode", "fetch_attempts", "concurrent_reads"}
     )
-    return Inputs(config, ImageSource(source, **options), output, list_images(config.input))
+    catalog = list_images(config.input)
+    if regions is None:
+        # For the record alone, so whatever is wrong with the input was said before.
+        regions = find_regions(config, scheduler=scheduler)
+    return Inputs(config, ImageSource(source, **options), output, catalog, regions)
+
+
+def settle_erasure(inputs: Inputs, progress: RunProgress) -> None:
+    """
+    Finish an erasure that was interrupted, and take the images of the input for those that one has left, if they are.
+
+    Parameters
+    ----------
+    inputs : Inputs
+        The images of the input, and the output folder.
+    progress : RunProgress
+        Where to warn that erased images may come back.
+
+    Raises
+    ------
+    StorageError
+        If the output cannot be read or written.
+    """
+    output = inputs.output
+    store.finish_erasing(output)
+    manifest = store.read_manifest(output) or {"status": "new"}
+    if manifest["status"] == store.ERASED and manifest["fingerprint"]["catalog"] == hash_names(inputs.catalog):
+        fingerprint = manifest["fingerprint"] | {"catalog": inputs.fingerprint["catalog"]}
+        store.write_manifest(output, manifest | {"fingerprint": fingerprint})
+    if manifest.get("erasures") and inputs.config.output.overwrite:
+        progress.say(
+            "Warning: images were erased from the results that are overwritten; those that are still in the input come back, "
+            "but for what input.exclude names."
+        )
+
+
+def hash_names(catalog: pd.DataFrame) -> str:
+    """
+    Hash the names of images whose sizes and versions are not known.
+
+    Parameters
+    ----------
+    catalog : pandas.DataFrame
+        Rows with ``path`` and ``label``.
+
+    Returns
+    -------
+    str
+        A SHA-256 in hexadecimal digits.
+    """
+    return hash_catalog(catalog.assign(bytes=0, version=""))
 
 
 def open_output(config: Config) -> Location:
@@ -105,7 +167,7 @@ def open_output(config: Config) -> Location:
 
 def dump_config(config: Config) -> dict[str, Any]:
     """
-    Write a configuration out without storage options and without what may be secret in URLs.
+    Write a configuration out without storage options, without what may be secret in URLs, and without the names of excluded images.
 
     Parameters
     ----------
@@ -120,7 +182,7 @@ def dump_config(config: Config) -> dict[str, Any]:
     options = {"storage_options"}
     # What is handed to containers and shells may hold secrets, against all advice.
     cluster = {"env_vars", "docker_args", "extra_bootstrap", "worker_options", "scheduler_options"}
-    exclude = {"input": options, "model": options, "output": options, "cluster": cluster}
+    exclude = {"input": options | {"exclude"}, "model": options, "output": options, "cluster": cluster}
     dumped: dict[str, Any] = json.loads(config.model_dump_json(exclude=exclude))
     for section, key in URL_KEYS:
         if dumped[section][key] is not None:

@@ -15,8 +15,8 @@ from fruitdask.report import PAGE, ReportData
 from fruitdask.storage import Location, explained
 
 _FRAME_HEIGHT_PX = 800
-#: The sections of a configuration that say what figures and page look like.
-_SECTIONS = ("plots", "report")
+#: The sections of a configuration that say what figures and page look like, and what the record of processing on the page says.
+_SECTIONS = ("plots", "report", "privacy")
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def render_report(config: Config) -> Report:
         If nothing was finished there.
     """
     output = open_output(config)
+    store.finish_erasing(output)
     present(config.model_copy(update={"report": config.report.model_copy(update={"enabled": True})}), output)
     return Report(output.child(PAGE))
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +14,9 @@ import yaml
 
 from fruitdask.config import Config
 from fruitdask.exploration import Exploration
+from fruitdask.report.formats import format_count, format_time
 from fruitdask.report.thumbnails import Thumbnails
+from fruitdask.residency import EU_REGIONS, LOCAL, UNKNOWN
 from fruitdask.storage import hide_secrets
 
 #: View of a section: what the template shows, under the names that it uses.
@@ -57,6 +60,20 @@ _METADATA = {
     "gps": "a GPS position",
     "serial": "a serial number of a camera or lens",
     "name": "a name of an owner or author",
+}
+
+_PLACES = {
+    "input": "Photographs from",
+    "manifest": "Their list from",
+    "weights": "Network from",
+    "output": "Results to",
+    "cluster": "Computers",
+}
+_STATED = {"controller": "who is responsible", "purpose": "the purpose", "keep_until": "how long the results are kept"}
+_IN_TRANSIT = {
+    "TLS": "encrypted (TLS)",
+    "one machine": "data did not leave one machine",
+    "none": "not encrypted",
 }
 
 
@@ -506,18 +523,55 @@ def describe_protection(
     dict[str, Any] or None
         The view; None where nothing is known.
     """
-    regions = list_facts((manifest or {}).get("regions"))
+    summary: Mapping[str, Any] = manifest or (exploration.summary if exploration else {})
     metadata = exploration.summary.get("metadata") if exploration else None
-    if not regions and metadata is None:
+    if "regions" not in summary and metadata is None:
         return None
     n_images = len(exploration.images) if exploration else 0
+    record = summary.get("processing", {})
     return {
         "input": show_place(config.input.url),
         "output": show_place(config.output.url),
-        "regions": regions,
+        "record": _list_record(summary, record),
+        "unstated": [meaning for key, meaning in _STATED.items() if key in record and not record[key]],
         "metadata": [(what, metadata.get(key, 0)) for key, what in _METADATA.items()] if metadata else [],
         "n_images": n_images,
     }
+
+
+def _list_record(summary: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List what the record of processing says, in words."""
+    days = record.get("retention_days")
+    rows = {
+        "What": record and f"{format_count(summary['n_images'])} {record['data']}",
+        "For whom": record.get("controller"),
+        "What for": record.get("purpose"),
+        "When": format_time(summary["finished"]) if "finished" in summary else None,
+        "With": f"fruitdask {summary['fruitdask']}" if "fruitdask" in summary else None,
+        "Kept until": days and f"{_format_day(record['keep_until'])} ({days} day{'' if days == 1 else 's'})",
+        **{_PLACES.get(place, place): _name_region(region) for place, region in summary.get("regions", {}).items()},
+        "Results at rest": f"encrypted ({record['at_rest']})" if record.get("at_rest") else None,
+        "Between computers": _IN_TRANSIT.get(record.get("in_transit", "")),
+        "Metadata of the files": record.get("metadata"),
+        "Erased since": "; ".join(
+            f"{format_count(erased['n_images'])} images, {format_time(erased['at'])}"
+            for erased in summary.get("erasures", [])
+        ),
+    }
+    return [(name, str(text)) for name, text in rows.items() if text]
+
+
+def _format_day(value: str) -> str:
+    """Format a day that is given in ISO format."""
+    day = date.fromisoformat(value)
+    return f"{day.day} {day:%B %Y}"
+
+
+def _name_region(region: str) -> str:
+    """Say where a region is, as far as that is known."""
+    known = {LOCAL: "the computer on which fruitdask ran", UNKNOWN: "not known to fruitdask"}
+    place = EU_REGIONS.get(region)
+    return known.get(region) or (f"{region} ({place})" if place else region)
 
 
 def describe_reproduction(config: Config, manifest: Mapping[str, Any] | None, exploration: Exploration | None) -> View:
@@ -540,7 +594,7 @@ def describe_reproduction(config: Config, manifest: Mapping[str, Any] | None, ex
     """
     tree = (manifest or {}).get("config") or config.model_dump(mode="json", fallback=str)
     # Who follows the page must not delete these results.
-    tree = {name: _drop(section, "storage_options", "overwrite") for name, section in tree.items()}
+    tree = {name: _drop(section, "storage_options", "overwrite", "exclude") for name, section in tree.items()}
     summary: Mapping[str, Any] = manifest or (exploration.summary if exploration else {})
     versions = {"fruitdask": summary["fruitdask"]} if "fruitdask" in summary else {}
     return {
