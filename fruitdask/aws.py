@@ -1,9 +1,23 @@
 """Amazon's API: clients that find credentials by the usual chain, and its errors in words."""
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
-#: What to do, by the code of an error of AWS. The first of each line names the kind.
+#: Tag of the instances and volumes of a run; its value is the run's id.
+RUN_TAG = "fruitdask:run"
+#: Regions of AWS inside the European Union; London and Zurich are not.
+AWS_EU_REGIONS = (
+    "eu-central-1",
+    "eu-north-1",
+    "eu-south-1",
+    "eu-south-2",
+    "eu-west-1",
+    "eu-west-3",
+    "eusc-de-east-1",
+)
+
+#: What to do, by the code of an error of AWS; ACTION stands for what was refused.
 _ADVICE: Mapping[tuple[str, ...], str] = {
     ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"): (
         "the credentials have expired; log in again (aws sso login, or a new session token)"
@@ -16,9 +30,10 @@ _ADVICE: Mapping[tuple[str, ...], str] = {
         "UnrecognizedClientException",
     ): ("AWS does not know these credentials; check AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
     ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "403", "Forbidden"): (
-        "these credentials do not allow it; fruitdask iam-policy CONFIG prints the policies that do"
+        "these credentials do not allow ACTION; fruitdask iam-policy CONFIG prints the policies that do"
     ),
     ("NoSuchBucket",): "there is no such bucket; check the URL",
+    ("NoSuchKey", "NotFound", "404"): "there is no such object, or no such bucket; check the URL",
     ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"): (
         "the bucket is in another region; give it in storage_options: client_kwargs: {region_name: ...}"
     ),
@@ -53,6 +68,23 @@ _ADVICE_BY_CLASS = {
     "TokenRetrievalError": "the AWS login has expired; log in again: aws sso login",
     "EndpointConnectionError": "nobody answers there; check the network and endpoint_url",
     "ConnectTimeoutError": "nobody answers there in time; check the network and endpoint_url",
+    "ReadTimeoutError": "the server stopped answering; check the network and endpoint_url, or try again",
+    "ParamValidationError": "check the name of the bucket in the URL",
+    "SSLError": "name the authority of the server's certificate in storage_options: client_kwargs: {verify: FILE}",
+}
+
+#: Actions of IAM that are called otherwise than the operations of S3 that need them.
+_ACTION_OF_OPERATION = {
+    "CompleteMultipartUpload": "s3:PutObject",
+    "CreateMultipartUpload": "s3:PutObject",
+    "DeleteObject": "s3:DeleteObject",
+    "DeleteObjects": "s3:DeleteObject",
+    "GetObject": "s3:GetObject",
+    "HeadBucket": "s3:ListBucket",
+    "HeadObject": "s3:GetObject",
+    "ListObjectsV2": "s3:ListBucket",
+    "PutObject": "s3:PutObject",
+    "UploadPart": "s3:PutObject",
 }
 
 
@@ -87,8 +119,29 @@ def create_client(
     from botocore.config import Config
 
     session = botocore.session.Session(profile=profile)
+    session.register_component("data_loader", _create_loader(session.get_config_variable("data_path")))
     settings = Config(retries={"mode": "standard", "max_attempts": 5}, connect_timeout=10, read_timeout=60)
     return session.create_client(service, region_name=region, endpoint_url=endpoint_url, config=settings)
+
+
+def find_default_region() -> str | None:
+    """
+    Find the region of the AWS profile or environment.
+
+    Returns
+    -------
+    str or None
+        The region; None where none is set.
+    """
+    import botocore.session
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        region: str | None = botocore.session.Session().get_config_variable("region")
+    except BotoCoreError:
+        # A profile that does not exist: whoever uses it says so.
+        return None
+    return region
 
 
 def explain_aws_error(error: BaseException) -> str | None:
@@ -115,12 +168,21 @@ def explain_aws_error(error: BaseException) -> str | None:
         response = getattr(cause, "response", None)
         if isinstance(response, dict) and "Error" in response:
             code, message = (str(response["Error"].get(key, "")) for key in ("Code", "Message"))
-            said = f"{getattr(cause, 'operation_name', 'AWS')}: {' '.join(message.split()) or 'refused'} ({code})"
-            advice = _ADVICE_BY_CODE.get(code)
+            operation = getattr(cause, "operation_name", "AWS")
+            said = f"{operation}: {' '.join(message.split()) or 'refused'} ({code})"
+            advice = _ADVICE_BY_CODE.get(code, "").replace("ACTION", _ACTION_OF_OPERATION.get(operation, "it"))
             return f"{said}: {advice}" if advice else said
         if type(cause).__module__.startswith("botocore") and type(cause).__name__ in _ADVICE_BY_CLASS:
             return f"{' '.join(str(cause).split())}: {_ADVICE_BY_CLASS[type(cause).__name__]}"
     return None
+
+
+@cache
+def _create_loader(data_path: str | None) -> Any:
+    """Create what reads the descriptions of services, once: that of EC2 takes up to half a second."""
+    from botocore.loaders import create_loader
+
+    return create_loader(data_path)
 
 
 def _list_causes(error: BaseException | None) -> Iterator[BaseException]:
