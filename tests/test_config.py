@@ -14,6 +14,7 @@ from fruitdask.config import (
     PILLOW_LIMIT_PIXELS,
     AddressClusterConfig,
     Config,
+    EC2ClusterConfig,
     LocalClusterConfig,
     build_schema,
     load_config,
@@ -560,13 +561,28 @@ def test_config_error_is_a_value_error_and_keeps_its_cause() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_load_config_reads_the_examples(path: Path) -> None:
+def test_load_config_reads_the_examples(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in re.findall(r"\$\{(\w+)\}", path.read_text(encoding="utf-8")):
+        monkeypatch.setenv(name, "given")
     config = load_config(path)
-    assert (config.input.url.startswith("/"), config.output.url.startswith("/")) == (True, True)
+    assert (config.input.url[0], config.output.url[0]) == (("s", "s") if config.cluster.kind == "ec2" else ("/", "/"))
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.name.startswith("aws")], ids=lambda path: path.name)
+def test_examples_in_the_cloud_keep_to_the_eu_and_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BUCKET", "DOCKER_IMAGE", "INSTANCE_PROFILE"):
+        monkeypatch.setenv(f"FRUITDASK_{name}", "given")
+    config = load_config(path)
+    assert isinstance(config.cluster, EC2ClusterConfig)
+    assert config.privacy.allowed_regions == "eu" and str(config.cluster.region).startswith("eu-")
+    assert (config.cluster.docker_image, config.cluster.iam_instance_profile) == ("given", {"Name": "given"})
+    assert config.limits.max_cost and config.limits.max_hours
+    is_gpu = config.cluster.types[1].startswith("g")
+    assert is_gpu == (config.model.engine == "tensorflow") == ("gpu" in path.name)
 
 
 def test_examples_include_the_demo() -> None:
-    assert {"demo.yaml", "local.yaml"} <= {path.name for path in CONFIGS}
+    assert {"demo.yaml", "local.yaml", "aws.yaml", "aws-gpu.yaml"} <= {path.name for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

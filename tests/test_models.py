@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fruitdask.config import ModelConfig
+from fruitdask.config import ModelConfig, load_config
 from fruitdask.errors import EngineError, ModelError, WeightsUnavailableError
 from fruitdask.models import (
     ModelArtifact,
@@ -31,6 +31,7 @@ from fruitdask.models import (
     load_predictor,
     predict,
     prepare_engine,
+    settle_engine,
     start_building,
 )
 from fruitdask.models import build as build_module
@@ -394,6 +395,27 @@ def test_choose_engine(
     assert choose_engine(ModelConfig(engine=engine)) == expected
 
 
+@pytest.mark.parametrize(
+    ("cluster", "client_has_gpu", "expected"),
+    [
+        ({"kind": "local"}, True, "tensorflow"),
+        ({"kind": "ec2", "docker_image": "any", "worker_instance_type": "m6i.large"}, True, "openvino"),
+        ({"kind": "ec2", "docker_image": "any", "worker_instance_type": "g4dn.xlarge"}, False, "tensorflow"),
+        ({"kind": "ec2", "docker_image": "any", "scheduler_instance_type": "g4dn.xlarge"}, True, "openvino"),
+        ({"kind": "ec2", "docker_image": "any", "instance_type": "gr6.4xlarge"}, False, "tensorflow"),
+        ({"kind": "ec2", "docker_image": "any", "worker_instance_type": "g4ad.xlarge"}, True, "openvino"),
+    ],
+    ids=["local", "ec2", "ec2 with GPUs", "GPU on the scheduler", "GPU everywhere", "GPU of AMD"],
+)
+@needs_openvino
+def test_settle_engine_asks_for_the_gpus_of_workers(
+    cluster: dict[str, str], client_has_gpu: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "_has_nvidia_gpu", lambda: client_has_gpu)
+    config = load_config({"input": {"url": "x"}, "output": {"url": "y"}, "cluster": cluster})
+    assert settle_engine(config) == ModelConfig(engine=expected)
+
+
 def test_choose_engine_refuses_openvino_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"needs its extra: pip install 'fruitdask\[openvino\]', or set"):
@@ -507,3 +529,12 @@ def test_artifact_that_a_worker_cannot_read_is_an_error_of_its_openvino() -> Non
         EngineError, match=f"openvino .* on {platform.node()} cannot load Pear: Unable to read the model"
     ):
         load_predictor(artifact, n_threads=1)
+
+
+def test_tensorflow_shares_gpus_and_computes_in_full_precision() -> None:
+    code = (
+        "from fruitdask.models import prepare_engine; prepare_engine('tensorflow', n_threads=1); import os, tensorflow as tf; "
+        "print(os.environ['TF_FORCE_GPU_ALLOW_GROWTH'], tf.config.experimental.tensor_float_32_execution_enabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "true False\n"

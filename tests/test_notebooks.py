@@ -1,7 +1,6 @@
 """The notebooks: stripped of outputs, in short cells, without functions of their own, and running; what costs money stays off."""
 
 import ast
-import inspect
 import json
 import re
 import shutil
@@ -15,6 +14,7 @@ import boto3
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
+from loopback_ec2 import LoopbackEC2
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +86,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
         for variable in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
             patch.setenv(variable, str(folder / variable.lower()))
-        for variable in ("SPEND_MONEY", "BUCKET", "AMI", "SECURITY_GROUP", "INSTANCE_PROFILE", "DOCKER_IMAGE"):
+        for variable in ("SPEND_MONEY", "BUCKET", "INSTANCE_PROFILE", "DOCKER_IMAGE", "CLIENT_CIDR"):
             patch.delenv(f"FRUITDASK_{variable}", raising=False)
         patch.setenv("AWS_ENDPOINT_URL", NOWHERE)
         yield folder
@@ -167,7 +167,7 @@ def test_03_map(execute: Execute) -> None:
 
 
 def test_04_cloud_spends_nothing_unless_told_to(execute: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("BUCKET", "AMI", "SECURITY_GROUP", "INSTANCE_PROFILE", "DOCKER_IMAGE"):
+    for variable in ("BUCKET", "INSTANCE_PROFILE", "DOCKER_IMAGE"):
         monkeypatch.setenv(f"FRUITDASK_{variable}", "there-is-one")
     prints = join_prints(execute("04_cloud"))
     assert "S3 is off and EC2 is off\n" in prints
@@ -192,13 +192,23 @@ def test_04_cloud_on_s3(execute: Execute, s3_server: str, s3_client: Any, monkey
     ec2.close()
 
 
-def test_04_cloud_describes_machines_in_the_words_of_ec2cluster() -> None:
-    from dask_cloudprovider.aws import EC2Cluster
-    from dask_cloudprovider.generic.vmcluster import VMCluster
-
-    names = ("REGION", "AMI", "SECURITY_GROUP", "INSTANCE_PROFILE", "DOCKER_IMAGE")
-    found: dict[str, Any] = dict.fromkeys(names, "there-is-one")
-    (cell,) = (cell for cell in read("04_cloud").cells if cell.id == "machines")
-    exec(cell.source, found)
-    known = {name for kind in (EC2Cluster, VMCluster) for name in inspect.signature(kind.__init__).parameters}
-    assert set(found["machines"]) <= known - {"self", "kwargs"}
+@pytest.mark.skipif(sys.platform != "linux", reason="the loopback EC2 needs all of 127.0.0.0/8, and /proc")
+def test_04_cloud_on_ec2(execute: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LoopbackEC2(region=REGION) as cloud:
+        cloud.use(monkeypatch)
+        with cloud.client("s3") as s3, cloud.client("iam") as iam:
+            s3.create_bucket(Bucket="fruits", CreateBucketConfiguration={"LocationConstraint": REGION})
+            iam.create_instance_profile(InstanceProfileName="workers")
+        names = {"SPEND_MONEY": "1", "BUCKET": "fruits", "DOCKER_IMAGE": "any", "INSTANCE_PROFILE": "workers"}
+        for name, value in {**names, "CLIENT_CIDR": "127.0.0.1/32"}.items():
+            monkeypatch.setenv(f"FRUITDASK_{name}", value)
+        prints = join_prints(execute("04_cloud"))
+        assert "S3 is ON and EC2 is ON\n" in prints
+        assert "{'ok': 144} in s3://fruits/fruitdask-notebook/results-ec2\n" in prints
+        expected, actual = (
+            float(dollars) for dollars in re.findall(r"^(?:expected|it was): \$(\S+)$", prints, re.MULTILINE)
+        )
+        assert expected > 0 and actual > 0
+        assert prints.endswith("0 machines are still there []\n")
+        assert {one.role for one in cloud.instances(None)} == {"scheduler", "worker"}
+        assert cloud.wait_until_quiet(30)

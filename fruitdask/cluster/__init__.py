@@ -5,10 +5,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from fruitdask.cluster.address import open_address
+from fruitdask.cluster.ec2 import open_ec2
 from fruitdask.cluster.local import choose_workers, open_local
 from fruitdask.config import ClusterConfig
+from fruitdask.costs import Usage
 
-__all__ = ["choose_workers", "open_client"]
+__all__ = ["choose_workers", "list_usage", "open_client"]
 
 
 def open_client(config: ClusterConfig) -> AbstractContextManager[Any]:
@@ -28,7 +30,34 @@ def open_client(config: ClusterConfig) -> AbstractContextManager[Any]:
     Raises
     ------
     ClusterStartError
-        On entering it, if the cluster does not start or cannot be reached in time.
+        On entering it, if the cluster does not start or cannot be reached in time; on leaving it, if instances cannot be terminated.
+    ConfigError
+        On entering it, if options cannot be passed on to instances.
     """
-    openers: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {"local": open_local, "address": open_address}
+    openers: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
+        "local": open_local,
+        "address": open_address,
+        "ec2": open_ec2,
+    }
     return openers[config.kind](config)
+
+
+def list_usage(client: Any) -> list[Usage]:
+    """
+    List what ran how long for a client, also after it was closed.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        What `open_client` gave.
+
+    Returns
+    -------
+    list[Usage]
+        One entry an instance; none where the cluster costs nothing that fruitdask knows of.
+    """
+    cluster = getattr(client, "cluster", None)
+    if cluster is None or not hasattr(cluster, "list_usage"):
+        return []
+    usage: list[Usage] = cluster.list_usage()
+    return usage

@@ -26,9 +26,11 @@ def open_address(config: AddressClusterConfig) -> Iterator[Any]:
     Raises
     ------
     ClusterStartError
-        If nobody answers in time, or no worker is there.
+        If nobody answers in time, no worker is there, or versions differ.
     """
     from distributed import Client
+
+    from fruitdask.cluster.versions import check_versions
 
     try:
         client = Client(config.address, timeout=config.timeout_seconds)
@@ -43,4 +45,5 @@ def open_address(config: AddressClusterConfig) -> Iterator[Any]:
             raise ClusterStartError(
                 f"cluster.address {config.address}: no worker within {config.timeout_seconds:g} s; start one: dask worker {config.address}"
             ) from error
+        check_versions(client)
         yield client

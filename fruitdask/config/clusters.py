@@ -1,5 +1,6 @@
 """The kinds of clusters."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
@@ -64,7 +65,7 @@ class EC2ClusterConfig(Section):
     docker_image: str = Field(
         min_length=1, description="Image that all instances run, with fruitdask in it; see configs/docker/Dockerfile."
     )
-    docker_args: str = Field("", description="Further arguments of docker run.")
+    docker_args: str = Field("", repr=False, description="Further arguments of docker run.")
     instance_type: str | None = Field(None, description="Type of all instances, instead of the next two.")
     scheduler_instance_type: str | None = Field(
         None, description="Type of the scheduler's instance; null takes t3.medium."
@@ -80,7 +81,9 @@ class EC2ClusterConfig(Section):
     bootstrap: bool | None = Field(
         None, description="Install Docker from docker.com on start, as EC2Cluster does; null installs what is missing."
     )
-    extra_bootstrap: list[str] = Field([], description="Shell commands run on each instance before its container.")
+    extra_bootstrap: list[str] = Field(
+        [], repr=False, description="Shell commands run on each instance before its container."
+    )
     vpc: str | None = Field(None, description="VPC; null takes the default one.")
     subnet_id: str | None = Field(None, description="Subnet; null takes one of the VPC.")
     security_groups: list[str] | None = Field(
@@ -91,7 +94,9 @@ class EC2ClusterConfig(Section):
     )
     filesystem_size: int = Field(40, ge=8, description="Size of each instance's encrypted volume, in GB.")
     key_name: str | None = Field(None, description="SSH key pair for the instances.")
-    env_vars: dict[str, str] = Field({}, description="Environment variables of the containers; never credentials.")
+    env_vars: dict[str, str] = Field(
+        {}, repr=False, description="Environment variables of the containers; never credentials."
+    )
     worker_options: dict[str, Any] = Field({}, description="Options of the worker class, such as nthreads.")
     scheduler_options: dict[str, Any] = Field({}, description="Options of the scheduler.")
     worker_class: str = Field("dask.distributed.Nanny", description="Class of the workers, by its import path.")
@@ -125,6 +130,11 @@ class EC2ClusterConfig(Section):
             self.instance_type or self.scheduler_instance_type or "t3.medium",
             self.instance_type or self.worker_instance_type or "m6i.large",
         )
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the workers have a GPU of NVIDIA, by the name of their type; those of g4ad are AMD's."""
+        return re.match(r"(?!g4ad)(g|gr|p)\d", self.types[1]) is not None
 
     @property
     def max_workers(self) -> int:

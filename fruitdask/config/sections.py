@@ -27,7 +27,7 @@ class InputConfig(Section):
         description="Folder of images: a path or any fsspec URL (s3://bucket/prefix). The class of an image is its folder.",
     )
     storage_options: dict[str, Any] = Field(
-        {}, description="Options of the fsspec file system, such as endpoint_url or anon."
+        {}, repr=False, description="Options of the fsspec file system, such as endpoint_url or anon."
     )
     region: str | None = Field(
         None,
@@ -67,7 +67,7 @@ class ModelConfig(Section):
     weights: str = Field(
         "imagenet", description="imagenet, random, or a path or URL of a .weights.h5, .h5 or .keras file."
     )
-    storage_options: dict[str, Any] = Field({}, description="Options of the weights' fsspec file system.")
+    storage_options: dict[str, Any] = Field({}, repr=False, description="Options of the weights' fsspec file system.")
     region: str | None = Field(None, description="Where remote weights are, as input.region.")
     input_px: int | None = Field(
         None, ge=32, description="Side of the square input, in pixels; null takes the network's own."
@@ -218,7 +218,7 @@ class OutputConfig(Section):
     """Where results go."""
 
     url: str = Field(min_length=1, description="Folder for the results: a path or any fsspec URL.")
-    storage_options: dict[str, Any] = Field({}, description="Options of the fsspec file system.")
+    storage_options: dict[str, Any] = Field({}, repr=False, description="Options of the fsspec file system.")
     region: str | None = Field(None, description="Where it is, as input.region.")
     overwrite: bool = Field(False, description="Delete an earlier run's results there and start again.")
 
@@ -235,7 +235,7 @@ class PrivacyConfig(Section):
     )
     controller: str | None = Field(None, description="Who is responsible for the images, for the record of processing.")
     purpose: str | None = Field(None, description="What the images are processed for, for the record.")
-    retention_days: int | None = Field(None, ge=1, description="How long results are kept, for the record.")
+    retention_days: int | None = Field(None, ge=1, le=36_525, description="How long results are kept, for the record.")
 
 
 class LimitsConfig(Section):

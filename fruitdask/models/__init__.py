@@ -3,7 +3,7 @@
 from fruitdask.models.artifact import ModelArtifact, Predictor
 from fruitdask.models.build import build_artifact, choose_input_px, fingerprint_model
 from fruitdask.models.child import start_building
-from fruitdask.models.engines import choose_engine
+from fruitdask.models.engines import choose_engine, settle_engine
 from fruitdask.models.predict import load_predictor, prepare_engine
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "fingerprint_model",
     "load_predictor",
     "prepare_engine",
+    "settle_engine",
     "start_building",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from fruitdask.config import ModelConfig
+from fruitdask.config import Config, ModelConfig
 from fruitdask.errors import ModelError
 from fruitdask.models import openvino, tensorflow
 from fruitdask.models.artifact import Predictor
@@ -38,16 +38,39 @@ ENGINES = {
 }
 
 
-def choose_engine(config: ModelConfig) -> str:
+def settle_engine(config: Config) -> ModelConfig:
     """
-    Say which engine runs a network.
+    Choose the engine of a run: that of its workers, be they elsewhere.
 
-    What ``auto`` stands for is found on the machine that asks, the client: OpenVINO is faster on a CPU, TensorFlow alone uses a GPU.
+    Parameters
+    ----------
+    config : Config
+        The run.
+
+    Returns
+    -------
+    ModelConfig
+        Its network, with an engine by name.
+
+    Raises
+    ------
+    ModelError
+        If OpenVINO is asked for and is not installed.
+    """
+    has_gpu = config.cluster.has_gpu if config.cluster.kind == "ec2" else None
+    return config.model.model_copy(update={"engine": choose_engine(config.model, has_gpu=has_gpu)})
+
+
+def choose_engine(config: ModelConfig, *, has_gpu: bool | None = None) -> str:
+    """
+    Say which engine runs a network: OpenVINO is faster on a CPU, TensorFlow alone uses a GPU.
 
     Parameters
     ----------
     config : ModelConfig
         Which network, and the engine as configured.
+    has_gpu : bool, optional
+        Whether the workers have a GPU of NVIDIA; where nobody says, they are taken to be as the machine that asks.
 
     Returns
     -------
@@ -61,7 +84,8 @@ def choose_engine(config: ModelConfig) -> str:
     """
     is_installed = find_spec("openvino") is not None
     if config.engine == "auto":
-        return "openvino" if is_installed and not _has_nvidia_gpu() else "tensorflow"
+        has_gpu = _has_nvidia_gpu() if has_gpu is None else has_gpu
+        return "openvino" if is_installed and not has_gpu else "tensorflow"
     if config.engine == "openvino" and not is_installed:
         raise ModelError(
             "model.engine openvino needs its extra: pip install 'fruitdask[openvino]', or set model.engine: tensorflow"

@@ -46,6 +46,8 @@ def start_engine(*, n_threads: int) -> None:
         tf.config.threading.set_inter_op_parallelism_threads(n_threads)
     except RuntimeError:
         logger.info("TensorFlow already runs in this process: its number of threads stays as it is")
+    # GPUs since Ampere would round inputs to 10 bits, and features would differ from a CPU's by more than 1e-4.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
 
 
 def load_network(artifact: ModelArtifact, *, n_threads: int) -> Predictor:
@@ -93,6 +95,8 @@ def import_tensorflow(*, with_keras: bool) -> Any:
         The package ``tensorflow``.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Otherwise the first process takes all memory of a GPU, and leaves none to the others of the machine.
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     with _muted_stderr(), nullcontext() if with_keras else _without_keras():
         import tensorflow
     return tensorflow

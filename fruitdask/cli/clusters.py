@@ -1,0 +1,141 @@
+"""Commands that find what runs on EC2, and end it."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from fruitdask.cli.common import reported
+from fruitdask.errors import ClusterStartError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fruitdask.cluster.instances import Instance
+
+_N_REGIONS_AT_ONCE = 8
+
+_region_option = click.option(
+    "--region",
+    "regions",
+    multiple=True,
+    help="Region of AWS; by default that of the profile or the environment. Repeatable.",
+)
+_all_option = click.option("--all-regions", is_flag=True, help="All regions that the account can use.")
+
+
+@click.group()
+def clusters() -> None:
+    """Find instances on EC2 that fruitdask has started, and terminate them."""
+
+
+@clusters.command("list")
+@_region_option
+@_all_option
+def list_(regions: tuple[str, ...], all_regions: bool) -> None:
+    """List runs that have instances, how old these are and what they have cost so far.
+
+    Instances that have ended are not counted. Prices are those of the table that fruitdask brings; spot instances cost less.
+    """
+    with reported():
+        _find(regions, all_regions=all_regions)
+
+
+@clusters.command()
+@_region_option
+@_all_option
+@click.option("--run", "run_id", metavar="ID", help="Only the instances of this run.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def cleanup(regions: tuple[str, ...], all_regions: bool, run_id: str | None, yes: bool) -> None:
+    """Terminate instances that fruitdask has started.
+
+    Results that are stored stay; a run whose instances are gone ends with an error and can be run again.
+    """
+    with reported():
+        from fruitdask.cluster.instances import terminate_run
+
+        found, searched = _find(regions, all_regions=all_regions, run_id=run_id)
+        if found and not yes:
+            click.confirm(f"Terminate {len(found)} instance{'s' * (len(found) != 1)}?", abort=True)
+        for region, run in dict.fromkeys((one.region, one.run_id) for one in found):
+            ended = terminate_run(region, run)
+            click.echo(f"Terminated {', '.join(ended) or 'nothing, all had ended'} of run {run} in {region}.")
+        for region in searched:
+            _close_group(region)
+
+
+def _find(
+    regions: Sequence[str], *, all_regions: bool, run_id: str | None = None
+) -> tuple[list["Instance"], list[str]]:
+    """Find and show the instances of runs that have not ended; gives them and the regions that were searched."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from rich.console import Console
+
+    from fruitdask.cluster.instances import list_instances
+
+    searched = _choose_regions(regions, all_regions=all_regions)
+    with ThreadPoolExecutor(_N_REGIONS_AT_ONCE) as pool:
+        listed = list(pool.map(lambda region: list_instances(region, run_id=run_id), searched))
+    found = [one for instances in listed for one in instances if not one.is_ending]
+    if found:
+        Console().print(_build_table(found))
+    else:
+        whose = f"run {run_id}" if run_id else "fruitdask"
+        click.echo(f"No instance of {whose} in {', '.join(searched)}.")
+    return found, searched
+
+
+def _close_group(region: str) -> None:
+    """Take back what runs were allowed, where none is left."""
+    from fruitdask.cluster.instances import list_instances
+    from fruitdask.cluster.network import withdraw_rules
+
+    if not all(one.is_ending for one in list_instances(region)):
+        return
+    try:
+        n_ranges = withdraw_rules(region)
+    except ClusterStartError as error:
+        # Nothing runs and nothing costs, so this is no reason to fail.
+        click.echo(f"fruitdask: {error}", err=True)
+        return
+    if n_ranges:
+        click.echo(f"Closed the security group in {region}, which still admitted {n_ranges} range(s) of addresses.")
+
+
+def _choose_regions(regions: Sequence[str], *, all_regions: bool) -> list[str]:
+    """Say where to look."""
+    from fruitdask.cluster.instances import list_regions, open_ec2
+
+    if all_regions:
+        return list_regions()
+    if regions:
+        return list(dict.fromkeys(regions))
+    with open_ec2(None, action="find out where to look") as client:
+        return [client.meta.region_name]
+
+
+def _build_table(found: Iterable["Instance"]) -> "Table":
+    """Build the table of runs."""
+    from rich.table import Table
+
+    from fruitdask.report.formats import format_seconds
+
+    runs: dict[tuple[str, str], list[Instance]] = {}
+    for one in found:
+        runs.setdefault((one.region, one.run_id), []).append(one)
+    table = Table("run", "region", "instances", "types", "age", "cost so far")
+    table.columns[0].no_wrap = True
+    for (region, run_id), instances in runs.items():
+        types = ", ".join(dict.fromkeys(f"{one.instance_type}{' (spot)' * one.is_spot}" for one in instances))
+        age = format_seconds(max(one.age_seconds for one in instances))
+        table.add_row(run_id, region, str(len(instances)), types, age, _format_cost(instances))
+    return table
+
+
+def _format_cost(instances: Iterable["Instance"]) -> str:
+    """Format what instances have cost so far; a dash where a price is unknown."""
+    from fruitdask.costs import Usage, compute_cost
+
+    cost = compute_cost(Usage(one.instance_type, one.is_spot, one.region, one.age_seconds) for one in instances)
+    return "-" if cost.unpriced else f"${cost.dollars:.2f}"

@@ -1,0 +1,77 @@
+"""TLS of a cluster in the cloud: one key of the run, which its instances are told and nobody else."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+#: Clocks of instances and of this machine may differ.
+_MARGIN = timedelta(days=1)
+
+
+def make_security(*, lifetime_seconds: float) -> Any:
+    """
+    Make a key and a certificate for all roles of a cluster.
+
+    Parameters
+    ----------
+    lifetime_seconds : float
+        How long the cluster may live.
+
+    Returns
+    -------
+    distributed.Security
+        The settings, all in memory. The key is one of the elliptic curve P-256: user data of an instance have room for that, and hardly
+        for Dask's own of 2048 bits.
+    """
+    from distributed import Security
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fruitdask")])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - _MARGIN)
+    builder = builder.not_valid_after(now + timedelta(seconds=lifetime_seconds) + _MARGIN)
+    certificate = builder.sign(key, hashes.SHA256())
+    public = certificate.public_bytes(serialization.Encoding.PEM).decode()
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ).decode()
+    roles = ("client", "scheduler", "worker")
+    return Security(
+        # dask-cloudprovider would put the keys of one that requires encryption into the global configuration of Dask, and leave them there.
+        require_encryption=False,
+        tls_ca_file=public,
+        **{f"tls_{role}_cert": public for role in roles},
+        **{f"tls_{role}_key": secret for role in roles},
+    )
+
+
+def serialize_settings(security: Any, *, no_workers_timeout_seconds: float) -> str:
+    """
+    Serialize the settings of Dask that instances need, and no others.
+
+    Parameters
+    ----------
+    security : distributed.Security
+        What `make_security` made.
+    no_workers_timeout_seconds : float
+        How long tasks wait while there is no worker, before they fail.
+
+    Returns
+    -------
+    str
+        The value of ``DASK_INTERNAL_INHERIT_CONFIG``. dask-cloudprovider sends all settings of the user there, passwords included.
+    """
+    import dask.config
+
+    tls = {"ca-file": security.tls_ca_file}
+    for role in ("client", "scheduler", "worker"):
+        tls[role] = {"cert": getattr(security, f"tls_{role}_cert"), "key": getattr(security, f"tls_{role}_key")}
+    comm = {"default-scheme": "tls", "require-encryption": True, "tls": tls}
+    scheduler = {"no-workers-timeout": f"{no_workers_timeout_seconds}s"}
+    serialized: str = dask.config.serialize({"distributed": {"comm": comm, "scheduler": scheduler}})
+    return serialized
