@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from fruitdask.models import build_artifact as build_artifact
     from fruitdask.neighbors import find_neighbors as find_neighbors, summarize_quality as summarize_quality
     from fruitdask.pipeline import (
+        Erasure as Erasure,
+        Plan as Plan,
         Report as Report,
         RunResult as RunResult,
+        erase as erase,
         explore as explore,
+        plan as plan,
         render_report as render_report,
         run as run,
     )
@@ -30,20 +34,24 @@ if TYPE_CHECKING:
 
 _ROOM_OF_NAME = {
     "Config": "config",
+    "Erasure": "pipeline",
     "Exploration": "exploration",
     "FruitdaskError": "errors",
+    "Plan": "pipeline",
     "Report": "pipeline",
     "RunResult": "pipeline",
     "build_artifact": "models",
     "choose_progress": "progress",
     "draw_sample": "sample",
     "embed_tsne": "reduce",
+    "erase": "pipeline",
     "explore": "pipeline",
     "find_neighbors": "neighbors",
     "fit_pca": "reduce",
     "list_images": "catalog",
     "load_config": "config",
     "open_client": "cluster",
+    "plan": "pipeline",
     "plot_map": "plots",
     "render_report": "pipeline",
     "run": "pipeline",

@@ -1,22 +1,33 @@
 """The catalog: which images there are. Nothing is decoded here."""
 
+import fnmatch
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from fruitdask.config import InputConfig
 from fruitdask.errors import CatalogError, ConfigError
 from fruitdask.storage import Location, exists, explained
 
 COLUMNS = ("path", "label", "bytes", "version")
+
+#: A file while it is listed: path, bytes, and what changes when the file does.
+_Row = tuple[str, int, str]
+#: Rows hashed at once: pandas makes a Python object of each text.
+_ROWS_AT_ONCE = 65_536
 
 #: Where ``featurize.images_per_partition`` is not given: about this many partitions, so that a few workers finish together ...
 _PARTITIONS_WANTED = 16
@@ -59,8 +70,9 @@ def list_images(config: InputConfig) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row an image, sorted by ``path``, with the columns ``path`` (str, relative to the input URL), ``label`` (str, the parent folder
-        or the manifest's word), ``bytes`` (int64) and ``version`` (str: an object store's ETag, else the time of modification).
+        One row an image, sorted by ``path``, with the columns ``path`` (str, relative to the input URL), ``label`` (category, the parent
+        folder or the manifest's word), ``bytes`` (int64) and ``version`` (int64, a hash of an object store's ETag, else of the time of
+        modification).
 
     Raises
     ------
@@ -72,20 +84,47 @@ def list_images(config: InputConfig) -> pd.DataFrame:
         If the input cannot be listed.
     """
     root = Location(config.url, config.storage_options)
-    catalog = _list_files(root)
     if config.manifest is None:
-        catalog = catalog[catalog["path"].str.lower().str.endswith(config.extensions)]
-        catalog["label"] = _label_by_folder(catalog["path"], root)
+        catalog = _list_files(root, config.extensions)
     else:
-        catalog = _join_manifest(catalog, config)
+        catalog = _join_manifest(_list_files(root, ("",)), config)
     if catalog.empty:
         raise CatalogError(_explain_empty(root, config))
-    catalog = catalog.sort_values("path", ignore_index=True)
     if config.classes is not None:
         catalog = _keep_classes(catalog, config)
     if config.limit is not None:
         catalog = catalog.iloc[sample_evenly(catalog, config.limit)].reset_index(drop=True)
+    if config.exclude:
+        # Last, so that an image that is left out changes nothing about which others are in.
+        catalog = catalog[~match_paths(catalog["path"], config.exclude)].reset_index(drop=True)
+        if catalog.empty:
+            raise CatalogError(f"{config.url}: expected images besides those that input.exclude names, found none")
     return catalog[list(COLUMNS)]
+
+
+def match_paths(paths: pd.Series, patterns: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """
+    Tell which paths match any of some patterns.
+
+    Parameters
+    ----------
+    paths : pandas.Series
+        Paths relative to the input.
+    patterns : Sequence[str]
+        Patterns as of Python's ``fnmatch.fnmatchcase``: ``*`` stands for slashes too.
+
+    Returns
+    -------
+    numpy.ndarray
+        One bool a path.
+
+    Examples
+    --------
+    >>> match_paths(pd.Series(["pear_1/a.jpg", "pear_2/a.jpg", "Pear_1/a.jpg"]), ["pear_1/*"])
+    array([ True, False, False])
+    """
+    match = re.compile("|".join(map(fnmatch.translate, patterns))).match
+    return np.array([match(path) is not None for path in paths], bool)
 
 
 def choose_partition_size(n_images: int) -> int:
@@ -156,8 +195,8 @@ def sample_evenly(catalog: pd.DataFrame, limit: int) -> npt.NDArray[np.int64]:
     >>> sample_evenly(pd.DataFrame({"path": ["a/1", "a/2", "a/3", "b/4"], "label": ["a", "a", "a", "b"]}), 2)[-1]
     np.int64(3)
     """
-    order = pd.util.hash_pandas_object(catalog["path"], index=False).to_numpy()
-    turn = pd.Series(order).groupby(catalog["label"].to_numpy()).rank(method="first")
+    order = np.concatenate([np.empty(0, np.uint64), *_hash_rows(catalog["path"])])
+    turn = pd.Series(order).groupby(catalog["label"].array, observed=True).rank(method="first")
     return np.sort(np.lexsort((order, turn.to_numpy()))[:limit])
 
 
@@ -177,24 +216,95 @@ def hash_catalog(catalog: pd.DataFrame) -> str:
     """
     digest = hashlib.sha256(json.dumps([len(catalog), *COLUMNS]).encode())
     for column in COLUMNS:
-        digest.update(pd.util.hash_pandas_object(catalog[column], index=False).to_numpy().tobytes())
+        for hashes in _hash_rows(catalog[column]):
+            digest.update(hashes.tobytes())
     return digest.hexdigest()
 
 
-def _list_files(root: Location) -> pd.DataFrame:
-    """List every file below a location with its size and version."""
+def _hash_rows(column: pd.Series) -> Iterator[npt.NDArray[np.integer]]:
+    """Hash each row, some at a time: pandas makes a Python object of each text."""
+    for start in range(0, len(column), _ROWS_AT_ONCE):
+        yield pd.util.hash_pandas_object(column.iloc[start : start + _ROWS_AT_ONCE], index=False).to_numpy()
+
+
+def _list_files(root: Location, extensions: tuple[str, ...]) -> pd.DataFrame:
+    """List the files below a location that end so, sorted by path."""
+    rows = _walk_folder(root.path) if root.is_local else _list_objects(root) if root.is_s3 else _find_files(root)
+    columns = _Columns(PurePosixPath(root.path).name)
     with explained(root, "list"):
-        rows = list(_walk_folder(root.path) if root.is_local else _find_objects(root))
-    unreadable = next((path for path, *_ in rows if _is_broken(path)), None)
-    if unreadable is not None:
-        raise CatalogError(f"{root.url}: found the file name {unreadable!r}, expected names in UTF-8; rename that file")
-    return pd.DataFrame(rows, columns=["path", "bytes", "version"]).astype(
-        {"path": str, "bytes": np.int64, "version": str}
-    )
+        for path, size, version in rows:
+            if path.lower().endswith(extensions):
+                _check_name(path, root)
+                columns.append(path, size, version)
+    return columns.to_frame()
 
 
-def _find_objects(root: Location) -> Iterator[tuple[str, int, str]]:
-    """List the objects below a prefix."""
+class _Columns:
+    """Files as columns that grow: as Python objects they would take ten times the memory."""
+
+    def __init__(self, top: str) -> None:
+        self._top = top
+        self._paths, self._ends = bytearray(), array("q", [0])
+        self._labels: dict[str, int] = {}
+        self._codes, self._sizes, self._versions = array("i"), array("q"), array("q")
+        self._last, self._is_sorted = b"", True
+
+    def append(self, path: str, size: int, version: str) -> None:
+        """Append a file."""
+        encoded = path.encode()
+        self._is_sorted &= self._last <= encoded
+        self._last = encoded
+        self._paths += encoded
+        self._ends.append(len(self._paths))
+        self._codes.append(self._labels.setdefault(_take_folder(path) or self._top, len(self._labels)))
+        self._sizes.append(size)
+        digest = hashlib.blake2b(version.encode(), digest_size=8).digest()
+        self._versions.append(int.from_bytes(digest, "little", signed=True))
+
+    def to_frame(self) -> pd.DataFrame:
+        """Make a table of the columns, of the same memory."""
+        n_files, buffers = len(self._sizes), [None, pa.py_buffer(self._ends), pa.py_buffer(self._paths)]
+        columns = {
+            "path": pa.Array.from_buffers(pa.large_string(), n_files, buffers).to_pandas(),
+            "label": pd.Categorical.from_codes(
+                np.frombuffer(self._codes, np.int32), pd.Index(list(self._labels), dtype="str")
+            ),
+            "bytes": np.frombuffer(self._sizes, np.int64),
+            "version": np.frombuffer(self._versions, np.int64),
+        }
+        table = pd.DataFrame(columns, copy=False)
+        # Disks and S3 list in the order of paths; directory buckets and other stores need not.
+        return table if self._is_sorted else table.sort_values("path", ignore_index=True)
+
+
+def _check_name(path: str, root: Location) -> None:
+    """Refuse a name that cannot be stored or read back."""
+    # Python carries bytes that are not UTF-8 as lone surrogates.
+    if not path.isascii() and any("\ud800" <= character <= "\udfff" for character in path):
+        raise CatalogError(f"{root.url}: found the file name {path!r}, expected names in UTF-8; rename that file")
+    # s3fs takes the rest for the version of an object.
+    if root.is_s3 and "?versionId=" in path:
+        raise CatalogError(f"{root.url}: found the object {path!r}, expected names without ?versionId=; rename it")
+
+
+def _list_objects(root: Location) -> Iterator[_Row]:
+    """List the objects below a prefix on S3, page by page: s3fs would keep a dictionary for each of them."""
+    bucket, key, _ = root.fs.split_path(root.path)
+    request = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
+    skip = len(request["Prefix"])
+    while True:
+        page = root.fs.call_s3("list_objects_v2", **request)
+        for entry in page.get("Contents", ()):
+            # A name that ends in a slash marks a folder for people.
+            if not entry["Key"].endswith("/"):
+                yield entry["Key"][skip:], entry["Size"], entry.get("ETag", "").strip('"')
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _find_files(root: Location) -> Iterator[_Row]:
+    """List the files below a folder of any other file system."""
     root.fs.invalidate_cache()
     skip = len(root.path) + 1
     for path, info in root.fs.find(root.path, detail=True).items():
@@ -202,30 +312,34 @@ def _find_objects(root: Location) -> Iterator[tuple[str, int, str]]:
             yield path[skip:], int(info.get("size") or 0), _read_version(info)
 
 
-def _walk_folder(top: str) -> Iterator[tuple[str, int, str]]:
-    """List the files below a local folder, through links, but no folder twice: links may run in circles."""
-    visited = set()
-    for folder, subfolders, names in os.walk(top, followlinks=True, onerror=_refuse):
-        if os.path.realpath(folder) in visited:
-            subfolders.clear()
-            continue
-        visited.add(os.path.realpath(folder))
-        for name in names:
-            path = os.path.join(folder, name)
-            if os.path.isfile(path):
-                status = os.stat(path)
-                yield os.path.relpath(path, top).replace(os.sep, "/"), status.st_size, str(status.st_mtime)
+def _walk_folder(top: str) -> Iterator[_Row]:
+    """List the files below a local folder in the order of their paths, through links, but no folder twice: links may run in circles."""
+    skip = len(top) + 1
+    visited = {os.path.realpath(top or os.sep)}
+    # The next one is the last one.
+    waiting = _scan_folder(top or os.sep)
+    while waiting:
+        entry = waiting.pop()
+        with suppress(FileNotFoundError):
+            if entry.is_dir():
+                real = os.path.realpath(entry.path)
+                if real not in visited:
+                    visited.add(real)
+                    waiting += _scan_folder(entry.path)
+            elif entry.is_file():
+                status = entry.stat()
+                yield entry.path[skip:].replace(os.sep, "/"), status.st_size, str(status.st_mtime_ns)
 
 
-def _refuse(error: OSError) -> None:
-    """End a listing at a folder that cannot be read, where os.walk would pass it over; that there is no top folder is said elsewhere."""
-    if not isinstance(error, FileNotFoundError):
-        raise error
-
-
-def _is_broken(path: str) -> bool:
-    """Tell whether a name holds bytes that are not UTF-8, which Python carries as lone surrogates."""
-    return any("\ud800" <= character <= "\udfff" for character in path)
+def _scan_folder(folder: str) -> list[os.DirEntry[str]]:
+    """List a folder from behind, in the order of the paths of what is in it; that there is no top folder is said elsewhere."""
+    try:
+        with os.scandir(folder) as entries:
+            # Links may also lead nowhere.
+            found = [entry for entry in entries if not entry.is_symlink() or os.path.exists(entry.path)]
+            return sorted(found, key=lambda entry: entry.name + "/" * entry.is_dir(), reverse=True)
+    except FileNotFoundError:
+        return []
 
 
 def _read_version(info: dict[str, object]) -> str:
@@ -236,10 +350,9 @@ def _read_version(info: dict[str, object]) -> str:
     return ""
 
 
-def _label_by_folder(paths: pd.Series, root: Location) -> pd.Series:
-    """Take the parent folder of each path; for a file at the top, the input's own folder."""
-    top = PurePosixPath(root.path).name
-    return paths.map(lambda path: PurePosixPath(path).parent.name or top).astype(str)
+def _take_folder(path: str) -> str:
+    """Take the name of the folder that a file lies in; empty at the top."""
+    return path.rpartition("/")[0].rstrip("/").rpartition("/")[2]
 
 
 def _join_manifest(files: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
@@ -262,8 +375,10 @@ def _join_manifest(files: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
         raise ConfigError(
             f"{config.manifest}: expected each path once in input.manifest, found {duplicated.iloc[0]!r} twice; remove one"
         )
-    joined = manifest.merge(files, on="path", how="left")
-    return joined.fillna({"bytes": 0, "version": ""}).astype({"bytes": np.int64})
+    places = pc.index_in(pa.array(manifest["path"]), value_set=pa.array(files["path"])).fill_null(-1).to_numpy()
+    for name in ("bytes", "version"):
+        manifest[name] = np.append(files[name], np.int64(0))[places]
+    return manifest.astype({"label": "category"}).sort_values("path", ignore_index=True)
 
 
 def _read_manifest(config: InputConfig) -> pd.DataFrame:
@@ -285,7 +400,7 @@ def _read_manifest(config: InputConfig) -> pd.DataFrame:
 
 def _keep_classes(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
     """Keep the classes that the configuration names."""
-    wanted, existing = set(config.classes or ()), set(catalog["label"])
+    wanted, existing = set(config.classes or ()), set(catalog["label"].unique())
     absent = sorted(wanted - existing)
     if absent:
         names = ", ".join(sorted(existing)[:30]) + (" ..." if len(existing) > 30 else "")

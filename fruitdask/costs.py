@@ -1,1 +1,246 @@
-"""To be written."""
+"""What machines on Amazon EC2 cost, by the prices of the configuration or of a small table. No price is ever fetched."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+
+#: When the prices below were those of AWS's price list.
+PRICES_OF = "January 2026"
+
+#: US dollars an hour for Linux on demand, of https://aws.amazon.com/ec2/pricing/on-demand, as SkyPilot and Karpenter quote it.
+_TABLE = """
+            us-east-1  eu-west-1  eu-west-3  eu-central-1  eu-north-1
+t3.medium      0.0416     0.0456     0.0472        0.0480      0.0432
+t3.large       0.0832     0.0912     0.0944        0.0960      0.0864
+t3.xlarge      0.1664     0.1824     0.1888        0.1920      0.1728
+m6i.large      0.0960     0.1070     0.1120        0.1150      0.1020
+m6i.xlarge     0.1920     0.2140     0.2240        0.2300      0.2040
+m6i.2xlarge    0.3840     0.4280     0.4480        0.4600      0.4080
+c6i.large      0.0850     0.0912     0.1010        0.0970      0.0910
+c6i.xlarge     0.1700     0.1824     0.2020        0.1940      0.1820
+c6i.2xlarge    0.3400     0.3648     0.4040        0.3880      0.3640
+g4dn.xlarge    0.5260     0.5870     0.6150        0.6580      0.5580
+g5.xlarge      1.0060
+"""
+
+#: Of prices that differ a little between the regions above, the highest (Frankfurt's). A gp3 volume of 1 GB for 30 days:
+#: https://aws.amazon.com/ebs/pricing; a public IPv4 address for an hour: https://aws.amazon.com/vpc/pricing
+_VOLUME_DOLLARS = 0.0952
+_ADDRESS_DOLLARS = 0.005
+#: A GB from one region to another, and out of AWS: https://aws.amazon.com/ec2/pricing/on-demand/#Data_Transfer
+_BETWEEN_REGIONS_DOLLARS = 0.02
+_OUT_DOLLARS = 0.09
+#: A thousand requests of S3 that read, and that write or list: https://aws.amazon.com/s3/pricing
+_READS_DOLLARS = 0.00043
+_WRITES_DOLLARS = 0.0054
+
+#: What is billed at least of an instance and its volume: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/ec2-on-demand-instances.html
+_MIN_SECONDS = 60.0
+_HOUR_SECONDS = 3600.0
+_MONTH_SECONDS = 30 * 24 * _HOUR_SECONDS
+
+
+@dataclass(frozen=True)
+class Usage:
+    """
+    An instance that has run, or is to run, for some time.
+
+    Parameters
+    ----------
+    instance_type : str
+        Its type, such as ``m6i.large``.
+    is_spot : bool
+        Whether it is a spot instance.
+    region : str
+        Its region.
+    seconds : float
+        How long it runs.
+    """
+
+    instance_type: str
+    is_spot: bool
+    region: str
+    seconds: float
+
+    @property
+    def billed_seconds(self) -> float:
+        """Seconds that are billed."""
+        return max(self.seconds, _MIN_SECONDS)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """
+    What instances cost, in US dollars without taxes.
+
+    Left out are the surplus credits of t3 instances that are busy all the time, detailed monitoring and support.
+
+    Parameters
+    ----------
+    instances : float
+        The instances themselves, those that have a price.
+    volumes : float
+        Their volumes.
+    addresses : float
+        Their public addresses.
+    unpriced : tuple[str, ...]
+        Types without a known price, each with its region.
+    """
+
+    instances: float
+    volumes: float = 0.0
+    addresses: float = 0.0
+    unpriced: tuple[str, ...] = ()
+
+    @property
+    def dollars(self) -> float:
+        """All of it."""
+        return self.instances + self.volumes + self.addresses
+
+
+def find_hourly_price(
+    instance_type: str, *, region: str, is_spot: bool, hourly_prices: Mapping[str, float] | None = None
+) -> float | None:
+    """
+    Find what an instance costs an hour.
+
+    Parameters
+    ----------
+    instance_type : str
+        Its type.
+    region : str
+        Its region.
+    is_spot : bool
+        Whether it is a spot instance; without a price of its own it is taken to cost what others cost, which is more.
+    hourly_prices : Mapping[str, float], optional
+        US dollars by type, ``spot:TYPE`` for spot instances, which win over the table.
+
+    Returns
+    -------
+    float or None
+        US dollars an hour; None where no price is known.
+
+    Examples
+    --------
+    >>> find_hourly_price("m6i.large", region="eu-west-3", is_spot=False)
+    0.112
+    >>> find_hourly_price("m6i.large", region="eu-west-3", is_spot=True, hourly_prices={"spot:m6i.large": 0.04})
+    0.04
+    """
+    prices = hourly_prices or {}
+    if is_spot and f"spot:{instance_type}" in prices:
+        return prices[f"spot:{instance_type}"]
+    return prices.get(instance_type, _PRICES.get((instance_type, region)))
+
+
+def compute_cost(
+    usages: Iterable[Usage],
+    hourly_prices: Mapping[str, float] | None = None,
+    *,
+    volume_gb: int = 0,
+    has_address: bool = False,
+) -> Cost:
+    """
+    Compute what instances cost, with what belongs to them.
+
+    Parameters
+    ----------
+    usages : Iterable[Usage]
+        The instances.
+    hourly_prices : Mapping[str, float], optional
+        US dollars by type, as for `find_hourly_price`.
+    volume_gb : int
+        Size of the volume of each.
+    has_address : bool
+        Whether each has a public address.
+
+    Returns
+    -------
+    Cost
+        The sums.
+
+    Examples
+    --------
+    >>> compute_cost([Usage("m6i.large", False, "us-east-1", 7200)], volume_gb=40, has_address=True).dollars
+    0.2125...
+    """
+    usages = list(usages)
+    prices = [
+        find_hourly_price(usage.instance_type, region=usage.region, is_spot=usage.is_spot, hourly_prices=hourly_prices)
+        for usage in usages
+    ]
+    seconds = sum(usage.billed_seconds for usage in usages)
+    return Cost(
+        instances=sum(
+            (price or 0.0) * usage.billed_seconds / _HOUR_SECONDS for price, usage in zip(prices, usages, strict=True)
+        ),
+        volumes=_VOLUME_DOLLARS * volume_gb * seconds / _MONTH_SECONDS,
+        addresses=_ADDRESS_DOLLARS * seconds / _HOUR_SECONDS if has_address else 0.0,
+        unpriced=tuple(
+            sorted(
+                {
+                    f"{usage.instance_type} in {usage.region}"
+                    for price, usage in zip(prices, usages, strict=True)
+                    if price is None
+                }
+            )
+        ),
+    )
+
+
+def compute_transfer_cost(n_bytes: float, *, source: str | None, target: str | None) -> float:
+    """
+    Compute what AWS asks for moving bytes.
+
+    Parameters
+    ----------
+    n_bytes : float
+        How many.
+    source : str or None
+        The region of AWS they come from; None for anywhere else.
+    target : str or None
+        The region of AWS they go to; None for anywhere else.
+
+    Returns
+    -------
+    float
+        US dollars; nothing within a region and into AWS. The 100 GB a month that AWS lets out for free are counted nevertheless: other
+        programs may have used them.
+
+    Examples
+    --------
+    >>> [compute_transfer_cost(1e10, source="eu-west-3", target=target) for target in ("eu-west-3", "eu-west-1", None)]
+    [0.0, 0.2, 0.9]
+    """
+    if source is None or source == target:
+        return 0.0
+    return (_OUT_DOLLARS if target is None else _BETWEEN_REGIONS_DOLLARS) * n_bytes / 1e9
+
+
+def compute_request_cost(*, n_reads: int, n_writes: int) -> float:
+    """
+    Compute what requests of S3 cost.
+
+    Parameters
+    ----------
+    n_reads : int
+        GET and HEAD requests.
+    n_writes : int
+        PUT and LIST requests.
+
+    Returns
+    -------
+    float
+        US dollars.
+    """
+    return (n_reads * _READS_DOLLARS + n_writes * _WRITES_DOLLARS) / 1000
+
+
+def _read_table() -> dict[tuple[str, str], float]:
+    """Read the table: prices by type and region."""
+    header, *lines = (line.split() for line in _TABLE.strip().splitlines())
+    rows = ([((name, region), float(price)) for region, price in zip(header, prices)] for name, *prices in lines)
+    return dict(chain.from_iterable(rows))
+
+
+_PRICES = _read_table()

@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fruitdask.aws import explain_aws_error
 from fruitdask.catalog import Partition
 from fruitdask.errors import ImageError, ImageTooLargeError
 from fruitdask.images import decode_images
-from fruitdask.storage import Location
+from fruitdask.storage import Location, hide_secrets
 
 #: The first pause before reading a file again; each further one is twice as long.
 _FIRST_PAUSE_SECONDS = 0.2
+#: A file is not tried again after so long: each attempt at a server that has stalled takes minutes, for s3fs tries again by itself.
+_PATIENCE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -198,8 +201,9 @@ def _wait(outcome: Outcome, reading: "Future[None]") -> Outcome:
 
 
 def _fetch(outcome: Outcome, fs: Any, path: str, max_attempts: int) -> None:
-    """Read one file, trying again unless it is certainly not there."""
-    while outcome.attempts < max_attempts:
+    """Read one file, trying again unless it is certainly not there or not to be had, or time is up."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while outcome.attempts < max_attempts and time.monotonic() < deadline:
         if outcome.attempts:
             time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (outcome.attempts - 1))
         outcome.attempts += 1
@@ -212,7 +216,10 @@ def _fetch(outcome: Outcome, fs: Any, path: str, max_attempts: int) -> None:
             raise
         except Exception as error:
             # File systems raise OSError, but also their clients' own exceptions; whichever it is, only this image is concerned.
-            last = f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+            cause = explain_aws_error(error) or " ".join(str(error).split()) or type(error).__name__
+            last = f"cannot be read: {hide_secrets(cause)}"
+            if isinstance(error, PermissionError):
+                break
     outcome.fail("unreachable", last)
 
 

@@ -13,9 +13,23 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
-from fruitdask.errors import StorageError
+from fruitdask.aws import explain_aws_error
+from fruitdask.errors import FruitdaskError, StorageError
 
 _HASH_BLOCK_BYTES = 1 << 20
+
+#: Defaults for S3, beside those of s3fs (5 seconds to connect, 15 between bytes). Others write to the same folders, so listings are not
+#: kept. One transfer a file: s3fs asks for the size of each file before it reads, only to split those above 50 MB.
+_S3_OPTIONS: Mapping[str, Any] = {"use_listings_cache": False, "max_concurrency": 1}
+#: Connections for all threads of a process, where botocore has 10. s3fs tries five times by itself, so twice is enough within each.
+_S3_CONFIG: Mapping[str, Any] = {
+    "max_pool_connections": 256,
+    "retries": {"mode": "standard", "total_max_attempts": 2},
+}
+#: Modules of clients whose errors do not derive from OSError.
+_FOREIGN_ERRORS = ("botocore", "aiobotocore", "aiohttp", "azure", "google")
+#: Access keys of AWS, and signatures of its requests.
+_SECRETS = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?<=Signature=)[\w%/+=-]+|(?<=X-Amz-Credential=)[\w%/+=-]+")
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,19 @@ class Location:
     def path(self) -> str:
         """The path inside the file system, without the protocol."""
         return str(_open_filesystem(self)[1])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The storage options, with defaults where S3 is read and written by many at once."""
+        options = dict(self.storage_options)
+        if self.is_s3:
+            options = {**_S3_OPTIONS, **options, "config_kwargs": {**_S3_CONFIG, **options.get("config_kwargs", {})}}
+        return options
+
+    @property
+    def is_s3(self) -> bool:
+        """Whether this is on S3, Amazon's or another."""
+        return self.url.startswith(("s3://", "s3a://"))
 
     @property
     def is_local(self) -> bool:
@@ -91,6 +118,7 @@ def hide_secrets(text: str) -> str:
     >>> hide_secrets("s3://AKIA:ab/cd@bucket/fruits"), hide_secrets("/home/me@work/fruits?")
     ('s3://***@bucket/fruits', '/home/me@work/fruits?')
     """
+    text = _SECRETS.sub("***", text)
     if "://" not in text:
         return text
     # A password may hold slashes and at signs, as those of AWS do: up to the last one, where there is a colon before it.
@@ -102,7 +130,7 @@ def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str
     """Open the file system of a location, naming the missing package where one is missing."""
     protocol = location.url.split("://")[0] if "://" in location.url else "file"
     try:
-        fs, path = fsspec.core.url_to_fs(location.url, **location.storage_options)
+        fs, path = fsspec.core.url_to_fs(location.url, **location.options)
     except ImportError as error:
         hint = known_implementations.get(protocol, {}).get("err", str(error))
         raise StorageError(
@@ -139,16 +167,18 @@ def explained(location: Location, action: str) -> Iterator[None]:
     """
     try:
         yield
-    except StorageError:
+    except FruitdaskError:
         raise
     except Exception as error:
         # botocore's exceptions do not derive from OSError, and botocore is imported only where S3 is used.
-        if not isinstance(error, OSError) and not type(error).__module__.startswith(
-            ("botocore", "aiohttp", "azure", "google")
-        ):
+        is_expected = isinstance(error, OSError) or type(error).__module__.startswith(_FOREIGN_ERRORS)
+        # Clients are made on first use, and refuse options that they do not know only then.
+        is_option = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
+        if not (is_expected or is_option):
             raise
-        cause = str(error) or type(error).__name__
-        raise StorageError(f"cannot {action} {location.url}: {cause}; check the path and the permissions") from error
+        advice = "check storage_options" if is_option else "check the path and the permissions"
+        cause = explain_aws_error(error) or f"{str(error) or type(error).__name__}; {advice}"
+        raise StorageError(hide_secrets(f"cannot {action} {location.url}: {cause}")) from error
 
 
 def write_file(location: Location, data: bytes) -> None:
@@ -234,3 +264,32 @@ def exists(location: Location) -> bool:
     with explained(location, "read"):
         location.fs.invalidate_cache()
         return bool(location.fs.exists(location.path))
+
+
+def find_encryption(location: Location) -> str | None:
+    """
+    Find how a file is encrypted where it is stored.
+
+    Parameters
+    ----------
+    location : Location
+        A file that exists.
+
+    Returns
+    -------
+    str or None
+        What S3 says: ``AES256``, ``aws:kms``, ``aws:kms:dsse``, or ``SSE-C`` for a key of the user's own; None where it says nothing,
+        and for other file systems, which cannot be asked.
+
+    Raises
+    ------
+    StorageError
+        If S3 refuses to say.
+    """
+    if not location.is_s3:
+        return None
+    with explained(location, "read"):
+        bucket, key, _ = location.fs.split_path(location.path)
+        head = location.fs.call_s3("head_object", Bucket=bucket, Key=key)
+    encryption: str | None = head.get("ServerSideEncryption")
+    return encryption or ("SSE-C" if head.get("SSECustomerAlgorithm") else None)

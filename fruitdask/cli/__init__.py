@@ -5,6 +5,10 @@ from typing import NoReturn
 import click
 
 from fruitdask import __version__
+from fruitdask.cli.clusters import clusters
+from fruitdask.cli.erasures import erase
+from fruitdask.cli.plans import plan
+from fruitdask.cli.policies import iam_policy
 from fruitdask.cli.runs import explore, report, run
 from fruitdask.cli.settings import sample, schema, validate
 
@@ -21,7 +25,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, explore, report, validate, schema, sample):
+for _command in (run, plan, explore, report, erase, validate, schema, sample, iam_policy, clusters):
     cli.add_command(_command)
 
 

@@ -67,9 +67,11 @@ def reported(*, verbose: bool = False, again: str = "run the same command again"
     try:
         yield
     except errors.FruitdaskError as error:
+        from fruitdask.storage import hide_secrets
+
         if verbose:
-            traceback.print_exc()
-        click.echo(f"fruitdask: {error}", err=True)
+            click.echo(hide_secrets(traceback.format_exc()), err=True)
+        click.echo(f"fruitdask: {hide_secrets(str(error))}", err=True)
         sys.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
     except KeyboardInterrupt:
         click.echo(f"fruitdask: interrupted; {again}", err=True)

@@ -1,6 +1,6 @@
 """Commands that work on images and results: run, explore, report."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -100,6 +100,7 @@ def _print_summary(result: "RunResult", console: "Console") -> None:
             if result.n_computed and "featurize" in seconds
             else ""
         ),
+        "cost": _format_cost(manifest.get("cost")),
         "explained variance": _format_ratios(manifest["pca"]["explained_variance_ratio"]),
         "results": result.output.url,
         "report": result.report.location.url if manifest["config"]["report"]["enabled"] else "",
@@ -160,6 +161,15 @@ def _build_class_table(by_class: dict[str, dict[str, int]]) -> "Table":
     if len(by_class) > len(shown):
         table.add_row(f"... and {len(by_class) - len(shown)} more classes", "", "")
     return table
+
+
+def _format_cost(cost: "dict[str, Any] | None") -> str:
+    """Format what the instances of a run have cost, those of interrupted parts of it too."""
+    if cost is None:
+        return ""
+    hours = sum(figures["seconds"] for figures in cost["instances"].values()) / 3600
+    unknown = f", without {', '.join(cost['without_price'])}" if "without_price" in cost else ""
+    return f"${cost['dollars']:.2f} for {hours:.2f} hours of instances, by prices of {cost['prices_of']}{unknown}"
 
 
 def _format_ratios(ratios: list[float]) -> str:

@@ -1,7 +1,6 @@
 """The client's face of a model: build a Keras network, check it, pack it into an artifact."""
 
 import hashlib
-import io
 import json
 import logging
 import tempfile
@@ -9,6 +8,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ _INPUT_PX = {
 }
 _DEFAULT_INPUT_PX = 224
 _RANDOM_WEIGHTS_SEED = 0
+#: What is read at once of a remote .keras file, to find the few kilobytes that describe its network.
+_ZIP_BLOCK_BYTES = 1 << 16
 
 Preprocess = Callable[[Any], Any]
 
@@ -64,17 +66,17 @@ def fingerprint_model(config: ModelConfig) -> str:
     Returns
     -------
     str
-        A SHA-256 in hexadecimal digits of the configuration, less the engine, and, where weights come from a file, of its content.
+        A SHA-256 in hexadecimal digits of the configuration, less the engine and where weights are, and of the content of their file.
 
     Raises
     ------
     ModelError
         If the weights are a file that does not exist or has another ending than Keras gives them.
     """
-    settings = config.model_dump(exclude={"engine"})
+    settings = config.model_dump(exclude={"engine", "storage_options", "region"})
     if config.weights not in ("imagenet", "random"):
         _check_ending(config.weights)
-        settings["weights"] = hash_file(Location(config.weights))
+        settings["weights"] = _hash_weights(_locate_weights(config))
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -98,7 +100,7 @@ def choose_input_px(config: ModelConfig) -> int:
         If the weights are a ``.keras`` file that does not say so.
     """
     if config.weights.endswith(".keras") and config.input_px is None:
-        return _read_input_px(Location(config.weights))
+        return _read_input_px(_locate_weights(config))
     return config.input_px or _INPUT_PX.get(config.name, _DEFAULT_INPUT_PX)
 
 
@@ -139,12 +141,34 @@ def build_artifact(config: ModelConfig) -> ModelArtifact:
     )
 
 
+def _locate_weights(config: ModelConfig) -> Location:
+    """Name the file of the weights."""
+    return Location(config.weights, config.storage_options if "://" in config.weights else {})
+
+
+def _hash_weights(location: Location) -> str:
+    """Hash a file of weights."""
+    if location.is_local:
+        return hash_file(location)
+    with explained(location, "read"):
+        return _hash_remote(location.fs, location.path, repr(location.fs.info(location.path)))
+
+
+@lru_cache(maxsize=8)
+def _hash_remote(fs: Any, path: str, version: str) -> str:
+    """Hash a remote file, which is read once while the store says the same of it."""
+    with fs.open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _read_input_px(location: Location) -> int:
     """Read the input size of a .keras file, a ZIP archive, from the description of its network."""
-    with explained(location, "read"):
-        data = location.fs.cat_file(location.path)
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with (
+            explained(location, "read"),
+            location.fs.open(location.path, "rb", block_size=_ZIP_BLOCK_BYTES) as file,
+            zipfile.ZipFile(file) as archive,
+        ):
             layers = json.loads(archive.read("config.json"))["config"]["layers"]
         shapes = [layer["config"]["batch_shape"] for layer in layers if layer["class_name"] == "InputLayer"]
         return int(shapes[0][1])
@@ -162,7 +186,7 @@ def _build_network(config: ModelConfig) -> tuple[Any, Preprocess, str]:
         logger.warning("model.weights is random: features of an untrained network say little about images")
         # A run that is resumed must meet the same network.
         keras.utils.set_random_seed(_RANDOM_WEIGHTS_SEED)
-    with _local_weights(config.weights) as weights:
+    with _local_weights(config) as weights:
         if weights.endswith(".keras"):
             return _load_keras_file(weights, config), *_find_preprocessing(config, own=None)
         input_px = choose_input_px(config)
@@ -286,13 +310,14 @@ def _freeze(call: Callable[[Any], Any], input_px: int) -> bytes:
 
 
 @contextmanager
-def _local_weights(weights: str) -> Iterator[str]:
+def _local_weights(config: ModelConfig) -> Iterator[str]:
     """Give weights a local path, fetching them where they are remote: Keras reads local files only."""
+    weights = config.weights
     if weights in ("imagenet", "random"):
         yield weights
         return
     _check_ending(weights)
-    location = Location(weights)
+    location = _locate_weights(config)
     if location.is_local:
         yield location.path
         return

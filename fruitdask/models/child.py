@@ -14,6 +14,7 @@ from fruitdask.models.artifact import ModelArtifact
 from fruitdask.models.build import build_artifact
 from fruitdask.models.cache import find_artifact, keep_artifact
 from fruitdask.models.engines import choose_engine
+from fruitdask.storage import hide_secrets
 
 
 @contextmanager
@@ -50,7 +51,7 @@ def start_building(config: ModelConfig) -> Iterator[Callable[[], ModelArtifact]]
     process.start()
     sender.close()
     try:
-        yield lambda: _receive(receiver)
+        yield lambda: _receive(receiver, config)
     finally:
         process.kill()
         process.join()
@@ -64,22 +65,22 @@ def _build_and_send(config: ModelConfig, sender: Connection) -> None:
     # The pipeline says what there is to say, whether a network is built or kept from before.
     logging.disable(logging.WARNING)
     try:
-        artifact = build_artifact(config)
-        keep_artifact(config, artifact)
-        sender.send(artifact)
+        sender.send(build_artifact(config))
     except FruitdaskError as error:
         sender.send(error)
     except Exception as error:
         # Other exceptions may not survive pickling.
         sender.send(
             EngineError(
-                f"model {config.name} with weights {config.weights} cannot be built: {type(error).__name__}: {error}"
+                hide_secrets(
+                    f"model {config.name} with weights {config.weights} cannot be built: {type(error).__name__}: {error}"
+                )
             )
         )
 
 
-def _receive(receiver: Connection) -> ModelArtifact:
-    """Receive what the child sends; a child that dies sends nothing."""
+def _receive(receiver: Connection, config: ModelConfig) -> ModelArtifact:
+    """Receive what the child sends, and keep it here, where its name is known; a child that dies sends nothing."""
     try:
         received: ModelArtifact | FruitdaskError = receiver.recv()
     except EOFError as error:
@@ -90,4 +91,5 @@ def _receive(receiver: Connection) -> ModelArtifact:
 
     if isinstance(received, FruitdaskError):
         raise received
+    keep_artifact(config, received)
     return received

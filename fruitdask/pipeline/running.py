@@ -5,9 +5,10 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -18,15 +19,17 @@ import pandas as pd
 
 from fruitdask import __version__, report, store
 from fruitdask.catalog import choose_partition_size, split_catalog
-from fruitdask.cluster import open_client
-from fruitdask.config import Config
-from fruitdask.errors import OutputError, TooManyFailuresError
+from fruitdask.config import Config, LocalClusterConfig
+from fruitdask.errors import FruitdaskError, LimitError, OutputError, PartitionError, TooManyFailuresError
 from fruitdask.exploration import Exploration, read_exploration
 from fruitdask.mapping import map_partitions
-from fruitdask.models import ModelArtifact, choose_engine, fingerprint_model, start_building
+from fruitdask.models import ModelArtifact, fingerprint_model, settle_engine, start_building
 from fruitdask.pipeline.exploring import Survey
-from fruitdask.pipeline.inputs import Inputs, dump_config, prepare_inputs
+from fruitdask.pipeline.inputs import Inputs, dump_config, prepare_inputs, settle_erasure
+from fruitdask.pipeline.planning import LOCAL_REDUCE_BYTES, Plan, Work, estimate
 from fruitdask.pipeline.presenting import Report, describe_presentation, present
+from fruitdask.pipeline.processing import describe_processing, describe_protection
+from fruitdask.pipeline.spending import Budget
 from fruitdask.progress import RunProgress
 from fruitdask.storage import Location, exists
 
@@ -41,8 +44,6 @@ Scores = npt.NDArray[np.float32]
 _PCA = "pca.zarr"
 #: Sections of the configuration on which the tables depend.
 _REDUCING = ("reduce", "quality")
-#: Features of up to this size are reduced on the client: 26,000 images of 1280 features, which take it some seconds and 0.4 GB.
-_LOCAL_REDUCE_BYTES = 128 * 1024**2
 #: Features are reduced in blocks of about this size, several chunks of the store: matrix products of small blocks cost half as much again.
 _BLOCK_BYTES = 20 * 1024**2
 #: Packages whose versions can change what a run computes.
@@ -121,6 +122,7 @@ class _Task:
     images_per_partition: int
     manifest: dict[str, Any] | None
     committed: frozenset[int]
+    budget: Budget
 
     @property
     def config(self) -> Config:
@@ -193,20 +195,21 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
     clock = _Clock()
     with progress:
         progress.begin("Listing images")
-        with clock.measure("list"):
-            task = _prepare(config)
+        task = _prepare(config, client, clock, progress)
         _check_failures(task, _count_failed(task))
         if config.model.weights == "random":
             progress.say("Warning: model.weights is random; features of an untrained network say little about images.")
         survey = _plan_survey(task)
         if task.manifest is not None and task.is_reduced and task.is_presented and survey is None:
             return RunResult(task.output, task.manifest, n_computed=0)
+        _check_limits(task, client, clock, progress)
         with ExitStack() as stack:
+            stack.push(partial(_note_cost, task))
             manifest = task.manifest
             if manifest is None or not task.has_features:
                 client, manifest = _compute_features(task, client, stack, survey, clock, progress)
             if survey is not None:
-                client = client or stack.enter_context(open_client(config.cluster))
+                client = client or stack.enter_context(task.budget.open_client())
                 with clock.measure("explore"):
                     survey.complete(client, progress)
             if not task.is_reduced:
@@ -216,10 +219,42 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
         # Seconds of stages that were done before are those of the run that did them; so is the total, if that computed the features.
         manifest["seconds"] |= clock.seconds | ({"total": clock.total_seconds} if n_computed else {})
         manifest |= {"config": dump_config(config)} | ({"n_computed": n_computed} if n_computed else {})
+        record = describe_processing(config, since=manifest["finished"])
+        manifest |= {"regions": task.inputs.regions, "processing": manifest.get("processing", {}) | record}
+        manifest |= task.budget.describe()
         store.write_manifest(task.output, manifest)
         progress.begin("Drawing")
         manifest = present(config, task.output) or manifest
     return RunResult(task.output, manifest, n_computed=n_computed)
+
+
+def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
+    """
+    Plan a run: what there is to do, how long it takes, on which machines, at what cost. A few images are tried on this machine.
+
+    Parameters
+    ----------
+    config : Config
+        The run, from `fruitdask.load_config`.
+    progress : RunProgress, optional
+        Where to show progress; nowhere by default.
+
+    Returns
+    -------
+    Plan
+        The plan. Nothing was written to the output, and nothing was started that costs.
+
+    Raises
+    ------
+    FruitdaskError
+        If the run would end with an error before it starts.
+    """
+    progress = progress or RunProgress()
+    clock = _Clock()
+    with progress:
+        progress.begin("Listing images")
+        task = _prepare(config, None, clock, progress, is_dry=True)
+        return estimate(_describe_work(task, None, clock), progress)
 
 
 class _Clock:
@@ -242,11 +277,17 @@ class _Clock:
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def _prepare(config: Config) -> _Task:
-    """Check all that can be checked before anything is started or written."""
-    inputs = prepare_inputs(config)
+def _prepare(config: Config, client: Any, clock: _Clock, progress: RunProgress, *, is_dry: bool = False) -> _Task:
+    """Check all that can be checked before anything is started or written; a dry run leaves an erasure as it is."""
+    with clock.measure("list"):
+        inputs = prepare_inputs(config, client=client)
     output, catalog = inputs.output, inputs.catalog
     fingerprint = inputs.fingerprint | {"model": fingerprint_model(config.model)}
+    if not is_dry:
+        settle_erasure(inputs, progress)
+    elif (store.read_manifest(output) or {}).get("status") == store.ERASED:
+        # Which images are left, the run will find out.
+        del fingerprint["catalog"]
     manifest = store.check_output(output, fingerprint, overwrite=config.output.overwrite)
     has_store = manifest is not None and store.open_store(output) is not None
     return _Task(
@@ -259,7 +300,49 @@ def _prepare(config: Config) -> _Task:
         ),
         manifest=manifest,
         committed=frozenset(store.list_committed(output) if has_store else ()),
+        budget=Budget(
+            config.limits,
+            # A cluster of somebody else's costs this run nothing.
+            config.cluster if client is None else LocalClusterConfig(),
+            region=inputs.regions["cluster"],
+            manifest=manifest,
+            elapsed_seconds=clock.total_seconds,
+        ),
     )
+
+
+def _describe_work(task: _Task, client: Any, clock: _Clock) -> Work:
+    """Describe what there is to do."""
+    return Work(
+        task.inputs,
+        images_per_partition=task.images_per_partition,
+        n_left=len(task.catalog) - task.n_images_done,
+        list_seconds=clock.seconds["list"],
+        spent_dollars=task.budget.spent_dollars,
+        client=client,
+    )
+
+
+def _check_limits(task: _Task, client: Any, clock: _Clock, progress: RunProgress) -> None:
+    """Refuse a run that would exceed a limit, before anything is started."""
+    limits = task.config.limits
+    costs = limits.max_cost is not None and client is None and task.config.cluster.kind == "ec2"
+    if task.has_features or not (costs or limits.max_hours is not None):
+        return
+    exceeded = estimate(_describe_work(task, client, clock), progress).exceeded
+    if exceeded:
+        raise LimitError(f"the run was not started: {'; '.join(exceeded)}; fruitdask plan says why")
+
+
+def _note_cost(task: _Task, kind: type[BaseException] | None, *_: object) -> None:
+    """Note in the manifest what a run has cost that was interrupted, or has failed."""
+    cost = task.budget.describe() if kind is not None else {}
+    if not cost:
+        return
+    with suppress(FruitdaskError):
+        manifest = store.read_manifest(task.output)
+        if manifest is not None:
+            store.write_manifest(task.output, manifest | cost)
 
 
 def _start(task: _Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifact]:
@@ -268,9 +351,10 @@ def _start(task: _Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifa
     from fruitdask.reduce import check_n_components
 
     check_n_components(task.config.reduce.n_components, n_images=len(task.catalog))
-    with start_building(task.config.model) as wait_for_artifact:
-        client = client or stack.enter_context(open_client(task.config.cluster))
-        preparing = prepare_workers(client, choose_engine(task.config.model))
+    model = settle_engine(task.config)
+    with start_building(model) as wait_for_artifact:
+        client = client or stack.enter_context(task.budget.open_client())
+        preparing = prepare_workers(client, model.engine)
         # The workers and the child are busy for seconds: time to import what reducing will need.
         import_module("dask.array")
         artifact = wait_for_artifact()
@@ -324,9 +408,9 @@ def _choose_scheduler(task: _Task, client: Any, stack: ExitStack) -> AbstractCon
     """Reduce few features here, on threads, which takes no cluster and no imports on its workers; many on the cluster."""
     import dask
 
-    if _open_features(task.output)[0].nbytes <= _LOCAL_REDUCE_BYTES:
+    if _open_features(task.output)[0].nbytes <= LOCAL_REDUCE_BYTES:
         return dask.config.set(scheduler="threads")
-    client = client or stack.enter_context(open_client(task.config.cluster))
+    client = client or stack.enter_context(task.budget.open_client())
     return client.as_current()  # type: ignore[no-any-return]
 
 
@@ -346,6 +430,7 @@ def _begin_output(task: _Task, artifact: ModelArtifact, client: Any) -> dict[str
         "fingerprint": task.fingerprint,
         "n_images": len(task.catalog),
         "images_per_partition": task.images_per_partition,
+        "erasures": (task.manifest or {}).get("erasures", []),
         "model": _describe_model(artifact),
         "cluster": {
             "kind": task.config.cluster.kind,
@@ -355,9 +440,12 @@ def _begin_output(task: _Task, artifact: ModelArtifact, client: Any) -> dict[str
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in (*_PACKAGES, artifact.engine)},
         "config": dump_config(task.config),
+        "regions": task.inputs.regions,
+        "processing": describe_processing(task.config),
         "seconds": {},
-    }
+    } | task.budget.describe()
     store.write_manifest(task.output, manifest)
+    manifest["processing"] |= describe_protection(task.config, task.output.child(store.MANIFEST), client)
     if not task.committed:
         store.create_store(
             task.output,
@@ -397,9 +485,15 @@ def _featurize(
             survey.add(summary.findings)
         progress.advance(summary.n_images, n_failed=summary.n_failed)
         _check_failures(task, n_failed)
+        task.budget.check()
 
     todo = (part for part in split_catalog(task.catalog, task.images_per_partition) if part.index not in task.committed)
-    map_partitions(client, featurize_partition, todo, job, delivered=artifact, on_result=note)
+    try:
+        map_partitions(client, featurize_partition, todo, job, delivered=artifact, on_result=note)
+    except PartitionError:
+        # A cluster that is lost may have ended because a limit was reached.
+        task.budget.check()
+        raise
     return {stage: round(value, 3) for stage, value in seconds.items()}
 
 

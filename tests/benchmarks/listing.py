@@ -1,0 +1,108 @@
+"""What it costs the client to list an S3 bucket of many images: seconds and memory, beside fs.find.
+
+    python tests/benchmarks/listing.py [IMAGES]
+
+A server in a process of its own makes up the pages, for a million objects in moto take hours and gigabytes. Listing includes the hash of the
+catalog, by which a run knows its images. fs.find makes the same table of what s3fs returns; beyond two million images it is left out.
+"""
+
+import hashlib
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+from measuring import measure, print_header, print_line
+
+MAX_NAIVE_IMAGES = 2_000_000
+IMAGES_PER_CLASS = 5_000
+PAGE = 1_000
+
+NOTHING = "import fruitdask.catalog, s3fs"
+OURS = """
+from fruitdask.catalog import hash_catalog, list_images
+from fruitdask.config import InputConfig
+catalog = list_images(InputConfig(url="s3://bucket/photographs", storage_options=dict(endpoint_url=URL, anon=True)))
+hash_catalog(catalog)
+print(len(catalog))
+"""
+NAIVE = """
+import pandas, s3fs
+found = s3fs.S3FileSystem(endpoint_url=URL, anon=True).find("bucket/photographs", detail=True)
+rows = [(path[19:], path.split("/")[-2], entry["size"], entry["ETag"].strip('"')) for path, entry in found.items()]
+print(len(pandas.DataFrame(rows, columns=["path", "label", "bytes", "version"])))
+"""
+
+
+class Listing(BaseHTTPRequestHandler):
+    """Answers ListObjectsV2 with pages that are made up."""
+
+    protocol_version = "HTTP/1.1"
+    n_images = 0
+
+    def do_GET(self) -> None:
+        """Make a page up; its token is the number of its first object."""
+        query = parse_qs(urlsplit(self.path).query)
+        start = int(query.get("continuation-token", ["0"])[0])
+        stop = min(start + PAGE, self.n_images)
+        token = f"<NextContinuationToken>{stop}</NextContinuationToken>" if stop < self.n_images else ""
+        body = (
+            f"<ListBucketResult><IsTruncated>{str(bool(token)).lower()}</IsTruncated>{token}"
+            f"{''.join(map(describe_object, range(start, stop)))}</ListBucketResult>"
+        ).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def describe_object(number: int) -> str:
+    """Describe an object as S3 does; its path below the folder is 42 characters long."""
+    kind, image = divmod(number, IMAGES_PER_CLASS)
+    return (
+        f"<Contents><Key>photographs/apple_golden_{kind:04}/IMG_20240101_{image:07}.jpg</Key>"
+        f"<LastModified>2024-01-01T00:00:00.000Z</LastModified><ETag>&quot;{hashlib.md5(b'%d' % number).hexdigest()}&quot;</ETag>"
+        f"<Size>{100_000 + number}</Size><StorageClass>STANDARD</StorageClass></Contents>"
+    )
+
+
+def serve(n_images: int) -> None:
+    """Serve until the process is ended, after the address was printed."""
+    Listing.n_images = n_images
+    with ThreadingHTTPServer(("127.0.0.1", 0), Listing) as server:
+        print(f"http://127.0.0.1:{server.server_port}", flush=True)
+        server.serve_forever()
+
+
+def main() -> None:
+    """List as fs.find does, then as fruitdask does, and print what each took."""
+    n_images = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
+    command = [sys.executable, __file__, "serve", str(n_images)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        url = server.stdout.readline().strip()
+        try:
+            programs = {"imports alone": NOTHING, "fs.find": NAIVE, "fruitdask": OURS}
+            if n_images > MAX_NAIVE_IMAGES:
+                del programs["fs.find"]
+            print_header()
+            measured = {}
+            for title, program in programs.items():
+                measured[title] = measure([sys.executable, "-c", f"URL = {url!r}\n{program}"])
+                baseline = measured.get("fs.find", measured[title])
+                print_line(f"{title}, {measured[title].output.strip() or 0} images", measured[title], baseline)
+        finally:
+            server.terminate()
+    used = measured["fruitdask"].client_bytes - measured["imports alone"].client_bytes
+    print(f"fruitdask: {used / n_images:.0f} bytes an image at the most, beside the imports")
+    if "fs.find" in measured:
+        naive = measured["fs.find"].client_bytes - measured["imports alone"].client_bytes
+        print(f"fs.find: {naive / n_images:.0f} bytes; ratio {used / naive:.3f}")
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[2])) if sys.argv[1:2] == ["serve"] else main()

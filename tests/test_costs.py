@@ -1,0 +1,101 @@
+"""Costs, against arithmetic by hand and AWS's own examples."""
+
+import pytest
+
+from fruitdask.config import EC2ClusterConfig
+from fruitdask.costs import Usage, compute_cost, compute_request_cost, compute_transfer_cost, find_hourly_price
+
+REGIONS = ["us-east-1", "eu-west-1", "eu-west-3", "eu-central-1", "eu-north-1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "region", "is_spot", "own", "expected"),
+    [
+        ("m6i.large", "eu-west-3", False, {}, 0.112),
+        ("g4dn.xlarge", "eu-central-1", False, {}, 0.658),
+        ("m6i.large", "eu-west-3", True, {}, 0.112),
+        ("m6i.large", "eu-west-3", False, {"m6i.large": 0.2, "spot:m6i.large": 0.1}, 0.2),
+        ("m6i.large", "eu-west-3", True, {"m6i.large": 0.2, "spot:m6i.large": 0.1}, 0.1),
+        ("m6i.large", "eu-west-3", True, {"m6i.large": 0.2}, 0.2),
+        ("m6i.large", "eu-west-3", False, {"spot:m6i.large": 0.1}, 0.112),
+        ("m6i.large", "ap-south-1", False, {}, None),
+        ("p9.huge", "eu-west-3", False, {}, None),
+        ("p9.huge", "eu-west-3", False, {"p9.huge": 99}, 99),
+    ],
+    ids=["table", "gpu", "spot", "own", "own spot", "spot by own", "not by spot", "region", "type", "own type"],
+)
+def test_find_hourly_price(
+    name: str, region: str, is_spot: bool, own: dict[str, float], expected: float | None
+) -> None:
+    assert find_hourly_price(name, region=region, is_spot=is_spot, hourly_prices=own) == expected
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_prices_double_with_the_size_of_instances(region: str) -> None:
+    def find(name: str) -> float | None:
+        return find_hourly_price(name, region=region, is_spot=False)
+
+    for family, sizes in {
+        "t3": "medium large xlarge",
+        "m6i": "large xlarge 2xlarge",
+        "c6i": "large xlarge 2xlarge",
+    }.items():
+        first, *others = (find(f"{family}.{size}") for size in sizes.split())
+        assert first is not None and others == pytest.approx([2 * first, 4 * first])
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_the_types_taken_by_default_have_a_price(region: str) -> None:
+    types = EC2ClusterConfig(kind="ec2", docker_image="any").types
+    assert compute_cost([Usage(name, False, region, 1) for name in types]).unpriced == ()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "billed"),
+    [(0, 60), (1, 60), (60, 60), (61, 61), (7201.5, 7201.5)],
+    ids="nothing short a-minute 61 hours".split(),
+)
+def test_instances_are_billed_by_the_second_and_a_minute_at_least(seconds: float, billed: float) -> None:
+    cost = compute_cost([Usage("m6i.large", False, "us-east-1", seconds)], volume_gb=100, has_address=True)
+    assert cost.instances == pytest.approx(0.096 / 3600 * billed)
+    assert cost.volumes == pytest.approx(0.0952 * 100 / (30 * 86400) * billed)
+    assert cost.addresses == pytest.approx(0.005 / 3600 * billed)
+    assert cost.dollars == pytest.approx(cost.instances + cost.volumes + cost.addresses)
+
+
+def test_volume_costs_what_the_example_of_aws_says() -> None:
+    """2,000 GB for 12 hours of a 30-day month, by the price of a GB here: https://aws.amazon.com/ebs/pricing, example 1."""
+    cost = compute_cost([Usage("m6i.large", False, "us-east-1", 43_200)], volume_gb=2000)
+    assert cost.volumes == pytest.approx(0.0952 * 2000 * 43_200 / (86_400 * 30)) and cost.addresses == 0
+
+
+def test_cost_of_several_instances_is_their_sum_and_names_those_without_a_price() -> None:
+    usages = [
+        Usage("t3.medium", False, "eu-west-1", 3600),
+        Usage("m6i.large", True, "eu-west-1", 1800),
+        Usage("m6i.large", True, "eu-west-1", 30),
+        Usage("p9.huge", False, "eu-west-1", 3600),
+        Usage("p9.huge", False, "eu-west-1", 3600),
+    ]
+    cost = compute_cost(usages, {"spot:m6i.large": 0.04})
+    assert cost.dollars == pytest.approx(0.0456 + 0.04 / 2 + 0.04 / 60)
+    assert cost.unpriced == ("p9.huge in eu-west-1",)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "expected"),
+    [
+        ("eu-west-1", "eu-west-1", 0),
+        ("eu-west-1", "eu-west-3", 0.02 * 5),
+        ("eu-west-1", None, 0.09 * 5),
+        (None, "eu-west-1", 0),
+        (None, None, 0),
+    ],
+    ids=["within", "between", "out", "in", "elsewhere"],
+)
+def test_compute_transfer_cost(source: str | None, target: str | None, expected: float) -> None:
+    assert compute_transfer_cost(5e9, source=source, target=target) == pytest.approx(expected)
+
+
+def test_compute_request_cost() -> None:
+    assert compute_request_cost(n_reads=1_000_000, n_writes=10_000) == pytest.approx(0.43 + 0.054)

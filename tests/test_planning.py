@@ -1,0 +1,409 @@
+"""Plans of runs, their limits and their cost; EC2 is the loopback EC2."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import boto3
+import pandas as pd
+import pytest
+import yaml
+from click.testing import CliRunner
+from loopback_ec2 import LoopbackEC2, read_plan
+
+import fruitdask
+from fruitdask import store
+from fruitdask.cli import cli
+from fruitdask.config import Config, EC2ClusterConfig, LimitsConfig, LocalClusterConfig, ModelConfig
+from fruitdask.errors import ConfigError, LimitError
+from fruitdask.fetch import ImageSource
+from fruitdask.pipeline import spending
+from fruitdask.pipeline.inputs import Inputs
+from fruitdask.pipeline.planning import Estimator, Plan, Work
+from fruitdask.pipeline.spending import Budget
+from fruitdask.pipeline.trying import Sample
+from fruitdask.progress import RunProgress
+from fruitdask.storage import Location
+
+needs_loopback = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc")
+
+MakeConfig = Callable[..., Config]
+#: Image by image 20 ms, and 100 ms a partition.
+SAMPLE = Sample(
+    n_images=32,
+    n_failed=0,
+    image_seconds={"fetch": 0.001, "decode": 0.006, "predict": 0.010, "explore": 0.003},
+    partition_seconds=0.1,
+    start_seconds=4.0,
+    base_bytes=1_000_000_000,
+    thread_bytes=500_000_000,
+)
+EC2: dict[str, Any] = {
+    "kind": "ec2",
+    "docker_image": "any",
+    "client_cidr": "127.0.0.1/32",
+    "n_workers": 2,
+    "worker_options": {"nthreads": 1},
+}
+
+
+@pytest.fixture
+def make_config(tiny_model: ModelConfig, sample_folder: Path, tmp_path: Path) -> MakeConfig:
+    """Make the configuration of a run of the tiny model on the drawn images, with settings of a test's own."""
+
+    def make(**settings: dict[str, Any]) -> Config:
+        sections: dict[str, dict[str, Any]] = {
+            "input": {"url": str(sample_folder)},
+            "model": tiny_model.model_dump(),
+            "cluster": {"kind": "local", "n_workers": 1, "threads_per_worker": 2, "dashboard_address": None},
+            "featurize": {"images_per_partition": 5},
+            "explore": {"enabled": False},
+            "quality": {"enabled": False},
+            "plots": {"enabled": False},
+            "report": {"enabled": False},
+            "output": {"url": str(tmp_path / "out")},
+        }
+        return fruitdask.load_config(
+            {name: section | settings.get(name, {}) for name, section in sections.items()}
+            | {name: section for name, section in settings.items() if name not in sections}
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def cloud(sample_folder: Path) -> Iterator[LoopbackEC2]:
+    """An EC2 and S3 in eu-west-1, the drawn images in a bucket there and in one in us-east-1."""
+    with LoopbackEC2() as cloud:
+        with cloud.client("s3") as client:
+            for bucket in ("photos", "results"):
+                here = {"LocationConstraint": cloud.region}
+                client.create_bucket(Bucket=bucket, CreateBucketConfiguration=here)
+        keys = {"aws_access_key_id": "client", "aws_secret_access_key": "any"}
+        with closing(boto3.client("s3", endpoint_url=cloud.endpoint_url, region_name="us-east-1", **keys)) as client:
+            client.create_bucket(Bucket="far")
+        with cloud.client("s3") as client:
+            for path in sorted(sample_folder.rglob("*.jpg")):
+                for bucket in ("photos", "far"):
+                    client.upload_file(str(path), bucket, f"fruits/{path.relative_to(sample_folder)}")
+        yield cloud
+
+
+def list_objects(cloud: LoopbackEC2, bucket: str) -> list[str]:
+    """List the keys of a bucket."""
+    with cloud.client("s3") as client:
+        return [entry["Key"] for entry in client.list_objects_v2(Bucket=bucket).get("Contents", ())]
+
+
+def count_launches(cloud: LoopbackEC2) -> int:
+    """Count requests for instances."""
+    return sum(call.action == "RunInstances" for call in cloud.calls)
+
+
+def build_plan(
+    sections: dict[str, Any],
+    *,
+    n_images: int = 1000,
+    n_left: int | None = None,
+    regions: dict[str, str],
+    spent: float = 0.0,
+) -> Plan:
+    """Build the plan of made-up images of 200 kB, 100 a partition, 1280 features."""
+    config = fruitdask.load_config(sections)
+    catalog = pd.DataFrame(
+        {"path": [f"a/{n}.jpg" for n in range(n_images)], "label": "a", "bytes": 200_000, "version": ""}
+    )
+    source = ImageSource(Location(config.input.url), batch_size=8, max_pixels=1, fetch_attempts=1, concurrent_reads=1)
+    inputs = Inputs(config, source, Location(config.output.url), catalog, regions)
+    n_left = n_images if n_left is None else n_left
+    work = Work(inputs, images_per_partition=100, n_left=n_left, list_seconds=2.0, spent_dollars=spent)
+    return Estimator(work, SAMPLE if n_left else None, n_features=1280, input_px=224).build_plan()
+
+
+def test_plan_of_a_local_run_says_what_there_is_and_writes_nothing(
+    make_config: MakeConfig, sample_folder: Path, tmp_path: Path
+) -> None:
+    found = fruitdask.plan(make_config(explore={"enabled": True}))
+    assert (found.n_images, found.n_left, found.n_classes, found.n_partitions) == (24, 24, 6, 5)
+    assert found.n_bytes == sum(path.stat().st_size for path in sample_folder.rglob("*.jpg"))
+    assert (found.n_features, found.features_bytes) == (6, 24 * 6 * 4)
+    assert (found.n_workers, found.threads_per_worker) == (1, 2)
+    assert found.sample is not None and (found.sample.n_images, found.sample.n_failed) == (8, 0)
+    assert all(value > 0 for value in found.sample.image_seconds.values()) and found.sample.partition_seconds > 0
+    assert found.worker_bytes == found.sample.base_bytes + 2 * found.sample.thread_bytes
+    assert 50e6 < found.sample.base_bytes < 5e9 and 0 < found.sample.thread_bytes < 5e9
+    assert found.total_seconds == sum(found.seconds.values()) > 0
+    assert (found.machines, found.dollars, found.actions, found.exceeded, found.warnings) == ((), 0, (), (), ())
+    assert found.regions == {"input": "local", "output": "local", "cluster": "local"}
+    assert json.loads(json.dumps(found.describe()))["n_partitions"] == 5
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_counts_what_an_earlier_run_has_done(make_config: MakeConfig, client: Any) -> None:
+    class Interrupted(RunProgress):
+        def advance(self, n_images: int, *, n_failed: int) -> None:
+            raise KeyboardInterrupt("in this test")
+
+    config = make_config(featurize={"images_per_partition": 1})
+    with pytest.raises(KeyboardInterrupt, match="in this test"):
+        fruitdask.run(config, client=client, progress=Interrupted())
+    n_done = len(store.list_committed(Location(config.output.url)))
+    interrupted = fruitdask.plan(config)
+    assert 0 < n_done < 24 and interrupted.n_left <= 24 - n_done
+    fruitdask.run(config, client=client)
+    finished = fruitdask.plan(config)
+    assert (finished.n_left, finished.sample, finished.worker_bytes) == (0, None, None)
+    assert finished.seconds["featurize"] == finished.seconds["start"] == 0
+
+
+def test_plan_asks_a_cluster_that_runs_for_its_workers(make_config: MakeConfig, client: Any) -> None:
+    address = {"kind": "address", "address": client.scheduler.address}
+    sections = make_config().model_dump() | {"cluster": address}
+    found = fruitdask.plan(fruitdask.load_config(sections))
+    assert (found.n_workers, found.threads_per_worker) == (2, 2)
+
+
+def test_expected_seconds_follow_from_the_sample() -> None:
+    local = {"n_workers": 3, "threads_per_worker": 2}
+    sections = {"input": {"url": "/in"}, "output": {"url": "/out"}, "cluster": local}
+    regions = {"input": "local", "output": "local", "cluster": "local"}
+    found = build_plan(sections, regions=regions)
+    # Ten partitions on six threads are two rounds of 100 images, which take a quarter longer beside others.
+    assert found.seconds["featurize"] == pytest.approx(2 * (100 * 1.25 * 0.020 + 0.1))
+    assert (found.seconds["list"], found.seconds["start"]) == (2.0, 4.0)
+    assert found.worker_bytes == 2_000_000_000
+    assert build_plan(sections, n_left=550, regions=regions).seconds["featurize"] == pytest.approx(2.6)
+    # Images that are compared at another size than the network's are read again.
+    apart = build_plan(sections | {"explore": {"input_px": 96}}, regions=regions)
+    assert apart.seconds["featurize"] == pytest.approx(2 * (100 * 1.25 * 0.027 + 0.1))
+    assert [movement.n_bytes for movement in (found.movements[0], apart.movements[0])] == [200_000_000, 400_000_000]
+    few, many = (build_plan(sections, n_images=n, regions=regions).seconds["finish"] for n in (10_000, 1_000_000))
+    assert few < 10 < many < 60
+
+
+@needs_loopback
+def test_expected_cost_is_what_arithmetic_says(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
+    cloud.use(monkeypatch)
+    prices = {"t3.medium": 0.05, "m6i.large": 0.20, "spot:m6i.large": 0.10}
+    cluster = {**EC2, "region": "eu-west-1", "spot": True, "hourly_prices": prices, "filesystem_size": 30}
+    sections = {"input": {"url": "s3://far/in"}, "output": {"url": "s3://results/out"}, "cluster": cluster}
+    regions = {"input": "us-east-1", "output": "eu-west-1", "cluster": "eu-west-1"}
+    found = build_plan(sections | {"limits": {"max_cost": 0.02, "max_hours": 0.05}}, regions=regions, spent=0.01)
+    running = found.total_seconds - 2
+    scheduler, worker = found.machines
+    assert (scheduler.seconds, worker.seconds) == (pytest.approx(running), pytest.approx(running - 150))
+    assert (worker.n_instances, worker.hourly_dollars, worker.memory_bytes) == (2, 0.10, 8 * 1024**3)
+    seconds = scheduler.seconds + 2 * worker.seconds
+    expected = {
+        "instances": (0.05 * scheduler.seconds + 0.10 * 2 * worker.seconds) / 3600,
+        "volumes": 0.0952 * 30 * seconds / (30 * 86400),
+        "addresses": 0.005 * seconds / 3600,
+        # The images to another region, and the features three times to the client.
+        "transfer": 0.02 * 0.2 + 0.09 * 3 * 1000 * 1280 * 4 / 1e9,
+        "requests": (1000 + 10 * 20) * 0.00043 / 1000 + (1 + 10 * 5) * 0.0054 / 1000,
+    }
+    assert found.costs == pytest.approx(expected) and found.dollars == pytest.approx(sum(expected.values()))
+    hours, cost = found.exceeded
+    assert f"about {found.total_seconds / 3600:.2g} hours, and limits.max_hours is 0.05" in hours
+    assert "after the $0.01 that were spent before, and limits.max_cost is $0.02" in cost
+    assert found.warnings == () and "ec2:RunInstances" in found.actions and count_launches(cloud) == 0
+
+
+@needs_loopback
+def test_plan_warns_of_what_would_go_wrong(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
+    cloud.use(monkeypatch)
+    sections = {"input": {"url": "s3://photos/in"}, "output": {"url": "s3://results/out"}}
+    regions = dict.fromkeys(("input", "output", "cluster"), "eu-west-1")
+    small = {"kind": "ec2", "docker_image": "any", "worker_instance_type": "t3.small"}
+    unpriced, memory = build_plan(sections | {"cluster": small}, regions=regions).warnings
+    assert "no price is known of t3.small in eu-west-1" in unpriced
+    assert "t3.small has 2.1 GB of memory, and a worker of 2 threads needs about 3.0 GB" in memory
+    missing = {"kind": "ec2", "docker_image": "any", "worker_instance_type": "p9.huge", "hourly_prices": {"p9.huge": 1}}
+    (unknown,) = build_plan(sections | {"cluster": missing}, regions=regions).warnings
+    assert "no instance type p9.huge" in unknown and "was not checked" in unknown
+
+
+@needs_loopback
+def test_plan_on_ec2_starts_nothing_and_writes_nothing(
+    make_config: MakeConfig, cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloud.use(monkeypatch)
+    config = make_config(input={"url": "s3://far/fruits"}, output={"url": "s3://results/planned"})
+    found = fruitdask.plan(fruitdask.load_config(config.model_dump() | {"cluster": EC2}))
+    assert (found.n_images, found.n_workers, found.threads_per_worker) == (24, 2, 1)
+    assert found.regions == {"input": "us-east-1", "output": "eu-west-1", "cluster": "eu-west-1"}
+    assert found.movements[0].dollars == pytest.approx(0.02 * found.n_bytes / 1e9)
+    assert [machine.hourly_dollars for machine in found.machines] == [0.0456, 0.107]
+    assert count_launches(cloud) == 0 and list_objects(cloud, "results") == []
+
+
+@pytest.fixture
+def write_config(make_config: MakeConfig, tmp_path: Path) -> Callable[..., str]:
+    """Write a configuration file."""
+
+    def write(**settings: dict[str, Any]) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(make_config(**settings).model_dump(mode="json", exclude_defaults=True)))
+        return str(path)
+
+    return write
+
+
+def test_plan_command_prints_rows_or_json(write_config: Callable[..., str], sample_folder: Path) -> None:
+    path = write_config(limits={"max_hours": 10}, privacy={"allowed_regions": "eu"})
+    shown = CliRunner().invoke(cli, ["plan", path])
+    assert shown.exit_code == 0, shown.output
+    for expected in (
+        "24 in 6 classes",
+        "5 of 5 images",
+        "8 images here: fetch",
+        "1 of 2 threads",
+        "input local, output local, cluster local; all allowed (eu)",
+        "nothing to AWS",
+        "max_hours 10: the run stays within",
+    ):
+        assert expected in shown.stdout
+    as_json = CliRunner().invoke(cli, ["plan", path, "--json"])
+    assert json.loads(as_json.stdout)["n_images"] == 24
+
+
+def test_limit_that_a_run_would_exceed_refuses_it(write_config: Callable[..., str], tmp_path: Path) -> None:
+    path = write_config(limits={"max_hours": 1e-4})
+    planned, started = (CliRunner().invoke(cli, [command, path]) for command in ("plan", "run"))
+    assert planned.exit_code == 4 and "the run would not be started: it would take about" in planned.stderr
+    assert "24 in 6 classes" in planned.stdout
+    assert started.exit_code == 4 and "the run was not started: it would take about" in started.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@needs_loopback
+def test_cost_that_a_run_would_exceed_refuses_it(
+    make_config: MakeConfig, cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloud.use(monkeypatch)
+    config = make_config(input={"url": "s3://photos/fruits"}, output={"url": "s3://results/refused"})
+    limited = {"limits": {"max_cost": 0.01}, "cluster": EC2}
+    with pytest.raises(
+        LimitError, match=r"was not started: its instances would cost about \$0.0\d, and limits.max_cost is \$0.01"
+    ):
+        fruitdask.run(fruitdask.load_config(config.model_dump() | limited))
+    unpriced = {"limits": {"max_cost": 1}, "cluster": {**EC2, "worker_instance_type": "m6a.large"}}
+    for start in (fruitdask.plan, fruitdask.run):
+        with pytest.raises(
+            ConfigError, match="limits.max_cost needs a price for m6a.large in eu-west-1.*hourly_prices"
+        ):
+            start(fruitdask.load_config(config.model_dump() | unpriced))
+    assert count_launches(cloud) == 0 and list_objects(cloud, "results") == []
+
+
+@needs_loopback
+def test_residency_is_the_verdict_before_anything_is_read(
+    write_config: Callable[..., str], cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloud.use(monkeypatch)
+    n_read = sum(call.action in ("GetObject", "ListObjectsV2") for call in cloud.calls)
+    path = write_config(input={"url": "s3://far/fruits"}, privacy={"allowed_regions": "eu"})
+    refused = CliRunner().invoke(cli, ["plan", path])
+    assert refused.exit_code == 4 and "the bucket far is in us-east-1" in refused.stderr
+    assert sum(call.action in ("GetObject", "ListObjectsV2") for call in cloud.calls) == n_read
+
+
+class Hours(RunProgress):
+    """A run during which time flies: each partition takes an hour, by the clock of its budget."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._seconds = 0.0
+        patch.setattr(spending, "time", SimpleNamespace(monotonic=lambda: self._seconds))
+
+    def advance(self, n_images: int, *, n_failed: int) -> None:
+        """Let an hour pass."""
+        self._seconds += 3600
+
+
+def test_limit_that_a_run_has_exceeded_ends_it_and_it_goes_on(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = make_config(limits={"max_hours": 1.5})
+    with monkeypatch.context() as patch, pytest.raises(
+        LimitError, match="has taken 2 hours, and limits.max_hours is 1.5; what is"
+    ):
+        fruitdask.run(limited, progress=Hours(patch))
+    n_done = len(store.list_committed(Location(limited.output.url)))
+    assert 2 <= n_done < 5
+    result = fruitdask.run(make_config(limits={"max_hours": 10}))
+    assert result.manifest["status"] == "complete" and 0 < result.n_computed <= 24 - 5 * (n_done - 1)
+    assert "cost" not in result.manifest
+
+
+@needs_loopback
+def test_cost_of_a_run_on_ec2_is_in_the_manifest_with_that_of_its_interrupted_parts(
+    make_config: MakeConfig, cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cloud.use(monkeypatch)
+    output = {"url": "s3://results/paid"}
+    config = make_config(input={"url": "s3://photos/fruits"}, output=output).model_dump()
+    cluster = {**EC2, "hourly_prices": {"m6i.large": 0.36}, "filesystem_size": 10}
+    first, second = (
+        fruitdask.load_config(config | {"cluster": cluster, "limits": limits})
+        for limits in ({"max_hours": 1.5, "max_cost": 100}, {"max_cost": 100})
+    )
+    with monkeypatch.context() as patch, pytest.raises(LimitError, match="limits.max_hours is 1.5"):
+        fruitdask.run(first, progress=Hours(patch))
+    assert cloud.wait_until_quiet(60)
+    lifetimes = {read_plan(instance.user_data).lifetime_minutes for instance in cloud.instances(None)}
+    assert lifetimes == {90}
+    # Whatever ran for less than a minute is billed for one.
+    each = 60 / 3600 * 0.005 + 0.0952 * 10 * 60 / (30 * 86400)
+    paid = 60 / 3600 * (0.0456 + 2 * 0.36) + 3 * each
+    interrupted = store.read_manifest(Location(output["url"]))
+    assert interrupted is not None and interrupted["cost"]["dollars"] == pytest.approx(paid, abs=1e-5)
+    result = fruitdask.run(second)
+    assert cloud.wait_until_quiet(60)
+    cost = result.manifest["cost"]
+    assert cost["dollars"] == pytest.approx(2 * paid, abs=1e-5)
+    assert cost["prices_of"] == "configuration, else January 2026"
+    assert {name: figures["seconds"] for name, figures in cost["instances"].items()} == {
+        "t3.medium": 120,
+        "m6i.large": 240,
+    }
+    assert sum(figures["dollars"] for figures in cost["instances"].values()) == pytest.approx(2 * paid, abs=1e-5)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(second.model_dump(mode="json", exclude_defaults=True)))
+    shown = CliRunner().invoke(cli, ["run", str(path)])
+    assert f"${2 * paid:.2f} for 0.10 hours of instances, by prices of configuration, else January 2026" in shown.stdout
+
+
+def configure_budget(cost: float, **limits: float) -> Budget:
+    """Configure a budget of a cluster on EC2 of which so much is spent."""
+    cluster = EC2ClusterConfig(kind="ec2", docker_image="any")
+    manifest = {"cost": {"dollars": cost, "instances": {"m6i.large": {"seconds": 3600, "dollars": cost}}}}
+    return Budget(LimitsConfig(**limits), cluster, region="eu-west-1", manifest=manifest, elapsed_seconds=7200)
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_cost": 2.0}, r"have cost \$2.50, and limits.max_cost is \$2; what is stored stays; raise the limit"),
+        ({"max_hours": 1.5}, "has taken 2 hours, and limits.max_hours is 1.5"),
+    ],
+    ids=["cost", "hours"],
+)
+def test_used_up_budget_opens_no_cluster(limits: dict[str, float], expected: str) -> None:
+    budget = configure_budget(2.5, **limits)
+    with pytest.raises(LimitError, match=expected), budget.open_client():
+        pass
+    assert budget.describe()["cost"]["dollars"] == 2.5
+
+
+def test_budget_within_its_limits_lets_a_run_go_on() -> None:
+    configure_budget(2.5, max_cost=2.6, max_hours=2.1).check()
+
+
+def test_cluster_that_costs_nothing_has_no_cost() -> None:
+    budget = Budget(LimitsConfig(max_cost=1), LocalClusterConfig(), region="local", manifest=None, elapsed_seconds=0)
+    budget.check()
+    assert budget.describe() == {} and budget.spent_dollars == 0

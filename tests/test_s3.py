@@ -1,0 +1,336 @@
+"""Whole runs on S3: two servers that share no code, path style and virtual-hosted style, http and https."""
+
+import dataclasses
+import http.client
+import os
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from botocore.config import Config as BotoConfig
+from click.testing import CliRunner
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+import fruitdask
+from fruitdask.cli import cli
+from fruitdask.config import Config, ModelConfig
+from fruitdask.errors import StorageError
+from fruitdask.progress import RunProgress
+from fruitdask.storage import Location, exists, find_encryption
+
+S3RVER = "s3rver@3.7.1"
+#: The one account that s3rver knows.
+S3RVER_KEYS = {"aws_access_key_id": "S3RVER", "aws_secret_access_key": "S3RVER"}
+BUCKET, FOLDER = "fruits", "own set/été +%20&"
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """An S3 server: its address and its keys, as boto3's clients take them, and storage options that do not follow from these."""
+
+    url: str
+    keys: dict[str, str]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def storage_options(self) -> dict[str, Any]:
+        """How fruitdask is to reach it."""
+        keys = {"key": self.keys["aws_access_key_id"], "secret": self.keys["aws_secret_access_key"]}
+        return {"endpoint_url": self.url, **keys, **self.options}
+
+    def connect(self) -> Any:
+        """Make a client that shares no code with s3fs's file system."""
+        settings = BotoConfig(**self.options.get("config_kwargs", {}))
+        return boto3.client(
+            "s3", endpoint_url=self.url, config=settings, **self.keys, **self.options.get("client_kwargs", {})
+        )
+
+
+def make_certificate(folder: Path) -> tuple[str, str]:
+    """Make a certificate for this machine that signs itself; gives the files of certificate and key."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(pem))
+    (folder / "key.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    return str(folder / "cert.pem"), str(folder / "key.pem")
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """A forward proxy that takes all names for one server, as no resolver here does."""
+
+    protocol_version = "HTTP/1.1"
+    target = ""
+    hosts: set[str] = set()
+
+    def forward(self) -> None:
+        """Hand a request on, unchanged."""
+        url = urlsplit(self.path)
+        self.hosts.add(url.hostname or "")
+        connection = http.client.HTTPConnection(self.target)
+        path = self.path.removeprefix(f"{url.scheme}://{url.netloc}")
+        connection.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            connection.putheader(name, value)
+        connection.endheaders(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+        response = connection.getresponse()
+        body = response.read()
+        self.send_response(response.status)
+        for name, value in response.getheaders():
+            if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", response.getheader("Content-Length") or str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        connection.close()
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def serve(server: Any) -> Iterator[Any]:
+    """Serve in a thread."""
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def open_moto(request: pytest.FixtureRequest) -> Iterator[Server]:
+    yield Server(request.getfixturevalue("s3_server"), {"aws_access_key_id": "a", "aws_secret_access_key": "b"})
+
+
+@contextmanager
+def open_moto_https(request: pytest.FixtureRequest) -> Iterator[Server]:
+    request.getfixturevalue("s3_server")  # for its environment
+    files = make_certificate(request.getfixturevalue("tmp_path_factory").mktemp("moto"))
+    app = DomainDispatcherApplication(create_backend_app)
+    with serve(make_server("127.0.0.1", 0, app, threaded=True, ssl_context=files)) as server:
+        keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
+        yield Server(f"https://127.0.0.1:{server.server_port}", keys, {"client_kwargs": {"verify": files[0]}})
+
+
+@contextmanager
+def run_s3rver(request: pytest.FixtureRequest, *arguments: str) -> Iterator[int]:
+    """Run s3rver, which npm installs once into the cache of the tests; gives its port."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        pytest.skip("needs Node.js and npm for a second S3 server")
+    request.getfixturevalue("s3_server")  # for its environment
+    cache = request.config.cache
+    assert cache is not None
+    folder = cache.mkdir("s3rver")
+    script = folder / "node_modules" / "s3rver" / "bin" / "s3rver.js"
+    if not script.exists():
+        install = [npm, "install", "--no-audit", "--no-fund", "--prefix", str(folder), S3RVER]
+        done = subprocess.run(install, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"npm cannot install {S3RVER}: {done.stderr.strip()[-200:]}")
+    data = request.getfixturevalue("tmp_path_factory").mktemp("s3rver")
+    command = [node, str(script), "-d", str(data), "-a", "127.0.0.1", "-p", "0", "-s", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            found = (re.search(r"listening on [\d.]+:(\d+)", line) for line in process.stdout)
+            yield next(int(match[1]) for match in found if match)
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def open_s3rver(request: pytest.FixtureRequest) -> Iterator[Server]:
+    with run_s3rver(request) as port:
+        yield Server(f"http://127.0.0.1:{port}", S3RVER_KEYS)
+
+
+@contextmanager
+def open_s3rver_https(request: pytest.FixtureRequest) -> Iterator[Server]:
+    cert, key = make_certificate(request.getfixturevalue("tmp_path_factory").mktemp("s3rver"))
+    with run_s3rver(request, "--cert", cert, "--key", key) as port:
+        options = {
+            "client_kwargs": {"verify": cert},
+            # s3rver is older than checksums in trailers, which botocore sends over https unless asked.
+            "config_kwargs": {"request_checksum_calculation": "when_required"},
+        }
+        yield Server(f"https://127.0.0.1:{port}", S3RVER_KEYS, options)
+
+
+@contextmanager
+def open_virtual_hosted(request: pytest.FixtureRequest) -> Iterator[Server]:
+    with run_s3rver(request, "--service-endpoint", "fruits.test") as port:
+        handler = type("Handler", (Proxy,), {"target": f"127.0.0.1:{port}", "hosts": set()})
+        with serve(ThreadingHTTPServer(("127.0.0.1", 0), handler)) as proxy:
+            config = {
+                "s3": {"addressing_style": "virtual"},
+                "proxies": {"http": f"http://127.0.0.1:{proxy.server_port}"},
+            }
+            yield Server("http://s3.fruits.test", S3RVER_KEYS, {"config_kwargs": config})
+            assert handler.hosts == {f"{BUCKET}.s3.fruits.test"}
+
+
+SERVERS = {
+    "moto": open_moto,
+    "moto, https": open_moto_https,
+    "s3rver": open_s3rver,
+    "s3rver, https": open_s3rver_https,
+    "s3rver, virtual-hosted": open_virtual_hosted,
+}
+
+
+@pytest.fixture(scope="module", params=SERVERS.values(), ids=SERVERS)
+def server(request: pytest.FixtureRequest, sample_folder: Path, tiny_model: ModelConfig) -> Iterator[Server]:
+    """An S3 server with the drawn images, a manifest and weights."""
+    with ExitStack() as stack:
+        server: Server = stack.enter_context(request.param(request))
+        s3 = server.connect()
+        stack.callback(s3.close)
+        s3.create_bucket(Bucket=BUCKET)
+        for path in sample_folder.rglob("*.jpg"):
+            s3.put_object(
+                Bucket=BUCKET, Key=f"{FOLDER}/{path.relative_to(sample_folder).as_posix()}", Body=path.read_bytes()
+            )
+        rows = [
+            f"{path.relative_to(sample_folder).as_posix()},{path.parent.name}" for path in sample_folder.rglob("*.jpg")
+        ]
+        s3.put_object(Bucket=BUCKET, Key="lists/all.csv", Body="\n".join(["path,label", *rows]).encode())
+        s3.put_object(Bucket=BUCKET, Key="nets/colours.keras", Body=Path(tiny_model.weights).read_bytes())
+        yield server
+        for entry in list_objects(s3, ""):
+            s3.delete_object(Bucket=BUCKET, Key=entry)
+        s3.delete_bucket(Bucket=BUCKET)
+
+
+def list_objects(s3: Any, prefix: str) -> list[str]:
+    """List the names of all objects."""
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+    return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture
+def make_config(server: Server, request: pytest.FixtureRequest) -> MakeConfig:
+    """Make the configuration of a run whose images, weights, list and results are all on S3."""
+    output = re.sub(r"\W+", "-", request.node.name)
+
+    def make(**settings: dict[str, Any]) -> Config:
+        options = {"storage_options": server.storage_options}
+        sections: dict[str, dict[str, Any]] = {
+            "input": {"url": f"s3://{BUCKET}/{FOLDER}", **options},
+            "model": {"weights": f"s3://{BUCKET}/nets/colours.keras", "preprocessing": "none", **options},
+            "featurize": {"images_per_partition": 5},
+            "output": {"url": f"s3://{BUCKET}/{output}", **options},
+        }
+        return fruitdask.load_config(
+            {name: sections.get(name, {}) | settings.get(name, {}) for name in sections | settings}
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def on_disk(
+    client: Any, sample_folder: Path, tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory
+) -> fruitdask.RunResult:
+    """A run on the same images and the same network, all on this disk."""
+    config = fruitdask.load_config(
+        {
+            "input": {"url": str(sample_folder)},
+            "model": tiny_model.model_dump(),
+            "featurize": {"images_per_partition": 5},
+            "output": {"url": str(tmp_path_factory.mktemp("disk") / "out")},
+        }
+    )
+    return fruitdask.run(config, client=client)
+
+
+def list_results(result: fruitdask.RunResult) -> list[str]:
+    """List the files of a run, relative to its folder."""
+    fs, path = result.output.fs, result.output.path
+    return sorted(name[len(path) + 1 :] for name in fs.find(path))
+
+
+class Interrupt(RunProgress):
+    """Types Ctrl-C when some images are done."""
+
+    def advance(self, n_images: int, *, n_failed: int) -> None:
+        """Type it."""
+        raise KeyboardInterrupt("in this test")
+
+
+def test_run_on_s3_equals_run_on_disk(make_config: MakeConfig, client: Any, on_disk: fruitdask.RunResult) -> None:
+    result = fruitdask.run(make_config(), client=client)
+    pd.testing.assert_frame_equal(result.table, on_disk.table)
+    np.testing.assert_array_equal(result.features.compute(), on_disk.features.compute())
+    np.testing.assert_allclose(result.pca.components, on_disk.pca.components)
+    assert result.exploration is not None and on_disk.exploration is not None
+    pd.testing.assert_frame_equal(result.exploration.images, on_disk.exploration.images)
+    assert result.quality == on_disk.quality
+    assert list_results(result) == list_results(on_disk)
+    assert len(result.report.read()) > 50_000
+
+
+def test_run_goes_on_where_it_was_interrupted(make_config: MakeConfig, client: Any, server: Server) -> None:
+    config = make_config(input={"manifest": f"s3://{BUCKET}/lists/all.csv"}, explore={"enabled": False})
+    with pytest.raises(KeyboardInterrupt, match="in this test"):
+        fruitdask.run(config, client=client, progress=Interrupt())
+    s3, folder = server.connect(), f"{config.output.url.split('/')[-1]}/partitions"
+    n_done = len(list_objects(s3, folder))
+    assert n_done >= 1
+    result = fruitdask.run(config, client=client)
+    # What was in flight may have been done before the next run began.
+    assert result.n_computed <= 24 - 5 * (n_done - 1) - 4
+    assert list(result.table["status"]) == ["ok"] * 24
+    for index in (0, 3):
+        s3.delete_object(Bucket=BUCKET, Key=f"{folder}/{index:05}.parquet")
+    assert fruitdask.run(config, client=client).n_computed == 10
+    assert fruitdask.run(config, client=client).n_computed == 0
+    again = config.model_copy(update={"output": config.output.model_copy(update={"overwrite": True})})
+    assert fruitdask.run(again, client=client).n_computed == 24
+
+
+def test_explore_and_report_work_on_s3(make_config: MakeConfig, client: Any) -> None:
+    config = make_config()
+    exploration = fruitdask.explore(config, client=client)
+    assert exploration.images["status"].value_counts().to_dict() == {"ok": 24}
+    output = Location(config.output.url, config.output.storage_options)
+    page = output.child("report.html")
+    assert exists(page)
+    output.fs.rm(page.path)
+    fruitdask.render_report(config)
+    assert exists(page)
