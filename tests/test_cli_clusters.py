@@ -83,7 +83,7 @@ def test_list_shows_runs_with_age_and_cost(cloud: LoopbackEC2) -> None:
     assert result.exit_code == 0
     [one] = [line for line in result.output.splitlines() if "run-1" in line]
     cells = [cell.strip() for cell in one.strip("│").split("│")]
-    assert cells[:4] == ["run-1", "eu-west-1", "3", "t3.medium, m6i.large (spot)"]
+    assert cells[:4] == ["run-1", "eu-west-1", "3", "m6i.large (spot), t3.medium"]
     # Prices of t3.medium and m6i.large in Ireland, of January 2026.
     assert cells[4:] == ["2\u202fh 0\u202fmin", f"${2 * (0.0456 + 2 * 0.107):.2f}"]
     [other] = [line for line in result.output.splitlines() if "run-2" in line]

@@ -372,7 +372,7 @@ def test_run_refused_for_failures_is_refused_again(
         fruitdask.run(config, client=client)
 
 
-@pytest.mark.parametrize("step", ["write_results", "_write_pca"])
+@pytest.mark.parametrize("step", ["write_results", "write_components"])
 def test_interrupted_writing_is_mended_by_the_next_run(
     make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

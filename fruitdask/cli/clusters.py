@@ -127,7 +127,7 @@ def _build_table(found: Iterable["Instance"]) -> "Table":
     table = Table("run", "region", "instances", "types", "age", "cost so far")
     table.columns[0].no_wrap = True
     for (region, run_id), instances in runs.items():
-        types = ", ".join(dict.fromkeys(f"{one.instance_type}{' (spot)' * one.is_spot}" for one in instances))
+        types = ", ".join(sorted({f"{one.instance_type}{' (spot)' * one.is_spot}" for one in instances}))
         age = format_seconds(max(one.age_seconds for one in instances))
         table.add_row(run_id, region, str(len(instances)), types, age, _format_cost(instances))
     return table

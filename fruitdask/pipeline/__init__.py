@@ -1,13 +1,16 @@
-"""The stages in their order, and nothing else: a run (``running``), an exploration (``exploring``), figures and page (``presenting``),
-what a run will take (``planning``, from images that ``trying`` tries) and has cost (``spending``), and what takes images out of results
-again (``erasing``).
+"""The stages in their order, and nothing else.
+
+A run (``running``; its numbers: ``reducing``; what it leaves: ``results``), an exploration (``exploring``), figures and page
+(``presenting``), the record of processing (``processing``), what a run will take (``planning``, from images that ``trying`` tries) and has
+cost (``spending``), and what takes images out of results again (``erasing``).
 """
 
 from fruitdask.pipeline.erasing import Erasure, carry_out, erase, plan_erasure
 from fruitdask.pipeline.exploring import explore
 from fruitdask.pipeline.planning import Plan
 from fruitdask.pipeline.presenting import Report, render_report
-from fruitdask.pipeline.running import RunResult, plan, run
+from fruitdask.pipeline.results import RunResult
+from fruitdask.pipeline.running import plan, run
 
 __all__ = [
     "Erasure",

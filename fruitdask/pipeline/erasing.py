@@ -22,7 +22,8 @@ from fruitdask.errors import (
     StoreMismatchError,
 )
 from fruitdask.pipeline.inputs import hash_names, open_output
-from fruitdask.pipeline.running import RunResult, run
+from fruitdask.pipeline.results import RunResult
+from fruitdask.pipeline.running import run
 from fruitdask.progress import RunProgress
 from fruitdask.residency import check_regions
 from fruitdask.storage import Location

@@ -16,7 +16,7 @@ from fruitdask.fetch import ImageSource
 from fruitdask.progress import RunProgress
 from fruitdask.residency import check_regions, find_regions
 from fruitdask.sample import draw_sample
-from fruitdask.storage import Location, exists, hide_secrets
+from fruitdask.storage import Location, check_bucket, exists, hide_secrets
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
         include={"batch_size", "max_pixels", "decode", "fetch_attempts", "concurrent_reads"}
     )
     catalog = list_images(config.input)
+    if output.is_s3:
+        check_bucket(output)
     if regions is None:
         # For the record alone, so whatever is wrong with the input was said before.
         regions = find_regions(config, scheduler=scheduler)

@@ -1,116 +1,43 @@
 """A run, from its configuration to its results."""
 
-import html
 import platform
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from fruitdask import __version__, report, store
 from fruitdask.catalog import choose_partition_size, split_catalog
 from fruitdask.config import Config, LocalClusterConfig
-from fruitdask.errors import FruitdaskError, LimitError, OutputError, PartitionError, TooManyFailuresError
-from fruitdask.exploration import Exploration, read_exploration
+from fruitdask.errors import FruitdaskError, LimitError, PartitionError, TooManyFailuresError
 from fruitdask.mapping import map_partitions
 from fruitdask.models import ModelArtifact, fingerprint_model, settle_engine, start_building
 from fruitdask.pipeline.exploring import Survey
 from fruitdask.pipeline.inputs import Inputs, dump_config, prepare_inputs, settle_erasure
 from fruitdask.pipeline.planning import LOCAL_REDUCE_BYTES, Plan, Work, estimate
-from fruitdask.pipeline.presenting import Report, describe_presentation, present
+from fruitdask.pipeline.presenting import describe_presentation, present
 from fruitdask.pipeline.processing import describe_processing, describe_protection
+from fruitdask.pipeline.reducing import reduce_features, write_components
+from fruitdask.pipeline.results import PCA, RunResult, open_features
 from fruitdask.pipeline.spending import Budget
 from fruitdask.progress import RunProgress
 from fruitdask.storage import Location, exists
 
 if TYPE_CHECKING:
-    import dask.array as da
-
     from fruitdask.featurize import PartitionSummary
     from fruitdask.reduce import PrincipalComponents
 
-Scores = npt.NDArray[np.float32]
-
-_PCA = "pca.zarr"
 #: Sections of the configuration on which the tables depend.
 _REDUCING = ("reduce", "quality")
-#: Features are reduced in blocks of about this size, several chunks of the store: matrix products of small blocks cost half as much again.
-_BLOCK_BYTES = 20 * 1024**2
 #: Packages whose versions can change what a run computes.
 _PACKAGES = ("dask", "distributed", "keras", "numpy", "pillow", "scikit-learn", "zarr")
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """
-    What a finished run has left in its output folder; everything is read when it is asked for.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    manifest : dict[str, Any]
-        What was run, on what, when, and the counts.
-    n_computed : int
-        Images that this run computed; the others were done before.
-    """
-
-    output: Location
-    manifest: dict[str, Any] = field(repr=False)
-    n_computed: int
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """All images: path, label, status, pca_1, pca_2 ... (tsne_1, tsne_2)."""
-        return report.read_results(self.output)
-
-    @property
-    def features(self) -> "da.Array":
-        """Features of all images, (image, feature) float32, lazy; NaN rows for images that failed."""
-        return _open_features(self.output)[0]
-
-    @property
-    def pca(self) -> "PrincipalComponents":
-        """The fitted principal components."""
-        from fruitdask.reduce import PrincipalComponents
-
-        return PrincipalComponents(**store.read_arrays(self.output.child(_PCA)))
-
-    @property
-    def exploration(self) -> Exploration | None:
-        """What the images are like; None where that was not asked for."""
-        return read_exploration(self.output)
-
-    @property
-    def quality(self) -> dict[str, Any] | None:
-        """How well the features separate the classes; None where that was not asked for."""
-        return store.read_quality(self.output)
-
-    @property
-    def report(self) -> Report:
-        """The page; a notebook shows it in place."""
-        return Report(self.output.child(report.PAGE))
-
-    def _repr_html_(self) -> str:
-        """Show counts and places in a notebook."""
-        classes = pd.DataFrame(self.manifest["counts"]["by_class"]).T.rename_axis("class")
-        explained = ", ".join(f"{ratio:.1%}" for ratio in self.manifest["pca"]["explained_variance_ratio"][:5])
-        n_ok = self.manifest["counts"]["by_status"].get("ok", 0)
-        return (
-            f"<p><b>fruitdask run</b>: {self.manifest['n_images']:,} images, {n_ok:,} with features; "
-            f"variance explained by the first components: {explained}; "
-            f"results in <code>{html.escape(self.output.url)}</code></p>{classes.to_html()}"
-        )
 
 
 @dataclass(frozen=True)
@@ -155,7 +82,7 @@ class _Task:
         manifest = self.manifest or {"status": "new"}
         if manifest["status"] != "complete" or not self.has_features:
             return False
-        names = [report.RESULTS, _PCA] + [store.QUALITY] * self.config.quality.enabled
+        names = [report.RESULTS, PCA] + [store.QUALITY] * self.config.quality.enabled
         if not all(exists(self.output.child(name)) for name in names):
             return False
         return _select(manifest["config"], _REDUCING) == _select(dump_config(self.config), _REDUCING)
@@ -203,8 +130,7 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
         if task.manifest is not None and task.is_reduced and task.is_presented and survey is None:
             return RunResult(task.output, task.manifest, n_computed=0)
         _check_limits(task, client, clock, progress)
-        with ExitStack() as stack:
-            stack.push(partial(_note_cost, task))
+        with _cost_noted(task), ExitStack() as stack:
             manifest = task.manifest
             if manifest is None or not task.has_features:
                 client, manifest = _compute_features(task, client, stack, survey, clock, progress)
@@ -334,15 +260,17 @@ def _check_limits(task: _Task, client: Any, clock: _Clock, progress: RunProgress
         raise LimitError(f"the run was not started: {'; '.join(exceeded)}; fruitdask plan says why")
 
 
-def _note_cost(task: _Task, kind: type[BaseException] | None, *_: object) -> None:
-    """Note in the manifest what a run has cost that was interrupted, or has failed."""
-    cost = task.budget.describe() if kind is not None else {}
-    if not cost:
-        return
-    with suppress(FruitdaskError):
-        manifest = store.read_manifest(task.output)
-        if manifest is not None:
-            store.write_manifest(task.output, manifest | cost)
+@contextmanager
+def _cost_noted(task: _Task) -> Iterator[None]:
+    """Note in the manifest what a run has cost that is interrupted, or fails."""
+    try:
+        yield
+    except BaseException:
+        with suppress(FruitdaskError):
+            cost, manifest = task.budget.describe(), store.read_manifest(task.output)
+            if cost and manifest is not None:
+                store.write_manifest(task.output, manifest | cost)
+        raise
 
 
 def _start(task: _Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifact]:
@@ -386,7 +314,7 @@ def _reduce_features(
     """Reduce the features and write the tables; gives the manifest of the complete run."""
     progress.begin("Reducing")
     with clock.measure("reduce"), _choose_scheduler(task, client, stack):
-        fitted, scores, tsne, quality = _reduce(task)
+        reduction = reduce_features(task.config, task.output, task.catalog["label"].to_numpy())
     progress.begin("Writing results")
     with clock.measure("write"):
         # Should this be interrupted, the next run must not take a mixture of old and new tables for results.
@@ -396,19 +324,21 @@ def _reduce_features(
         for name in (report.PAGE, *(f"{store.FIGURES}/{figure}.png" for figure in store.FIGURE_NAMES)):
             store.delete_result(task.output, name)
         outcomes = store.read_outcomes(task.output, range(task.n_partitions))
-        counts = report.write_results(task.output, outcomes, pca=scores, tsne=tsne)
-        _write_pca(task.output, fitted)
+        counts = report.write_results(task.output, outcomes, pca=reduction.scores, tsne=reduction.tsne)
+        write_components(task.output, reduction.components)
         store.delete_result(task.output, store.QUALITY)
-        if quality is not None:
-            store.write_json(task.output.child(store.QUALITY), quality)
-    return manifest | _describe_results(task, fitted, counts)
+        if reduction.quality is not None:
+            store.write_json(task.output.child(store.QUALITY), reduction.quality)
+    return manifest | _describe_results(task, reduction.components, counts)
 
 
 def _choose_scheduler(task: _Task, client: Any, stack: ExitStack) -> AbstractContextManager[Any]:
     """Reduce few features here, on threads, which takes no cluster and no imports on its workers; many on the cluster."""
     import dask
 
-    if _open_features(task.output)[0].nbytes <= LOCAL_REDUCE_BYTES:
+    if open_features(task.output)[0].nbytes <= LOCAL_REDUCE_BYTES:
+        # Instances would cost money for nothing meanwhile.
+        stack.close()
         return dask.config.set(scheduler="threads")
     client = client or stack.enter_context(task.budget.open_client())
     return client.as_current()  # type: ignore[no-any-return]
@@ -530,87 +460,6 @@ def _check_failures(task: _Task, n_failed: int) -> None:
         f"{task.output.child('failures.csv').url} for the reasons; "
         "raise the limit and run again to go on, or mend the images and run with --overwrite"
     )
-
-
-def _reduce(task: _Task) -> tuple["PrincipalComponents", Scores, Scores | None, dict[str, Any] | None]:
-    """Fit and apply the reductions to the images that have features, and judge these; the other images get NaN."""
-    from fruitdask.reduce import TSNE_COMPONENTS, check_n_components, embed_tsne, fit_pca, sample_rows
-
-    settings = task.config.reduce
-    features, is_ok = _open_features(task.output, block_bytes=_BLOCK_BYTES)
-    rows = np.flatnonzero(is_ok)
-    check_n_components(settings.n_components, n_images=len(rows), n_features=features.shape[1])
-    ok = features if is_ok.all() else features[rows]
-    largest = min(len(rows), features.shape[1])
-    n_for_tsne = min(TSNE_COMPONENTS, largest) if settings.tsne.enabled else 0
-    # The exact solver finds all components anyhow.
-    is_estimate = settings.solver == "randomized" and isinstance(settings.n_components, int)
-    most = max(int(settings.n_components), n_for_tsne) if is_estimate else largest
-    found = fit_pca(ok, n_components=most, solver=settings.solver, seed=settings.seed)
-    fitted = found.truncate(settings.n_components)
-    scores = _spread(fitted.transform(ok).astype(np.float32).compute(), rows, len(is_ok))
-    tsne = None
-    if settings.tsne.enabled:
-        sampled = sample_rows(len(rows), max_rows=settings.tsne.max_rows, seed=settings.tsne.seed)
-        tsne_scores = found.truncate(n_for_tsne).transform(ok[sampled]).compute()
-        embedding = embed_tsne(tsne_scores, perplexity=settings.tsne.perplexity, seed=settings.tsne.seed)
-        tsne = _spread(embedding, rows[sampled], len(is_ok))
-    return fitted, scores, tsne, _judge(task, ok, rows, found)
-
-
-def _judge(
-    task: _Task, features: "da.Array", rows: npt.NDArray[np.int64], found: "PrincipalComponents"
-) -> dict[str, Any] | None:
-    """Say in numbers how well the features separate the classes, on a sample of the images."""
-    from fruitdask.neighbors import explain_variance, summarize_quality
-    from fruitdask.reduce import sample_rows
-
-    settings = task.config.quality
-    if not settings.enabled:
-        return None
-    sampled = sample_rows(len(rows), max_rows=settings.max_rows, seed=settings.seed)
-    labels = task.catalog["label"].to_numpy()[rows[sampled]]
-    chosen = (features if len(sampled) == len(rows) else features[sampled]).compute()
-    return {
-        "n_images": len(sampled),
-        "n_images_with_features": len(rows),
-        "metric": settings.metric,
-        **summarize_quality(chosen, labels, n_neighbors=settings.n_neighbors, metric=settings.metric),
-        "explained_variance": explain_variance(found.explained_variance_ratio.tolist()),
-    }
-
-
-def _open_features(output: Location, *, block_bytes: int = 0) -> tuple["da.Array", npt.NDArray[np.bool_]]:
-    """Open the features as a Dask array, of chunks of the store or of several in a block, and read which rows are well."""
-    import dask.array as da
-
-    group = store.open_store(output)
-    if group is None:
-        raise OutputError(f"{output.url}: expected the features of a run, found none; run it first")
-    arrays: Any = group
-    array, status = arrays["features"], np.asarray(arrays["status"][:])
-    n_chunks = max(1, block_bytes // (array.chunks[0] * array.chunks[1] * array.dtype.itemsize))
-    chunks = (n_chunks * array.chunks[0], array.chunks[1])
-    return da.from_array(array, chunks=chunks, name=False), status == store.STATUSES.index("ok")
-
-
-def _spread(values: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], n_rows: int) -> npt.NDArray[np.float32]:
-    """Lay rows at their places in a table that is NaN elsewhere."""
-    spread = np.full((n_rows, values.shape[1]), np.nan, np.float32)
-    spread[rows] = values
-    return spread
-
-
-def _write_pca(output: Location, fitted: "PrincipalComponents") -> None:
-    """Store the fitted components."""
-    arrays = {
-        "mean": (fitted.mean, ["feature"]),
-        "components": (fitted.components, ["component", "feature"]),
-        "explained_variance": (fitted.explained_variance, ["component"]),
-        "explained_variance_ratio": (fitted.explained_variance_ratio, ["component"]),
-        "singular_values": (fitted.singular_values, ["component"]),
-    }
-    store.write_arrays(output.child(_PCA), arrays, {"fruitdask": __version__})
 
 
 def _describe_results(task: _Task, fitted: "PrincipalComponents", counts: report.Counts) -> dict[str, Any]:

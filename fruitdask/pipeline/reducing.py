@@ -1,0 +1,145 @@
+"""From stored features to a few numbers an image."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fruitdask import __version__, store
+from fruitdask.config import Config, QualityConfig
+from fruitdask.pipeline.results import PCA, open_features
+from fruitdask.storage import Location
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+    from fruitdask.reduce import PrincipalComponents
+
+Scores = npt.NDArray[np.float32]
+
+#: Features are reduced in blocks of about this size, several chunks of the store: matrix products of small blocks cost half as much again.
+_BLOCK_BYTES = 20 * 1024**2
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """
+    What became of the features of a run.
+
+    Parameters
+    ----------
+    components : PrincipalComponents
+        The principal components that are kept.
+    scores : numpy.ndarray
+        Coordinates along them (image, component), float32; NaN for images that failed.
+    tsne : numpy.ndarray or None
+        Coordinates on the map of t-SNE (image, 2), float32; NaN for images that failed or were not sampled.
+    quality : dict[str, Any] or None
+        How well the features separate the classes; None where that was not asked for.
+    """
+
+    components: "PrincipalComponents"
+    scores: Scores
+    tsne: Scores | None
+    quality: dict[str, Any] | None
+
+
+def reduce_features(config: Config, output: Location, labels: npt.NDArray[Any]) -> Reduction:
+    """
+    Fit and apply the reductions to the images that have features, and judge these.
+
+    Parameters
+    ----------
+    config : Config
+        Its sections ``reduce`` and ``quality`` count.
+    output : Location
+        The output folder with the features.
+    labels : numpy.ndarray
+        The classes of all images.
+
+    Returns
+    -------
+    Reduction
+        What came out, in memory.
+
+    Raises
+    ------
+    ReduceError
+        If there are too few images for what is asked.
+    """
+    from fruitdask.reduce import TSNE_COMPONENTS, check_n_components, embed_tsne, fit_pca, sample_rows
+
+    settings = config.reduce
+    features, is_ok = open_features(output, block_bytes=_BLOCK_BYTES)
+    rows = np.flatnonzero(is_ok)
+    check_n_components(settings.n_components, n_images=len(rows), n_features=features.shape[1])
+    ok = features if is_ok.all() else features[rows]
+    largest = min(len(rows), features.shape[1])
+    n_for_tsne = min(TSNE_COMPONENTS, largest) if settings.tsne.enabled else 0
+    # The exact solver finds all components anyhow.
+    is_estimate = settings.solver == "randomized" and isinstance(settings.n_components, int)
+    most = max(int(settings.n_components), n_for_tsne) if is_estimate else largest
+    found = fit_pca(ok, n_components=most, solver=settings.solver, seed=settings.seed)
+    fitted = found.truncate(settings.n_components)
+    scores = _spread(fitted.transform(ok).astype(np.float32).compute(), rows, len(is_ok))
+    tsne = None
+    if settings.tsne.enabled:
+        sampled = sample_rows(len(rows), max_rows=settings.tsne.max_rows, seed=settings.tsne.seed)
+        tsne_scores = found.truncate(n_for_tsne).transform(ok[sampled]).compute()
+        embedding = embed_tsne(tsne_scores, perplexity=settings.tsne.perplexity, seed=settings.tsne.seed)
+        tsne = _spread(embedding, rows[sampled], len(is_ok))
+    return Reduction(fitted, scores, tsne, _judge(config.quality, ok, labels[rows], found))
+
+
+def _judge(
+    settings: QualityConfig, features: "da.Array", labels: npt.NDArray[Any], found: "PrincipalComponents"
+) -> dict[str, Any] | None:
+    """Say in numbers how well the features separate the classes, on a sample of the images."""
+    from fruitdask.neighbors import explain_variance, summarize_quality
+    from fruitdask.reduce import sample_rows
+
+    if not settings.enabled:
+        return None
+    sampled = sample_rows(len(labels), max_rows=settings.max_rows, seed=settings.seed)
+    chosen = (features if len(sampled) == len(labels) else features[sampled]).compute()
+    return {
+        "n_images": len(sampled),
+        "n_images_with_features": len(labels),
+        "metric": settings.metric,
+        **summarize_quality(chosen, labels[sampled], n_neighbors=settings.n_neighbors, metric=settings.metric),
+        "explained_variance": explain_variance(found.explained_variance_ratio.tolist()),
+    }
+
+
+def _spread(values: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], n_rows: int) -> npt.NDArray[np.float32]:
+    """Lay rows at their places in a table that is NaN elsewhere."""
+    spread = np.full((n_rows, values.shape[1]), np.nan, np.float32)
+    spread[rows] = values
+    return spread
+
+
+def write_components(output: Location, fitted: "PrincipalComponents") -> None:
+    """
+    Store principal components.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    fitted : PrincipalComponents
+        The components.
+
+    Raises
+    ------
+    StorageError
+        If they cannot be written.
+    """
+    arrays = {
+        "mean": (fitted.mean, ["feature"]),
+        "components": (fitted.components, ["component", "feature"]),
+        "explained_variance": (fitted.explained_variance, ["component"]),
+        "explained_variance_ratio": (fitted.explained_variance_ratio, ["component"]),
+        "singular_values": (fitted.singular_values, ["component"]),
+    }
+    store.write_arrays(output.child(PCA), arrays, {"fruitdask": __version__})

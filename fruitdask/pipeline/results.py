@@ -1,0 +1,118 @@
+"""What a finished run has left: read when it is asked for."""
+
+import html
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from fruitdask import report, store
+from fruitdask.errors import OutputError
+from fruitdask.exploration import Exploration, read_exploration
+from fruitdask.pipeline.presenting import Report
+from fruitdask.storage import Location
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+    from fruitdask.reduce import PrincipalComponents
+
+PCA = "pca.zarr"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """
+    What a finished run has left in its output folder; everything is read when it is asked for.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    manifest : dict[str, Any]
+        What was run, on what, when, and the counts.
+    n_computed : int
+        Images that this run computed; the others were done before.
+    """
+
+    output: Location
+    manifest: dict[str, Any] = field(repr=False)
+    n_computed: int
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """All images: path, label, status, pca_1, pca_2 ... (tsne_1, tsne_2)."""
+        return report.read_results(self.output)
+
+    @property
+    def features(self) -> "da.Array":
+        """Features of all images, (image, feature) float32, lazy; NaN rows for images that failed."""
+        return open_features(self.output)[0]
+
+    @property
+    def pca(self) -> "PrincipalComponents":
+        """The fitted principal components."""
+        from fruitdask.reduce import PrincipalComponents
+
+        return PrincipalComponents(**store.read_arrays(self.output.child(PCA)))
+
+    @property
+    def exploration(self) -> Exploration | None:
+        """What the images are like; None where that was not asked for."""
+        return read_exploration(self.output)
+
+    @property
+    def quality(self) -> dict[str, Any] | None:
+        """How well the features separate the classes; None where that was not asked for."""
+        return store.read_quality(self.output)
+
+    @property
+    def report(self) -> Report:
+        """The page; a notebook shows it in place."""
+        return Report(self.output.child(report.PAGE))
+
+    def _repr_html_(self) -> str:
+        """Show counts and places in a notebook."""
+        classes = pd.DataFrame(self.manifest["counts"]["by_class"]).T.rename_axis("class")
+        explained = ", ".join(f"{ratio:.1%}" for ratio in self.manifest["pca"]["explained_variance_ratio"][:5])
+        n_ok = self.manifest["counts"]["by_status"].get("ok", 0)
+        return (
+            f"<p><b>fruitdask run</b>: {self.manifest['n_images']:,} images, {n_ok:,} with features; "
+            f"variance explained by the first components: {explained}; "
+            f"results in <code>{html.escape(self.output.url)}</code></p>{classes.to_html()}"
+        )
+
+
+def open_features(output: Location, *, block_bytes: int = 0) -> tuple["da.Array", npt.NDArray[np.bool_]]:
+    """
+    Open the features of a run, and read which images have some.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    block_bytes : int
+        About how large the blocks of the array are to be: at least a chunk of the store, at most several.
+
+    Returns
+    -------
+    tuple[dask.array.Array, numpy.ndarray]
+        Features (image, feature) float32, lazy, and which rows are well, bool.
+
+    Raises
+    ------
+    OutputError
+        If there are none.
+    """
+    import dask.array as da
+
+    group = store.open_store(output)
+    if group is None:
+        raise OutputError(f"{output.url}: expected the features of a run, found none; run it first")
+    arrays: Any = group
+    array, status = arrays["features"], np.asarray(arrays["status"][:])
+    n_chunks = max(1, block_bytes // (array.chunks[0] * array.chunks[1] * array.dtype.itemsize))
+    chunks = (n_chunks * array.chunks[0], array.chunks[1])
+    return da.from_array(array, chunks=chunks, name=False), status == store.STATUSES.index("ok")
