@@ -21,10 +21,11 @@ _HASH_BLOCK_BYTES = 1 << 20
 #: Defaults for S3, beside those of s3fs (5 seconds to connect, 15 between bytes). Others write to the same folders, so listings are not
 #: kept. One transfer a file: s3fs asks for the size of each file before it reads, only to split those above 50 MB.
 _S3_OPTIONS: Mapping[str, Any] = {"use_listings_cache": False, "max_concurrency": 1}
-#: Connections for all threads of a process, where botocore has 10. s3fs tries five times by itself, so twice is enough within each.
+#: Connections for all threads of a process, where botocore has 10. In this mode a client gives up trying again once a server fails all the
+#: time, so that one that has stalled holds each file for about a minute, by the five times that s3fs tries.
 _S3_CONFIG: Mapping[str, Any] = {
     "max_pool_connections": 256,
-    "retries": {"mode": "standard", "total_max_attempts": 2},
+    "retries": {"mode": "standard", "total_max_attempts": 4},
 }
 #: Modules of clients whose errors do not derive from OSError.
 _FOREIGN_ERRORS = ("botocore", "aiobotocore", "aiohttp", "azure", "google")
@@ -264,6 +265,25 @@ def exists(location: Location) -> bool:
     with explained(location, "read"):
         location.fs.invalidate_cache()
         return bool(location.fs.exists(location.path))
+
+
+def check_bucket(location: Location) -> None:
+    """
+    Refuse a bucket that does not exist or cannot be reached, which `exists` takes for a folder with nothing in it.
+
+    Parameters
+    ----------
+    location : Location
+        A folder on S3.
+
+    Raises
+    ------
+    StorageError
+        If S3 does not let it be listed.
+    """
+    with explained(location, "read"):
+        bucket, key, _ = location.fs.split_path(location.path)
+        location.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", MaxKeys=1)
 
 
 def find_encryption(location: Location) -> str | None:

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,11 @@ def write_manifest(path: Path, rows: list[tuple[str, str]]) -> str:
     return str(path)
 
 
+def digest(version: str) -> int:
+    """Shorten an ETag or a time as the catalog does."""
+    return int.from_bytes(hashlib.blake2b(version.encode(), digest_size=8).digest(), "little", signed=True)
+
+
 def count_labels(catalog: pd.DataFrame) -> dict[str, int]:
     return dict(Counter(catalog["label"]))
 
@@ -102,8 +108,8 @@ def test_list_images_describes_every_file_once_and_sorted(photographs: Path) -> 
     assert list(catalog["path"]) == files
     assert list(catalog["label"]) == [path.split("/")[0] for path in files]
     assert list(catalog["bytes"]) == [(photographs / path).stat().st_size for path in files]
-    assert list(catalog["version"].astype(float)) == [(photographs / path).stat().st_mtime for path in files]
-    assert catalog["bytes"].dtype == np.int64
+    assert list(catalog["version"]) == [digest(str((photographs / path).stat().st_mtime_ns)) for path in files]
+    assert list(catalog.dtypes.astype(str)) == ["str", "category", "int64", "int64"]
 
 
 def test_list_images_takes_extensions_in_any_case(tmp_path: Path) -> None:
@@ -161,7 +167,7 @@ def test_list_images_sees_new_and_changed_files(tmp_path: Path) -> None:
     after = list_folder(tmp_path)
     assert list(before["path"]) == ["a/1.jpg"]
     assert list(after["path"]) == ["a/0.jpg", "a/1.jpg"]
-    assert (after["bytes"][1], float(after["version"][1])) == (18, 1.0)
+    assert (after["bytes"][1], after["version"][1]) == (18, digest("1000000000"))
 
 
 def test_list_images_keeps_the_classes_that_are_named(sample_folder: Path) -> None:
@@ -263,9 +269,9 @@ def test_list_images_keeps_a_missing_file_of_the_manifest(tmp_path: Path) -> Non
     manifest = write_manifest(tmp_path / "labels.csv", [("gone/2.jpg", "a"), ("1.jpg", "b")])
     catalog = list_folder(tmp_path, manifest=manifest)
     assert list(catalog["path"]) == ["1.jpg", "gone/2.jpg"]
-    assert (catalog["bytes"][1], catalog["version"][1]) == (0, "")
-    assert catalog["bytes"].dtype == np.int64
-    assert float(catalog["version"][0]) == (tmp_path / "1.jpg").stat().st_mtime
+    assert (catalog["bytes"][1], catalog["version"][1]) == (0, 0)
+    assert catalog["version"][0] == digest(str((tmp_path / "1.jpg").stat().st_mtime_ns))
+    assert list(catalog.dtypes.astype(str)) == ["str", "category", "int64", "int64"]
 
 
 def test_list_images_ignores_further_columns_of_the_manifest(tmp_path: Path) -> None:
@@ -372,9 +378,9 @@ def test_list_images_lists_the_same_from_s3_as_from_disk(
     from_disk = list_folder(folder)
     from_s3 = list_images(InputConfig(url=f"s3://{bucket}/in [1]", storage_options=options))
     columns = ["path", "label", "bytes"]
-    pd.testing.assert_frame_equal(from_s3[columns], from_disk[columns])
+    pd.testing.assert_frame_equal(from_s3[columns], from_disk[columns], check_categorical=False)
     etags = [hashlib.md5((folder / path).read_bytes()).hexdigest() for path in from_disk["path"]]
-    assert list(from_s3["version"]) == etags
+    assert list(from_s3["version"]) == list(map(digest, etags))
 
 
 def test_list_images_sees_what_changed_on_s3(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
@@ -385,9 +391,88 @@ def test_list_images_sees_what_changed_on_s3(s3_bucket: tuple[str, dict[str, Any
     s3_client.put_object(Bucket=bucket, Key="a/1.jpg", Body=b"2")
     s3_client.put_object(Bucket=bucket, Key="2.jpg", Body=b"2")
     after = list_images(config)
-    assert list(before["version"]) == [hashlib.md5(b"1").hexdigest()]
-    assert list(after["version"]) == [hashlib.md5(b"2").hexdigest()] * 2
+    assert list(before["version"]) == [digest(hashlib.md5(b"1").hexdigest())]
+    assert list(after["version"]) == [digest(hashlib.md5(b"2").hexdigest())] * 2
     assert list(after["label"]) == [bucket, "a"]
+
+
+def test_list_images_takes_all_pages_of_s3(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
+    bucket, options = s3_bucket
+    names = [f"{label}/{number:04}.jpg" for label in "ab" for number in range(503)]
+    for name in names:
+        s3_client.put_object(Bucket=bucket, Key=name, Body=b"")
+    assert list(list_images(InputConfig(url=f"s3://{bucket}", storage_options=options))["path"]) == names
+
+
+def test_list_images_refuses_a_name_that_s3fs_cannot_ask_for(
+    s3_bucket: tuple[str, dict[str, Any]], s3_client: Any
+) -> None:
+    bucket, options = s3_bucket
+    s3_client.put_object(Bucket=bucket, Key="a/x?versionId=1.jpg", Body=b"x")
+    with pytest.raises(
+        CatalogError, match=r"found the object 'a/x\?versionId=1\.jpg', expected names without .*; rename"
+    ):
+        list_images(InputConfig(url=f"s3://{bucket}", storage_options=options))
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (
+            "s3://no-such-bucket/x",
+            r"cannot list s3://no-such-bucket/x: ListObjectsV2: .* \(NoSuchBucket\): there is no",
+        ),
+        ("s3://Not_A_Bucket!/x", r"cannot list s3://Not_A_Bucket!/x: .*Invalid bucket name.*: check the name"),
+        ("s3://BUCKET/none", r"^s3://.*/none: there is no such folder; check input\.url$"),
+    ],
+    ids=["no bucket", "no name of a bucket", "no folder"],
+)
+def test_list_images_says_what_is_not_there_on_s3(
+    s3_bucket: tuple[str, dict[str, Any]], url: str, message: str
+) -> None:
+    bucket, options = s3_bucket
+    with pytest.raises((CatalogError, StorageError), match=message):
+        list_images(InputConfig(url=url.replace("BUCKET", bucket), storage_options=options))
+
+
+@pytest.mark.parametrize("links", [{"loop": "loop"}, {"gone": "nowhere.jpg"}], ids=["to itself", "to nothing"])
+def test_list_images_passes_over_links_that_lead_nowhere(tmp_path: Path, links: dict[str, str]) -> None:
+    fill(tmp_path, "a/1.jpg")
+    for name, target in links.items():
+        (tmp_path / f"{name}.jpg").symlink_to(tmp_path / (f"{name}.jpg" if target == name else target))
+    assert list(list_folder(tmp_path)["path"]) == ["a/1.jpg"]
+
+
+@given(names=st.sets(st.text("ab-./0 é\U0001f34e", min_size=1, max_size=6), max_size=20))
+def test_list_images_lists_a_disk_in_the_order_of_paths(names: set[str]) -> None:
+    paths = {f"{os.path.normpath(name).strip('/.') or 'x'}.jpg" for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        fill(Path(folder), *paths, "last.jpg")
+        assert list(list_folder(Path(folder))["path"]) == sorted({*paths, "last.jpg"})
+
+
+@pytest.mark.parametrize(
+    ("patterns", "left"),
+    [
+        (["b/*"], ["a/1.jpg", "a/x/2.jpg", "top.jpg"]),
+        (["*/2.jpg", "top*"], ["a/1.jpg", "b/3.jpg"]),
+        (["a/[!1]*", "none/*", "A/*"], ["a/1.jpg", "b/3.jpg", "top.jpg"]),
+        (["1.jpg"], ["a/1.jpg", "a/x/2.jpg", "b/3.jpg", "top.jpg"]),
+    ],
+    ids=["folder", "several", "set, nothing, case", "whole path"],
+)
+def test_list_images_leaves_out_what_is_excluded(tmp_path: Path, patterns: list[str], left: list[str]) -> None:
+    fill(tmp_path, "a/1.jpg", "a/x/2.jpg", "b/3.jpg", "top.jpg")
+    catalog = list_folder(tmp_path, exclude=patterns)
+    assert (list(catalog["path"]), list(catalog.index)) == (left, list(range(len(left))))
+
+
+def test_list_images_takes_a_few_bytes_a_file(tmp_path: Path) -> None:
+    names = [f"class_{number // 1000}/{number:08}.jpg" for number in range(20_000)]
+    fill(tmp_path, *names)
+    catalog = list_folder(tmp_path)
+    # Path and its offset, code of the class, size, version.
+    assert catalog.memory_usage(deep=True).sum() / len(names) < len(names[0]) + 1 + 8 + 4 + 8 + 8
 
 
 @given(n_images=st.integers(1, 5_000_000))

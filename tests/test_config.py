@@ -282,7 +282,8 @@ def test_load_config_names_an_environment_variable_that_is_not_set(
         ("modle: {}", r"line 3: unknown key modle; did you mean model\?"),
         (
             "xyz: 1",
-            r"line 3: unknown key xyz; valid keys: cluster, explore, featurize, input, limits, model, output, plots, privacy, quality, reduce, report",
+            r"line 3: unknown key xyz; valid keys: cluster, explore, featurize, input, limits, model, output, plots, privacy, quality, reduce, "
+            "report",
         ),
         ("model:\n  name: VGG16\n  poling: max", r"line 5: unknown key model\.poling; did you mean pooling\?"),
         (
@@ -565,7 +566,8 @@ def test_load_config_reads_the_examples(path: Path, monkeypatch: pytest.MonkeyPa
     for name in re.findall(r"\$\{(\w+)\}", path.read_text(encoding="utf-8")):
         monkeypatch.setenv(name, "given")
     config = load_config(path)
-    assert (config.input.url[0], config.output.url[0]) == (("s", "s") if config.cluster.kind == "ec2" else ("/", "/"))
+    is_on_s3 = path.name.startswith(("aws", "s3"))
+    assert (config.input.url[0], config.output.url[0]) == (("s", "s") if is_on_s3 else ("/", "/"))
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.name.startswith("aws")], ids=lambda path: path.name)
@@ -582,7 +584,9 @@ def test_examples_in_the_cloud_keep_to_the_eu_and_end(path: Path, monkeypatch: p
 
 
 def test_examples_include_the_demo() -> None:
-    assert {"demo.yaml", "local.yaml", "aws.yaml", "aws-gpu.yaml"} <= {path.name for path in CONFIGS}
+    assert {"demo.yaml", "local.yaml", "s3-local-cluster.yaml", "aws.yaml", "aws-gpu.yaml"} <= {
+        path.name for path in CONFIGS
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

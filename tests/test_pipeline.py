@@ -17,7 +17,7 @@ from PIL import Image
 
 import fruitdask
 from fruitdask import store
-from fruitdask.config import Config, ModelConfig
+from fruitdask.config import Config, EC2ClusterConfig, ModelConfig
 from fruitdask.errors import (
     ConfigError,
     FruitdaskError,
@@ -643,3 +643,13 @@ def test_manifest_keeps_no_secret_of_a_url(make_config: MakeConfig) -> None:
     config = make_config(input={"url": "https://me:se/cr@t@example.org/fruits?signature=abc"})
     dumped = json.dumps(dump_config(config))
     assert "***@example.org/fruits?***" in dumped and "cr@t" not in dumped and "abc" not in dumped
+
+
+@pytest.mark.parametrize("key", ["input.url", "output.url"])
+def test_run_refuses_folders_that_instances_cannot_reach(make_config: MakeConfig, key: str) -> None:
+    other = ({"input", "output"} - {key.removesuffix(".url")}).pop()
+    cluster = EC2ClusterConfig(kind="ec2", docker_image="me/fruitdask:1")
+    config = make_config(**{other: {"url": "s3://elsewhere/folder"}}).model_copy(update={"cluster": cluster})
+    message = f"{key} /.* is on this machine, where instances of cluster.kind: ec2 cannot reach it"
+    with pytest.raises(ConfigError, match=message):
+        fruitdask.run(config)

@@ -16,7 +16,16 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from fruitdask.errors import StorageError
-from fruitdask.storage import Location, exists, explained, hash_file, write_file
+from fruitdask.storage import (
+    Location,
+    check_bucket,
+    exists,
+    explained,
+    find_encryption,
+    hash_file,
+    hide_secrets,
+    write_file,
+)
 
 MIB = 1 << 20
 
@@ -243,7 +252,9 @@ def test_hash_file_explains_an_unreachable_server() -> None:
             "endpoint_url": f"http://127.0.0.1:{unused.getsockname()[1]}",
             "config_kwargs": {"retries": {"max_attempts": 0}},
         }
-        with pytest.raises(StorageError, match=r"cannot read s3://bucket/x\.bin: .*connect to.*; check the path"):
+        with pytest.raises(
+            StorageError, match=r"cannot read s3://bucket/x\.bin: .*connect to.*: nobody answers there; check"
+        ):
             hash_file(Location("s3://bucket/x.bin", options))
 
 
@@ -292,3 +303,71 @@ def test_storage_error_survives_pickle(tmp_path: Path) -> None:
     copy: Any = pickle.loads(pickle.dumps(caught.value))
     assert (type(copy), str(copy)) == (StorageError, str(caught.value))
     assert isinstance(copy, OSError)
+
+
+@pytest.mark.parametrize(
+    ("given", "config"),
+    [
+        ({}, {"max_pool_connections": 256, "retries": {"mode": "standard", "total_max_attempts": 4}}),
+        (
+            {"config_kwargs": {"read_timeout": 3, "retries": {"max_attempts": 1}}, "max_concurrency": 5},
+            {"max_pool_connections": 256, "read_timeout": 3, "retries": {"max_attempts": 1}},
+        ),
+    ],
+    ids=["none", "a user's"],
+)
+def test_location_options_are_those_of_the_user_before_ours(given: dict[str, Any], config: dict[str, Any]) -> None:
+    ours = {"use_listings_cache": False, "max_concurrency": 1}
+    assert Location("s3://bucket/x", given).options == ours | given | {"config_kwargs": config}
+    assert Location("abfs://container/x", given).options == Location("/x", given).options == given
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("no AKIAIOSFODNN7EXAMPLE here", "no *** here"),
+        ("https://b.s3.amazonaws.com/x?X-Amz-Signature=0f", "https://b.s3.amazonaws.com/x?***"),
+        ("Credential=ASIAIOSFODNN7EXAMPLE/20240101, Signature=0f1a", "Credential=***/20240101, Signature=***"),
+        ("100 % of /data/x?y #1", "100 % of /data/x?y #1"),
+    ],
+    ids=["access key", "presigned URL", "header", "nothing"],
+)
+def test_hide_secrets_hides_keys_and_signatures(text: str, hidden: str) -> None:
+    assert hide_secrets(text) == hidden
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"colour": "red"}, {"client_kwargs": {"colour": "red"}}, {"config_kwargs": {"colour": "red"}}],
+    ids=["session", "client", "config"],
+)
+def test_unknown_storage_option_is_named(s3_server: str, options: dict[str, Any]) -> None:
+    with pytest.raises(StorageError, match=r"cannot read s3://bucket/x: .*'colour'; check storage_options$"):
+        exists(Location("s3://bucket/x", {"endpoint_url": s3_server, **options}))
+
+
+def test_check_bucket_tells_a_missing_bucket_from_an_empty_one(s3_bucket: tuple[str, dict[str, Any]]) -> None:
+    bucket, options = s3_bucket
+    check_bucket(Location(f"s3://{bucket}/none", options))
+    check_bucket(Location(f"s3://{bucket}", options))
+    with pytest.raises(StorageError, match=r"cannot read s3://no-such-bucket/x: .*there is no such bucket; check"):
+        check_bucket(Location("s3://no-such-bucket/x", options))
+
+
+@pytest.mark.parametrize("asked", [None, "AES256", "aws:kms"])
+def test_find_encryption_gives_what_was_asked_for(s3_bucket: tuple[str, dict[str, Any]], asked: str | None) -> None:
+    bucket, options = s3_bucket
+    location = Location(
+        f"s3://{bucket}/x.bin", options | {"s3_additional_kwargs": {"ServerSideEncryption": asked} if asked else {}}
+    )
+    write_file(location, b"1")
+    assert find_encryption(Location(location.url, options)) == asked
+
+
+def test_find_encryption_asks_s3_alone(tmp_path: Path, s3_bucket: tuple[str, dict[str, Any]]) -> None:
+    bucket, options = s3_bucket
+    assert find_encryption(Location(str(tmp_path))) is None
+    with pytest.raises(
+        StorageError, match=r"cannot read s3://.*/none: HeadObject: Not Found \(404\): there is no such"
+    ):
+        find_encryption(Location(f"s3://{bucket}/none", options))

@@ -72,7 +72,7 @@ def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
     Raises
     ------
     ConfigError
-        If the output lies inside the input.
+        If the output lies inside the input, or instances in the cloud cannot reach one of them.
     OutputError
         If the output cannot be a folder or cannot be written.
     ResidencyError
@@ -83,6 +83,8 @@ def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
     source = Location(config.input.url, config.input.storage_options)
     output = open_output(config)
     _check_places(source, output)
+    if config.cluster.kind == "ec2" and client is None:
+        _check_reach(source, output)
     scheduler = client.scheduler.address if client is not None else None
     regions = check_regions(config, scheduler=scheduler) if config.privacy.allowed_regions is not None else None
     if config.input.sample is not None and not source.is_local:
@@ -199,6 +201,15 @@ def _check_places(source: Location, output: Location) -> None:
         raise ConfigError(f"output.url {output.url} lies inside input.url {source.url}; choose a folder outside it")
     if output.is_local:
         _check_writable(output)
+
+
+def _check_reach(source: Location, output: Location) -> None:
+    """Refuse folders of this machine for instances elsewhere."""
+    for key, place in (("input.url", source), ("output.url", output)):
+        if place.is_local:
+            raise ConfigError(
+                f"{key} {place.url} is on this machine, where instances of cluster.kind: ec2 cannot reach it; put it on s3://"
+            )
 
 
 def _check_writable(output: Location) -> None:
