@@ -188,18 +188,6 @@ def open_s3rver(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 
 @contextmanager
-def open_s3rver_https(request: pytest.FixtureRequest) -> Iterator[Server]:
-    cert, key = make_certificate(request.getfixturevalue("tmp_path_factory").mktemp("s3rver"))
-    with run_s3rver(request, "--cert", cert, "--key", key) as port:
-        options = {
-            "client_kwargs": {"verify": cert},
-            # s3rver is older than checksums in trailers, which botocore sends over https unless asked.
-            "config_kwargs": {"request_checksum_calculation": "when_required"},
-        }
-        yield Server(f"https://127.0.0.1:{port}", S3RVER_KEYS, options)
-
-
-@contextmanager
 def open_virtual_hosted(request: pytest.FixtureRequest) -> Iterator[Server]:
     with run_s3rver(request, "--service-endpoint", "fruits.test") as port:
         handler = type("Handler", (Proxy,), {"target": f"127.0.0.1:{port}", "hosts": set()})
@@ -216,7 +204,6 @@ SERVERS = {
     "moto": open_moto,
     "moto, https": open_moto_https,
     "s3rver": open_s3rver,
-    "s3rver, https": open_s3rver_https,
     "s3rver, virtual-hosted": open_virtual_hosted,
 }
 
