@@ -21,12 +21,11 @@ _HASH_BLOCK_BYTES = 1 << 20
 #: Defaults for S3, beside those of s3fs (5 seconds to connect, 15 between bytes). Others write to the same folders, so listings are not
 #: kept. One transfer a file: s3fs asks for the size of each file before it reads, only to split those above 50 MB.
 _S3_OPTIONS: Mapping[str, Any] = {"use_listings_cache": False, "max_concurrency": 1}
-#: Connections for all threads of a process, where botocore has 10. In this mode a client gives up trying again once a server fails all the
-#: time, so that one that has stalled holds each file for about a minute, by the five times that s3fs tries.
-_S3_CONFIG: Mapping[str, Any] = {
-    "max_pool_connections": 256,
-    "retries": {"mode": "standard", "total_max_attempts": 4},
-}
+#: Connections for all threads of a process, where botocore has 10. In this mode a client tries three times, and once only where a server
+#: fails all the time.
+_S3_CONFIG: Mapping[str, Any] = {"max_pool_connections": 256, "retries": {"mode": "standard"}}
+#: s3fs has 5, and multiplies them in reading a file: one that never comes would hold a task for a quarter of an hour.
+_S3_RETRIES = 2
 #: Modules of clients whose errors do not derive from OSError.
 _FOREIGN_ERRORS = ("botocore", "aiobotocore", "aiohttp", "azure", "google")
 #: Access keys of AWS, and signatures of its requests.
@@ -141,6 +140,8 @@ def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str
         raise StorageError(
             f"{location.url}: expected a local path or a URL that fsspec can open (s3://, abfs://, gs://, https:// ...), found {error}"
         ) from error
+    if location.is_s3:
+        fs.retries = _S3_RETRIES
     return fs, path.rstrip("/")
 
 
