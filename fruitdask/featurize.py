@@ -11,6 +11,7 @@ import pandas as pd
 from fruitdask.catalog import Partition
 from fruitdask.exploration import ExploreJob, Explorer, Findings
 from fruitdask.fetch import Batch, ImageSource, Stopwatch, read_batches
+from fruitdask.mapping import let_next_begin
 from fruitdask.models import ModelArtifact, load_predictor, prepare_engine
 from fruitdask.storage import Location
 from fruitdask.store import OUTCOME_COLUMNS, write_partition
@@ -103,7 +104,8 @@ def featurize_partition(partition: Partition, artifact: ModelArtifact, job: Feat
     explorer = Explorer(partition, job.explore) if job.explore else None
     features = np.full((len(partition.paths), artifact.n_features), np.nan, np.float32)
     outcomes, bytes_read = [], 0
-    for batch in read_batches(partition, job.source, input_px=artifact.input_px, watch=watch):
+    batches = read_batches(partition, job.source, input_px=artifact.input_px, watch=watch, on_asked=let_next_begin)
+    for batch in batches:
         bytes_read += sum(len(outcome.data) for outcome in batch.outcomes)
         if explorer is not None:
             with watch.measure("explore"):

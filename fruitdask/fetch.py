@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -149,7 +149,9 @@ class Stopwatch:
         self._seconds[stage] += time.perf_counter() - start  # type: ignore[assignment]
 
 
-def read_batches(partition: Partition, source: ImageSource, *, input_px: int, watch: Stopwatch) -> Iterator[Batch]:
+def read_batches(
+    partition: Partition, source: ImageSource, *, input_px: int, watch: Stopwatch, on_asked: Callable[[], None]
+) -> Iterator[Batch]:
     """
     Read and decode the images of a partition, so many at a time that memory does not grow with it.
 
@@ -163,6 +165,8 @@ def read_batches(partition: Partition, source: ImageSource, *, input_px: int, wa
         Side to which they are resized, in pixels.
     watch : Stopwatch
         Measures the stages ``fetch`` and ``decode``.
+    on_asked : Callable
+        Called when the last file has been asked for: from then on the way is free for the files of another partition.
 
     Yields
     ------
@@ -171,7 +175,7 @@ def read_batches(partition: Partition, source: ImageSource, *, input_px: int, wa
     """
     outcomes = [Outcome(path, label) for path, label in zip(partition.paths, partition.labels, strict=True)]
     with ThreadPoolExecutor(source.concurrent_reads) as pool:
-        fetched = _fetch_ahead(outcomes, source, pool)
+        fetched = _fetch_ahead(outcomes, source, pool, on_asked)
         for start in range(0, len(outcomes), source.batch_size):
             with watch.measure("fetch"):
                 batch = list(islice(fetched, source.batch_size))
@@ -182,7 +186,9 @@ def read_batches(partition: Partition, source: ImageSource, *, input_px: int, wa
                 outcome.data = b""
 
 
-def _fetch_ahead(outcomes: list[Outcome], source: ImageSource, pool: ThreadPoolExecutor) -> Iterator[Outcome]:
+def _fetch_ahead(
+    outcomes: list[Outcome], source: ImageSource, pool: ThreadPoolExecutor, on_asked: Callable[[], None]
+) -> Iterator[Outcome]:
     """Read files in their order, some ahead of the one that is wanted, so that they arrive while others are decoded."""
     fs, root = source.location.fs, source.location.path
     waiting: deque[tuple[Outcome, Future[None]]] = deque()
@@ -190,6 +196,7 @@ def _fetch_ahead(outcomes: list[Outcome], source: ImageSource, pool: ThreadPoolE
         waiting.append((outcome, pool.submit(_fetch, outcome, fs, f"{root}/{outcome.path}", source.fetch_attempts)))
         if len(waiting) > source.concurrent_reads:
             yield _wait(*waiting.popleft())
+    on_asked()
     while waiting:
         yield _wait(*waiting.popleft())
 

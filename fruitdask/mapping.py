@@ -11,8 +11,8 @@ from fruitdask.errors import FruitdaskError, PartitionError
 
 Result = TypeVar("Result")
 
-#: Partitions in flight for each thread of the cluster: one in work, one waiting at the worker.
-_PARTITIONS_PER_THREAD = 2
+#: Partitions in flight for each thread of the cluster: one that ends, one in work, one waiting at the worker.
+_PARTITIONS_PER_THREAD = 3
 #: How often a task is tried again on another worker, and how often a value is delivered again after its last holder died.
 _TASK_RETRIES = 2
 _MAX_DELIVERIES = 20
@@ -90,6 +90,22 @@ def map_partitions(
         # Where the scheduler is gone there is nothing left to cancel.
         with suppress(OSError, TimeoutError):
             client.cancel(list(in_flight), force=True)
+
+
+def let_next_begin() -> None:
+    """
+    Let a worker begin its next partition while this one ends; to be called by a task when it has asked for all that it reads.
+
+    The next one's files arrive while this one computes, and it computes while this one writes. Where there is no worker, nothing
+    happens.
+    """
+    from distributed import get_worker, secede
+
+    try:
+        get_worker()
+    except ValueError:
+        return
+    secede()
 
 
 class _Delivery:

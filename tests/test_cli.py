@@ -52,7 +52,7 @@ def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(config_p
     for expected in ("Listing images", "Dask dashboard: http://127.0.0.1:", "24 of 24 images", "0 failed", "Reducing"):
         assert expected in first.stderr
     report = config_path.parent / "out" / "report.html"
-    for expected in ("pear_1", "24 ok, 0 failed", "images/s", "by 2 components", str(report)):
+    for expected in ("pear_1", "24 ok, 0 failed", "images/s", "predict", "idle", "by 2 components", str(report)):
         assert expected in first.stdout
     assert "tsne_2" in pd.read_csv(report.with_name("results.csv")).columns
     assert report.read_text().startswith("<!DOCTYPE html>")

@@ -1,12 +1,14 @@
 """Clusters: local ones, running ones, and none."""
 
+import os
 import socket
+import sys
 from typing import Any
 
 import pytest
 from distributed import LocalCluster, Scheduler
 
-from fruitdask.cluster import choose_workers, open_client
+from fruitdask.cluster import choose_workers, open_client, prepare_local
 from fruitdask.config import AddressClusterConfig, LocalClusterConfig
 from fruitdask.errors import ClusterStartError
 
@@ -35,6 +37,24 @@ def test_local_cluster_listens_on_loopback_only(client: Any) -> None:
     addresses = [info["address"], *info["workers"], client.dashboard_link.replace("http", "tcp")]
     assert all(address.startswith("tcp://127.0.0.1:") for address in addresses)
     assert sorted(client.nthreads().values()) == [2, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+def test_local_workers_are_forked_with_what_they_need(client: Any) -> None:
+    workers = list(client.run(lambda: (os.getppid(), dict(os.environ), "fruitdask.featurize" in sys.modules)).values())
+    parents = {parent for parent, _, _ in workers}
+    assert len(parents) == 1 and parents != {os.getpid()}
+    assert all(is_imported for _, _, is_imported in workers)
+    # A decoded photograph is a few megabytes: memory of that size is to be kept and used again.
+    thresholds = [int(environment["MALLOC_TRIM_THRESHOLD_"]) for _, environment, _ in workers]
+    assert min(thresholds) >= 16 * 1024**2
+
+
+def test_local_workers_see_variables_that_were_set_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_local()
+    monkeypatch.setenv("FRUITDASK_TEST_LATE", "yes")
+    with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
+        assert list(client.run(os.getenv, "FRUITDASK_TEST_LATE").values()) == ["yes"]
 
 
 def test_local_cluster_that_cannot_start_says_so() -> None:

@@ -60,6 +60,7 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
             "layer": None,
             "preprocessing": None,
             "engine": "auto",
+            "precision": "float32",
         },
         "cluster": {
             "kind": "local",
@@ -70,7 +71,7 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
         },
         "featurize": {
             "images_per_partition": None,
-            "batch_size": 8,
+            "batch_size": None,
             "max_failed_fraction": 0.05,
             "max_pixels": 50_000_000,
             "decode": "exact",
@@ -507,7 +508,10 @@ def test_load_config_asks_how_a_keras_file_scales_pixels() -> None:
         ConfigError, match=r"model: preprocessing must be given for a \.keras file.*: tf, caffe, torch or none"
     ):
         load(model={"weights": "s3://models/mine.keras"})
-    assert load(model={"weights": "s3://models/mine.keras", "preprocessing": "none"}).model.preprocessing == "none"
+    own = {"weights": "s3://models/mine.keras", "preprocessing": "none"}
+    assert load(model=own).model.preprocessing == "none"
+    with pytest.raises(ConfigError, match=r"model: precision cannot be chosen for a \.keras file, .*; leave it out"):
+        load(model=own | {"precision": "mixed_float16"})
 
 
 @pytest.mark.parametrize(
@@ -603,7 +607,7 @@ def test_build_schema_accepts_the_examples(path: Path) -> None:
     [
         ({"modle": {}}, "'modle' was unexpected"),
         ({"model": {"pooling": "mean"}}, "'mean' is not one of"),
-        ({"featurize": {"batch_size": 0}}, "0 is less than the minimum of 1"),
+        ({"featurize": {"max_pixels": 0}}, "0 is less than the minimum of 1"),
         ({"output": {}}, "'url' is a required property"),
     ],
     ids=["unknown key", "not a choice", "too small", "missing"],

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from fruitdask.catalog import Partition
 from fruitdask.cluster import open_client
 from fruitdask.config import LocalClusterConfig
 from fruitdask.errors import PartitionError
-from fruitdask.mapping import map_partitions
+from fruitdask.mapping import let_next_begin, map_partitions
 
 PARTITIONS = [Partition(index, index, (f"a/{index}.jpg",), ("a",)) for index in range(12)]
 ONE_WORKER = LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)
@@ -23,6 +24,18 @@ def write_note(partition: Partition, folder: Path, text: str) -> int:
     """Leave a file for each partition, so that it shows what was done."""
     (folder / str(partition.index)).write_text(text + partition.paths[0])
     return partition.index
+
+
+def wait_for_next(partition: Partition, folder: Path, patience_seconds: float) -> bool:
+    """Leave a file, make way, and tell whether the next partition's file came."""
+    (folder / str(partition.index)).touch()
+    let_next_begin()
+    deadline = time.monotonic() + patience_seconds
+    while time.monotonic() < deadline:
+        if (folder / str(partition.index + 1)).exists():
+            return True
+        os.sched_yield()
+    return False
 
 
 def kill_worker(client: Any) -> None:
@@ -45,10 +58,20 @@ def test_map_partitions_calls_with_all_arguments_and_keeps_a_bounded_number_in_f
 
     map_partitions(client, write_note, take(), "saw ", delivered=tmp_path, on_result=done.append)
     n_threads = 4
-    assert sorted(done) == list(range(12)) and most == 2 * n_threads
+    assert sorted(done) == list(range(12)) and most == 3 * n_threads
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         str(index): f"saw a/{index}.jpg" for index in range(12)
     }
+
+
+def test_next_partition_begins_while_one_ends(tmp_path: Path) -> None:
+    last = Partition(len(PARTITIONS), 0, ("a/last.jpg",), ("a",))
+    saw: list[bool] = []
+    with open_client(ONE_WORKER) as client:
+        map_partitions(client, wait_for_next, PARTITIONS, 20, delivered=tmp_path, on_result=saw.append)
+        assert wait_for_next(last, tmp_path, 0) is False, "without a worker nothing happens"
+    # That of the last one never comes.
+    assert sorted(saw) == [False] + [True] * 11
 
 
 def test_map_partitions_delivers_again_when_every_worker_dies(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from fruitdask.models import (
     ModelArtifact,
     build_artifact,
     cache,
+    choose_batch_size,
     choose_engine,
     choose_input_px,
     engines,
@@ -77,6 +79,21 @@ def test_mobilenet_features_equal_keras(photographs: Path, mobilenet_weights: Pa
     assert (artifact.n_features, artifact.input_px, artifact.preprocessing) == (1280, 224, "own")
     assert artifact.engine == engine
     assert measure_error(load_predictor(artifact, n_threads=1)(pixels), expected) < 1e-5
+
+
+def test_mixed_precision_is_close_and_says_so(photographs: Path, mobilenet_weights: Path) -> None:
+    import keras
+
+    pixels = read_pixels(sorted(photographs.glob("*/*.jpg"))[::200], 224)
+    exact, mixed = (
+        load_predictor(build_artifact(config), n_threads=1)(pixels)
+        for config in (
+            ModelConfig(weights=str(mobilenet_weights), engine="tensorflow"),
+            ModelConfig(weights=str(mobilenet_weights), precision="mixed_float16"),
+        )
+    )
+    assert 1e-3 < measure_error(mixed, exact) < 0.1
+    assert keras.config.dtype_policy().name == "float32"
 
 
 @pytest.mark.parametrize(
@@ -414,6 +431,35 @@ def test_settle_engine_asks_for_the_gpus_of_workers(
     monkeypatch.setattr(engines, "_has_nvidia_gpu", lambda: client_has_gpu)
     config = load_config({"input": {"url": "x"}, "output": {"url": "y"}, "cluster": cluster})
     assert settle_engine(config) == ModelConfig(engine=expected)
+
+
+def test_mixed_precision_takes_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda name: object())
+    monkeypatch.setattr(engines, "_has_nvidia_gpu", lambda: False)
+    assert choose_engine(ModelConfig(precision="mixed_float16")) == "tensorflow"
+    with pytest.raises(
+        ModelError, match="model.precision mixed_float16 needs TensorFlow, .*; set model.engine: tensor"
+    ):
+        choose_engine(ModelConfig(precision="mixed_float16", engine="openvino"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_gpu", "expected"),
+    [
+        ({}, False, 8),
+        ({}, True, 32),
+        ({"model": {"engine": "openvino"}}, True, 8),
+        ({"featurize": {"batch_size": 3}}, True, 3),
+        ({"cluster": {"kind": "ec2", "docker_image": "any", "worker_instance_type": "m6i.large"}}, True, 8),
+    ],
+    ids=["CPU", "GPU", "openvino on a GPU's machine", "given", "CPUs of ec2"],
+)
+def test_choose_batch_size(
+    settings: dict[str, Any], has_gpu: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "_has_nvidia_gpu", lambda: has_gpu)
+    config = load_config({"input": {"url": "x"}, "output": {"url": "y"}} | settings)
+    assert choose_batch_size(config) == expected
 
 
 def test_choose_engine_refuses_openvino_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

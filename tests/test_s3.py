@@ -482,7 +482,7 @@ def test_all_threads_of_a_worker_read_as_many_files_at_once_as_configured(sample
         partition = Partition(0, 0, names, ("any",) * concurrent_reads)
 
         def read(_: int) -> list[str]:
-            batches = read_batches(partition, source, input_px=32, watch=Stopwatch())
+            batches = read_batches(partition, source, input_px=32, watch=Stopwatch(), on_asked=lambda: None)
             return [outcome.status for batch in batches for outcome in batch.outcomes]
 
         with ThreadPoolExecutor(n_threads) as pool:

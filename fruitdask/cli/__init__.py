@@ -1,5 +1,7 @@
 """The command line: parse, call one function, say in one sentence what went wrong."""
 
+import atexit
+import gc
 from typing import NoReturn
 
 import click
@@ -31,5 +33,7 @@ for _command in (run, plan, explore, report, erase, validate, schema, sample, ia
 
 def main() -> NoReturn:
     """Run the command line."""
+    # Before it ends, Python looks for cycles among all objects, again and again: half a second after a run.
+    atexit.register(gc.freeze)
     cli()
     raise SystemExit(0)

@@ -29,13 +29,12 @@ def run(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool)
     """
     from rich.console import Console
 
-    from fruitdask.config import load_config
     from fruitdask.progress import choose_progress
 
     overrides += ("output.overwrite=true",) if overwrite else ()
     again = "what is stored stays, run the same command again to go on" + (", without --overwrite" if overwrite else "")
     with reported(verbose=verbose, again=again):
-        loaded = load_config(config, overrides=overrides)
+        loaded = _load(config, overrides)
         from fruitdask.pipeline import run as run_pipeline
 
         result = run_pipeline(loaded, progress=choose_progress())
@@ -54,12 +53,11 @@ def explore(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: b
     """
     from rich.console import Console
 
-    from fruitdask.config import load_config
     from fruitdask.progress import choose_progress
 
     overrides += ("output.overwrite=true",) if overwrite else ()
     with reported(verbose=verbose):
-        loaded = load_config(config, overrides=overrides)
+        loaded = _load(config, overrides)
         from fruitdask.pipeline import explore as explore_images
 
         _print_exploration(explore_images(loaded, progress=choose_progress()), loaded, Console())
@@ -82,6 +80,17 @@ def report(config: str, overrides: tuple[str, ...]) -> None:
         click.echo(f"Wrote {render_report(loaded).location.url}")
 
 
+def _load(config: str, overrides: tuple[str, ...]) -> "Config":
+    """Load the configuration of a command that works on a cluster, and let a local one prepare itself while this process imports."""
+    from fruitdask.cluster import prepare_local
+    from fruitdask.config import load_config
+
+    loaded = load_config(config, overrides=overrides)
+    if loaded.cluster.kind == "local":
+        prepare_local()
+    return loaded
+
+
 def _print_summary(result: "RunResult", console: "Console") -> None:
     """Print what a run has done and where it is."""
     manifest = result.manifest
@@ -94,7 +103,7 @@ def _print_summary(result: "RunResult", console: "Console") -> None:
         "images": f"{n_ok:,} ok, {n_images - n_ok:,} failed",
         "model": f"{manifest['model']['name']}, {manifest['model']['n_features']} features, {manifest['model']['engine']}",
         "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items() if stage != "worker"),
-        "worker seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.get("worker", {}).items()),
+        "workers' time": _format_shares(manifest),
         "speed": (
             f"{result.n_computed / seconds['featurize']:.1f} images/s while featurizing"
             if result.n_computed and "featurize" in seconds
@@ -161,6 +170,17 @@ def _build_class_table(by_class: dict[str, dict[str, int]]) -> "Table":
     if len(by_class) > len(shown):
         table.add_row(f"... and {len(by_class) - len(shown)} more classes", "", "")
     return table
+
+
+def _format_shares(manifest: "dict[str, Any]") -> str:
+    """Say what workers have spent their time on, the most first: that is what limits them."""
+    seconds = manifest["seconds"]
+    spent = dict(seconds.get("worker", {}))
+    # Partitions overlap a little, so the stages may add up to more than has passed.
+    whole = max(seconds.get("featurize", 0.0) * manifest["cluster"]["n_threads"], sum(spent.values()))
+    spent["idle"] = whole - sum(spent.values())
+    shares = sorted(spent.items(), key=lambda item: -item[1])
+    return ", ".join(f"{stage} {value / whole:.0%}" for stage, value in shares) if whole else ""
 
 
 def _format_cost(cost: "dict[str, Any] | None") -> str:

@@ -6,11 +6,11 @@ from typing import Any
 
 from fruitdask.cluster.address import open_address
 from fruitdask.cluster.ec2 import open_ec2
-from fruitdask.cluster.local import choose_workers, open_local
+from fruitdask.cluster.local import choose_workers, open_local, prepare_local
 from fruitdask.config import ClusterConfig
 from fruitdask.costs import Usage
 
-__all__ = ["choose_workers", "list_usage", "open_client"]
+__all__ = ["choose_workers", "list_usage", "open_client", "prepare_local"]
 
 
 def open_client(config: ClusterConfig) -> AbstractContextManager[Any]:

@@ -2,6 +2,9 @@
 
 import logging
 import math
+import multiprocessing
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +18,17 @@ _BYTES_PER_WORKER = 2 * 1024**3
 
 #: Ctrl-C in a terminal reaches every process of the group; the client alone answers it, and closes the workers.
 _IGNORE_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+#: What workers import; the first is Dask's own. They are forked from one process that has imported it already.
+_PRELOADED = ["distributed.nanny", "fruitdask.featurize"]
+#: What must be set before a worker starts; whoever has set it otherwise knows why. The first three are Dask's own settings. Dask would
+#: also have freed memory handed back at once, and each decoded image paged in anew: decoding took 4.4 ms an image instead of 2.8.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_TRIM_THRESHOLD_": str(64 * 1024**2),
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2),
+}
 
 
 def choose_workers(config: LocalClusterConfig, *, n_cores: int, memory_bytes: int) -> tuple[int, int]:
@@ -50,6 +64,27 @@ def choose_workers(config: LocalClusterConfig, *, n_cores: int, memory_bytes: in
     return n_workers, threads or max(1, math.floor(n_cores / n_workers))
 
 
+def prepare_local() -> None:
+    """
+    Let the process start from which workers are forked, so that it imports what they need while the client does something else.
+
+    Workers then start in a fraction of the time, and one import serves all of them. This is done on Linux, where libraries bear being
+    forked; elsewhere each worker imports for itself.
+    """
+    if sys.platform != "linux":
+        return
+    from multiprocessing import forkserver
+
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    saved = dict(os.environ)
+    os.environ.update({name: saved.get(name, value) for name, value in _ENVIRONMENT.items()})
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name in _ENVIRONMENT.keys() - saved.keys():
+            del os.environ[name]
+
+
 @contextmanager
 def open_local(config: LocalClusterConfig) -> Iterator[Any]:
     """
@@ -70,31 +105,40 @@ def open_local(config: LocalClusterConfig) -> Iterator[Any]:
     ClusterStartError
         If it does not start.
     """
+    prepare_local()
+    import dask
     from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
     from distributed.system import MEMORY_LIMIT
 
     n_workers, threads = choose_workers(config, n_cores=CPU_COUNT, memory_bytes=MEMORY_LIMIT)
-    try:
-        with warnings.catch_warnings():
-            # Another run has the dashboard's port; Dask takes a free one, and the link that is shown is right.
-            warnings.filterwarnings("ignore", "Port .* is already in use", UserWarning)
-            cluster = LocalCluster(
-                n_workers=n_workers,
-                threads_per_worker=threads,
-                memory_limit=config.memory_limit or "auto",
-                # Without a dashboard Dask still serves its health and metrics there, and would take the usual port for them.
-                dashboard_address=config.dashboard_address or "127.0.0.1:0",
-                scheduler_kwargs={"dashboard": config.dashboard_address is not None},
-                host="127.0.0.1",
-                # A task's error comes back as its exception; workers also log that the scheduler is gone while they are closed.
-                silence_logs=logging.CRITICAL,
-                preload=[_IGNORE_INTERRUPTS],
-            )
-    except Exception as error:
-        # Dask raises whatever kept a process from starting: OSError, ValueError of an option, TimeoutError ...
-        raise ClusterStartError(
-            f"the local cluster ({n_workers} workers) did not start: {error}; check the section cluster"
-        ) from error
-    with cluster, Client(cluster) as client:
-        yield client
+    # They hold for workers that replace others too.
+    settings = {"distributed.nanny.pre-spawn-environ": _ENVIRONMENT}
+    if sys.platform == "linux":
+        settings["distributed.worker.multiprocessing-method"] = "forkserver"
+    with dask.config.set(settings):
+        try:
+            with warnings.catch_warnings():
+                # Another run has the dashboard's port; Dask takes a free one, and the link that is shown is right.
+                warnings.filterwarnings("ignore", "Port .* is already in use", UserWarning)
+                cluster = LocalCluster(
+                    n_workers=n_workers,
+                    threads_per_worker=threads,
+                    memory_limit=config.memory_limit or "auto",
+                    # Without a dashboard Dask still serves its health and metrics there, and would take the usual port for them.
+                    dashboard_address=config.dashboard_address or "127.0.0.1:0",
+                    scheduler_kwargs={"dashboard": config.dashboard_address is not None},
+                    host="127.0.0.1",
+                    # A task's error comes back as its exception; workers also log that the scheduler is gone while they are closed.
+                    silence_logs=logging.CRITICAL,
+                    preload=[_IGNORE_INTERRUPTS],
+                    # They are forked from a process that may have started before a variable was set, such as AWS_PROFILE in a notebook.
+                    env=dict(os.environ),
+                )
+        except Exception as error:
+            # Dask raises whatever kept a process from starting: OSError, ValueError of an option, TimeoutError ...
+            raise ClusterStartError(
+                f"the local cluster ({n_workers} workers) did not start: {error}; check the section cluster"
+            ) from error
+        with cluster, Client(cluster) as client:
+            yield client

@@ -84,6 +84,10 @@ class ModelConfig(Section):
         "auto",
         description="What runs the network on the workers; auto takes openvino where it is installed and there is no GPU.",
     )
+    precision: Literal["float32", "mixed_float16"] = Field(
+        "float32",
+        description="mixed_float16 is faster on GPUs, by TensorFlow, and changes features by some hundredths.",
+    )
 
     @model_validator(mode="after")
     def _check_keras_file(self) -> "ModelConfig":
@@ -91,6 +95,8 @@ class ModelConfig(Section):
             raise ValueError(
                 "preprocessing must be given for a .keras file, which does not say how its pixels were scaled: tf, caffe, torch or none"
             )
+        if self.weights.endswith(".keras") and self.precision != "float32":
+            raise ValueError("precision cannot be chosen for a .keras file, which brings its own; leave it out")
         return self
 
 
@@ -100,7 +106,9 @@ class FeaturizeConfig(Section):
     images_per_partition: int | None = Field(
         None, ge=1, description="Images a task and a Zarr chunk; null chooses from the number of images."
     )
-    batch_size: int = Field(8, ge=1, description="Images a call of the network; a worker's memory grows with it.")
+    batch_size: int | None = Field(
+        None, ge=1, description="Images a call of the network; null takes 8 on CPUs and 32 on GPUs."
+    )
     max_failed_fraction: float = Field(
         0.05, ge=0, le=1, description="The run fails when a larger fraction of the images does."
     )

@@ -13,6 +13,7 @@ from PIL import Image
 from fruitdask.catalog import Partition
 from fruitdask.fetch import Batch, ImageSource, Outcome, Stopwatch, read_batches
 from fruitdask.images import read_header
+from fruitdask.mapping import let_next_begin
 from fruitdask.privacy import KINDS, find_metadata
 from fruitdask.storage import Location, explained
 from fruitdask.store import open_thumbnails
@@ -236,7 +237,8 @@ def explore_partition(partition: Partition, job: ExploreJob) -> Findings:
         If the thumbnails cannot be written.
     """
     explorer = Explorer(partition, job)
-    for batch in read_batches(partition, job.source, input_px=job.input_px, watch=Stopwatch()):
+    batches = read_batches(partition, job.source, input_px=job.input_px, watch=Stopwatch(), on_asked=let_next_begin)
+    for batch in batches:
         explorer.add(batch)
     return explorer.finish()
 

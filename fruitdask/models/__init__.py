@@ -3,13 +3,14 @@
 from fruitdask.models.artifact import ModelArtifact, Predictor
 from fruitdask.models.build import build_artifact, choose_input_px, fingerprint_model
 from fruitdask.models.child import start_building
-from fruitdask.models.engines import choose_engine, settle_engine
+from fruitdask.models.engines import choose_batch_size, choose_engine, settle_engine
 from fruitdask.models.predict import load_predictor, prepare_engine
 
 __all__ = [
     "ModelArtifact",
     "Predictor",
     "build_artifact",
+    "choose_batch_size",
     "choose_engine",
     "choose_input_px",
     "fingerprint_model",

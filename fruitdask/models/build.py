@@ -127,8 +127,9 @@ def build_artifact(config: ModelConfig) -> ModelArtifact:
     """
     engine = choose_engine(config)
     import_tensorflow(with_keras=True)
-    network, preprocess, preprocessing = _build_network(config)
-    features = _pool(network, config)
+    with _computing_in(config.precision):
+        network, preprocess, preprocessing = _build_network(config)
+        features = _pool(network, config)
     input_px = int(features.input_shape[1])
     graph = _freeze(lambda images: features(preprocess(images), training=False), input_px)
     return ModelArtifact(
@@ -139,6 +140,19 @@ def build_artifact(config: ModelConfig) -> ModelArtifact:
         input_px=input_px,
         n_features=int(features.output_shape[-1]),
     )
+
+
+@contextmanager
+def _computing_in(precision: str) -> Iterator[None]:
+    """Let the layers that are made compute so; it is a setting of the whole process."""
+    import keras
+
+    saved = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(precision)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(saved)
 
 
 def _locate_weights(config: ModelConfig) -> Location:
@@ -298,7 +312,7 @@ def _freeze(call: Callable[[Any], Any], input_px: int) -> bytes:
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     def trace(images: Any) -> Any:
-        return tf.identity(call(tf.cast(images, tf.float32)))
+        return tf.identity(tf.cast(call(tf.cast(images, tf.float32)), tf.float32))
 
     signature = tf.TensorSpec((None, input_px, input_px, 3), tf.uint8, name="images")
     frozen = convert_variables_to_constants_v2(tf.function(trace).get_concrete_function(signature))

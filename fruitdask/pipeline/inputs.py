@@ -13,6 +13,7 @@ from fruitdask.catalog import hash_catalog, list_images
 from fruitdask.config import URL_KEYS, Config
 from fruitdask.errors import ConfigError, OutputError
 from fruitdask.fetch import ImageSource
+from fruitdask.models import choose_batch_size
 from fruitdask.progress import RunProgress
 from fruitdask.residency import check_regions, find_regions
 from fruitdask.sample import draw_sample
@@ -94,9 +95,8 @@ def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
     if config.input.sample is not None and not exists(source):
         sample = config.input.sample
         draw_sample(source.path, per_class=sample.per_class, size_px=sample.size_px, seed=sample.seed)
-    options = config.featurize.model_dump(
-        include={"batch_size", "max_pixels", "decode", "fetch_attempts", "concurrent_reads"}
-    )
+    options = config.featurize.model_dump(include={"max_pixels", "decode", "fetch_attempts", "concurrent_reads"})
+    options["batch_size"] = choose_batch_size(config)
     catalog = list_images(config.input)
     if output.is_s3:
         check_bucket(output)
