@@ -113,7 +113,7 @@ def open_local(config: LocalClusterConfig) -> Iterator[Any]:
 
     n_workers, threads = choose_workers(config, n_cores=CPU_COUNT, memory_bytes=MEMORY_LIMIT)
     # They hold for workers that replace others too.
-    settings = {"distributed.nanny.pre-spawn-environ": _ENVIRONMENT}
+    settings: dict[str, Any] = {"distributed.nanny.pre-spawn-environ": _ENVIRONMENT}
     if sys.platform == "linux":
         settings["distributed.worker.multiprocessing-method"] = "forkserver"
     with dask.config.set(settings):

@@ -13,31 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measuring import Measurement, measure, print_header, print_line, repeat_images
+from measuring import measure, measure_run, print_header, print_line, repeat_images
 
 HERE = Path(__file__).parent
-CONFIG = HERE.parents[1] / "configs" / "local.yaml"
-
-
-#: What the plain loop does not do.
-EXTRAS = ("explore.enabled", "quality.enabled", "plots.enabled", "report.enabled")
-
-
-def run_fruitdask(
-    photographs: Path, weights: Path, folder: Path, name: str, *, with_extras: bool = False
-) -> Measurement:
-    """Run the command on a folder; networks are kept in, and taken from, a cache of the benchmark's own."""
-    settings = [
-        f"input.url={photographs}",
-        f"model.weights={weights}",
-        f"output.url={folder / name}",
-        "reduce.n_components=2",
-        "reduce.tsne.enabled=false",
-        *(f"{extra}={str(with_extras).lower()}" for extra in EXTRAS),
-    ]
-    overrides = [argument for setting in settings for argument in ("--set", setting)]
-    command = [sys.executable, "-m", "fruitdask", "run", str(CONFIG), *overrides]
-    return measure(command, XDG_CACHE_HOME=str(folder / "cache"))
 
 
 def main() -> None:
@@ -57,16 +35,15 @@ def main() -> None:
         print_header()
         print_line("plain Keras loop", loop, loop)
         for title in ("fruitdask, first run", "fruitdask, network kept from before"):
-            print_line(title, run_fruitdask(arguments.photographs, arguments.weights, folder, title.split()[-1]), loop)
-        again = run_fruitdask(arguments.photographs, arguments.weights, folder, "before")
+            print_line(title, measure_run(arguments.photographs, arguments.weights, folder / title.split()[-1]), loop)
+        again = measure_run(arguments.photographs, arguments.weights, folder / "before")
         print_line("the same command again", again, loop)
-        extras = run_fruitdask(arguments.photographs, arguments.weights, folder, "extras", with_extras=True)
+        extras = measure_run(arguments.photographs, arguments.weights, folder / "extras", with_extras=True)
         print_line("with exploration, quality, figures, page", extras, loop)
         if arguments.repeat:
             repeated = repeat_images(arguments.photographs, folder / "repeated", arguments.repeat)
-            print_line(
-                f"each image {arguments.repeat} times", run_fruitdask(repeated, arguments.weights, folder, "more"), loop
-            )
+            more = measure_run(repeated, arguments.weights, folder / "more")
+            print_line(f"each image {arguments.repeat} times", more, loop)
 
 
 if __name__ == "__main__":

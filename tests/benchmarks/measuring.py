@@ -1,14 +1,21 @@
-"""Run a command and measure it with all the processes it starts."""
+"""Run a command and measure it with all the processes it starts; describe the machine it ran on."""
 
 import os
+import platform
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 
+CONFIG = Path(__file__).parents[2] / "configs" / "local.yaml"
+#: What the programs that fruitdask is compared with do not do.
+EXTRAS = ("explore.enabled", "quality.enabled", "plots.enabled", "report.enabled")
 _SECONDS_BETWEEN_SAMPLES = 0.05
 
 
@@ -80,6 +87,91 @@ def measure(command: list[str], **environment: str) -> Measurement:
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}")
     return Measurement(seconds, client_bytes, worker_bytes, tree_bytes, sum(cpu_seconds.values()), printed)
+
+
+def measure_run(
+    photographs: Path, weights: Path, output: Path, *settings: str, with_extras: bool = False
+) -> Measurement:
+    """
+    Run fruitdask on a folder, for features and two principal components; networks are kept beside the output.
+
+    Parameters
+    ----------
+    photographs : Path
+        A folder of classes.
+    weights : Path
+        The file of MobileNetV2's weights without its top.
+    output : Path
+        Where results go.
+    *settings : str
+        Further settings, such as ``model.engine=openvino``.
+    with_extras : bool
+        Explore, judge and draw as well.
+
+    Returns
+    -------
+    Measurement
+        What it took.
+    """
+    overrides = [
+        f"input.url={photographs}",
+        f"model.weights={weights}",
+        f"output.url={output}",
+        "reduce.n_components=2",
+        "reduce.tsne.enabled=false",
+        *(f"{extra}={str(with_extras).lower()}" for extra in EXTRAS),
+        *settings,
+    ]
+    arguments = [argument for setting in overrides for argument in ("--set", setting)]
+    command = [sys.executable, "-m", "fruitdask", "run", str(CONFIG), *arguments]
+    return measure(command, XDG_CACHE_HOME=str(output.parent / "cache"))
+
+
+def describe_machine() -> str:
+    """Say on what, with what and when this was measured."""
+    names = ("dask", "keras", "openvino", "pillow", "tensorflow")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    return (
+        f"{_read_processor()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB, Python {platform.python_version()}, "
+        f"{versions}; {date.today().isoformat()}."
+    )
+
+
+def print_table(columns: list[str], rows: list[list[str]], markdown: Path | None = None) -> None:
+    """
+    Print a table in Markdown, whose columns are aligned for people too.
+
+    Parameters
+    ----------
+    columns : list[str]
+        Their titles.
+    rows : list[list[str]]
+        Their cells.
+    markdown : Path, optional
+        A file to which the table and what it was measured on are appended.
+    """
+    widths = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
+
+    def align(cells: list[str]) -> str:
+        first, *others = (
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return f"| {' | '.join([first, *others])} |"
+
+    rule = "|".join(["-" * (widths[0] + 2), *(f"{'-' * (width + 1)}:" for width in widths[1:])])
+    lines = [align(columns), f"|{rule}|", *map(align, rows)]
+    print("\n".join(lines), flush=True)
+    if markdown is not None:
+        with markdown.open("a") as file:
+            file.write("\n".join([*lines, "", describe_machine(), "", ""]))
+
+
+def _read_processor() -> str:
+    """Read the name of the processor, where Linux tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _is_worker(process: psutil.Process, client: psutil.Process) -> bool:

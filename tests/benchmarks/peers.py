@@ -1,34 +1,30 @@
 """fruitdask against what people use today, on the same photographs, in the same run.
 
-    python tests/benchmarks/peers.py PHOTOGRAPHS WEIGHTS [--peers spark ray_data ...] [--repeat 12] [--markdown BENCHMARKS.md]
+    python tests/benchmarks/peers.py WEIGHTS FOLDER [FOLDER ...] [--steady 10000] [--peers spark ray_data ...] [--markdown BENCHMARKS.md]
 
-PHOTOGRAPHS is a folder of classes, WEIGHTS the file of MobileNetV2's weights without its top. Each peer runs in a virtual environment
-of its own, which is made from the requirements beside its program in `peers/` the first time (Spark needs Java 17 as well). All do the
-same job: features of every photograph and two principal components; fruitdask therefore leaves out exploring, quality, figures and page.
-Seconds are those of the whole command, ratios those to the plain Keras loop: above 1 is faster than it.
+WEIGHTS is the file of MobileNetV2's weights without its top, each FOLDER one of classes; with --steady the first one's images are used
+again, each under several names, until there are so many. Each peer runs in a virtual environment of its own, which is made from the
+requirements beside its program in `peers/` the first time (Spark needs Java 17 as well). All do the same job: features of every
+photograph and two principal components; fruitdask therefore leaves out exploring, quality, figures and page. Seconds are those of the
+whole command, other seconds those besides featurizing: start-up, reduction, end. Ratios are to the plain Keras loop: above 1 is faster.
 """
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
-from main_job import EXTRAS
-from measuring import Measurement, measure, repeat_images
+from measuring import Measurement, measure, measure_run, print_table, repeat_images
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parents[1]
 BASELINE = "keras_loop"
 PEERS = (BASELINE, "tf_data", "ray_data", "spark")
 ENGINES = ("tensorflow", "openvino")
-COLUMNS = ("program", "seconds", "ratio", "images/s", "ratio", "CPU seconds", "MB")
+COLUMNS = ["program", "seconds", "ratio", "images/s", "ratio", "other seconds", "CPU seconds", "MB"]
 
 
 @dataclass(frozen=True)
@@ -42,13 +38,21 @@ class Line:
         The program.
     measurement : Measurement
         The whole command.
-    images_per_second : float
-        Images a second while featurizing, start-up left out.
+    n_images : int
+        Images that it featurized.
+    featurize_seconds : float
+        Seconds of that alone.
     """
 
     name: str
     measurement: Measurement
-    images_per_second: float
+    n_images: int
+    featurize_seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        """Images a second while featurizing."""
+        return self.n_images / self.featurize_seconds
 
 
 def run_peer(name: str, photographs: Path, weights: Path) -> Line:
@@ -61,91 +65,75 @@ def run_peer(name: str, photographs: Path, weights: Path) -> Line:
     command = [str(python), str(HERE / "peers" / f"{name}.py"), str(photographs), str(weights)]
     measurement = measure(command, TF_CPP_MIN_LOG_LEVEL="3", PYSPARK_PYTHON=str(python))
     told = json.loads(measurement.output.splitlines()[-1])
-    return Line(name, measurement, told["n_images"] / told["featurize_seconds"])
+    return Line(name, measurement, told["n_images"], told["featurize_seconds"])
 
 
 def run_fruitdask(engine: str, photographs: Path, weights: Path, folder: Path) -> Line:
-    """Run fruitdask twice: once to build and keep the network, once to be measured."""
-    settings = [
-        f"input.url={photographs}",
-        f"model.weights={weights}",
-        f"model.engine={engine}",
-        "reduce.n_components=2",
-        "reduce.tsne.enabled=false",
-        *(f"{extra}=false" for extra in EXTRAS),
-    ]
-    config = PROJECT / "configs" / "local.yaml"
-    for times, limit in (("first", 64), ("measured", None)):
-        output = folder / f"{engine}-{times}"
-        overrides = [*settings, f"output.url={output}"] + [f"input.limit={limit}"] * (limit is not None)
-        arguments = [argument for setting in overrides for argument in ("--set", setting)]
-        measurement = measure(
-            [sys.executable, "-m", "fruitdask", "run", str(config), *arguments], XDG_CACHE_HOME=str(folder / "cache")
-        )
-    manifest = json.loads((output / "manifest.json").read_text())
-    return Line(f"fruitdask, {engine}", measurement, manifest["n_images"] / manifest["seconds"]["featurize"])
+    """Run fruitdask twice: once on few images to build and keep the network, once to be measured."""
+    setting = f"model.engine={engine}"
+    measure_run(photographs, weights, folder / f"{engine}-first", setting, "input.limit=64")
+    measurement = measure_run(photographs, weights, folder / engine, setting)
+    manifest = json.loads((folder / engine / "manifest.json").read_text())
+    return Line(f"fruitdask, {engine}", measurement, manifest["n_images"], manifest["seconds"]["featurize"])
 
 
-def compare(title: str, peers: list[str], photographs: Path, weights: Path) -> list[str]:
-    """Run all programs on some photographs; gives the rows of a table, which are printed as they come."""
-    n_images = sum(1 for _ in photographs.glob("*/*.jpg"))
-    rows = [
-        f"### {title}: {n_images:,} images",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|---|{'---:|' * (len(COLUMNS) - 1)}",
-    ]
-    print("\n".join(rows), flush=True)
-    baseline = None
+def compare(title: str, peers: list[str], photographs: Path, weights: Path, markdown: Path | None) -> None:
+    """Run all programs on some photographs and print a table."""
+    lines = []
     with tempfile.TemporaryDirectory() as folder:
-        runs = [(run_peer, name) for name in peers] + [(None, engine) for engine in ENGINES]
-        for run, name in runs:
-            line = run(name, photographs, weights) if run else run_fruitdask(name, photographs, weights, Path(folder))
-            baseline = baseline or line
-            rows.append(format_line(line, baseline))
-            print(rows[-1], flush=True)
+        for name in peers:
+            lines.append(run_peer(name, photographs, weights))
+            print(title, *format_line(lines[-1], lines[0]), file=sys.stderr, flush=True)
+        for engine in ENGINES:
+            lines.append(run_fruitdask(engine, photographs, weights, Path(folder)))
+            print(title, *format_line(lines[-1], lines[0]), file=sys.stderr, flush=True)
+    heading = f"### {title}: {lines[0].n_images:,} images\n"
+    print(heading)
+    if markdown is not None:
+        with markdown.open("a") as file:
+            file.write(f"{heading}\n")
+    print_table(COLUMNS, [format_line(line, lines[0]) for line in lines], markdown)
     print(flush=True)
-    return [*rows, ""]
 
 
-def format_line(line: Line, baseline: Line) -> str:
+def format_line(line: Line, baseline: Line) -> list[str]:
     """Format a row of the table."""
     measured = line.measurement
-    cells = [
+    return [
         line.name,
         f"{measured.seconds:.1f}",
         f"{baseline.measurement.seconds / measured.seconds:.2f}",
         f"{line.images_per_second:.1f}",
         f"{line.images_per_second / baseline.images_per_second:.2f}",
+        f"{measured.seconds - line.featurize_seconds:.1f}",
         f"{measured.cpu_seconds:.0f}",
         f"{measured.tree_bytes / 1e6:,.0f}",
     ]
-    return f"| {' | '.join(cells)} |"
-
-
-def describe_machine() -> str:
-    """Say on what and when this was measured."""
-    names = ("dask", "keras", "openvino", "pillow", "tensorflow")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}; {date.today().isoformat()}."
 
 
 def main() -> None:
     """Run everything and print, or write, tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photographs", type=lambda path: Path(path).resolve())
     parser.add_argument("weights", type=lambda path: Path(path).resolve())
+    parser.add_argument("folders", nargs="+", type=lambda path: Path(path).resolve())
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="The first one is the baseline.")
-    parser.add_argument("--repeat", type=int, default=0, help="Names for each image in a second, longer table.")
-    parser.add_argument("--markdown", type=Path, help="Write the tables to this file too.")
+    parser.add_argument("--steady", type=int, default=0, help="Images of a further, longer table.")
+    parser.add_argument("--markdown", type=Path, help="Append the tables to this file too.")
     arguments = parser.parse_args()
-    rows = compare("Once", arguments.peers, arguments.photographs, arguments.weights)
-    if arguments.repeat:
+    for folder in arguments.folders:
+        compare(folder.parent.name, arguments.peers, folder, arguments.weights, arguments.markdown)
+    if arguments.steady:
+        first = arguments.folders[0]
+        times = -(-arguments.steady // sum(1 for _ in first.glob("*/*.jpg")))
         with tempfile.TemporaryDirectory() as name:
-            repeated = repeat_images(arguments.photographs, Path(name), arguments.repeat)
-            rows += compare(f"Each {arguments.repeat} times", arguments.peers, repeated, arguments.weights)
-    if arguments.markdown:
-        arguments.markdown.write_text("\n".join([*rows, describe_machine(), ""]))
+            repeated = repeat_images(first, Path(name), times)
+            compare(
+                f"{first.parent.name}, {times} times",
+                arguments.peers,
+                repeated,
+                arguments.weights,
+                arguments.markdown,
+            )
 
 
 if __name__ == "__main__":
