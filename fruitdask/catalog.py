@@ -50,12 +50,15 @@ class Partition:
         Paths of its images relative to the input URL.
     labels : tuple[str, ...]
         Their classes.
+    avoided : frozenset[int]
+        Places, counted from 0, of images that are not to be opened: they kill the process that does.
     """
 
     index: int
     start: int
     paths: tuple[str, ...]
     labels: tuple[str, ...]
+    avoided: frozenset[int] = frozenset()
 
 
 def list_images(config: InputConfig) -> pd.DataFrame:

@@ -174,6 +174,10 @@ def read_batches(
         The next images. An image that cannot be read or decoded has an outcome that says why, and no pixels.
     """
     outcomes = [Outcome(path, label) for path, label in zip(partition.paths, partition.labels, strict=True)]
+    for place in partition.avoided:
+        outcomes[place].fail(
+            "crashed", "each process that worked on this image died: it needs too much memory or crashes a decoder"
+        )
     with ThreadPoolExecutor(source.concurrent_reads) as pool:
         fetched = _fetch_ahead(outcomes, source, pool, on_asked)
         for start in range(0, len(outcomes), source.batch_size):
@@ -210,6 +214,8 @@ def _wait(outcome: Outcome, reading: "Future[None]") -> Outcome:
 def _fetch(outcome: Outcome, fs: Any, path: str, max_attempts: int) -> None:
     """Read one file, trying again unless it is certainly not there or not to be had, or time is up."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
+    if outcome.status != "ok":
+        return
     while outcome.attempts < max_attempts and time.monotonic() < deadline:
         if outcome.attempts:
             time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (outcome.attempts - 1))

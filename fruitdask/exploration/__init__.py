@@ -5,7 +5,14 @@ Tasks look at each image once (``partition``); the client puts together what the
 """
 
 from fruitdask.exploration.files import Exploration, read_exploration, write_exploration
-from fruitdask.exploration.partition import ClassSums, ExploreJob, Explorer, Findings, explore_partition
+from fruitdask.exploration.partition import (
+    ClassSums,
+    ExploreJob,
+    Explorer,
+    Findings,
+    explore_partition,
+    probe_exploration,
+)
 from fruitdask.exploration.summary import (
     Measured,
     Tally,
@@ -27,6 +34,7 @@ __all__ = [
     "explore_partition",
     "mean_squared_difference",
     "measure_partition",
+    "probe_exploration",
     "read_exploration",
     "summarize_findings",
     "write_exploration",

@@ -50,6 +50,7 @@ class _Task:
     manifest: dict[str, Any] | None
     committed: frozenset[int]
     budget: Budget
+    lock: store.OutputLock | None
 
     @property
     def config(self) -> Config:
@@ -120,9 +121,9 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
     """
     progress = progress or RunProgress()
     clock = _Clock()
-    with progress:
+    with progress, ExitStack() as locks:
         progress.begin("Listing images")
-        task = _prepare(config, client, clock, progress)
+        task = _prepare(config, client, clock, progress, locks)
         _check_failures(task, _count_failed(task))
         if config.model.weights == "random":
             progress.say("Warning: model.weights is random; features of an untrained network say little about images.")
@@ -179,7 +180,7 @@ def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
     clock = _Clock()
     with progress:
         progress.begin("Listing images")
-        task = _prepare(config, None, clock, progress, is_dry=True)
+        task = _prepare(config, None, clock, progress, locks=None)
         return estimate(_describe_work(task, None, clock), progress)
 
 
@@ -203,13 +204,15 @@ class _Clock:
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def _prepare(config: Config, client: Any, clock: _Clock, progress: RunProgress, *, is_dry: bool = False) -> _Task:
-    """Check all that can be checked before anything is started or written; a dry run leaves an erasure as it is."""
+def _prepare(config: Config, client: Any, clock: _Clock, progress: RunProgress, locks: ExitStack | None) -> _Task:
+    """Check all that can be checked before anything is started; without a place for its lock, nothing is written either."""
     with clock.measure("list"):
         inputs = prepare_inputs(config, client=client)
     output, catalog = inputs.output, inputs.catalog
     fingerprint = inputs.fingerprint | {"model": fingerprint_model(config.model)}
-    if not is_dry:
+    lock = None
+    if locks is not None:
+        lock = locks.enter_context(store.locked(output))
         settle_erasure(inputs, progress)
     elif (store.read_manifest(output) or {}).get("status") == store.ERASED:
         # Which images are left, the run will find out.
@@ -234,6 +237,7 @@ def _prepare(config: Config, client: Any, clock: _Clock, progress: RunProgress, 
             manifest=manifest,
             elapsed_seconds=clock.total_seconds,
         ),
+        lock=lock,
     )
 
 
@@ -396,7 +400,7 @@ def _featurize(
     task: _Task, artifact: ModelArtifact, client: Any, survey: Survey | None, progress: RunProgress
 ) -> dict[str, float]:
     """Featurize what has no commit mark, and look at the images meanwhile; gives the seconds of all workers by stage."""
-    from fruitdask.featurize import FeaturizeJob, featurize_partition
+    from fruitdask.featurize import FeaturizeJob, featurize_partition, probe_partition
 
     explore_job = survey.begin() if survey is not None else None
     if explore_job is not None and explore_job.input_px != artifact.input_px:
@@ -416,10 +420,14 @@ def _featurize(
         progress.advance(summary.n_images, n_failed=summary.n_failed)
         _check_failures(task, n_failed)
         task.budget.check()
+        if task.lock is not None:
+            task.lock.check()
 
     todo = (part for part in split_catalog(task.catalog, task.images_per_partition) if part.index not in task.committed)
     try:
-        map_partitions(client, featurize_partition, todo, job, delivered=artifact, on_result=note)
+        map_partitions(
+            client, featurize_partition, todo, job, delivered=artifact, on_result=note, probe=probe_partition
+        )
     except PartitionError:
         # A cluster that is lost may have ended because a limit was reached.
         task.budget.check()

@@ -11,6 +11,7 @@ from fruitdask.store.arrays import (
     write_partition,
 )
 from fruitdask.store.erasing import finish_erasing, stage_rows
+from fruitdask.store.locking import OutputLock, locked
 from fruitdask.store.manifests import (
     check_output,
     clear_output,
@@ -41,6 +42,7 @@ __all__ = [
     "FIGURES",
     "FIGURE_NAMES",
     "MANIFEST",
+    "OutputLock",
     "OUTCOME_COLUMNS",
     "QUALITY",
     "STATUSES",
@@ -52,6 +54,7 @@ __all__ = [
     "delete_thumbnails",
     "finish_erasing",
     "list_committed",
+    "locked",
     "open_store",
     "open_thumbnails",
     "read_arrays",
