@@ -1,5 +1,6 @@
 """Mapping: a function over partitions on a cluster, a bounded number in flight, and a value that all tasks need delivered to it."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
@@ -14,9 +15,13 @@ Result = TypeVar("Result")
 
 #: Partitions in flight for each thread of the cluster: one that ends, one in work, one waiting at the worker.
 _PARTITIONS_PER_THREAD = 3
-#: How often a task is tried again on another worker, and how often a value is delivered again after its last holder died.
+#: How often a task that fails is tried again.
 _TASK_RETRIES = 2
-_MAX_DELIVERIES = 20
+#: How often a partition may be lost with the last worker that held what tasks need, before it is suspected. Dask counts the deaths of
+#: workers that leave another one behind: more than ``distributed.scheduler.allowed-failures`` (3), and the task has failed.
+_MAX_LOSSES = 3
+#: How often the value is delivered again without a single task being done: something must be wrong with all of them.
+_MAX_DELIVERIES_IN_VAIN = 60
 #: How long to wait for a worker after the last one died: a nanny starts another in seconds, a cloud in minutes.
 _WORKER_TIMEOUT_SECONDS = 600
 
@@ -102,7 +107,7 @@ class _Tasks:
         """Run a function over partitions, as many at a time as the cluster is large; gives results in the order of completion."""
         from distributed import as_completed
 
-        queue, completed = iter(partitions), as_completed()
+        queue, completed, n_losses = iter(partitions), as_completed(), Counter[int]()
 
         def submit(partition: Partition) -> None:
             future = self._client.submit(
@@ -117,10 +122,14 @@ class _Tasks:
             partition = self._in_flight.pop(future)
             try:
                 result = _get_result(future, partition)
+                self._delivery.n_in_vain = 0
             except CancelledError:
                 self._delivery.renew()
-                submit(partition)
-                continue
+                n_losses[partition.index] += 1
+                if n_losses[partition.index] <= _MAX_LOSSES:
+                    submit(partition)
+                    continue
+                result = _Death(f"the last worker died {_MAX_LOSSES + 1} times over while it was in work")
             yield partition, result
             for partition in islice(queue, max(0, _count_window(self._client) - len(self._in_flight))):
                 submit(partition)
@@ -190,25 +199,25 @@ class _Delivery:
     def __init__(self, client: Any, value: Any) -> None:
         self._client = client
         self._value = value
-        self._n_deliveries = 0
+        self.n_in_vain = 0
         self._scatter()
 
     def renew(self) -> None:
         """Scatter again, once for all the tasks that one loss has cancelled."""
         if self.future.status == "finished":
             return
-        if self._n_deliveries >= _MAX_DELIVERIES:
+        if self.n_in_vain >= _MAX_DELIVERIES_IN_VAIN:
             raise PartitionError(
-                f"every worker that held the {type(self._value).__name__} of this run died, {self._n_deliveries} times over; "
-                "see the workers' logs for why"
+                f"every worker that held the {type(self._value).__name__} of this run died, {self.n_in_vain} times over, and nothing was "
+                "done meanwhile; see the workers' logs for why"
             )
+        self.n_in_vain += 1
         self._scatter()
 
     def _scatter(self) -> None:
         """Copy the value to every worker; a new key each time, for the scheduler remembers the lost one."""
         self._client.wait_for_workers(1, timeout=_WORKER_TIMEOUT_SECONDS)
         self.future = self._client.scatter(self._value, broadcast=True, hash=False)
-        self._n_deliveries += 1
 
 
 def _count_window(client: Any) -> int:
