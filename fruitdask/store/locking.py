@@ -68,21 +68,12 @@ class OutputLock:
         StorageError
             If it cannot be written.
         """
-        for _ in range(2):
-            with explained(self._location, "write"):
-                try:
-                    return self._create()
-                except OSError:
-                    found = self._read()
-                    if found is None:
-                        raise
-            if found.get("id") == self._owner["id"]:
-                # The answer to the request that wrote it was lost on its way.
-                return
-            if not _is_dead(found):
-                break
+        other = self._try_to_take()
+        if other is not None and _is_dead(other):
             delete_result(self._output, LOCK)
-        raise OutputError(_explain(found, self._location))
+            other = self._try_to_take()
+        if other is not None:
+            raise OutputError(_explain(other, self._location))
 
     def show_life(self) -> None:
         """Write that this run lives, unless the lock is somebody else's by now; where it cannot be written, the run will notice itself."""
@@ -99,6 +90,19 @@ class OutputLock:
             found = self._read()
             if found is not None and found.get("id") == self._owner["id"]:
                 delete_result(self._output, LOCK)
+
+    def _try_to_take(self) -> dict[str, Any] | None:
+        """Take the lock, or say whose it is."""
+        with explained(self._location, "write"):
+            try:
+                self._create()
+            except OSError:
+                found = self._read()
+                if found is None:
+                    raise
+                # It is ours where the answer to the request that wrote it was lost on its way.
+                return found if found.get("id") != self._owner["id"] else None
+        return None
 
     def _create(self) -> None:
         """Write the lock where there is none; raises OSError where there is one."""
