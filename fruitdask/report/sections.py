@@ -32,6 +32,8 @@ _MEANINGS = {
     "too_large": "The image has more pixels than featurize.max_pixels allows.",
     "missing": "The file was there when the images were listed, but not when it was read.",
     "unreachable": "The storage did not give the file out, however often it was asked.",
+    "not_finite": "The network gave numbers for it that are none.",
+    "crashed": "Each process that worked on it died: it needs too much memory, or crashes a decoder.",
 }
 _STAGES = {
     "list": "List the images",
