@@ -62,6 +62,7 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
             "pooling": "avg",
             "layer": None,
             "preprocessing": None,
+            "allow_code": False,
             "engine": "auto",
         },
         "cluster": {
@@ -433,6 +434,20 @@ def test_load_config_refuses_what_is_not_a_mapping_in_yaml(
     with pytest.raises(ConfigError, match=rf"^{re.escape(str(tmp_path))}/run\.yaml: {message}"):
         load_config(write(tmp_path, text))
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8787", "localhost:0", "[::1]:8787", "127.9.9.9:1", None])
+def test_load_config_takes_a_dashboard_on_this_machine(address: str | None) -> None:
+    assert load(cluster={"dashboard_address": address}).cluster.dashboard_address == address
+
+
+@pytest.mark.parametrize(
+    "address", ["0.0.0.0:8787", ":8787", "8787", "[::]:0", "10.0.0.5:8787", "example.org:8787", ""]
+)
+def test_load_config_refuses_a_dashboard_that_others_reach(address: str) -> None:
+    message = r"^the configuration: cluster\.dashboard_address: expected an address that only this machine reaches, .*, found "
+    with pytest.raises(ConfigError, match=message + re.escape(repr(address))):
+        load(cluster={"dashboard_address": address})
 
 
 def build_laughs(n_levels: int, *, merges: bool = False) -> str:
