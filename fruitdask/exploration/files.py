@@ -10,6 +10,7 @@ import pandas as pd
 from fruitdask import store
 from fruitdask.errors import StorageError
 from fruitdask.storage import Location, write_file
+from fruitdask.texts import format_csv
 
 #: A spreadsheet holds no more rows than about a million (Excel: 1,048,576).
 _MAX_CSV_ROWS = 1_000_000
@@ -78,7 +79,7 @@ def write_exploration(output: Location, exploration: Exploration) -> None:
         write_file(output.child(f"{name}.parquet"), table.to_parquet(index=False))
         store.delete_result(output, f"{name}.csv")
         if len(table) <= _MAX_CSV_ROWS:
-            write_file(output.child(f"{name}.csv"), table.to_csv(index=False, lineterminator="\n").encode())
+            write_file(output.child(f"{name}.csv"), format_csv(table).encode())
     arrays: dict[str, tuple[npt.NDArray[Any], list[str]]] = {
         "thumbnail_rows": (exploration.thumbnail_rows, ["thumbnail"]),
         "thumbnails": (exploration.thumbnails, ["thumbnail", "y", "x", "channel"]),

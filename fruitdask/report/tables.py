@@ -11,6 +11,7 @@ import pandas as pd
 
 from fruitdask.storage import Location, exists, explained, write_file
 from fruitdask.store import OUTCOME_COLUMNS, delete_result
+from fruitdask.texts import format_csv, read_csv
 
 RESULTS = "results.parquet"
 #: A spreadsheet holds no more rows than about a million (Excel: 1,048,576).
@@ -109,7 +110,7 @@ def write_results(
         )
         write_file(output.child(RESULTS, f"part-{number:05d}.parquet"), table.to_parquet(index=False))
         if len(pca) <= _MAX_CSV_ROWS:
-            table.to_csv(csv, index=False, header=start == 0, lineterminator="\n")
+            csv.write(format_csv(table, with_header=start == 0))
         failures.append(piece[piece["status"] != "ok"])
         counts.add(piece)
         start = rows.stop
@@ -136,7 +137,7 @@ def write_failures(output: Location, outcomes: pd.DataFrame) -> None:
     StorageError
         If it cannot be written.
     """
-    write_file(output.child("failures.csv"), outcomes.to_csv(index=False, lineterminator="\n").encode())
+    write_file(output.child("failures.csv"), format_csv(outcomes).encode())
 
 
 def read_failures(output: Location) -> pd.DataFrame:
@@ -163,7 +164,7 @@ def read_failures(output: Location) -> pd.DataFrame:
         return pd.DataFrame(columns=list(OUTCOME_COLUMNS))
     with explained(location, "read"):
         data = location.fs.cat_file(location.path)
-    return pd.read_csv(io.BytesIO(data), keep_default_na=False, dtype=dict.fromkeys(OUTCOME_COLUMNS[:-1], str))
+    return read_csv(data, dict.fromkeys(OUTCOME_COLUMNS[:-1], str))
 
 
 def read_results(output: Location) -> pd.DataFrame:
