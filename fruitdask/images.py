@@ -245,7 +245,7 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         background = Image.new("RGBA", image.size, _WHITE)
         return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _explain(data: bytes, error: Exception) -> str:
