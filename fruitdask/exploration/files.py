@@ -75,7 +75,7 @@ def write_exploration(output: Location, exploration: Exploration) -> None:
         If something cannot be written.
     """
     for name, table in ((_IMAGES, exploration.images), (_CLASSES, exploration.classes.reset_index())):
-        write_file(output.child(f"{name}.parquet"), table.to_parquet(index=False))
+        store.write_table(output.child(f"{name}.parquet"), table)
         store.delete_result(output, f"{name}.csv")
         if len(table) <= _MAX_CSV_ROWS:
             write_file(output.child(f"{name}.csv"), table.to_csv(index=False, lineterminator="\n").encode())
@@ -110,8 +110,8 @@ def read_exploration(output: Location) -> Exploration | None:
     summary = store.read_manifest(output, name=store.EXPLORATION)
     if summary is None or summary["status"] != "complete":
         return None
-    images = store.read_table(output.child(f"{_IMAGES}.parquet"))
-    classes = store.read_table(output.child(f"{_CLASSES}.parquet")).set_index("label")
+    images = store.read_table(output, f"{_IMAGES}.parquet")
+    classes = store.read_table(output, f"{_CLASSES}.parquet").set_index("label")
     arrays = store.read_arrays(output.child(_ARRAYS))
     missing = sorted({"thumbnail_rows", "thumbnails", "means"} - set(arrays))
     if missing:

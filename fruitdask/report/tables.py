@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask.storage import Location, exists, explained, write_file
-from fruitdask.store import OUTCOME_COLUMNS, delete_result
+from fruitdask.store import OUTCOME_COLUMNS, advise_repair, delete_result, read_table, write_table
 
 RESULTS = "results.parquet"
 #: A spreadsheet holds no more rows than about a million (Excel: 1,048,576).
@@ -107,7 +107,7 @@ def write_results(
         table = _add_columns(
             piece[["path", "label", "status"]], pca=pca[rows], tsne=None if tsne is None else tsne[rows]
         )
-        write_file(output.child(RESULTS, f"part-{number:05d}.parquet"), table.to_parquet(index=False))
+        write_table(output.child(RESULTS, f"part-{number:05d}.parquet"), table)
         if len(pca) <= _MAX_CSV_ROWS:
             table.to_csv(csv, index=False, header=start == 0, lineterminator="\n")
         failures.append(piece[piece["status"] != "ok"])
@@ -161,9 +161,9 @@ def read_failures(output: Location) -> pd.DataFrame:
     location = output.child("failures.csv")
     if not exists(location):
         return pd.DataFrame(columns=list(OUTCOME_COLUMNS))
-    with explained(location, "read"):
+    with explained(location, "read", remedy=advise_repair(output)):
         data = location.fs.cat_file(location.path)
-    return pd.read_csv(io.BytesIO(data), keep_default_na=False, dtype=dict.fromkeys(OUTCOME_COLUMNS[:-1], str))
+        return pd.read_csv(io.BytesIO(data), keep_default_na=False, dtype=dict.fromkeys(OUTCOME_COLUMNS[:-1], str))
 
 
 def read_results(output: Location) -> pd.DataFrame:
@@ -185,16 +185,32 @@ def read_results(output: Location) -> pd.DataFrame:
     StorageError
         If it cannot be read.
     """
-    import pyarrow.dataset
+    return pd.concat([read_table(output, RESULTS, name) for name in list_parts(output)], ignore_index=True)
 
+
+def list_parts(output: Location) -> list[str]:
+    """
+    List the files of the table of all images.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder of a finished run.
+
+    Returns
+    -------
+    list[str]
+        Their names in order.
+
+    Raises
+    ------
+    StorageError
+        If the folder cannot be listed.
+    """
     folder = output.child(RESULTS)
-    with explained(folder, "read"):
+    with explained(folder, "list"):
         folder.fs.invalidate_cache()
-        paths = sorted(folder.fs.find(folder.path))
-        table: pd.DataFrame = (
-            pyarrow.dataset.dataset(paths, filesystem=folder.fs, format="parquet").to_table().to_pandas()
-        )
-    return table
+        return sorted(path.rsplit("/", 1)[-1] for path in folder.fs.find(folder.path) if path.endswith(".parquet"))
 
 
 def _add_columns(

@@ -1,6 +1,7 @@
 """The output folder: manifests, features, outcomes. What is written last marks what is done."""
 
 from fruitdask.store.arrays import (
+    StoredArray,
     create_store,
     create_thumbnails,
     delete_thumbnails,
@@ -12,6 +13,7 @@ from fruitdask.store.arrays import (
 )
 from fruitdask.store.erasing import finish_erasing, stage_rows
 from fruitdask.store.manifests import (
+    advise_repair,
     check_output,
     clear_output,
     delete_result,
@@ -32,7 +34,8 @@ from fruitdask.store.names import (
     QUALITY,
     STATUSES,
 )
-from fruitdask.store.outcomes import list_committed, read_outcomes, read_table
+from fruitdask.store.outcomes import list_committed, read_outcomes
+from fruitdask.store.tables import read_table, write_table
 
 __all__ = [
     "ERASED",
@@ -44,6 +47,8 @@ __all__ = [
     "OUTCOME_COLUMNS",
     "QUALITY",
     "STATUSES",
+    "StoredArray",
+    "advise_repair",
     "check_output",
     "clear_output",
     "create_store",
@@ -65,4 +70,5 @@ __all__ = [
     "write_json",
     "write_manifest",
     "write_partition",
+    "write_table",
 ]

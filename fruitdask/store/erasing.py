@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask.storage import Location, exists, explained
-from fruitdask.store.arrays import create_store, open_store, write_partition
+from fruitdask.store.arrays import StoredArray, create_store, open_store, write_partition
 from fruitdask.store.manifests import delete_result, read_manifest, write_manifest
 from fruitdask.store.names import ERASED, ERASING, EXPLORATION_NAMES, FEATURES, MANIFEST, PARTITIONS, RUN_NAMES, STAGING
 from fruitdask.store.outcomes import list_committed, read_outcomes
@@ -49,7 +49,7 @@ def stage_rows(
     store: Any = open_store(output)
     if store is None:
         return
-    features, committed = store["features"], list_committed(output)
+    features, committed = StoredArray(store["features"], output), list_committed(output)
     create_store(
         staging,
         n_images=len(rows),
@@ -62,8 +62,7 @@ def stage_rows(
         sources, ordinals = np.unique(chosen // images_per_partition, return_inverse=True)
         if committed.issuperset(sources.tolist()):
             outcomes = pd.concat(read_outcomes(output, sources.tolist()))
-            with explained(output, "read the features in"):
-                kept = features.oindex[chosen]
+            kept = features[chosen, :]
             places = ordinals * images_per_partition + chosen % images_per_partition
             write_partition(staging, index=index, start=start, features=kept, outcomes=outcomes.iloc[places])
 

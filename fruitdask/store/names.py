@@ -8,6 +8,8 @@ OUTCOME_COLUMNS = ("path", "label", "status", "error", "attempts")
 MANIFEST, EXPLORATION = "manifest.json", "explore.json"
 #: What a manifest says while images are being erased, and after that until results without them are there.
 ERASING, ERASED = "erasing", "erased"
+#: The entry of JSON files and of attributes by which damage shows; arrays and tables have checksums of their own.
+CHECKSUM = "checksum"
 QUALITY = "quality.json"
 FEATURES = "features.zarr"
 PARTITIONS = "partitions"
