@@ -28,6 +28,8 @@ _S3_CONFIG: Mapping[str, Any] = {"max_pool_connections": 256, "retries": {"mode"
 _S3_RETRIES = 2
 #: Modules of clients whose errors do not derive from OSError.
 _FOREIGN_ERRORS = ("botocore", "aiobotocore", "aiohttp", "azure", "google")
+#: Modules of decoders whose errors do derive from OSError: Zarr misses what it does not recognize.
+_DECODERS = ("zarr",)
 #: Access keys of AWS, and signatures of its requests.
 _SECRETS = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?<=Signature=)[\w%/+=-]+|(?<=X-Amz-Credential=)[\w%/+=-]+")
 
@@ -180,10 +182,10 @@ def explained(location: Location, action: str, *, remedy: str | None = None) -> 
         is_expected = isinstance(error, OSError) or type(error).__module__.startswith(_FOREIGN_ERRORS)
         # Clients are made on first use, and refuse options that they do not know only then.
         is_option = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
-        if not (is_expected or is_option):
-            if remedy is None:
-                raise
+        if remedy is not None and (not is_expected or type(error).__module__.startswith(_DECODERS)):
             raise DamageError(f"{location.url} is damaged ({describe_cause(error)}); {remedy}") from error
+        if not (is_expected or is_option):
+            raise
         advice = "check storage_options" if is_option else "check the path and the permissions"
         cause = explain_aws_error(error) or f"{str(error) or type(error).__name__}; {advice}"
         raise StorageError(hide_secrets(f"cannot {action} {location.url}: {cause}")) from error

@@ -11,6 +11,7 @@ from fruitdask.cli.plans import plan
 from fruitdask.cli.policies import iam_policy
 from fruitdask.cli.runs import explore, report, run
 from fruitdask.cli.settings import sample, schema, validate
+from fruitdask.cli.verifications import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,7 +26,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, plan, explore, report, erase, validate, schema, sample, iam_policy, clusters):
+for _command in (run, plan, explore, report, verify, erase, validate, schema, sample, iam_policy, clusters):
     cli.add_command(_command)
 
 

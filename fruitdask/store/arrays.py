@@ -106,7 +106,7 @@ def create_store(
     with explained(location, "write"):
         for name in RUN_NAMES[:-1]:
             delete_result(output, name)
-        group = zarr.open_group(**_zarr_arguments(location), mode="w", attributes=seal(attributes))
+        group = zarr.open_group(**name_store(location), mode="w", attributes=seal(attributes))
         group.create_array(
             "features",
             shape=(n_images, n_features),
@@ -153,7 +153,7 @@ def open_store(output: Location) -> zarr.Group | None:
     with explained(location, "read", remedy=advise_repair(output)):
         if not exists(location.child("status", "zarr.json")):
             return None
-        group = zarr.open_group(**_zarr_arguments(location), mode="r")
+        group = zarr.open_group(**name_store(location), mode="r")
         for name in ("features", "status"):
             group[name]
         return group
@@ -186,7 +186,7 @@ def write_partition(
     location = output.child(FEATURES)
     rows = slice(start, start + len(features))
     with explained(location, "write"):
-        group: Any = zarr.open_group(**_zarr_arguments(location), mode="r+")
+        group: Any = zarr.open_group(**name_store(location), mode="r+")
         group["features"][rows] = features
         group["status"][rows] = outcomes["status"].map(STATUSES.index).to_numpy(np.uint8)
     write_table(output.child(PARTITIONS, f"{index:05d}.parquet"), outcomes)
@@ -223,7 +223,7 @@ def create_thumbnails(output: Location, *, n_images: int, thumbnail_px: int, ima
                 return
         delete_result(output, THUMBNAILS)
         zarr.create_array(
-            **_zarr_arguments(location),
+            **name_store(location),
             shape=shape,
             chunks=chunks,
             dtype=np.uint8,
@@ -249,7 +249,7 @@ def open_thumbnails(output: Location, *, mode: Literal["r", "r+"]) -> Any:
     zarr.Array
         Thumbnails (image, y, x, channel), uint8.
     """
-    return zarr.open_array(**_zarr_arguments(output.child(THUMBNAILS)), mode=mode)
+    return zarr.open_array(**name_store(output.child(THUMBNAILS)), mode=mode)
 
 
 def delete_thumbnails(output: Location) -> None:
@@ -290,7 +290,7 @@ def write_arrays(
         If they cannot be written.
     """
     with explained(location, "write"):
-        group = zarr.open_group(**_zarr_arguments(location), mode="w", attributes=seal(attributes))
+        group = zarr.open_group(**name_store(location), mode="w", attributes=seal(attributes))
         for name, (values, dimensions) in arrays.items():
             group.create_array(
                 name,
@@ -325,7 +325,7 @@ def read_arrays(location: Location) -> dict[str, npt.NDArray[Any]]:
     """
     remedy = advise_repair(Location(location.url.rpartition("/")[0], location.storage_options))
     with explained(location, "read", remedy=remedy):
-        group = zarr.open_group(**_zarr_arguments(location), mode="r")
+        group = zarr.open_group(**name_store(location), mode="r")
         arrays = dict(group.arrays())
         for name, array in arrays.items():
             if has_checksums(array) and array.nchunks_initialized < array.nchunks:
@@ -350,8 +350,20 @@ def has_checksums(array: Any) -> bool:
     return any(isinstance(codec, Crc32cCodec) for codec in array.compressors)
 
 
-def _zarr_arguments(location: Location) -> dict[str, Any]:
-    """Name a Zarr store; Zarr takes no storage options for a local path."""
+def name_store(location: Location) -> dict[str, Any]:
+    """
+    Name a Zarr store.
+
+    Parameters
+    ----------
+    location : Location
+        Where it is.
+
+    Returns
+    -------
+    dict[str, Any]
+        Arguments of Zarr's functions, which take no storage options for a local path.
+    """
     if location.is_local:
         return {"store": location.path}
     return {"store": location.url, "storage_options": location.options}

@@ -4,7 +4,6 @@ Until the manifest says ``ERASING`` nothing has changed; from then on nothing is
 interrupted erasure either has not happened or is finished by the next command.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +13,10 @@ import pandas as pd
 
 from fruitdask.storage import Location, exists, explained
 from fruitdask.store.arrays import StoredArray, create_store, open_store, write_partition
+from fruitdask.store.checks import find_strays
 from fruitdask.store.manifests import delete_result, read_manifest, write_manifest
 from fruitdask.store.names import ERASED, ERASING, EXPLORATION_NAMES, FEATURES, MANIFEST, PARTITIONS, RUN_NAMES, STAGING
 from fruitdask.store.outcomes import list_committed, read_outcomes
-
-#: What a process leaves that was killed while it wrote a file.
-_LEFTOVER = re.compile(r".+\.[0-9a-f]{32}\.part")
 
 
 def stage_rows(
@@ -88,20 +85,12 @@ def finish_erasing(output: Location) -> None:
         for name in EXPLORATION_NAMES + RUN_NAMES:
             if name not in (STAGING, MANIFEST):
                 delete_result(output, name)
-        _delete_leftovers(output)
+        for stray in find_strays(output):
+            delete_result(output, stray.where)
         for name in (FEATURES, PARTITIONS):
             _copy_folder(output.child(STAGING, name), output.child(name))
         write_manifest(output, manifest | {"status": ERASED})
     delete_result(output, STAGING)
-
-
-def _delete_leftovers(output: Location) -> None:
-    """Delete what killed processes left on a disk; an object store keeps no half of an object."""
-    if output.is_local:
-        with explained(output, "delete leftovers in"):
-            for path in output.fs.find(output.path):
-                if _LEFTOVER.fullmatch(path):
-                    output.fs.rm(path)
 
 
 def _copy_folder(source: Location, target: Location) -> None:
