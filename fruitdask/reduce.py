@@ -187,9 +187,11 @@ def compare_components(
         # A singular value is a root, and as inexact as that of what rounding leaves of a variance.
         relative = np.sqrt(tolerance) if name == "singular_values" else tolerance
         spread = np.sqrt(found.explained_variance[0]) if name == "mean" else 0
-        if ours.shape != theirs.shape or not np.abs(ours - theirs).max() <= relative * max(
-            np.abs(theirs).max(), spread
-        ):
+        largest = max(np.abs(theirs).max(), spread)
+        if ours.shape != theirs.shape:
+            yield f"{name} is not that of the features: expected the shape {theirs.shape}, found {ours.shape}"
+            return
+        if not np.abs(ours - theirs).max() <= relative * largest:
             yield f"{name} is not that of the features"
     parts = stored.components @ found.components.T
     variances = found.explained_variance

@@ -57,7 +57,7 @@ def _print(found: "Verification", output: str, console: Any) -> None:
     rows = {
         "verified": f"{found.n_images:,} images in {found.n_partitions:,} partitions",
         "faults": f"{len(found.faults):,}" if found.faults else "none",
-        "not yet": "; ".join(found.notes),
+        "note": "; ".join(found.notes),
         "next": _advise(found, output),
         "results": hide_secrets(found.output.url),
     }

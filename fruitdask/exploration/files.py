@@ -159,7 +159,7 @@ def check_exploration(output: Location, summary: Mapping[str, Any], names: str |
         counts = images["label"].astype(str).value_counts().to_dict()
         if counts != dict(zip(classes["label"].astype(str), classes["n_images"], strict=True)):
             yield _fault(f"{_CLASSES}.parquet", f"it does not count the images of {_IMAGES}.parquet")
-    yield from store.check_arrays(output, _ARRAYS, _DIMENSIONS, store.Remedy.EXPLORE)
+    yield from store.check_arrays(output, _ARRAYS, _DIMENSIONS, "explore")
 
 
 def _check_table(output: Location, name: str) -> tuple[pd.DataFrame | None, list[store.Fault]]:
@@ -181,4 +181,4 @@ def _check_table(output: Location, name: str) -> tuple[pd.DataFrame | None, list
 
 def _fault(where: str, what: str) -> store.Fault:
     """Name a fault of an exploration."""
-    return store.Fault(where, what, store.Remedy.EXPLORE)
+    return store.Fault(where, what, "explore")

@@ -16,7 +16,7 @@ from fruitdask.pipeline.reducing import BLOCK_BYTES, COMPONENT_ARRAYS, fit_compo
 from fruitdask.pipeline.results import PCA, open_features
 from fruitdask.progress import RunProgress
 from fruitdask.storage import Location
-from fruitdask.store import Fault, Remedy
+from fruitdask.store import Fault
 
 if TYPE_CHECKING:
     from fruitdask.reduce import PrincipalComponents
@@ -139,7 +139,7 @@ class Tally:
             return
         if not self.last_path < outcomes["path"].iloc[0]:
             what = "expected paths that follow those of the partition before, found others"
-            self.faults.append(Fault(f"partition {index}", what, Remedy.COMPUTE, index))
+            self.faults.append(Fault(f"partition {index}", what, "compute", index))
         self.counts.add(outcomes)
         self.names.add(outcomes)
         self.failures.append(outcomes[outcomes["status"] != "ok"])
@@ -176,7 +176,7 @@ def check_partitions(run: StoredRun, progress: RunProgress) -> Tally:
                 n_images = run.count_images(index)
                 progress.advance(n_images, n_failed=n_images if faults else 0)
     if csv is not None and (what := csv.finish()) and not _are_results_wrong(tally):
-        tally.faults.append(Fault("results.csv", what, Remedy.REDUCE))
+        tally.faults.append(Fault("results.csv", what, "reduce"))
     if run.is_complete and tally.n_images == run.n_images:
         tally.faults += _check_counts(run, tally)
     return tally
@@ -189,14 +189,14 @@ def _list_pieces(run: StoredRun, faults: list[Fault]) -> Iterator[tuple[int, lis
         try:
             part = store.read_table(run.output, report.RESULTS, name)
         except DamageError as error:
-            faults.append(Fault(f"{report.RESULTS}/{name}", store.describe_damage(error), Remedy.REDUCE))
+            faults.append(Fault(f"{report.RESULTS}/{name}", store.describe_damage(error), "reduce"))
             break
         end = first + -(-len(part) // run.size)
         yield first, [index for index in range(first, end) if index in run.committed], part
         first = end
     else:
         if run.is_complete and first != run.n_partitions:
-            faults.append(Fault(report.RESULTS, "it does not have a row for each image", Remedy.REDUCE))
+            faults.append(Fault(report.RESULTS, "it does not have a row for each image", "reduce"))
     for start in range(first, run.n_partitions, _PARTITIONS_AT_ONCE):
         end = min(start + _PARTITIONS_AT_ONCE, run.n_partitions)
         yield start, [index for index in range(start, end) if index in run.committed], None
@@ -216,7 +216,7 @@ def _check_partition(
             tolerance = _SCORE_TOLERANCE * float(np.sqrt(run.components.explained_variance[0]))
         rows = part.iloc[start : start + run.size]
         for what in report.compare_rows(rows, outcomes, scores, tolerance=tolerance):
-            faults.append(Fault(f"{report.RESULTS}, partition {index}", what, Remedy.REDUCE))
+            faults.append(Fault(f"{report.RESULTS}, partition {index}", what, "reduce"))
     return outcomes, faults
 
 
@@ -231,9 +231,9 @@ def _check_counts(run: StoredRun, tally: Tally) -> Iterator[Fault]:
     for name, found in counts.items():
         if run.manifest["counts"][name] != found:
             what = f"counts.{name} is not what the outcomes say: expected {found}, found {run.manifest['counts'][name]}"
-            yield Fault(store.MANIFEST, what, Remedy.REDUCE)
+            yield Fault(store.MANIFEST, what, "reduce")
     if what := report.check_failures(run.output, pd.concat(tally.failures)):
-        yield Fault("failures.csv", what, Remedy.REDUCE)
+        yield Fault("failures.csv", what, "reduce")
 
 
 def read_components(output: Location, *, n_features: int) -> "tuple[PrincipalComponents | None, list[Fault]]":
@@ -254,12 +254,12 @@ def read_components(output: Location, *, n_features: int) -> "tuple[PrincipalCom
     """
     from fruitdask.reduce import PrincipalComponents
 
-    faults = list(store.check_arrays(output, PCA, COMPONENT_ARRAYS, Remedy.REDUCE))
+    faults = list(store.check_arrays(output, PCA, COMPONENT_ARRAYS, "reduce"))
     if faults:
         return None, faults
     found = PrincipalComponents(**store.read_arrays(output.child(PCA)))
     if found.components.shape[1:] != (n_features,) or found.mean.shape != (n_features,):
-        return None, [Fault(PCA, f"expected components of {n_features} features, found others", Remedy.REDUCE)]
+        return None, [Fault(PCA, f"expected components of {n_features} features, found others", "reduce")]
     return found, []
 
 
@@ -288,9 +288,9 @@ def check_components(run: StoredRun) -> Iterator[Fault]:
     with dask.config.set(scheduler="threads"):
         found = fit_components(settings, features if is_ok.all() else features[np.flatnonzero(is_ok)])
     for what in compare_components(run.components, found, tolerance=_TOLERANCES[settings.solver]):
-        yield Fault(PCA, what, Remedy.REDUCE)
+        yield Fault(PCA, what, "reduce")
     said, ratios = run.manifest["pca"], run.components.explained_variance_ratio
     if said["n_components"] != len(ratios) or not np.allclose(
         said["explained_variance_ratio"], ratios, rtol=0, atol=1e-6
     ):
-        yield Fault(store.MANIFEST, f"pca is not what {PCA} says", Remedy.REDUCE)
+        yield Fault(store.MANIFEST, f"pca is not what {PCA} says", "reduce")

@@ -58,20 +58,20 @@ def repair_faults(output: Location, faults: Iterable[Fault]) -> None:
     by_remedy: dict[Remedy, list[Fault]] = {}
     for fault in faults:
         by_remedy.setdefault(fault.remedy, []).append(fault)
-    names = [fault.where for fault in by_remedy.get(Remedy.RESTORE, ())]
+    names = [fault.where for fault in by_remedy.get("restore", ())]
     if store.MANIFEST in names:
         store.write_manifest(output, restore_manifest(output) or {})
     _restore_store(output, [name for name in names if name != store.MANIFEST])
-    if {Remedy.COMPUTE, Remedy.REDUCE} & set(by_remedy):
+    if {"compute", "reduce"} & set(by_remedy):
         # Nobody must take the results for good until they are made again.
         _change_manifest(output, status="running")
-    for fault in by_remedy.get(Remedy.COMPUTE, ()):
+    for fault in by_remedy.get("compute", ()):
         store.delete_result(output, f"{store.PARTITIONS}/{fault.partition:05d}.parquet")
-    if Remedy.EXPLORE in by_remedy:
+    if "explore" in by_remedy:
         _reset_exploration(output)
-    if Remedy.DRAW in by_remedy:
+    if "draw" in by_remedy:
         _change_manifest(output, presented=None)
-    for fault in by_remedy.get(Remedy.DELETE, ()):
+    for fault in by_remedy.get("delete", ()):
         store.delete_result(output, fault.where)
 
 

@@ -16,7 +16,7 @@ from fruitdask.pipeline.repairing import repair_faults, restore_manifest, shape_
 from fruitdask.pipeline.results import PCA
 from fruitdask.progress import RunProgress
 from fruitdask.storage import Location, exists
-from fruitdask.store import Fault, Remedy
+from fruitdask.store import Fault
 
 #: What the features and the manifest must say alike of the network; its engine and bytes may be others after an interruption.
 _SAME_OF_MODEL = ("name", "preprocessing", "input_px", "n_features")
@@ -58,7 +58,7 @@ class Verification:
     @property
     def can_be_mended(self) -> bool:
         """Whether a repair and the next run mend everything."""
-        return all(fault.remedy is not Remedy.NONE for fault in self.faults)
+        return all(fault.remedy != "none" for fault in self.faults)
 
 
 @dataclass
@@ -111,7 +111,7 @@ def verify(
         faults = list(ledger.faults)
         if repair:
             repair_faults(output, faults)
-            if any(fault.remedy is Remedy.RESTORE for fault in faults):
+            if any(fault.remedy == "restore" for fault in faults):
                 # What was restored says where to look for more.
                 more = [fault for fault in _verify(output, progress).faults if fault not in faults]
                 repair_faults(output, more)
@@ -135,7 +135,7 @@ def _verify(output: Location, progress: RunProgress) -> _Ledger:
         ledger.notes.append("images are being erased; run again to finish that, then verify")
         return ledger
     if exists(output.child(store.STAGING)):
-        ledger.faults.append(Fault(store.STAGING, "it is left from an erasure that was interrupted", Remedy.DELETE))
+        ledger.faults.append(Fault(store.STAGING, "it is left from an erasure that was interrupted", "delete"))
     if manifest is not None:
         _check_run(output, manifest, ledger, progress)
     if has_exploration or manifest is not None and _expects_exploration(manifest):
@@ -146,14 +146,14 @@ def _verify(output: Location, progress: RunProgress) -> _Ledger:
 
 def _read_manifest(output: Location, ledger: _Ledger) -> dict[str, Any] | None:
     """Read the manifest of the run, or make one of what the features say."""
-    faults = list(store.check_json(output, store.MANIFEST, Remedy.RESTORE))
+    faults = list(store.check_json(output, store.MANIFEST, "restore"))
     if not (faults or exists(output.child(store.MANIFEST))):
-        faults = [Fault(store.MANIFEST, "it is missing", Remedy.RESTORE)]
+        faults = [Fault(store.MANIFEST, "it is missing", "restore")]
     if not faults:
         return store.read_manifest(output)
     manifest = restore_manifest(output)
     if manifest is None:
-        faults = [Fault(fault.where, fault.what, Remedy.NONE) for fault in faults]
+        faults = [Fault(fault.where, fault.what, "none") for fault in faults]
     ledger.faults += faults
     return manifest
 
@@ -194,15 +194,15 @@ def _compare_descriptions(
     """Compare what the manifest and the features say of the run."""
     where = f"{store.FEATURES}/zarr.json"
     if must_be_sealed and store.CHECKSUM not in attributes:
-        yield Fault(where, "its attributes have no checksum", Remedy.RESTORE)
+        yield Fault(where, "its attributes have no checksum", "restore")
     for name, theirs in attributes["fingerprint"].items():
         # Where images were erased, the manifest follows the input.
         is_settled = name == "catalog" and manifest.get("erasures")
         if manifest["fingerprint"].get(name) != theirs and not is_settled:
-            yield Fault(where, f"its {name} has another fingerprint than that in {store.MANIFEST}", Remedy.NONE)
+            yield Fault(where, f"its {name} has another fingerprint than that in {store.MANIFEST}", "none")
     for name in _SAME_OF_MODEL:
         if manifest["model"][name] != attributes["model"][name]:
-            yield Fault(where, f"{name} of its model is not that in {store.MANIFEST}", Remedy.NONE)
+            yield Fault(where, f"{name} of its model is not that in {store.MANIFEST}", "none")
 
 
 def _check_marks(run: StoredRun, notes: list[str]) -> Iterator[Fault]:
@@ -210,12 +210,12 @@ def _check_marks(run: StoredRun, notes: list[str]) -> Iterator[Fault]:
     missing = sorted(set(range(run.n_partitions)) - run.committed)
     if run.is_complete:
         for index in missing:
-            yield Fault(f"{store.PARTITIONS}/{index:05d}.parquet", "it is missing", Remedy.COMPUTE, index)
+            yield Fault(f"{store.PARTITIONS}/{index:05d}.parquet", "it is missing", "compute", index)
     else:
         todo = f"{len(missing):,} of {run.n_partitions:,} partitions and the results" if missing else "the results"
         notes.append(f"the run is not finished: {todo} are still to be computed")
     for index in sorted(run.committed - set(range(run.n_partitions))):
-        yield Fault(f"{store.PARTITIONS}/{index:05d}.parquet", "the run has no such partition", Remedy.DELETE)
+        yield Fault(f"{store.PARTITIONS}/{index:05d}.parquet", "the run has no such partition", "delete")
 
 
 def _check_results(run: StoredRun, tally: Tally, ledger: _Ledger, progress: RunProgress) -> None:
@@ -224,10 +224,10 @@ def _check_results(run: StoredRun, tally: Tally, ledger: _Ledger, progress: RunP
     if tally.n_images == run.n_images:
         ledger.names = tally.names.value
     if manifest["config"]["quality"]["enabled"] and not exists(output.child(store.QUALITY)):
-        ledger.faults.append(Fault(store.QUALITY, "it is missing", Remedy.REDUCE))
-    ledger.faults += store.check_json(output, store.QUALITY, Remedy.REDUCE)
+        ledger.faults.append(Fault(store.QUALITY, "it is missing", "reduce"))
+    ledger.faults += store.check_json(output, store.QUALITY, "reduce")
     ledger.faults += _check_drawings(run)
-    if any(fault.remedy is Remedy.COMPUTE for fault in ledger.faults):
+    if any(fault.remedy == "compute" for fault in ledger.faults):
         ledger.notes.append(f"{PCA} was not compared with the features, some of which are damaged")
         return
     progress.begin("Verifying principal components")
@@ -251,7 +251,7 @@ def _check_drawings(run: StoredRun) -> Iterator[Fault]:
         names += [f"{store.FIGURES}/{name}.png" for name in figures]
     for name in names:
         if not exists(run.output.child(name)):
-            yield Fault(name, "it is missing", Remedy.DRAW)
+            yield Fault(name, "it is missing", "draw")
 
 
 def _expects_exploration(manifest: dict[str, Any]) -> bool:
@@ -261,9 +261,9 @@ def _expects_exploration(manifest: dict[str, Any]) -> bool:
 
 def _check_exploration(output: Location, ledger: _Ledger) -> Iterator[Fault]:
     """Check an exploration."""
-    faults = list(store.check_json(output, store.EXPLORATION, Remedy.EXPLORE))
+    faults = list(store.check_json(output, store.EXPLORATION, "explore"))
     if not (faults or exists(output.child(store.EXPLORATION))):
-        faults = [Fault(store.EXPLORATION, "it is missing", Remedy.EXPLORE)]
+        faults = [Fault(store.EXPLORATION, "it is missing", "explore")]
     yield from faults
     summary = None if faults else store.read_manifest(output, name=store.EXPLORATION)
     if summary is None:
@@ -273,4 +273,4 @@ def _check_exploration(output: Location, ledger: _Ledger) -> Iterator[Fault]:
         return
     yield from check_exploration(output, summary, ledger.names)
     if exists(output.child(store.THUMBNAILS)):
-        yield Fault(store.THUMBNAILS, "it is left from an exploration that is finished", Remedy.DELETE)
+        yield Fault(store.THUMBNAILS, "it is left from an exploration that is finished", "delete")

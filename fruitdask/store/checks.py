@@ -5,9 +5,8 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,24 +24,25 @@ from fruitdask.store.outcomes import read_outcomes
 _LEFTOVER = re.compile(r".+\.[0-9a-f]{32}\.part(ial)?")
 #: Entries of ``zarr.json`` (Zarr v3, sections 4 and 5), and of the objects in it. Zarr passes over others, and takes defaults instead.
 _ZARR_KEYS = frozenset(
-    "zarr_format node_type attributes consolidated_metadata shape data_type chunk_grid chunk_key_encoding fill_value codecs dimension_names "
-    "storage_transformers".split()
+    "zarr_format node_type attributes consolidated_metadata shape data_type chunk_grid chunk_key_encoding fill_value codecs "
+    "dimension_names storage_transformers".split()
 )
 _EXTENSION_KEYS = frozenset({"name", "configuration"})
 #: What describes features and statuses.
 _DESCRIPTIONS = ("zarr.json", "features/zarr.json", "status/zarr.json")
 
 
-class Remedy(Enum):
-    """What a repair does about a fault, and the next run after it."""
-
-    COMPUTE = "the next run computes the partition again"
-    REDUCE = "the next run reduces the features and writes the tables again"
-    EXPLORE = "the next run looks at all images again"
-    DRAW = "the next run draws figures and page again"
-    RESTORE = "it is written again from what else is stored"
-    DELETE = "it is deleted"
-    NONE = "nothing that is stored says what it should be; begin again with --overwrite"
+#: What mends a fault, and what a repair and the next run do about it.
+Remedy = Literal["compute", "reduce", "explore", "draw", "restore", "delete", "none"]
+_REMEDIES: Mapping[Remedy, str] = {
+    "compute": "the next run computes the partition again",
+    "reduce": "the next run reduces the features and writes the tables again",
+    "explore": "the next run looks at all images again",
+    "draw": "the next run draws figures and page again",
+    "restore": "it is written again from what else is stored",
+    "delete": "it is deleted",
+    "none": "nothing that is stored says what it should be; begin again with --overwrite",
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ class Fault:
         The file, array or partition, below the output folder.
     what : str
         What is wrong with it.
-    remedy : Remedy
-        What mends it.
+    remedy : str
+        What mends it: the next run computes the partition again (``compute``), reduces (``reduce``), explores (``explore``) or draws
+        (``draw``), a repair restores it from what else is stored (``restore``) or deletes it (``delete``), or nothing does (``none``).
     partition : int, optional
         Which partition it belongs to, if to one.
     """
@@ -69,7 +70,7 @@ class Fault:
 
     def __str__(self) -> str:
         """Say it in one sentence."""
-        return f"{self.where}: {self.what}; {self.remedy.value}"
+        return f"{self.where}: {self.what}; {_REMEDIES[self.remedy]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,10 +126,10 @@ def check_partition(output: Location, arrays: Mapping[str, StoredArray], index: 
             found[name] = next(read_outcomes(output, [index])) if name == "outcomes" else arrays[name][rows]
         except DamageError as error:
             where = f"{PARTITIONS}/{index:05d}.parquet" if name == "outcomes" else f"{FEATURES}/{name}, chunk {index}"
-            faults.append(Fault(where, describe_damage(error), Remedy.COMPUTE, index))
+            faults.append(Fault(where, describe_damage(error), "compute", index))
     if len(found) == 3:
         said = _compare_parts(found["outcomes"], found["features"], found["status"])
-        faults += [Fault(f"partition {index}", what, Remedy.COMPUTE, index) for what in said]
+        faults += [Fault(f"partition {index}", what, "compute", index) for what in said]
     return CheckedPartition(index, tuple(faults), found.get("outcomes"), found.get("features"))
 
 
@@ -162,7 +163,7 @@ def check_json(output: Location, name: str, remedy: Remedy) -> Iterator[Fault]:
         The output folder.
     name : str
         The file.
-    remedy : Remedy
+    remedy : str
         What mends it.
 
     Yields
@@ -209,7 +210,7 @@ def check_store(
         for name in _DESCRIPTIONS:
             what = _compare_descriptions(output, Location(folder), name)
             if what:
-                remedy = Remedy.RESTORE if can_restore or name != "zarr.json" else Remedy.NONE
+                remedy: Remedy = "restore" if can_restore or name != "zarr.json" else "none"
                 yield Fault(f"{FEATURES}/{name}", what, remedy)
 
 
@@ -303,7 +304,7 @@ def check_arrays(
         The group.
     dimensions : Mapping[str, Sequence[str]]
         Names of its arrays, and of their dimensions.
-    remedy : Remedy
+    remedy : str
         What mends it.
 
     Yields
@@ -312,11 +313,13 @@ def check_arrays(
         What is wrong.
     """
     location = output.child(name)
-    if not exists(location.child("zarr.json")):
-        yield Fault(name, "it is missing", remedy)
+    places = (location, *(location.child(array) for array in dimensions))
+    missing = [place.child("zarr.json") for place in places if not exists(place.child("zarr.json"))]
+    if missing:
+        yield Fault(missing[0].url[len(output.url) + 1 :], "it is missing", remedy)
         return
     try:
-        for place in (location, *(location.child(array) for array in dimensions)):
+        for place in places:
             _check_keys(place, output)
         with explained(location, "read", remedy=advise_repair(output)):
             group = zarr.open_group(**name_store(location), mode="r")
@@ -356,7 +359,7 @@ def find_strays(output: Location) -> Iterator[Fault]:
     for path in paths:
         if _LEFTOVER.fullmatch(path):
             where = path[len(output.path) + 1 :]
-            yield Fault(where, "it is half of a file, left by a process that was killed", Remedy.DELETE)
+            yield Fault(where, "it is half of a file, left by a process that was killed", "delete")
 
 
 def describe_damage(error: Exception) -> str:
