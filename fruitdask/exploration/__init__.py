@@ -4,7 +4,7 @@ Tasks look at each image once (``partition``); the client puts together what the
 (``files``).
 """
 
-from fruitdask.exploration.files import Exploration, read_exploration, write_exploration
+from fruitdask.exploration.files import Exploration, check_exploration, read_exploration, write_exploration
 from fruitdask.exploration.partition import (
     ClassSums,
     ExploreJob,
@@ -31,6 +31,7 @@ __all__ = [
     "Measured",
     "Tally",
     "Yardstick",
+    "check_exploration",
     "explore_partition",
     "mean_squared_difference",
     "measure_partition",

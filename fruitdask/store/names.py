@@ -10,6 +10,8 @@ MANIFEST, EXPLORATION = "manifest.json", "explore.json"
 ERASING, ERASED = "erasing", "erased"
 #: Who works in the folder. It is no result, and nobody but its owner deletes it.
 LOCK = "run.lock"
+#: The entry of JSON files and of attributes by which damage shows; arrays and tables have checksums of their own.
+CHECKSUM = "checksum"
 QUALITY = "quality.json"
 FEATURES = "features.zarr"
 PARTITIONS = "partitions"
