@@ -90,6 +90,10 @@ class OutputLock:
             found = self._read()
             if found is not None and found.get("id") == self._owner["id"]:
                 delete_result(self._output, LOCK)
+        if self._output.is_local:
+            # A run that was refused before it wrote anything leaves no empty folder.
+            with suppress(OSError):
+                os.rmdir(self._output.path)
 
     def _try_to_take(self) -> dict[str, Any] | None:
         """Take the lock, or say whose it is."""
