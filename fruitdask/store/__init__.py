@@ -7,14 +7,18 @@ from fruitdask.store.arrays import (
     open_store,
     open_thumbnails,
     read_arrays,
+    read_partition,
+    resize_store,
     write_arrays,
     write_partition,
 )
+from fruitdask.store.catalogs import read_catalog, write_catalog
 from fruitdask.store.erasing import finish_erasing, stage_rows
 from fruitdask.store.manifests import (
     check_output,
     clear_output,
     delete_result,
+    describe_mismatch,
     read_json,
     read_manifest,
     read_quality,
@@ -31,8 +35,9 @@ from fruitdask.store.names import (
     OUTCOME_COLUMNS,
     QUALITY,
     STATUSES,
+    VERSION_COLUMNS,
 )
-from fruitdask.store.outcomes import list_committed, read_outcomes, read_table
+from fruitdask.store.outcomes import list_committed, read_outcomes, read_rows, read_table
 
 __all__ = [
     "ERASED",
@@ -44,24 +49,31 @@ __all__ = [
     "OUTCOME_COLUMNS",
     "QUALITY",
     "STATUSES",
+    "VERSION_COLUMNS",
     "check_output",
     "clear_output",
     "create_store",
     "create_thumbnails",
     "delete_result",
     "delete_thumbnails",
+    "describe_mismatch",
     "finish_erasing",
     "list_committed",
     "open_store",
     "open_thumbnails",
     "read_arrays",
+    "read_catalog",
     "read_json",
     "read_manifest",
     "read_outcomes",
+    "read_partition",
     "read_quality",
+    "read_rows",
     "read_table",
+    "resize_store",
     "stage_rows",
     "write_arrays",
+    "write_catalog",
     "write_json",
     "write_manifest",
     "write_partition",

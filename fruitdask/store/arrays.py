@@ -13,6 +13,7 @@ from fruitdask.errors import StorageError
 from fruitdask.storage import Location, exists, explained, write_file
 from fruitdask.store.manifests import delete_result
 from fruitdask.store.names import FEATURES, PARTITIONS, RUN_NAMES, STATUSES, THUMBNAILS
+from fruitdask.store.outcomes import read_table
 
 
 def create_store(
@@ -98,8 +99,72 @@ def open_store(output: Location) -> zarr.Group | None:
             ) from error
 
 
+def resize_store(output: Location, *, n_images: int, attributes: Mapping[str, Any]) -> None:
+    """
+    Make room for more images behind those that are there; an interrupted resizing is completed.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder, whose store exists.
+    n_images : int
+        Rows, at least as many as there are.
+    attributes : Mapping[str, Any]
+        What a reader of the features needs to know now; JSON.
+
+    Raises
+    ------
+    StorageError
+        If the store cannot be written.
+    """
+    location = output.child(FEATURES)
+    with explained(location, "write"):
+        group: Any = zarr.open_group(**_zarr_arguments(location), mode="r+")
+        for array in (group["features"], group["status"]):
+            array.resize((n_images, *array.shape[1:]))
+        group.attrs.update(attributes)
+
+
+def read_partition(output: Location, *, index: int, start: int) -> tuple[npt.NDArray[np.float32], pd.DataFrame] | None:
+    """
+    Read what became of a partition.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    index : int
+        Which partition.
+    start : int
+        Its first row.
+
+    Returns
+    -------
+    tuple[numpy.ndarray, pandas.DataFrame] or None
+        Features, float32, and outcomes of its images; None where it is not committed.
+
+    Raises
+    ------
+    StorageError
+        If something cannot be read.
+    """
+    mark, location = output.child(*_name_mark(index)), output.child(FEATURES)
+    if not exists(mark):
+        return None
+    outcomes = read_table(mark)
+    with explained(location, "read"):
+        group: Any = zarr.open_group(**_zarr_arguments(location), mode="r")
+        return np.asarray(group["features"][start : start + len(outcomes)]), outcomes
+
+
 def write_partition(
-    output: Location, *, index: int, start: int, features: npt.NDArray[np.float32], outcomes: pd.DataFrame
+    output: Location,
+    *,
+    index: int,
+    start: int,
+    features: npt.NDArray[np.float32],
+    outcomes: pd.DataFrame,
+    is_committed: bool = False,
 ) -> None:
     """
     Store what became of a partition: features, then statuses, then the outcome file, which commits it.
@@ -115,7 +180,9 @@ def write_partition(
     features : numpy.ndarray
         Features of shape (n, n_features), float32; NaN where an image failed.
     outcomes : pandas.DataFrame
-        One row an image with the columns ``OUTCOME_COLUMNS``.
+        One row an image with the columns ``OUTCOME_COLUMNS``, and ``VERSION_COLUMNS`` where the store has a catalog.
+    is_committed : bool
+        Whether it is there already; its commit mark is then taken away first.
 
     Raises
     ------
@@ -123,6 +190,8 @@ def write_partition(
         If something cannot be written; the partition is then not committed.
     """
     location = output.child(FEATURES)
+    if is_committed:
+        delete_result(output, "/".join(_name_mark(index)))
     rows = slice(start, start + len(features))
     with explained(location, "write"):
         group: Any = zarr.open_group(**_zarr_arguments(location), mode="r+")
@@ -130,7 +199,7 @@ def write_partition(
         group["status"][rows] = outcomes["status"].map(STATUSES.index).to_numpy(np.uint8)
     buffer = io.BytesIO()
     outcomes.to_parquet(buffer, index=False)
-    write_file(output.child(PARTITIONS, f"{index:05d}.parquet"), buffer.getvalue())
+    write_file(output.child(*_name_mark(index)), buffer.getvalue())
 
 
 def create_thumbnails(output: Location, *, n_images: int, thumbnail_px: int, images_per_partition: int) -> None:
@@ -257,6 +326,11 @@ def read_arrays(location: Location) -> dict[str, npt.NDArray[Any]]:
     with explained(location, "read"):
         group = zarr.open_group(**_zarr_arguments(location), mode="r")
         return {name: np.asarray(array[...]) for name, array in group.arrays()}
+
+
+def _name_mark(index: int) -> tuple[str, str]:
+    """Name the outcome file of a partition."""
+    return PARTITIONS, f"{index:05d}.parquet"
 
 
 def _zarr_arguments(location: Location) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from typing import Any
 
 from fruitdask.errors import OutputError, StorageError, StoreMismatchError
 from fruitdask.storage import Location, exists, explained, write_file
-from fruitdask.store.names import EXPLORATION, EXPLORATION_NAMES, MANIFEST, QUALITY, RUN_NAMES
+from fruitdask.store.names import CATALOG, EXPLORATION, EXPLORATION_NAMES, MANIFEST, QUALITY, RUN_NAMES
 
 
-def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite: bool) -> dict[str, Any] | None:
+def check_output(
+    output: Location, fingerprint: Mapping[str, str], *, overwrite: bool, may_grow: bool = False
+) -> dict[str, Any] | None:
     """
     Decide whether a run may use an output folder.
 
@@ -21,6 +23,8 @@ def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite:
         What determines the features: hashes by name.
     overwrite : bool
         Whether an earlier run's results may be deleted.
+    may_grow : bool
+        Whether a run of other images may be gone on with, where its store has a catalog and nothing was erased.
 
     Returns
     -------
@@ -46,6 +50,7 @@ def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite:
     if overwrite:
         return None
     found = manifest or exploration or {"fingerprint": {}}
+    may_grow = may_grow and manifest is not None and exists(output.child(CATALOG))
     for name in set(fingerprint) & set(found["fingerprint"]):
         theirs, ours = found["fingerprint"][name], fingerprint[name]
         if theirs != ours and name == "catalog" and found.get("erasures"):
@@ -54,12 +59,32 @@ def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite:
                 f"{output.url}: the input has other images than those that are left here after some were erased ({n_erased:,} in all); "
                 "delete the erased ones from the input too or name them in input.exclude, or begin again with --overwrite"
             )
-        if theirs != ours:
+        if theirs != ours and not (may_grow and name == "catalog"):
             raise StoreMismatchError(
-                f"{output.url} belongs to another run: its {name} has the fingerprint {_shorten(theirs)}, this run's is {_shorten(ours)}; "
-                "choose another output.url, or --overwrite to delete those results"
+                describe_mismatch(
+                    output, f"its {name} has the fingerprint {_shorten(theirs)}, this run's is {_shorten(ours)}"
+                )
             )
     return manifest
+
+
+def describe_mismatch(output: Location, difference: str) -> str:
+    """
+    Say that an output folder holds the results of another run.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    difference : str
+        What is different.
+
+    Returns
+    -------
+    str
+        The message of an error.
+    """
+    return f"{output.url} belongs to another run: {difference}; choose another output.url, or --overwrite to delete those results"
 
 
 def read_manifest(output: Location, *, name: str = MANIFEST) -> dict[str, Any] | None:

@@ -4,13 +4,15 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pandas as pd
 
 from fruitdask.errors import StorageError
 from fruitdask.storage import Location, explained
-from fruitdask.store.names import PARTITIONS
+from fruitdask.store.names import OUTCOME_COLUMNS, PARTITIONS
 
 _COMMIT_MARK = re.compile(r"(\d{5,})\.parquet")
+_PARTITIONS_AT_ONCE = 256
 
 
 def list_committed(output: Location) -> set[int]:
@@ -39,9 +41,15 @@ def list_committed(output: Location) -> set[int]:
     return {int(match[1]) for name in names if (match := _COMMIT_MARK.fullmatch(name))}
 
 
-def read_outcomes(output: Location, indices: Sequence[int], *, partitions_at_once: int = 256) -> Iterator[pd.DataFrame]:
+def read_outcomes(
+    output: Location,
+    indices: Sequence[int],
+    *,
+    columns: Sequence[str] = OUTCOME_COLUMNS,
+    partitions_at_once: int = _PARTITIONS_AT_ONCE,
+) -> Iterator[pd.DataFrame]:
     """
-    Read outcome rows in the order of the catalog.
+    Read outcome rows in the order of the store.
 
     Parameters
     ----------
@@ -49,6 +57,8 @@ def read_outcomes(output: Location, indices: Sequence[int], *, partitions_at_onc
         The output folder.
     indices : Sequence[int]
         Partitions to read, ascending.
+    columns : Sequence[str]
+        What to read of each row.
     partitions_at_once : int
         How many outcome files make one table: memory grows with it, the number of tables shrinks.
 
@@ -57,20 +67,55 @@ def read_outcomes(output: Location, indices: Sequence[int], *, partitions_at_onc
     pandas.DataFrame
         Outcomes of the next partitions.
     """
+    for first in range(0, len(indices), partitions_at_once):
+        yield _read_dataset(output, indices[first : first + partitions_at_once], columns)
+
+
+def read_rows(
+    output: Location, indices: Sequence[int], *, images_per_partition: int, columns: Sequence[str]
+) -> Iterator[pd.DataFrame]:
+    """
+    Read outcome rows with the rows of the store that they belong to: a partition that was the last one may hold fewer than others.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    indices : Sequence[int]
+        Partitions to read, ascending.
+    images_per_partition : int
+        Rows a partition.
+    columns : Sequence[str]
+        What to read of each row.
+
+    Yields
+    ------
+    pandas.DataFrame
+        Outcomes of the next partitions; the index is the row in the store.
+    """
+    for first in range(0, len(indices), _PARTITIONS_AT_ONCE):
+        table = _read_dataset(output, indices[first : first + _PARTITIONS_AT_ONCE], (*columns, "__filename"))
+        names = table.pop("__filename")
+        starts = names.str.extract(r"(\d+)\.parquet$", expand=False).astype(np.int64) * images_per_partition
+        yield table.set_axis(starts + table.groupby(names, sort=False).cumcount())
+
+
+def _read_dataset(output: Location, indices: Sequence[int], columns: Sequence[str]) -> pd.DataFrame:
+    """Read the outcome files of some partitions at once."""
     import pyarrow.dataset
 
     folder = output.child(PARTITIONS)
-    for first in range(0, len(indices), partitions_at_once):
-        paths = [f"{folder.path}/{index:05d}.parquet" for index in indices[first : first + partitions_at_once]]
-        with explained(folder, "read"):
-            try:
-                table = pyarrow.dataset.dataset(paths, filesystem=folder.fs, format="parquet").to_table()
-            except pyarrow.ArrowInvalid as error:
-                cause = " ".join(str(error).split())
-                raise StorageError(
-                    f"{folder.url}: an outcome file is damaged; delete it and run again ({cause})"
-                ) from error
-        yield table.to_pandas()
+    paths = [f"{folder.path}/{index:05d}.parquet" for index in indices]
+    with explained(folder, "read"):
+        try:
+            dataset = pyarrow.dataset.dataset(paths, filesystem=folder.fs, format="parquet")
+            found: pd.DataFrame = dataset.to_table(columns=list(columns)).to_pandas()
+        except pyarrow.ArrowInvalid as error:
+            cause = " ".join(str(error).split())
+            raise StorageError(
+                f"{folder.url}: an outcome file is damaged; delete it and run again ({cause})"
+            ) from error
+    return found
 
 
 def read_table(location: Location) -> pd.DataFrame:
