@@ -272,20 +272,20 @@ def merge_listing(stored: pd.DataFrame, listing: pd.DataFrame) -> pd.DataFrame:
         The images of the store at their rows, as the listing has them, or marked as vanished where it does not; then, in the order of
         their paths, those that the store does not have.
     """
+    if stored["path"].equals(listing["path"]):
+        return listing
     places = find_rows(stored["path"], listing["path"])
-    is_listed = places >= 0
-    is_new = np.ones(len(listing), bool)
+    is_listed, is_new = places >= 0, np.ones(len(listing), bool)
     is_new[places[is_listed]] = False
-    columns = {"path": pd.concat([stored["path"], listing.loc[is_new, "path"]], ignore_index=True)}
-    labels = stored["label"].astype(str)
-    labels[is_listed] = listing["label"].astype(str).to_numpy()[places[is_listed]]
-    columns["label"] = pd.concat([labels, listing.loc[is_new, "label"].astype(str)], ignore_index=True).astype(
-        "category"
-    )
+    labels = pd.api.types.union_categoricals([each["label"].astype("category") for each in (stored, listing)])
+    known, listed = np.split(labels.codes, [len(stored)])
+    columns = {"label": (np.where(is_listed, listed[places], known), listed)}
     for name, absent in (("bytes", VANISHED_BYTES), ("version", 0)):
-        kept = np.append(listing[name], np.int64(absent))[places]
-        columns[name] = pd.Series(np.concatenate([kept, listing.loc[is_new, name]]))
-    return pd.DataFrame(columns)
+        columns[name] = np.append(listing[name], np.int64(absent))[places], listing[name].to_numpy()
+    merged = {name: np.concatenate([kept, values[is_new]]) for name, (kept, values) in columns.items()}
+    classes = pd.Categorical.from_codes(merged.pop("label"), labels.categories).remove_unused_categories()
+    paths = pd.concat([stored["path"], listing.loc[is_new, "path"]], ignore_index=True)
+    return pd.DataFrame({"path": paths, "label": classes} | merged)
 
 
 def take_listing(stored: pd.DataFrame) -> pd.DataFrame:

@@ -508,14 +508,20 @@ def test_split_catalog_covers_each_row_once_and_in_order(n_images: int, size: in
     assert {len(partition.paths) for partition in partitions[:-1]} <= {size}
 
 
-@given(numbers=st.lists(st.integers(0, 15), unique=True), changed=st.integers(0, 15), later=st.sets(st.integers(0, 15)))
+@given(
+    numbers=st.lists(st.integers(0, 15), unique=True),
+    changed=st.integers(0, 15),
+    later=st.sets(st.integers(0, 15), min_size=1),
+)
 def test_merge_listing_moves_no_row_and_gives_the_listing_back(
     numbers: list[int], changed: int, later: set[int]
 ) -> None:
     def list_numbers(numbers: Iterable[int], version: int) -> pd.DataFrame:
         rows = [[f"{n % 3}/{n:02d}.jpg", f"{n % 3}", n, version if n == changed else n] for n in numbers]
         table = pd.DataFrame(rows, columns=list(COLUMNS))
-        return table.astype({"path": "str", "label": "category", "bytes": np.int64, "version": np.int64})
+        return table.astype({"path": "str", "label": "str", "bytes": np.int64, "version": np.int64}).astype(
+            {"label": "category"}
+        )
 
     stored, listing = list_numbers(numbers, 100), list_numbers(later, 200).sort_values("path", ignore_index=True)
     merged = merge_listing(stored, listing)

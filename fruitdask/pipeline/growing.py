@@ -21,6 +21,9 @@ from fruitdask.storage import Location
 #: What counts of changes are called in words, in this order.
 _WORDS = {"added": "new", "changed": "changed", "vanished": "vanished", "retried": "tried again", "kept": "kept"}
 
+#: Rows compared at once.
+_ROWS_AT_ONCE = 65_536
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -217,8 +220,14 @@ def _count_changes(stored: pd.DataFrame, catalog: pd.DataFrame) -> dict[str, int
 
 
 def _equal(table: pd.DataFrame, other: pd.DataFrame, columns: tuple[str, ...]) -> npt.NDArray[np.bool_]:
-    """Tell in which rows some columns of two tables are equal."""
-    # Classes are categories in one table and words in the other.
+    """Tell in which rows some columns of two tables are equal, some at a time: classes are words in one and categories in the other."""
+    blocks = [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(table), _ROWS_AT_ONCE)]
+    equal = [_equal_block(table.iloc[block], other.iloc[block], columns) for block in blocks]
+    return np.concatenate([np.empty(0, bool), *equal])
+
+
+def _equal_block(table: pd.DataFrame, other: pd.DataFrame, columns: tuple[str, ...]) -> npt.NDArray[np.bool_]:
+    """Tell in which of few rows some columns are equal."""
     pairs = (
         [each[name].astype("str") if name == "label" else each[name] for each in (table, other)] for name in columns
     )

@@ -50,7 +50,6 @@ def check_output(
     if overwrite:
         return None
     found = manifest or exploration or {"fingerprint": {}}
-    may_grow = may_grow and manifest is not None and exists(output.child(CATALOG))
     for name in set(fingerprint) & set(found["fingerprint"]):
         theirs, ours = found["fingerprint"][name], fingerprint[name]
         if theirs != ours and name == "catalog" and found.get("erasures"):
@@ -59,12 +58,13 @@ def check_output(
                 f"{output.url}: the input has other images than those that are left here after some were erased ({n_erased:,} in all); "
                 "delete the erased ones from the input too or name them in input.exclude, or begin again with --overwrite"
             )
-        if theirs != ours and not (may_grow and name == "catalog"):
-            raise StoreMismatchError(
-                describe_mismatch(
-                    output, f"its {name} has the fingerprint {_shorten(theirs)}, this run's is {_shorten(ours)}"
-                )
-            )
+        if theirs != ours:
+            can_grow = name == "catalog" and manifest is not None and exists(output.child(CATALOG))
+            if can_grow and may_grow:
+                continue
+            difference = f"its {name} has the fingerprint {_shorten(theirs)}, this run's is {_shorten(ours)}"
+            advice = "; use fruitdask run to bring its results up to date with the input" if can_grow else ""
+            raise StoreMismatchError(describe_mismatch(output, difference + advice))
     return manifest
 
 
