@@ -553,7 +553,9 @@ def test_render_report_needs_results(make_config: MakeConfig) -> None:
 
 def test_explore_refuses_the_folder_of_a_run_on_other_images(make_config: MakeConfig, client: Any) -> None:
     fruitdask.run(make_config(), client=client)
-    with pytest.raises(StoreMismatchError, match="belongs to another run: its catalog has the fingerprint"):
+    with pytest.raises(
+        StoreMismatchError, match="its catalog has the fingerprint .*; use fruitdask run to bring its results"
+    ):
         fruitdask.explore(make_config(input={"limit": 10}), client=client)
 
 
