@@ -9,8 +9,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import pandas as pd
+
 from fruitdask import report, store
-from fruitdask.errors import OutputError
+from fruitdask.errors import DamageError, OutputError
 from fruitdask.exploration import check_exploration
 from fruitdask.pipeline.checking import StoredRun, Tally, check_components, check_partitions, read_components
 from fruitdask.pipeline.repairing import repair_faults, restore_manifest, shape_store
@@ -177,8 +179,9 @@ def _check_run(output: Location, manifest: dict[str, Any], ledger: _Ledger, prog
     components, faults = None, []
     if is_complete:
         components, faults = read_components(output, n_features=arrays["features"].shape[1])
-    run = StoredRun(output, manifest, arrays, frozenset(committed), components)
     ledger.faults += faults
+    catalog = _read_catalog(output, manifest, ledger)
+    run = StoredRun(output, manifest, arrays, frozenset(committed), components, catalog)
     ledger.faults += _check_marks(run, ledger.notes)
     tally = check_partitions(run, progress)
     ledger.faults += tally.faults
@@ -187,6 +190,21 @@ def _check_run(output: Location, manifest: dict[str, Any], ledger: _Ledger, prog
         ledger.notes.append("the features were stored without checksums, by an earlier version: not every damage shows")
     if is_complete:
         _check_results(run, tally, ledger, progress)
+
+
+def _read_catalog(output: Location, manifest: dict[str, Any], ledger: _Ledger) -> pd.DataFrame | None:
+    """Read which image each row is of; outcomes of all images say it too."""
+    remedy: store.Remedy = "restore" if manifest["status"] == "complete" else "none"
+    try:
+        catalog = store.read_catalog(output)
+    except DamageError as error:
+        ledger.faults.append(Fault(store.CATALOG, store.describe_damage(error), remedy))
+        return None
+    if catalog is not None and len(catalog) < manifest["n_images"]:
+        what = f"expected {manifest['n_images']:,} images, found {len(catalog):,}"
+        ledger.faults.append(Fault(store.CATALOG, what, remedy))
+        return None
+    return catalog
 
 
 def _compare_descriptions(
