@@ -138,7 +138,7 @@ def probe_partition(partition: Partition, artifact: ModelArtifact, job: Featuriz
 
 @dataclass(frozen=True, eq=False)
 class _Computed:
-    """What was computed of the images of a partition that were to be read (features are NaN where one failed), and what was there before."""
+    """What was computed of the images of a partition that were to be read (features are NaN where one failed); what was there before."""
 
     partition: Partition
     before: tuple[npt.NDArray[np.float32], pd.DataFrame] | None

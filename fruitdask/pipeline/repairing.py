@@ -8,6 +8,7 @@ import pandas as pd
 
 from fruitdask import __version__, store
 from fruitdask.errors import DamageError
+from fruitdask.pipeline.results import PCA
 from fruitdask.storage import Location
 from fruitdask.store import Fault, Remedy
 
@@ -69,6 +70,9 @@ def repair_faults(output: Location, faults: Iterable[Fault]) -> None:
     if {"compute", "reduce"} & set(by_remedy):
         # Nobody must take the results for good until they are made again.
         _change_manifest(output, status="running")
+    if any(fault.where.startswith(PCA) for fault in by_remedy.get("reduce", ())):
+        # Otherwise the next run might keep the components that are there.
+        store.delete_result(output, PCA)
     for fault in by_remedy.get("compute", ()):
         store.delete_result(output, f"{store.PARTITIONS}/{fault.partition:05d}.parquet")
     if "explore" in by_remedy:

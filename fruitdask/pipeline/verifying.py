@@ -200,11 +200,22 @@ def _read_catalog(output: Location, manifest: dict[str, Any], ledger: _Ledger) -
     except DamageError as error:
         ledger.faults.append(Fault(store.CATALOG, store.describe_damage(error), remedy))
         return None
+    if catalog is None and _knows_versions(output):
+        ledger.faults.append(Fault(store.CATALOG, "it is missing", remedy))
     if catalog is not None and len(catalog) < manifest["n_images"]:
         what = f"expected {manifest['n_images']:,} images, found {len(catalog):,}"
         ledger.faults.append(Fault(store.CATALOG, what, remedy))
         return None
     return catalog
+
+
+def _knows_versions(output: Location) -> bool:
+    """Tell whether the outcomes say of which versions of files they are, as those of stores with a catalog do."""
+    first = sorted(store.list_committed(output))[:1]
+    try:
+        return any(len(table) for table in store.read_outcomes(output, first, columns=store.VERSION_COLUMNS))
+    except DamageError:
+        return False
 
 
 def _compare_descriptions(
@@ -248,6 +259,9 @@ def _check_results(run: StoredRun, tally: Tally, ledger: _Ledger, progress: RunP
     ledger.faults += _check_drawings(run)
     if any(fault.remedy == "compute" for fault in ledger.faults):
         ledger.notes.append(f"{PCA} was not compared with the features, some of which are damaged")
+        return
+    if manifest["pca"].get("fit", {}).get("n_changed"):
+        ledger.notes.append(f"{PCA} was not compared with the features, some of which came after it was fitted")
         return
     progress.begin("Verifying principal components")
     ledger.faults += check_components(run)
