@@ -203,7 +203,7 @@ def _complete(
 ) -> tuple[npt.NDArray[np.float32], pd.DataFrame]:
     """Lay what was computed of a partition beside what stays of it, and say of which versions of the files it is."""
     places = np.asarray(partition.places_to_read, np.int64)
-    if len(places) < len(partition.paths):
+    if before is not None or len(places) < len(partition.paths):
         features, outcomes = _spread(partition, features, outcomes.set_axis(places), before)
     versions = zip(VERSION_COLUMNS, (partition.bytes, partition.versions), strict=True)
     return features, outcomes.assign(**{name: values for name, values in versions if values})

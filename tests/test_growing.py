@@ -24,6 +24,7 @@ from fruitdask.cli import cli
 from fruitdask.config import Config, ModelConfig
 from fruitdask.errors import StoreMismatchError, TooManyFailuresError
 from fruitdask.pipeline import running, spending
+from fruitdask.storage import Location
 
 MakeConfig = Callable[..., Config]
 
@@ -310,6 +311,18 @@ def test_retry_failed_takes_failed_images_alone(
     fruitdask.run(config, client=client)
     monkeypatch.setattr(spending, "open_client", lambda config: pytest.fail("a cluster was started"))
     assert fruitdask.run(config, retry_failed=True).changes == {}
+
+
+def test_attempts_count_on_where_all_images_of_a_partition_have_failed(
+    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
+) -> None:
+    for number in (8, 6):
+        break_image(source / "pear" / f"{number}.png")
+    config = make_config(featurize={"max_failed_fraction": 0.2})
+    for n_attempts in (1, 2, 3):
+        fruitdask.run(config, retry_failed=True, client=client)
+        (outcomes,) = store.read_outcomes(Location(str(tmp_path / "out")), [2])
+        assert list(outcomes["attempts"]) == [n_attempts] * 2 and set(outcomes["status"]) == {"unreadable"}
 
 
 def test_mended_images_are_computed_after_too_many_failures(make_config: MakeConfig, client: Any, source: Path) -> None:
