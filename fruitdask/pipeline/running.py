@@ -28,7 +28,7 @@ from fruitdask.pipeline.reducing import reduce_features, write_components
 from fruitdask.pipeline.results import PCA, RunResult, open_features
 from fruitdask.pipeline.spending import Budget
 from fruitdask.progress import RunProgress
-from fruitdask.storage import Location, exists
+from fruitdask.storage import Location, exists, explained
 
 if TYPE_CHECKING:
     from fruitdask.featurize import PartitionSummary
@@ -215,7 +215,6 @@ def _prepare(config: Config, client: Any, clock: _Clock, progress: RunProgress, 
         # Which images are left, the run will find out.
         del fingerprint["catalog"]
     manifest = store.check_output(output, fingerprint, overwrite=config.output.overwrite)
-    has_store = manifest is not None and store.open_store(output) is not None
     return _Task(
         inputs=inputs,
         fingerprint=fingerprint,
@@ -225,7 +224,7 @@ def _prepare(config: Config, client: Any, clock: _Clock, progress: RunProgress, 
             else config.featurize.images_per_partition or choose_partition_size(len(catalog))
         ),
         manifest=manifest,
-        committed=frozenset(store.list_committed(output) if has_store else ()),
+        committed=_find_done(output, manifest),
         budget=Budget(
             config.limits,
             # A cluster of somebody else's costs this run nothing.
@@ -235,6 +234,17 @@ def _prepare(config: Config, client: Any, clock: _Clock, progress: RunProgress, 
             elapsed_seconds=clock.total_seconds,
         ),
     )
+
+
+def _find_done(output: Location, manifest: dict[str, Any] | None) -> frozenset[int]:
+    """Find the partitions that are done; one of whose images some were out of reach is not, for they may be within reach by now."""
+    if manifest is None or store.open_store(output) is None:
+        return frozenset()
+    committed = store.list_committed(output)
+    if manifest["status"] == "complete" and "unreachable" not in manifest["counts"]["by_status"]:
+        return frozenset(committed)
+    n_images = manifest["images_per_partition"]
+    return frozenset(committed - store.list_unreachable(output, sorted(committed), images_per_partition=n_images))
 
 
 def _describe_work(task: _Task, client: Any, clock: _Clock) -> Work:
@@ -313,7 +323,9 @@ def _reduce_features(
 ) -> dict[str, Any]:
     """Reduce the features and write the tables; gives the manifest of the complete run."""
     progress.begin("Reducing")
-    with clock.measure("reduce"), _choose_scheduler(task, client, stack):
+    # Dask reads the features only when it needs them.
+    reading = explained(task.output, "read the features in")
+    with clock.measure("reduce"), _choose_scheduler(task, client, stack), reading:
         reduction = reduce_features(task.config, task.output, task.catalog["label"].to_numpy())
     progress.begin("Writing results")
     with clock.measure("write"):

@@ -32,7 +32,7 @@ from fruitdask.store.names import (
     QUALITY,
     STATUSES,
 )
-from fruitdask.store.outcomes import list_committed, read_outcomes, read_table
+from fruitdask.store.outcomes import list_committed, list_unreachable, read_outcomes, read_table
 
 __all__ = [
     "ERASED",
@@ -52,6 +52,7 @@ __all__ = [
     "delete_thumbnails",
     "finish_erasing",
     "list_committed",
+    "list_unreachable",
     "open_store",
     "open_thumbnails",
     "read_arrays",

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import zarr
+from zarr.storage import FsspecStore
 
 from fruitdask.errors import StorageError
 from fruitdask.storage import Location, exists, explained, write_file
@@ -263,4 +264,8 @@ def _zarr_arguments(location: Location) -> dict[str, Any]:
     """Name a Zarr store; Zarr takes no storage options for a local path."""
     if location.is_local:
         return {"store": location.path}
+    if location.is_s3:
+        # Zarr would take s3fs's file system, which has retries of its own.
+        fs = type(location.fs)(asynchronous=True, **location.options)
+        return {"store": FsspecStore(fs, path=location.path)}
     return {"store": location.url, "storage_options": location.options}

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pandas as pd
 
 from fruitdask.errors import StorageError
@@ -37,6 +38,34 @@ def list_committed(output: Location) -> set[int]:
         folder.fs.invalidate_cache()
         names = [path.rsplit("/", 1)[-1] for path in folder.fs.find(folder.path)]
     return {int(match[1]) for name in names if (match := _COMMIT_MARK.fullmatch(name))}
+
+
+def list_unreachable(output: Location, indices: Sequence[int], *, images_per_partition: int) -> set[int]:
+    """
+    List the partitions of which some images could not be read, though they were there.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    indices : Sequence[int]
+        Partitions to look at, ascending; they have commit marks.
+    images_per_partition : int
+        Images of each but the last partition of the run.
+
+    Returns
+    -------
+    set[int]
+        Indices of partitions.
+
+    Raises
+    ------
+    StorageError
+        If the outcomes cannot be read.
+    """
+    is_lost = [table["status"].to_numpy() == "unreachable" for table in read_outcomes(output, indices)]
+    rows = np.flatnonzero(np.concatenate([np.empty(0, bool), *is_lost]))
+    return {indices[place] for place in (rows // images_per_partition).tolist()}
 
 
 def read_outcomes(output: Location, indices: Sequence[int], *, partitions_at_once: int = 256) -> Iterator[pd.DataFrame]:
