@@ -21,11 +21,13 @@ if TYPE_CHECKING:
         Plan as Plan,
         Report as Report,
         RunResult as RunResult,
+        Verification as Verification,
         erase as erase,
         explore as explore,
         plan as plan,
         render_report as render_report,
         run as run,
+        verify as verify,
     )
     from fruitdask.plots import plot_map as plot_map
     from fruitdask.progress import choose_progress as choose_progress
@@ -40,6 +42,7 @@ _ROOM_OF_NAME = {
     "Plan": "pipeline",
     "Report": "pipeline",
     "RunResult": "pipeline",
+    "Verification": "pipeline",
     "build_artifact": "models",
     "choose_progress": "progress",
     "draw_sample": "sample",
@@ -56,6 +59,7 @@ _ROOM_OF_NAME = {
     "render_report": "pipeline",
     "run": "pipeline",
     "summarize_quality": "neighbors",
+    "verify": "pipeline",
 }
 
 __all__ = sorted(_ROOM_OF_NAME)

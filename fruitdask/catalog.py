@@ -24,6 +24,8 @@ from fruitdask.storage import Location, exists, explained
 
 COLUMNS = ("path", "label", "bytes", "version")
 
+#: A step to the folder above, by which a manifest would read what is not in the input.
+_LEADS_OUT = r"(?:^|/)\.\.(?:/|$)"
 #: A file while it is listed: path, bytes, and what changes when the file does.
 _Row = tuple[str, int, str]
 #: Rows hashed at once: pandas makes a Python object of each text.
@@ -50,12 +52,15 @@ class Partition:
         Paths of its images relative to the input URL.
     labels : tuple[str, ...]
         Their classes.
+    avoided : frozenset[int]
+        Places, counted from 0, of images that are not to be opened: they kill the process that does.
     """
 
     index: int
     start: int
     paths: tuple[str, ...]
     labels: tuple[str, ...]
+    avoided: frozenset[int] = frozenset()
 
 
 def list_images(config: InputConfig) -> pd.DataFrame:
@@ -369,6 +374,11 @@ def _join_manifest(files: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
         row = int(empty.argmax()) + 1
         raise ConfigError(
             f"{config.manifest}: expected a path and a label in each row of input.manifest, row {row} lacks one"
+        )
+    leading_out = manifest["path"][manifest["path"].str.contains(_LEADS_OUT)]
+    if len(leading_out):
+        raise ConfigError(
+            f"{config.manifest}: expected paths inside input.url in input.manifest, found {leading_out.iloc[0]!r}; write it without .."
         )
     duplicated = manifest["path"][manifest["path"].duplicated()]
     if len(duplicated):

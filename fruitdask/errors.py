@@ -17,6 +17,10 @@ class StorageError(FruitdaskError, OSError):
     """A URL cannot be read or written."""
 
 
+class DamageError(StorageError):
+    """What was stored is there, but is not what was written."""
+
+
 class CatalogError(FruitdaskError, FileNotFoundError):
     """The input holds no images, or not those that were asked for."""
 

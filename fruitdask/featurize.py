@@ -10,7 +10,7 @@ import pandas as pd
 
 from fruitdask.catalog import Partition
 from fruitdask.exploration import ExploreJob, Explorer, Findings
-from fruitdask.fetch import Batch, ImageSource, Stopwatch, read_batches
+from fruitdask.fetch import Batch, ImageSource, Outcome, Stopwatch, read_batches
 from fruitdask.mapping import let_next_begin
 from fruitdask.models import ModelArtifact, load_predictor, prepare_engine
 from fruitdask.storage import Location
@@ -98,12 +98,55 @@ def featurize_partition(partition: Partition, artifact: ModelArtifact, job: Feat
     StorageError
         If the results cannot be written.
     """
+    computed = _compute(partition, artifact, job)
+    table = pd.DataFrame(
+        [[getattr(outcome, column) for column in OUTCOME_COLUMNS] for outcome in computed.outcomes],
+        columns=list(OUTCOME_COLUMNS),
+    )
+    watch = computed.watch
+    with watch.measure("write"):
+        findings = computed.explorer.finish() if computed.explorer is not None else None
+        features = computed.features
+        write_partition(job.output, index=partition.index, start=partition.start, features=features, outcomes=table)
+    statuses = dict(Counter(table["status"]))
+    return PartitionSummary(partition.index, len(table), statuses, computed.bytes_read, watch.seconds, findings)
+
+
+def probe_partition(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -> None:
+    """
+    Do the same as `featurize_partition` and store nothing, to see whether the process survives.
+
+    Parameters
+    ----------
+    partition : Partition
+        The images.
+    artifact : ModelArtifact
+        The network.
+    job : FeaturizeJob
+        Where to read, and the limits.
+    """
+    _compute(partition, artifact, job)
+
+
+@dataclass(frozen=True, eq=False)
+class _Computed:
+    """What was computed of a partition: features (NaN where an image failed), outcomes, bytes of the files, what exploring them found."""
+
+    features: npt.NDArray[np.float32]
+    outcomes: list[Outcome]
+    bytes_read: int
+    explorer: Explorer | None
+    watch: Stopwatch
+
+
+def _compute(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -> _Computed:
+    """Compute the features of a partition, batch by batch."""
     watch = Stopwatch()
     with watch.measure("load"):
         predict = load_predictor(artifact, n_threads=_count_threads())
     explorer = Explorer(partition, job.explore) if job.explore else None
     features = np.full((len(partition.paths), artifact.n_features), np.nan, np.float32)
-    outcomes, bytes_read = [], 0
+    outcomes, bytes_read = list[Outcome](), 0
     batches = read_batches(partition, job.source, input_px=artifact.input_px, watch=watch, on_asked=let_next_begin)
     for batch in batches:
         bytes_read += sum(len(outcome.data) for outcome in batch.outcomes)
@@ -114,16 +157,7 @@ def featurize_partition(partition: Partition, artifact: ModelArtifact, job: Feat
             if batch.rows:
                 features[batch.start + np.asarray(batch.rows)] = _check_finite(predict(batch.pixels), batch)
         outcomes += batch.outcomes
-    table = pd.DataFrame(
-        [[getattr(outcome, column) for column in OUTCOME_COLUMNS] for outcome in outcomes],
-        columns=list(OUTCOME_COLUMNS),
-    )
-    with watch.measure("write"):
-        findings = explorer.finish() if explorer is not None else None
-        write_partition(job.output, index=partition.index, start=partition.start, features=features, outcomes=table)
-    return PartitionSummary(
-        partition.index, len(outcomes), dict(Counter(table["status"])), bytes_read, watch.seconds, findings
-    )
+    return _Computed(features, outcomes, bytes_read, explorer, watch)
 
 
 def prepare_workers(client: Any, engine: str) -> list[Any]:

@@ -177,6 +177,10 @@ def read_batches(
         The next images. An image that cannot be read or decoded has an outcome that says why, and no pixels.
     """
     outcomes = [Outcome(path, label) for path, label in zip(partition.paths, partition.labels, strict=True)]
+    for place in partition.avoided:
+        outcomes[place].fail(
+            "crashed", "each process that worked on this image died: it needs too much memory or crashes a decoder"
+        )
     with ThreadPoolExecutor(source.concurrent_reads) as pool:
         fetched = _fetch_ahead(outcomes, source, pool, on_asked)
         for start in range(0, len(outcomes), source.batch_size):
@@ -228,6 +232,8 @@ class _Patience:
 
 def _fetch(outcome: Outcome, fs: Any, source: ImageSource, patience: _Patience) -> None:
     """Read one file, trying again unless it is certainly not there or not to be had, or the server is lost."""
+    if outcome.status != "ok":
+        return
     root, cause = source.location, ""
     while outcome.attempts < source.fetch_attempts and not (outcome.attempts and patience.is_lost):
         if outcome.attempts:

@@ -1,7 +1,10 @@
 """Images: from the bytes of a file to pixels, and nothing but pixels."""
 
 import io
-from collections.abc import Sequence
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +15,23 @@ from fruitdask.errors import ImageError, ImageTooLargeError
 #: What is decoded, by content; Pillow knows further formats, some of which start other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 _WHITE = (255, 255, 255, 255)
+#: The longest side that a JPEG can have. Resizing takes memory and time by the length of a side, whatever the number of pixels.
+_MAX_SIDE_PX = 65_535
+# Bounds that keep a small file from costing minutes or gigabytes; each is far above what cameras and editors write.
+#: Each scan goes over all pixels of a JPEG; libtiff has the same bound.
+_MAX_SCANS = 100
+_MAX_EXIF_SEGMENTS = 256
+_MAX_COLOUR_PROFILES = 64
+#: More than an image of 50 million pixels has in the smallest tiles that TIFF 6.0 admits, of 16 x 16.
+_MAX_STRIPS = 1 << 18
+#: Strips and tiles cover an image once, or once for each of its channels.
+_MAX_COVERS = 8
+#: Offsets of strips and of tiles.
+_STRIP_TAGS = (0x0111, 0x0144)
+_BIG_TIFF = 43
+#: A marker of JPEG that is no restart within a scan.
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
+_START_OF_SCAN, _END_OF_IMAGE, _MARKERS_WITHOUT_LENGTH = 0xDA, 0xD9, (0x01, 0xD8)
 #: What undoes each EXIF orientation (Exif 2.32, section 4.6.4 A, tag 0x0112).
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,9 +71,9 @@ def decode_image(data: bytes, *, size_px: int, max_pixels: int, is_fast: bool = 
     Raises
     ------
     ImageTooLargeError
-        If the image has more than ``max_pixels``.
+        If the image has more than ``max_pixels``, or a side of more than 65,535.
     ImageError
-        If the bytes are not a whole image.
+        If the bytes are not a whole image, or would take far more work than their pixels.
 
     Notes
     -----
@@ -61,17 +81,13 @@ def decode_image(data: bytes, *, size_px: int, max_pixels: int, is_fast: bool = 
     ``keras.utils.load_img(target_size=..., interpolation="bicubic")`` does.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            n_pixels = image.width * image.height
-            if n_pixels > max_pixels:
-                raise ImageTooLargeError(
-                    f"expected at most {max_pixels:,} pixels (featurize.max_pixels), found {image.width} x {image.height} = {n_pixels:,}"
-                )
+        with _open(data) as image:
+            _check_size(image, max_pixels)
             if is_fast:
                 image.draft(None, (size_px, size_px))
             rgb = _convert_to_rgb(_turn_upright(image))
             return np.asarray(rgb.resize((size_px, size_px), Image.Resampling.BICUBIC))
-    except (ImageTooLargeError, MemoryError):
+    except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(
@@ -128,13 +144,86 @@ def read_header(data: bytes) -> tuple[str, int, int] | None:
         Format (``JPEG``, ``PNG``, ``WEBP``, ``TIFF`` or ``BMP``), width and height in pixels as stored; None where it is not an image.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with _open(data) as image:
             return str(image.format), image.width, image.height
     except MemoryError:
         raise
     except Exception:
         # Whatever a decoder raises at hostile bytes.
         return None
+
+
+@contextmanager
+def _open(data: bytes) -> Iterator[Image.Image]:
+    """Open an image that does not ask for far more work than its pixels take."""
+    _check_structure(data)
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        yield image
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    """Refuse an image of too many pixels, of too long a side, or of pieces that are decoded over each other."""
+    n_pixels = image.width * image.height
+    if n_pixels > max_pixels:
+        raise ImageTooLargeError(
+            f"expected at most {max_pixels:,} pixels (featurize.max_pixels), found {image.width} x {image.height} = {n_pixels:,}"
+        )
+    if max(image.size) > _MAX_SIDE_PX:
+        raise ImageTooLargeError(
+            f"expected sides of at most {_MAX_SIDE_PX:,} pixels, found {image.width} x {image.height}"
+        )
+    extents = [piece[1] for piece in getattr(image, "tile", ())]
+    if sum((right - left) * (lower - upper) for left, upper, right, lower in extents) > _MAX_COVERS * n_pixels:
+        raise ImageError(
+            f"expected strips that cover the image once, found {len(extents):,} that cover it again and again"
+        )
+
+
+def _check_structure(data: bytes) -> None:
+    """Refuse a file whose parts are so many that a decoder would spend minutes or gigabytes on them."""
+    if data.startswith(b"\xff\xd8"):
+        counts = {
+            "scans": (_count_scans(data), _MAX_SCANS),
+            "blocks of EXIF": (data.count(b"Exif\0\0"), _MAX_EXIF_SEGMENTS),
+        }
+    elif data.startswith(b"\x89PNG"):
+        counts = {"colour profiles": (data.count(b"iCCP"), _MAX_COLOUR_PROFILES)}
+    elif data.startswith((b"II", b"MM")):
+        counts = {"strips or tiles": (_count_strips(data), _MAX_STRIPS)}
+    else:
+        return
+    for name, (n_found, n_allowed) in counts.items():
+        if n_found > n_allowed:
+            raise ImageError(f"expected an image with at most {n_allowed:,} {name}, found {n_found:,}")
+
+
+def _count_scans(data: bytes) -> int:
+    """Count the scans of a JPEG up to its end, behind which phones put videos."""
+    n_scans = data.count(b"\xff\xda")
+    if n_scans <= _MAX_SCANS:
+        return n_scans
+    n_scans, at = 0, 2
+    while (match := _MARKER.search(data, at)) and match[1][0] != _END_OF_IMAGE:
+        marker, at = match[1][0], match.end()
+        n_scans += marker == _START_OF_SCAN
+        at += 0 if marker in _MARKERS_WITHOUT_LENGTH else int.from_bytes(data[at : at + 2])
+    return n_scans
+
+
+def _count_strips(data: bytes) -> int:
+    """Count the strips or tiles that the first directory of a TIFF or BigTIFF announces."""
+    order = "<" if data.startswith(b"II") else ">"
+    head, n_entries, entry = ("8xQ", "Q", "HHQ8x") if _BIG_TIFF in data[2:4] else ("4xI", "H", "HHI4x")
+    try:
+        (start,) = struct.unpack_from(order + head, data)
+        (count,) = struct.unpack_from(order + n_entries, data, start)
+    except (struct.error, OverflowError):
+        return 0
+    start += struct.calcsize(order + n_entries)
+    width = struct.calcsize(order + entry)
+    packed = data[start : start + width * count]
+    entries = struct.iter_unpack(order + entry, packed[: len(packed) // width * width])
+    return max((count for tag, _, count in entries if tag in _STRIP_TAGS), default=0)
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
@@ -156,7 +245,7 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         background = Image.new("RGBA", image.size, _WHITE)
         return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _explain(data: bytes, error: Exception) -> str:

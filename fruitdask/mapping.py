@@ -1,8 +1,10 @@
 """Mapping: a function over partitions on a cluster, a bounded number in flight, and a value that all tasks need delivered to it."""
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -13,9 +15,13 @@ Result = TypeVar("Result")
 
 #: Partitions in flight for each thread of the cluster: one that ends, one in work, one waiting at the worker.
 _PARTITIONS_PER_THREAD = 3
-#: How often a task is tried again on another worker, and how often a value is delivered again after its last holder died.
+#: How often a task that fails is tried again.
 _TASK_RETRIES = 2
-_MAX_DELIVERIES = 20
+#: How often a partition may be lost with the last worker that held what tasks need, before it is suspected. Dask counts the deaths of
+#: workers that leave another one behind: more than ``distributed.scheduler.allowed-failures`` (3), and the task has failed.
+_MAX_LOSSES = 3
+#: How often the value is delivered again without a single task being done: something must be wrong with all of them.
+_MAX_DELIVERIES_IN_VAIN = 60
 #: How long to wait for a worker after the last one died: a nanny starts another in seconds, a cloud in minutes.
 _WORKER_TIMEOUT_SECONDS = 600
 
@@ -27,12 +33,14 @@ def map_partitions(
     *arguments: Any,
     delivered: Any,
     on_result: Callable[[Result], None],
+    probe: Callable[..., object] | None = None,
 ) -> None:
     """
     Call ``function(partition, delivered, *arguments)`` for each partition on a cluster, a bounded number at a time.
 
     What all tasks need is scattered to all workers once. If the last worker that holds it dies, it is scattered again and what was in
-    flight is submitted again.
+    flight is submitted again. A partition whose workers die again and again is put off until all others are done; then halves of it are
+    tried until the images are found that do it, and the function is called with a partition that says to avoid them.
 
     Parameters
     ----------
@@ -48,38 +56,25 @@ def map_partitions(
         The value that is scattered; one object, for of a list or a mapping each item would be scattered.
     on_result : Callable
         Called for each result, in the order of completion; an exception from it ends the work.
+    probe : Callable, optional
+        Does with a partition what the function does, and leaves nothing behind; by default a partition is not searched for images that
+        kill workers.
 
     Raises
     ------
     PartitionError
-        If the function fails for a partition, or the cluster is lost.
+        If the function fails for a partition, kills workers whatever is avoided, or the cluster is lost.
     """
-    from distributed import as_completed
-
-    queue = iter(partitions)
-    in_flight: dict[Any, Partition] = {}
-    completed = as_completed()
-    delivery = _Delivery(client, delivered)
-
-    def submit(partition: Partition) -> None:
-        future = client.submit(function, partition, delivery.future, *arguments, pure=False, retries=_TASK_RETRIES)
-        in_flight[future] = partition
-        completed.add(future)
-
+    tasks = _Tasks(client, delivered, arguments)
+    deadly: list[Partition] = []
     try:
-        for partition in islice(queue, _count_window(client)):
-            submit(partition)
-        for future in completed:
-            partition = in_flight.pop(future)
-            try:
-                result = _get_result(future, partition)
-            except CancelledError:
-                delivery.renew()
-                submit(partition)
-                continue
-            on_result(result)
-            for partition in islice(queue, max(0, _count_window(client) - len(in_flight))):
-                submit(partition)
+        for partition, result in tasks.run(function, partitions):
+            if isinstance(result, _Death):
+                deadly.append(partition)
+            else:
+                on_result(result)
+        for partition in deadly:
+            on_result(_run_deadly(tasks, function, partition, probe))
     except (OSError, TimeoutError) as error:
         if isinstance(error, FruitdaskError):
             raise
@@ -87,9 +82,99 @@ def map_partitions(
             f"the cluster was lost: {str(error) or type(error).__name__}; what is stored stays, run again to go on"
         ) from error
     finally:
-        # Where the scheduler is gone there is nothing left to cancel.
+        tasks.cancel()
+
+
+@dataclass(frozen=True)
+class _Death:
+    """Instead of a result: how the workers of a task have died."""
+
+    message: str
+
+
+class _Tasks:
+    """Tasks on a cluster, and what all of them need."""
+
+    def __init__(self, client: Any, delivered: Any, arguments: tuple[Any, ...]) -> None:
+        self._client = client
+        self._arguments = arguments
+        self._delivery = _Delivery(client, delivered)
+        self._in_flight: dict[Any, Partition] = {}
+
+    def run(
+        self, function: Callable[..., Result], partitions: Iterable[Partition]
+    ) -> Iterator[tuple[Partition, Result | _Death]]:
+        """Run a function over partitions, as many at a time as the cluster is large; gives results in the order of completion."""
+        from distributed import as_completed
+
+        queue, completed, n_losses = iter(partitions), as_completed(), Counter[int]()
+
+        def submit(partition: Partition) -> None:
+            future = self._client.submit(
+                function, partition, self._delivery.future, *self._arguments, pure=False, retries=_TASK_RETRIES
+            )
+            self._in_flight[future] = partition
+            completed.add(future)
+
+        for partition in islice(queue, _count_window(self._client)):
+            submit(partition)
+        for future in completed:
+            partition = self._in_flight.pop(future)
+            try:
+                result = _get_result(future, partition)
+                self._delivery.n_in_vain = 0
+            except CancelledError:
+                self._delivery.renew()
+                n_losses[partition.index] += 1
+                if n_losses[partition.index] <= _MAX_LOSSES:
+                    submit(partition)
+                    continue
+                result = _Death(f"the last worker died {_MAX_LOSSES + 1} times over while it was in work")
+            yield partition, result
+            for partition in islice(queue, max(0, _count_window(self._client) - len(self._in_flight))):
+                submit(partition)
+
+    def run_alone(self, function: Callable[..., Result], partition: Partition) -> Result | _Death:
+        """Run a function on a partition while nothing else runs that could be to blame."""
+        ((_, result),) = self.run(function, [partition])
+        return result
+
+    def cancel(self) -> None:
+        """Cancel what is in flight; where the scheduler is gone there is nothing left to cancel."""
         with suppress(OSError, TimeoutError):
-            client.cancel(list(in_flight), force=True)
+            self._client.cancel(list(self._in_flight), force=True)
+
+
+def _run_deadly(
+    tasks: _Tasks, function: Callable[..., Result], partition: Partition, probe: Callable[..., object] | None
+) -> Result:
+    """Run a function on a partition that has killed workers, or was near one that did, without the images that do it."""
+    result = tasks.run_alone(function, partition)
+    if isinstance(result, _Death) and probe is not None:
+        everything = range(len(partition.paths))
+
+        def kills(places: Sequence[int]) -> bool:
+            others = frozenset(everything).difference(places)
+            return isinstance(tasks.run_alone(probe, replace(partition, avoided=partition.avoided | others)), _Death)
+
+        found = frozenset(_find_deadly([place for place in everything if place not in partition.avoided], kills))
+        result = tasks.run_alone(function, replace(partition, avoided=partition.avoided | found))
+    if isinstance(result, _Death):
+        raise PartitionError(
+            f"{_name(partition)} kills its workers, whichever of its images is left out ({result.message}); give workers more memory, or "
+            "set a smaller featurize.max_pixels or featurize.images_per_partition"
+        )
+    return result
+
+
+def _find_deadly(places: Sequence[int], kills: Callable[[Sequence[int]], bool]) -> list[int]:
+    """Find the images that kill workers by themselves, among some that do together."""
+    if len(places) == 1:
+        return list(places) if kills(places) else []
+    left, right = places[: len(places) // 2], places[len(places) // 2 :]
+    if not kills(left):
+        return _find_deadly(right, kills)
+    return _find_deadly(left, kills) + (_find_deadly(right, kills) if kills(right) else [])
 
 
 def let_next_begin() -> None:
@@ -114,25 +199,25 @@ class _Delivery:
     def __init__(self, client: Any, value: Any) -> None:
         self._client = client
         self._value = value
-        self._n_deliveries = 0
+        self.n_in_vain = 0
         self._scatter()
 
     def renew(self) -> None:
         """Scatter again, once for all the tasks that one loss has cancelled."""
         if self.future.status == "finished":
             return
-        if self._n_deliveries >= _MAX_DELIVERIES:
+        if self.n_in_vain >= _MAX_DELIVERIES_IN_VAIN:
             raise PartitionError(
-                f"every worker that held the {type(self._value).__name__} of this run died, {self._n_deliveries} times over; "
-                "see the workers' logs for why"
+                f"every worker that held the {type(self._value).__name__} of this run died, {self.n_in_vain} times over, and nothing was "
+                "done meanwhile; see the workers' logs for why"
             )
+        self.n_in_vain += 1
         self._scatter()
 
     def _scatter(self) -> None:
         """Copy the value to every worker; a new key each time, for the scheduler remembers the lost one."""
         self._client.wait_for_workers(1, timeout=_WORKER_TIMEOUT_SECONDS)
         self.future = self._client.scatter(self._value, broadcast=True, hash=False)
-        self._n_deliveries += 1
 
 
 def _count_window(client: Any) -> int:
@@ -143,12 +228,21 @@ def _count_window(client: Any) -> int:
 
 def _get_result(future: Any, partition: Partition) -> Any:
     """Get a task's result, or say which images it stood for; raises CancelledError where it was lost with its worker."""
+    from distributed import KilledWorker
+
     try:
         return future.result()
     except CancelledError:
         raise
+    except KilledWorker as error:
+        return _Death(str(error))
     except Exception as error:
         raise PartitionError(
-            f"partition {partition.index} ({partition.paths[0]} to {partition.paths[-1]}) failed: {str(error) or type(error).__name__}"
+            f"{_name(partition)} failed: {str(error) or type(error).__name__}"
             + ("" if isinstance(error, FruitdaskError) else f" ({type(error).__name__})")
         ) from error
+
+
+def _name(partition: Partition) -> str:
+    """Name a partition by its images."""
+    return f"partition {partition.index} ({partition.paths[0]} to {partition.paths[-1]})"

@@ -1,5 +1,6 @@
 """Reduction: from features to a few numbers an image, by principal components and t-SNE."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -149,6 +150,55 @@ def fit_pca(
         singular_values=np.sqrt(variances * (n_images - 1)),
     )
     return fitted.truncate(n_components)
+
+
+def compare_components(
+    stored: PrincipalComponents, found: PrincipalComponents, *, tolerance: float = 1e-6
+) -> Iterator[str]:
+    """
+    Say in what stored principal components are not those of the features.
+
+    Parameters
+    ----------
+    stored : PrincipalComponents
+        What is to be checked.
+    found : PrincipalComponents
+        A fit to the same features, with at least as many components.
+    tolerance : float
+        Differences that count as rounding, relative to the largest.
+
+    Yields
+    ------
+    str
+        What differs.
+
+    Notes
+    -----
+    Components whose variances are the same may be turned among themselves, so they are not compared one by one: with the covariance C
+    that ``found`` decomposes, a stored component v of variance s must satisfy C v = s v.
+    """
+    n_components = stored.n_components
+    if n_components > found.n_components or stored.components.shape[1:] != found.components.shape[1:]:
+        yield f"expected {found.components.shape[1]} features and at most {found.n_components} components, found {stored.components.shape}"
+        return
+    for name in ("mean", "explained_variance", "explained_variance_ratio", "singular_values"):
+        ours, theirs = getattr(stored, name), getattr(found, name)
+        theirs = theirs if name == "mean" else theirs[:n_components]
+        # A singular value is a root, and as inexact as that of what rounding leaves of a variance.
+        relative = np.sqrt(tolerance) if name == "singular_values" else tolerance
+        spread = np.sqrt(found.explained_variance[0]) if name == "mean" else 0
+        largest = max(np.abs(theirs).max(), spread)
+        if ours.shape != theirs.shape:
+            yield f"{name} is not that of the features: expected the shape {theirs.shape}, found {ours.shape}"
+            return
+        if not np.abs(ours - theirs).max() <= relative * largest:
+            yield f"{name} is not that of the features"
+    parts = stored.components @ found.components.T
+    variances = found.explained_variance
+    differences = np.linalg.norm(parts * (variances - stored.explained_variance[:n_components, np.newaxis]), axis=1)
+    lengths = np.linalg.norm(parts, axis=1)
+    if not (differences.max() <= tolerance * variances[0] and np.abs(lengths - 1).max() <= np.sqrt(tolerance)):
+        yield "components are not those of the features"
 
 
 def check_n_components(n_components: int | float, *, n_images: int, n_features: int | None = None) -> None:

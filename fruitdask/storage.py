@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
 from fruitdask.aws import explain_aws_error
-from fruitdask.errors import FruitdaskError, StorageError
+from fruitdask.errors import DamageError, FruitdaskError, StorageError
 
 _HASH_BLOCK_BYTES = 1 << 20
 
@@ -27,6 +27,8 @@ _S3_CONFIG: Mapping[str, Any] = {"max_pool_connections": 256}
 _ATTEMPTS = 5
 #: Modules of clients whose errors do not derive from OSError.
 _FOREIGN_ERRORS = ("botocore", "aiobotocore", "aiohttp", "azure", "google")
+#: Modules of decoders whose errors do derive from OSError: Zarr misses what it does not recognize.
+_DECODERS = ("zarr",)
 #: Access keys of AWS, and signatures of its requests.
 _SECRETS = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?<=Signature=)[\w%/+=-]+|(?<=X-Amz-Credential=)[\w%/+=-]+")
 
@@ -154,9 +156,9 @@ def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str
 
 
 @contextmanager
-def explained(location: Location, action: str) -> Iterator[None]:
+def explained(location: Location, action: str, *, remedy: str | None = None) -> Iterator[None]:
     """
-    Turn whatever a file system raises into one sentence that names the URL.
+    Turn whatever a file system raises, and a decoder where one is at work, into one sentence that names the URL.
 
     Parameters
     ----------
@@ -164,6 +166,8 @@ def explained(location: Location, action: str) -> Iterator[None]:
         The place that is worked on.
     action : str
         A verb, such as ``read``.
+    remedy : str, optional
+        What to do where the content is damaged, if the block decodes it: decoders of damaged bytes raise whatever they like.
 
     Yields
     ------
@@ -174,6 +178,8 @@ def explained(location: Location, action: str) -> Iterator[None]:
     ------
     StorageError
         If the block raises an OSError; botocore's errors arrive as OSError through s3fs, or by their own base class.
+    DamageError
+        If it raises anything else, and a remedy is given.
     """
     try:
         yield
@@ -184,11 +190,38 @@ def explained(location: Location, action: str) -> Iterator[None]:
         is_expected = isinstance(error, OSError) or type(error).__module__.startswith(_FOREIGN_ERRORS)
         # Clients are made on first use, and refuse options that they do not know only then.
         is_option = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
+        if remedy is not None and (not is_expected or type(error).__module__.startswith(_DECODERS)):
+            raise DamageError(f"{location.url} is damaged ({describe_cause(error)}); {remedy}") from error
         if not (is_expected or is_option):
             raise
         advice = "check storage_options" if is_option else "check the path and the permissions"
         cause = explain_aws_error(error) or f"{str(error) or type(error).__name__}; {advice}"
         raise StorageError(hide_secrets(f"cannot {action} {location.url}: {cause}")) from error
+
+
+def describe_cause(error: BaseException) -> str:
+    """
+    Say in a few words what a decoder did not like.
+
+    Parameters
+    ----------
+    error : BaseException
+        What it raised.
+
+    Returns
+    -------
+    str
+        Its message on one line, without the bytes that it may quote.
+
+    Examples
+    --------
+    >>> describe_cause(ValueError("Stored and computed checksum do not match. Stored: b'ab'."))
+    'Stored and computed checksum do not match'
+    >>> describe_cause(KeyError("shape"))
+    "KeyError: 'shape'"
+    """
+    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return f"{type(error).__name__}: {text}".removesuffix(": ") if isinstance(error, LookupError) or not text else text
 
 
 def write_file(location: Location, data: bytes) -> None:
@@ -214,16 +247,54 @@ def write_file(location: Location, data: bytes) -> None:
         if not location.is_local:
             fs.pipe_file(path, data)
             return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.{uuid.uuid4().hex}.part"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
+        with _beside(path, data) as temporary:
             os.replace(temporary, path)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+
+
+def create_file(location: Location, data: bytes) -> None:
+    """
+    Write a whole file where there is none, so that of several who try at once only one succeeds, and nobody sees half of it.
+
+    Parameters
+    ----------
+    location : Location
+        The file to write; its folder is made where the file system has folders.
+    data : bytes
+        The content.
+
+    Raises
+    ------
+    OSError
+        If there is such a file, or it cannot be written.
+    """
+    fs, path = location.fs, location.path
+    if not location.is_local:
+        # Amazon's S3 promises that only one can do so; not all others do.
+        fs.pipe_file(path, data, mode="create")
+        return
+    with _beside(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
             raise
+        except OSError:
+            # A file system without links, where a process that dies now leaves half of the file.
+            with open(path, "xb") as file:
+                file.write(data)
+
+
+@contextmanager
+def _beside(path: str, data: bytes) -> Iterator[str]:
+    """Write a file under another name beside the one it is to have; what is left of it at the end is deleted."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.part"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+        yield temporary
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
 
 
 def hash_file(location: Location) -> str:

@@ -294,3 +294,47 @@ def test_names_with_brackets_are_shown_as_they_are(config_path: Path, sample_fol
         result = invoke(command, str(config_path), *arguments)
         assert result.exit_code == 0, result.output
         assert "[red]apple" in result.stdout and "b]" in result.stdout and "[out]" in result.stdout
+
+
+def test_verify_names_damage_and_a_run_mends_it(config_path: Path) -> None:
+    output = config_path.parent / "out"
+    assert invoke("run", str(config_path)).exit_code == 0
+    for place in (output, config_path):
+        well = invoke("verify", str(place))
+        assert (well.exit_code, "faults  none" in well.stdout) == (0, True)
+        assert "24 images in 6 partitions" in well.stdout
+    chunk = output / "features.zarr" / "features" / "c" / "2" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    damaged = invoke("verify", str(output))
+    assert damaged.exit_code == 1
+    assert "features.zarr/features, chunk 2: it is damaged" in damaged.stdout
+    assert f"fruitdask verify {output} --repair, then fruitdask run with its configuration" in damaged.stdout
+    reduced = invoke("run", str(config_path), "--set", "reduce.n_components=3")
+    assert reduced.exit_code == 1 and reduced.stderr.splitlines()[-1].startswith(f"fruitdask: {chunk} is damaged")
+    assert invoke("verify", str(output), "--repair").exit_code == 0
+    assert "1 of 6 partitions and the results are still to be computed" in invoke("verify", str(output)).stdout
+    again = invoke("run", str(config_path))
+    assert again.exit_code == 0 and "24 ok, 0 failed" in again.stdout
+    assert invoke("verify", str(output)).exit_code == 0
+
+
+def test_report_of_damaged_results_is_one_sentence(config_path: Path) -> None:
+    output = config_path.parent / "out"
+    assert invoke("run", str(config_path)).exit_code == 0
+    # There is no table of failures; one that is there is read.
+    (output / "failures.csv").write_text("path,label,status,error,attempts\n")
+    for name, content in (
+        ("results.parquet/part-00000.parquet", b"PAR1"),
+        ("quality.json", b"{"),
+        ("failures.csv", b'"'),
+    ):
+        before = (output / name).read_bytes()
+        (output / name).write_bytes(content)
+        result = invoke("report", str(config_path))
+        assert result.exit_code == 1 and f"{name} is damaged (" in result.stderr and "--repair" in result.stderr
+        (output / name).write_bytes(before)
+
+
+def test_verify_of_a_folder_without_results(tmp_path: Path) -> None:
+    result = invoke("verify", str(tmp_path))
+    assert result.exit_code == 2 and "expected the results of a run or an exploration, found none" in result.stderr

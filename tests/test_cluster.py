@@ -1,10 +1,12 @@
 """Clusters: local ones, running ones, and none."""
 
+import ipaddress
 import os
 import socket
 import sys
 from typing import Any
 
+import psutil
 import pytest
 from distributed import LocalCluster, Scheduler
 
@@ -37,6 +39,12 @@ def test_local_cluster_listens_on_loopback_only(client: Any) -> None:
     addresses = [info["address"], *info["workers"], client.dashboard_link.replace("http", "tcp")]
     assert all(address.startswith("tcp://127.0.0.1:") for address in addresses)
     assert sorted(client.nthreads().values()) == [2, 2]
+    # Not only what they say: what the kernel knows of this process and its children, which have HTTP servers too.
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    pids = {psutil.Process().pid, *client.run(os.getpid).values()}
+    assert pids <= {process.pid for process in processes}
+    sockets = [each for process in processes for each in process.net_connections() if each.status == psutil.CONN_LISTEN]
+    assert len(sockets) > 6 and all(ipaddress.ip_address(each.laddr.ip).is_loopback for each in sockets)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")

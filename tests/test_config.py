@@ -1,7 +1,9 @@
 """Tests of the configuration."""
 
+import contextlib
 import json
 import re
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from fruitdask.config import (
     load_config,
 )
 from fruitdask.errors import ConfigError
+from fruitdask.storage import Location
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 SECTIONS = {"input": {"url": "s3://fruits/Test"}, "output": {"url": "s3://fruits/run"}}
@@ -59,6 +62,7 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
             "pooling": "avg",
             "layer": None,
             "preprocessing": None,
+            "allow_code": False,
             "engine": "auto",
             "precision": "float32",
         },
@@ -437,6 +441,104 @@ def test_load_config_refuses_what_is_not_a_mapping_in_yaml(
     with pytest.raises(ConfigError, match=rf"^{re.escape(str(tmp_path))}/run\.yaml: {message}"):
         load_config(write(tmp_path, text))
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8787", "localhost:0", "[::1]:8787", "127.9.9.9:1", None])
+def test_load_config_takes_a_dashboard_on_this_machine(address: str | None) -> None:
+    assert load(cluster={"dashboard_address": address}).cluster.dashboard_address == address
+
+
+@pytest.mark.parametrize(
+    "address", ["0.0.0.0:8787", ":8787", "8787", "[::]:0", "10.0.0.5:8787", "example.org:8787", ""]
+)
+def test_load_config_refuses_a_dashboard_that_others_reach(address: str) -> None:
+    message = r"^the configuration: cluster\.dashboard_address: expected an address that only this machine reaches, .*, found "
+    with pytest.raises(ConfigError, match=message + re.escape(repr(address))):
+        load(cluster={"dashboard_address": address})
+
+
+def build_laughs(n_levels: int, *, merges: bool = False) -> str:
+    """Build YAML whose last key stands for ten to the power of the number of levels values."""
+    lines = ["l0: &l0 {k: x}" if merges else "l0: &l0 [x]"]
+    for level in range(1, n_levels):
+        several = ", ".join([f"*l{level - 1}"] * 10)
+        lines.append(f"l{level}: &l{level} {{<<: [{several}]}}" if merges else f"l{level}: &l{level} [{several}]")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("merges", [False, True], ids=["lists", "merges"])
+@pytest.mark.parametrize("n_levels", [7, 60, 400])
+def test_load_config_refuses_a_billion_laughs(tmp_path: Path, n_levels: int, merges: bool) -> None:
+    message = (
+        r"^.*run\.yaml: not valid YAML: expected at most 100,000 values, found aliases \(\*\) that stand for more$"
+    )
+    # Refused before they are written out: the last two would not fit into any memory.
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, build_laughs(n_levels, merges=merges)))
+
+
+def test_load_config_takes_aliases(tmp_path: Path) -> None:
+    text = (
+        "input: {url: s3://a, storage_options: &options {anon: true}}\noutput: {url: s3://b, storage_options: *options}"
+    )
+    assert load_config(write(tmp_path, text)).output.storage_options == {"anon": True}
+
+
+def test_load_config_refuses_a_huge_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml: expected a configuration of at most 1,048,576 characters"):
+        load_config(write(tmp_path, MINIMAL + "#" * 2_000_000))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!python/object/apply:os.mkdir [MARK]",
+        "!!python/object/new:os.mkdir [MARK]",
+        "!!python/name:os.mkdir",
+        "!!python/module:os",
+        "${MARK:-$(touch MARK)}",
+        "$(touch MARK)",
+        "`touch MARK`",
+        "{{ cycler.__init__.__globals__.os.mkdir('MARK') }}",
+    ],
+)
+@pytest.mark.parametrize("key", ["input.url", "model.weights", "output.url", "report.title"])
+def test_load_config_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Whether it is refused or taken as a text: nothing is done.
+    with contextlib.suppress(ConfigError):
+        config = load_config(SECTIONS, overrides=[f"{key}={value}"])
+        Location(config.output.url).child("x").path
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("input", "storage_options", "hunter2"),
+        ("model", "storage_options", ["hunter2"]),
+        ("output", "storage_options", {1: "hunter2"}),
+        ("cluster", "env_vars", {"NAME": ["hunter2"]}),
+        ("cluster", "docker_args", ["hunter2"]),
+    ],
+)
+def test_load_config_does_not_quote_a_secret(section: str, key: str, value: Any) -> None:
+    ec2 = {"kind": "ec2", "docker_image": "x"}
+    sections = SECTIONS | {section: SECTIONS.get(section, ec2 if section == "cluster" else {}) | {key: value}}
+    with pytest.raises(ConfigError, match=rf"^the configuration: {section}\.{key}.*: .*valid") as caught:
+        load_config(sections)
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_templates_of_a_file_system_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "{{ cycler.__init__.__globals__.os.mkdir('MARK') }}"
+    references = {"version": 1, "templates": {"f": code}, "refs": {"a/b.jpg": ["{{ f(c=1) }}"], "a/c.jpg": code}}
+    options = {"fo": references, "simple_templates": False}
+    with contextlib.suppress(Exception):
+        location = Location("reference://", options)
+        location.fs.cat_file("a/c.jpg")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("how", ["file", "override"])

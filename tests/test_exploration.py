@@ -351,5 +351,5 @@ def test_damaged_exploration_is_one_sentence(sample_folder: Path, tmp_path: Path
     output = Location(str(tmp_path))
     write_exploration(output, explore_here(sample_folder, tmp_path))
     store.delete_result(output, "explore.zarr/means")
-    with pytest.raises(StorageError, match="expected the arrays of an exploration, means is missing; delete it"):
+    with pytest.raises(StorageError, match=r"explore.zarr is damaged \(means is missing\); use fruitdask verify .* --repair"):
         read_exploration(output)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 from distributed import Client, LocalCluster
 
@@ -18,6 +19,8 @@ from fruitdask.mapping import let_next_begin, map_partitions
 
 PARTITIONS = [Partition(index, index, (f"a/{index}.jpg",), ("a",)) for index in range(12)]
 ONE_WORKER = LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)
+
+TWO_WORKERS = ONE_WORKER.model_copy(update={"n_workers": 2})
 
 
 def write_note(partition: Partition, folder: Path, text: str) -> int:
@@ -36,6 +39,21 @@ def wait_for_next(partition: Partition, folder: Path, patience_seconds: float) -
             return True
         os.sched_yield()
     return False
+
+
+def die_of_some(partition: Partition, deadly: str) -> tuple[int, frozenset[int]]:
+    """Kill the process where an image is opened that does so."""
+    opened = [path for place, path in enumerate(partition.paths) if place not in partition.avoided]
+    if set(deadly.split()).intersection(opened):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return partition.index, partition.avoided
+
+
+def die_together(partition: Partition, size: int) -> int:
+    """Kill the process where so many images are opened at once."""
+    if len(partition.paths) - len(partition.avoided) >= size:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return partition.index
 
 
 def kill_worker(client: Any) -> None:
@@ -100,6 +118,42 @@ def test_map_partitions_survives_the_loss_of_results(tmp_path: Path) -> None:
 
         map_partitions(client, write_note, PARTITIONS, "", delivered=tmp_path, on_result=kill_when_a_second_is_written)
     assert sorted(done) == list(range(12))
+
+
+@pytest.fixture
+def impatient_client() -> Iterator[Any]:
+    """Two workers, and a scheduler that has a task killed after the first death, as one is allowed to set."""
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0}), open_client(TWO_WORKERS) as client:
+        yield client
+
+
+@pytest.mark.parametrize("deadly", [{2}, {0, 5}, {6}, set(range(7))], ids=["one", "two", "last", "all"])
+def test_images_that_kill_workers_are_found_and_avoided(deadly: set[int], impatient_client: Any) -> None:
+    partitions = [
+        Partition(index, 7 * index, tuple(f"{index}/{place}.jpg" for place in range(7)), ("a",) * 7)
+        for index in range(4)
+    ]
+    paths = " ".join(f"2/{place}.jpg" for place in deadly)
+    avoided: dict[int, frozenset[int]] = {}
+    map_partitions(
+        impatient_client,
+        die_of_some,
+        partitions,
+        delivered=paths,
+        on_result=lambda result: avoided.update([result]),
+        probe=die_of_some,
+    )
+    assert avoided == {0: frozenset(), 1: frozenset(), 2: deadly, 3: frozenset()}
+
+
+def test_partition_that_kills_workers_without_one_image_to_blame_is_named(impatient_client: Any) -> None:
+    partition = Partition(3, 0, ("a/0.jpg", "a/1.jpg", "a/2.jpg"), ("a",) * 3)
+    with pytest.raises(
+        PartitionError, match=r"partition 3 \(a/0.jpg to a/2.jpg\) kills its workers, whichever of its .*"
+    ):
+        map_partitions(
+            impatient_client, die_together, [partition], delivered=2, on_result=lambda index: None, probe=die_together
+        )
 
 
 def test_map_partitions_says_which_partition_failed(client: Any, tmp_path: Path) -> None:

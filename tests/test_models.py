@@ -206,12 +206,54 @@ def test_keras_file_ends_at_a_named_layer(tmp_path: Path) -> None:
         build_artifact(config.model_copy(update={"layer": "middle"}))
 
 
-def test_keras_file_with_code_is_refused(tmp_path: Path) -> None:
+@pytest.fixture
+def model_with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    """A Keras model that doubles pixels by code of its own, which makes a file whenever it is run."""
     import keras
 
-    network = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Lambda(lambda x: x * 2), keras.layers.Flatten()])
-    network.save(tmp_path / "own.keras")
-    with pytest.raises(ModelError, match="expected a Keras model without code of its own"):
+    monkeypatch.chdir(tmp_path)
+    double = keras.layers.Lambda(lambda images: (open("mark", "w").close(), images * 2)[1])
+    layers = [keras.Input((32, 32, 3)), double, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)]
+    keras.Sequential(layers).save("own.keras")
+    Path("mark").unlink()
+    return ModelConfig(weights=str(tmp_path / "own.keras"), preprocessing="none")
+
+
+def test_keras_file_with_code_is_refused_and_not_run(model_with_code: ModelConfig, tmp_path: Path) -> None:
+    message = r"own\.keras: expected a Keras model without code of its own, found .*Lambda.*; if you trust .* model\.allow_code: true$"
+    with pytest.raises(ModelError, match=message):
+        build_artifact(model_with_code)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_keras_file_with_code_is_run_where_that_is_allowed(model_with_code: ModelConfig, tmp_path: Path) -> None:
+    artifact = build_artifact(model_with_code.model_copy(update={"allow_code": True}))
+    assert (tmp_path / "mark").exists()
+    pixels = random_pixels(32)
+    features = load_predictor(artifact, n_threads=1)(pixels)
+    np.testing.assert_allclose(features, 2 * pixels.astype(np.float64).mean(axis=(1, 2)), rtol=1e-4)
+
+
+def test_model_built_with_its_code_does_not_slip_past_a_refusal(
+    model_with_code: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    allowed = model_with_code.model_copy(update={"allow_code": True})
+    with start_building(allowed) as wait_for_artifact:
+        built = wait_for_artifact()
+    assert find_artifact(allowed) == built
+    assert find_artifact(model_with_code) is None
+    with start_building(model_with_code) as wait_for_artifact, pytest.raises(
+        ModelError, match="without code of its own"
+    ):
+        wait_for_artifact()
+    # A finished run is the same run, whoever looks at it.
+    assert fingerprint_model(allowed) == fingerprint_model(model_with_code)
+
+
+def test_keras_file_that_is_none_gets_no_advice_to_allow_code(tmp_path: Path) -> None:
+    (tmp_path / "own.keras").write_bytes(b"no model")
+    with pytest.raises(ModelError, match=r"own\.keras: expected a Keras model without code of its own, found [^;]+$"):
         build_artifact(ModelConfig(weights=str(tmp_path / "own.keras"), preprocessing="none"))
 
 

@@ -316,6 +316,37 @@ def test_nothing_planted_is_in_an_error(planted: tuple[int, dict[str, Any]], tmp
     assert run_in_vain(planted[1], tmp_path, "--set", f"{key}={place}").returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [("run", "input"), ("run", "output"), ("run", "model"), ("explore", "input"), ("plan", "model")],
+)
+def test_nothing_planted_is_said_of_an_endpoint_that_fails(
+    planted: tuple[int, dict[str, Any]], s3_server: str, tmp_path: Path, command: str, key: str
+) -> None:
+    """A server that refuses, asked with keys from the options or, for the network, from the environment."""
+    keys = {"key": "AKIAPLANTEDPLANTED12", "secret": SECRETS["options"], "token": SECRETS["token"]}
+    options = {"endpoint_url": s3_server} | ({} if key == "model" else keys)
+    place = {"weights" if key == "model" else "url": "s3://no-such-bucket/x.keras", "storage_options": options}
+    sections = {"input": {"url": str(tmp_path / "in")}, "model": planted[1]["model"], "output": {"url": "out"}}
+    sections["cluster"] = {"n_workers": 1, "dashboard_address": None}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(sections | {key: sections[key] | place}))
+    environment = os.environ | {
+        "AWS_ACCESS_KEY_ID": "AKIAPLANTEDPLANTED34",
+        "AWS_SECRET_ACCESS_KEY": SECRETS["environment"],
+        "AWS_SESSION_TOKEN": SECRETS["session"],
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "fruitdask", command, "run.yaml", "--verbose"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode and "fruitdask: " in said and "Traceback" in said
+    assert not [secret for secret in [*SECRETS.values(), "AKIAPLANTED"] if secret in said]
+
+
 def test_nothing_planted_is_in_the_outcome_of_an_image_that_cannot_be_read(
     planted: tuple[int, dict[str, Any]], http_folder: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import dask
 import dask.array as da
@@ -14,7 +15,15 @@ from sklearn.manifold import trustworthiness
 
 from fruitdask.errors import ReduceError
 from fruitdask import reduce
-from fruitdask.reduce import PrincipalComponents, check_n_components, check_solver, embed_tsne, fit_pca, sample_rows
+from fruitdask.reduce import (
+    PrincipalComponents,
+    check_n_components,
+    check_solver,
+    compare_components,
+    embed_tsne,
+    fit_pca,
+    sample_rows,
+)
 
 
 def draw_features(n_images: int, n_features: int, *, rank: int = 12, seed: int = 0) -> np.ndarray:
@@ -237,3 +246,36 @@ def test_sample_rows_takes_all_or_a_reproducible_choice() -> None:
     assert len(set(rows)) == 100 and (np.diff(rows) > 0).all() and rows.max() < 1000
     np.testing.assert_array_equal(rows, sample_rows(1000, max_rows=100, seed=4))
     assert not np.array_equal(rows, sample_rows(1000, max_rows=100, seed=5))
+
+
+@pytest.mark.parametrize("solver", ["exact", "randomized"])
+def test_compare_components_takes_what_a_fit_may_turn(solver: str) -> None:
+    random = np.random.default_rng(0)
+    # Two directions of the same variance, which any rotation among them describes as well.
+    corners = np.array([[3.0, 0, 0, 0], [-3, 0, 0, 0], [0, 3, 0, 0], [0, -3, 0, 0], [0, 0, 1, 0], [0, 0, -1, 0]])
+    features = da.from_array(corners + 5, chunks=(2, 4))
+    fitted = fit_pca(features, n_components=3, solver=solver)
+    angle = random.uniform(0.2, 1.2)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    turned = np.concatenate([turn @ fitted.components[:2], fitted.components[2:]])
+    assert list(compare_components(replace(fitted, components=turned), fitted)) == []
+    assert list(compare_components(fitted.truncate(2), fitted)) == []
+    wrong = turned[[0, 2, 1]]
+    assert list(compare_components(replace(fitted, components=wrong), fitted)) == [
+        "components are not those of the features"
+    ]
+
+
+@pytest.mark.parametrize("name", ["mean", "explained_variance", "explained_variance_ratio", "singular_values"])
+def test_compare_components_names_what_differs(name: str) -> None:
+    fitted = fit_pca(da.from_array(np.random.default_rng(0).normal(size=(40, 6)), chunks=(10, 6)), n_components=3)
+    changed = replace(fitted, **{name: getattr(fitted, name) * 1.01 + 0.01})
+    assert f"{name} is not that of the features" in list(compare_components(changed, fitted))
+    short = replace(fitted, **{name: getattr(fitted, name)[:-1]})
+    assert any("expected the shape" in what for what in compare_components(short, fitted))
+
+
+def test_compare_components_refuses_another_width() -> None:
+    random = np.random.default_rng(0)
+    wide, narrow = (fit_pca(da.from_array(random.normal(size=(9, n)), chunks=(3, n)), n_components=2) for n in (4, 3))
+    assert list(compare_components(wide, narrow)) == ["expected 3 features and at most 2 components, found (2, 4)"]

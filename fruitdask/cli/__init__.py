@@ -13,6 +13,7 @@ from fruitdask.cli.plans import plan
 from fruitdask.cli.policies import iam_policy
 from fruitdask.cli.runs import explore, report, run
 from fruitdask.cli.settings import sample, schema, validate
+from fruitdask.cli.verifications import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -22,12 +23,12 @@ def cli() -> None:
 
     Start with:  fruitdask run configs/demo.yaml
 
-    Exit codes: 0 done, 1 the run failed, 2 the configuration or the command line is wrong, 3 too many images failed, 4 refused by policy,
-    5 the cluster did not start, 130 interrupted.
+    Exit codes: 0 done, 1 the run failed or results are damaged, 2 the configuration or the command line is wrong, 3 too many images failed,
+    4 refused by policy, 5 the cluster did not start, 130 interrupted.
     """
 
 
-for _command in (run, plan, explore, report, erase, validate, schema, sample, iam_policy, clusters):
+for _command in (run, plan, explore, report, verify, erase, validate, schema, sample, iam_policy, clusters):
     cli.add_command(_command)
 
 

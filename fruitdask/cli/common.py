@@ -22,6 +22,7 @@ _EXIT_CODES: tuple[tuple[type[errors.FruitdaskError], int], ...] = (
     (errors.ResidencyError, 4),
     (errors.LimitError, 4),
     (errors.ClusterStartError, 5),
+    (errors.DamageError, 1),
     (errors.PartitionError, 1),
     (errors.WeightsUnavailableError, 1),
     (errors.EngineError, 1),
@@ -61,23 +62,57 @@ def reported(*, verbose: bool = False, again: str = "run the same command again"
         Control, once.
     """
     if verbose:
-        logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
+        handler = logging.StreamHandler()
+        handler.setFormatter(_HarmlessFormatter(_LOG_FORMAT))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
     # Where a terminal's Ctrl-C raises KeyboardInterrupt, a service manager's request to end would kill: clusters must be closed then too.
     previous = signal.signal(signal.SIGTERM, _end)
     try:
         yield
     except errors.FruitdaskError as error:
-        from fruitdask.storage import hide_secrets
-
         if verbose:
-            click.echo(hide_secrets(traceback.format_exc()), err=True)
-        click.echo(f"fruitdask: {hide_secrets(str(error))}", err=True)
+            click.echo(_make_harmless(traceback.format_exc()), err=True)
+        click.echo(f"fruitdask: {show(_make_harmless(str(error)))}", err=True)
         sys.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
     except KeyboardInterrupt:
         click.echo(f"fruitdask: interrupted; {again}", err=True)
         sys.exit(_INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+class _HarmlessFormatter(logging.Formatter):
+    """Lines of a log without secrets and without commands to the terminal, whoever wrote them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _make_harmless(super().format(record))
+
+
+def _make_harmless(text: str) -> str:
+    """Take secrets out of lines of text, and what a terminal would obey."""
+    from fruitdask.storage import hide_secrets
+    from fruitdask.texts import escape_controls
+
+    return escape_controls(hide_secrets(text), keeps_lines=True)
+
+
+def show(text: str) -> str:
+    """
+    Make a name or a message of others ready for the terminal.
+
+    Parameters
+    ----------
+    text : str
+        The text.
+
+    Returns
+    -------
+    str
+        One line that a terminal prints and does not obey.
+    """
+    from fruitdask.texts import escape_controls
+
+    return escape_controls(text)
 
 
 def _end(signum: int, frame: object) -> NoReturn:
@@ -92,12 +127,18 @@ def print_rows(rows: dict[str, str], console: "Console") -> None:
     Parameters
     ----------
     rows : dict[str, str]
-        Values by name; an empty value is left out.
+        Values by name, with line breaks of our own; an empty value is left out.
     console : rich.console.Console
         Where to.
     """
     from rich.markup import escape
 
+    from fruitdask.texts import escape_controls
+
     for name, value in rows.items():
         if value:
-            console.print(f"[bold]{name:>18}[/bold]  {escape(value)}", highlight=False, soft_wrap=True)
+            console.print(
+                f"[bold]{name:>18}[/bold]  {escape(escape_controls(value, keeps_lines=True))}",
+                highlight=False,
+                soft_wrap=True,
+            )

@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fruitdask.cli.common import config_argument, overwrite_option, print_rows, reported, set_option, verbose_option
+from fruitdask.cli.common import (
+    config_argument,
+    overwrite_option,
+    print_rows,
+    reported,
+    set_option,
+    show,
+    verbose_option,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -129,7 +137,9 @@ def _print_exploration(found: "Exploration", config: "Config", console: "Console
         size = f"{row['width_px_median']:.0f} x {row['height_px_median']:.0f}" if row["n_ok"] else "-"
         has_pairs = row["n_ok"] > 1
         difference = f"{row['mean_squared_difference']:.4f} ± {row['standard_error']:.4f}" if has_pairs else "-"
-        table.add_row(escape(str(label)), f"{row['n_images']:,}", size, difference, f"{row['n_near_duplicates']:,}")
+        table.add_row(
+            escape(show(str(label))), f"{row['n_images']:,}", size, difference, f"{row['n_near_duplicates']:,}"
+        )
     if len(found.classes) > _SHOWN_CLASSES:
         table.add_row(f"... and {len(found.classes) - _SHOWN_CLASSES} more classes")
     console.print(table)
@@ -165,7 +175,7 @@ def _build_class_table(by_class: dict[str, dict[str, int]]) -> "Table":
     for label in sorted(shown):
         counts = by_class[label]
         table.add_row(
-            escape(label), f"{counts['ok']:,}", f"{counts['failed']:,}", style="red" if counts["failed"] else None
+            escape(show(label)), f"{counts['ok']:,}", f"{counts['failed']:,}", style="red" if counts["failed"] else None
         )
     if len(by_class) > len(shown):
         table.add_row(f"... and {len(by_class) - len(shown)} more classes", "", "")

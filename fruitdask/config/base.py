@@ -22,7 +22,8 @@ _DURATION = re.compile(r"([0-9.]+)\s*([a-z]*?)s?")
 class Section(BaseModel):
     """A frozen part of the configuration that knows its keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # Values may be secrets, and a traceback quotes the error.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 def _parse_duration(value: Any) -> Any:

@@ -1,9 +1,10 @@
 """The kinds of clusters."""
 
+import ipaddress
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from fruitdask.config.base import Seconds, Section
 
@@ -20,8 +21,25 @@ class LocalClusterConfig(Section):
         None, description="Memory a process, such as 4GiB; null shares the machine's memory."
     )
     dashboard_address: str | None = Field(
-        "127.0.0.1:8787", description="Where the dashboard listens; null turns it off."
+        "127.0.0.1:8787", description="Where the dashboard listens, on this machine alone; null turns it off."
     )
+
+    @field_validator("dashboard_address")
+    @classmethod
+    def _check_dashboard(cls, address: str | None) -> str | None:
+        if address is None:
+            return None
+        host = address.rpartition(":")[0].strip("[]")
+        try:
+            is_here = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            is_here = False
+        if not is_here:
+            raise ValueError(
+                f"expected an address that only this machine reaches, such as 127.0.0.1:8787, found {address!r}: the dashboard "
+                "asks nobody for a password; from elsewhere, reach it through ssh -L 8787:127.0.0.1:8787"
+            )
+        return address
 
 
 class AddressClusterConfig(Section):

@@ -32,6 +32,10 @@ from fruitdask.errors import ConfigError
 #: Keys that hold a path or a URL; a relative path is resolved against the file (or the working directory) it was written in.
 URL_KEYS = (("input", "url"), ("input", "manifest"), ("model", "weights"), ("output", "url"))
 _WORDS_FOR_WEIGHTS = ("imagenet", "random")
+#: A configuration of every key is a few kilobytes.
+_MAX_BYTES = 1 << 20
+#: Values of a YAML file with its aliases written out, which can stand for billions in a few lines.
+_MAX_VALUES = 100_000
 _ENV_PATTERN = re.compile(r"\$\{(\w+)\}")
 
 #: The sections by their place, a cluster's kind standing for the alternative that pydantic took.
@@ -120,19 +124,23 @@ def build_schema() -> dict[str, Any]:
 def _read_text(path: Path) -> str:
     """Read a configuration file."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise ConfigError(
             f"{path}: there is no such configuration file; configs/demo.yaml in the project is one to start from"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected a YAML file in UTF-8, but it cannot be read: {error}") from error
+    if len(text) > _MAX_BYTES:
+        raise ConfigError(f"{path}: expected a configuration of at most {_MAX_BYTES:,} characters, found more")
+    return text
 
 
 def _parse_yaml(text: str, name: str) -> dict[str, Any]:
     """Parse YAML whose top level is a mapping."""
     try:
-        tree = yaml.safe_load(text)
+        tree = _load_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
         # PyYAML lets the ValueError of a date that does not exist through.
         raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
@@ -141,13 +149,44 @@ def _parse_yaml(text: str, name: str) -> dict[str, Any]:
     return tree
 
 
+class _BoundedLoader(yaml.SafeLoader):
+    """A loader of plain values only, that refuses aliases of aliases of aliases before they are written out."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Read the document, and count."""
+        node = super().get_single_node()
+        if node is not None and _count_values(node, {}) > _MAX_VALUES:
+            raise yaml.YAMLError(f"expected at most {_MAX_VALUES:,} values, found aliases (*) that stand for more")
+        return node
+
+
+def _load_yaml(text: str) -> Any:
+    """Load YAML as plain values; tags that would run code are refused."""
+    loader = _BoundedLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Count the values below a node, each as often as it is used."""
+    if id(node) not in counted:
+        # A node within itself is found out later.
+        counted[id(node)] = 1
+        below = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        if not isinstance(node, yaml.ScalarNode):
+            counted[id(node)] += sum(_count_values(each, counted) for each in below)
+    return counted[id(node)]
+
+
 def _parse_override(override: str) -> dict[str, Any]:
     """Turn ``a.b=value`` into nested mappings; the value is YAML."""
     key, separator, value = override.partition("=")
     if not separator or "." not in key:
         raise ConfigError(f"--set {override}: expected section.key=value, for example model.pooling=max")
     try:
-        tree: Any = yaml.safe_load(value)
+        tree: Any = _load_yaml(value)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override}: {value!r} is not a YAML value") from error
     for part in reversed(key.split(".")):
@@ -213,7 +252,9 @@ def _explain(error: ValidationError, name: str, text: str, overrides: Sequence[s
     if first["type"] == "missing":
         return f"{where}: the key {key} is missing; add it"
     message = first["msg"].removeprefix("Value error, ")
-    found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+    # Options of file systems and variables of containers hold secrets.
+    is_hidden = any(part in section.model_fields and not section.model_fields[part].repr for part in location)
+    found = "" if is_hidden or first["type"] == "value_error" else f", found {first['input']!r}"
     return f"{where}: {key}: {message[0].lower() + message[1:]}{found}"
 
 

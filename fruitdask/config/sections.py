@@ -80,6 +80,10 @@ class ModelConfig(Section):
         None,
         description="How pixel values are scaled, in the words of Keras; null takes the network's own. Must be given for a .keras file.",
     )
+    allow_code: bool = Field(
+        False,
+        description="Run Python code that a .keras file carries, such as that of Lambda layers; for files you trust.",
+    )
     engine: Literal["auto", "tensorflow", "openvino"] = Field(
         "auto",
         description="What runs the network on the workers; auto takes openvino where it is installed and there is no GPU.",

@@ -4,8 +4,15 @@ Tasks look at each image once (``partition``); the client puts together what the
 (``files``).
 """
 
-from fruitdask.exploration.files import Exploration, read_exploration, write_exploration
-from fruitdask.exploration.partition import ClassSums, ExploreJob, Explorer, Findings, explore_partition
+from fruitdask.exploration.files import Exploration, check_exploration, read_exploration, write_exploration
+from fruitdask.exploration.partition import (
+    ClassSums,
+    ExploreJob,
+    Explorer,
+    Findings,
+    explore_partition,
+    probe_exploration,
+)
 from fruitdask.exploration.summary import (
     Measured,
     Tally,
@@ -24,9 +31,11 @@ __all__ = [
     "Measured",
     "Tally",
     "Yardstick",
+    "check_exploration",
     "explore_partition",
     "mean_squared_difference",
     "measure_partition",
+    "probe_exploration",
     "read_exploration",
     "summarize_findings",
     "write_exploration",

@@ -1,5 +1,6 @@
 """What an exploration leaves in the output folder."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,12 +9,19 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask import store
-from fruitdask.errors import StorageError
-from fruitdask.storage import Location, write_file
+from fruitdask.errors import DamageError
+from fruitdask.storage import Location, exists, explained, write_file
+from fruitdask.texts import format_csv
 
 #: A spreadsheet holds no more rows than about a million (Excel: 1,048,576).
 _MAX_CSV_ROWS = 1_000_000
 _IMAGES, _CLASSES, _ARRAYS = "explore", "explore_classes", "explore.zarr"
+#: Its arrays, and their dimensions.
+_DIMENSIONS = {
+    "thumbnail_rows": ("thumbnail",),
+    "thumbnails": ("thumbnail", "y", "x", "channel"),
+    "means": ("class", "y", "x", "channel"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,15 +83,11 @@ def write_exploration(output: Location, exploration: Exploration) -> None:
         If something cannot be written.
     """
     for name, table in ((_IMAGES, exploration.images), (_CLASSES, exploration.classes.reset_index())):
-        write_file(output.child(f"{name}.parquet"), table.to_parquet(index=False))
+        store.write_table(output.child(f"{name}.parquet"), table)
         store.delete_result(output, f"{name}.csv")
         if len(table) <= _MAX_CSV_ROWS:
-            write_file(output.child(f"{name}.csv"), table.to_csv(index=False, lineterminator="\n").encode())
-    arrays: dict[str, tuple[npt.NDArray[Any], list[str]]] = {
-        "thumbnail_rows": (exploration.thumbnail_rows, ["thumbnail"]),
-        "thumbnails": (exploration.thumbnails, ["thumbnail", "y", "x", "channel"]),
-        "means": (exploration.means, ["class", "y", "x", "channel"]),
-    }
+            write_file(output.child(f"{name}.csv"), format_csv(table).encode())
+    arrays = {name: (getattr(exploration, name), dimensions) for name, dimensions in _DIMENSIONS.items()}
     store.write_arrays(output.child(_ARRAYS), arrays, {"class_names": list(exploration.classes.index)})
     store.write_manifest(output, exploration.summary | {"status": "complete"}, name=store.EXPLORATION)
 
@@ -110,12 +114,72 @@ def read_exploration(output: Location) -> Exploration | None:
     summary = store.read_manifest(output, name=store.EXPLORATION)
     if summary is None or summary["status"] != "complete":
         return None
-    images = store.read_table(output.child(f"{_IMAGES}.parquet"))
-    classes = store.read_table(output.child(f"{_CLASSES}.parquet")).set_index("label")
+    images = store.read_table(output, f"{_IMAGES}.parquet")
+    classes = store.read_table(output, f"{_CLASSES}.parquet").set_index("label")
     arrays = store.read_arrays(output.child(_ARRAYS))
-    missing = sorted({"thumbnail_rows", "thumbnails", "means"} - set(arrays))
+    missing = sorted(set(_DIMENSIONS) - set(arrays))
     if missing:
-        raise StorageError(
-            f"{output.child(_ARRAYS).url}: expected the arrays of an exploration, {missing[0]} is missing; delete it and explore again"
+        raise DamageError(
+            f"{output.child(_ARRAYS).url} is damaged ({missing[0]} is missing); {store.advise_repair(output)}"
         )
     return Exploration(images, classes, summary=summary, **arrays)
+
+
+def check_exploration(output: Location, summary: Mapping[str, Any], names: str | None) -> Iterator[store.Fault]:
+    """
+    Check what an exploration has left.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder, whose exploration is complete.
+    summary : Mapping[str, Any]
+        What its manifest says.
+    names : str or None
+        Digest of the names and classes of the images of the run beside it, from `fruitdask.store.NamesDigest`; None where there is none.
+
+    Yields
+    ------
+    Fault
+        What is wrong.
+
+    Raises
+    ------
+    StorageError
+        If something cannot be read.
+    """
+    images, faults = _check_table(output, _IMAGES)
+    classes, more = _check_table(output, _CLASSES)
+    yield from faults + more
+    if images is not None:
+        digest = store.NamesDigest()
+        digest.add(images)
+        if len(images) != summary["n_images"] or names not in (None, digest.value):
+            yield _fault(f"{_IMAGES}.parquet", "its rows are not those of the images")
+    if images is not None and classes is not None:
+        counts = images["label"].astype(str).value_counts().to_dict()
+        if counts != dict(zip(classes["label"].astype(str), classes["n_images"], strict=True)):
+            yield _fault(f"{_CLASSES}.parquet", f"it does not count the images of {_IMAGES}.parquet")
+    yield from store.check_arrays(output, _ARRAYS, _DIMENSIONS, "explore")
+
+
+def _check_table(output: Location, name: str) -> tuple[pd.DataFrame | None, list[store.Fault]]:
+    """Read a table, and say what is wrong with it and its copy for spreadsheets."""
+    where = f"{name}.parquet"
+    if not exists(output.child(where)):
+        return None, [_fault(where, "it is missing")]
+    try:
+        table = store.read_table(output, where)
+    except DamageError as error:
+        return None, [_fault(where, store.describe_damage(error))]
+    location, data = output.child(f"{name}.csv"), None
+    if exists(location):
+        with explained(location, "read"):
+            data = location.fs.cat_file(location.path)
+    expected = format_csv(table).encode() if len(table) <= _MAX_CSV_ROWS else None
+    return table, [] if data == expected else [_fault(f"{name}.csv", f"it is not the same as {where}")]
+
+
+def _fault(where: str, what: str) -> store.Fault:
+    """Name a fault of an exploration."""
+    return store.Fault(where, what, "explore")

@@ -236,11 +236,30 @@ def explore_partition(partition: Partition, job: ExploreJob) -> Findings:
     StorageError
         If the thumbnails cannot be written.
     """
+    return _look(partition, job).finish()
+
+
+def probe_exploration(partition: Partition, job: ExploreJob) -> None:
+    """
+    Do the same as `explore_partition` and store nothing, to see whether the process survives.
+
+    Parameters
+    ----------
+    partition : Partition
+        The images.
+    job : ExploreJob
+        Where to read.
+    """
+    _look(partition, job)
+
+
+def _look(partition: Partition, job: ExploreJob) -> Explorer:
+    """Look at the images of a partition, batch by batch."""
     explorer = Explorer(partition, job)
     batches = read_batches(partition, job.source, input_px=job.input_px, watch=Stopwatch(), on_asked=let_next_begin)
     for batch in batches:
         explorer.add(batch)
-    return explorer.finish()
+    return explorer
 
 
 #: A row about an image of which nothing is known but its name.

@@ -153,7 +153,7 @@ def measure_partition(partition: Partition, yardstick: Yardstick) -> Measured:
         If the thumbnails cannot be read.
     """
     rows = np.arange(partition.start, partition.start + len(partition.paths))
-    with explained(yardstick.output, "read thumbnails from"):
+    with explained(yardstick.output, "read thumbnails from", remedy="explore again"):
         thumbnails = np.asarray(open_thumbnails(yardstick.output, mode="r")[rows[0] : rows[-1] + 1])
     distances = pd.Series(np.nan, index=rows)
     for row in np.setdiff1d(rows, yardstick.unreadable_rows):
@@ -259,7 +259,7 @@ def summarize_findings(
     }
     is_typical = images["path"].isin([*classes["most_typical"], *classes["least_typical"]])
     more = np.setdiff1d(np.flatnonzero(is_typical), rows)
-    with explained(yardstick.output, "read thumbnails from"):
+    with explained(yardstick.output, "read thumbnails from", remedy="explore again"):
         more_thumbnails = np.asarray(open_thumbnails(yardstick.output, mode="r").oindex[more])
     order = np.argsort(np.concatenate([rows, more]))
     return Exploration(

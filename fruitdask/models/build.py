@@ -66,14 +66,15 @@ def fingerprint_model(config: ModelConfig) -> str:
     Returns
     -------
     str
-        A SHA-256 in hexadecimal digits of the configuration, less the engine and where weights are, and of the content of their file.
+        A SHA-256 in hexadecimal digits of the configuration, less the engine, where weights are and whether their code may run, and of the
+        content of their file.
 
     Raises
     ------
     ModelError
         If the weights are a file that does not exist or has another ending than Keras gives them.
     """
-    settings = config.model_dump(exclude={"engine", "storage_options", "region"})
+    settings = config.model_dump(exclude={"engine", "storage_options", "region", "allow_code"})
     if config.weights not in ("imagenet", "random"):
         _check_ending(config.weights)
         settings["weights"] = _hash_weights(_locate_weights(config))
@@ -257,16 +258,17 @@ def _find_preprocessing(config: ModelConfig, *, own: Preprocess | None) -> tuple
 
 
 def _load_keras_file(path: str, config: ModelConfig) -> Any:
-    """Load a user's own model, without running code that it may carry, and cut its classifier off."""
+    """Load a user's own model, without running code that it may carry unless that is allowed, and cut its classifier off."""
     import keras
 
     try:
-        network = keras.saving.load_model(path, compile=False, safe_mode=True)
+        network = keras.saving.load_model(path, compile=False, safe_mode=not config.allow_code)
     except Exception as error:
         # Keras raises ValueError, TypeError, KeyError, zipfile and h5py errors for a file that is not a safe model.
-        raise ModelError(
-            f"{config.weights}: expected a Keras model without code of its own, found {_first_line(error)}"
-        ) from error
+        is_refused = "safe_mode" in str(error)
+        expected = "a Keras model" if config.allow_code else "a Keras model without code of its own"
+        advice = "; if you trust whoever made it, say model.allow_code: true" if is_refused else ""
+        raise ModelError(f"{config.weights}: expected {expected}, found {_first_line(error)}{advice}") from error
     shape = network.input_shape
     if not isinstance(shape, tuple) or len(shape) != 4 or shape[-1] != 3 or shape[1] is None or shape[1] != shape[2]:
         raise ModelError(f"{config.weights}: expected one input of square RGB images, (None, n, n, 3), found {shape}")

@@ -70,7 +70,8 @@ def _name_files(config: ModelConfig) -> tuple[Path, Path]:
     engine = choose_engine(config)
     # Whatever runs the network, Keras builds it on TensorFlow.
     versions = {name: version(name) for name in ("keras", "tensorflow", engine)}
-    parts = [fingerprint_model(config), engine, __version__, versions]
+    # What was built where code was allowed must not be found where it is not.
+    parts = [fingerprint_model(config), config.allow_code, engine, __version__, versions]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     folder = platformdirs.user_cache_path("fruitdask") / "models"
     return folder / f"{key}.json", folder / f"{key}.bin"

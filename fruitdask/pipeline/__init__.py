@@ -2,7 +2,8 @@
 
 A run (``running``; its numbers: ``reducing``; what it leaves: ``results``), an exploration (``exploring``), figures and page
 (``presenting``), the record of processing (``processing``), what a run will take (``planning``, from images that ``trying`` tries) and has
-cost (``spending``), and what takes images out of results again (``erasing``).
+cost (``spending``), what takes images out of results again (``erasing``), and what reads all results again (``verifying``, part by part:
+``checking``) and prepares them for a run that mends them (``repairing``).
 """
 
 from fruitdask.pipeline.erasing import Erasure, carry_out, erase, plan_erasure
@@ -11,12 +12,14 @@ from fruitdask.pipeline.planning import Plan
 from fruitdask.pipeline.presenting import Report, render_report
 from fruitdask.pipeline.results import RunResult
 from fruitdask.pipeline.running import plan, run
+from fruitdask.pipeline.verifying import Verification, verify
 
 __all__ = [
     "Erasure",
     "Plan",
     "Report",
     "RunResult",
+    "Verification",
     "carry_out",
     "erase",
     "explore",
@@ -24,4 +27,5 @@ __all__ = [
     "plan_erasure",
     "render_report",
     "run",
+    "verify",
 ]

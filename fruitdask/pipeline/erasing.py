@@ -163,7 +163,9 @@ def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
     if config.privacy.allowed_regions is not None:
         check_regions(config)
     output = open_output(config)
-    store.finish_erasing(output)
+    _read_run(output)
+    with store.locked(output):
+        store.finish_erasing(output)
     manifest = _read_run(output)
     listing = _list_input(config)
     size = manifest["images_per_partition"]
@@ -208,7 +210,8 @@ def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | 
     progress = progress or RunProgress()
     with progress:
         progress.begin("Erasing")
-        remove_images(plan)
+        with store.locked(open_output(plan.config)):
+            remove_images(plan)
         result = _run_without(plan, client, progress) if plan.is_complete else None
     return Erasure(
         n_erased=plan.n_erased,

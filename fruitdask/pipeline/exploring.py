@@ -1,7 +1,7 @@
 """An exploration: by itself, or along with a run, whose tasks look at the images while they have them."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,6 +18,7 @@ from fruitdask.exploration import (
     Tally,
     explore_partition,
     measure_partition,
+    probe_exploration,
     read_exploration,
     summarize_findings,
     write_exploration,
@@ -55,17 +56,17 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | None 
         If something is wrong; the subclasses in `fruitdask.errors` tell what.
     """
     progress = progress or RunProgress()
-    with progress:
+    with progress, ExitStack() as stack:
         progress.begin("Listing images")
         inputs = prepare_inputs(config, client=client)
+        stack.enter_context(store.locked(inputs.output))
         settle_erasure(inputs, progress)
         # Other images in the folder of a run: its report would mix them up.
         store.check_output(inputs.output, inputs.fingerprint, overwrite=config.output.overwrite)
         survey = Survey(inputs, images_per_partition=choose_partition_size(len(inputs.catalog)))
         if config.output.overwrite or not survey.is_done:
-            with ExitStack() as stack:
-                progress.begin("Starting the cluster")
-                client = client or stack.enter_context(open_client(config.cluster))
+            progress.begin("Starting the cluster")
+            with nullcontext(client) if client is not None else open_client(config.cluster) as client:
                 if config.output.overwrite:
                     store.clear_output(inputs.output)
                 survey.complete(client, progress)
@@ -222,7 +223,7 @@ class Survey:
             n_failed = int((findings.images["status"] != "ok").sum())
             progress.advance(len(findings.images), n_failed=n_failed)
 
-        map_partitions(client, explore_partition, todo, delivered=self._job, on_result=note)
+        map_partitions(client, explore_partition, todo, delivered=self._job, on_result=note, probe=probe_exploration)
 
     def _split(self) -> Iterator[Partition]:
         """Split the catalog into partitions."""

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fruitdask import __version__, store
-from fruitdask.config import Config, QualityConfig
+from fruitdask.config import Config, QualityConfig, ReduceConfig
 from fruitdask.pipeline.results import PCA, open_features
 from fruitdask.storage import Location
 
@@ -18,8 +18,16 @@ if TYPE_CHECKING:
 
 Scores = npt.NDArray[np.float32]
 
+#: What is stored of principal components, and the dimensions.
+COMPONENT_ARRAYS = {
+    "mean": ("feature",),
+    "components": ("component", "feature"),
+    "explained_variance": ("component",),
+    "explained_variance_ratio": ("component",),
+    "singular_values": ("component",),
+}
 #: Features are reduced in blocks of about this size, several chunks of the store: matrix products of small blocks cost half as much again.
-_BLOCK_BYTES = 20 * 1024**2
+BLOCK_BYTES = 20 * 1024**2
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,28 +76,54 @@ def reduce_features(config: Config, output: Location, labels: npt.NDArray[Any]) 
     ReduceError
         If there are too few images for what is asked.
     """
-    from fruitdask.reduce import TSNE_COMPONENTS, check_n_components, embed_tsne, fit_pca, sample_rows
+    from fruitdask.reduce import TSNE_COMPONENTS, check_n_components, embed_tsne, sample_rows
 
     settings = config.reduce
-    features, is_ok = open_features(output, block_bytes=_BLOCK_BYTES)
+    features, is_ok = open_features(output, block_bytes=BLOCK_BYTES)
     rows = np.flatnonzero(is_ok)
     check_n_components(settings.n_components, n_images=len(rows), n_features=features.shape[1])
     ok = features if is_ok.all() else features[rows]
-    largest = min(len(rows), features.shape[1])
-    n_for_tsne = min(TSNE_COMPONENTS, largest) if settings.tsne.enabled else 0
-    # The exact solver finds all components anyhow.
-    is_estimate = settings.solver == "randomized" and isinstance(settings.n_components, int)
-    most = max(int(settings.n_components), n_for_tsne) if is_estimate else largest
-    found = fit_pca(ok, n_components=most, solver=settings.solver, seed=settings.seed)
+    found = fit_components(settings, ok)
     fitted = found.truncate(settings.n_components)
     scores = _spread(fitted.transform(ok).astype(np.float32).compute(), rows, len(is_ok))
     tsne = None
     if settings.tsne.enabled:
         sampled = sample_rows(len(rows), max_rows=settings.tsne.max_rows, seed=settings.tsne.seed)
-        tsne_scores = found.truncate(n_for_tsne).transform(ok[sampled]).compute()
+        tsne_scores = found.truncate(TSNE_COMPONENTS).transform(ok[sampled]).compute()
         embedding = embed_tsne(tsne_scores, perplexity=settings.tsne.perplexity, seed=settings.tsne.seed)
         tsne = _spread(embedding, rows[sampled], len(is_ok))
     return Reduction(fitted, scores, tsne, _judge(config.quality, ok, labels[rows], found))
+
+
+def fit_components(settings: ReduceConfig, features: "da.Array") -> "PrincipalComponents":
+    """
+    Fit as many principal components as are of use.
+
+    Parameters
+    ----------
+    settings : ReduceConfig
+        What is wanted.
+    features : dask.array.Array
+        Features of the images that have some.
+
+    Returns
+    -------
+    PrincipalComponents
+        At least the components that are wanted, and those that t-SNE needs.
+
+    Raises
+    ------
+    ReduceError
+        If there are too few images for what is asked.
+    """
+    from fruitdask.reduce import TSNE_COMPONENTS, fit_pca
+
+    largest = min(features.shape)
+    n_for_tsne = min(TSNE_COMPONENTS, largest) if settings.tsne.enabled else 0
+    # The exact solver finds all components anyhow.
+    is_estimate = settings.solver == "randomized" and isinstance(settings.n_components, int)
+    most = max(int(settings.n_components), n_for_tsne) if is_estimate else largest
+    return fit_pca(features, n_components=most, solver=settings.solver, seed=settings.seed)
 
 
 def _judge(
@@ -135,11 +169,5 @@ def write_components(output: Location, fitted: "PrincipalComponents") -> None:
     StorageError
         If they cannot be written.
     """
-    arrays = {
-        "mean": (fitted.mean, ["feature"]),
-        "components": (fitted.components, ["component", "feature"]),
-        "explained_variance": (fitted.explained_variance, ["component"]),
-        "explained_variance_ratio": (fitted.explained_variance_ratio, ["component"]),
-        "singular_values": (fitted.singular_values, ["component"]),
-    }
+    arrays = {name: (getattr(fitted, name), dimensions) for name, dimensions in COMPONENT_ARRAYS.items()}
     store.write_arrays(output.child(PCA), arrays, {"fruitdask": __version__})

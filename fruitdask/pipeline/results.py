@@ -111,8 +111,8 @@ def open_features(output: Location, *, block_bytes: int = 0) -> tuple["da.Array"
     group = store.open_store(output)
     if group is None:
         raise OutputError(f"{output.url}: expected the features of a run, found none; run it first")
-    arrays: Any = group
-    array, status = arrays["features"], np.asarray(arrays["status"][:])
+    array, statuses = (store.StoredArray(group[name], output) for name in ("features", "status"))
+    status = np.asarray(statuses[:])
     n_chunks = max(1, block_bytes // (array.chunks[0] * array.chunks[1] * array.dtype.itemsize))
     chunks = (n_chunks * array.chunks[0], array.chunks[1])
     return da.from_array(array, chunks=chunks, name=False), status == store.STATUSES.index("ok")

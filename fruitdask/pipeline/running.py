@@ -28,7 +28,7 @@ from fruitdask.pipeline.reducing import reduce_features, write_components
 from fruitdask.pipeline.results import PCA, RunResult, open_features
 from fruitdask.pipeline.spending import Budget
 from fruitdask.progress import RunProgress
-from fruitdask.storage import Location, exists, explained
+from fruitdask.storage import Location, exists
 
 if TYPE_CHECKING:
     from fruitdask.featurize import PartitionSummary
@@ -50,6 +50,7 @@ class _Task:
     manifest: dict[str, Any] | None
     committed: frozenset[int]
     budget: Budget
+    lock: store.OutputLock | None
 
     @property
     def config(self) -> Config:
@@ -120,15 +121,16 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
     """
     progress = progress or RunProgress()
     clock = _Clock()
-    with progress:
+    with progress, ExitStack() as locks:
         progress.begin("Listing images")
-        task = _prepare(config, client, clock, progress)
+        task = _prepare(config, client, clock, progress, locks)
         _check_failures(task, _count_failed(task))
         if config.model.weights == "random":
             progress.say("Warning: model.weights is random; features of an untrained network say little about images.")
         survey = _plan_survey(task)
         if task.manifest is not None and task.is_reduced and task.is_presented and survey is None:
             return RunResult(task.output, task.manifest, n_computed=0)
+        store.delete_strays(task.output)
         _check_limits(task, client, clock, progress)
         with _cost_noted(task), ExitStack() as stack:
             manifest = task.manifest
@@ -179,7 +181,7 @@ def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
     clock = _Clock()
     with progress:
         progress.begin("Listing images")
-        task = _prepare(config, None, clock, progress, is_dry=True)
+        task = _prepare(config, None, clock, progress, locks=None)
         return estimate(_describe_work(task, None, clock), progress)
 
 
@@ -203,13 +205,15 @@ class _Clock:
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def _prepare(config: Config, client: Any, clock: _Clock, progress: RunProgress, *, is_dry: bool = False) -> _Task:
-    """Check all that can be checked before anything is started or written; a dry run leaves an erasure as it is."""
+def _prepare(config: Config, client: Any, clock: _Clock, progress: RunProgress, locks: ExitStack | None) -> _Task:
+    """Check all that can be checked before anything is started; without a place for its lock, nothing is written either."""
     with clock.measure("list"):
         inputs = prepare_inputs(config, client=client)
     output, catalog = inputs.output, inputs.catalog
     fingerprint = inputs.fingerprint | {"model": fingerprint_model(config.model)}
-    if not is_dry:
+    lock = None
+    if locks is not None:
+        lock = locks.enter_context(store.locked(output))
         settle_erasure(inputs, progress)
     elif (store.read_manifest(output) or {}).get("status") == store.ERASED:
         # Which images are left, the run will find out.
@@ -233,6 +237,7 @@ def _prepare(config: Config, client: Any, clock: _Clock, progress: RunProgress, 
             manifest=manifest,
             elapsed_seconds=clock.total_seconds,
         ),
+        lock=lock,
     )
 
 
@@ -323,9 +328,7 @@ def _reduce_features(
 ) -> dict[str, Any]:
     """Reduce the features and write the tables; gives the manifest of the complete run."""
     progress.begin("Reducing")
-    # Dask reads the features only when it needs them.
-    reading = explained(task.output, "read the features in")
-    with clock.measure("reduce"), _choose_scheduler(task, client, stack), reading:
+    with clock.measure("reduce"), _choose_scheduler(task, client, stack):
         reduction = reduce_features(task.config, task.output, task.catalog["label"].to_numpy())
     progress.begin("Writing results")
     with clock.measure("write"):
@@ -408,7 +411,7 @@ def _featurize(
     task: _Task, artifact: ModelArtifact, client: Any, survey: Survey | None, progress: RunProgress
 ) -> dict[str, float]:
     """Featurize what has no commit mark, and look at the images meanwhile; gives the seconds of all workers by stage."""
-    from fruitdask.featurize import FeaturizeJob, featurize_partition
+    from fruitdask.featurize import FeaturizeJob, featurize_partition, probe_partition
 
     explore_job = survey.begin() if survey is not None else None
     if explore_job is not None and explore_job.input_px != artifact.input_px:
@@ -428,10 +431,14 @@ def _featurize(
         progress.advance(summary.n_images, n_failed=summary.n_failed)
         _check_failures(task, n_failed)
         task.budget.check()
+        if task.lock is not None:
+            task.lock.check()
 
     todo = (part for part in split_catalog(task.catalog, task.images_per_partition) if part.index not in task.committed)
     try:
-        map_partitions(client, featurize_partition, todo, job, delivered=artifact, on_result=note)
+        map_partitions(
+            client, featurize_partition, todo, job, delivered=artifact, on_result=note, probe=probe_partition
+        )
     except PartitionError:
         # A cluster that is lost may have ended because a limit was reached.
         task.budget.check()

@@ -58,6 +58,35 @@ def write_figures(output: Location, data: ReportData) -> None:
         write_file(output.child(FIGURES, f"{name}.png"), plots.render_png(figure, dpi=data.config.plots.dpi))
 
 
+def list_figures(*, n_components: int, has_tsne: bool, has_exploration: bool, has_quality: bool) -> list[str]:
+    """
+    List the figures of a run.
+
+    Parameters
+    ----------
+    n_components : int
+        Principal components in its table.
+    has_tsne : bool
+        Whether the table has coordinates of t-SNE.
+    has_exploration : bool
+        Whether its images were explored.
+    has_quality : bool
+        Whether its features were judged.
+
+    Returns
+    -------
+    list[str]
+        Their names.
+    """
+    groups = [
+        (has_exploration, FIGURE_NAMES[:5]),
+        (n_components > 1, FIGURE_NAMES[5:6]),
+        (has_tsne, FIGURE_NAMES[6:7]),
+        (has_quality, FIGURE_NAMES[7:]),
+    ]
+    return [name for is_there, names in groups if is_there for name in names]
+
+
 def _plot_all(data: ReportData) -> Iterator[tuple[str, "Figure"]]:
     """Plot what there is, one figure at a time, each under one of the store's names."""
     if data.exploration is not None:

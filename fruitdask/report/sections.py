@@ -29,9 +29,11 @@ _MAX_FAILURES = 50
 _MAX_CONFUSIONS = 10
 _MEANINGS = {
     "unreadable": "The file is no image that can be decoded: it is damaged, cut short, or something else under an image's name.",
-    "too_large": "The image has more pixels than featurize.max_pixels allows.",
+    "too_large": "The image has more pixels than featurize.max_pixels allows, or a side of more than 65,535.",
     "missing": "The file was there when the images were listed, but not when it was read.",
     "unreachable": "The storage did not give the file out, however often it was asked.",
+    "not_finite": "The network gave numbers for it that are none.",
+    "crashed": "Each process that worked on it died: it needs too much memory, or crashes a decoder.",
 }
 _STAGES = {
     "list": "List the images",

@@ -2,15 +2,17 @@
 
 import io
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from fruitdask.storage import Location, exists, explained, write_file
-from fruitdask.store import OUTCOME_COLUMNS, delete_result
+from fruitdask.store import OUTCOME_COLUMNS, advise_repair, delete_result, read_table, write_table
+from fruitdask.texts import format_csv, read_csv
 
 RESULTS = "results.parquet"
 #: A spreadsheet holds no more rows than about a million (Excel: 1,048,576).
@@ -107,9 +109,9 @@ def write_results(
         table = _add_columns(
             piece[["path", "label", "status"]], pca=pca[rows], tsne=None if tsne is None else tsne[rows]
         )
-        write_file(output.child(RESULTS, f"part-{number:05d}.parquet"), table.to_parquet(index=False))
+        write_table(output.child(RESULTS, f"part-{number:05d}.parquet"), table)
         if len(pca) <= _MAX_CSV_ROWS:
-            table.to_csv(csv, index=False, header=start == 0, lineterminator="\n")
+            csv.write(format_csv(table, with_header=start == 0))
         failures.append(piece[piece["status"] != "ok"])
         counts.add(piece)
         start = rows.stop
@@ -136,7 +138,7 @@ def write_failures(output: Location, outcomes: pd.DataFrame) -> None:
     StorageError
         If it cannot be written.
     """
-    write_file(output.child("failures.csv"), outcomes.to_csv(index=False, lineterminator="\n").encode())
+    write_file(output.child("failures.csv"), format_csv(outcomes).encode())
 
 
 def read_failures(output: Location) -> pd.DataFrame:
@@ -161,9 +163,9 @@ def read_failures(output: Location) -> pd.DataFrame:
     location = output.child("failures.csv")
     if not exists(location):
         return pd.DataFrame(columns=list(OUTCOME_COLUMNS))
-    with explained(location, "read"):
+    with explained(location, "read", remedy=advise_repair(output)):
         data = location.fs.cat_file(location.path)
-    return pd.read_csv(io.BytesIO(data), keep_default_na=False, dtype=dict.fromkeys(OUTCOME_COLUMNS[:-1], str))
+        return read_csv(data, dict.fromkeys(OUTCOME_COLUMNS[:-1], str))
 
 
 def read_results(output: Location) -> pd.DataFrame:
@@ -185,16 +187,166 @@ def read_results(output: Location) -> pd.DataFrame:
     StorageError
         If it cannot be read.
     """
-    import pyarrow.dataset
+    return pd.concat([read_table(output, RESULTS, name) for name in list_parts(output)], ignore_index=True)
 
+
+def list_parts(output: Location) -> list[str]:
+    """
+    List the files of the table of all images.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder of a finished run.
+
+    Returns
+    -------
+    list[str]
+        Their names in order.
+
+    Raises
+    ------
+    StorageError
+        If the folder cannot be listed.
+    """
     folder = output.child(RESULTS)
-    with explained(folder, "read"):
+    with explained(folder, "list"):
         folder.fs.invalidate_cache()
-        paths = sorted(folder.fs.find(folder.path))
-        table: pd.DataFrame = (
-            pyarrow.dataset.dataset(paths, filesystem=folder.fs, format="parquet").to_table().to_pandas()
-        )
-    return table
+        return sorted(path.rsplit("/", 1)[-1] for path in folder.fs.find(folder.path) if path.endswith(".parquet"))
+
+
+def compare_rows(
+    rows: pd.DataFrame, outcomes: pd.DataFrame, scores: npt.NDArray[np.floating] | None, *, tolerance: float
+) -> Iterator[str]:
+    """
+    Say in what rows of the table of all images are not those of their outcomes and features.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        Rows of the table.
+    outcomes : pandas.DataFrame
+        Outcomes of the same images.
+    scores : numpy.ndarray or None
+        Coordinates of these images along the components, shape (n, k); those of images that failed do not count. None where they are
+        not known.
+    tolerance : float
+        Differences of coordinates that count as rounding.
+
+    Yields
+    ------
+    str
+        What differs.
+    """
+    names = ["path", "label", "status"]
+    if len(rows) != len(outcomes) or list(rows.columns[:3]) != names:
+        yield f"expected rows of {len(outcomes):,} images with the columns path, label, status, found others"
+        return
+    for name in names:
+        if not np.array_equal(rows[name].astype(object), outcomes[name].astype(object)):
+            yield f"{name} is not that of the outcomes"
+    if scores is None:
+        return
+    found = rows.filter(regex=r"^pca_\d+$").to_numpy(np.float64)
+    expected = np.where((outcomes["status"] == "ok").to_numpy()[:, np.newaxis], scores, np.nan)
+    if not (found.shape == expected.shape and np.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)):
+        yield "pca_1, pca_2 ... are not what the features give"
+
+
+class CsvComparison:
+    """
+    A comparison of ``results.csv`` with the table that it repeats, piece by piece.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    n_images : int
+        Rows of the table; a spreadsheet does not hold them all where they are too many.
+
+    Raises
+    ------
+    StorageError
+        If the file cannot be opened.
+    """
+
+    def __init__(self, output: Location, *, n_images: int) -> None:
+        self._location = output.child("results.csv")
+        self._file: Any = None
+        self._has_begun = False
+        #: What is wrong so far; empty where nothing is.
+        self.fault = ""
+        if exists(self._location):
+            with explained(self._location, "read"):
+                self._file = self._location.fs.open(self._location.path, "rb")
+        elif n_images <= _MAX_CSV_ROWS:
+            self.fault = "it is missing"
+
+    def add(self, piece: pd.DataFrame) -> None:
+        """
+        Compare a piece.
+
+        Parameters
+        ----------
+        piece : pandas.DataFrame
+            The next rows of the table.
+        """
+        if self._file is None or self.fault:
+            return
+        expected = format_csv(piece, with_header=not self._has_begun).encode()
+        self._has_begun = True
+        if self._read(len(expected)) != expected:
+            self.fault = f"it differs from {RESULTS}"
+
+    def finish(self) -> str:
+        """
+        Close the file, and say what is wrong.
+
+        Returns
+        -------
+        str
+            What is wrong with it; empty where nothing is.
+        """
+        if self._file is not None:
+            if not self.fault and self._read(1):
+                self.fault = f"it has more rows than {RESULTS}"
+            self._file.close()
+        return self.fault
+
+    def _read(self, n_bytes: int) -> bytes:
+        """Read some bytes."""
+        with explained(self._location, "read"):
+            return bytes(self._file.read(n_bytes))
+
+
+def check_failures(output: Location, failures: pd.DataFrame) -> str:
+    """
+    Check the table of the images that failed.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    failures : pandas.DataFrame
+        Their outcomes.
+
+    Returns
+    -------
+    str
+        What is wrong with it; empty where nothing is.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be read.
+    """
+    location = output.child("failures.csv")
+    if not exists(location):
+        return "it is missing" if len(failures) else ""
+    with explained(location, "read"):
+        data = location.fs.cat_file(location.path)
+    is_same = len(failures) and data == format_csv(failures).encode()
+    return "" if is_same else "it does not list the failures of the outcomes"
 
 
 def _add_columns(

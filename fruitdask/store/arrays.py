@@ -1,19 +1,78 @@
 """Arrays, in Zarr: features and statuses of a run, thumbnails of an exploration, small ones such as components."""
 
-import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import FsspecStore
 
-from fruitdask.errors import StorageError
-from fruitdask.storage import Location, exists, explained, write_file
-from fruitdask.store.manifests import delete_result
+from fruitdask.storage import Location, exists, explained
+from fruitdask.store.manifests import advise_repair, delete_result, seal
 from fruitdask.store.names import FEATURES, PARTITIONS, RUN_NAMES, STATUSES, THUMBNAILS
+from fruitdask.store.tables import write_table
+
+#: How chunks are stored: compressed as Zarr does by default, then with a checksum, by which a reader of any language finds damage.
+_COMPRESSORS = (ZstdCodec(), Crc32cCodec())
+
+
+@dataclass(frozen=True, eq=False)
+class StoredArray:
+    """
+    An array whose damage is one sentence that names the chunk; picklable, for Dask.
+
+    Parameters
+    ----------
+    array : zarr.Array
+        The array; its chunks, along the first dimension, are partitions.
+    output : Location
+        The output folder, for the sentence.
+    """
+
+    array: Any
+    output: Location
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        return self.array.shape  # type: ignore[no-any-return]
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """The shape of a chunk."""
+        return self.array.chunks  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The data type."""
+        return self.array.dtype  # type: ignore[no-any-return]
+
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions."""
+        return len(self.shape)
+
+    def __getitem__(self, selection: Any) -> Any:
+        """Read some rows."""
+        location = self.output.child(FEATURES, self.array.basename)
+        with explained(location, "read", remedy=advise_repair(self.output)):
+            try:
+                return self.array[selection]
+            except Exception:
+                self._check_chunks(selection[0] if isinstance(selection, tuple) else selection, location)
+                raise
+
+    def _check_chunks(self, rows: Any, location: Location) -> None:
+        """Read the chunks of some rows one by one, to find the one that is damaged."""
+        size = self.chunks[0]
+        for index in np.unique(np.arange(self.shape[0])[rows] // size).tolist():
+            place = location.child("c", *(str(part) for part in (index, *[0] * (self.ndim - 1))))
+            with explained(place, "read", remedy=f"it is partition {index}: {advise_repair(self.output)}"):
+                self.array[index * size : (index + 1) * size]
 
 
 def create_store(
@@ -48,13 +107,14 @@ def create_store(
     with explained(location, "write"):
         for name in RUN_NAMES[:-1]:
             delete_result(output, name)
-        group = zarr.open_group(**_zarr_arguments(location), mode="w", attributes=dict(attributes))
+        group = zarr.open_group(**name_store(location), mode="w", attributes=seal(attributes))
         group.create_array(
             "features",
             shape=(n_images, n_features),
             chunks=(images_per_partition, n_features),
             dtype=np.float32,
             fill_value=np.nan,
+            compressors=_COMPRESSORS,
             dimension_names=("image", "feature"),
         )
         group.create_array(
@@ -63,6 +123,7 @@ def create_store(
             chunks=(images_per_partition,),
             dtype=np.uint8,
             fill_value=0,
+            compressors=_COMPRESSORS,
             dimension_names=("image",),
             attributes={"flag_values": list(range(len(STATUSES))), "flag_meanings": " ".join(STATUSES)},
         )
@@ -86,17 +147,17 @@ def open_store(output: Location) -> zarr.Group | None:
     ------
     StorageError
         If the store cannot be read.
+    DamageError
+        If what describes its arrays is damaged.
     """
     location = output.child(FEATURES)
-    with explained(location, "read"):
+    with explained(location, "read", remedy=advise_repair(output)):
         if not exists(location.child("status", "zarr.json")):
             return None
-        try:
-            return zarr.open_group(**_zarr_arguments(location), mode="r")
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(
-                f"{location.url}: the store is damaged ({error}); use --overwrite to begin again"
-            ) from error
+        group = zarr.open_group(**name_store(location), mode="r")
+        for name in ("features", "status"):
+            group[name]
+        return group
 
 
 def write_partition(
@@ -126,12 +187,10 @@ def write_partition(
     location = output.child(FEATURES)
     rows = slice(start, start + len(features))
     with explained(location, "write"):
-        group: Any = zarr.open_group(**_zarr_arguments(location), mode="r+")
+        group: Any = zarr.open_group(**name_store(location), mode="r+")
         group["features"][rows] = features
         group["status"][rows] = outcomes["status"].map(STATUSES.index).to_numpy(np.uint8)
-    buffer = io.BytesIO()
-    outcomes.to_parquet(buffer, index=False)
-    write_file(output.child(PARTITIONS, f"{index:05d}.parquet"), buffer.getvalue())
+    write_table(output.child(PARTITIONS, f"{index:05d}.parquet"), outcomes)
 
 
 def create_thumbnails(output: Location, *, n_images: int, thumbnail_px: int, images_per_partition: int) -> None:
@@ -165,11 +224,12 @@ def create_thumbnails(output: Location, *, n_images: int, thumbnail_px: int, ima
                 return
         delete_result(output, THUMBNAILS)
         zarr.create_array(
-            **_zarr_arguments(location),
+            **name_store(location),
             shape=shape,
             chunks=chunks,
             dtype=np.uint8,
             fill_value=0,
+            compressors=_COMPRESSORS,
             dimension_names=("image", "y", "x", "channel"),
         )
 
@@ -190,7 +250,7 @@ def open_thumbnails(output: Location, *, mode: Literal["r", "r+"]) -> Any:
     zarr.Array
         Thumbnails (image, y, x, channel), uint8.
     """
-    return zarr.open_array(**_zarr_arguments(output.child(THUMBNAILS)), mode=mode)
+    return zarr.open_array(**name_store(output.child(THUMBNAILS)), mode=mode)
 
 
 def delete_thumbnails(output: Location) -> None:
@@ -231,9 +291,16 @@ def write_arrays(
         If they cannot be written.
     """
     with explained(location, "write"):
-        group = zarr.open_group(**_zarr_arguments(location), mode="w", attributes=dict(attributes))
+        group = zarr.open_group(**name_store(location), mode="w", attributes=seal(attributes))
         for name, (values, dimensions) in arrays.items():
-            group.create_array(name, data=np.asarray(values), dimension_names=tuple(dimensions))
+            group.create_array(
+                name,
+                data=np.asarray(values),
+                dimension_names=tuple(dimensions),
+                compressors=_COMPRESSORS,
+                # A chunk that is not there is missing then, not one of zeros.
+                config={"write_empty_chunks": True},
+            )
 
 
 def read_arrays(location: Location) -> dict[str, npt.NDArray[Any]]:
@@ -243,7 +310,7 @@ def read_arrays(location: Location) -> dict[str, npt.NDArray[Any]]:
     Parameters
     ----------
     location : Location
-        Where the group is.
+        Where the group is, in an output folder.
 
     Returns
     -------
@@ -254,14 +321,50 @@ def read_arrays(location: Location) -> dict[str, npt.NDArray[Any]]:
     ------
     StorageError
         If they cannot be read.
+    DamageError
+        If they are damaged.
     """
-    with explained(location, "read"):
-        group = zarr.open_group(**_zarr_arguments(location), mode="r")
-        return {name: np.asarray(array[...]) for name, array in group.arrays()}
+    remedy = advise_repair(Location(location.url.rpartition("/")[0], location.storage_options))
+    with explained(location, "read", remedy=remedy):
+        group = zarr.open_group(**name_store(location), mode="r")
+        arrays = dict(group.arrays())
+        for name, array in arrays.items():
+            if has_checksums(array) and array.nchunks_initialized < array.nchunks:
+                raise ValueError(f"chunks of {name} are missing")
+        return {name: np.asarray(array[...]) for name, array in arrays.items()}
 
 
-def _zarr_arguments(location: Location) -> dict[str, Any]:
-    """Name a Zarr store; Zarr takes no storage options for a local path."""
+def has_checksums(array: Any) -> bool:
+    """
+    Tell whether the chunks of an array carry checksums; stores of earlier versions have none.
+
+    Parameters
+    ----------
+    array : zarr.Array
+        The array.
+
+    Returns
+    -------
+    bool
+        Whether damage of any byte shows.
+    """
+    return any(isinstance(codec, Crc32cCodec) for codec in array.compressors)
+
+
+def name_store(location: Location) -> dict[str, Any]:
+    """
+    Name a Zarr store.
+
+    Parameters
+    ----------
+    location : Location
+        Where it is.
+
+    Returns
+    -------
+    dict[str, Any]
+        Arguments of Zarr's functions, which take no storage options for a local path.
+    """
     if location.is_local:
         return {"store": location.path}
     if location.is_s3:

@@ -4,7 +4,6 @@ Until the manifest says ``ERASING`` nothing has changed; from then on nothing is
 interrupted erasure either has not happened or is finished by the next command.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +12,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask.storage import Location, exists, explained
-from fruitdask.store.arrays import create_store, open_store, write_partition
+from fruitdask.store.arrays import StoredArray, create_store, open_store, write_partition
+from fruitdask.store.checks import find_strays
 from fruitdask.store.manifests import delete_result, read_manifest, write_manifest
 from fruitdask.store.names import ERASED, ERASING, EXPLORATION_NAMES, FEATURES, MANIFEST, PARTITIONS, RUN_NAMES, STAGING
 from fruitdask.store.outcomes import list_committed, read_outcomes
-
-#: What a process leaves that was killed while it wrote a file.
-_LEFTOVER = re.compile(r".+\.[0-9a-f]{32}\.part")
 
 
 def stage_rows(
@@ -49,7 +46,7 @@ def stage_rows(
     store: Any = open_store(output)
     if store is None:
         return
-    features, committed = store["features"], list_committed(output)
+    features, committed = StoredArray(store["features"], output), list_committed(output)
     create_store(
         staging,
         n_images=len(rows),
@@ -62,8 +59,7 @@ def stage_rows(
         sources, ordinals = np.unique(chosen // images_per_partition, return_inverse=True)
         if committed.issuperset(sources.tolist()):
             outcomes = pd.concat(read_outcomes(output, sources.tolist()))
-            with explained(output, "read the features in"):
-                kept = features.oindex[chosen]
+            kept = features[chosen, :]
             places = ordinals * images_per_partition + chosen % images_per_partition
             write_partition(staging, index=index, start=start, features=kept, outcomes=outcomes.iloc[places])
 
@@ -89,20 +85,29 @@ def finish_erasing(output: Location) -> None:
         for name in EXPLORATION_NAMES + RUN_NAMES:
             if name not in (STAGING, MANIFEST):
                 delete_result(output, name)
-        _delete_leftovers(output)
+        delete_strays(output)
         for name in (FEATURES, PARTITIONS):
             _copy_folder(output.child(STAGING, name), output.child(name))
         write_manifest(output, manifest | {"status": ERASED})
     delete_result(output, STAGING)
 
 
-def _delete_leftovers(output: Location) -> None:
-    """Delete what killed processes left on a disk; an object store keeps no half of an object."""
-    if output.is_local:
-        with explained(output, "delete leftovers in"):
-            for path in output.fs.find(output.path):
-                if _LEFTOVER.fullmatch(path):
-                    output.fs.rm(path)
+def delete_strays(output: Location) -> None:
+    """
+    Delete what killed processes left of files that they were writing.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder, whose lock is held.
+
+    Raises
+    ------
+    StorageError
+        If something cannot be deleted.
+    """
+    for stray in find_strays(output):
+        delete_result(output, stray.where)
 
 
 def _copy_folder(source: Location, target: Location) -> None:

@@ -1,12 +1,14 @@
 """The manifests, which say whose an output folder is, other small JSON files, and what may be deleted."""
 
+import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from fruitdask.errors import OutputError, StorageError, StoreMismatchError
+from fruitdask.errors import DamageError, OutputError, StorageError, StoreMismatchError
 from fruitdask.storage import Location, exists, explained, write_file
-from fruitdask.store.names import EXPLORATION, EXPLORATION_NAMES, MANIFEST, QUALITY, RUN_NAMES
+from fruitdask.store.names import CHECKSUM, EXPLORATION, EXPLORATION_NAMES, MANIFEST, QUALITY, RUN_NAMES
 
 
 def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite: bool) -> dict[str, Any] | None:
@@ -82,6 +84,8 @@ def read_manifest(output: Location, *, name: str = MANIFEST) -> dict[str, Any] |
     ------
     OutputError
         If there is such a file of something else.
+    DamageError
+        If it is not what was written.
     """
     location = output.child(name)
     try:
@@ -94,7 +98,8 @@ def read_manifest(output: Location, *, name: str = MANIFEST) -> dict[str, Any] |
         is_ours = False
     if not is_ours:
         raise OutputError(
-            f"{location.url}: expected the manifest of a fruitdask run, found something else; choose another output.url"
+            f"{location.url}: expected the manifest of a fruitdask run, found something else; choose another output.url, "
+            f"or if it is that of a run, {advise_repair(output)}"
         )
     return dict(manifest)
 
@@ -132,19 +137,29 @@ def read_json(location: Location) -> Any:
     Returns
     -------
     Any
-        What it says; None where there is none.
+        What it says, without its checksum; None where there is none.
 
     Raises
     ------
     ValueError
         If it is not JSON.
+    DamageError
+        If it is, but not what was written.
     StorageError
         If it cannot be read.
     """
     with explained(location, "read"):
         if not exists(location):
             return None
-        return json.loads(location.fs.cat_file(location.path))
+        tree = json.loads(location.fs.cat_file(location.path))
+    if not is_intact(tree):
+        folder = Location(location.url.rpartition("/")[0], location.storage_options)
+        raise DamageError(
+            f"{location.url} is damaged (its checksum is another than when it was written); {advise_repair(folder)}"
+        )
+    if isinstance(tree, dict):
+        tree.pop(CHECKSUM, None)
+    return tree
 
 
 def read_quality(output: Location) -> dict[str, Any] | None:
@@ -170,7 +185,7 @@ def read_quality(output: Location) -> dict[str, Any] | None:
     try:
         quality: dict[str, Any] | None = read_json(location)
     except ValueError as error:
-        raise StorageError(f"{location.url}: the file is damaged ({error}); delete it and run again") from error
+        raise DamageError(f"{location.url} is damaged ({error}); {advise_repair(output)}") from error
     return quality
 
 
@@ -190,7 +205,61 @@ def write_json(location: Location, tree: Mapping[str, Any]) -> None:
     StorageError
         If it cannot be written.
     """
-    write_file(location, json.dumps(tree, indent=2, allow_nan=False).encode() + b"\n")
+    write_file(location, json.dumps(seal(tree), indent=2, allow_nan=False).encode() + b"\n")
+
+
+def seal(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Add a checksum to a tree of JSON.
+
+    Parameters
+    ----------
+    tree : Mapping[str, Any]
+        JSON; a checksum that it has is replaced.
+
+    Returns
+    -------
+    dict[str, Any]
+        The same, with ``checksum`` last.
+    """
+    bare = {name: value for name, value in tree.items() if name != CHECKSUM}
+    # Names of entries that are numbers are texts once they are read again.
+    text = json.dumps(json.loads(json.dumps(bare)), sort_keys=True)
+    return bare | {CHECKSUM: f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"}
+
+
+def is_intact(tree: Any) -> bool:
+    """
+    Tell whether a tree of JSON is what was sealed.
+
+    Parameters
+    ----------
+    tree : Any
+        JSON.
+
+    Returns
+    -------
+    bool
+        False if it has a checksum, of something else.
+    """
+    return not isinstance(tree, dict) or CHECKSUM not in tree or seal(tree)[CHECKSUM] == tree[CHECKSUM]
+
+
+def advise_repair(output: Location) -> str:
+    """
+    Say what to do about damage.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+
+    Returns
+    -------
+    str
+        The end of a sentence.
+    """
+    return f"use fruitdask verify {shlex.quote(output.url)} --repair, and run again"
 
 
 def clear_output(output: Location) -> None:

@@ -1,13 +1,17 @@
 """What is in the output folder, by name."""
 
 #: What can become of an image; the position is its code in the store. ``pending`` is an image whose partition is not committed yet.
-STATUSES = ("pending", "ok", "unreadable", "too_large", "missing", "unreachable", "not_finite")
+STATUSES = ("pending", "ok", "unreadable", "too_large", "missing", "unreachable", "not_finite", "crashed")
 OUTCOME_COLUMNS = ("path", "label", "status", "error", "attempts")
 
 #: The two manifests: each is written first and says whose the other files are, and when it says "complete" they are.
 MANIFEST, EXPLORATION = "manifest.json", "explore.json"
 #: What a manifest says while images are being erased, and after that until results without them are there.
 ERASING, ERASED = "erasing", "erased"
+#: Who works in the folder. It is no result, and nobody but its owner deletes it.
+LOCK = "run.lock"
+#: The entry of JSON files and of attributes by which damage shows; arrays and tables have checksums of their own.
+CHECKSUM = "checksum"
 QUALITY = "quality.json"
 FEATURES = "features.zarr"
 PARTITIONS = "partitions"

@@ -1,15 +1,15 @@
 """Outcomes: one Parquet file a partition, which is its commit mark."""
 
-import io
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fruitdask.errors import StorageError
 from fruitdask.storage import Location, explained
-from fruitdask.store.names import PARTITIONS
+from fruitdask.store.names import OUTCOME_COLUMNS, PARTITIONS
+from fruitdask.store.tables import decode_table, decoded
 
 _COMMIT_MARK = re.compile(r"(\d{5,})\.parquet")
 
@@ -85,45 +85,29 @@ def read_outcomes(output: Location, indices: Sequence[int], *, partitions_at_onc
     ------
     pandas.DataFrame
         Outcomes of the next partitions.
-    """
-    import pyarrow.dataset
-
-    folder = output.child(PARTITIONS)
-    for first in range(0, len(indices), partitions_at_once):
-        paths = [f"{folder.path}/{index:05d}.parquet" for index in indices[first : first + partitions_at_once]]
-        with explained(folder, "read"):
-            try:
-                table = pyarrow.dataset.dataset(paths, filesystem=folder.fs, format="parquet").to_table()
-            except pyarrow.ArrowInvalid as error:
-                cause = " ".join(str(error).split())
-                raise StorageError(
-                    f"{folder.url}: an outcome file is damaged; delete it and run again ({cause})"
-                ) from error
-        yield table.to_pandas()
-
-
-def read_table(location: Location) -> pd.DataFrame:
-    """
-    Read a Parquet file.
-
-    Parameters
-    ----------
-    location : Location
-        The file.
-
-    Returns
-    -------
-    pandas.DataFrame
-        The table.
 
     Raises
     ------
     StorageError
-        If it cannot be read, or is no table.
+        If a file cannot be read.
+    DamageError
+        If one is damaged.
     """
-    with explained(location, "read"):
-        data = location.fs.cat_file(location.path)
-    try:
-        return pd.read_parquet(io.BytesIO(data))
-    except (ValueError, OSError) as error:
-        raise StorageError(f"{location.url}: the table is damaged; delete it and run again ({error})") from error
+    import pyarrow
+
+    folder = output.child(PARTITIONS)
+    for first in range(0, len(indices), partitions_at_once):
+        files = [folder.child(f"{index:05d}.parquet") for index in indices[first : first + partitions_at_once]]
+        with explained(folder, "read"):
+            contents = folder.fs.cat_ranges([file.path for file in files], None, None, on_error="raise")
+        tables = [_decode_outcomes(file, data, output) for file, data in zip(files, contents, strict=True)]
+        yield pyarrow.concat_tables(tables).to_pandas()
+
+
+def _decode_outcomes(file: Location, data: bytes, output: Location) -> Any:
+    """Decode an outcome file; its columns are known, so that what pandas says about them is not needed."""
+    with decoded(file, output):
+        table = decode_table(data)
+        if tuple(table.column_names) != OUTCOME_COLUMNS:
+            raise ValueError(f"its columns are {', '.join(table.column_names)}")
+        return table.replace_schema_metadata(None)

@@ -1,0 +1,286 @@
+"""Images that are broken, or made to crash, stall or exhaust whoever opens them; each is built when it is asked for."""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms, PngImagePlugin
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+END_OF_JPEG = b"\xff\xd9"
+#: Types of TIFF's values.
+BYTE, SHORT, LONG, RATIONAL = 1, 3, 4, 5
+#: A directory's tag, type, count, and its value or what is appended to the file.
+Entry = tuple[int, int, int, int | bytes]
+
+
+def save(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """Encode an image."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def draw(mode: str = "RGB", side: int = 64) -> Image.Image:
+    """Draw smooth colours under a little noise."""
+    values = np.linspace(0, 200, side, dtype=np.uint8)[:, np.newaxis, np.newaxis] * np.ones((1, side, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 50, (side, side, 3), np.uint8)
+    return Image.fromarray(values + noise).convert(mode)
+
+
+def build_chunk(name: bytes, data: bytes) -> bytes:
+    """Build a chunk of a PNG."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def build_png(width: int, height: int, rows: bytes, *, colour: int = 0, extra: bytes = b"") -> bytes:
+    """Build a PNG; colour is 0 for grey, 2 for RGB, 6 for RGB with alpha."""
+    header = build_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+    return PNG_SIGNATURE + header + extra + build_chunk(b"IDAT", zlib.compress(rows, 9)) + build_chunk(b"IEND", b"")
+
+
+def build_empty_png(width: int, height: int, *, colour: int = 0, extra: bytes = b"") -> bytes:
+    """Build a PNG of zeros."""
+    n_channels = {0: 1, 2: 3, 6: 4}[colour]
+    return build_png(width, height, bytes((1 + n_channels * width) * height), colour=colour, extra=extra)
+
+
+def add_to_png(extra: bytes) -> bytes:
+    """Build a small PNG with further chunks."""
+    return build_empty_png(8, 8, colour=2, extra=extra)
+
+
+def build_text_bomb(name: bytes, n_bytes: int) -> bytes:
+    """Build a chunk of text that is long once it is inflated."""
+    flags = b"\1\0\0\0" if name == b"iTXt" else b"\0"
+    return build_chunk(name, b"Comment\0" + flags + zlib.compress(bytes(n_bytes), 9))
+
+
+def build_segments(payload: bytes, *, part_bytes: int = 65_000) -> bytes:
+    """Build segments of EXIF that Pillow puts together again."""
+    parts = [b"Exif\0\0" + payload[at : at + part_bytes] for at in range(0, len(payload), part_bytes)]
+    return b"".join(b"\xff\xe1" + struct.pack(">H", len(part) + 2) + part for part in parts)
+
+
+def add_to_jpeg(extra: bytes) -> bytes:
+    """Build a small JPEG with further segments."""
+    jpeg = save(draw(), "JPEG")
+    return jpeg[:2] + extra + jpeg[2:]
+
+
+def repeat_scan(side: int, n_scans: int) -> bytes:
+    """Build a progressive JPEG whose last scan comes again and again; each time all pixels are gone over."""
+    jpeg = save(Image.new("RGB", (side, side), (9, 99, 200)), "JPEG", progressive=True)
+    return jpeg[:-2] + jpeg[jpeg.rindex(b"\xff\xda") : -2] * n_scans + END_OF_JPEG
+
+
+def build_exif(n_rationals: int) -> bytes:
+    """Build EXIF whose orientation is a long list of fractions."""
+    entry = struct.pack("<HHII", 0x0112, RATIONAL, n_rationals, 26)
+    return b"II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4 + 8 * n_rationals)
+
+
+def build_tiff(
+    *changes: Entry, side: int = 100, is_tiled: bool = False, data: bytes = b"", following: int = 0
+) -> bytes:
+    """Build a grey TIFF in one strip or tile; a value that is given as bytes, and then the data, are put behind the directory."""
+    place, size = (0x0144, 0x0145) if is_tiled else (0x0111, 0x0117)
+    entries: dict[int, Entry] = {
+        tag: (tag, LONG, 1, value)
+        for tag, value in ((0x0100, side), (0x0101, side), (0x0102, 8), (0x0103, 1), (0x0106, 1), (0x0115, 1))
+    }
+    entries |= {place: (place, LONG, 1, b""), size: (size, LONG, 1, len(data))}
+    entries |= {change[0]: change for change in changes}
+    values, start = b"", 8 + 2 + 12 * len(entries) + 4
+    packed = []
+    for tag, kind, count, value in sorted(entries.values()):
+        if isinstance(value, bytes):
+            values, value = values + value, start + len(values)
+        packed.append(struct.pack("<HHII", tag, kind, count, value))
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(packed) + struct.pack("<I", following)
+    return head + values + data
+
+
+def build_strips(n_strips: int, *, kind: int) -> bytes:
+    """Build a TIFF of two strips' height that names very many."""
+    width = {BYTE: 1, LONG: 4}[kind]
+    # Growing offsets, so that no strip looks like the one before.
+    offsets = np.arange(n_strips, dtype="<u4").astype(f"<u{width}", casting="unsafe").tobytes()
+    return build_tiff((0x0111, kind, n_strips, offsets), (0x0116, LONG, 1, 500), side=1000, data=bytes(2_000_000))
+
+
+def build_frames(n_frames: int, n_value_bytes: int) -> bytes:
+    """Build a TIFF of very many frames that all have the same long description."""
+    n_before = len(build_tiff(data=bytes(10_000)))
+    frames = b"".join(
+        struct.pack("<H", 1)
+        + struct.pack("<HHII", 0x010E, 2, n_value_bytes, 0)
+        + struct.pack("<I", n_before + 18 * number)
+        for number in range(1, n_frames + 1)
+    )
+    return build_tiff(data=bytes(10_000) + frames + bytes(n_value_bytes), following=n_before)
+
+
+def build_bmp(side: int, *, compression: int, bits: int, rows: bytes) -> bytes:
+    """Build a BMP with a palette; compression is 1 for RLE8, 2 for RLE4."""
+    palette = bytes(range(4 << bits & 0xFF)) if bits < 8 else bytes(range(256)) * 4
+    start = 14 + 40 + len(palette)
+    header = struct.pack("<IiiHHIIiiII", 40, side, side, 1, bits, compression, len(rows), 0, 0, len(palette) // 4, 0)
+    return b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + header + palette + rows
+
+
+def widen_webp(side: int) -> bytes:
+    """Build a WebP whose canvas is far larger than its picture."""
+    webp = bytearray(save(draw("RGBA"), "WEBP", lossless=True, exif=b"Exif\0\0II*\0"))
+    webp[24:30] = (side - 1).to_bytes(3, "little") * 2
+    return bytes(webp)
+
+
+def animate(kind: str) -> bytes:
+    """Build an animation of 200 frames."""
+    frames = [Image.new("RGB", (32, 32), (number, 0, 0)) for number in range(200)]
+    return save(frames[0], kind, save_all=True, append_images=frames[1:], duration=10)
+
+
+def build_profile() -> bytes:
+    """Build a colour profile of half a mebibyte, as long as several segments of JPEG."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile + bytes((1 << 19) - len(profile))
+
+
+def add_text(n_texts: int) -> bytes:
+    """Build a PNG with very many comments."""
+    texts = PngImagePlugin.PngInfo()
+    for number in range(n_texts):
+        texts.add_text(f"Comment{number}", "x")
+    return save(draw(), "PNG", pnginfo=texts)
+
+
+#: Files by name, and what is to become of them: ``ok``, ``unreadable``, ``too_large``; None where either of the first two will do.
+FILES: dict[str, tuple[str | None, Callable[[], bytes]]] = {
+    "png-bomb-60000-px": ("too_large", lambda: build_png(60_000, 60_000, bytes(1000))),
+    "png-bomb-2-billion-px": ("too_large", lambda: build_png(2**31 - 1, 2**31 - 1, bytes(1000))),
+    "png-49-megapixels-in-48-kB": ("ok", lambda: build_empty_png(7_000, 7_000)),
+    "png-49-megapixels-transparent": ("ok", lambda: build_empty_png(7_000, 7_000, colour=6)),
+    "png-one-pixel-high": ("too_large", lambda: build_empty_png(49_000_000, 1)),
+    "png-one-pixel-wide": ("too_large", lambda: build_empty_png(1, 49_000_000)),
+    "png-widest": ("ok", lambda: build_empty_png(65_535, 2)),
+    "png-zero-size": ("unreadable", lambda: build_png(0, 0, b"")),
+    "png-too-few-rows": ("unreadable", lambda: build_png(7_000, 7_000, bytes(1000))),
+    "png-too-many-rows": ("ok", lambda: build_png(8, 8, bytes(50_000_000))),
+    "png-ztxt-bomb": ("unreadable", lambda: add_to_png(build_text_bomb(b"zTXt", 500_000_000))),
+    "png-itxt-bomb": ("unreadable", lambda: add_to_png(build_text_bomb(b"iTXt", 500_000_000))),
+    "png-many-text-bombs": ("unreadable", lambda: add_to_png(build_text_bomb(b"zTXt", 1 << 20) * 4_000)),
+    "png-many-texts": ("ok", lambda: add_text(20_000)),
+    "png-profile-bomb": (
+        "unreadable",
+        lambda: add_to_png(build_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 28)))),
+    ),
+    "png-many-profiles": (
+        "unreadable",
+        lambda: add_to_png(build_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 20))) * 8_000),
+    ),
+    "png-many-chunks": ("ok", lambda: add_to_png(build_chunk(b"prVt", b"") * 200_000)),
+    "png-fractions-for-orientation": ("ok", lambda: add_to_png(build_chunk(b"eXIf", build_exif(500_000)))),
+    "png-animated": ("ok", lambda: animate("PNG")),
+    "jpeg-many-scans": ("unreadable", lambda: repeat_scan(7_000, 2_000)),
+    "jpeg-most-scans": ("ok", lambda: repeat_scan(500, 90)),
+    "jpeg-video-behind": (
+        "ok",
+        lambda: save(draw(), "JPEG") + np.random.default_rng(0).integers(0, 256, 20_000_000, np.uint8).tobytes(),
+    ),
+    "jpeg-many-exif-segments": ("unreadable", lambda: add_to_jpeg(build_segments(bytes(1_200_000), part_bytes=4))),
+    "jpeg-enormous-exif": ("ok", lambda: add_to_jpeg(build_segments(build_exif(500_000)))),
+    "jpeg-padding": ("ok", lambda: add_to_jpeg(b"\xff" * 2_000_000)),
+    "jpeg-huge-profile": ("ok", lambda: save(draw(), "JPEG", icc_profile=build_profile())),
+    "jpeg-announces-65500-px": (
+        "too_large",
+        lambda: save(draw(), "JPEG").replace(b"\x08\x00\x40\x00\x40\x03", b"\x08\xff\xdc\xff\xdc\x03"),
+    ),
+    "tiff-many-strips": ("unreadable", lambda: build_strips(500_000, kind=LONG)),
+    "tiff-many-byte-strips": ("unreadable", lambda: build_strips(5_000_000, kind=BYTE)),
+    "tiff-strips-over-each-other": ("unreadable", lambda: build_strips(200_000, kind=LONG)),
+    "tiff-huge-tile": (
+        "unreadable",
+        lambda: build_tiff(
+            (0x0103, SHORT, 1, 8),
+            (0x0142, LONG, 1, 60_000),
+            (0x0143, LONG, 1, 60_000),
+            is_tiled=True,
+            data=zlib.compress(bytes(100_000_000), 9),
+        ),
+    ),
+    "tiff-compression-bomb": (
+        None,
+        lambda: build_tiff(
+            (0x0103, SHORT, 1, 8), (0x0116, LONG, 1, 2**32 - 1), data=zlib.compress(bytes(200_000_000), 9)
+        ),
+    ),
+    "tiff-announces-4-billion-px": ("too_large", lambda: build_tiff(side=65_536, data=bytes(100))),
+    "tiff-zero-size": ("unreadable", lambda: build_tiff(side=0, data=bytes(100))),
+    "tiff-no-data": ("unreadable", lambda: build_tiff()),
+    "tiff-fractions": (
+        "ok",
+        lambda: build_tiff((0x9000, RATIONAL, 500_000, bytes(4_000_000)), data=bytes(10_000)),
+    ),
+    "tiff-many-frames": ("ok", lambda: build_frames(20_000, 2)),
+    "tiff-many-frames-of-long-texts": ("ok", lambda: build_frames(20_000, 1_000_000)),
+    "tiff-many-pages": ("ok", lambda: animate("TIFF")),
+    "tiff-circle": ("ok", lambda: build_tiff(data=bytes(10_000), following=8)),
+    "bmp-rle8-one-pixel-a-row": ("ok", lambda: build_bmp(3_000, compression=1, bits=8, rows=b"\1\1\0\0" * 3_000)),
+    "bmp-rle8-jumps": (None, lambda: build_bmp(7_000, compression=1, bits=8, rows=b"\0\2\xff\xff" * 1_000)),
+    "bmp-announces-4-billion-px": ("too_large", lambda: build_bmp(65_536, compression=1, bits=8, rows=b"\0\1")),
+    "webp-49-megapixels-in-2-kB": ("ok", lambda: save(Image.new("RGB", (16_383, 3_000)), "WEBP", lossless=True)),
+    "webp-wide-canvas": (None, lambda: widen_webp(13_000)),
+    "webp-widest-canvas": ("too_large", lambda: widen_webp(1 << 24)),
+    "webp-animated": ("ok", lambda: animate("WEBP")),
+    "gif-named-jpg": ("unreadable", lambda: save(draw(), "GIF")),
+    "postscript-named-jpg": (
+        "unreadable",
+        lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n",
+    ),
+    "html-in-jpeg": ("ok", lambda: add_to_jpeg(b"\xff\xfe\x00\x22<script>alert('harm')</script>  ")),
+    "jpeg-and-zip": ("ok", lambda: save(draw(), "JPEG") + b"PK\3\4" + bytes(1000)),
+    "jpeg-behind-html": ("unreadable", lambda: b"<html>" + save(draw(), "JPEG")),
+    "png-in-jpeg-name": ("unreadable", lambda: b"\xff\xd8\xff" + save(draw(), "PNG")),
+    "empty": ("unreadable", lambda: b""),
+    "zeros": ("unreadable", lambda: bytes(1_000_000)),
+}
+
+
+def build_seeds() -> list[bytes]:
+    """Build images of every format in several ways, to be truncated and mutated."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x013B] = 6, "Jo Smith"
+    picture = draw()
+    seeds = [
+        save(picture, "JPEG", exif=exif, xmp=b"<x:xmpmeta/>", icc_profile=build_profile()[:3000]),
+        save(picture, "JPEG", progressive=True, quality=30),
+        save(draw("L"), "JPEG", optimize=True),
+        save(draw("CMYK"), "JPEG"),
+        save(picture, "PNG", exif=exif),
+        save(draw("P"), "PNG", transparency=3),
+        save(draw("RGBA", 16), "PNG", save_all=True, append_images=[draw("RGBA", 16)] * 2),
+        save(picture, "WEBP", exif=exif, xmp=b"<x:xmpmeta/>"),
+        save(draw("RGBA"), "WEBP", lossless=True),
+        save(picture, "WEBP", save_all=True, append_images=[draw("L").convert("RGB")] * 2),
+        save(picture, "BMP"),
+        save(draw("P"), "BMP"),
+        build_bmp(32, compression=1, bits=8, rows=(b"\x20\5\0\0" + b"\3\1\0\2\5\1\0\4abcd\0\0") * 16),
+        build_bmp(32, compression=2, bits=4, rows=b"\x20\x12\0\0" * 32),
+    ]
+    for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits", "lzma"):
+        seeds.append(save(picture, "TIFF", compression=compression, exif=exif))
+    seeds.append(save(draw("1"), "TIFF", compression="group4"))
+    seeds.append(save(picture, "TIFF", save_all=True, append_images=[picture], big_tiff=True))
+    return seeds
+
+
+def truncate_seeds() -> Iterator[bytes]:
+    """Cut every seed at many places."""
+    for seed in build_seeds():
+        for number in range(40):
+            yield seed[: len(seed) * number // 40]

@@ -1,0 +1,61 @@
+"""Runs that lose workers, their command, or an image to which no process is equal; `chaos/fault_runs.py` does it by the hundred."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fruitdask.config import ModelConfig
+
+sys.path.insert(0, str(Path(__file__).parent / "chaos"))
+
+from fault_runs import FAULTS, Scene, damage, hash_committed, wait_for  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes by signals")
+
+
+@pytest.fixture(scope="module")
+def scene(tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """Images, a network, and the features of an undisturbed run."""
+    yield Scene(tmp_path_factory.mktemp("scene"), Path(tiny_model.weights))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "each worker killed in its turn",
+        "all workers killed at once",
+        "the command killed",
+        "an image that kills its worker",
+    ],
+)
+def test_nothing_is_lost(scene: Scene, kind: str) -> None:
+    verdict = damage(scene, kind, seed=list(FAULTS).index(kind))
+    assert verdict.is_well, f"{verdict}\n{(scene.folder / f'run-{list(FAULTS).index(kind)}.log').read_text()}"
+    # Workers are replaced within the run; a command that was killed is started again.
+    assert verdict.n_tries == (2 if kind == "the command killed" else 1)
+
+
+@pytest.mark.parametrize("n_interrupts", [1, 2], ids=["once", "twice"])
+def test_ctrl_c_ends_everything_and_says_how_to_go_on(scene: Scene, n_interrupts: int) -> None:
+    output = scene.folder / f"interrupted-{n_interrupts}"
+    process = scene.start(output)
+    wait_for(output, 3, process)
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    for _ in range(n_interrupts):
+        process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    log = output.with_suffix(".log").read_text()
+    assert "Traceback" not in log
+    assert log.endswith("fruitdask: interrupted; what is stored stays, run the same command again to go on\n")
+    left = [psutil.Process(pid) for pid in family if psutil.pid_exists(pid)]
+    psutil.wait_procs(left, timeout=20)
+    assert not [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    committed = hash_committed(output)
+    assert scene.start(output).wait(60) == 0
+    after = hash_committed(output)
+    assert committed and all(after[path] == found for path, found in committed.items())

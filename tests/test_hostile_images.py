@@ -1,0 +1,63 @@
+"""Broken and malicious images, and thousands of mutated ones, in child processes of limited memory: none crashes or stalls them."""
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+from chaos.fuzz_images import Opener, Tally, generate, open_all
+from chaos.hostile_images import FILES, repeat_scan, truncate_seeds
+
+from fruitdask.errors import ImageError
+from fruitdask.images import decode_image
+
+#: About ten seconds of one core; tests/chaos/fuzz_images.py takes as many as one likes.
+N_INPUTS = 15_000
+
+
+def harm(data: bytes) -> str:
+    """Do what a file says, as a decoder with a hole would."""
+    if data == b"crash":
+        os.abort()
+    if data == b"hang":
+        threading.Event().wait()
+    return str(bytearray(1 << 40 if data == b"memory" else 1))
+
+
+def test_opener_notices_harm_and_goes_on() -> None:
+    tally = Tally()
+    with Opener(harm, limit_seconds=1) as opener:
+        outcomes = [opener.open(data, tally) for data in (b"crash", b"hang", b"memory", b"")]
+    assert outcomes == ["crash", "hang", "raised MemoryError", str(bytearray(1))]
+    assert tally.harmful[:3] == [b"crash", b"hang", b"memory"]
+
+
+@pytest.fixture(scope="module")
+def opener() -> Iterator[Opener]:
+    """A child that opens files."""
+    with Opener() as opener:
+        yield opener
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_hostile_file_has_an_outcome(opener: Opener, name: str) -> None:
+    expected, build = FILES[name]
+    outcome = opener.open(build(), Tally())
+    assert outcome in (("ok", "unreadable") if expected is None else (expected,))
+
+
+def test_truncated_files_have_outcomes() -> None:
+    tally = open_all(truncate_seeds())
+    assert tally.n_inputs > 800
+    assert set(tally.outcomes) <= {"ok", "unreadable"}
+
+
+def test_mutated_files_have_outcomes() -> None:
+    tally = open_all(generate(N_INPUTS, seed=1))
+    assert tally.n_inputs == N_INPUTS
+    assert set(tally.outcomes) == {"ok", "unreadable", "too_large"}
+
+
+def test_refusal_says_what_there_is_too_much_of() -> None:
+    with pytest.raises(ImageError, match="^expected an image with at most 100 scans, found 210$"):
+        decode_image(repeat_scan(64, 200), size_px=16, max_pixels=1_000_000)

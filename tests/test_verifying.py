@@ -1,0 +1,504 @@
+"""Verifying and repairing: whatever is damaged is found, and a run makes it again and nothing else."""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zarr.codecs import ZstdCodec
+
+import fruitdask
+from fruitdask import report, store
+from fruitdask.config import Config, ModelConfig
+from fruitdask.errors import DamageError, OutputError
+from fruitdask.pipeline.reducing import write_components
+from fruitdask.storage import Location
+from fruitdask.store import arrays, manifests
+
+BROKEN = "pear_1/r0_0.jpg"
+
+
+@pytest.fixture(scope="module")
+def config(
+    tiny_model: ModelConfig, sample_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path], Config]:
+    """Make the configuration of a run of the tiny model on the drawn images, one of them broken, into a folder."""
+    source = tmp_path_factory.mktemp("in") / "fruits"
+    shutil.copytree(sample_folder, source)
+    (source / BROKEN).write_bytes(b"")
+
+    def make(output: Path) -> Config:
+        sections: dict[str, dict[str, Any]] = {
+            "input": {"url": str(source)},
+            "model": tiny_model.model_dump(),
+            "cluster": {"kind": "local", "n_workers": 1, "threads_per_worker": 2, "dashboard_address": None},
+            "featurize": {"images_per_partition": 5},
+            "reduce": {"n_components": 2, "tsne": {"enabled": True, "perplexity": 5}},
+            "output": {"url": str(output)},
+        }
+        return fruitdask.load_config(sections)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(config: Callable[[Path], Config], client: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a finished run of 24 images in 5 partitions; to be copied, not changed."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    fruitdask.run(config(output), client=client)
+    return output
+
+
+def copy_output(finished: Path, tmp_path: Path) -> Path:
+    """Copy a finished run, to damage it."""
+    shutil.copytree(finished, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def flip(path: Path, place: int, mask: int = 1) -> None:
+    """Change bits of one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] ^= mask
+    path.write_bytes(data)
+
+
+def list_files(output: Path) -> list[str]:
+    """List all files of a folder."""
+    return sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
+
+
+def read_bytes(output: Path, *names: str) -> dict[str, bytes]:
+    """Read all files of some folders."""
+    return {name: (output / name).read_bytes() for name in list_files(output) if name.split("/")[0] in names}
+
+
+def view(output: Path) -> dict[str, Any]:
+    """Read everything as others do who know nothing of checksums: by zarr, pandas and json."""
+    seen: dict[str, Any] = {}
+    for name in list_files(output):
+        path = output / name
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+            seen[name] = (table.to_csv(), str(table.dtypes))
+        elif path.suffix == ".csv":
+            seen[name] = path.read_bytes()
+        elif path.suffix == ".json" and path.name != "zarr.json":
+            seen[name] = json.loads(path.read_text())
+        elif path.parent.suffix == ".zarr":
+            group = zarr.open_group(path.parent, mode="r")
+            seen[name] = dict(group.attrs)
+            for key, array in group.arrays():
+                described = (array.shape, array.dtype, array.metadata.dimension_names, dict(array.attrs))
+                seen[f"{name}, {key}"] = (described, np.asarray(array[:]).tobytes())
+        elif path.suffix in (".html", ".png"):
+            seen[name] = "is there"
+    return seen
+
+
+def test_verify_finds_nothing_in_a_finished_run(finished: Path) -> None:
+    drawn = report.list_figures(n_components=2, has_tsne=True, has_exploration=True, has_quality=True)
+    assert sorted(drawn) == sorted(path.stem for path in (finished / "figures").iterdir())
+    before = read_bytes(finished, *(path.name for path in finished.iterdir()))
+    found = fruitdask.verify(str(finished))
+    assert found.is_well and found.notes == () and (found.n_images, found.n_partitions) == (24, 5)
+    assert read_bytes(finished, *(path.name for path in finished.iterdir())) == before
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_verify_finds_whatever_a_reader_would_see(
+    finished: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    output = copy_output(finished, tmp_path_factory.mktemp("damaged"))
+    names = list_files(output)
+    kinds = sorted({Path(name).suffix or name.split("/")[0] for name in names})
+    kind = data.draw(st.sampled_from(kinds))
+    name = data.draw(st.sampled_from([name for name in names if (Path(name).suffix or name.split("/")[0]) == kind]))
+    path, way = output / name, data.draw(st.sampled_from(["flip", "flip", "flip", "truncate", "remove"]))
+    if way == "flip":
+        flip(path, data.draw(st.integers(0, path.stat().st_size - 1)), data.draw(st.integers(1, 255)))
+    elif way == "truncate":
+        path.write_bytes(path.read_bytes()[: data.draw(st.integers(0, path.stat().st_size - 1))])
+    else:
+        path.unlink()
+    found = fruitdask.verify(str(output))
+    assert not found.is_well or view(output) == view(finished), (name, way)
+    assert found.can_be_mended
+    fruitdask.verify(str(output), repair=True)
+    assert fruitdask.verify(str(output)).faults == ()
+
+
+#: What is damaged, which faults that makes, and how many images the next run computes again.
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, int]] = {
+    "chunk of features": (
+        lambda output: flip(output / "features.zarr/features/c/4/0", 9),
+        "features.zarr/features, chunk 4: it is damaged .Stored and computed checksum do not match.*computes the partition again",
+        "compute",
+        4,
+    ),
+    "chunk of statuses": (
+        lambda output: flip(output / "features.zarr/status/c/0", -1),
+        "features.zarr/status, chunk 0: it is damaged",
+        "compute",
+        5,
+    ),
+    "lost chunk": (
+        lambda output: (output / "features.zarr/features/c/1/0").unlink(),
+        "partition 1: of 5 images the features are not finite, though the outcome is ok, first of apple",
+        "compute",
+        5,
+    ),
+    "outcomes": (
+        lambda output: flip(output / "partitions/00003.parquet", 40),
+        "partitions/00003.parquet: it is damaged",
+        "compute",
+        5,
+    ),
+    "lost outcomes": (
+        lambda output: (output / "partitions/00003.parquet").unlink(),
+        "partitions/00003.parquet: it is missing",
+        "compute",
+        5,
+    ),
+    "outcomes of another partition": (
+        lambda output: shutil.copy(output / "partitions/00001.parquet", output / "partitions/00002.parquet"),
+        "partition 2: expected paths that follow those of the partition before, found others",
+        "compute",
+        5,
+    ),
+    "description of features": (
+        lambda output: change_text(output / "features.zarr/features/zarr.json", "24", "25"),
+        "features.zarr/features/zarr.json: it does not describe the run: shape; it is written again",
+        "restore",
+        0,
+    ),
+    "attributes of features": (
+        lambda output: change_text(output / "features.zarr/zarr.json", "pear_1", "bear_1"),
+        "features.zarr/zarr.json: its attributes are not what was written",
+        "restore",
+        0,
+    ),
+    "manifest": (
+        lambda output: change_text(output / "manifest.json", '"n_images": 24', '"n_images": 23'),
+        "manifest.json: its checksum is another than when it was written; it is written again",
+        "restore",
+        0,
+    ),
+    "lost manifest": (
+        lambda output: (output / "manifest.json").unlink(),
+        "manifest.json: it is missing",
+        "restore",
+        0,
+    ),
+    "half a manifest": (
+        lambda output: (output / "manifest.json").write_text("{"),
+        "manifest.json: it is damaged",
+        "restore",
+        0,
+    ),
+    "components": (
+        lambda output: flip(output / "pca.zarr/components/c/0/0", 9),
+        "pca.zarr: it is damaged .Stored and computed checksum do not match.*reduces the features",
+        "reduce",
+        0,
+    ),
+    "results": (
+        lambda output: flip(output / "results.parquet/part-00000.parquet", 60),
+        "results.parquet/part-00000.parquet: it is damaged",
+        "reduce",
+        0,
+    ),
+    "lost results": (
+        lambda output: shutil.rmtree(output / "results.parquet"),
+        "results.parquet: it does not have a row for each image",
+        "reduce",
+        0,
+    ),
+    "results for spreadsheets": (
+        lambda output: change_text(output / "results.csv", "pear_1/r0_1.jpg", "pear_1/r0_2.jpg"),
+        "results.csv: it differs from results.parquet",
+        "reduce",
+        0,
+    ),
+    "failures": (
+        lambda output: (output / "failures.csv").unlink(),
+        "failures.csv: it is missing",
+        "reduce",
+        0,
+    ),
+    "quality": (
+        lambda output: change_text(output / "quality.json", "0.", "1."),
+        "quality.json: its checksum is another",
+        "reduce",
+        0,
+    ),
+    "exploration": (
+        lambda output: change_text(output / "explore.csv", "pear_1/r0_1.jpg", "pear_1/r0_2.jpg"),
+        "explore.csv: it is not the same as explore.parquet; the next run looks at all images again",
+        "explore",
+        0,
+    ),
+    "lost exploration": (
+        lambda output: (output / "explore.json").unlink(),
+        "explore.json: it is missing",
+        "explore",
+        0,
+    ),
+    "figure": (
+        lambda output: (output / "figures/tsne.png").unlink(),
+        "figures/tsne.png: it is missing; the next run draws figures and page again",
+        "draw",
+        0,
+    ),
+    "leftovers": (
+        lambda output: (output / "features.zarr/status/c" / f"0.{'0' * 32}.partial").write_bytes(b"half"),
+        "0.0*.partial: it is half of a file, left by a process that was killed; it is deleted",
+        "delete",
+        0,
+    ),
+}
+
+
+def change_text(path: Path, old: str, new: str) -> None:
+    """Change a text in a file, which must be there."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(("damage", "expected", "remedy", "n_computed"), DAMAGES.values(), ids=DAMAGES)
+def test_run_after_repair_makes_what_was_damaged_and_nothing_else(
+    config: Callable[[Path], Config],
+    client: Any,
+    finished: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], Any],
+    expected: str,
+    remedy: str,
+    n_computed: int,
+) -> None:
+    output = copy_output(finished, tmp_path)
+    damage(output)
+    found = fruitdask.verify(str(output), repair=True)
+    assert any(re.search(expected, str(fault)) for fault in found.faults), [str(fault) for fault in found.faults]
+    assert remedy in {fault.remedy for fault in found.faults}
+    assert fruitdask.run(config(output), client=client).n_computed == n_computed
+    assert fruitdask.verify(str(output)).faults == ()
+    # Nothing but when and how long is another.
+    folders = (
+        "features.zarr",
+        "partitions",
+        "pca.zarr",
+        "results.parquet",
+        "results.csv",
+        "failures.csv",
+        "quality.json",
+    )
+    explored = ("explore.zarr", "explore.csv", "explore.parquet", "explore_classes.csv", "explore_classes.parquet")
+    assert read_bytes(output, *folders, *explored) == read_bytes(finished, *folders, *explored)
+    assert set(list_files(output)) == set(list_files(finished))
+
+
+def rewrite_outcomes(output: Location, index: int, **values: Any) -> None:
+    """Write other outcomes of a partition, as a program with an error would."""
+    outcomes = next(store.read_outcomes(output, [index])).assign(**values)
+    store.write_table(output.child("partitions", f"{index:05d}.parquet"), outcomes)
+
+
+def rewrite_manifest(output: Location, **values: Any) -> None:
+    """Write another manifest, with its checksum."""
+    store.write_manifest(output, (store.read_manifest(output) or {}) | values)
+
+
+def rewrite_results(output: Location, **values: Any) -> None:
+    """Write other results, alike in both formats."""
+    table = store.read_table(output, "results.parquet", "part-00000.parquet").assign(**values)
+    store.write_table(output.child("results.parquet", "part-00000.parquet"), table)
+    Path(output.path, "results.csv").write_text(table.to_csv(index=False))
+
+
+def rewrite_components(output: Location, name: str) -> None:
+    """Write other principal components."""
+    pca = fruitdask.RunResult(output, {}, 0).pca
+    write_components(output, dataclasses.replace(pca, **{name: getattr(pca, name) * 1.001}))
+
+
+def rewrite_features(output: Location) -> None:
+    """Give an image that failed features, and take those of the partition's others."""
+    group: Any = zarr.open_group(output.child("features.zarr").path, mode="r+")
+    group["features"][10:15] = np.where(np.isnan(group["features"][10:15]), 1, np.nan)
+
+
+#: Errors that no checksum shows, and what is said of them.
+ERRORS: dict[str, tuple[Callable[[Location], Any], str]] = {
+    "status": (
+        lambda output: rewrite_outcomes(output, 1, status="missing"),
+        "partition 1: of 5 images the status is not that of its outcome, first of apple_red_1/r0_1.jpg",
+    ),
+    "unknown status": (
+        lambda output: rewrite_outcomes(output, 1, status="pending"),
+        "partition 1: of 5 images the status is not that of its outcome",
+    ),
+    "order": (
+        lambda output: rewrite_outcomes(output, 1, path=list("edcba")),
+        "partition 1: expected ascending paths, found others",
+    ),
+    "label": (
+        lambda output: rewrite_outcomes(output, 1, label="plum"),
+        "partition 1: label is not that of the outcomes",
+    ),
+    "features": (rewrite_features, "partition 2: of 1 images there are features, though the outcome is a failure"),
+    "counts": (
+        lambda output: rewrite_manifest(output, counts={"by_status": {"ok": 24}, "by_class": {}}),
+        "manifest.json: counts.by_status is not what the outcomes say: expected .*'unreadable': 1",
+    ),
+    "explained variance": (
+        lambda output: rewrite_manifest(output, pca={"n_components": 2, "explained_variance_ratio": [0.5, 0.5]}),
+        "manifest.json: pca is not what pca.zarr says",
+    ),
+    "fingerprint": (
+        lambda output: rewrite_manifest(output, fingerprint={"catalog": "a", "model": "b"}),
+        "features.zarr/zarr.json: its catalog has another fingerprint than that in manifest.json; .* --overwrite",
+    ),
+    "scores": (
+        lambda output: rewrite_results(output, pca_2=np.float32(0)),
+        "results.parquet, partition 0: pca_1, pca_2 ... are not what the features give",
+    ),
+    "columns": (
+        lambda output: rewrite_results(output, pca_3=np.float32(0)),
+        "results.parquet, partition 0: pca_1, pca_2 ... are not what the features give",
+    ),
+    "mean": (lambda output: rewrite_components(output, "mean"), "pca.zarr: mean is not that of the features"),
+    "directions": (
+        lambda output: rewrite_components(output, "components"),
+        "pca.zarr: components are not those of the features",
+    ),
+    "partitions": (
+        lambda output: store.write_table(output.child("partitions", "00009.parquet"), pd.DataFrame()),
+        "partitions/00009.parquet: the run has no such partition; it is deleted",
+    ),
+    "thumbnails": (
+        lambda output: store.create_thumbnails(output, n_images=24, thumbnail_px=8, images_per_partition=5),
+        "thumbnails.zarr: it is left from an exploration that is finished",
+    ),
+    "erasure": (
+        lambda output: store.write_table(output.child("erasing", "00000.parquet"), pd.DataFrame()),
+        "erasing: it is left from an erasure that was interrupted",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), ERRORS.values(), ids=ERRORS)
+def test_verify_compares_what_checksums_do_not_show(
+    finished: Path, tmp_path: Path, change: Callable[[Location], Any], expected: str
+) -> None:
+    output = Location(str(copy_output(finished, tmp_path)))
+    change(output)
+    faults = [str(fault) for fault in fruitdask.verify(output.url).faults]
+    assert any(re.search(expected, fault) for fault in faults), faults
+
+
+def test_verify_says_what_is_not_done_yet(finished: Path, tmp_path: Path) -> None:
+    output = copy_output(finished, tmp_path)
+    rewrite_manifest(Location(str(output)), status="running")
+    (output / "partitions/00002.parquet").unlink()
+    found = fruitdask.verify(str(output))
+    assert found.is_well and (found.n_images, found.n_partitions) == (19, 4)
+    assert found.notes == ("the run is not finished: 1 of 5 partitions and the results are still to be computed",)
+    flip(output / "features.zarr/features/c/2/0", 5)
+    assert fruitdask.verify(str(output)).is_well
+    flip(output / "features.zarr/features/c/3/0", 5)
+    assert [fault.partition for fault in fruitdask.verify(str(output)).faults] == [3]
+
+
+def test_verify_of_an_exploration_alone(finished: Path, tmp_path: Path) -> None:
+    output = copy_output(finished, tmp_path)
+    for name in ("manifest.json", "quality.json", "results.csv", "failures.csv"):
+        (output / name).unlink()
+    for name in ("features.zarr", "partitions", "pca.zarr", "results.parquet"):
+        shutil.rmtree(output / name)
+    assert fruitdask.verify(str(output)).is_well
+    flip(output / "explore.parquet", 50)
+    found = fruitdask.verify(str(output), repair=True)
+    assert {fault.remedy for fault in found.faults} == {"explore"}
+    assert fruitdask.verify(str(output)).notes == ("the exploration is not finished: the next run looks at all images",)
+
+
+def test_verify_leaves_an_erasure_that_was_interrupted_alone(finished: Path, tmp_path: Path) -> None:
+    output = copy_output(finished, tmp_path)
+    rewrite_manifest(Location(str(output)), status=store.ERASING)
+    found = fruitdask.verify(str(output), repair=True)
+    assert found.is_well and found.notes == ("images are being erased; run again to finish that, then verify",)
+
+
+def test_verify_knows_when_nothing_can_be_restored(finished: Path, tmp_path: Path) -> None:
+    output = copy_output(finished, tmp_path)
+    flip(output / "manifest.json", 30)
+    flip(output / "features.zarr/zarr.json", 30)
+    found = fruitdask.verify(str(output), repair=True)
+    assert not found.can_be_mended and "begin again with --overwrite" in str(found.faults[0])
+
+
+def test_verify_refuses_a_folder_without_results(tmp_path: Path) -> None:
+    with pytest.raises(
+        OutputError, match="expected the results of a run or an exploration, found none; check the folder"
+    ):
+        fruitdask.verify(str(tmp_path))
+
+
+def test_verify_and_repair_on_s3(finished: Path, s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
+    bucket, options = s3_bucket
+    for name in list_files(finished):
+        s3_client.upload_file(str(finished / name), bucket, f"out/{name}")
+    url = f"s3://{bucket}/out"
+    assert fruitdask.verify(url, storage_options=options).is_well
+    s3_client.put_object(Bucket=bucket, Key="out/features.zarr/features/c/1/0", Body=b"damaged")
+    found = fruitdask.verify(url, storage_options=options, repair=True)
+    assert [(fault.partition, fault.remedy) for fault in found.faults] == [(1, "compute")]
+    assert store.list_committed(Location(url, options)) == {0, 2, 3, 4}
+
+
+def test_stores_of_earlier_versions_are_verified_and_gone_on_with(
+    config: Callable[[Path], Config], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, old = Location(str(copy_output(finished, tmp_path))), Location(str(tmp_path / "old"))
+    manifest, group = store.read_manifest(output) or {}, zarr.open_group(finished / "features.zarr", mode="r")
+    attributes = {key: value for key, value in group.attrs.items() if key != "checksum"}
+    monkeypatch.setattr(arrays, "_COMPRESSORS", (ZstdCodec(),))
+    for module in (arrays, manifests):
+        monkeypatch.setattr(module, "seal", dict)
+    store.create_store(old, n_images=24, n_features=6, images_per_partition=5, attributes=attributes)
+    for index in range(5):
+        features = group["features"][5 * index : 5 * index + 5]
+        outcomes = next(store.read_outcomes(output, [index]))
+        store.write_partition(old, index=index, start=5 * index, features=features, outcomes=outcomes)
+    store.write_manifest(output, manifest)
+    shutil.rmtree(tmp_path / "out" / "features.zarr")
+    shutil.move(tmp_path / "old" / "features.zarr", tmp_path / "out")
+    monkeypatch.undo()
+    found = fruitdask.verify(output.url)
+    assert found.is_well and found.notes == (
+        "the features were stored without checksums, by an earlier version: not every damage shows",
+    )
+    assert fruitdask.run(config(Path(output.path))).n_computed == 0
+
+
+def test_reducing_a_store_with_a_flipped_byte_is_one_sentence(
+    config: Callable[[Path], Config], client: Any, finished: Path, tmp_path: Path
+) -> None:
+    output = copy_output(finished, tmp_path)
+    rewrite_manifest(Location(str(output)), status="running")
+    flip(output / "features.zarr/features/c/3/0", 5)
+    with pytest.raises(
+        DamageError, match="features/c/3/0 is damaged .*it is partition 3: use fruitdask verify .*out --repair, and run"
+    ):
+        fruitdask.run(config(output), client=client)
