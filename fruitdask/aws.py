@@ -55,6 +55,7 @@ _ADVICE: Mapping[tuple[str, ...], str] = {
     ("InvalidKeyPair.NotFound",): "there is no such key pair in this region; check cluster.key_name",
     ("InvalidVpcID.NotFound",): "there is no such VPC in this region; check cluster.vpc",
     ("SlowDown", "RequestLimitExceeded", "Throttling"): "AWS asks for fewer requests; try again in a while",
+    ("InternalError", "ServiceUnavailable", "500", "502", "503", "504"): "the server has failed; try again in a while",
 }
 _ADVICE_BY_CODE = {code: advice for codes, advice in _ADVICE.items() for code in codes}
 
@@ -68,6 +69,7 @@ _ADVICE_BY_CLASS = {
     "TokenRetrievalError": "the AWS login has expired; log in again: aws sso login",
     "EndpointConnectionError": "nobody answers there; check the network and endpoint_url",
     "ConnectTimeoutError": "nobody answers there in time; check the network and endpoint_url",
+    "ConnectionClosedError": "the server broke off; check the network and endpoint_url, or try again",
     "ReadTimeoutError": "the server stopped answering; check the network and endpoint_url, or try again",
     "ParamValidationError": "check the name of the bucket in the URL",
     "SSLError": "name the authority of the server's certificate in storage_options: client_kwargs: {verify: FILE}",

@@ -1,5 +1,6 @@
 """Reading: the images of a partition, batch by batch, fetched ahead of the one that is wanted; each ends with one outcome."""
 
+import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -18,9 +19,11 @@ from fruitdask.errors import ImageError, ImageTooLargeError
 from fruitdask.images import decode_images
 from fruitdask.storage import Location, hide_secrets
 
-#: The first pause before reading a file again; each further one is twice as long.
-_FIRST_PAUSE_SECONDS = 0.2
-#: A file is not tried again after so long: each attempt at a server that has stalled takes minutes, for s3fs tries again by itself.
+#: The longest pause before reading a file again; each further one may be twice as long. Pauses are drawn at random up to that, so that
+#: many who were refused at once do not come back at once.
+_FIRST_PAUSE_SECONDS = 0.5
+_MAX_PAUSE_SECONDS = 20
+#: Where no file could be read for so long, each of the others is tried once: an attempt at a server that has stalled takes 15 seconds.
 _PATIENCE_SECONDS = 60
 
 
@@ -194,10 +197,9 @@ def _fetch_ahead(
     outcomes: list[Outcome], source: ImageSource, pool: ThreadPoolExecutor, on_asked: Callable[[], None]
 ) -> Iterator[Outcome]:
     """Read files in their order, some ahead of the one that is wanted, so that they arrive while others are decoded."""
-    fs, root = source.location.fs, source.location.path
-    waiting: deque[tuple[Outcome, Future[None]]] = deque()
+    fs, waiting, patience = source.location.fs, deque[tuple[Outcome, Future[None]]](), _Patience()
     for outcome in outcomes:
-        waiting.append((outcome, pool.submit(_fetch, outcome, fs, f"{root}/{outcome.path}", source.fetch_attempts)))
+        waiting.append((outcome, pool.submit(_fetch, outcome, fs, source, patience)))
         if len(waiting) > source.concurrent_reads:
             yield _wait(*waiting.popleft())
     on_asked()
@@ -211,18 +213,36 @@ def _wait(outcome: Outcome, reading: "Future[None]") -> Outcome:
     return outcome
 
 
-def _fetch(outcome: Outcome, fs: Any, path: str, max_attempts: int) -> None:
-    """Read one file, trying again unless it is certainly not there or not to be had, or time is up."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+class _Patience:
+    """How long the files of a partition could not be read, any of them."""
+
+    def __init__(self) -> None:
+        self._failing_since: float | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether that is too long for trying again."""
+        since = self._failing_since
+        return since is not None and time.monotonic() - since > _PATIENCE_SECONDS
+
+    def note(self, *, is_read: bool) -> None:
+        """Note an attempt."""
+        self._failing_since = None if is_read else self._failing_since or time.monotonic()
+
+
+def _fetch(outcome: Outcome, fs: Any, source: ImageSource, patience: _Patience) -> None:
+    """Read one file, trying again unless it is certainly not there or not to be had, or the server is lost."""
     if outcome.status != "ok":
         return
-    while outcome.attempts < max_attempts and time.monotonic() < deadline:
+    root, cause = source.location, ""
+    while outcome.attempts < source.fetch_attempts and not (outcome.attempts and patience.is_lost):
         if outcome.attempts:
-            time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (outcome.attempts - 1))
+            longest = min(_FIRST_PAUSE_SECONDS * 2 ** (outcome.attempts - 1), _MAX_PAUSE_SECONDS)
+            time.sleep(random.uniform(0, longest))
         outcome.attempts += 1
         try:
-            outcome.data = fs.cat_file(path)
-            return
+            outcome.data = fs.cat_file(f"{root.path}/{outcome.path}")
+            return patience.note(is_read=True)
         except FileNotFoundError:
             return outcome.fail("missing", "the file was listed, but is not there any more")
         except MemoryError:
@@ -230,10 +250,10 @@ def _fetch(outcome: Outcome, fs: Any, path: str, max_attempts: int) -> None:
         except Exception as error:
             # File systems raise OSError, but also their clients' own exceptions; whichever it is, only this image is concerned.
             cause = explain_aws_error(error) or " ".join(str(error).split()) or type(error).__name__
-            last = f"cannot be read: {hide_secrets(cause)}"
             if isinstance(error, PermissionError):
                 break
-    outcome.fail("unreachable", last)
+            patience.note(is_read=False)
+    outcome.fail("unreachable", hide_secrets(f"cannot read {root.child(outcome.path).url}: {cause}"))
 
 
 def _decode(batch: list[Outcome], source: ImageSource, input_px: int) -> tuple[list[int], npt.NDArray[np.uint8]]:

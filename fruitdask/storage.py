@@ -6,7 +6,7 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import fsspec
@@ -21,11 +21,10 @@ _HASH_BLOCK_BYTES = 1 << 20
 #: Defaults for S3, beside those of s3fs (5 seconds to connect, 15 between bytes). Others write to the same folders, so listings are not
 #: kept. One transfer a file: s3fs asks for the size of each file before it reads, only to split those above 50 MB.
 _S3_OPTIONS: Mapping[str, Any] = {"use_listings_cache": False, "max_concurrency": 1}
-#: Connections for all threads of a process, where botocore has 10. In this mode a client tries three times, and once only where a server
-#: fails all the time.
-_S3_CONFIG: Mapping[str, Any] = {"max_pool_connections": 256, "retries": {"mode": "standard"}}
-#: s3fs has 5, and multiplies them in reading a file: one that never comes would hold a task for a quarter of an hour.
-_S3_RETRIES = 2
+#: Connections for all threads of a process, where botocore has 10.
+_S3_CONFIG: Mapping[str, Any] = {"max_pool_connections": 256}
+#: How often a request to S3 is sent, unless the configuration says otherwise.
+_ATTEMPTS = 5
 #: Modules of clients whose errors do not derive from OSError.
 _FOREIGN_ERRORS = ("botocore", "aiobotocore", "aiohttp", "azure", "google")
 #: Modules of decoders whose errors do derive from OSError: Zarr misses what it does not recognize.
@@ -44,10 +43,14 @@ class Location:
         A local path or a URL such as ``s3://bucket/prefix``, without a slash at the end.
     storage_options : Mapping[str, Any]
         Options of the fsspec file system.
+    attempts : int
+        How often a request to S3 is sent before it has failed, with pauses that double and are drawn at random. Sooner, where a server
+        fails all the time.
     """
 
     url: str
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    attempts: int = _ATTEMPTS
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
@@ -64,7 +67,9 @@ class Location:
         """The storage options, with defaults where S3 is read and written by many at once."""
         options = dict(self.storage_options)
         if self.is_s3:
-            options = {**_S3_OPTIONS, **options, "config_kwargs": {**_S3_CONFIG, **options.get("config_kwargs", {})}}
+            retries = {"mode": "standard", "total_max_attempts": self.attempts}
+            config = {**_S3_CONFIG, "retries": retries, **options.get("config_kwargs", {})}
+            options = {**_S3_OPTIONS, **options, "config_kwargs": config}
         return options
 
     @property
@@ -96,7 +101,7 @@ class Location:
         >>> Location("s3://bucket/run").child("partitions", "00000.parquet").url
         's3://bucket/run/partitions/00000.parquet'
         """
-        return Location("/".join((self.url.rstrip("/"), *names)), self.storage_options)
+        return replace(self, url="/".join((self.url.rstrip("/"), *names)))
 
 
 def hide_secrets(text: str) -> str:
@@ -131,6 +136,11 @@ def hide_secrets(text: str) -> str:
 def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str]:
     """Open the file system of a location, naming the missing package where one is missing."""
     protocol = location.url.split("://")[0] if "://" in location.url else "file"
+    if location.is_s3:
+        from fruitdask.s3 import S3
+
+        fs = S3(**{**S3._get_kwargs_from_urls(location.url), **location.options})
+        return fs, S3._strip_protocol(location.url).rstrip("/")
     try:
         fs, path = fsspec.core.url_to_fs(location.url, **location.options)
     except ImportError as error:
@@ -142,8 +152,6 @@ def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str
         raise StorageError(
             f"{location.url}: expected a local path or a URL that fsspec can open (s3://, abfs://, gs://, https:// ...), found {error}"
         ) from error
-    if location.is_s3:
-        fs.retries = _S3_RETRIES
     return fs, path.rstrip("/")
 
 
@@ -239,16 +247,54 @@ def write_file(location: Location, data: bytes) -> None:
         if not location.is_local:
             fs.pipe_file(path, data)
             return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.{uuid.uuid4().hex}.part"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
+        with _beside(path, data) as temporary:
             os.replace(temporary, path)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+
+
+def create_file(location: Location, data: bytes) -> None:
+    """
+    Write a whole file where there is none, so that of several who try at once only one succeeds, and nobody sees half of it.
+
+    Parameters
+    ----------
+    location : Location
+        The file to write; its folder is made where the file system has folders.
+    data : bytes
+        The content.
+
+    Raises
+    ------
+    OSError
+        If there is such a file, or it cannot be written.
+    """
+    fs, path = location.fs, location.path
+    if not location.is_local:
+        # Amazon's S3 promises that only one can do so; not all others do.
+        fs.pipe_file(path, data, mode="create")
+        return
+    with _beside(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
             raise
+        except OSError:
+            # A file system without links, where a process that dies now leaves half of the file.
+            with open(path, "xb") as file:
+                file.write(data)
+
+
+@contextmanager
+def _beside(path: str, data: bytes) -> Iterator[str]:
+    """Write a file under another name beside the one it is to have; what is left of it at the end is deleted."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.part"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+        yield temporary
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
 
 
 def hash_file(location: Location) -> str:

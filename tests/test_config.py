@@ -79,7 +79,7 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
             "max_failed_fraction": 0.05,
             "max_pixels": 50_000_000,
             "decode": "exact",
-            "fetch_attempts": 3,
+            "fetch_attempts": 5,
             "concurrent_reads": 16,
         },
         "reduce": {
@@ -108,7 +108,13 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
             "retention_days": None,
         },
         "limits": {"max_cost": None, "max_hours": None},
-        "output": {"url": "s3://fruits/run", "storage_options": {}, "region": None, "overwrite": False},
+        "output": {
+            "url": "s3://fruits/run",
+            "storage_options": {},
+            "region": None,
+            "attempts": 5,
+            "overwrite": False,
+        },
     }
 
 

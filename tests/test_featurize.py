@@ -149,7 +149,7 @@ def test_featurize_partition_reads_again_up_to_a_limit(tiny_artifact: ModelArtif
     (outcomes,) = store.read_outcomes(output, [0])
     assert list(outcomes["status"]) == ["ok", "ok", "unreachable"]
     assert list(outcomes["attempts"]) == [1, 3, 3]
-    assert outcomes["error"][2] == "cannot be read: the connection was reset"
+    assert outcomes["error"][2] == f"cannot read flaky://{tmp_path}/in/fails_3.png: the connection was reset"
 
 
 def test_featurize_partition_reads_and_writes_s3(

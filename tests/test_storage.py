@@ -308,7 +308,7 @@ def test_storage_error_survives_pickle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "config"),
     [
-        ({}, {"max_pool_connections": 256, "retries": {"mode": "standard"}}),
+        ({}, {"max_pool_connections": 256, "retries": {"mode": "standard", "total_max_attempts": 5}}),
         (
             {"config_kwargs": {"read_timeout": 3, "retries": {"max_attempts": 1}}, "max_concurrency": 5},
             {"max_pool_connections": 256, "read_timeout": 3, "retries": {"max_attempts": 1}},

@@ -122,7 +122,7 @@ class FeaturizeConfig(Section):
     decode: Literal["exact", "fast"] = Field(
         "exact", description="fast lets the JPEG decoder shrink images of at least twice the network's input."
     )
-    fetch_attempts: int = Field(3, ge=1, description="How often reading a file is tried.")
+    fetch_attempts: int = Field(5, ge=1, description="How often reading an image is tried.")
     concurrent_reads: int = Field(
         16, ge=1, description="Files in flight at once in each worker thread, from a remote input."
     )
@@ -236,6 +236,7 @@ class OutputConfig(Section):
     url: str = Field(min_length=1, description="Folder for the results: a path or any fsspec URL.")
     storage_options: dict[str, Any] = Field({}, repr=False, description="Options of the fsspec file system.")
     region: str | None = Field(None, description="Where it is, as input.region.")
+    attempts: int = Field(5, ge=1, description="How often a request to an output on S3 is sent before it has failed.")
     overwrite: bool = Field(False, description="Delete an earlier run's results there and start again.")
 
 

@@ -56,7 +56,7 @@ class Backlog:
     n_failed : int
         Images that have failed and are not computed again; those that have vanished do not count.
     n_retried : int
-        Images that had failed and are computed again because that was asked for.
+        Images that had failed and are computed again because that was asked for, or because they were out of reach.
     done : set[int]
         Partitions whose outcomes no task will change any more; those that are completed join them.
     """
@@ -109,7 +109,7 @@ def find_backlog(
     output: Location, rows: Rows, committed: frozenset[int], *, images_per_partition: int, retry_failed: bool
 ) -> Backlog:
     """
-    Find what is to be computed: what is not committed, or is of another version of the file, or, where that is asked for, has failed.
+    Find what to compute: what is not committed, is of another version of the file, was out of reach, or failed where that is asked for.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ def find_backlog(
     """
     catalog, n_images = rows.catalog, len(rows.catalog)
     is_present = (catalog["bytes"] != VANISHED_BYTES).to_numpy()
-    is_done, is_failed = np.zeros(n_images, bool), np.zeros(n_images, bool)
+    is_done, is_failed, is_out_of_reach = (np.zeros(n_images, bool) for _ in range(3))
     # Stores without a catalog are of the images that are listed, or are refused.
     versions = store.VERSION_COLUMNS if rows.changes else ()
     tables = store.read_rows(
@@ -149,8 +149,10 @@ def find_backlog(
         read = table[table.index < n_images]
         is_done[read.index] = _equal(read, catalog.iloc[read.index], ("label", *versions))
         is_failed[read.index] = read["status"] != "ok"
+        is_out_of_reach[read.index] = read["status"] == "unreachable"
     is_failed &= is_done & is_present
-    is_retried = is_failed & retry_failed
+    # An image that could not be reached may be within reach by now.
+    is_retried = is_failed & (retry_failed | is_out_of_reach)
     is_done &= ~is_retried
     todo = _group(np.flatnonzero(~is_done), committed, images_per_partition)
     return Backlog(

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -103,7 +103,8 @@ def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
     if regions is None:
         # For the record alone, so whatever is wrong with the input was said before.
         regions = find_regions(config, scheduler=scheduler)
-    return Inputs(config, ImageSource(source, **options), output, catalog, regions)
+    # Reading an image is tried again here and counted; the client must not multiply that.
+    return Inputs(config, ImageSource(replace(source, attempts=1), **options), output, catalog, regions)
 
 
 def settle_erasure(inputs: Inputs, progress: RunProgress) -> None:
@@ -166,7 +167,7 @@ def open_output(config: Config) -> Location:
     Location
         The folder, which need not exist.
     """
-    return Location(config.output.url, config.output.storage_options)
+    return Location(config.output.url, config.output.storage_options, config.output.attempts)
 
 
 def dump_config(config: Config) -> dict[str, Any]:

@@ -170,6 +170,7 @@ def run(
         survey = _plan_survey(task)
         if task.manifest is not None and task.is_reduced and task.is_presented and survey is None:
             return RunResult(task.output, task.manifest, n_computed=0)
+        store.delete_strays(task.output)
         _check_limits(task, client, clock, progress)
         changes = _count_changes(task)
         if changes:

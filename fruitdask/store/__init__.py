@@ -28,7 +28,7 @@ from fruitdask.store.checks import (
     find_strays,
     restore_store,
 )
-from fruitdask.store.erasing import finish_erasing, stage_rows
+from fruitdask.store.erasing import delete_strays, finish_erasing, stage_rows
 from fruitdask.store.locking import OutputLock, locked
 from fruitdask.store.manifests import (
     advise_repair,
@@ -97,6 +97,7 @@ __all__ = [
     "create_store",
     "create_thumbnails",
     "delete_result",
+    "delete_strays",
     "delete_thumbnails",
     "describe_damage",
     "describe_mismatch",

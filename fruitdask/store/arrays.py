@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import FsspecStore
 
 from fruitdask.storage import Location, exists, explained
 from fruitdask.store.manifests import advise_repair, delete_result, seal
@@ -433,6 +434,10 @@ def name_store(location: Location) -> dict[str, Any]:
     """
     if location.is_local:
         return {"store": location.path}
+    if location.is_s3:
+        # Zarr would take s3fs's file system, which has retries of its own.
+        fs = type(location.fs)(asynchronous=True, **location.options)
+        return {"store": FsspecStore(fs, path=location.path)}
     return {"store": location.url, "storage_options": location.options}
 
 

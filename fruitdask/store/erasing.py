@@ -103,13 +103,30 @@ def finish_erasing(output: Location) -> None:
         for name in EXPLORATION_NAMES + RUN_NAMES:
             if name not in (STAGING, MANIFEST):
                 delete_result(output, name)
-        for stray in find_strays(output):
-            delete_result(output, stray.where)
+        delete_strays(output)
         for name in (FEATURES, PARTITIONS):
             _copy_folder(output.child(STAGING, name), output.child(name))
         _copy_catalog(output)
         write_manifest(output, manifest | {"status": ERASED})
     delete_result(output, STAGING)
+
+
+def delete_strays(output: Location) -> None:
+    """
+    Delete what killed processes left of files that they were writing.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder, whose lock is held.
+
+    Raises
+    ------
+    StorageError
+        If something cannot be deleted.
+    """
+    for stray in find_strays(output):
+        delete_result(output, stray.where)
 
 
 def _copy_folder(source: Location, target: Location) -> None:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fruitdask.errors import FruitdaskError, OutputError
-from fruitdask.storage import Location, explained, write_file
+from fruitdask.storage import Location, create_file, explained, write_file
 from fruitdask.store.manifests import delete_result, read_json
 from fruitdask.store.names import LOCK
 
@@ -41,6 +41,8 @@ class OutputLock:
             "since": _now(),
         }
         self._is_lost = False
+        self._is_over = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name=_name_keeper(self._owner), daemon=True)
 
     def check(self) -> None:
         """
@@ -68,12 +70,17 @@ class OutputLock:
         StorageError
             If it cannot be written.
         """
-        other = self._try_to_take()
-        if other is not None and _is_dead(other):
-            delete_result(self._output, LOCK)
+        self._keeper.start()
+        try:
             other = self._try_to_take()
-        if other is not None:
-            raise OutputError(_explain(other, self._location))
+            if other is not None and _is_dead(other):
+                delete_result(self._output, LOCK)
+                other = self._try_to_take()
+            if other is not None:
+                raise OutputError(_explain(other, self._location))
+        except BaseException:
+            self._stop_keeper()
+            raise
 
     def show_life(self) -> None:
         """Write that this run lives, unless the lock is somebody else's by now; where it cannot be written, the run will notice itself."""
@@ -85,7 +92,8 @@ class OutputLock:
             write_file(self._location, self._dump())
 
     def release(self) -> None:
-        """Take the lock away, if it is ours and can be; one that stays is known to be dead when its process is."""
+        """Take the lock away, if it is ours and can be; one that stays is known to be dead, for its keeper is."""
+        self._stop_keeper()
         with suppress(FruitdaskError):
             found = self._read()
             if found is not None and found.get("id") == self._owner["id"]:
@@ -95,11 +103,21 @@ class OutputLock:
             with suppress(OSError):
                 os.rmdir(self._output.path)
 
+    def _keep(self) -> None:
+        """Show life until it is over."""
+        while not self._is_over.wait(_SECONDS_BETWEEN_SIGNS):
+            self.show_life()
+
+    def _stop_keeper(self) -> None:
+        """Show no more life."""
+        self._is_over.set()
+        self._keeper.join()
+
     def _try_to_take(self) -> dict[str, Any] | None:
         """Take the lock, or say whose it is."""
         with explained(self._location, "write"):
             try:
-                self._create()
+                create_file(self._location, self._dump())
             except OSError:
                 found = self._read()
                 if found is None:
@@ -107,17 +125,6 @@ class OutputLock:
                 # It is ours where the answer to the request that wrote it was lost on its way.
                 return found if found.get("id") != self._owner["id"] else None
         return None
-
-    def _create(self) -> None:
-        """Write the lock where there is none; raises OSError where there is one."""
-        path = self._location.path
-        if self._location.is_local:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "xb") as file:
-                file.write(self._dump())
-        else:
-            # Amazon's S3 promises that only one can do so; elsewhere the second one's sign of life tells the first.
-            self._location.fs.pipe_file(path, self._dump(), mode="create")
 
     def _dump(self) -> bytes:
         """Write out whose the lock is, and that its owner lives."""
@@ -154,32 +161,31 @@ def locked(output: Location) -> Iterator[OutputLock]:
     StorageError
         If the folder cannot be written.
     """
-    lock, is_over = OutputLock(output), threading.Event()
-
-    def keep() -> None:
-        while not is_over.wait(_SECONDS_BETWEEN_SIGNS):
-            lock.show_life()
-
+    lock = OutputLock(output)
     lock.take()
-    keeper = threading.Thread(target=keep, name="fruitdask-lock", daemon=True)
-    keeper.start()
     try:
         yield lock
     finally:
-        is_over.set()
-        keeper.join()
         lock.release()
 
 
 def _is_dead(found: dict[str, Any]) -> bool:
-    """Tell whether the owner of a lock is dead: its process, on this machine; elsewhere one that has been silent for long."""
+    """Tell whether the owner of a lock is dead: its process, or its run in this one; elsewhere one that has been silent for long."""
     if found.get("host") == platform.node() and isinstance(found.get("pid"), int):
+        if found["pid"] == os.getpid():
+            # A run of this process that could not take its lock away: the storage had failed.
+            return _name_keeper(found) not in {thread.name for thread in threading.enumerate()}
         return not _is_running(found["pid"])
     try:
         seen = datetime.fromisoformat(str(found.get("seen")))
     except ValueError:
         return False
     return (datetime.now(UTC) - seen).total_seconds() > _SECONDS_OF_SILENCE
+
+
+def _name_keeper(owner: dict[str, Any]) -> str:
+    """Name the thread that shows that the owner of a lock lives."""
+    return f"fruitdask-lock-{owner.get('id')}"
 
 
 def _is_running(pid: int) -> bool:

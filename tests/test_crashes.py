@@ -1,0 +1,203 @@
+"""Processes that are killed while they change a file: the next run repairs what they left, and what was committed stays as it was."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fruitdask
+from fruitdask.config import Config, ModelConfig
+
+#: Events by which a process changes files: https://docs.python.org/3/library/audit_events.html
+CHANGES = ("open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
+#: Far longer than a run takes.
+PATIENCE_SECONDS = 120
+_forkserver = multiprocessing.get_context("forkserver")
+
+
+def find_change(event: str, arguments: tuple[Any, ...], folder: str) -> str | None:
+    """Find the file or folder inside a folder that an event changes."""
+    if event not in CHANGES or not isinstance(arguments[0], str | os.PathLike):
+        return None
+    if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        return None
+    path = os.fspath(arguments[0])
+    # Trees are removed relative to an open folder.
+    if event in ("os.remove", "os.rmdir") and arguments[1] != -1:
+        path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), path)
+    return path if path.startswith(folder) else None
+
+
+def leave_half(event: str, path: str) -> None:
+    """Leave what a process leaves that is killed while it writes: a file that is there but empty, or half of one that is to be renamed."""
+    if event == "open" and not os.path.exists(path):
+        open(path, "xb").close()
+    elif event in ("os.rename", "os.link") and os.path.isfile(path):
+        os.truncate(path, os.path.getsize(path) // 2)
+
+
+def die_at(number: int, folder: str, *, is_half: bool) -> None:
+    """Let this process kill itself at the change of this number."""
+    n_changes = 0
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal n_changes
+        path = find_change(event, arguments, folder)
+        if path is None:
+            return
+        n_changes += 1
+        if n_changes == number:
+            if is_half:
+                leave_half(event, path)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
+
+def record(folder: str, log: str) -> None:
+    """Let this process write down what it changes."""
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        path = find_change(event, arguments, folder)
+        if path is not None:
+            with open(log, "a") as file:
+                file.write(json.dumps([event, path]) + "\n")
+
+    sys.addaudithook(look)
+
+
+def run_in_one_process(config: Config) -> None:
+    """Run with scheduler and worker in this process."""
+    from distributed import Client
+
+    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
+        fruitdask.run(config, client=client)
+
+
+def run_and_die(config: Config, number: int, is_half: bool) -> None:
+    """Run until the change of this number."""
+    die_at(number, config.output.url, is_half=is_half)
+    run_in_one_process(config)
+
+
+def run_and_record(config: Config, log: str) -> None:
+    """Run, and write down what is changed."""
+    record(config.output.url, log)
+    run_in_one_process(config)
+
+
+def start(function: Any, *arguments: Any) -> int | None:
+    """Call a function in a process of its own; gives its exit code."""
+    process = _forkserver.Process(target=function, args=arguments)
+    process.start()
+    process.join(PATIENCE_SECONDS)
+    if process.is_alive():
+        process.kill()
+    return process.exitcode
+
+
+class Scene:
+    """Images, a network, and an undisturbed run of it."""
+
+    def __init__(self, sample_folder: Path, model: ModelConfig, folder: Path, client: Any) -> None:
+        self._images, self._model, self._folder, self.client = sample_folder, model, folder, client
+        config = self.make_config()
+        log = folder / "changes.jsonl"
+        assert start(run_and_record, config, str(log)) == 0
+        self.changes = [json.loads(line) for line in log.read_text().splitlines()]
+        self.undisturbed = fruitdask.run(config)
+        self.files = hash_files(Path(config.output.url))
+
+    def make_config(self) -> Config:
+        """Make the configuration of a run with an output of its own."""
+        output = self._folder / f"out-{len(list(self._folder.iterdir()))}"
+        output.mkdir()
+        return fruitdask.load_config(
+            {
+                "input": {"url": str(self._images), "limit": 12},
+                "model": self._model.model_dump(),
+                "featurize": {"images_per_partition": 3},
+                "plots": {"enabled": False},
+                "report": {"enabled": False},
+                "output": {"url": str(output)},
+            }
+        )
+
+    def check(self, config: Config, before: dict[str, str]) -> None:
+        """Run again where it was ended; all is as if nothing had happened, and what was committed has not been touched."""
+        result = fruitdask.run(config, client=self.client)
+        pd.testing.assert_frame_equal(result.table, self.undisturbed.table)
+        np.testing.assert_array_equal(result.features.compute(), self.undisturbed.features.compute())
+        assert result.exploration is not None and self.undisturbed.exploration is not None
+        pd.testing.assert_frame_equal(result.exploration.images, self.undisturbed.exploration.images)
+        files = hash_files(Path(config.output.url))
+        assert sorted(files) == sorted(self.files)
+        kept = {name: digest for name, digest in files.items() if is_kept(name)}
+        assert kept == {name: digest for name, digest in self.files.items() if is_kept(name)}
+        for name in (name for name in before if re.fullmatch(r"partitions/\d+\.parquet", name)):
+            index = int(Path(name).stem)
+            for file in (name, f"features.zarr/features/c/{index}/0", f"features.zarr/status/c/{index}"):
+                assert files[file] == before[file]
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Hash all files of a folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def is_kept(name: str) -> bool:
+    """Tell whether a file says nothing of when and where a run was."""
+    return name.startswith(
+        ("features.zarr/features/c", "features.zarr/status/c", "partitions/", "results.", "pca.zarr/mean")
+    )
+
+
+@pytest.fixture(scope="module")
+def scene(
+    sample_folder: Path, tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory, client: Any
+) -> Iterator[Scene]:
+    """An undisturbed run, and what it changed in which order."""
+    _forkserver.set_forkserver_preload(["fruitdask.pipeline.running", "fruitdask.featurize", "distributed"])
+    yield Scene(sample_folder, tiny_model, tmp_path_factory.mktemp("crashes"), client)
+
+
+def test_no_file_is_written_under_its_own_name(scene: Scene) -> None:
+    assert len(scene.changes) > 100
+    opened = [path for event, path in scene.changes if event == "open"]
+    assert [path for path in opened if not path.endswith((".part", ".partial"))] == []
+
+
+@settings(max_examples=12)
+@given(share=st.floats(0, 1), is_half=st.booleans())
+def test_run_killed_at_any_change_is_repaired_by_the_next(scene: Scene, share: float, is_half: bool) -> None:
+    config = scene.make_config()
+    # Threads come in another order each time, and some changes fewer.
+    number = 1 + int(share * 0.97 * len(scene.changes))
+    assert start(run_and_die, config, number, is_half) == -signal.SIGKILL
+    scene.check(config, hash_files(Path(config.output.url)))
+
+
+@settings(max_examples=4)
+@given(number=st.integers(1, 8), is_half=st.booleans())
+def test_worker_killed_at_any_change_is_replaced(scene: Scene, number: int, is_half: bool) -> None:
+    config = scene.make_config()
+    doomed = sorted(scene.client.nthreads())[0]
+    scene.client.run(die_at, number, config.output.url, is_half=is_half, workers=[doomed])
+    scene.check(config, {})
+    scene.client.wait_for_workers(2, timeout=PATIENCE_SECONDS)
