@@ -23,6 +23,8 @@ from fruitdask.errors import CatalogError, ConfigError
 from fruitdask.storage import Location, exists, explained
 
 COLUMNS = ("path", "label", "bytes", "version")
+#: What the catalog of a store says in ``bytes`` of an image that is not in the input any more.
+VANISHED_BYTES = -1
 
 #: A step to the folder above, by which a manifest would read what is not in the input.
 _LEADS_OUT = r"(?:^|/)\.\.(?:/|$)"
@@ -52,15 +54,48 @@ class Partition:
         Paths of its images relative to the input URL.
     labels : tuple[str, ...]
         Their classes.
+    bytes, versions : tuple[int, ...]
+        What the catalog says of their files. Those that have vanished are not read.
+    rows : tuple[int, ...], optional
+        Places, from 0, of the images that are to be computed, where the others are in the store already; all by default.
     avoided : frozenset[int]
-        Places, counted from 0, of images that are not to be opened: they kill the process that does.
+        Places of images that are not to be opened: they kill the process that does.
     """
 
     index: int
     start: int
     paths: tuple[str, ...]
     labels: tuple[str, ...]
+    bytes: tuple[int, ...] = ()
+    versions: tuple[int, ...] = ()
+    rows: tuple[int, ...] | None = None
     avoided: frozenset[int] = frozenset()
+
+    @property
+    def places_to_read(self) -> tuple[int, ...]:
+        """Places of the images that are to be computed and have not vanished."""
+        places = range(len(self.paths)) if self.rows is None else self.rows
+        return tuple(place for place in places if not self.bytes or self.bytes[place] != VANISHED_BYTES)
+
+    def select(self, places: Sequence[int]) -> "Partition":
+        """
+        Select some of the images.
+
+        Parameters
+        ----------
+        places : Sequence[int]
+            Their places.
+
+        Returns
+        -------
+        Partition
+            Itself, where these are all; else one of these alone, for reading them.
+        """
+        if len(places) == len(self.paths):
+            return self
+        paths, labels = (tuple(column[place] for place in places) for column in (self.paths, self.labels))
+        avoided = frozenset(row for row, place in enumerate(places) if place in self.avoided)
+        return Partition(self.index, self.start, paths, labels, avoided=avoided)
 
 
 def list_images(config: InputConfig) -> pd.DataFrame:
@@ -173,7 +208,8 @@ def split_catalog(catalog: pd.DataFrame, images_per_partition: int) -> Iterator[
     """
     for index, start in enumerate(range(0, len(catalog), images_per_partition)):
         rows = catalog.iloc[start : start + images_per_partition]
-        yield Partition(index, start, tuple(rows["path"]), tuple(rows["label"]))
+        paths, labels, sizes, versions = (tuple(rows[column]) for column in COLUMNS)
+        yield Partition(index, start, paths, labels, sizes, versions)
 
 
 def sample_evenly(catalog: pd.DataFrame, limit: int) -> npt.NDArray[np.int64]:
@@ -224,6 +260,81 @@ def hash_catalog(catalog: pd.DataFrame) -> str:
         for hashes in _hash_rows(catalog[column]):
             digest.update(hashes.tobytes())
     return digest.hexdigest()
+
+
+def merge_listing(stored: pd.DataFrame, listing: pd.DataFrame) -> pd.DataFrame:
+    """
+    Bring the catalog of a store up to date with the input as it is now.
+
+    Parameters
+    ----------
+    stored : pandas.DataFrame
+        The catalog of the store, in the order of its rows.
+    listing : pandas.DataFrame
+        The images of the input, from `list_images`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The images of the store at their rows, as the listing has them, or marked as vanished where it does not; then, in the order of
+        their paths, those that the store does not have.
+    """
+    if stored["path"].equals(listing["path"]):
+        return listing
+    places = find_rows(stored["path"], listing["path"])
+    is_listed, is_new = places >= 0, np.ones(len(listing), bool)
+    is_new[places[is_listed]] = False
+    labels = pd.api.types.union_categoricals([each["label"].astype("category") for each in (stored, listing)])
+    known, listed = np.split(labels.codes, [len(stored)])
+    columns = {"label": (np.where(is_listed, listed[places], known), listed)}
+    for name, absent in (("bytes", VANISHED_BYTES), ("version", 0)):
+        columns[name] = np.append(listing[name], np.int64(absent))[places], listing[name].to_numpy()
+    merged = {name: np.concatenate([kept, values[is_new]]) for name, (kept, values) in columns.items()}
+    classes = pd.Categorical.from_codes(merged.pop("label"), labels.categories).remove_unused_categories()
+    paths = pd.concat([stored["path"], listing.loc[is_new, "path"]], ignore_index=True)
+    return pd.DataFrame({"path": paths, "label": classes} | merged)
+
+
+def take_listing(stored: pd.DataFrame) -> pd.DataFrame:
+    """
+    Take from the catalog of a store the listing of the input that it was made of.
+
+    Parameters
+    ----------
+    stored : pandas.DataFrame
+        The catalog of the store.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The images that have not vanished, in the order of their paths.
+    """
+    return stored[stored["bytes"] != VANISHED_BYTES].sort_values("path", ignore_index=True)
+
+
+def find_rows(paths: pd.Series, among: pd.Series) -> npt.NDArray[np.int64]:
+    """
+    Find paths among others.
+
+    Parameters
+    ----------
+    paths : pandas.Series
+        What to find.
+    among : pandas.Series
+        Where to find it; each path once.
+
+    Returns
+    -------
+    numpy.ndarray
+        Positions in ``among``, int64; -1 where it is not there.
+
+    Examples
+    --------
+    >>> find_rows(pd.Series(["b", "x"]), pd.Series(["a", "b"]))
+    array([ 1, -1])
+    """
+    found = pc.index_in(pa.array(paths), value_set=pa.array(among)).fill_null(-1)
+    return np.asarray(found.to_numpy(), np.int64)
 
 
 def _hash_rows(column: pd.Series) -> Iterator[npt.NDArray[np.integer]]:
@@ -385,7 +496,7 @@ def _join_manifest(files: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
         raise ConfigError(
             f"{config.manifest}: expected each path once in input.manifest, found {duplicated.iloc[0]!r} twice; remove one"
         )
-    places = pc.index_in(pa.array(manifest["path"]), value_set=pa.array(files["path"])).fill_null(-1).to_numpy()
+    places = find_rows(manifest["path"], files["path"])
     for name in ("bytes", "version"):
         manifest[name] = np.append(files[name], np.int64(0))[places]
     return manifest.astype({"label": "category"}).sort_values("path", ignore_index=True)

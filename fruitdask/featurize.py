@@ -1,7 +1,7 @@
 """Featurizing: one partition of images to features, on a worker."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from fruitdask.fetch import Batch, ImageSource, Outcome, Stopwatch, read_batches
 from fruitdask.mapping import let_next_begin
 from fruitdask.models import ModelArtifact, load_predictor, prepare_engine
 from fruitdask.storage import Location
-from fruitdask.store import OUTCOME_COLUMNS, write_partition
+from fruitdask.store import OUTCOME_COLUMNS, VERSION_COLUMNS, read_partition, write_partition
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PartitionSummary:
     index : int
         Which partition.
     n_images : int
-        Its images.
+        Its images that were computed.
     statuses : dict[str, int]
         Images by status.
     bytes_read : int
@@ -77,7 +77,8 @@ def featurize_partition(partition: Partition, artifact: ModelArtifact, job: Feat
 
     Images are fetched, decoded and predicted in batches, so that of a partition only its features (and, where it is explored too, small
     thumbnails) are held. An image that fails is data: its
-    features are NaN and its outcome says why. The function runs without a cluster too.
+    features are NaN and its outcome says why. Of a partition that is committed and of which only some images are to be computed, the
+    others are written again as they are. The function runs without a cluster too.
 
     Parameters
     ----------
@@ -106,8 +107,15 @@ def featurize_partition(partition: Partition, artifact: ModelArtifact, job: Feat
     watch = computed.watch
     with watch.measure("write"):
         findings = computed.explorer.finish() if computed.explorer is not None else None
-        features = computed.features
-        write_partition(job.output, index=partition.index, start=partition.start, features=features, outcomes=table)
+        features, rows = _complete(computed.partition, computed.features, table, computed.before)
+        write_partition(
+            job.output,
+            index=partition.index,
+            start=partition.start,
+            features=features,
+            outcomes=rows,
+            is_committed=computed.before is not None,
+        )
     statuses = dict(Counter(table["status"]))
     return PartitionSummary(partition.index, len(table), statuses, computed.bytes_read, watch.seconds, findings)
 
@@ -130,8 +138,10 @@ def probe_partition(partition: Partition, artifact: ModelArtifact, job: Featuriz
 
 @dataclass(frozen=True, eq=False)
 class _Computed:
-    """What was computed of a partition: features (NaN where an image failed), outcomes, bytes of the files, what exploring them found."""
+    """What was computed of the images of a partition that were to be read (features are NaN where one failed); what was there before."""
 
+    partition: Partition
+    before: tuple[npt.NDArray[np.float32], pd.DataFrame] | None
     features: npt.NDArray[np.float32]
     outcomes: list[Outcome]
     bytes_read: int
@@ -144,10 +154,16 @@ def _compute(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -
     watch = Stopwatch()
     with watch.measure("load"):
         predict = load_predictor(artifact, n_threads=_count_threads())
-    explorer = Explorer(partition, job.explore) if job.explore else None
-    features = np.full((len(partition.paths), artifact.n_features), np.nan, np.float32)
+    before = None
+    if partition.rows is not None:
+        before = read_partition(job.output, index=partition.index, start=partition.start)
+        # A worker was killed while it wrote: there is nothing to keep.
+        partition = partition if before is not None else replace(partition, rows=None)
+    chosen = partition.select(partition.places_to_read)
+    explorer = Explorer(partition, job.explore) if job.explore and chosen is partition else None
+    features = np.full((len(chosen.paths), artifact.n_features), np.nan, np.float32)
     outcomes, bytes_read = list[Outcome](), 0
-    batches = read_batches(partition, job.source, input_px=artifact.input_px, watch=watch, on_asked=let_next_begin)
+    batches = read_batches(chosen, job.source, input_px=artifact.input_px, watch=watch, on_asked=let_next_begin)
     for batch in batches:
         bytes_read += sum(len(outcome.data) for outcome in batch.outcomes)
         if explorer is not None:
@@ -157,7 +173,7 @@ def _compute(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -
             if batch.rows:
                 features[batch.start + np.asarray(batch.rows)] = _check_finite(predict(batch.pixels), batch)
         outcomes += batch.outcomes
-    return _Computed(features, outcomes, bytes_read, explorer, watch)
+    return _Computed(partition, before, features, outcomes, bytes_read, explorer, watch)
 
 
 def prepare_workers(client: Any, engine: str) -> list[Any]:
@@ -177,6 +193,43 @@ def prepare_workers(client: Any, engine: str) -> list[Any]:
         Keep them until the artifact is there; nobody needs to wait for them.
     """
     return [client.submit(_prepare_worker, engine, workers=[worker], pure=False) for worker in client.nthreads()]
+
+
+def _complete(
+    partition: Partition,
+    features: npt.NDArray[np.float32],
+    outcomes: pd.DataFrame,
+    before: tuple[npt.NDArray[np.float32], pd.DataFrame] | None,
+) -> tuple[npt.NDArray[np.float32], pd.DataFrame]:
+    """Lay what was computed of a partition beside what stays of it, and say of which versions of the files it is."""
+    places = np.asarray(partition.places_to_read, np.int64)
+    if before is not None or len(places) < len(partition.paths):
+        features, outcomes = _spread(partition, features, outcomes.set_axis(places), before)
+    versions = zip(VERSION_COLUMNS, (partition.bytes, partition.versions), strict=True)
+    return features, outcomes.assign(**{name: values for name, values in versions if values})
+
+
+def _spread(
+    partition: Partition,
+    features: npt.NDArray[np.float32],
+    outcomes: pd.DataFrame,
+    before: tuple[npt.NDArray[np.float32], pd.DataFrame] | None,
+) -> tuple[npt.NDArray[np.float32], pd.DataFrame]:
+    """Lay computed rows, by their places, over those of an earlier commit, if any; the rest has vanished."""
+    n_images = len(partition.paths)
+    whole = np.full((n_images, features.shape[1]), np.nan, np.float32)
+    vanished = {"status": "missing", "error": "it is not in the input any more", "attempts": 0}
+    table = pd.DataFrame({"path": partition.paths, "label": partition.labels, **vanished})
+    if before is not None:
+        kept = before[1].index.difference(list(partition.rows or ()))
+        whole[kept] = before[0][kept]
+        table.loc[kept] = before[1].loc[kept, list(OUTCOME_COLUMNS)]
+        # One that had failed is tried on.
+        failed = before[1].loc[before[1]["status"] != "ok", "attempts"]
+        outcomes["attempts"] = outcomes["attempts"].add(failed.reindex(outcomes.index), fill_value=0).astype(int)
+    whole[outcomes.index] = features
+    table.loc[outcomes.index] = outcomes
+    return whole, table
 
 
 def _prepare_worker(engine: str) -> None:

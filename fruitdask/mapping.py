@@ -156,7 +156,7 @@ def _run_deadly(
     """Run a function on a partition that has killed workers, or was near one that did, without the images that do it."""
     result = tasks.run_alone(function, partition)
     if isinstance(result, _Death) and probe is not None:
-        everything = range(len(partition.paths))
+        everything = partition.places_to_read
 
         def kills(places: Sequence[int]) -> bool:
             others = frozenset(everything).difference(places)

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fruitdask.catalog import COLUMNS, choose_partition_size, hash_catalog, list_images, split_catalog
+from fruitdask.catalog import (
+    COLUMNS,
+    VANISHED_BYTES,
+    Partition,
+    choose_partition_size,
+    hash_catalog,
+    list_images,
+    merge_listing,
+    split_catalog,
+    take_listing,
+)
 from fruitdask.config import InputConfig
 from fruitdask.errors import CatalogError, ConfigError, StorageError
 from fruitdask.sample import CLASS_NAMES
@@ -495,6 +506,43 @@ def test_split_catalog_covers_each_row_once_and_in_order(n_images: int, size: in
     assert [partition.index for partition in partitions] == list(range(math.ceil(n_images / size)))
     assert [partition.start for partition in partitions] == list(range(0, n_images, size))
     assert {len(partition.paths) for partition in partitions[:-1]} <= {size}
+
+
+@given(
+    numbers=st.lists(st.integers(0, 15), unique=True),
+    changed=st.integers(0, 15),
+    later=st.sets(st.integers(0, 15), min_size=1),
+)
+def test_merge_listing_moves_no_row_and_gives_the_listing_back(
+    numbers: list[int], changed: int, later: set[int]
+) -> None:
+    def list_numbers(numbers: Iterable[int], version: int) -> pd.DataFrame:
+        rows = [[f"{n % 3}/{n:02d}.jpg", f"{n % 3}", n, version if n == changed else n] for n in numbers]
+        table = pd.DataFrame(rows, columns=list(COLUMNS))
+        return table.astype({"path": "str", "label": "str", "bytes": np.int64, "version": np.int64}).astype(
+            {"label": "category"}
+        )
+
+    stored, listing = list_numbers(numbers, 100), list_numbers(later, 200).sort_values("path", ignore_index=True)
+    merged = merge_listing(stored, listing)
+    assert list(merged["path"][: len(stored)]) == list(stored["path"])
+    added = list(merged["path"][len(stored) :])
+    assert added == sorted(added) and len(merged) == len(later | set(numbers))
+    assert set(merged["path"][merged["bytes"] == VANISHED_BYTES]) == set(stored["path"]) - set(listing["path"])
+    assert hash_catalog(take_listing(merged)) == hash_catalog(listing)
+    pd.testing.assert_frame_equal(merge_listing(merged, listing), merged)
+    written = merged.assign(label=merged["label"].astype("str"))
+    assert hash_catalog(take_listing(written)) == hash_catalog(listing)
+
+
+def test_partition_knows_which_images_to_read() -> None:
+    partition = Partition(1, 4, ("a", "b", "c", "d"), ("x", "x", "y", "y"), (1, VANISHED_BYTES, 1, 1), (0, 0, 0, 0))
+    assert partition.places_to_read == (0, 2, 3)
+    assert replace(partition, rows=(1, 3)).places_to_read == (3,)
+    chosen = partition.select((0, 2, 3))
+    assert (chosen.paths, chosen.labels, chosen.start) == (("a", "c", "d"), ("x", "y", "y"), 4)
+    whole = Partition(0, 0, ("a",), ("x",))
+    assert whole.select(whole.places_to_read) is whole
 
 
 def test_split_catalog_gives_partitions_that_survive_pickle(table: pd.DataFrame) -> None:

@@ -86,6 +86,7 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
             "n_components": 2,
             "solver": "exact",
             "seed": 0,
+            "refit": "auto",
             "tsne": {"enabled": False, "max_rows": 5000, "perplexity": 30.0, "seed": 0},
         },
         "explore": {

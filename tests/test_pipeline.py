@@ -119,8 +119,8 @@ def test_run_leaves_what_the_architecture_lists(
     result = fruitdask.run(config, client=client)
     explored = ["explore.csv", "explore.json", "explore.parquet", "explore.zarr"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        [*explored, "explore_classes.csv", "explore_classes.parquet", "features.zarr", "figures", "manifest.json"]
-        + ["partitions", "pca.zarr", "quality.json", "report.html", "results.csv", "results.parquet"]
+        [*explored, "explore_classes.csv", "explore_classes.parquet", "catalog.parquet", "features.zarr", "figures"]
+        + ["manifest.json", "partitions", "pca.zarr", "quality.json", "report.html", "results.csv", "results.parquet"]
     )
     assert sorted(path.stem for path in (tmp_path / "out" / "figures").iterdir()) == sorted(store.FIGURE_NAMES)
     table = result.table
@@ -330,7 +330,7 @@ def test_run_refuses_the_results_of_another_run(make_config: MakeConfig, client:
     before = result.table
     with pytest.raises(
         StoreMismatchError,
-        match="belongs to another run: its catalog has the fingerprint .* or --overwrite",
+        match="belongs to another run: only 10 of its 24 images are in this run's input; .* or --overwrite to delete",
     ):
         fruitdask.run(make_config(input={"limit": 10}), client=client)
     with pytest.raises(StoreMismatchError, match="its model has the fingerprint"):
@@ -553,7 +553,9 @@ def test_render_report_needs_results(make_config: MakeConfig) -> None:
 
 def test_explore_refuses_the_folder_of_a_run_on_other_images(make_config: MakeConfig, client: Any) -> None:
     fruitdask.run(make_config(), client=client)
-    with pytest.raises(StoreMismatchError, match="belongs to another run: its catalog has the fingerprint"):
+    with pytest.raises(
+        StoreMismatchError, match="its catalog has the fingerprint .*; use fruitdask run to bring its results"
+    ):
         fruitdask.explore(make_config(input={"limit": 10}), client=client)
 
 

@@ -288,3 +288,50 @@ def test_finish_erasing_begins_again_where_it_was_interrupted(output: Location) 
     names = {path[len(output.path) + 1 :].split("/")[0] for path in output.fs.find(output.path)}
     assert names == {"features.zarr", "manifest.json", "partitions"}
     assert (store.read_manifest(output) or {})["status"] == store.ERASED
+
+
+def test_resized_store_keeps_what_it_has_and_knows_rows_of_a_partition_that_is_not_full(output: Location) -> None:
+    features = fill(output)
+    for _ in range(2):
+        store.resize_store(output, n_images=9, attributes={"class_names": ["a", "b"]})
+    store.write_partition(
+        output, index=3, start=6, features=features[2:4], outcomes=make_outcomes(["unreadable", "missing"])
+    )
+    group = store.open_store(output)
+    assert group is not None and group["features"].shape == (9, 3) and group["status"].shape == (9,)
+    assert group.attrs["class_names"] == ["a", "b"] and store.is_intact(dict(group.attrs))
+    np.testing.assert_array_equal(group["features"][:5], features)
+    assert np.isnan(group["features"][5]).all() and group["status"][5] == store.STATUSES.index("pending")
+    (table,) = store.read_rows(output, [1, 2, 3], images_per_partition=2, columns=["status"])
+    assert table["status"].to_dict() == {2: "ok", 3: "missing", 4: "ok", 6: "unreadable", 7: "missing"}
+
+
+def test_partition_that_is_written_again_has_no_mark_meanwhile(
+    output: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = fill(output)
+    read = store.read_partition(output, index=1, start=2)
+    assert read is not None and store.read_partition(output, index=0, start=0) is None
+    np.testing.assert_array_equal(read[0], features[2:4])
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt("in this test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.arrays, "write_table", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="in this test"):
+            store.write_partition(output, index=1, start=2, features=read[0], outcomes=read[1], is_committed=True)
+    assert store.list_committed(output) == {2}
+
+
+def test_catalog_reads_back_without_classes_that_are_gone(output: Location) -> None:
+    assert store.read_catalog(output) is None
+    catalog = pd.DataFrame(
+        {"path": ["a/1.jpg", "secret/1.jpg"], "label": ["a", "secret"], "bytes": [1, 2], "version": [3, 4]}
+    )
+    store.write_catalog(output, catalog.astype({"label": "category"}).iloc[:1])
+    read = store.read_catalog(output)
+    assert read is not None
+    pd.testing.assert_frame_equal(read, catalog.iloc[:1])
+    data = output.fs.cat_file(output.child("catalog.parquet").path)
+    assert b"secret" not in data and b"a/1.jpg" in data

@@ -171,7 +171,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, int]] = {
     ),
     "outcomes of another partition": (
         lambda output: shutil.copy(output / "partitions/00001.parquet", output / "partitions/00002.parquet"),
-        "partition 2: expected paths that follow those of the partition before, found others",
+        "partition 2: its paths are not those in catalog.parquet",
         "compute",
         5,
     ),
@@ -350,7 +350,7 @@ ERRORS: dict[str, tuple[Callable[[Location], Any], str]] = {
     ),
     "order": (
         lambda output: rewrite_outcomes(output, 1, path=list("edcba")),
-        "partition 1: expected ascending paths, found others",
+        "partition 1: its paths are not those in catalog.parquet; the next run computes",
     ),
     "label": (
         lambda output: rewrite_outcomes(output, 1, label="plum"),

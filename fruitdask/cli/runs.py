@@ -29,11 +29,12 @@ _SHOWN_CLASSES = 24
 @config_argument
 @set_option
 @overwrite_option
+@click.option("--retry-failed", is_flag=True, help="Take the images again that have failed in an earlier run.")
 @verbose_option
-def run(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool) -> None:
+def run(config: str, overrides: tuple[str, ...], overwrite: bool, retry_failed: bool, verbose: bool) -> None:
     """Run CONFIG: list the images, compute features, reduce them, write tables, figures and a report.
 
-    Run it again after an interruption: what is stored is not computed again.
+    Run it again after an interruption, or when images were added, changed or removed: what is stored is not computed again.
     """
     from rich.console import Console
 
@@ -45,7 +46,7 @@ def run(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool)
         loaded = _load(config, overrides)
         from fruitdask.pipeline import run as run_pipeline
 
-        result = run_pipeline(loaded, progress=choose_progress())
+        result = run_pipeline(loaded, retry_failed=retry_failed, progress=choose_progress())
         _print_summary(result, Console())
 
 
@@ -101,14 +102,18 @@ def _load(config: str, overrides: tuple[str, ...]) -> "Config":
 
 def _print_summary(result: "RunResult", console: "Console") -> None:
     """Print what a run has done and where it is."""
-    manifest = result.manifest
-    n_images, n_ok = manifest["n_images"], manifest["counts"]["by_status"].get("ok", 0)
-    if result.n_computed == 0:
+    from fruitdask.pipeline import format_changes
+
+    manifest, counts = result.manifest, result.manifest["counts"]
+    n_images, n_ok, n_vanished = manifest["n_images"], counts["by_status"].get("ok", 0), counts.get("vanished", 0)
+    if result.n_computed == 0 and not result.changes:
         console.print(f"All {n_images:,} images were done before: nothing to compute.")
-    console.print(_build_class_table(manifest["counts"]["by_class"]))
+    console.print(_build_class_table(counts["by_class"]))
     seconds = manifest["seconds"]
     rows = {
-        "images": f"{n_ok:,} ok, {n_images - n_ok:,} failed",
+        "images": f"{n_ok:,} ok, {n_images - n_ok:,} failed"
+        + (f", {n_vanished:,} of them not in the input any more" if n_vanished else ""),
+        "since the last run": format_changes(result.changes),
         "model": f"{manifest['model']['name']}, {manifest['model']['n_features']} features, {manifest['model']['engine']}",
         "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items() if stage != "worker"),
         "workers' time": _format_shares(manifest),
@@ -118,7 +123,8 @@ def _print_summary(result: "RunResult", console: "Console") -> None:
             else ""
         ),
         "cost": _format_cost(manifest.get("cost")),
-        "explained variance": _format_ratios(manifest["pca"]["explained_variance_ratio"]),
+        "explained variance": _format_ratios(manifest["pca"]["explained_variance_ratio"])
+        + _format_fit(manifest["pca"]),
         "results": result.output.url,
         "report": result.report.location.url if manifest["config"]["report"]["enabled"] else "",
     }
@@ -200,6 +206,11 @@ def _format_cost(cost: "dict[str, Any] | None") -> str:
     hours = sum(figures["seconds"] for figures in cost["instances"].values()) / 3600
     unknown = f", without {', '.join(cost['without_price'])}" if "without_price" in cost else ""
     return f"${cost['dollars']:.2f} for {hours:.2f} hours of instances, by prices of {cost['prices_of']}{unknown}"
+
+
+def _format_fit(pca: "dict[str, Any]") -> str:
+    """Say whose components they are, where they are those of an earlier run."""
+    return f", as fitted to {pca['fit']['n_images']:,} images" if pca.get("is_kept") else ""
 
 
 def _format_ratios(ratios: list[float]) -> str:

@@ -150,6 +150,10 @@ class ReduceConfig(Section):
         description="exact equals scikit-learn's full PCA; randomized estimates, for over 4096 features of over 4096 images.",
     )
     seed: int = Field(0, ge=0, description="Seed of the randomized solver.")
+    refit: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Whether images that were added, changed or removed move the axes; auto: if over a tenth as many as were fitted.",
+    )
     tsne: TsneConfig = TsneConfig()
 
     @model_validator(mode="after")

@@ -1,13 +1,14 @@
 """The stages in their order, and nothing else.
 
-A run (``running``; its numbers: ``reducing``; what it leaves: ``results``), an exploration (``exploring``), figures and page
-(``presenting``), the record of processing (``processing``), what a run will take (``planning``, from images that ``trying`` tries) and has
-cost (``spending``), what takes images out of results again (``erasing``), and what reads all results again (``verifying``, part by part:
-``checking``) and prepares them for a run that mends them (``repairing``).
+A run (``running``; what has changed since the one before: ``growing``; its numbers: ``reducing``; what it leaves: ``results``), an
+exploration (``exploring``), figures and page (``presenting``), the record of processing (``processing``), what a run will take
+(``planning``, from images that ``trying`` tries) and has cost (``spending``), what takes images out of results again (``erasing``), what
+reads all results again (``verifying``, part by part: ``checking``) and prepares them for a run that mends them (``repairing``).
 """
 
 from fruitdask.pipeline.erasing import Erasure, carry_out, erase, plan_erasure
 from fruitdask.pipeline.exploring import explore
+from fruitdask.pipeline.growing import format_changes
 from fruitdask.pipeline.planning import Plan
 from fruitdask.pipeline.presenting import Report, render_report
 from fruitdask.pipeline.results import RunResult
@@ -23,6 +24,7 @@ __all__ = [
     "carry_out",
     "erase",
     "explore",
+    "format_changes",
     "plan",
     "plan_erasure",
     "render_report",

@@ -48,6 +48,8 @@ class StoredRun:
         Partitions that are done.
     components : PrincipalComponents or None
         Its principal components; None where there are none, or none that can be read.
+    catalog : pandas.DataFrame or None
+        Which image each row is of; None where nothing says it but the outcomes.
     """
 
     output: Location
@@ -55,6 +57,7 @@ class StoredRun:
     arrays: Mapping[str, store.StoredArray]
     committed: frozenset[int]
     components: "PrincipalComponents | None"
+    catalog: pd.DataFrame | None
 
     @property
     def is_complete(self) -> bool:
@@ -108,8 +111,6 @@ class Tally:
         Names and classes of the images.
     failures : list[pandas.DataFrame]
         Outcomes of the images that failed.
-    last_path : str
-        The path of the last image.
     n_images : int
         Images whose outcomes could be read.
     """
@@ -118,7 +119,6 @@ class Tally:
     counts: report.Counts = field(default_factory=report.Counts)
     names: store.NamesDigest = field(default_factory=store.NamesDigest)
     failures: list[pd.DataFrame] = field(default_factory=list)
-    last_path: str = ""
     n_images: int = 0
 
     def add(self, index: int, outcomes: pd.DataFrame | None, faults: Iterable[Fault]) -> None:
@@ -137,13 +137,9 @@ class Tally:
         self.faults += faults
         if outcomes is None or outcomes.empty:
             return
-        if not self.last_path < outcomes["path"].iloc[0]:
-            what = "expected paths that follow those of the partition before, found others"
-            self.faults.append(Fault(f"partition {index}", what, "compute", index))
         self.counts.add(outcomes)
         self.names.add(outcomes)
         self.failures.append(outcomes[outcomes["status"] != "ok"])
-        self.last_path = outcomes["path"].iloc[-1]
         self.n_images += len(outcomes)
 
 
@@ -208,6 +204,10 @@ def _check_partition(
     """Check a partition and its rows of the results; gives its outcomes too, but not its features, which would fill the memory."""
     checked = store.check_partition(run.output, run.arrays, index)
     faults, outcomes = list(checked.faults), checked.outcomes
+    if run.catalog is not None and outcomes is not None:
+        expected = run.catalog["path"].iloc[index * run.size :].iloc[: len(outcomes)]
+        if not np.array_equal(expected.to_numpy(), outcomes["path"].to_numpy()):
+            faults.append(Fault(f"partition {index}", f"its paths are not those in {store.CATALOG}", "compute", index))
     if part is not None and outcomes is not None:
         start = (index - first) * run.size
         scores, tolerance = None, 0.0

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask import store
-from fruitdask.catalog import hash_catalog, list_images, match_paths
+from fruitdask.catalog import hash_catalog, list_images, match_paths, take_listing
 from fruitdask.config import Config
 from fruitdask.errors import (
     CatalogError,
@@ -44,7 +44,7 @@ class ErasurePlan:
     patterns : tuple[str, ...]
         Patterns of paths.
     images : pandas.DataFrame
-        All images of the run, ``path`` and ``label``, in their order.
+        All images of the run, ``path`` and ``label``, in their order, and ``bytes`` and ``version`` where the store has a catalog.
     is_erased : numpy.ndarray
         Which of them match, bool.
     listing : pandas.DataFrame or None
@@ -168,9 +168,13 @@ def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
         store.finish_erasing(output)
     manifest = _read_run(output)
     listing = _list_input(config)
-    size = manifest["images_per_partition"]
-    is_complete = store.list_committed(output).issuperset(range(-(-manifest["n_images"] // size)))
-    images = _read_names(output) if is_complete else _take_listing(listing, manifest, output)
+    size, catalog = manifest["images_per_partition"], store.read_catalog(output)
+    n_images = manifest["n_images"] if catalog is None else len(catalog)
+    is_complete = store.list_committed(output).issuperset(range(-(-n_images // size)))
+    if catalog is not None:
+        images = catalog
+    else:
+        images = _read_names(output) if is_complete else _take_listing(listing, manifest, output)
     is_erased = match_paths(images["path"], patterns)
     if not is_erased.any():
         raise ConfigError(
@@ -296,9 +300,11 @@ def _hash_kept(plan: ErasurePlan, recorded: str) -> str:
     """
     Find what the fingerprint of the next listing will be.
 
-    Sizes and versions are known from a listing of all images alone. Where some are gone already, names must do; where one was changed, the
-    fingerprint stays that of other images.
+    In a store without a catalog, sizes and versions are known from a listing of all images alone. Where some are gone already, names must
+    do; where one was changed, the fingerprint stays that of other images.
     """
+    if "version" in plan.images:
+        return hash_catalog(take_listing(plan.images[~plan.is_erased]))
     listing = plan.listing
     if listing is None or hash_names(listing) != hash_names(plan.images):
         return hash_names(plan.images[~plan.is_erased])

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from fruitdask import __version__, store
 from fruitdask.config import Config, QualityConfig, ReduceConfig
 from fruitdask.pipeline.results import PCA, open_features
-from fruitdask.storage import Location
+from fruitdask.storage import Location, exists
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -28,6 +28,10 @@ COMPONENT_ARRAYS = {
 }
 #: Features are reduced in blocks of about this size, several chunks of the store: matrix products of small blocks cost half as much again.
 BLOCK_BYTES = 20 * 1024**2
+#: Rows that are projected at once, at most.
+_PROJECTED_ROWS = 4096
+#: Where more images than this fraction of those of the fit have changed, it is fitted anew.
+_REFIT_FRACTION = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,15 +49,66 @@ class Reduction:
         Coordinates on the map of t-SNE (image, 2), float32; NaN for images that failed or were not sampled.
     quality : dict[str, Any] or None
         How well the features separate the classes; None where that was not asked for.
+    fit : dict[str, Any]
+        How many images the fit of the components saw, how many have changed since, and its settings; JSON.
+    is_kept : bool
+        Whether the components are those of an earlier run.
     """
 
     components: "PrincipalComponents"
     scores: Scores
     tsne: Scores | None
     quality: dict[str, Any] | None
+    fit: dict[str, Any]
+    is_kept: bool
 
 
-def reduce_features(config: Config, output: Location, labels: npt.NDArray[Any]) -> Reduction:
+def choose_components(config: Config, output: Location, fit: dict[str, Any] | None) -> "PrincipalComponents | None":
+    """
+    Choose whether the components of an earlier run are kept.
+
+    Parameters
+    ----------
+    config : Config
+        Its section ``reduce`` counts.
+    output : Location
+        The output folder.
+    fit : dict[str, Any] or None
+        What the manifest says of the fit, as in ``Reduction.fit``; None where there was none.
+
+    Returns
+    -------
+    PrincipalComponents or None
+        The components; None where they are to be fitted.
+
+    Raises
+    ------
+    StorageError
+        If they cannot be read.
+    """
+    from fruitdask.reduce import PrincipalComponents
+
+    refit, location = config.reduce.refit, output.child(PCA)
+    if (
+        fit is None
+        or refit == "always"
+        or not fit.items() >= _describe_settings(config).items()
+        or not exists(location)
+    ):
+        return None
+    if refit == "auto" and fit["n_changed"] > _REFIT_FRACTION * fit["n_images"]:
+        return None
+    return PrincipalComponents(**store.read_arrays(location))
+
+
+def reduce_features(
+    config: Config,
+    output: Location,
+    labels: npt.NDArray[Any],
+    *,
+    kept: "PrincipalComponents | None",
+    fit: dict[str, Any] | None,
+) -> Reduction:
     """
     Fit and apply the reductions to the images that have features, and judge these.
 
@@ -65,6 +120,10 @@ def reduce_features(config: Config, output: Location, labels: npt.NDArray[Any]) 
         The output folder with the features.
     labels : numpy.ndarray
         The classes of all images.
+    kept : PrincipalComponents or None
+        The components, where those of an earlier run are kept.
+    fit : dict[str, Any] or None
+        What is known of their fit.
 
     Returns
     -------
@@ -83,16 +142,42 @@ def reduce_features(config: Config, output: Location, labels: npt.NDArray[Any]) 
     rows = np.flatnonzero(is_ok)
     check_n_components(settings.n_components, n_images=len(rows), n_features=features.shape[1])
     ok = features if is_ok.all() else features[rows]
-    found = fit_components(settings, ok)
-    fitted = found.truncate(settings.n_components)
-    scores = _spread(fitted.transform(ok).astype(np.float32).compute(), rows, len(is_ok))
+    needs_fit = settings.tsne.enabled or config.quality.enabled
+    # Components that are kept are not all that there are.
+    found = fit_components(settings, ok) if kept is None or needs_fit else kept
+    fitted = found.truncate(settings.n_components) if kept is None else kept
+    scores = _project(features, fitted)
     tsne = None
     if settings.tsne.enabled:
         sampled = sample_rows(len(rows), max_rows=settings.tsne.max_rows, seed=settings.tsne.seed)
         tsne_scores = found.truncate(TSNE_COMPONENTS).transform(ok[sampled]).compute()
         embedding = embed_tsne(tsne_scores, perplexity=settings.tsne.perplexity, seed=settings.tsne.seed)
         tsne = _spread(embedding, rows[sampled], len(is_ok))
-    return Reduction(fitted, scores, tsne, _judge(config.quality, ok, labels[rows], found))
+    quality = _judge(config.quality, ok, labels[rows], found)
+    if kept is None or fit is None:
+        fit = {"n_images": len(rows), "n_changed": 0} | _describe_settings(config)
+    return Reduction(fitted, scores, tsne, quality, fit, is_kept=kept is not None)
+
+
+def _describe_settings(config: Config) -> dict[str, Any]:
+    """Say which settings a fit depends on."""
+    return config.reduce.model_dump(include={"n_components", "solver", "seed"})
+
+
+def _project(features: "da.Array", fitted: "PrincipalComponents") -> Scores:
+    """
+    Project all images onto components; those without features come out as NaN.
+
+    In blocks of the same shape, filled up at the end, in which an image has the same place however many follow: so matrix products give
+    it the same numbers to the last bit.
+    """
+    import dask.array as da
+
+    n_images, n_features = features.shape
+    n_rows = min(_PROJECTED_ROWS, max(1, BLOCK_BYTES // (features.dtype.itemsize * n_features)))
+    padded = da.pad(features, ((0, -n_images % n_rows), (0, 0))).rechunk((n_rows, n_features))
+    scores: Scores = fitted.transform(padded)[:n_images].astype(np.float32).compute()
+    return scores
 
 
 def fit_components(settings: ReduceConfig, features: "da.Array") -> "PrincipalComponents":

@@ -4,8 +4,11 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
+import pandas as pd
+
 from fruitdask import __version__, store
 from fruitdask.errors import DamageError
+from fruitdask.pipeline.results import PCA
 from fruitdask.storage import Location
 from fruitdask.store import Fault, Remedy
 
@@ -61,10 +64,15 @@ def repair_faults(output: Location, faults: Iterable[Fault]) -> None:
     names = [fault.where for fault in by_remedy.get("restore", ())]
     if store.MANIFEST in names:
         store.write_manifest(output, restore_manifest(output) or {})
-    _restore_store(output, [name for name in names if name != store.MANIFEST])
+    if store.CATALOG in names:
+        _restore_catalog(output)
+    _restore_store(output, [name for name in names if name not in (store.MANIFEST, store.CATALOG)])
     if {"compute", "reduce"} & set(by_remedy):
         # Nobody must take the results for good until they are made again.
         _change_manifest(output, status="running")
+    if any(fault.where.startswith(PCA) for fault in by_remedy.get("reduce", ())):
+        # Otherwise the next run might keep the components that are there.
+        store.delete_result(output, PCA)
     for fault in by_remedy.get("compute", ()):
         store.delete_result(output, f"{store.PARTITIONS}/{fault.partition:05d}.parquet")
     if "explore" in by_remedy:
@@ -73,6 +81,15 @@ def repair_faults(output: Location, faults: Iterable[Fault]) -> None:
         _change_manifest(output, presented=None)
     for fault in by_remedy.get("delete", ()):
         store.delete_result(output, fault.where)
+
+
+def _restore_catalog(output: Location) -> None:
+    """Write again which image each row is of, by the outcomes of all images; it is deleted where these do not know sizes and versions."""
+    store.delete_result(output, store.CATALOG)
+    columns = ("path", "label", *store.VERSION_COLUMNS)
+    with suppress(DamageError):
+        tables = list(store.read_outcomes(output, sorted(store.list_committed(output)), columns=columns))
+        store.write_catalog(output, pd.concat(tables, ignore_index=True))
 
 
 def _restore_store(output: Location, names: list[str]) -> None:

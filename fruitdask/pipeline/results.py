@@ -1,6 +1,7 @@
 """What a finished run has left: read when it is asked for."""
 
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +36,14 @@ class RunResult:
         What was run, on what, when, and the counts.
     n_computed : int
         Images that this run computed; the others were done before.
+    changes : Mapping[str, int]
+        Images ``added``, ``changed``, ``vanished``, ``retried`` and ``kept``, where there were results before that this run has changed.
     """
 
     output: Location
     manifest: dict[str, Any] = field(repr=False)
     n_computed: int
+    changes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def table(self) -> pd.DataFrame:

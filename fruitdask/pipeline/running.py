@@ -5,8 +5,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,12 @@ from fruitdask.errors import FruitdaskError, LimitError, PartitionError, TooMany
 from fruitdask.mapping import map_partitions
 from fruitdask.models import ModelArtifact, fingerprint_model, settle_engine, start_building
 from fruitdask.pipeline.exploring import Survey
+from fruitdask.pipeline.growing import Backlog, Rows, describe_fit, find_backlog, format_changes, order_images
 from fruitdask.pipeline.inputs import Inputs, dump_config, prepare_inputs, settle_erasure
 from fruitdask.pipeline.planning import LOCAL_REDUCE_BYTES, Plan, Work, estimate
 from fruitdask.pipeline.presenting import describe_presentation, present
 from fruitdask.pipeline.processing import describe_processing, describe_protection
-from fruitdask.pipeline.reducing import reduce_features, write_components
+from fruitdask.pipeline.reducing import Reduction, choose_components, reduce_features, write_components
 from fruitdask.pipeline.results import PCA, RunResult, open_features
 from fruitdask.pipeline.spending import Budget
 from fruitdask.progress import RunProgress
@@ -32,7 +34,6 @@ from fruitdask.storage import Location, exists
 
 if TYPE_CHECKING:
     from fruitdask.featurize import PartitionSummary
-    from fruitdask.reduce import PrincipalComponents
 
 #: Sections of the configuration on which the tables depend.
 _REDUCING = ("reduce", "quality")
@@ -51,6 +52,7 @@ class _Task:
     committed: frozenset[int]
     budget: Budget
     lock: store.OutputLock | None
+    retry_failed: bool
 
     @property
     def config(self) -> Config:
@@ -61,22 +63,54 @@ class _Task:
         return self.inputs.output
 
     @property
-    def catalog(self) -> pd.DataFrame:
-        return self.inputs.catalog
+    def n_listed(self) -> int:
+        """Images in the input."""
+        return len(self.inputs.catalog)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The images in the order of the store's rows."""
+        return order_images(self.inputs, has_commits=bool(self.committed))
+
+    @cached_property
+    def backlog(self) -> Backlog:
+        """What is to be computed; of a complete run it is known without a look at outcomes."""
+        if self._is_settled and self.manifest is not None:
+            counts = self.manifest["counts"]
+            n_failed = sum(counts["by_status"].values()) - counts["by_status"].get("ok", 0) - counts.get("vanished", 0)
+            if not (n_failed and self.retry_failed):
+                return Backlog({}, n_images=0, n_failed=n_failed, n_retried=0, done=set(self.committed))
+        return find_backlog(
+            self.output,
+            self.rows,
+            self.committed,
+            images_per_partition=self.images_per_partition,
+            retry_failed=self.retry_failed,
+        )
 
     @property
     def n_partitions(self) -> int:
-        return -(-len(self.catalog) // self.images_per_partition)
+        return -(-len(self.rows.catalog) // self.images_per_partition)
 
     @property
-    def n_images_done(self) -> int:
-        last_is_done = self.n_partitions - 1 in self.committed
-        missing_in_last = self.n_partitions * self.images_per_partition - len(self.catalog)
-        return len(self.committed) * self.images_per_partition - (missing_in_last if last_is_done else 0)
+    def has_other_images(self) -> bool:
+        """Whether the input is not what it was in the run before."""
+        if self.manifest is None:
+            return False
+        theirs = self.manifest["fingerprint"]["catalog"]
+        return bool(theirs != self.fingerprint.get("catalog", theirs))
+
+    @property
+    def _is_settled(self) -> bool:
+        """Whether the run before is complete, and was of the images of this one."""
+        if self.manifest is None or self.manifest["status"] != "complete" or self.has_other_images:
+            return False
+        n_images: int = self.manifest["n_images"]
+        return len(self.committed) == -(-n_images // self.images_per_partition)
 
     @property
     def has_features(self) -> bool:
-        return len(self.committed) == self.n_partitions
+        return self.manifest is not None and not self.backlog.todo and not self.has_other_images
 
     @property
     def is_reduced(self) -> bool:
@@ -96,14 +130,20 @@ class _Task:
         return is_same and all(exists(self.output.child(name)) for name in names)
 
 
-def run(config: Config, *, client: Any = None, progress: RunProgress | None = None) -> RunResult:
+def run(
+    config: Config, *, retry_failed: bool = False, client: Any = None, progress: RunProgress | None = None
+) -> RunResult:
     """
     Run the whole pipeline: list, featurize, reduce, write. What an earlier run has done is not done again.
+
+    Where the input has changed since, images that are new or changed are computed, and those that are gone are recorded as missing.
 
     Parameters
     ----------
     config : Config
         What to do, from `fruitdask.load_config`.
+    retry_failed : bool
+        Whether images that have failed in an earlier run are computed again.
     client : distributed.Client, optional
         A cluster to use instead of the one that the configuration describes; it is left open.
     progress : RunProgress, optional
@@ -123,8 +163,8 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
     clock = _Clock()
     with progress, ExitStack() as locks:
         progress.begin("Listing images")
-        task = _prepare(config, client, clock, progress, locks)
-        _check_failures(task, _count_failed(task))
+        task = _prepare(config, client, clock, progress, locks, retry_failed=retry_failed)
+        _check_failures(task, task.backlog.n_failed)
         if config.model.weights == "random":
             progress.say("Warning: model.weights is random; features of an untrained network say little about images.")
         survey = _plan_survey(task)
@@ -132,6 +172,9 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
             return RunResult(task.output, task.manifest, n_computed=0)
         store.delete_strays(task.output)
         _check_limits(task, client, clock, progress)
+        changes = _count_changes(task)
+        if changes:
+            progress.say(f"Since the last run: {format_changes(changes)}.")
         with _cost_noted(task), ExitStack() as stack:
             manifest = task.manifest
             if manifest is None or not task.has_features:
@@ -143,17 +186,17 @@ def run(config: Config, *, client: Any = None, progress: RunProgress | None = No
             if not task.is_reduced:
                 manifest = _reduce_features(task, manifest, client, stack, clock, progress)
             progress.begin("Closing the cluster")
-        n_computed = len(task.catalog) - task.n_images_done
+        n_computed = task.backlog.n_images
         # Seconds of stages that were done before are those of the run that did them; so is the total, if that computed the features.
         manifest["seconds"] |= clock.seconds | ({"total": clock.total_seconds} if n_computed else {})
-        manifest |= {"config": dump_config(config)} | ({"n_computed": n_computed} if n_computed else {})
+        manifest |= {"config": dump_config(config)} | ({} if task.has_features else {"n_computed": n_computed})
         record = describe_processing(config, since=manifest["finished"])
         manifest |= {"regions": task.inputs.regions, "processing": manifest.get("processing", {}) | record}
         manifest |= task.budget.describe()
         store.write_manifest(task.output, manifest)
         progress.begin("Drawing")
         manifest = present(config, task.output) or manifest
-    return RunResult(task.output, manifest, n_computed=n_computed)
+    return RunResult(task.output, manifest, n_computed=n_computed, changes=changes)
 
 
 def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
@@ -205,7 +248,15 @@ class _Clock:
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def _prepare(config: Config, client: Any, clock: _Clock, progress: RunProgress, locks: ExitStack | None) -> _Task:
+def _prepare(
+    config: Config,
+    client: Any,
+    clock: _Clock,
+    progress: RunProgress,
+    locks: ExitStack | None,
+    *,
+    retry_failed: bool = False,
+) -> _Task:
     """Check all that can be checked before anything is started; without a place for its lock, nothing is written either."""
     with clock.measure("list"):
         inputs = prepare_inputs(config, client=client)
@@ -218,7 +269,8 @@ def _prepare(config: Config, client: Any, clock: _Clock, progress: RunProgress, 
     elif (store.read_manifest(output) or {}).get("status") == store.ERASED:
         # Which images are left, the run will find out.
         del fingerprint["catalog"]
-    manifest = store.check_output(output, fingerprint, overwrite=config.output.overwrite)
+    manifest = store.check_output(output, fingerprint, overwrite=config.output.overwrite, may_grow=True)
+    has_store = manifest is not None and store.open_store(output) is not None
     return _Task(
         inputs=inputs,
         fingerprint=fingerprint,
@@ -228,7 +280,7 @@ def _prepare(config: Config, client: Any, clock: _Clock, progress: RunProgress, 
             else config.featurize.images_per_partition or choose_partition_size(len(catalog))
         ),
         manifest=manifest,
-        committed=_find_done(output, manifest),
+        committed=frozenset(store.list_committed(output) if has_store else ()),
         budget=Budget(
             config.limits,
             # A cluster of somebody else's costs this run nothing.
@@ -238,18 +290,8 @@ def _prepare(config: Config, client: Any, clock: _Clock, progress: RunProgress, 
             elapsed_seconds=clock.total_seconds,
         ),
         lock=lock,
+        retry_failed=retry_failed,
     )
-
-
-def _find_done(output: Location, manifest: dict[str, Any] | None) -> frozenset[int]:
-    """Find the partitions that are done; one of whose images some were out of reach is not, for they may be within reach by now."""
-    if manifest is None or store.open_store(output) is None:
-        return frozenset()
-    committed = store.list_committed(output)
-    if manifest["status"] == "complete" and "unreachable" not in manifest["counts"]["by_status"]:
-        return frozenset(committed)
-    n_images = manifest["images_per_partition"]
-    return frozenset(committed - store.list_unreachable(output, sorted(committed), images_per_partition=n_images))
 
 
 def _describe_work(task: _Task, client: Any, clock: _Clock) -> Work:
@@ -257,7 +299,7 @@ def _describe_work(task: _Task, client: Any, clock: _Clock) -> Work:
     return Work(
         task.inputs,
         images_per_partition=task.images_per_partition,
-        n_left=len(task.catalog) - task.n_images_done,
+        n_left=task.backlog.n_images,
         list_seconds=clock.seconds["list"],
         spent_dollars=task.budget.spent_dollars,
         client=client,
@@ -293,7 +335,7 @@ def _start(task: _Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifa
     from fruitdask.featurize import prepare_workers
     from fruitdask.reduce import check_n_components
 
-    check_n_components(task.config.reduce.n_components, n_images=len(task.catalog))
+    check_n_components(task.config.reduce.n_components, n_images=task.n_listed)
     model = settle_engine(task.config)
     with start_building(model) as wait_for_artifact:
         client = client or stack.enter_context(task.budget.open_client())
@@ -329,22 +371,29 @@ def _reduce_features(
     """Reduce the features and write the tables; gives the manifest of the complete run."""
     progress.begin("Reducing")
     with clock.measure("reduce"), _choose_scheduler(task, client, stack):
-        reduction = reduce_features(task.config, task.output, task.catalog["label"].to_numpy())
+        fit = manifest.get("pca", {}).get("fit")
+        kept = choose_components(task.config, task.output, fit)
+        labels = task.rows.catalog["label"].to_numpy()
+        reduction = reduce_features(task.config, task.output, labels, kept=kept, fit=fit)
     progress.begin("Writing results")
     with clock.measure("write"):
         # Should this be interrupted, the next run must not take a mixture of old and new tables for results.
         manifest = manifest | {"status": "running"}
+        if not reduction.is_kept:
+            # Nor old and new components for those of a fit.
+            manifest.pop("pca", None)
         store.write_manifest(task.output, manifest)
         # They show other numbers; whether they are drawn again is for the configuration to say.
         for name in (report.PAGE, *(f"{store.FIGURES}/{figure}.png" for figure in store.FIGURE_NAMES)):
             store.delete_result(task.output, name)
         outcomes = store.read_outcomes(task.output, range(task.n_partitions))
         counts = report.write_results(task.output, outcomes, pca=reduction.scores, tsne=reduction.tsne)
-        write_components(task.output, reduction.components)
+        if not reduction.is_kept:
+            write_components(task.output, reduction.components)
         store.delete_result(task.output, store.QUALITY)
         if reduction.quality is not None:
             store.write_json(task.output.child(store.QUALITY), reduction.quality)
-    return manifest | _describe_results(task, reduction.components, counts)
+    return manifest | _describe_results(task, reduction, counts)
 
 
 def _choose_scheduler(task: _Task, client: Any, stack: ExitStack) -> AbstractContextManager[Any]:
@@ -363,19 +412,23 @@ def _begin_output(task: _Task, artifact: ModelArtifact, client: Any) -> dict[str
     """Write the manifest of a run that begins, and the empty store where there is none."""
     from fruitdask.reduce import check_n_components, check_solver
 
-    shape = {"n_images": len(task.catalog), "n_features": artifact.n_features}
+    shape = {"n_images": task.n_listed, "n_features": artifact.n_features}
     check_n_components(task.config.reduce.n_components, **shape)
     check_solver(task.config.reduce.solver, **shape)
     if task.config.output.overwrite:
         store.clear_output(task.output)
+    before, changes = task.manifest or {}, _count_changes(task)
+    n_changed = sum(changes.values()) - changes.get("kept", 0)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = {
         "fruitdask": __version__,
         "status": "running",
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": started,
         "fingerprint": task.fingerprint,
-        "n_images": len(task.catalog),
+        "n_images": len(task.rows.catalog),
         "images_per_partition": task.images_per_partition,
-        "erasures": (task.manifest or {}).get("erasures", []),
+        "history": before.get("history", []) + ([{"at": started} | changes] if changes else []),
+        "erasures": before.get("erasures", []),
         "model": _describe_model(artifact),
         "cluster": {
             "kind": task.config.cluster.kind,
@@ -389,22 +442,36 @@ def _begin_output(task: _Task, artifact: ModelArtifact, client: Any) -> dict[str
         "processing": describe_processing(task.config),
         "seconds": {},
     } | task.budget.describe()
+    manifest |= describe_fit(task.manifest, n_changed)
     store.write_manifest(task.output, manifest)
     manifest["processing"] |= describe_protection(task.config, task.output.child(store.MANIFEST), client)
+    attributes = {
+        "fruitdask": __version__,
+        "fingerprint": task.fingerprint,
+        "model": manifest["model"],
+        "class_names": sorted(set(task.rows.catalog["label"])),
+    }
+    _make_room(task, artifact.n_features, attributes)
+    return manifest
+
+
+def _make_room(task: _Task, n_features: int, attributes: dict[str, Any]) -> None:
+    """Make the store ready for all images: an empty one where nothing is committed, else the one that is there, where it has to grow."""
+    catalog, output, changes = task.rows.catalog, task.output, task.rows.changes
     if not task.committed:
         store.create_store(
-            task.output,
-            n_images=len(task.catalog),
-            n_features=artifact.n_features,
+            output,
+            n_images=len(catalog),
+            n_features=n_features,
             images_per_partition=task.images_per_partition,
-            attributes={
-                "fruitdask": __version__,
-                "fingerprint": task.fingerprint,
-                "model": manifest["model"],
-                "class_names": sorted(set(task.catalog["label"])),
-            },
+            attributes=attributes,
         )
-    return manifest
+        store.write_catalog(output, catalog)
+    elif changes:
+        if changes["kept"] < len(catalog):
+            store.write_catalog(output, catalog)
+        # Also where the catalog says so already: a run that was interrupted may have come so far and no further.
+        store.resize_store(output, n_images=len(catalog), attributes=attributes)
 
 
 def _featurize(
@@ -414,17 +481,19 @@ def _featurize(
     from fruitdask.featurize import FeaturizeJob, featurize_partition, probe_partition
 
     explore_job = survey.begin() if survey is not None else None
-    if explore_job is not None and explore_job.input_px != artifact.input_px:
+    is_in_order = task.rows.catalog["path"].equals(task.inputs.catalog["path"])
+    if explore_job is not None and (explore_job.input_px != artifact.input_px or not is_in_order):
         explore_job = None
     job = FeaturizeJob(task.inputs.source, task.output, explore_job)
     seconds: Counter[str] = Counter()
-    n_failed = _count_failed(task)
+    backlog, n_failed = task.backlog, task.backlog.n_failed
     progress.begin("Featurizing")
-    progress.begin_images(len(task.catalog), n_done=task.n_images_done)
+    progress.begin_images(task.n_listed, n_done=task.n_listed - backlog.n_images)
 
     def note(summary: "PartitionSummary") -> None:
         nonlocal n_failed
         n_failed += summary.n_failed
+        backlog.done.add(summary.index)
         seconds.update(summary.seconds)
         if survey is not None and summary.findings is not None:
             survey.add(summary.findings)
@@ -434,7 +503,8 @@ def _featurize(
         if task.lock is not None:
             task.lock.check()
 
-    todo = (part for part in split_catalog(task.catalog, task.images_per_partition) if part.index not in task.committed)
+    parts = split_catalog(task.rows.catalog, task.images_per_partition)
+    todo = (replace(part, rows=backlog.todo[part.index]) for part in parts if part.index in backlog.todo)
     try:
         map_partitions(
             client, featurize_partition, todo, job, delivered=artifact, on_result=note, probe=probe_partition
@@ -446,13 +516,13 @@ def _featurize(
     return {stage: round(value, 3) for stage, value in seconds.items()}
 
 
-def _count_failed(task: _Task) -> int:
-    """Count the failures of an earlier run."""
-    if task.manifest is not None and task.manifest["status"] == "complete" and task.has_features:
-        by_status: dict[str, int] = task.manifest["counts"]["by_status"]
-        return sum(by_status.values()) - by_status.get("ok", 0)
-    tables = store.read_outcomes(task.output, sorted(task.committed))
-    return sum(int((table["status"] != "ok").sum()) for table in tables)
+def _count_changes(task: _Task) -> dict[str, int]:
+    """Count what this run changes in results that were there; nothing where it goes on with what an earlier one has begun to change."""
+    n_retried = task.backlog.n_retried
+    if not (task.committed and (task.has_other_images or n_retried)):
+        return {}
+    kept = {"added": 0, "changed": 0, "vanished": 0, "kept": task.n_listed} | task.rows.changes
+    return kept | {"retried": n_retried, "kept": kept["kept"] - n_retried}
 
 
 def _plan_survey(task: _Task) -> Survey | None:
@@ -467,28 +537,31 @@ def _plan_survey(task: _Task) -> Survey | None:
 
 
 def _check_failures(task: _Task, n_failed: int) -> None:
-    """End a run in which too many images have failed, and say which."""
+    """End a run in which too many images of the input have failed, and say which."""
     limit = task.config.featurize.max_failed_fraction
-    if n_failed <= limit * len(task.catalog):
+    if n_failed <= limit * task.n_listed:
         return
-    done = sorted(store.list_committed(task.output))
-    failures = [table[table["status"] != "ok"] for table in store.read_outcomes(task.output, done)]
+    tables = store.read_outcomes(task.output, sorted(task.backlog.done))
+    failures = [table[table["status"] != "ok"] for table in tables]
     report.write_failures(task.output, pd.concat(failures))
     raise TooManyFailuresError(
-        f"{n_failed:,} of {len(task.catalog):,} images failed, more than featurize.max_failed_fraction ({limit:g}) allows; see "
+        f"{n_failed:,} of {task.n_listed:,} images failed, more than featurize.max_failed_fraction ({limit:g}) allows; see "
         f"{task.output.child('failures.csv').url} for the reasons; "
-        "raise the limit and run again to go on, or mend the images and run with --overwrite"
+        "mend the images or raise the limit, and run again to go on"
     )
 
 
-def _describe_results(task: _Task, fitted: "PrincipalComponents", counts: report.Counts) -> dict[str, Any]:
+def _describe_results(task: _Task, reduction: Reduction, counts: report.Counts) -> dict[str, Any]:
     """Say in the manifest what came out."""
+    fitted, n_vanished = reduction.components, len(task.rows.catalog) - task.n_listed
     return {
         "status": "complete",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": dump_config(task.config),
-        "counts": {"by_status": dict(counts.by_status), "by_class": counts.by_class()},
+        "counts": {"by_status": dict(counts.by_status), "by_class": counts.by_class(), "vanished": n_vanished},
         "pca": {
+            "is_kept": reduction.is_kept,
+            "fit": reduction.fit,
             "n_components": fitted.n_components,
             "explained_variance_ratio": [round(float(ratio), 6) for ratio in fitted.explained_variance_ratio],
         },

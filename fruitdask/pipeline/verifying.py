@@ -9,8 +9,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import pandas as pd
+
 from fruitdask import report, store
-from fruitdask.errors import OutputError
+from fruitdask.errors import DamageError, OutputError
 from fruitdask.exploration import check_exploration
 from fruitdask.pipeline.checking import StoredRun, Tally, check_components, check_partitions, read_components
 from fruitdask.pipeline.repairing import repair_faults, restore_manifest, shape_store
@@ -177,8 +179,9 @@ def _check_run(output: Location, manifest: dict[str, Any], ledger: _Ledger, prog
     components, faults = None, []
     if is_complete:
         components, faults = read_components(output, n_features=arrays["features"].shape[1])
-    run = StoredRun(output, manifest, arrays, frozenset(committed), components)
     ledger.faults += faults
+    catalog = _read_catalog(output, manifest, ledger)
+    run = StoredRun(output, manifest, arrays, frozenset(committed), components, catalog)
     ledger.faults += _check_marks(run, ledger.notes)
     tally = check_partitions(run, progress)
     ledger.faults += tally.faults
@@ -187,6 +190,32 @@ def _check_run(output: Location, manifest: dict[str, Any], ledger: _Ledger, prog
         ledger.notes.append("the features were stored without checksums, by an earlier version: not every damage shows")
     if is_complete:
         _check_results(run, tally, ledger, progress)
+
+
+def _read_catalog(output: Location, manifest: dict[str, Any], ledger: _Ledger) -> pd.DataFrame | None:
+    """Read which image each row is of; outcomes of all images say it too."""
+    remedy: store.Remedy = "restore" if manifest["status"] == "complete" else "none"
+    try:
+        catalog = store.read_catalog(output)
+    except DamageError as error:
+        ledger.faults.append(Fault(store.CATALOG, store.describe_damage(error), remedy))
+        return None
+    if catalog is None and _knows_versions(output):
+        ledger.faults.append(Fault(store.CATALOG, "it is missing", remedy))
+    if catalog is not None and len(catalog) < manifest["n_images"]:
+        what = f"expected {manifest['n_images']:,} images, found {len(catalog):,}"
+        ledger.faults.append(Fault(store.CATALOG, what, remedy))
+        return None
+    return catalog
+
+
+def _knows_versions(output: Location) -> bool:
+    """Tell whether the outcomes say of which versions of files they are, as those of stores with a catalog do."""
+    first = sorted(store.list_committed(output))[:1]
+    try:
+        return any(len(table) for table in store.read_outcomes(output, first, columns=store.VERSION_COLUMNS))
+    except DamageError:
+        return False
 
 
 def _compare_descriptions(
@@ -230,6 +259,9 @@ def _check_results(run: StoredRun, tally: Tally, ledger: _Ledger, progress: RunP
     ledger.faults += _check_drawings(run)
     if any(fault.remedy == "compute" for fault in ledger.faults):
         ledger.notes.append(f"{PCA} was not compared with the features, some of which are damaged")
+        return
+    if manifest["pca"].get("fit", {}).get("n_changed"):
+        ledger.notes.append(f"{PCA} was not compared with the features, some of which came after it was fitted")
         return
     progress.begin("Verifying principal components")
     ledger.faults += check_components(run)

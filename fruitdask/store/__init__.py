@@ -9,9 +9,12 @@ from fruitdask.store.arrays import (
     open_store,
     open_thumbnails,
     read_arrays,
+    read_partition,
+    resize_store,
     write_arrays,
     write_partition,
 )
+from fruitdask.store.catalogs import read_catalog, write_catalog
 from fruitdask.store.checks import (
     CheckedPartition,
     Fault,
@@ -32,6 +35,7 @@ from fruitdask.store.manifests import (
     check_output,
     clear_output,
     delete_result,
+    describe_mismatch,
     is_intact,
     read_json,
     read_manifest,
@@ -40,6 +44,7 @@ from fruitdask.store.manifests import (
     write_manifest,
 )
 from fruitdask.store.names import (
+    CATALOG,
     CHECKSUM,
     ERASED,
     ERASING,
@@ -54,11 +59,13 @@ from fruitdask.store.names import (
     STAGING,
     STATUSES,
     THUMBNAILS,
+    VERSION_COLUMNS,
 )
-from fruitdask.store.outcomes import list_committed, list_unreachable, read_outcomes
+from fruitdask.store.outcomes import list_committed, read_outcomes, read_rows
 from fruitdask.store.tables import read_table, write_table
 
 __all__ = [
+    "CATALOG",
     "CHECKSUM",
     "ERASED",
     "ERASING",
@@ -75,6 +82,7 @@ __all__ = [
     "STAGING",
     "STATUSES",
     "THUMBNAILS",
+    "VERSION_COLUMNS",
     "CheckedPartition",
     "Fault",
     "Remedy",
@@ -92,24 +100,29 @@ __all__ = [
     "delete_strays",
     "delete_thumbnails",
     "describe_damage",
+    "describe_mismatch",
     "find_strays",
     "finish_erasing",
     "has_checksums",
     "is_intact",
     "list_committed",
-    "list_unreachable",
     "locked",
     "open_store",
     "open_thumbnails",
     "read_arrays",
+    "read_catalog",
     "read_json",
     "read_manifest",
     "read_outcomes",
+    "read_partition",
     "read_quality",
+    "read_rows",
     "read_table",
+    "resize_store",
     "restore_store",
     "stage_rows",
     "write_arrays",
+    "write_catalog",
     "write_json",
     "write_manifest",
     "write_partition",

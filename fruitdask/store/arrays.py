@@ -15,7 +15,7 @@ from fruitdask.errors import StorageError
 from fruitdask.storage import Location, exists, explained
 from fruitdask.store.manifests import advise_repair, delete_result, seal
 from fruitdask.store.names import FEATURES, PARTITIONS, RUN_NAMES, STATUSES, THUMBNAILS
-from fruitdask.store.tables import write_table
+from fruitdask.store.tables import read_table, write_table
 
 #: How chunks are stored: compressed as Zarr does by default, then with a checksum, by which a reader of any language finds damage.
 _COMPRESSORS = (ZstdCodec(), Crc32cCodec())
@@ -161,8 +161,71 @@ def open_store(output: Location) -> zarr.Group | None:
         return group
 
 
+def resize_store(output: Location, *, n_images: int, attributes: Mapping[str, Any]) -> None:
+    """
+    Make room for more images behind those that are there; an interrupted resizing is completed.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder, whose store exists.
+    n_images : int
+        Rows, at least as many as there are.
+    attributes : Mapping[str, Any]
+        What a reader of the features needs to know now; JSON.
+
+    Raises
+    ------
+    StorageError
+        If the store cannot be written.
+    """
+    location = output.child(FEATURES)
+    with explained(location, "write"):
+        group: Any = zarr.open_group(**name_store(location), mode="r+")
+        for array in (group["features"], group["status"]):
+            array.resize((n_images, *array.shape[1:]))
+        group.attrs.update(seal(dict(group.attrs) | dict(attributes)))
+
+
+def read_partition(output: Location, *, index: int, start: int) -> tuple[npt.NDArray[np.float32], pd.DataFrame] | None:
+    """
+    Read what became of a partition.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    index : int
+        Which partition.
+    start : int
+        Its first row.
+
+    Returns
+    -------
+    tuple[numpy.ndarray, pandas.DataFrame] or None
+        Features, float32, and outcomes of its images; None where it is not committed.
+
+    Raises
+    ------
+    StorageError
+        If something cannot be read.
+    """
+    if not exists(output.child(*_name_mark(index))):
+        return None
+    outcomes, group = read_table(output, *_name_mark(index)), open_store(output)
+    if group is None:
+        return None
+    return np.asarray(StoredArray(group["features"], output)[start : start + len(outcomes)]), outcomes
+
+
 def write_partition(
-    output: Location, *, index: int, start: int, features: npt.NDArray[np.float32], outcomes: pd.DataFrame
+    output: Location,
+    *,
+    index: int,
+    start: int,
+    features: npt.NDArray[np.float32],
+    outcomes: pd.DataFrame,
+    is_committed: bool = False,
 ) -> None:
     """
     Store what became of a partition: features, then statuses, then the outcome file, which commits it.
@@ -178,7 +241,9 @@ def write_partition(
     features : numpy.ndarray
         Features of shape (n, n_features), float32; NaN where an image failed.
     outcomes : pandas.DataFrame
-        One row an image with the columns ``OUTCOME_COLUMNS``.
+        One row an image with the columns ``OUTCOME_COLUMNS``, and ``VERSION_COLUMNS`` where the store has a catalog.
+    is_committed : bool
+        Whether it is there already; its commit mark is then taken away first.
 
     Raises
     ------
@@ -186,6 +251,8 @@ def write_partition(
         If something cannot be written; the partition is then not committed.
     """
     location = output.child(FEATURES)
+    if is_committed:
+        delete_result(output, "/".join(_name_mark(index)))
     rows = slice(start, start + len(features))
     with explained(location, "write"):
         try:
@@ -196,7 +263,7 @@ def write_partition(
             ) from error
         group["features"][rows] = features
         group["status"][rows] = outcomes["status"].map(STATUSES.index).to_numpy(np.uint8)
-    write_table(output.child(PARTITIONS, f"{index:05d}.parquet"), outcomes)
+    write_table(output.child(*_name_mark(index)), outcomes)
 
 
 def create_thumbnails(output: Location, *, n_images: int, thumbnail_px: int, images_per_partition: int) -> None:
@@ -378,3 +445,8 @@ def name_store(location: Location) -> dict[str, Any]:
         fs = type(location.fs)(asynchronous=True, **location.options)
         return {"store": FsspecStore(fs, path=location.path)}
     return {"store": location.url, "storage_options": location.options}
+
+
+def _name_mark(index: int) -> tuple[str, str]:
+    """Name the outcome file of a partition."""
+    return PARTITIONS, f"{index:05d}.parquet"

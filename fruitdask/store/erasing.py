@@ -13,10 +13,22 @@ import pandas as pd
 
 from fruitdask.storage import Location, exists, explained
 from fruitdask.store.arrays import StoredArray, create_store, open_store, write_partition
+from fruitdask.store.catalogs import read_catalog, write_catalog
 from fruitdask.store.checks import find_strays
 from fruitdask.store.manifests import delete_result, read_manifest, write_manifest
-from fruitdask.store.names import ERASED, ERASING, EXPLORATION_NAMES, FEATURES, MANIFEST, PARTITIONS, RUN_NAMES, STAGING
-from fruitdask.store.outcomes import list_committed, read_outcomes
+from fruitdask.store.names import (
+    ERASED,
+    ERASING,
+    EXPLORATION_NAMES,
+    FEATURES,
+    MANIFEST,
+    OUTCOME_COLUMNS,
+    PARTITIONS,
+    RUN_NAMES,
+    STAGING,
+    VERSION_COLUMNS,
+)
+from fruitdask.store.outcomes import list_committed, read_rows
 
 
 def stage_rows(
@@ -46,7 +58,8 @@ def stage_rows(
     store: Any = open_store(output)
     if store is None:
         return
-    features, committed = StoredArray(store["features"], output), list_committed(output)
+    features, committed, catalog = StoredArray(store["features"], output), list_committed(output), read_catalog(output)
+    columns = OUTCOME_COLUMNS if catalog is None else OUTCOME_COLUMNS + VERSION_COLUMNS
     create_store(
         staging,
         n_images=len(rows),
@@ -56,12 +69,17 @@ def stage_rows(
     )
     for index, start in enumerate(range(0, len(rows), images_per_partition)):
         chosen = rows[start : start + images_per_partition]
-        sources, ordinals = np.unique(chosen // images_per_partition, return_inverse=True)
-        if committed.issuperset(sources.tolist()):
-            outcomes = pd.concat(read_outcomes(output, sources.tolist()))
+        sources = np.unique(chosen // images_per_partition).tolist()
+        if not committed.issuperset(sources):
+            continue
+        read = read_rows(output, sources, images_per_partition=images_per_partition, columns=columns)
+        outcomes = pd.concat(read)
+        # One that was the last before the input grew may not have been filled up.
+        if np.isin(chosen, outcomes.index).all():
             kept = features[chosen, :]
-            places = ordinals * images_per_partition + chosen % images_per_partition
-            write_partition(staging, index=index, start=start, features=kept, outcomes=outcomes.iloc[places])
+            write_partition(staging, index=index, start=start, features=kept, outcomes=outcomes.loc[chosen])
+    if catalog is not None:
+        write_catalog(staging, catalog.iloc[rows])
 
 
 def finish_erasing(output: Location) -> None:
@@ -88,6 +106,7 @@ def finish_erasing(output: Location) -> None:
         delete_strays(output)
         for name in (FEATURES, PARTITIONS):
             _copy_folder(output.child(STAGING, name), output.child(name))
+        _copy_catalog(output)
         write_manifest(output, manifest | {"status": ERASED})
     delete_result(output, STAGING)
 
@@ -116,3 +135,10 @@ def _copy_folder(source: Location, target: Location) -> None:
         if exists(source):
             source.fs.copy(f"{source.path}/", f"{target.path}/", recursive=True)
             target.fs.invalidate_cache()
+
+
+def _copy_catalog(output: Location) -> None:
+    """Put the catalog that was staged, if any, in its place."""
+    catalog = read_catalog(output.child(STAGING))
+    if catalog is not None:
+        write_catalog(output, catalog)

@@ -8,10 +8,12 @@ from typing import Any
 
 from fruitdask.errors import DamageError, OutputError, StorageError, StoreMismatchError
 from fruitdask.storage import Location, exists, explained, write_file
-from fruitdask.store.names import CHECKSUM, EXPLORATION, EXPLORATION_NAMES, MANIFEST, QUALITY, RUN_NAMES
+from fruitdask.store.names import CATALOG, CHECKSUM, EXPLORATION, EXPLORATION_NAMES, MANIFEST, QUALITY, RUN_NAMES
 
 
-def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite: bool) -> dict[str, Any] | None:
+def check_output(
+    output: Location, fingerprint: Mapping[str, str], *, overwrite: bool, may_grow: bool = False
+) -> dict[str, Any] | None:
     """
     Decide whether a run may use an output folder.
 
@@ -23,6 +25,8 @@ def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite:
         What determines the features: hashes by name.
     overwrite : bool
         Whether an earlier run's results may be deleted.
+    may_grow : bool
+        Whether a run of other images may be gone on with, where its store has a catalog and nothing was erased.
 
     Returns
     -------
@@ -57,11 +61,32 @@ def check_output(output: Location, fingerprint: Mapping[str, str], *, overwrite:
                 "delete the erased ones from the input too or name them in input.exclude, or begin again with --overwrite"
             )
         if theirs != ours:
-            raise StoreMismatchError(
-                f"{output.url} belongs to another run: its {name} has the fingerprint {_shorten(theirs)}, this run's is {_shorten(ours)}; "
-                "choose another output.url, or --overwrite to delete those results"
-            )
+            can_grow = name == "catalog" and manifest is not None and exists(output.child(CATALOG))
+            if can_grow and may_grow:
+                continue
+            difference = f"its {name} has the fingerprint {_shorten(theirs)}, this run's is {_shorten(ours)}"
+            advice = "; use fruitdask run to bring its results up to date with the input" if can_grow else ""
+            raise StoreMismatchError(describe_mismatch(output, difference + advice))
     return manifest
+
+
+def describe_mismatch(output: Location, difference: str) -> str:
+    """
+    Say that an output folder holds the results of another run.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    difference : str
+        What is different.
+
+    Returns
+    -------
+    str
+        The message of an error.
+    """
+    return f"{output.url} belongs to another run: {difference}; choose another output.url, or --overwrite to delete those results"
 
 
 def read_manifest(output: Location, *, name: str = MANIFEST) -> dict[str, Any] | None:

@@ -3,6 +3,8 @@
 #: What can become of an image; the position is its code in the store. ``pending`` is an image whose partition is not committed yet.
 STATUSES = ("pending", "ok", "unreadable", "too_large", "missing", "unreachable", "not_finite", "crashed")
 OUTCOME_COLUMNS = ("path", "label", "status", "error", "attempts")
+#: What an outcome file says besides: of which version of the file, as the catalog has it, an outcome is.
+VERSION_COLUMNS = ("bytes", "version")
 
 #: The two manifests: each is written first and says whose the other files are, and when it says "complete" they are.
 MANIFEST, EXPLORATION = "manifest.json", "explore.json"
@@ -15,6 +17,7 @@ CHECKSUM = "checksum"
 QUALITY = "quality.json"
 FEATURES = "features.zarr"
 PARTITIONS = "partitions"
+CATALOG = "catalog.parquet"
 THUMBNAILS = "thumbnails.zarr"
 STAGING = "erasing"
 FIGURES = "figures"
@@ -36,6 +39,7 @@ RUN_NAMES = (
     STAGING,
     PARTITIONS,
     FEATURES,
+    CATALOG,
     "pca.zarr",
     QUALITY,
     "results.parquet",

@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 
 from fruitdask.storage import Location, explained
-from fruitdask.store.names import OUTCOME_COLUMNS, PARTITIONS
+from fruitdask.store.names import OUTCOME_COLUMNS, PARTITIONS, VERSION_COLUMNS
 from fruitdask.store.tables import decode_table, decoded
 
 _COMMIT_MARK = re.compile(r"(\d{5,})\.parquet")
+_PARTITIONS_AT_ONCE = 256
 
 
 def list_committed(output: Location) -> set[int]:
@@ -40,37 +41,15 @@ def list_committed(output: Location) -> set[int]:
     return {int(match[1]) for name in names if (match := _COMMIT_MARK.fullmatch(name))}
 
 
-def list_unreachable(output: Location, indices: Sequence[int], *, images_per_partition: int) -> set[int]:
+def read_outcomes(
+    output: Location,
+    indices: Sequence[int],
+    *,
+    columns: Sequence[str] = OUTCOME_COLUMNS,
+    partitions_at_once: int = _PARTITIONS_AT_ONCE,
+) -> Iterator[pd.DataFrame]:
     """
-    List the partitions of which some images could not be read, though they were there.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    indices : Sequence[int]
-        Partitions to look at, ascending; they have commit marks.
-    images_per_partition : int
-        Images of each but the last partition of the run.
-
-    Returns
-    -------
-    set[int]
-        Indices of partitions.
-
-    Raises
-    ------
-    StorageError
-        If the outcomes cannot be read.
-    """
-    is_lost = [table["status"].to_numpy() == "unreachable" for table in read_outcomes(output, indices)]
-    rows = np.flatnonzero(np.concatenate([np.empty(0, bool), *is_lost]))
-    return {indices[place] for place in (rows // images_per_partition).tolist()}
-
-
-def read_outcomes(output: Location, indices: Sequence[int], *, partitions_at_once: int = 256) -> Iterator[pd.DataFrame]:
-    """
-    Read outcome rows in the order of the catalog.
+    Read outcome rows in the order of the store.
 
     Parameters
     ----------
@@ -78,6 +57,8 @@ def read_outcomes(output: Location, indices: Sequence[int], *, partitions_at_onc
         The output folder.
     indices : Sequence[int]
         Partitions to read, ascending.
+    columns : Sequence[str]
+        What to read of each row.
     partitions_at_once : int
         How many outcome files make one table: memory grows with it, the number of tables shrinks.
 
@@ -95,19 +76,64 @@ def read_outcomes(output: Location, indices: Sequence[int], *, partitions_at_onc
     """
     import pyarrow
 
-    folder = output.child(PARTITIONS)
     for first in range(0, len(indices), partitions_at_once):
-        files = [folder.child(f"{index:05d}.parquet") for index in indices[first : first + partitions_at_once]]
-        with explained(folder, "read"):
-            contents = folder.fs.cat_ranges([file.path for file in files], None, None, on_error="raise")
-        tables = [_decode_outcomes(file, data, output) for file, data in zip(files, contents, strict=True)]
-        yield pyarrow.concat_tables(tables).to_pandas()
+        chosen = indices[first : first + partitions_at_once]
+        yield pyarrow.concat_tables(_read_files(output, chosen, columns)).to_pandas()
 
 
-def _decode_outcomes(file: Location, data: bytes, output: Location) -> Any:
+def read_rows(
+    output: Location, indices: Sequence[int], *, images_per_partition: int, columns: Sequence[str]
+) -> Iterator[pd.DataFrame]:
+    """
+    Read outcome rows with the rows of the store that they belong to: a partition that was the last one may hold fewer than others.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    indices : Sequence[int]
+        Partitions to read, ascending.
+    images_per_partition : int
+        Rows a partition.
+    columns : Sequence[str]
+        What to read of each row.
+
+    Yields
+    ------
+    pandas.DataFrame
+        Outcomes of the next partitions; the index is the row in the store.
+
+    Raises
+    ------
+    StorageError
+        If a file cannot be read.
+    DamageError
+        If one is damaged.
+    """
+    import pyarrow
+
+    for first in range(0, len(indices), _PARTITIONS_AT_ONCE):
+        chosen = indices[first : first + _PARTITIONS_AT_ONCE]
+        tables = _read_files(output, chosen, columns)
+        rows = [
+            index * images_per_partition + np.arange(len(table)) for index, table in zip(chosen, tables, strict=True)
+        ]
+        yield pyarrow.concat_tables(tables).to_pandas().set_axis(np.concatenate(rows))
+
+
+def _read_files(output: Location, indices: Sequence[int], columns: Sequence[str]) -> list[Any]:
+    """Read some outcome files at once."""
+    folder = output.child(PARTITIONS)
+    files = [folder.child(f"{index:05d}.parquet") for index in indices]
+    with explained(folder, "read"):
+        contents = folder.fs.cat_ranges([file.path for file in files], None, None, on_error="raise")
+    return [_decode_outcomes(file, data, output, columns) for file, data in zip(files, contents, strict=True)]
+
+
+def _decode_outcomes(file: Location, data: bytes, output: Location, columns: Sequence[str]) -> Any:
     """Decode an outcome file; its columns are known, so that what pandas says about them is not needed."""
     with decoded(file, output):
         table = decode_table(data)
-        if tuple(table.column_names) != OUTCOME_COLUMNS:
+        if tuple(table.column_names) not in (OUTCOME_COLUMNS, OUTCOME_COLUMNS + VERSION_COLUMNS):
             raise ValueError(f"its columns are {', '.join(table.column_names)}")
-        return table.replace_schema_metadata(None)
+        return table.select(list(columns)).replace_schema_metadata(None)

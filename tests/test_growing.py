@@ -1,0 +1,651 @@
+"""Outputs whose input changes: only what is new or other is computed, and nothing that was there moves or is lost."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn.decomposition
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import fruitdask
+from fruitdask import store
+from fruitdask.cli import cli
+from fruitdask.config import Config, ModelConfig
+from fruitdask.errors import StoreMismatchError, TooManyFailuresError
+from fruitdask.pipeline import running, spending
+from fruitdask.storage import Location
+
+MakeConfig = Callable[..., Config]
+
+SIZE = 5
+
+
+def draw(folder: Path, *names: str, seed: int = 0) -> None:
+    """Draw images of noise that differ by name and seed, one class a folder."""
+    for name in names:
+        random = np.random.default_rng([seed, *name.encode()])
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, random.integers(20, 256), (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+
+
+def compute_colours(folder: Path, paths: list[str]) -> np.ndarray:
+    """Compute what the tiny model computes, with NumPy alone; NaN of what is not there."""
+    features = np.full((len(paths), 6), np.nan)
+    for row, path in enumerate(paths):
+        if (folder / path).exists():
+            pixels = np.asarray(Image.open(folder / path), np.float64)
+            features[row] = [*pixels.mean(axis=(0, 1)), *pixels.max(axis=(0, 1))]
+    return features
+
+
+def configure(source: Path, output: Path, model: ModelConfig, /, **sections: dict[str, Any]) -> Config:
+    """Make the configuration of a run of the tiny model in partitions of 5."""
+    defaults: dict[str, dict[str, Any]] = {
+        "input": {"url": str(source)},
+        "model": model.model_dump(),
+        "cluster": {"kind": "local", "n_workers": 1, "dashboard_address": None},
+        "featurize": {"images_per_partition": SIZE},
+        "output": {"url": str(output)},
+    } | {name: {"enabled": False} for name in ("explore", "quality", "plots", "report")}
+    names = [*defaults, *(name for name in sections if name not in defaults)]
+    return fruitdask.load_config({name: defaults.get(name, {}) | sections.get(name, {}) for name in names})
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder of 12 images: two whole partitions and one of two."""
+    draw(tmp_path / "in", *(f"{label}/{number}.png" for label in ("apple", "pear") for number in range(0, 12, 2)))
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def make_config(source: Path, tiny_model: ModelConfig, tmp_path: Path) -> MakeConfig:
+    """Make the configuration of a run on that folder, with sections of a test's own."""
+    return lambda **sections: configure(source, tmp_path / "out", tiny_model, **sections)
+
+
+def read_files(folder: Path, *names: str) -> dict[str, bytes]:
+    """Read all files below some folders of an output."""
+    files = (path for name in names for path in (folder / name).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def check(result: fruitdask.RunResult, source: Path, before: pd.DataFrame | None = None) -> None:
+    """Check a result against the files: each image there has its features, each other one is missing, and no row has moved."""
+    table, features = result.table, result.features.compute()
+    paths = list(table["path"])
+    expected = compute_colours(source, paths)
+    np.testing.assert_allclose(features, expected, rtol=1e-6)
+    assert list(table["status"]) == ["missing" if np.isnan(row).any() else "ok" for row in expected]
+    present = {str(path.relative_to(source)) for path in source.rglob("*.png")}
+    assert present <= set(paths) and len(set(paths)) == len(paths) == result.manifest["n_images"]
+    assert result.manifest["counts"]["vanished"] == len(paths) - len(present)
+    np.testing.assert_allclose(
+        result.pca.transform(expected), table.filter(like="pca_"), rtol=1e-4, atol=1e-3, equal_nan=True
+    )
+    if before is not None:
+        assert paths[: len(before)] == list(before["path"])
+        assert paths[len(before) :] == sorted(paths[len(before) :])
+
+
+def test_one_more_image_is_one_more_row(make_config: MakeConfig, client: Any, source: Path, tmp_path: Path) -> None:
+    first = fruitdask.run(make_config(), client=client)
+    table, files = first.table, read_files(tmp_path / "out", "features.zarr/features/c", "partitions")
+    # Its path is before all others; its row is behind them.
+    draw(source, "ananas/0.png")
+    result = fruitdask.run(make_config(), client=client)
+    assert result.n_computed == 1
+    assert result.changes == {"added": 1, "changed": 0, "vanished": 0, "retried": 0, "kept": 12}
+    check(result, source, table)
+    after = read_files(tmp_path / "out", "features.zarr/features/c", "partitions")
+    assert {name for name in files if files[name] != after[name]} == {
+        "features.zarr/features/c/2/0",
+        "partitions/00002.parquet",
+    }
+    assert files.keys() == after.keys()
+    group = store.open_store(result.output)
+    assert group is not None and group.attrs["class_names"] == ["ananas", "apple", "pear"]
+    (entry,) = result.manifest["history"]
+    assert entry == {"at": result.manifest["started"], **result.changes}
+
+
+def test_many_more_images_fill_the_last_partition_and_make_new_ones(
+    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
+) -> None:
+    before = fruitdask.run(make_config(), client=client).table
+    files = read_files(tmp_path / "out", "features.zarr/features/c", "partitions")
+    draw(source, *(f"quince/{number}.png" for number in range(11)), "apple/1.png")
+    result = fruitdask.run(make_config(), client=client)
+    assert result.n_computed == 12 and result.features.shape == (24, 6)
+    check(result, source, before)
+    after = read_files(tmp_path / "out", "features.zarr/features/c", "partitions")
+    assert {name for name in after if files.get(name) != after[name]} == {
+        f"{folder}/{index}"
+        for number in (2, 3, 4)
+        for folder, index in (("features.zarr/features/c", f"{number}/0"), ("partitions", f"{number:05d}.parquet"))
+    }
+    fresh = fruitdask.run(make_config(output={"url": str(tmp_path / "fresh")}), client=client)
+    order = fresh.table["path"].argsort().argsort()
+    assert list(order) == list(range(24))
+    by_path = np.argsort(result.table["path"].to_numpy())
+    np.testing.assert_array_equal(result.features.compute()[by_path], fresh.features.compute())
+
+
+def test_changed_image_is_computed_again_and_its_neighbours_are_kept(
+    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
+) -> None:
+    first = fruitdask.run(make_config(), client=client)
+    before, features = first.table, first.features.compute()
+    # Bits that no network gives show what was kept.
+    group: Any = store.open_store(first.output)
+    marked = features[:SIZE] * np.float32(1.0000001)
+    (outcomes,) = store.read_outcomes(first.output, [0], columns=(*store.OUTCOME_COLUMNS, *store.VERSION_COLUMNS))
+    store.write_partition(first.output, index=0, start=0, features=marked, outcomes=outcomes)
+    draw(source, "apple/4.png", seed=1)
+    result = fruitdask.run(make_config(), client=client)
+    assert result.n_computed == result.changes["changed"] == 1 and list(result.table["path"]) == list(before["path"])
+    row, now = list(before["path"]).index("apple/4.png"), np.asarray(store.open_store(result.output)["features"][:])
+    others = np.arange(12) != row
+    np.testing.assert_array_equal(now[others], np.concatenate([marked, features[SIZE:]])[others])
+    np.testing.assert_allclose(now[row], compute_colours(source, ["apple/4.png"])[0], rtol=1e-6)
+    assert group["features"].shape == (12, 6)
+
+
+def test_file_of_the_same_age_and_another_size_is_changed(make_config: MakeConfig, client: Any, source: Path) -> None:
+    fruitdask.run(make_config(), client=client)
+    age = (source / "pear" / "2.png").stat().st_mtime_ns
+    draw(source, "pear/2.png", seed=3)
+    os.utime(source / "pear" / "2.png", ns=(age, age))
+    result = fruitdask.run(make_config(), client=client)
+    assert result.changes["changed"] == 1
+    check(result, source)
+
+
+def test_vanished_image_is_recorded_and_comes_back(
+    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No failure is allowed: an image that is not in the input is none.
+    config = make_config(featurize={"max_failed_fraction": 0, "images_per_partition": SIZE})
+    before = fruitdask.run(config, client=client).table
+    (source / "pear" / "2.png").rename(tmp_path / "aside.png")
+    result = fruitdask.run(config, client=client)
+    assert result.n_computed == 0 and result.changes["vanished"] == 1
+    check(result, source, before)
+    failures = pd.read_csv(tmp_path / "out" / "failures.csv")
+    assert list(failures["path"]) == ["pear/2.png"] and failures["error"][0] == "it is not in the input any more"
+    with monkeypatch.context() as patch:
+        patch.setattr(spending, "open_client", lambda config: pytest.fail("a cluster was started"))
+        assert fruitdask.run(config).changes == fruitdask.run(config, retry_failed=True).changes == {}
+    # Of the same age and size as it was.
+    (tmp_path / "aside.png").rename(source / "pear" / "2.png")
+    back = fruitdask.run(config, client=client)
+    assert back.n_computed == back.changes["added"] == 1 and not (tmp_path / "out" / "failures.csv").exists()
+    check(back, source, before)
+    assert [entry["vanished"] for entry in back.manifest["history"]] == [1, 0]
+
+
+def test_excluded_image_is_not_read(make_config: MakeConfig, client: Any, source: Path) -> None:
+    fruitdask.run(make_config(), client=client)
+    result = fruitdask.run(make_config(input={"url": str(source), "exclude": ["pear/2.png"]}), client=client)
+    assert result.table.set_index("path").loc["pear/2.png", "status"] == "missing"
+    assert result.manifest["counts"]["by_status"] == {"ok": 11, "missing": 1}
+
+
+def test_renamed_class_is_new_and_the_old_one_missing(make_config: MakeConfig, client: Any, source: Path) -> None:
+    before = fruitdask.run(make_config(), client=client).table
+    (source / "pear").rename(source / "quince")
+    result = fruitdask.run(make_config(quality={"enabled": True}), client=client)
+    assert (result.changes["added"], result.changes["vanished"], result.changes["kept"]) == (6, 6, 6)
+    check(result, source, before)
+    counts = result.manifest["counts"]["by_class"]
+    assert counts["pear"] == {"ok": 0, "failed": 6} and counts["quince"] == {"ok": 6, "failed": 0}
+    assert result.quality is not None and set(result.quality["silhouette"]["by_class"]) == {"apple", "quince"}
+
+
+def test_relabelled_image_is_computed_again(make_config: MakeConfig, client: Any, source: Path, tmp_path: Path) -> None:
+    listed = pd.DataFrame({"path": sorted(str(path.relative_to(source)) for path in source.rglob("*.png"))})
+    listed.assign(label="fruit").to_csv(tmp_path / "list.csv", index=False)
+    config = make_config(input={"url": str(source), "manifest": str(tmp_path / "list.csv")})
+    fruitdask.run(config, client=client)
+    listed.assign(label=["sweet"] + ["fruit"] * 11).to_csv(tmp_path / "list.csv", index=False)
+    result = fruitdask.run(config, client=client)
+    assert result.changes["changed"] == 1 and list(result.table["label"]) == ["sweet"] + ["fruit"] * 11
+
+
+def test_run_on_a_grown_output_reads_no_catalog(
+    make_config: MakeConfig, client: Any, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fruitdask.run(make_config(), client=client)
+    draw(source, "ananas/0.png")
+    grown = fruitdask.run(make_config(), client=client)
+    for name in ("read_catalog", "read_rows", "read_outcomes"):
+        monkeypatch.setattr(store, name, lambda *arguments, **settings: pytest.fail("outcomes were read"))
+    again = fruitdask.run(make_config())
+    assert again.n_computed == 0 and again.changes == {} and again.manifest == grown.manifest
+
+
+@pytest.mark.parametrize("n_gone", [6, 7])
+def test_another_input_is_refused(
+    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path, n_gone: int
+) -> None:
+    fruitdask.run(make_config(), client=client)
+    before = read_files(tmp_path, "out")
+    for path in sorted(source.rglob("*.png"))[:n_gone]:
+        path.unlink()
+    draw(source, *(f"quince/{number}.png" for number in range(20)))
+    if n_gone == 6:
+        assert fruitdask.run(make_config(), client=client).changes["kept"] == 6
+        return
+    with pytest.raises(
+        StoreMismatchError,
+        match="only 5 of its 12 images are in this run's input; .*--overwrite to delete those results",
+    ):
+        fruitdask.run(make_config(), client=client)
+    assert read_files(tmp_path, "out") == before
+    assert fruitdask.run(make_config(output={"overwrite": True}), client=client).changes == {}
+
+
+def test_store_without_a_catalog_is_refused(make_config: MakeConfig, client: Any, source: Path, tmp_path: Path) -> None:
+    fruitdask.run(make_config(), client=client)
+    (tmp_path / "out" / "catalog.parquet").unlink()
+    draw(source, "ananas/0.png")
+    with pytest.raises(StoreMismatchError, match="its catalog has the fingerprint .*, this run's is .*--overwrite"):
+        fruitdask.run(make_config(), client=client)
+    (source / "ananas" / "0.png").unlink()
+    assert fruitdask.run(make_config(), client=client).n_computed == 0
+    (tmp_path / "out" / "partitions" / "00001.parquet").unlink()
+    assert fruitdask.run(make_config(), client=client).n_computed == SIZE
+
+
+def break_image(path: Path) -> Callable[[], None]:
+    """Spoil a file, which stays of the same size and age; gives what mends it."""
+    data, age = path.read_bytes(), path.stat().st_mtime_ns
+
+    def write(content: bytes) -> None:
+        path.write_bytes(content)
+        os.utime(path, ns=(age, age))
+
+    write(b"x" * len(data))
+    return lambda: write(data)
+
+
+def test_retry_failed_takes_failed_images_alone(
+    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mend = break_image(source / "apple" / "2.png")
+    break_image(source / "pear" / "8.png")
+    config = make_config(featurize={"max_failed_fraction": 0.2, "images_per_partition": SIZE})
+    first = fruitdask.run(config, client=client)
+    before, features = first.table, first.features.compute()
+    assert list(before["status"][before["status"] != "ok"]) == ["unreadable"] * 2
+    assert fruitdask.run(config).n_computed == 0
+    mend()
+    result = fruitdask.run(config, retry_failed=True, client=client)
+    assert result.n_computed == 2 and result.changes["retried"] == 2 and result.changes["kept"] == 10
+    table = result.table.set_index("path")
+    assert table.loc["apple/2.png", "status"] == "ok" and table.loc["pear/8.png", "status"] == "unreadable"
+    was_ok = (before["status"] == "ok").to_numpy()
+    np.testing.assert_array_equal(result.features.compute()[was_ok], features[was_ok])
+    outcomes = pd.concat(store.read_outcomes(result.output, [0, 1, 2])).set_index("path")["attempts"]
+    assert (
+        outcomes["apple/2.png"] == outcomes["pear/8.png"] == 2
+        and outcomes.drop(["apple/2.png", "pear/8.png"]).eq(1).all()
+    )
+    assert result.manifest["history"][-1]["retried"] == 2
+    # Those that have failed to the end count as they did.
+    with pytest.raises(TooManyFailuresError, match="1 of 12 images failed"):
+        fruitdask.run(make_config(featurize={"max_failed_fraction": 0}), client=client)
+    (source / "pear" / "8.png").unlink()
+    fruitdask.run(config, client=client)
+    monkeypatch.setattr(spending, "open_client", lambda config: pytest.fail("a cluster was started"))
+    assert fruitdask.run(config, retry_failed=True).changes == {}
+
+
+def test_attempts_count_on_where_all_images_of_a_partition_have_failed(
+    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
+) -> None:
+    for number in (8, 6):
+        break_image(source / "pear" / f"{number}.png")
+    config = make_config(featurize={"max_failed_fraction": 0.2})
+    for n_attempts in (1, 2, 3):
+        fruitdask.run(config, retry_failed=True, client=client)
+        (outcomes,) = store.read_outcomes(Location(str(tmp_path / "out")), [2])
+        assert list(outcomes["attempts"]) == [n_attempts] * 2 and set(outcomes["status"]) == {"unreadable"}
+
+
+def test_mended_images_are_computed_after_too_many_failures(make_config: MakeConfig, client: Any, source: Path) -> None:
+    for number in (0, 2, 4):
+        (source / "apple" / f"{number}.png").write_bytes(b"broken")
+    with pytest.raises(
+        TooManyFailuresError, match="3 of 12 images failed.*mend the images or raise the limit, and run again"
+    ):
+        fruitdask.run(make_config(featurize={"images_per_partition": 12}), client=client)
+    draw(source, *(f"apple/{number}.png" for number in (0, 2, 4)))
+    result = fruitdask.run(make_config(), client=client)
+    assert result.n_computed == 3
+    check(result, source)
+
+
+@pytest.mark.parametrize(
+    ("refit", "kept"), [("auto", [True, False, True]), ("always", [False] * 3), ("never", [True] * 3)]
+)
+def test_refit(make_config: MakeConfig, client: Any, source: Path, refit: str, kept: list[bool]) -> None:
+    draw(source, *(f"quince/{number}.png" for number in range(8)))
+    config = make_config(reduce={"refit": refit}, quality={"enabled": True})
+    results = [fruitdask.run(config, client=client)]
+    scores = [results[0].table[["pca_1", "pca_2"]].to_numpy()]
+    assert results[0].manifest["pca"]["fit"]["n_images"] == 20 and not results[0].manifest["pca"]["is_kept"]
+    # 20 images; 2 are a tenth, 3 are more; then 3 of 23 have changed, but not since the fit.
+    for names in (["ananas/0.png", "ananas/1.png"], ["ananas/2.png"], ["zucchini/0.png"]):
+        components = results[-1].pca.components
+        draw(source, *names)
+        results.append(fruitdask.run(config, client=client))
+        table = results[-1].table
+        scores.append(table[["pca_1", "pca_2"]].to_numpy())
+        is_kept = results[-1].manifest["pca"]["is_kept"]
+        check(results[-1], source)
+        if is_kept:
+            np.testing.assert_array_equal(results[-1].pca.components, components)
+            np.testing.assert_array_equal(scores[-1][: len(scores[-2])], scores[-2])
+        else:
+            exact = sklearn.decomposition.PCA(2, svd_solver="full")
+            expected = exact.fit_transform(results[-1].features.compute().astype(np.float64))
+            np.testing.assert_allclose(scores[-1], expected, atol=1e-3)
+            assert results[-1].manifest["pca"]["fit"] == {
+                "n_images": len(table),
+                "n_changed": 0,
+                "n_components": 2,
+                "solver": "exact",
+                "seed": 0,
+            }
+    assert [result.manifest["pca"]["is_kept"] for result in results[1:]] == kept
+    assert results[-1].quality is not None and results[-1].quality["n_images"] == 24
+
+
+def test_other_components_are_fitted_whatever_is_kept(make_config: MakeConfig, client: Any, source: Path) -> None:
+    fruitdask.run(make_config(reduce={"refit": "never"}), client=client)
+    draw(source, "ananas/0.png")
+    result = fruitdask.run(make_config(reduce={"refit": "never", "n_components": 3}), client=client)
+    assert result.pca.n_components == 3 and not result.manifest["pca"]["is_kept"]
+    check(result, source)
+
+
+def test_interrupted_fit_is_not_kept(make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt("in this test")
+
+    config = make_config(reduce={"refit": "never"})
+    expected = fruitdask.run(config, client=client).table
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "write_components", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="in this test"):
+            fruitdask.run(make_config(reduce={"refit": "never", "n_components": 3}), client=client)
+    result = fruitdask.run(config, client=client)
+    assert not result.manifest["pca"]["is_kept"]
+    pd.testing.assert_frame_equal(result.table, expected)
+
+
+def test_exploration_is_of_the_images_that_are_there(
+    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
+) -> None:
+    explored = {"explore": {"enabled": True}, "report": {"enabled": True}}
+    fruitdask.run(make_config(**explored), client=client)
+    draw(source, "ananas/0.png", "pear/3.png")
+    draw(source, "apple/4.png", seed=1)
+    (source / "apple" / "0.png").unlink()
+    grown = fruitdask.run(make_config(**explored), client=client)
+    fresh = fruitdask.run(make_config(**explored, output={"url": str(tmp_path / "fresh")}), client=client)
+    assert grown.exploration is not None and fresh.exploration is not None
+    pd.testing.assert_frame_equal(grown.exploration.images, fresh.exploration.images)
+    pd.testing.assert_frame_equal(grown.exploration.classes, fresh.exploration.classes)
+    np.testing.assert_array_equal(grown.exploration.thumbnails, fresh.exploration.thumbnails)
+    assert "apple/0.png" in grown.report.read() and fruitdask.run(make_config(**explored)).n_computed == 0
+    assert len(fruitdask.explore(make_config(**explored)).images) == 13
+
+
+def test_grown_output_on_s3(
+    make_config: MakeConfig, client: Any, source: Path, s3_bucket: tuple[str, dict[str, Any]], s3_client: Any
+) -> None:
+    bucket, options = s3_bucket
+    urls = {name: {"url": f"s3://{bucket}/{place}"} for name, place in (("input", "in"), ("output", "out"))}
+    config = make_config(**{name: url | {"storage_options": options} for name, url in urls.items()})
+
+    def upload() -> None:
+        for path in source.rglob("*.png"):
+            s3_client.upload_file(str(path), bucket, f"in/{path.relative_to(source)}")
+
+    upload()
+    before = fruitdask.run(config, client=client).table
+    draw(source, *(f"quince/{number}.png" for number in range(5)))
+    draw(source, "apple/4.png", seed=1)
+    (source / "pear" / "2.png").unlink()
+    upload()
+    s3_client.delete_object(Bucket=bucket, Key="in/pear/2.png")
+    result = fruitdask.run(config, client=client)
+    # What was uploaded again as it was has the same ETag.
+    assert result.changes == {"added": 5, "changed": 1, "vanished": 1, "retried": 0, "kept": 10}
+    check(result, source, before)
+    assert fruitdask.run(config).n_computed == 0
+
+
+def test_erasing_from_a_grown_output(make_config: MakeConfig, client: Any, source: Path) -> None:
+    fruitdask.run(make_config(), client=client)
+    draw(source, "ananas/0.png", "ananas/1.png")
+    (source / "pear" / "2.png").unlink()
+    grown = fruitdask.run(make_config(), client=client)
+    features, is_kept = grown.features.compute(), ~grown.table["path"].isin(["apple/4.png", "ananas/1.png"]).to_numpy()
+    names = grown.table["path"][is_kept]
+    erasure = fruitdask.erase(make_config(), ["apple/4.png", "ananas/1.png"])
+    assert erasure.result is not None and list(erasure.result.table["path"]) == list(names)
+    np.testing.assert_array_equal(erasure.result.features.compute(), features[is_kept])
+    catalog = store.read_catalog(erasure.result.output)
+    assert catalog is not None and list(catalog["path"]) == list(names)
+    assert list(catalog["label"]) == list(erasure.result.table["label"])
+    # They are still there, so they would come back.
+    with pytest.raises(StoreMismatchError, match="some were erased .2 in all."):
+        fruitdask.run(make_config())
+    for name in ("apple/4.png", "ananas/1.png"):
+        (source / name).unlink()
+    assert fruitdask.run(make_config()).n_computed == 0
+    # Nobody knows whether this is one of those, under another name.
+    draw(source, "quince/0.png")
+    with pytest.raises(StoreMismatchError, match="some were erased .2 in all."):
+        fruitdask.run(make_config())
+
+
+def test_erasing_while_an_output_grows(
+    make_config: MakeConfig, client: Any, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object, **settings: object) -> None:
+        raise KeyboardInterrupt("in this test")
+
+    fruitdask.run(make_config(), client=client)
+    draw(source, "ananas/0.png")
+    draw(source, "apple/4.png", seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "map_partitions", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="in this test"):
+            fruitdask.run(make_config(), client=client)
+    erasure = fruitdask.erase(make_config(), ["pear/10.png"], client=client)
+    (source / "pear" / "10.png").unlink()
+    result = erasure.result or fruitdask.run(make_config(), client=client)
+    assert erasure.n_erased == 1 and erasure.n_images == 13
+    check(result, source)
+
+
+def test_command_says_what_has_changed(make_config: MakeConfig, client: Any, source: Path, tmp_path: Path) -> None:
+    fruitdask.run(make_config(), client=client)
+    break_image(source / "pear" / "2.png")
+    draw(source, "ananas/0.png")
+    (source / "apple" / "0.png").unlink()
+    config = make_config(featurize={"max_failed_fraction": 0.5})
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    (tmp_path / "out" / "partitions" / "00001.parquet").unlink()
+    done = CliRunner().invoke(cli, ["run", str(tmp_path / "config.json")])
+    assert done.exit_code == 0, done.output
+    assert "Since the last run: 1 new, 1 vanished, 11 kept." in done.stderr
+    assert "since the last run  1 new, 1 vanished, 11 kept" in done.stdout
+    assert "11 ok, 2 failed, 1 of them not in the input any more" in done.stdout and "as fitted to" not in done.stdout
+    again = CliRunner().invoke(
+        cli, ["run", str(tmp_path / "config.json"), "--retry-failed", "--set", "reduce.refit=never"]
+    )
+    assert again.exit_code == 0, again.output
+    assert "since the last run  1 tried again, 11 kept" in again.stdout and "as fitted to 11 images" in again.stdout
+
+
+#: A step of a history: images to add, to change and to remove, and where a run is interrupted before it is run again.
+_INTERRUPTIONS = ["", "write_catalog", "resize_store", "map_partitions", "_check_failures", "reduce_features"]
+_STEPS = st.tuples(st.integers(0, 7), st.integers(0, 2), st.integers(0, 2))
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    rounds=st.lists(st.tuples(_STEPS, st.sampled_from(_INTERRUPTIONS), _STEPS), min_size=1, max_size=3),
+    seed=st.integers(0, 2**16),
+)
+def test_any_history_ends_as_a_run_on_what_is_there(
+    tmp_path_factory: pytest.TempPathFactory,
+    client: Any,
+    tiny_model: ModelConfig,
+    rounds: list[tuple[tuple[int, int, int], str, tuple[int, int, int]]],
+    seed: int,
+) -> None:
+    folder, random = tmp_path_factory.mktemp("history"), np.random.default_rng(seed)
+    source = folder / "in"
+    config = configure(source, folder / "out", tiny_model)
+    draw(source, *(f"apple/{number:03d}.png" for number in range(10)))
+    before = fruitdask.run(config, client=client).table
+    for first, interruption, second in rounds:
+        change(source, random, *first)
+        if interruption:
+            run_and_interrupt(config, client, interruption)
+        change(source, random, *second)
+        result = fruitdask.run(config, client=client)
+        check(result, source, before if not interruption else None)
+        assert list(result.table["path"])[: len(before)] == list(before["path"])
+        before = result.table
+
+
+def change(source: Path, random: np.random.Generator, n_added: int, n_changed: int, n_removed: int) -> None:
+    """Add, change and remove images, but leave most of those that were there; what is added may have been there before."""
+    present = sorted(str(path.relative_to(source)) for path in source.rglob("*.png"))
+    chosen = list(random.permutation(present))
+    for path in chosen[: n_removed if len(present) > 9 else 0]:
+        (source / path).unlink()
+    draw(source, *chosen[2 : 2 + n_changed], seed=int(random.integers(1, 2**16)))
+    names = {f"{random.choice(['apple', 'quince'])}/{random.integers(0, 20):03d}.png" for _ in range(n_added)}
+    draw(source, *(name for name in names if not (source / name).exists()))
+
+
+def run_and_interrupt(config: Config, client: Any, name: str) -> None:
+    """Run, and interrupt the run where a function is called; it may be that it is not."""
+
+    def interrupt(*arguments: Any, **settings: Any) -> None:
+        if name != "_check_failures" or len(arguments[0].backlog.done) > len(arguments[0].committed) - len(
+            arguments[0].backlog.todo
+        ):
+            raise KeyboardInterrupt("in this test")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.store if name in ("write_catalog", "resize_store") else running, name, interrupt)
+        try:
+            fruitdask.run(config, client=client)
+        except KeyboardInterrupt as error:
+            assert str(error) == "in this test"
+
+
+#: Grows an output with one process after another, each of which is killed some steps later than the one before it: a step is anything that
+#: changes files. Whatever it leaves, the next run completes.
+_KILLED = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+import distributed, fruitdask.featurize, fruitdask.pipeline.running, fruitdask.reduce, pyarrow.dataset, zarr
+import fruitdask
+
+config, every = fruitdask.load_config(sys.argv[1]), int(sys.argv[3])
+base, out = Path(sys.argv[2]), Path(config.output.url)
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
+
+
+def call(function):
+    child = os.fork()
+    if child == 0:
+        function()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run():
+    # The worker is a thread, so that it dies with the rest.
+    with distributed.Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+        result = fruitdask.run(config, client=client)
+    seen = [result.features.compute().tolist(), result.table.drop(columns=["pca_1", "pca_2"]).values.tolist()]
+    seen += [result.manifest["counts"], [{**entry, "at": ""} for entry in result.manifest["history"]]]
+    Path(sys.argv[2] + ".json").write_text(json.dumps(seen))
+
+
+def run_and_die(step):
+    steps = iter(range(step))
+
+    def count(event, arguments):
+        is_write = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (event in CHANGES or is_write) and str(arguments[0]).startswith(str(out)) and next(steps, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    run()
+
+
+def grow(step):
+    shutil.rmtree(out)
+    shutil.copytree(base, out)
+    code = call(lambda: run_and_die(step))
+    if code:
+        assert code == -signal.SIGKILL, code
+        assert call(run) == 0
+    return code, json.loads(Path(sys.argv[2] + ".json").read_text())
+
+
+code, expected = grow(10**6)
+assert code == 0
+step = n_kills = 0
+while True:
+    code, seen = grow(step)
+    assert json.dumps(seen) == json.dumps(expected), (step, seen, expected)
+    if not code:
+        break
+    n_kills += 1
+    step += every
+print(n_kills)
+"""
+
+
+def test_killed_at_any_step_the_next_run_completes_it(
+    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
+) -> None:
+    before = fruitdask.run(make_config(), client=client).table
+    shutil.copytree(tmp_path / "out", tmp_path / "base")
+    draw(source, *(f"quince/{number}.png" for number in range(5)))
+    draw(source, "apple/4.png", seed=1)
+    (source / "pear" / "2.png").unlink()
+    (tmp_path / "config.json").write_text(make_config().model_dump_json())
+    command = [str(tmp_path / "config.json"), str(tmp_path / "base"), "7"]
+    done = subprocess.run([sys.executable, "-c", _KILLED, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10
+    features, table, counts, history = json.loads((tmp_path / "base.json").read_text())
+    np.testing.assert_allclose(features, compute_colours(source, [row[0] for row in table]), rtol=1e-6)
+    assert [row[0] for row in table][:12] == list(before["path"]) and counts["by_status"] == {"ok": 16, "missing": 1}
+    assert history == [{"at": "", "added": 5, "changed": 1, "vanished": 1, "retried": 0, "kept": 10}]
