@@ -1,5 +1,6 @@
 """Mapping: a function over partitions on a cluster, a bounded number in flight, and a value that all tasks need delivered to it."""
 
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
@@ -7,6 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
+
+from dask.utils import funcname
 
 from fruitdask.catalog import Partition
 from fruitdask.errors import FruitdaskError, PartitionError
@@ -110,9 +113,9 @@ class _Tasks:
         queue, completed, n_losses = iter(partitions), as_completed(), Counter[int]()
 
         def submit(partition: Partition) -> None:
-            future = self._client.submit(
-                function, partition, self._delivery.future, *self._arguments, pure=False, retries=_TASK_RETRIES
-            )
+            arguments = (partition, self._delivery.future, *self._arguments)
+            key = f"{funcname(function)}-{uuid.uuid4().hex}"
+            future = self._client.submit(_call, function, *arguments, key=key, pure=False, retries=_TASK_RETRIES)
             self._in_flight[future] = partition
             completed.add(future)
 
@@ -141,7 +144,9 @@ class _Tasks:
 
     def cancel(self) -> None:
         """Cancel what is in flight; where the scheduler is gone there is nothing left to cancel."""
-        with suppress(OSError, TimeoutError):
+        from distributed.client import ClosedClientError
+
+        with suppress(OSError, TimeoutError, ClosedClientError):
             self._client.cancel(list(self._in_flight), force=True)
 
 
@@ -224,6 +229,15 @@ def _count_window(client: Any) -> int:
     """Count the partitions that may be in flight on the cluster as it is now."""
     n_threads: int = sum(client.nthreads().values())
     return max(1, _PARTITIONS_PER_THREAD * n_threads)
+
+
+def _call(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function on a worker; its errors leave their causes behind, of which some cannot travel and would keep them from it."""
+    try:
+        return function(*arguments)
+    except FruitdaskError as error:
+        finished = type(error)(str(error))
+    raise finished
 
 
 def _get_result(future: Any, partition: Partition) -> Any:

@@ -1,5 +1,6 @@
 """Files behind URLs: open a file system, read, hash and write whole files; every failure is one sentence."""
 
+import errno
 import hashlib
 import os
 import re
@@ -25,6 +26,13 @@ _S3_OPTIONS: Mapping[str, Any] = {"use_listings_cache": False, "max_concurrency"
 _S3_CONFIG: Mapping[str, Any] = {"max_pool_connections": 256}
 #: How often a request to S3 is sent, unless the configuration says otherwise.
 _ATTEMPTS = 5
+#: What to do where the system says that writing is not possible, by its number; else paths and permissions are the usual cause.
+_ADVICE: Mapping[int | None, str] = {
+    errno.ENOSPC: "make room there and run again",
+    errno.EDQUOT: "make room there and run again",
+    errno.EROFS: "make it writable and run again",
+}
+_USUAL_ADVICE = "check the path and the permissions"
 #: Modules of clients whose errors do not derive from OSError.
 _FOREIGN_ERRORS = ("botocore", "aiobotocore", "aiohttp", "azure", "google")
 #: Modules of decoders whose errors do derive from OSError: Zarr misses what it does not recognize.
@@ -194,7 +202,7 @@ def explained(location: Location, action: str, *, remedy: str | None = None) -> 
             raise DamageError(f"{location.url} is damaged ({describe_cause(error)}); {remedy}") from error
         if not (is_expected or is_option):
             raise
-        advice = "check storage_options" if is_option else "check the path and the permissions"
+        advice = "check storage_options" if is_option else _ADVICE.get(getattr(error, "errno", None), _USUAL_ADVICE)
         cause = explain_aws_error(error) or f"{str(error) or type(error).__name__}; {advice}"
         raise StorageError(hide_secrets(f"cannot {action} {location.url}: {cause}")) from error
 

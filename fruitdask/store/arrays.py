@@ -11,6 +11,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import FsspecStore
 
+from fruitdask.errors import StorageError
 from fruitdask.storage import Location, exists, explained
 from fruitdask.store.manifests import advise_repair, delete_result, seal
 from fruitdask.store.names import FEATURES, PARTITIONS, RUN_NAMES, STATUSES, THUMBNAILS
@@ -254,7 +255,12 @@ def write_partition(
         delete_result(output, "/".join(_name_mark(index)))
     rows = slice(start, start + len(features))
     with explained(location, "write"):
-        group: Any = zarr.open_group(**name_store(location), mode="r+")
+        try:
+            group: Any = zarr.open_group(**name_store(location), mode="r+")
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"cannot write {location.url}: it is not there any more, so it or its bucket was deleted; run again to begin anew"
+            ) from error
         group["features"][rows] = features
         group["status"][rows] = outcomes["status"].map(STATUSES.index).to_numpy(np.uint8)
     write_table(output.child(*_name_mark(index)), outcomes)
