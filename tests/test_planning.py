@@ -346,7 +346,10 @@ def test_cost_of_a_run_on_ec2_is_in_the_manifest_with_that_of_its_interrupted_pa
 ) -> None:
     cloud.use(monkeypatch)
     output = {"url": "s3://results/paid"}
-    config = make_config(input={"url": "s3://photos/fruits"}, output=output).model_dump()
+    # More partitions than may be in flight at once, so that some are left for the second part.
+    config = make_config(
+        input={"url": "s3://photos/fruits"}, output=output, featurize={"images_per_partition": 1}
+    ).model_dump()
     cluster = {**EC2, "hourly_prices": {"m6i.large": 0.36}, "filesystem_size": 10}
     first, second = (
         fruitdask.load_config(config | {"cluster": cluster, "limits": limits})

@@ -117,9 +117,9 @@ def try_images(inputs: Inputs, artifact: ModelArtifact) -> Sample:
         open_seconds = time.perf_counter() - start
         explore = _prepare_output(inputs, artifact, Location(folder), n_images=len(chosen))
         job = FeaturizeJob(inputs.source, Location(folder), explore)
-        partitions = split_catalog(chosen, _IMAGES_PER_PARTITION)
-        map_partitions(client, _try_partition, partitions, job, delivered=artifact, on_result=trials.append)
-    # One thread: the first result is that of the first partition.
+        # One after the other, for partitions that overlap cannot be measured.
+        for partition in split_catalog(chosen, _IMAGES_PER_PARTITION):
+            map_partitions(client, _try_partition, [partition], job, delivered=artifact, on_result=trials.append)
     return _summarize(trials, open_seconds)
 
 
