@@ -13,7 +13,7 @@ from fruitdask.errors import OutputError
 from fruitdask.exploration import Exploration, read_exploration
 from fruitdask.pipeline.inputs import dump_config, open_output
 from fruitdask.report import PAGE, ReportData
-from fruitdask.storage import Location, exists, explained
+from fruitdask.storage import Location, explained
 
 _FRAME_HEIGHT_PX = 800
 #: The sections of a configuration that say what figures and page look like, and what the record of processing on the page says.
@@ -77,7 +77,7 @@ def render_report(config: Config) -> Report:
         If nothing was finished there.
     """
     output = open_output(config)
-    with store.locked(output) if exists(output) else nullcontext():
+    with store.locked(output) if store.has_begun(output) else nullcontext():
         store.finish_erasing(output)
         present(config.model_copy(update={"report": config.report.model_copy(update={"enabled": True})}), output)
     return Report(output.child(PAGE))

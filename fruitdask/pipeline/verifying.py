@@ -109,7 +109,7 @@ def verify(
         If the storage fails.
     """
     output, progress = Location(str(output_url).rstrip("/") or "/", storage_options or {}), progress or RunProgress()
-    with progress, store.locked(output) if repair and exists(output) else nullcontext():
+    with progress, store.locked(output) if repair and store.has_begun(output) else nullcontext():
         ledger = _verify(output, progress)
         faults = list(ledger.faults)
         if repair:

@@ -129,6 +129,28 @@ def read_manifest(output: Location, *, name: str = MANIFEST) -> dict[str, Any] |
     return dict(manifest)
 
 
+def has_begun(output: Location) -> bool:
+    """
+    Tell whether a run or an exploration has begun in an output folder.
+
+    Parameters
+    ----------
+    output : Location
+        The folder, which need not exist.
+
+    Returns
+    -------
+    bool
+        Whether there is a manifest; what it says does not matter.
+
+    Raises
+    ------
+    StorageError
+        If the storage refuses to say.
+    """
+    return any(exists(output.child(name)) for name in (MANIFEST, EXPLORATION))
+
+
 def write_manifest(output: Location, manifest: Mapping[str, Any], *, name: str = MANIFEST) -> None:
     """
     Write the manifest of a run or of an exploration.
