@@ -160,7 +160,8 @@ def test_what_failed_for_good_is_done_by_the_next_run(
         (failure,) = pd.read_csv(
             io.BytesIO(result.output.fs.cat_file(result.output.child("failures.csv").path))
         ).itertuples()
-        assert (failure.path, failure.attempts) == (path, 2)
+        # Those of the first run count too, if it came to this image.
+        assert failure.path == path and failure.attempts in (2, 4)
         assert failure.error.startswith(f"cannot read s3://{images}/in/{path}: GetObject: ")
         assert "(SlowDown)" in failure.error
         broken.clear()
