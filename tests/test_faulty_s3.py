@@ -166,8 +166,11 @@ def test_what_failed_for_good_is_done_by_the_next_run(
         assert "(SlowDown)" in failure.error
         broken.clear()
         again = fruitdask.run(config, client=client)
-        assert again.n_computed == 3
-        assert_same(again, undisturbed)
+        assert again.n_computed == 1
+        # Principal components stay those of the images that were there first.
+        columns = ["path", "label", "status"]
+        pd.testing.assert_frame_equal(again.table[columns], undisturbed.table[columns])
+        np.testing.assert_array_equal(again.features.compute(), undisturbed.features.compute())
         assert not exists(again.output.child("failures.csv"))
 
 

@@ -78,7 +78,8 @@ class _Task:
         if self._is_settled and self.manifest is not None:
             counts = self.manifest["counts"]
             n_failed = sum(counts["by_status"].values()) - counts["by_status"].get("ok", 0) - counts.get("vanished", 0)
-            if not (n_failed and self.retry_failed):
+            is_out_of_reach = "unreachable" in counts["by_status"]
+            if not (is_out_of_reach or (n_failed and self.retry_failed)):
                 return Backlog({}, n_images=0, n_failed=n_failed, n_retried=0, done=set(self.committed))
         return find_backlog(
             self.output,
