@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
-from dask.utils import funcname
-
 from fruitdask.catalog import Partition
 from fruitdask.errors import FruitdaskError, PartitionError
 
@@ -114,7 +112,7 @@ class _Tasks:
 
         def submit(partition: Partition) -> None:
             arguments = (partition, self._delivery.future, *self._arguments)
-            key = f"{funcname(function)}-{uuid.uuid4().hex}"
+            key = f"{function.__name__}-{uuid.uuid4().hex}"
             future = self._client.submit(_call, function, *arguments, key=key, pure=False, retries=_TASK_RETRIES)
             self._in_flight[future] = partition
             completed.add(future)
