@@ -71,7 +71,7 @@ def test_image_copies_what_is_there_and_what_docker_is_sent() -> None:
 def test_image_asks_the_network_for_nothing_but_packages_and_holds_no_secrets() -> None:
     commands = [part.split()[0] for argument in list_arguments("RUN") for part in argument.split("&&")]
     assert commands == ["printf", "pip", "python", "useradd"]
-    assert {name for name, _ in read_instructions()} == {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "USER"}
+    assert {name for name, _ in read_instructions()} == {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER"}
     assert set(list_arguments("ARG")) == {"PYTHON", "CONSTRAINTS", "GPU"}
     ignored = [".git/config", ".aws/credentials", "photographs/me.jpg", ".env", "demo/results/results.csv"]
     kept = [line[1:] for line in (FOLDER / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")]
