@@ -21,7 +21,8 @@ def describe_run(manifest: dict, n_workers: int, baseline: float | None) -> tupl
     """Give images a second, and the row that says so."""
     seconds = manifest["seconds"]
     rate = manifest["n_images"] / seconds["featurize"]
-    whole = seconds["featurize"] * n_workers
+    # Partitions overlap a little, so that stages may add up to more than has passed.
+    whole = max(seconds["featurize"] * n_workers, sum(seconds["worker"].values()))
     shares = [seconds["worker"].get(stage, 0.0) / whole for stage in STAGES]
     shares.append(1 - sum(shares))
     return rate, [
