@@ -154,13 +154,12 @@ def _run_deadly(
     """Run a function on a partition that has killed workers, or was near one that did, without the images that do it."""
     result = tasks.run_alone(function, partition)
     if isinstance(result, _Death) and probe is not None:
-        everything = partition.places_to_read
+        everything = frozenset(range(len(partition.paths)))
 
         def kills(places: Sequence[int]) -> bool:
-            others = frozenset(everything).difference(places)
-            return isinstance(tasks.run_alone(probe, replace(partition, avoided=partition.avoided | others)), _Death)
+            return isinstance(tasks.run_alone(probe, replace(partition, avoided=everything.difference(places))), _Death)
 
-        found = frozenset(_find_deadly([place for place in everything if place not in partition.avoided], kills))
+        found = frozenset(_find_deadly(sorted(everything - partition.avoided), kills))
         result = tasks.run_alone(function, replace(partition, avoided=partition.avoided | found))
     if isinstance(result, _Death):
         raise PartitionError(

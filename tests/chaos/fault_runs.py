@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,10 +179,8 @@ def find_workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 def kill(process: psutil.Process) -> None:
     """Kill a process that may have ended."""
-    try:
+    with suppress(psutil.NoSuchProcess):
         process.kill()
-    except psutil.NoSuchProcess:
-        pass
 
 
 def kill_a_worker(
