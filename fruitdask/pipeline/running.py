@@ -358,7 +358,9 @@ def _compute_features(
     progress.begin("Starting the cluster and building the network")
     with clock.measure("start"):
         client, artifact = _start(task, client, stack)
-    if "dashboard" in client.scheduler_info()["services"]:
+    # Dask serves its health and metrics there where no dashboard is wanted.
+    is_wanted = getattr(task.config.cluster, "dashboard_address", "") is not None
+    if is_wanted and "dashboard" in client.scheduler_info()["services"]:
         progress.say(f"Dask dashboard: {client.dashboard_link}")
     manifest = _begin_output(task, artifact, client)
     with clock.measure("featurize"):
