@@ -32,6 +32,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -60,11 +61,16 @@ from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_
 from werkzeug.serving import make_server
 
 import fruitdask
+from fruitdask.s3 import S3
 
 MAX_USER_DATA_BYTES = 16_384
 CANONICAL = "099720109477"
 ALIVE = ("pending", "running")
 _PORT = 8786
+
+# What fsspec keeps by options alone, here by endpoint too, or a server that is gone would be asked. To the end of the process, for
+# clients that are collected unclosed complain.
+_file_systems: dict[str, dict[str, Any]] = defaultdict(dict)
 
 # Tells a call that would be retried from one that would not: botocore retries 5xx. EC2 answers 500 for want of capacity.
 _STATUS = {
@@ -713,6 +719,7 @@ class LoopbackEC2:
             patch.delenv(name, raising=False)
         for name, value in self.environment.items():
             patch.setenv(name, value)
+        patch.setattr(S3, "_cache", _file_systems[self.endpoint_url])
 
     @contextlib.contextmanager
     def client(self, service: str, **options: Any) -> Iterator[Any]:
