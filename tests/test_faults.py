@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -13,15 +12,15 @@ from fruitdask.config import ModelConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "chaos"))
 
-from fault_runs import FAULTS, Scene, damage, hash_committed, wait_for  # noqa: E402
+from fault_runs import FAULTS, Scene, damage, stamp_committed, wait_for  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes by signals")
 
 
 @pytest.fixture(scope="module")
-def scene(tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+def scene(tiny_model: ModelConfig, s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Scene:
     """Images, a network, and the features of an undisturbed run."""
-    yield Scene(tmp_path_factory.mktemp("scene"), Path(tiny_model.weights))
+    return Scene(tmp_path_factory.mktemp("scene"), Path(tiny_model.weights), s3_server)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +54,7 @@ def test_ctrl_c_ends_everything_and_says_how_to_go_on(scene: Scene, n_interrupts
     left = [psutil.Process(pid) for pid in family if psutil.pid_exists(pid)]
     psutil.wait_procs(left, timeout=20)
     assert not [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    committed = hash_committed(output)
+    committed = stamp_committed(output)
     assert scene.start(output).wait(60) == 0
-    after = hash_committed(output)
+    after = stamp_committed(output)
     assert committed and all(after[path] == found for path, found in committed.items())

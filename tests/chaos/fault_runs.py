@@ -3,14 +3,17 @@
     python tests/chaos/fault_runs.py [--runs 200] [--seed 0] [--at-once 2]
 
 Each run featurizes 160 drawn images in 40 partitions with two workers. A seed chooses what happens and when: workers are killed
-(SIGKILL), one or each in its turn or all, the command is killed, interrupted or asked to end, or one image kills every process that opens
-it. A run that ended is started again until it is complete. Prints, by kind of fault, how many runs were complete, how many images were
-lost or doubled, how many features differ from those of an undisturbed run, and how many committed files changed by a byte.
+(SIGKILL), one or each in its turn or all, the command is killed, interrupted or asked to end, one image kills every process that opens
+it, or images and results are on an S3 of whose requests one in ten fails, and the command is killed too. A run that ended is started again
+until it is complete. Prints, by kind of fault, how many runs were complete, how many images were lost or doubled, how many features differ
+from those of an undisturbed run, how many committed files changed by a byte, and how many committed partitions were computed again: of a
+partition, only what was in flight may be.
 """
 
 import argparse
 import hashlib
 import json
+import logging
 import os
 import random
 import signal
@@ -21,19 +24,26 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import boto3
 import numpy as np
 import pandas as pd
 import psutil
 import yaml
 import zarr
+from moto.server import ThreadedMotoServer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from faulty_s3 import open_faulty_s3  # noqa: E402
 
 N_IMAGES, IMAGES_PER_PARTITION = 160, 4
 _MAX_TRIES = 4
+_S3_FAULTS, _BUCKET, _KEYS = 0.1, "chaos", {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
 #: Far longer than any run takes; one that hangs is a failure, not a reason to wait.
 _PATIENCE_SECONDS = 180
 #: In a process that loads it, opening the poisonous image is deadly, as a crash in a decoder is.
@@ -59,28 +69,31 @@ class Verdict:
         Whether it ended with results, in the end.
     n_tries : int
         Commands that it took.
+    seconds : float
+        From the first start to the last end.
     n_lost : int
         Images without an outcome, or with more than one.
     n_wrong : int
         Images whose features or status differ from what they must be.
     n_changed : int
-        Files of partitions committed before the damage that differ afterwards.
-    seconds : float
-        From the first start to the last end.
+        Files of partitions committed by a command that did not complete the run, which differ afterwards.
+    n_again : int
+        Partitions committed by such a command which a later one wrote again.
     """
 
     kind: str
     is_complete: bool
     n_tries: int
-    n_lost: int
-    n_wrong: int
-    n_changed: int
     seconds: float
+    n_lost: int = 0
+    n_wrong: int = 0
+    n_changed: int = 0
+    n_again: int = 0
 
     @property
     def is_well(self) -> bool:
         """Whether nothing was lost."""
-        return self.is_complete and not (self.n_lost or self.n_wrong or self.n_changed)
+        return self.is_complete and not (self.n_lost or self.n_wrong or self.n_changed or self.n_again)
 
 
 class Scene:
@@ -93,32 +106,58 @@ class Scene:
         Where all that is kept.
     model : Path
         A small Keras model.
+    s3_server : str
+        URL of an S3 server on this machine, where the images are too.
     """
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, s3_server: str) -> None:
         from fruitdask.sample import draw_sample
 
-        self.folder, self.model = folder, model
+        self.folder, self.model, self.s3_server = folder, model, s3_server
         # Six species; what is too much is left out by input.limit.
         draw_sample(folder / "images", per_class=-(-N_IMAGES // 6), size_px=32)
         output = folder / "undisturbed"
         assert self.start(output).wait(_PATIENCE_SECONDS) == 0
         self.paths = list(read_outcomes(output)["path"])
         self.features = read_features(output)
+        with self.open_s3() as s3:
+            s3.create_bucket(Bucket=_BUCKET)
+            for path in (folder / "images").rglob("*.jpg"):
+                s3.upload_file(str(path), _BUCKET, path.relative_to(folder).as_posix())
 
-    def start(self, output: Path, *, poison: str | None = None) -> subprocess.Popen[bytes]:
+    @contextmanager
+    def open_s3(self) -> Iterator[Any]:
+        """Open a client of the S3 server that meets no faults."""
+        client = boto3.client("s3", endpoint_url=self.s3_server, region_name="us-east-1", **_KEYS)
+        yield client
+        client.close()
+
+    def fetch(self, output: Path) -> None:
+        """Copy what a run has written to S3 to where it would be on disk, with its times."""
+        with self.open_s3() as s3:
+            for page in s3.get_paginator("list_objects_v2").paginate(Bucket=_BUCKET, Prefix=f"{output.name}/"):
+                for entry in page.get("Contents", ()):
+                    file = output.parent / entry["Key"]
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    s3.download_file(_BUCKET, entry["Key"], str(file))
+                    os.utime(file, (entry["LastModified"].timestamp(),) * 2)
+
+    def start(self, output: Path, *, poison: str | None = None, s3_url: str | None = None) -> subprocess.Popen[bytes]:
         """Start the command, in a process group of its own."""
-        config = output.with_suffix(".yaml")
+        config, root, options = output.with_suffix(".yaml"), str(self.folder), {}
+        if s3_url is not None:
+            root, options = f"s3://{_BUCKET}", {"storage_options": {"endpoint_url": s3_url}}
         sections = {
-            "input": {"url": str(self.folder / "images"), "limit": N_IMAGES},
+            "input": {"url": f"{root}/images", "limit": N_IMAGES} | options,
             "model": {"weights": str(self.model), "preprocessing": "none"},
             "cluster": {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None},
             "featurize": {"images_per_partition": IMAGES_PER_PARTITION},
             **{section: {"enabled": False} for section in ("explore", "quality", "plots", "report")},
-            "output": {"url": str(output)},
+            "output": {"url": f"{root}/{output.name}"} | options,
         }
         config.write_text(yaml.safe_dump(sections))
         environment = os.environ | {"XDG_CACHE_HOME": str(self.folder / "cache")}
+        environment |= {name.upper(): value for name, value in _KEYS.items()}
         if poison is not None:
             (output.parent / f"{output.name}-site").mkdir(exist_ok=True)
             (output.parent / f"{output.name}-site" / "sitecustomize.py").write_text(_POISON.format(name=poison))
@@ -147,15 +186,22 @@ def read_features(output: Path) -> np.ndarray:
     return np.asarray(group["features"][:])
 
 
-def hash_committed(output: Path) -> dict[str, str]:
-    """Hash the files of the partitions that are committed: outcomes, features, statuses."""
-    hashes = {}
+class Stamp(NamedTuple):
+    """What tells whether a file has changed, and whether it was written again."""
+
+    sha256: str
+    written_ns: int
+
+
+def stamp_committed(output: Path) -> dict[Path, Stamp]:
+    """Stamp the files of the partitions that are committed: outcomes, features, statuses."""
+    stamps = {}
     for mark in (output / "partitions").glob("*.parquet"):
         index = int(mark.stem)
         chunks = [output / "features.zarr" / name for name in (f"features/c/{index}/0", f"status/c/{index}")]
         for file in (mark, *chunks):
-            hashes[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return hashes
+            stamps[file] = Stamp(hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns)
+    return stamps
 
 
 def wait_for(output: Path, n_committed: int, process: subprocess.Popen[bytes]) -> None:
@@ -225,12 +271,26 @@ def kill_while_starting(
     process: subprocess.Popen[bytes], output: Path, moments: Iterator[int], chance: random.Random
 ) -> None:
     """Kill the command at some moment before its first partition is done."""
+    kill_after(process, chance.uniform(0.1, 2.5))
+
+
+def kill_at_any_time(
+    process: subprocess.Popen[bytes], output: Path, moments: Iterator[int], chance: random.Random
+) -> None:
+    """Kill the command at some moment, of which the disk tells nothing."""
+    kill_after(process, chance.uniform(1, 20))
+
+
+def kill_after(process: subprocess.Popen[bytes], seconds: float) -> int:
+    """Wait for the end of the command, but kill it and its workers after so many seconds; gives its exit code."""
     try:
-        process.wait(chance.uniform(0.1, 2.5))
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.kill()
+        return process.wait()
 
 
+_POISONED, _ON_S3 = "an image that kills its worker", "S3 at 10 % faults, the command killed"
 FAULTS: dict[str, Callable[..., None]] = {
     "a worker killed": kill_a_worker,
     "each worker killed in its turn": kill_each_worker,
@@ -239,7 +299,8 @@ FAULTS: dict[str, Callable[..., None]] = {
     "the command killed while starting": kill_while_starting,
     "Ctrl-C": make_signal(signal.SIGINT),
     "asked to end (SIGTERM)": make_signal(signal.SIGTERM),
-    "an image that kills its worker": lambda *_: None,
+    _POISONED: lambda *_: None,
+    _ON_S3: kill_at_any_time,
 }
 
 
@@ -264,40 +325,50 @@ def damage(scene: Scene, kind: str, seed: int) -> Verdict:
     chance, output = random.Random(seed), scene.folder / f"run-{seed}"
     n_partitions = N_IMAGES // IMAGES_PER_PARTITION
     moments = iter(sorted(chance.randint(0, n_partitions - 1) for _ in range(16)))
-    poison = chance.choice(scene.paths) if kind == "an image that kills its worker" else None
-    start, committed = time.monotonic(), dict[str, str]()
-    for n_tries in range(1, _MAX_TRIES + 1):
-        process = scene.start(output, poison=poison)
-        if n_tries == 1:
-            FAULTS[kind](process, output, moments, chance)
-        code = process.wait(_PATIENCE_SECONDS)
-        for path, found in hash_committed(output).items():
-            committed.setdefault(path, found)
-        if code == 0:
-            break
-    seconds = time.monotonic() - start
-    if code:
-        return Verdict(kind, False, n_tries, 0, 0, 0, seconds)
-    return compare(scene, output, Verdict(kind, True, n_tries, 0, 0, 0, seconds), committed, poison)
+    poison = chance.choice(scene.paths) if kind == _POISONED else None
+    start, committed = time.monotonic(), dict[Path, Stamp]()
+    with ExitStack() as stack:
+        s3_url = None
+        if kind == _ON_S3:
+            proxy = open_faulty_s3(scene.s3_server, fraction=_S3_FAULTS, seed=seed, stall_seconds=1)
+            s3_url = stack.enter_context(proxy).url
+        for n_tries in range(1, _MAX_TRIES + 1):
+            process = scene.start(output, poison=poison, s3_url=s3_url)
+            if n_tries == 1:
+                FAULTS[kind](process, output, moments, chance)
+            code = kill_after(process, _PATIENCE_SECONDS)
+            if s3_url is not None:
+                scene.fetch(output)
+            if code == 0:
+                break
+            for path, found in stamp_committed(output).items():
+                committed.setdefault(path, found)
+    verdict = Verdict(kind, code == 0, n_tries, time.monotonic() - start)
+    return compare(scene, output, verdict, committed, poison) if code == 0 else verdict
 
 
-def compare(scene: Scene, output: Path, verdict: Verdict, committed: dict[str, str], poison: str | None) -> Verdict:
+def compare(scene: Scene, output: Path, verdict: Verdict, committed: dict[Path, Stamp], poison: str | None) -> Verdict:
     """Compare a run that is complete with the undisturbed one."""
     outcomes, features = read_outcomes(output), read_features(output)
+    n_extra = int((~outcomes["path"].isin(scene.paths)).sum())
     counts = outcomes["path"].value_counts()
-    lost = sum(1 for path in scene.paths if counts.get(path, 0) != 1) + int((~outcomes["path"].isin(scene.paths)).sum())
+    n_lost = n_extra + sum(1 for path in scene.paths if counts.get(path, 0) != 1)
+    if n_lost:
+        return replace(verdict, n_lost=n_lost)
     is_poison = np.array([path == poison for path in scene.paths])
     expected = np.where(is_poison[:, np.newaxis], np.float32(np.nan), scene.features)
-    statuses = np.where(is_poison, "crashed", "ok")
-    if lost or len(outcomes) != len(scene.paths):
-        return Verdict(verdict.kind, True, verdict.n_tries, max(lost, 1), 0, 0, verdict.seconds)
     is_wrong = ~np.all((features == expected) | (np.isnan(features) & np.isnan(expected)), axis=1)
-    is_wrong |= outcomes["status"].to_numpy() != statuses
-    now = hash_committed(output)
-    changed = sum(now.get(path) != found for path, found in committed.items())
+    is_wrong |= outcomes["status"].to_numpy() != np.where(is_poison, "crashed", "ok")
+    is_wrong |= outcomes["path"].to_numpy() != scene.paths
+    now = stamp_committed(output)
     manifest = json.loads((output / "manifest.json").read_text())
-    is_complete = manifest["status"] == "complete" and (output / "results.csv").exists()
-    return Verdict(verdict.kind, is_complete, verdict.n_tries, lost, int(is_wrong.sum()), changed, verdict.seconds)
+    return replace(
+        verdict,
+        is_complete=manifest["status"] == "complete" and (output / "results.csv").exists(),
+        n_wrong=int(is_wrong.sum()),
+        n_changed=sum(path not in now or now[path].sha256 != found.sha256 for path, found in committed.items()),
+        n_again=sum(path.suffix == ".parquet" and now.get(path) != found for path, found in committed.items()),
+    )
 
 
 def build_model(path: Path) -> Path:
@@ -320,30 +391,48 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="The first one.")
     parser.add_argument("--at-once", type=int, default=2)
     arguments = parser.parse_args()
-    kinds = list(FAULTS)
-    by_kind: dict[str, list[tuple[int, Verdict]]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(arguments.at_once) as pool:
-        scene = Scene(Path(name), build_model(Path(name) / "colours.keras"))
-        seeds = range(arguments.seed, arguments.seed + arguments.runs)
+    kinds, seeds = list(FAULTS), range(arguments.seed, arguments.seed + arguments.runs)
+    by_kind: dict[str, list[Verdict]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(arguments.at_once) as pool, open_moto() as s3_server:
+        scene = Scene(Path(name), build_model(Path(name) / "colours.keras"), s3_server)
         verdicts = pool.map(lambda seed: damage(scene, kinds[seed % len(kinds)], seed), seeds)
-        for seed, verdict in zip(seeds, verdicts, strict=True):
-            by_kind[verdict.kind].append((seed, verdict))
+        for n_done, (seed, verdict) in enumerate(zip(seeds, verdicts, strict=True), 1):
+            by_kind[verdict.kind].append(verdict)
             if not verdict.is_well:
-                print(f"seed {seed}: {verdict}", file=sys.stderr, flush=True)
-                print((scene.folder / f"run-{seed}.log").read_text()[-2000:], file=sys.stderr, flush=True)
-    print(
-        "| fault | runs | complete | lost or doubled | features different | committed files changed | seconds a run |"
-    )
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    everything = [verdict for verdicts in by_kind.values() for _, verdict in verdicts]
-    for kind, group in [
-        *((kind, [v for _, v in by_kind[kind]]) for kind in kinds if by_kind[kind]),
-        ("all", everything),
-    ]:
-        sums = [sum(getattr(v, name) for v in group) for name in ("is_complete", "n_lost", "n_wrong", "n_changed")]
-        mean = sum(v.seconds for v in group) / len(group)
-        print(f"| {kind} | {len(group)} | {' | '.join(map(str, sums))} | {mean:.1f} |")
+                print(f"seed {seed}: {verdict}", file=sys.stderr)
+                print((scene.folder / f"run-{seed}.log").read_text()[-2000:], file=sys.stderr)
+            print(f"{n_done} of {len(seeds)} runs", end="\r", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    everything = [verdict for verdicts in by_kind.values() for verdict in verdicts]
+    print_table({kind: by_kind[kind] for kind in kinds if by_kind[kind]} | {"all": everything})
     sys.exit(not all(verdict.is_well for verdict in everything))
+
+
+@contextmanager
+def open_moto() -> Iterator[str]:
+    """Run an S3 server in a thread of this process."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+def print_table(verdicts: dict[str, list[Verdict]]) -> None:
+    """Print what became of the runs of each kind."""
+    names = {
+        "complete": "is_complete",
+        "lost or doubled": "n_lost",
+        "features different": "n_wrong",
+        "committed files changed": "n_changed",
+        "committed partitions computed again": "n_again",
+    }
+    print(f"| fault | runs | {' | '.join(names)} | seconds a run |")
+    print("|---|" + "---:|" * (len(names) + 2))
+    for kind, group in verdicts.items():
+        sums = [sum(getattr(verdict, name) for verdict in group) for name in names.values()]
+        mean = sum(verdict.seconds for verdict in group) / len(group)
+        print(f"| {kind} | {len(group)} | {' | '.join(map(str, sums))} | {mean:.1f} |")
 
 
 if __name__ == "__main__":
