@@ -3,6 +3,7 @@
 import io
 import re
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ from fruitdask.errors import ImageError, ImageTooLargeError
 #: What is decoded, by content; Pillow knows further formats, some of which start other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 _WHITE = (255, 255, 255, 255)
+#: Rows that are converted at once.
+_BAND_PX = 256
 #: The longest side that a JPEG can have. Resizing takes memory and time by the length of a side, whatever the number of pixels.
 _MAX_SIDE_PX = 65_535
 # Bounds that keep a small file from costing minutes or gigabytes; each is far above what cameras and editors write.
@@ -58,7 +61,8 @@ def decode_image(data: bytes, *, size_px: int, max_pixels: int, is_fast: bool = 
     size_px : int
         Side of the result, in pixels.
     max_pixels : int
-        An image whose header announces more pixels is not decoded.
+        An image whose header announces more pixels is not decoded. Images that threads of a process decode at once have together no more
+        either: one waits for another. They take 8 bytes a pixel, at most 10.
     is_fast : bool
         Let the JPEG decoder halve, quarter or eighth an image that stays at least as large as the result, before it is resized: half the
         work, nearly the same pixels.
@@ -85,8 +89,13 @@ def decode_image(data: bytes, *, size_px: int, max_pixels: int, is_fast: bool = 
             _check_size(image, max_pixels)
             if is_fast:
                 image.draft(None, (size_px, size_px))
-            rgb = _convert_to_rgb(_turn_upright(image))
-            return np.asarray(rgb.resize((size_px, size_px), Image.Resampling.BICUBIC))
+            with _in_work.hold(image.width * image.height, most=max_pixels):
+                # Before the conversion, which has no EXIF any more; some formats have it behind the pixels.
+                image.load()
+                turn = _find_turn(image)
+                pixels = _convert_to_rgb(image).resize((size_px, size_px), Image.Resampling.BICUBIC)
+            # A square is turned as well after it is resized, in a fraction of the time and without a second image of full size.
+            return np.asarray(pixels if turn is None else pixels.transpose(turn))
     except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -226,26 +235,58 @@ def _count_strips(data: bytes) -> int:
     return max((count for tag, _, count in entries if tag in _STRIP_TAGS), default=0)
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; broken EXIF does not make the pixels unreadable."""
+class _InWork:
+    """Counts the pixels that threads of this process decode at once."""
+
+    def __init__(self) -> None:
+        self._n_pixels = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, n_pixels: int, *, most: int) -> Iterator[None]:
+        """Wait until there are no more than ``most`` with these; they are counted meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._n_pixels or self._n_pixels + n_pixels <= most)
+            self._n_pixels += n_pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._n_pixels -= n_pixels
+                self._changed.notify_all()
+
+
+_in_work = _InWork()
+
+
+def _find_turn(image: Image.Image) -> Image.Transpose | None:
+    """Find what undoes the EXIF orientation; broken EXIF does not make the pixels unreadable."""
     # ImageOps.exif_transpose also writes the other tags back, and gives up where one of them is broken.
-    image.load()
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
         # Broken bytes again: struct.error, SyntaxError, ValueError ...
-        return image
-    return image if turn is None else image.transpose(turn)
+        return None
 
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB, band by band, so that in full size there is but the result beside the image."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, _BAND_PX):
+        box = (0, top, image.width, min(top + _BAND_PX, image.height))
+        rgb.paste(_convert_band(image.crop(box)), box)
+    return rgb
+
+
+def _convert_band(band: Image.Image) -> Image.Image:
     """Convert any mode to RGB, alpha on white, 16-bit grey to its upper 8 bits."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        background = Image.new("RGBA", image.size, _WHITE)
-        return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if band.mode.startswith("I;16"):
+        band = Image.fromarray((np.asarray(band) >> 8).astype(np.uint8))
+    if band.has_transparency_data:
+        band = Image.alpha_composite(Image.new("RGBA", band.size, _WHITE), band.convert("RGBA"))
+    return band if band.mode == "RGB" else band.convert("RGB")
 
 
 def _explain(data: bytes, error: Exception) -> str:

@@ -160,7 +160,9 @@ def test_decode_image_turns_upright(kind: str, options: dict[str, Any], orientat
     scene, exif = draw_noise(20, 30, 3), Image.Exif()
     exif[ORIENTATION] = orientation
     data = save(STORED[orientation](scene), kind, exif=exif, **options)
-    assert np.array_equal(decode(data), resize(scene))
+    # It is resized as it is stored, and turned then: the other way about, Pillow rounds in another order.
+    assert np.array_equal(STORED[orientation](decode(data)), resize(STORED[orientation](scene)))
+    assert orientation == 1 or not np.array_equal(decode(data), resize(STORED[orientation](scene)))
 
 
 @pytest.mark.parametrize("orientation", sorted(STORED), ids=str)
@@ -168,7 +170,8 @@ def test_decode_image_turns_a_jpeg_upright(orientation: int) -> None:
     scene = np.asarray(draw_scene())
     jpeg = save(STORED[orientation](scene), "JPEG", quality=100, subsampling=0)
     turned = decode(add_exif(jpeg, build_exif(orient(orientation)))).astype(int)
-    assert np.abs(turned - resize(scene)).max() <= 4  # JPEG loses a little
+    stored = resize(STORED[orientation](scene)).astype(int)
+    assert np.abs(STORED[orientation](turned) - stored).max() <= 4  # JPEG loses a little
     others = [resize(STORED[other](scene)).astype(int) for other in STORED if other != 1]
     assert min(np.abs(turned - other).max() for other in others) > 50
 
@@ -229,7 +232,7 @@ def test_decode_image_turns_upright_in_spite_of_another_broken_tag(entry: tuple[
     scene = np.asarray(draw_scene())
     jpeg = save(STORED[6](scene), "JPEG", quality=100, subsampling=0)
     turned = decode(add_exif(jpeg, build_exif(entry, orient(6)))).astype(int)
-    assert np.abs(turned - resize(scene)).max() <= 4
+    assert np.abs(STORED[6](turned) - resize(STORED[6](scene))).max() <= 4
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
