@@ -9,8 +9,9 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -93,9 +94,12 @@ class Partition:
         """
         if len(places) == len(self.paths):
             return self
-        paths, labels = (tuple(column[place] for place in places) for column in (self.paths, self.labels))
+        columns = {name: getattr(self, name) for name in ("paths", "labels", "bytes", "versions")}
+        chosen: dict[str, Any] = {
+            name: tuple(column[place] for place in places) for name, column in columns.items() if column
+        }
         avoided = frozenset(row for row, place in enumerate(places) if place in self.avoided)
-        return Partition(self.index, self.start, paths, labels, avoided=avoided)
+        return replace(self, **chosen, rows=None, avoided=avoided)
 
 
 def list_images(config: InputConfig) -> pd.DataFrame:

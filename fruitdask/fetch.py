@@ -27,6 +27,12 @@ _MAX_PAUSE_SECONDS = 20
 _PATIENCE_SECONDS = 60
 
 
+#: Bytes of files that are in memory ahead of the batch in work, and in a batch: where files are large, there are fewer, at least one.
+_MAX_BYTES = 64 * 1024**2
+#: An image of 16-bit RGBA that is not compressed has 8 bytes a pixel, and room for metadata. A larger file is not read.
+_MAX_BYTES_PER_PIXEL, _MAX_METADATA_BYTES = 8, 64 * 1024**2
+
+
 @dataclass(frozen=True)
 class ImageSource:
     """
@@ -37,9 +43,9 @@ class ImageSource:
     location : Location
         The folder that the paths of the catalog are relative to.
     batch_size : int
-        Images in memory at once.
+        Images that are decoded and predicted together, at most: there are fewer where their files are large.
     max_pixels : int
-        Images with more pixels are not decoded.
+        Images with more pixels are not decoded; files of more than 8 bytes a pixel and 64 MiB are not read.
     fetch_attempts : int
         How often reading a file is tried.
     concurrent_reads : int
@@ -54,6 +60,11 @@ class ImageSource:
     fetch_attempts: int
     concurrent_reads: int
     decode: str = "exact"
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes of the largest file that is read."""
+        return _MAX_BYTES_PER_PIXEL * self.max_pixels + _MAX_METADATA_BYTES
 
 
 @dataclass
@@ -73,6 +84,8 @@ class Outcome:
         Why it has no features; empty where it has.
     attempts : int
         How often reading it was tried.
+    n_bytes : int
+        Bytes of the file, as it was listed.
     data : bytes
         The content of the file while its batch is worked on.
     """
@@ -82,6 +95,7 @@ class Outcome:
     status: str = "ok"
     error: str = ""
     attempts: int = 0
+    n_bytes: int = 0
     data: bytes = field(default=b"", repr=False)
 
     def fail(self, status: str, error: str) -> None:
@@ -176,21 +190,42 @@ def read_batches(
     Batch
         The next images. An image that cannot be read or decoded has an outcome that says why, and no pixels.
     """
-    outcomes = [Outcome(path, label) for path, label in zip(partition.paths, partition.labels, strict=True)]
+    sizes = partition.bytes or (0,) * len(partition.paths)
+    files = zip(partition.paths, partition.labels, sizes, strict=True)
+    outcomes = [Outcome(path, label, n_bytes=size) for path, label, size in files]
+    for outcome in outcomes:
+        if outcome.n_bytes > source.max_bytes:
+            outcome.fail(
+                "too_large",
+                f"expected a file of at most {source.max_bytes:,} bytes (8 a pixel of featurize.max_pixels, and metadata), found "
+                f"{outcome.n_bytes:,}",
+            )
     for place in partition.avoided:
         outcomes[place].fail(
             "crashed", "each process that worked on this image died: it needs too much memory or crashes a decoder"
         )
     with ThreadPoolExecutor(source.concurrent_reads) as pool:
         fetched = _fetch_ahead(outcomes, source, pool, on_asked)
-        for start in range(0, len(outcomes), source.batch_size):
+        start = 0
+        while start < len(outcomes):
             with watch.measure("fetch"):
-                batch = list(islice(fetched, source.batch_size))
+                batch = list(_take_batch(fetched, source.batch_size))
             with watch.measure("decode"):
                 rows, pixels = _decode(batch, source, input_px)
             yield Batch(start, batch, rows, pixels)
             for outcome in batch:
                 outcome.data = b""
+            start += len(batch)
+
+
+def _take_batch(fetched: Iterator[Outcome], batch_size: int) -> Iterator[Outcome]:
+    """Take the images of a batch, fewer where their files are large."""
+    n_bytes = 0
+    for outcome in islice(fetched, batch_size):
+        yield outcome
+        n_bytes += len(outcome.data)
+        if n_bytes >= _MAX_BYTES:
+            return
 
 
 def _fetch_ahead(
@@ -200,7 +235,9 @@ def _fetch_ahead(
     fs, waiting, patience = source.location.fs, deque[tuple[Outcome, Future[None]]](), _Patience()
     for outcome in outcomes:
         waiting.append((outcome, pool.submit(_fetch, outcome, fs, source, patience)))
-        if len(waiting) > source.concurrent_reads:
+        while len(waiting) > source.concurrent_reads or (
+            len(waiting) > 1 and sum(ahead.n_bytes for ahead, _ in waiting) > _MAX_BYTES
+        ):
             yield _wait(*waiting.popleft())
     on_asked()
     while waiting:

@@ -5,7 +5,7 @@ import re
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -89,7 +89,8 @@ def decode_image(data: bytes, *, size_px: int, max_pixels: int, is_fast: bool = 
             _check_size(image, max_pixels)
             if is_fast:
                 image.draft(None, (size_px, size_px))
-            with _in_work.hold(image.width * image.height, most=max_pixels):
+            # Closed within, for its pixels must go before another's come.
+            with _in_work.hold(image.width * image.height, most=max_pixels), closing(image):
                 # Before the conversion, which has no EXIF any more; some formats have it behind the pixels.
                 image.load()
                 turn = _find_turn(image)

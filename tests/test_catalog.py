@@ -541,6 +541,7 @@ def test_partition_knows_which_images_to_read() -> None:
     assert replace(partition, rows=(1, 3)).places_to_read == (3,)
     chosen = partition.select((0, 2, 3))
     assert (chosen.paths, chosen.labels, chosen.start) == (("a", "c", "d"), ("x", "y", "y"), 4)
+    assert (chosen.bytes, chosen.versions, chosen.rows) == ((1, 1, 1), (0, 0, 0), None)
     whole = Partition(0, 0, ("a",), ("x",))
     assert whole.select(whole.places_to_read) is whole
 

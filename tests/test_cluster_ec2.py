@@ -130,6 +130,7 @@ class Run:
 
     client: Any
     greeting: str | None
+    threshold: str | None
     workers: list[dict[str, Any]]
     instances: list[LoopbackInstance]
     described: list[dict[str, Any]]
@@ -156,6 +157,7 @@ async def observe_run(cloud: LoopbackEC2) -> Run:
         run = Run(
             client=client,
             greeting=client.submit(os.getenv, "GREETING").result(PATIENCE_SECONDS),
+            threshold=client.submit(os.getenv, "MALLOC_TRIM_THRESHOLD_").result(PATIENCE_SECONDS),
             workers=list(client.scheduler_info(n_workers=-1)["workers"].values()),
             instances=cloud.instances(),
             described=[instance for reservation in reservations for instance in reservation["Instances"]],
@@ -183,6 +185,8 @@ def run() -> Iterator[Run]:
 def test_cluster_computes(run: Run) -> None:
     """Tasks run on the instances, with the environment of the configuration, in an event loop as in a script."""
     assert run.greeting == "good day: # 1"
+    # Dask would have 64 kB.
+    assert run.threshold == str(64 * 1024**2)
     assert [instance.role for instance in run.instances] == ["scheduler", "worker", "worker"]
 
 

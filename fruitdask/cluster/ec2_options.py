@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fruitdask.aws import RUN_TAG
+from fruitdask.cluster.allocator import MALLOC_VARIABLES
 from fruitdask.config import EC2ClusterConfig
 from fruitdask.errors import ConfigError
 
@@ -25,7 +26,7 @@ _INSTALL_DOCKER = (
     "command -v docker || (apt-get update -y && DEBIAN_FRONTEND=noninteractive apt-get install -y docker.io)"
 )
 _PASSED_ON = (
-    "n_workers docker_image spot iam_instance_profile key_name worker_class env_vars docker_args enable_detailed_monitoring use_private_ip"
+    "n_workers docker_image spot iam_instance_profile key_name worker_class docker_args enable_detailed_monitoring use_private_ip"
 ).split()
 
 
@@ -94,6 +95,8 @@ def build_options(config: EC2ClusterConfig, *, run_id: str) -> dict[str, Any]:
     if config.adaptive:
         options["n_workers"] = max(1, config.adaptive.minimum, min(config.n_workers, config.adaptive.maximum))
     return options | {
+        # Of a container's variables Dask's own settings give way to those that are there.
+        "env_vars": MALLOC_VARIABLES | config.env_vars,
         "scheduler_instance_type": config.types[0],
         "worker_instance_type": config.types[1],
         "bootstrap": config.bootstrap or False,
