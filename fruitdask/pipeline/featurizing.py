@@ -1,18 +1,22 @@
-"""The first stage of a run: images to features, on a cluster that is started for it."""
+"""The first stage of a run: images to features, on a cluster that is started for it, if there is anything to compute."""
 
 import platform
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from fruitdask import __version__, report, store
-from fruitdask.catalog import split_catalog
+from fruitdask.catalog import Partition, split_catalog
 from fruitdask.errors import PartitionError, TooManyFailuresError
 from fruitdask.mapping import map_partitions
 from fruitdask.models import ModelArtifact, settle_engine, start_building
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 
 #: Packages whose versions can change what a run computes.
 _PACKAGES = ("dask", "distributed", "keras", "numpy", "pillow", "scikit-learn", "zarr")
+#: Partitions that the client writes at once; it waits for the storage most of the time.
+_N_MARKED_AT_ONCE = 16
 
 
 def compute_features(
@@ -66,10 +72,47 @@ def compute_features(
     is_wanted = getattr(task.config.cluster, "dashboard_address", "") is not None
     if is_wanted and "dashboard" in client.scheduler_info()["services"]:
         progress.say(f"Dask dashboard: {client.dashboard_link}")
-    manifest = _begin_output(task, artifact, client)
+    manifest = _begin_output(task, _describe_computation(task, artifact, client), client)
     with task.clock.measure("featurize"):
         manifest["seconds"]["worker"] = _featurize(task, artifact, client, survey, progress)
     return client, manifest
+
+
+def record_vanished(task: Task, manifest: dict[str, Any], progress: RunProgress) -> dict[str, Any]:
+    """
+    Record images that have vanished, where nothing is to be computed: without a cluster, and without a network.
+
+    Parameters
+    ----------
+    task : Task
+        What there is to do.
+    manifest : dict[str, Any]
+        The manifest of the run before.
+    progress : RunProgress
+        Where to show progress.
+
+    Returns
+    -------
+    dict[str, Any]
+        The manifest of this run; of how features were computed, it says what the one before did.
+
+    Raises
+    ------
+    FruitdaskError
+        If something cannot be read or written.
+    """
+    from fruitdask.featurize import mark_vanished
+
+    progress.begin("Recording images that are gone")
+    manifest = _begin_output(task, manifest)
+    mark = partial(mark_vanished, output=task.output, n_features=manifest["model"]["n_features"])
+    todo = _list_todo(task)
+    with ThreadPoolExecutor(_N_MARKED_AT_ONCE) as pool:
+        while parts := list(islice(todo, _N_MARKED_AT_ONCE)):
+            list(pool.map(mark, parts))
+            if task.lock is not None:
+                task.lock.check()
+    return manifest
 
 
 def check_failures(task: Task, n_failed: int) -> None:
@@ -121,11 +164,12 @@ def _start(task: Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifac
     return client, artifact
 
 
-def _begin_output(task: Task, artifact: ModelArtifact, client: Any) -> dict[str, Any]:
-    """Write the manifest of a run that begins, and the empty store where there is none."""
+def _begin_output(task: Task, computation: dict[str, Any], client: Any = None) -> dict[str, Any]:
+    """Write the manifest of a run that begins, and make room; how features are computed, the caller says."""
     from fruitdask.reduce import check_n_components, check_solver
 
-    shape = {"n_images": task.n_listed, "n_features": artifact.n_features}
+    n_features = computation["model"]["n_features"]
+    shape = {"n_images": task.n_listed, "n_features": n_features}
     check_n_components(task.config.reduce.n_components, **shape)
     check_solver(task.config.reduce.solver, **shape)
     if task.config.output.overwrite:
@@ -133,28 +177,23 @@ def _begin_output(task: Task, artifact: ModelArtifact, client: Any) -> dict[str,
     before, changes = task.manifest or {}, task.changes
     n_changed = sum(changes.values()) - changes.get("kept", 0)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    manifest = {
-        "fruitdask": __version__,
-        "status": "running",
-        "started": started,
-        "fingerprint": task.fingerprint,
-        "n_images": len(task.rows.catalog),
-        "images_per_partition": task.images_per_partition,
-        "history": before.get("history", []) + ([{"at": started} | changes] if changes else []),
-        "erasures": before.get("erasures", []),
-        "model": _describe_model(artifact),
-        "cluster": {
-            "kind": task.config.cluster.kind,
-            "n_workers": len(client.nthreads()),
-            "n_threads": sum(client.nthreads().values()),
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in (*_PACKAGES, artifact.engine)},
-        "config": dump_config(task.config),
-        "regions": task.inputs.regions,
-        "processing": describe_processing(task.config),
-        "seconds": {},
-    } | task.budget.describe()
+    manifest = (
+        computation
+        | {
+            "fruitdask": __version__,
+            "status": "running",
+            "started": started,
+            "fingerprint": task.fingerprint,
+            "n_images": len(task.rows.catalog),
+            "images_per_partition": task.images_per_partition,
+            "history": before.get("history", []) + ([{"at": started} | changes] if changes else []),
+            "erasures": before.get("erasures", []),
+            "config": dump_config(task.config),
+            "regions": task.inputs.regions,
+            "processing": computation.get("processing", {}) | describe_processing(task.config),
+        }
+        | task.budget.describe()
+    )
     manifest |= describe_fit(task.manifest, n_changed)
     store.write_manifest(task.output, manifest)
     manifest["processing"] |= describe_protection(task.config, task.output.child(store.MANIFEST), client)
@@ -164,7 +203,7 @@ def _begin_output(task: Task, artifact: ModelArtifact, client: Any) -> dict[str,
         "model": manifest["model"],
         "class_names": sorted(set(task.rows.catalog["label"])),
     }
-    _make_room(task, artifact.n_features, attributes)
+    _make_room(task, n_features, attributes)
     return manifest
 
 
@@ -216,8 +255,7 @@ def _featurize(
         if task.lock is not None:
             task.lock.check()
 
-    parts = split_catalog(task.rows.catalog, task.images_per_partition)
-    todo = (replace(part, rows=backlog.todo[part.index]) for part in parts if part.index in backlog.todo)
+    todo = _list_todo(task)
     try:
         map_partitions(
             client, featurize_partition, todo, job, delivered=artifact, on_result=note, probe=probe_partition
@@ -229,13 +267,30 @@ def _featurize(
     return {stage: round(value, 3) for stage, value in seconds.items()}
 
 
-def _describe_model(artifact: ModelArtifact) -> dict[str, Any]:
-    """Say in the manifest which network it was."""
+def _list_todo(task: Task) -> Iterator[Partition]:
+    """List the partitions that are to be written, with what is to be computed of each."""
+    todo = task.backlog.todo
+    parts = split_catalog(task.rows.catalog, task.images_per_partition)
+    return (replace(part, rows=todo[part.index]) for part in parts if part.index in todo)
+
+
+def _describe_computation(task: Task, artifact: ModelArtifact, client: Any) -> dict[str, Any]:
+    """Say in the manifest what computes the features: which network, on which cluster."""
     return {
-        "name": artifact.name,
-        "engine": artifact.engine,
-        "preprocessing": artifact.preprocessing,
-        "input_px": artifact.input_px,
-        "n_features": artifact.n_features,
-        "sha256": artifact.sha256,
+        "model": {
+            "name": artifact.name,
+            "engine": artifact.engine,
+            "preprocessing": artifact.preprocessing,
+            "input_px": artifact.input_px,
+            "n_features": artifact.n_features,
+            "sha256": artifact.sha256,
+        },
+        "cluster": {
+            "kind": task.config.cluster.kind,
+            "n_workers": len(client.nthreads()),
+            "n_threads": sum(client.nthreads().values()),
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in (*_PACKAGES, artifact.engine)},
+        "seconds": {},
     }

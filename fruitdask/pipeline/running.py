@@ -9,7 +9,7 @@ from fruitdask import report, store
 from fruitdask.config import Config
 from fruitdask.errors import FruitdaskError, LimitError
 from fruitdask.pipeline.exploring import Survey
-from fruitdask.pipeline.featurizing import check_failures, compute_features
+from fruitdask.pipeline.featurizing import check_failures, compute_features, record_vanished
 from fruitdask.pipeline.growing import format_changes
 from fruitdask.pipeline.inputs import dump_config
 from fruitdask.pipeline.planning import LOCAL_REDUCE_BYTES, Plan, Work, estimate
@@ -66,8 +66,10 @@ def run(
             progress.say(f"Since the last run: {format_changes(changes)}.")
         with _cost_noted(task), ExitStack() as stack:
             manifest = task.manifest
-            if manifest is None or not task.has_features:
+            if manifest is None or task.backlog.n_images:
                 client, manifest = compute_features(task, progress, client=client, stack=stack, survey=survey)
+            elif not task.has_features:
+                manifest = record_vanished(task, manifest, progress)
             if survey is not None:
                 client = client or stack.enter_context(task.budget.open_client())
                 with task.clock.measure("explore"):
@@ -78,7 +80,7 @@ def run(
         n_computed = task.backlog.n_images
         # Seconds of stages that were done before are those of the run that did them; so is the total, if that computed the features.
         manifest["seconds"] |= task.clock.seconds | ({"total": task.clock.total_seconds} if n_computed else {})
-        manifest |= {"config": dump_config(config)} | ({} if task.has_features else {"n_computed": n_computed})
+        manifest |= {"config": dump_config(config)} | ({"n_computed": n_computed} if n_computed else {})
         record = describe_processing(config, since=manifest["finished"])
         manifest |= {"regions": task.inputs.regions, "processing": manifest.get("processing", {}) | record}
         manifest |= task.budget.describe()
@@ -141,7 +143,7 @@ def _check_limits(task: Task, client: Any, progress: RunProgress) -> None:
     """Refuse a run that would exceed a limit, before anything is started."""
     limits = task.config.limits
     costs = limits.max_cost is not None and client is None and task.config.cluster.kind == "ec2"
-    if task.has_features or not (costs or limits.max_hours is not None):
+    if not (task.backlog.n_images and (costs or limits.max_hours is not None)):
         return
     exceeded = estimate(_describe_work(task, client), progress).exceeded
     if exceeded:
