@@ -17,6 +17,10 @@ class StorageError(FruitdaskError, OSError):
     """A URL cannot be read or written."""
 
 
+class OutageError(StorageError):
+    """A URL cannot be read or written any more, while work is going on in an output folder."""
+
+
 class DamageError(StorageError):
     """What was stored is there, but is not what was written."""
 

@@ -16,6 +16,9 @@ from fruitdask.models import ModelArtifact, load_predictor, prepare_engine
 from fruitdask.storage import Location
 from fruitdask.store import OUTCOME_COLUMNS, VERSION_COLUMNS, read_partition, write_partition
 
+#: Features and outcomes of a partition that is committed.
+_Stored = tuple[npt.NDArray[np.float32], pd.DataFrame]
+
 
 @dataclass(frozen=True)
 class FeaturizeJob:
@@ -107,17 +110,32 @@ def featurize_partition(partition: Partition, artifact: ModelArtifact, job: Feat
     watch = computed.watch
     with watch.measure("write"):
         findings = computed.explorer.finish() if computed.explorer is not None else None
-        features, rows = _complete(computed.partition, computed.features, table, computed.before)
-        write_partition(
-            job.output,
-            index=partition.index,
-            start=partition.start,
-            features=features,
-            outcomes=rows,
-            is_committed=computed.before is not None,
-        )
+        _store(computed.partition, job.output, computed.features, table, computed.before)
     statuses = dict(Counter(table["status"]))
     return PartitionSummary(partition.index, len(table), statuses, computed.bytes_read, watch.seconds, findings)
+
+
+def mark_vanished(partition: Partition, output: Location, *, n_features: int) -> None:
+    """
+    Record which images of a partition have vanished, where none is to be computed; that takes no network.
+
+    Parameters
+    ----------
+    partition : Partition
+        The images; of those that are to be written, none is in the input any more.
+    output : Location
+        The output folder, whose store exists.
+    n_features : int
+        Features an image.
+
+    Raises
+    ------
+    StorageError
+        If the results cannot be read or written.
+    """
+    partition, before = _read_before(partition, output)
+    nothing = pd.DataFrame(columns=list(OUTCOME_COLUMNS))
+    _store(partition, output, np.empty((0, n_features), np.float32), nothing, before)
 
 
 def probe_partition(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -> None:
@@ -141,7 +159,7 @@ class _Computed:
     """What was computed of the images of a partition that were to be read (features are NaN where one failed); what was there before."""
 
     partition: Partition
-    before: tuple[npt.NDArray[np.float32], pd.DataFrame] | None
+    before: _Stored | None
     features: npt.NDArray[np.float32]
     outcomes: list[Outcome]
     bytes_read: int
@@ -154,11 +172,7 @@ def _compute(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -
     watch = Stopwatch()
     with watch.measure("load"):
         predict = load_predictor(artifact, n_threads=_count_threads())
-    before = None
-    if partition.rows is not None:
-        before = read_partition(job.output, index=partition.index, start=partition.start)
-        # A worker was killed while it wrote: there is nothing to keep.
-        partition = partition if before is not None else replace(partition, rows=None)
+    partition, before = _read_before(partition, job.output)
     chosen = partition.select(partition.places_to_read)
     explorer = Explorer(partition, job.explore) if job.explore and chosen is partition else None
     features = np.full((len(chosen.paths), artifact.n_features), np.nan, np.float32)
@@ -195,25 +209,42 @@ def prepare_workers(client: Any, engine: str) -> list[Any]:
     return [client.submit(_prepare_worker, engine, workers=[worker], pure=False) for worker in client.nthreads()]
 
 
-def _complete(
+def _read_before(partition: Partition, output: Location) -> tuple[Partition, _Stored | None]:
+    """Read what stays of a partition of which only some images are to be computed; gives what is to be computed, too."""
+    if partition.rows is None:
+        return partition, None
+    before = read_partition(output, index=partition.index, start=partition.start)
+    # A worker was killed while it wrote: there is nothing to keep.
+    return (partition if before is not None else replace(partition, rows=None)), before
+
+
+def _store(
     partition: Partition,
+    output: Location,
     features: npt.NDArray[np.float32],
     outcomes: pd.DataFrame,
-    before: tuple[npt.NDArray[np.float32], pd.DataFrame] | None,
-) -> tuple[npt.NDArray[np.float32], pd.DataFrame]:
-    """Lay what was computed of a partition beside what stays of it, and say of which versions of the files it is."""
+    before: _Stored | None,
+) -> None:
+    """Lay what was computed of a partition beside what stays of it, say of which versions of the files it is, and write it."""
     places = np.asarray(partition.places_to_read, np.int64)
     if before is not None or len(places) < len(partition.paths):
         features, outcomes = _spread(partition, features, outcomes.set_axis(places), before)
     versions = zip(VERSION_COLUMNS, (partition.bytes, partition.versions), strict=True)
-    return features, outcomes.assign(**{name: values for name, values in versions if values})
+    write_partition(
+        output,
+        index=partition.index,
+        start=partition.start,
+        features=features,
+        outcomes=outcomes.assign(**{name: values for name, values in versions if values}),
+        is_committed=before is not None,
+    )
 
 
 def _spread(
     partition: Partition,
     features: npt.NDArray[np.float32],
     outcomes: pd.DataFrame,
-    before: tuple[npt.NDArray[np.float32], pd.DataFrame] | None,
+    before: _Stored | None,
 ) -> tuple[npt.NDArray[np.float32], pd.DataFrame]:
     """Lay computed rows, by their places, over those of an earlier commit, if any; the rest has vanished."""
     n_images = len(partition.paths)

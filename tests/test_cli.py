@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -191,6 +192,23 @@ def test_unwritable_place_is_one_sentence(config_path: Path) -> None:
     result = invoke("run", str(config_path), "--set", "output.url=/proc/fruitdask/out")
     assert result.exit_code == 2
     assert result.stderr.strip().splitlines()[-1].startswith("fruitdask: ")
+
+
+def test_storage_that_fails_while_running_is_not_a_wrong_configuration(config_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    page = config_path.parent / "out" / "report.html"
+    settings = [f"--set={section}.enabled=false" for section in ("explore", "plots")]
+    # Enough for all files but the page, which the client writes in the end.
+    result = subprocess.run(
+        [sys.executable, "-m", "fruitdask", "run", str(config_path), *settings],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
+    )
+    assert result.returncode == 1, result.stderr
+    assert re.match(rf"fruitdask: cannot write {page}: .*File too large", result.stderr.splitlines()[-1])
+    again = invoke("run", str(config_path), *settings)
+    assert again.exit_code == 0 and "nothing to compute" in again.stdout and page.stat().st_size > 500_000
 
 
 def test_validate_checks_without_touching_the_data(config_path: Path) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 import fruitdask
 from fruitdask.config import Config, ModelConfig
-from fruitdask.errors import PartitionError
+from fruitdask.errors import OutageError, PartitionError
 from fruitdask.progress import RunProgress
 
 MakeConfig = Callable[[str], Config]
@@ -113,9 +113,7 @@ def test_disk_that_is_full_in_the_end_loses_no_features(
                 while True:
                     file.write(bytes(1024))
 
-    with pytest.raises(
-        fruitdask.errors.StorageError, match=rf"^cannot write {disk}/out/.*make room there and run again$"
-    ):
+    with pytest.raises(OutageError, match=rf"^cannot write {disk}/out/.*make room there and run again$"):
         fruitdask.run(config, client=client, progress=When("Writing results", fill))
     (disk / "ballast").unlink()
     result = fruitdask.run(config, client=client)

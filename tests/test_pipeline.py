@@ -27,7 +27,7 @@ from fruitdask.errors import (
     TooManyFailuresError,
 )
 from fruitdask.models import build_artifact, load_predictor
-from fruitdask.pipeline import exploring, presenting, running, spending
+from fruitdask.pipeline import exploring, featurizing, presenting, running, spending
 from fruitdask.pipeline.inputs import dump_config
 from fruitdask.storage import Location
 
@@ -495,7 +495,7 @@ def test_exploration_of_an_interrupted_run_is_complete(
     make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = fruitdask.run(make_config(), client=client).exploration
-    check, overwrite = running._check_failures, make_config(output={"overwrite": True})
+    check, overwrite = featurizing.check_failures, make_config(output={"overwrite": True})
 
     def interrupt(task: Any, n_failed: int) -> None:
         if len(store.list_committed(task.output)) >= 2:
@@ -503,7 +503,7 @@ def test_exploration_of_an_interrupted_run_is_complete(
         check(task, n_failed)
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "_check_failures", interrupt)
+        patch.setattr(featurizing, "check_failures", interrupt)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
             fruitdask.run(overwrite, client=client)
     result = fruitdask.run(make_config(), client=client)

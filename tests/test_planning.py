@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -317,7 +318,9 @@ class Hours(RunProgress):
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._seconds = 0.0
-        patch.setattr(spending, "time", SimpleNamespace(monotonic=lambda: self._seconds))
+        patch.setattr(
+            spending, "time", SimpleNamespace(monotonic=lambda: self._seconds, perf_counter=time.perf_counter)
+        )
 
     def advance(self, n_images: int, *, n_failed: int) -> None:
         """Let an hour pass."""

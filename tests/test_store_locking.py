@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fruitdask.errors import OutputError, StorageError
+from fruitdask.errors import DamageError, FruitdaskError, OutageError, OutputError, StorageError
 from fruitdask.storage import Location
 from fruitdask.store import OutputLock, locked
 
@@ -136,3 +136,16 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         Location(f"{tmp_path}/file/out")
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [(StorageError, OutageError), (OutageError, OutageError), (DamageError, DamageError), (OutputError, OutputError)],
+    ids=["storage", "outage", "damage", "another error"],
+)
+def test_storage_that_fails_under_a_lock_is_told_from_a_wrong_place(
+    tmp_path: Path, raised: type[FruitdaskError], expected: type[FruitdaskError]
+) -> None:
+    with pytest.raises(FruitdaskError, match="^cannot write x$") as caught, locked(Location(f"{tmp_path}/out")):
+        raise raised("cannot write x")
+    assert type(caught.value) is expected

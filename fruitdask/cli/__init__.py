@@ -23,8 +23,8 @@ def cli() -> None:
 
     Start with:  fruitdask run configs/demo.yaml
 
-    Exit codes: 0 done, 1 the run failed or results are damaged, 2 the configuration or the command line is wrong, 3 too many images failed,
-    4 refused by policy, 5 the cluster did not start, 130 interrupted.
+    Exit codes: 0 done, 1 the run failed, storage failed meanwhile, or results are damaged, 2 the configuration or the command line is wrong
+    or names a place that cannot be used, 3 too many images failed, 4 refused by policy, 5 the cluster did not start, 130 interrupted.
     """
 
 

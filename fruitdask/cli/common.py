@@ -23,6 +23,7 @@ _EXIT_CODES: tuple[tuple[type[errors.FruitdaskError], int], ...] = (
     (errors.LimitError, 4),
     (errors.ClusterStartError, 5),
     (errors.DamageError, 1),
+    (errors.OutageError, 1),
     (errors.PartitionError, 1),
     (errors.WeightsUnavailableError, 1),
     (errors.EngineError, 1),

@@ -1,9 +1,10 @@
 """The stages in their order, and nothing else.
 
-A run (``running``; what has changed since the one before: ``growing``; its numbers: ``reducing``; what it leaves: ``results``), an
-exploration (``exploring``), figures and page (``presenting``), the record of processing (``processing``), what a run will take
-(``planning``, from images that ``trying`` tries) and has cost (``spending``), what takes images out of results again (``erasing``), what
-reads all results again (``verifying``, part by part: ``checking``) and prepares them for a run that mends them (``repairing``).
+A run (``running``; what there is to do: ``preparing``; what has changed since the one before: ``growing``; features: ``featurizing``; its
+numbers: ``reducing``; what it leaves: ``results``), an exploration (``exploring``), figures and page (``presenting``), the record of
+processing (``processing``), what a run will take (``planning``, from images that ``trying`` tries) and has cost (``spending``), what takes
+images out of results again (``erasing``), what reads all results again (``verifying``, part by part: ``checking``) and prepares them for a
+run that mends them (``repairing``).
 """
 
 from fruitdask.pipeline.erasing import Erasure, carry_out, erase, plan_erasure

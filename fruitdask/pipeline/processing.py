@@ -38,7 +38,7 @@ def describe_processing(config: Config, *, since: str | None = None) -> dict[str
     }
 
 
-def describe_protection(config: Config, written: Location, client: Any) -> dict[str, str | None]:
+def describe_protection(config: Config, written: Location, client: Any = None) -> dict[str, str | None]:
     """
     Describe how data are encrypted, as found on what was written first and on the cluster.
 
@@ -48,14 +48,14 @@ def describe_protection(config: Config, written: Location, client: Any) -> dict[
         What is done.
     written : Location
         A file in the output.
-    client : distributed.Client
+    client : distributed.Client, optional
         The cluster.
 
     Returns
     -------
     dict[str, str or None]
-        Part of the record: the encryption ``at_rest``, None where nobody says, and ``in_transit`` between the processes of the cluster:
-        ``TLS``, ``one machine`` or ``none``.
+        Part of the record: the encryption ``at_rest``, None where nobody says, and, where there is a cluster, ``in_transit`` between its
+        processes: ``TLS``, ``one machine`` or ``none``.
 
     Raises
     ------
@@ -69,7 +69,8 @@ def describe_protection(config: Config, written: Location, client: Any) -> dict[
             "on the default encryption of the bucket, or ask for it by output.storage_options: "
             "{s3_additional_kwargs: {ServerSideEncryption: AES256}}"
         )
-    return {"at_rest": at_rest, "in_transit": _describe_transport(client.scheduler.address)}
+    in_transit = {} if client is None else {"in_transit": _describe_transport(client.scheduler.address)}
+    return {"at_rest": at_rest, **in_transit}
 
 
 def _describe_transport(address: str) -> str:

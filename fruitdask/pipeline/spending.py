@@ -1,4 +1,4 @@
-"""What a run spends: hours and dollars, noted and limited over all parts of a run that was interrupted."""
+"""What a run spends: seconds by stage; hours and dollars, noted and limited over all parts of a run that was interrupted."""
 
 import time
 from collections import defaultdict
@@ -12,6 +12,38 @@ from fruitdask.costs import PRICES_OF, Cost, Usage, compute_cost
 from fruitdask.errors import ConfigError, LimitError
 
 _GO_ON = "what is stored stays; raise the limit and run again to go on"
+
+
+class Clock:
+    """Seconds by stage of a run, as passed on the wall."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds since the run began."""
+        return round(time.perf_counter() - self._start, 3)
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """
+        Note the seconds of a block.
+
+        Parameters
+        ----------
+        stage : str
+            What the block is called.
+
+        Yields
+        ------
+        None
+            Control, once.
+        """
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
 class Budget:

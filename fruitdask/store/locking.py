@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from fruitdask.errors import FruitdaskError, OutputError
+from fruitdask.errors import DamageError, FruitdaskError, OutageError, OutputError, StorageError
 from fruitdask.storage import Location, create_file, explained, write_file
 from fruitdask.store.manifests import delete_result, read_json
 from fruitdask.store.names import LOCK
@@ -160,11 +160,17 @@ def locked(output: Location) -> Iterator[OutputLock]:
         If another run works there.
     StorageError
         If the folder cannot be written.
+    OutageError
+        If the block raises a StorageError: where a lock was written, it is not the place that is wrong.
     """
     lock = OutputLock(output)
     lock.take()
     try:
         yield lock
+    except DamageError:
+        raise
+    except StorageError as error:
+        raise OutageError(str(error)) from error
     finally:
         lock.release()
 

@@ -1,0 +1,232 @@
+"""What there is to do in a run, and what is done: all that is found out before anything is started."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fruitdask import report, store
+from fruitdask.catalog import choose_partition_size
+from fruitdask.config import Config, LocalClusterConfig
+from fruitdask.models import fingerprint_model
+from fruitdask.pipeline.growing import Backlog, Rows, find_backlog, order_images
+from fruitdask.pipeline.inputs import Inputs, dump_config, prepare_inputs, settle_erasure
+from fruitdask.pipeline.presenting import describe_presentation
+from fruitdask.pipeline.results import PCA
+from fruitdask.pipeline.spending import Budget, Clock
+from fruitdask.progress import RunProgress
+from fruitdask.storage import Location, exists
+
+#: Sections of the configuration on which the tables depend.
+_REDUCING = ("reduce", "quality")
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A run that has been checked: what there is to do, and what is done.
+
+    Parameters
+    ----------
+    inputs : Inputs
+        The images of the input, and the output folder.
+    fingerprint : dict[str, str]
+        What determines the features.
+    images_per_partition : int
+        Images a partition.
+    manifest : dict[str, Any] or None
+        The manifest of the run before; None where there is none, or its results are overwritten.
+    committed : frozenset[int]
+        Partitions that are committed.
+    budget : Budget
+        What the run may spend, and has spent.
+    clock : Clock
+        How long its stages take.
+    lock : OutputLock or None
+        What keeps other runs out of the output folder; None where nothing is written to it.
+    retry_failed : bool
+        Whether images that have failed in an earlier run are computed again.
+    """
+
+    inputs: Inputs
+    fingerprint: dict[str, str]
+    images_per_partition: int
+    manifest: dict[str, Any] | None
+    committed: frozenset[int]
+    budget: Budget
+    clock: Clock
+    lock: store.OutputLock | None
+    retry_failed: bool
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.inputs.config
+
+    @property
+    def output(self) -> Location:
+        """The output folder."""
+        return self.inputs.output
+
+    @property
+    def n_listed(self) -> int:
+        """Images in the input."""
+        return len(self.inputs.catalog)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The images in the order of the store's rows."""
+        return order_images(self.inputs, has_commits=bool(self.committed))
+
+    @cached_property
+    def backlog(self) -> Backlog:
+        """What is to be computed; of a complete run it is known without a look at outcomes."""
+        if self._is_settled and self.manifest is not None:
+            counts = self.manifest["counts"]
+            n_failed = sum(counts["by_status"].values()) - counts["by_status"].get("ok", 0) - counts.get("vanished", 0)
+            is_out_of_reach = "unreachable" in counts["by_status"]
+            if not (is_out_of_reach or (n_failed and self.retry_failed)):
+                return Backlog({}, n_images=0, n_failed=n_failed, n_retried=0, done=set(self.committed))
+        return find_backlog(
+            self.output,
+            self.rows,
+            self.committed,
+            images_per_partition=self.images_per_partition,
+            retry_failed=self.retry_failed,
+        )
+
+    @property
+    def n_partitions(self) -> int:
+        """Partitions of the store."""
+        return -(-len(self.rows.catalog) // self.images_per_partition)
+
+    @property
+    def changes(self) -> dict[str, int]:
+        """
+        Counts of what the run changes in results that were there.
+
+        Nothing where it goes on with what an earlier one has begun to change.
+        """
+        n_retried = self.backlog.n_retried
+        if not (self.committed and (self.has_other_images or n_retried)):
+            return {}
+        kept = {"added": 0, "changed": 0, "vanished": 0, "kept": self.n_listed} | self.rows.changes
+        return kept | {"retried": n_retried, "kept": kept["kept"] - n_retried}
+
+    @property
+    def has_other_images(self) -> bool:
+        """Whether the input is not what it was in the run before."""
+        if self.manifest is None:
+            return False
+        theirs = self.manifest["fingerprint"]["catalog"]
+        return bool(theirs != self.fingerprint.get("catalog", theirs))
+
+    @property
+    def _is_settled(self) -> bool:
+        """Whether the run before is complete, and was of the images of this one."""
+        if self.manifest is None or self.manifest["status"] != "complete" or self.has_other_images:
+            return False
+        n_images: int = self.manifest["n_images"]
+        return len(self.committed) == -(-n_images // self.images_per_partition)
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the output holds the features of these images."""
+        return self.manifest is not None and not self.backlog.todo and not self.has_other_images
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether it holds the tables that the configuration asks for."""
+        manifest = self.manifest or {"status": "new"}
+        if manifest["status"] != "complete" or not self.has_features:
+            return False
+        names = [report.RESULTS, PCA] + [store.QUALITY] * self.config.quality.enabled
+        if not all(exists(self.output.child(name)) for name in names):
+            return False
+        return _select(manifest["config"], _REDUCING) == _select(dump_config(self.config), _REDUCING)
+
+    @property
+    def is_presented(self) -> bool:
+        """Whether it holds the figures and the page that the configuration asks for."""
+        names = [report.PAGE] * self.config.report.enabled + [store.FIGURES] * self.config.plots.enabled
+        mark = (self.manifest or {}).get("presented")
+        is_same = mark == describe_presentation(self.config, self.output)
+        return is_same and all(exists(self.output.child(name)) for name in names)
+
+
+def prepare(
+    config: Config,
+    progress: RunProgress,
+    *,
+    client: Any = None,
+    locks: ExitStack | None = None,
+    retry_failed: bool = False,
+) -> Task:
+    """
+    Check all that can be checked before anything is started.
+
+    Parameters
+    ----------
+    config : Config
+        What to do.
+    progress : RunProgress
+        Where to show progress.
+    client : distributed.Client, optional
+        A cluster that is used instead of the configured one.
+    locks : contextlib.ExitStack, optional
+        Holds the lock of the output folder; without it, nothing is written there.
+    retry_failed : bool
+        Whether images that have failed in an earlier run are computed again.
+
+    Returns
+    -------
+    Task
+        What there is to do.
+
+    Raises
+    ------
+    FruitdaskError
+        If the run would end with an error before it starts.
+    """
+    progress.begin("Listing images")
+    clock = Clock()
+    with clock.measure("list"):
+        inputs = prepare_inputs(config, client=client)
+    output, catalog = inputs.output, inputs.catalog
+    fingerprint = inputs.fingerprint | {"model": fingerprint_model(config.model)}
+    lock = None
+    if locks is not None:
+        lock = locks.enter_context(store.locked(output))
+        settle_erasure(inputs, progress)
+    elif (store.read_manifest(output) or {}).get("status") == store.ERASED:
+        # Which images are left, the run will find out.
+        del fingerprint["catalog"]
+    manifest = store.check_output(output, fingerprint, overwrite=config.output.overwrite, may_grow=True)
+    has_store = manifest is not None and store.open_store(output) is not None
+    return Task(
+        inputs=inputs,
+        fingerprint=fingerprint,
+        images_per_partition=(
+            manifest["images_per_partition"]
+            if manifest
+            else config.featurize.images_per_partition or choose_partition_size(len(catalog))
+        ),
+        manifest=manifest,
+        committed=frozenset(store.list_committed(output) if has_store else ()),
+        budget=Budget(
+            config.limits,
+            # A cluster of somebody else's costs this run nothing.
+            config.cluster if client is None else LocalClusterConfig(),
+            region=inputs.regions["cluster"],
+            manifest=manifest,
+            elapsed_seconds=clock.total_seconds,
+        ),
+        clock=clock,
+        lock=lock,
+        retry_failed=retry_failed,
+    )
+
+
+def _select(sections: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Select some sections of a dumped configuration."""
+    return {name: sections.get(name) for name in names}
