@@ -1,5 +1,6 @@
 """Mapping: a function over partitions on a cluster, a bounded number in flight, and a value that all tasks need delivered to it."""
 
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,8 @@ _MAX_LOSSES = 3
 _MAX_DELIVERIES_IN_VAIN = 60
 #: How long to wait for a worker after the last one died: a nanny starts another in seconds, a cloud in minutes.
 _WORKER_TIMEOUT_SECONDS = 600
+#: How often to look whether all workers have paused, and how often in a row they may have: for half a minute.
+_LOOK_SECONDS, _MAX_PAUSES_SEEN = 10, 3
 
 
 def map_partitions(
@@ -64,11 +67,14 @@ def map_partitions(
     Raises
     ------
     PartitionError
-        If the function fails for a partition, kills workers whatever is avoided, or the cluster is lost.
+        If the function fails for a partition, kills workers whatever is avoided, or the cluster is lost or has no memory left.
     """
     tasks = _Tasks(client, delivered, arguments)
     deadly: list[Partition] = []
+    watch = _PauseWatch(client, on_stuck=tasks.cancel)
     try:
+        watch.start()
+        tasks.deliver()
         for partition, result in tasks.run(function, partitions):
             if isinstance(result, _Death):
                 deadly.append(partition)
@@ -76,13 +82,15 @@ def map_partitions(
                 on_result(result)
         for partition in deadly:
             on_result(_run_deadly(tasks, function, partition, probe))
-    except (OSError, TimeoutError) as error:
+    except (CancelledError, OSError, TimeoutError) as error:
         if isinstance(error, FruitdaskError):
             raise
         raise PartitionError(
-            f"the cluster was lost: {str(error) or type(error).__name__}; what is stored stays, run again to go on"
+            watch.finding
+            or f"the cluster was lost: {str(error) or type(error).__name__}; what is stored stays, run again to go on"
         ) from error
     finally:
+        watch.stop()
         tasks.cancel()
 
 
@@ -101,6 +109,11 @@ class _Tasks:
         self._arguments = arguments
         self._delivery = _Delivery(client, delivered)
         self._in_flight: dict[Any, Partition] = {}
+        self._is_cancelled = False
+
+    def deliver(self) -> None:
+        """Deliver what all tasks need; to be called once, before the first of them."""
+        self._delivery.renew()
 
     def run(
         self, function: Callable[..., Result], partitions: Iterable[Partition]
@@ -125,6 +138,8 @@ class _Tasks:
                 result = _get_result(future, partition)
                 self._delivery.n_in_vain = 0
             except CancelledError:
+                if self._is_cancelled:
+                    raise
                 self._delivery.renew()
                 n_losses[partition.index] += 1
                 if n_losses[partition.index] <= _MAX_LOSSES:
@@ -144,6 +159,7 @@ class _Tasks:
         """Cancel what is in flight; where the scheduler is gone there is nothing left to cancel."""
         from distributed.client import ClosedClientError
 
+        self._is_cancelled = True
         with suppress(OSError, TimeoutError, ClosedClientError):
             self._client.cancel(list(self._in_flight), force=True)
 
@@ -195,31 +211,73 @@ def let_next_begin() -> None:
     secede()
 
 
+class _PauseWatch:
+    """Looks whether every worker has paused for want of memory with nothing in work, for then nothing will ever be: Dask waits."""
+
+    def __init__(self, client: Any, *, on_stuck: Callable[[], None]) -> None:
+        self._client = client
+        self._on_stuck = on_stuck
+        self._end = threading.Event()
+        self.finding = ""
+
+    def start(self) -> None:
+        """Begin to look, in a thread."""
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._end.set()
+
+    def _watch(self) -> None:
+        n_seen = 0
+        while not self._end.wait(_LOOK_SECONDS):
+            try:
+                workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+            except Exception:
+                # Of a cluster that is closed or lost, whoever waits for it will say so.
+                return
+            n_seen = n_seen + 1 if workers and all(map(_is_stuck, workers)) else 0
+            if n_seen == _MAX_PAUSES_SEEN:
+                used, limit = max((worker["metrics"]["memory"], worker["memory_limit"]) for worker in workers)
+                self.finding = (
+                    f"every worker has paused, for its memory is nearly full ({used / 1e6:,.0f} of {limit / 1e6:,.0f} MB with nothing in "
+                    "work); give workers more memory (cluster.memory_limit) or have fewer of them; what is stored stays, run again to go on"
+                )
+                return self._on_stuck()
+
+
+def _is_stuck(worker: dict[str, Any]) -> bool:
+    """Whether a worker has paused and has nothing in work whose end could free memory."""
+    counts = worker["metrics"]["task_counts"]
+    return worker["status"] == "paused" and not (counts.get("executing") or counts.get("long-running"))
+
+
 class _Delivery:
-    """A scattered value, and how to scatter it again."""
+    """A value to scatter, and to scatter again."""
 
     def __init__(self, client: Any, value: Any) -> None:
         self._client = client
         self._value = value
         self.n_in_vain = 0
-        self._scatter()
+        self.future: Any = None
 
     def renew(self) -> None:
-        """Scatter again, once for all the tasks that one loss has cancelled."""
-        if self.future.status == "finished":
-            return
-        if self.n_in_vain >= _MAX_DELIVERIES_IN_VAIN:
-            raise PartitionError(
-                f"every worker that held the {type(self._value).__name__} of this run died, {self.n_in_vain} times over, and nothing was "
-                "done meanwhile; see the workers' logs for why"
-            )
-        self.n_in_vain += 1
-        self._scatter()
-
-    def _scatter(self) -> None:
-        """Copy the value to every worker; a new key each time, for the scheduler remembers the lost one."""
-        self._client.wait_for_workers(1, timeout=_WORKER_TIMEOUT_SECONDS)
-        self.future = self._client.scatter(self._value, broadcast=True, hash=False)
+        """Scatter the value where that was not done, or once for all the tasks that one loss has cancelled."""
+        while self.future is None or self.future.status != "finished":
+            if self.n_in_vain > _MAX_DELIVERIES_IN_VAIN:
+                raise PartitionError(
+                    f"every worker that held the {type(self._value).__name__} of this run died, {_MAX_DELIVERIES_IN_VAIN} times over, and "
+                    "nothing was done meanwhile; give workers more memory, or see their logs for why"
+                )
+            self.n_in_vain += 1
+            self._client.wait_for_workers(1, timeout=_WORKER_TIMEOUT_SECONDS)
+            try:
+                # To every worker, under a new key each time, for the scheduler remembers the lost one.
+                self.future = self._client.scatter(self._value, broadcast=True, hash=False)
+            except OSError:
+                # One that dies while it receives it takes the connection to the scheduler along; the next attempt opens another.
+                if self._client.status != "running":
+                    raise
 
 
 def _count_window(client: Any) -> int:

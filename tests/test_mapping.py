@@ -11,6 +11,7 @@ import dask
 import pytest
 from distributed import Client, LocalCluster
 
+from fruitdask import mapping
 from fruitdask.catalog import Partition
 from fruitdask.cluster import open_client
 from fruitdask.config import LocalClusterConfig
@@ -53,6 +54,46 @@ def die_together(partition: Partition, size: int) -> int:
     """Kill the process where so many images are opened at once."""
     if len(partition.paths) - len(partition.avoided) >= size:
         os.kill(os.getpid(), signal.SIGKILL)
+    return partition.index
+
+
+_ballast: list[bytes] = []
+
+
+def fill_memory(partition: Partition, fraction: float) -> int:
+    """Fill so much of the memory of the process that Dask allows it, and never give it back."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    free = fraction * worker.memory_manager.memory_limit - worker.monitor.get_process_memory()
+    _ballast.append(b"x" * max(0, int(free)))
+    return partition.index
+
+
+class DeadlyOnce:
+    """What kills the first process that receives it."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive, (str(self.mark),)
+
+    def write(self, name: str) -> None:
+        """Write a file beside the mark."""
+        self.mark.with_name(name).touch()
+
+
+def _receive(mark: str) -> DeadlyOnce:
+    if not Path(mark).exists():
+        Path(mark).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return DeadlyOnce(Path(mark))
+
+
+def use_delivery(partition: Partition, delivered: DeadlyOnce) -> int:
+    """Use what was delivered."""
+    delivered.write(partition.paths[0].replace("/", "-"))
     return partition.index
 
 
@@ -103,6 +144,27 @@ def test_map_partitions_delivers_again_when_every_worker_dies(tmp_path: Path) ->
 
         map_partitions(client, write_note, PARTITIONS, "", delivered=tmp_path, on_result=kill_after_the_third)
     assert sorted(done) == list(range(12))
+
+
+def test_map_partitions_delivers_again_when_a_worker_dies_of_receiving(tmp_path: Path) -> None:
+    done: list[int] = []
+    with open_client(ONE_WORKER) as client:
+        map_partitions(client, use_delivery, PARTITIONS, delivered=DeadlyOnce(tmp_path / "mark"), on_result=done.append)
+    assert sorted(done) == list(range(12))
+    assert len(list(tmp_path.iterdir())) == 13
+
+
+def test_map_partitions_ends_when_every_worker_has_paused_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapping, "_LOOK_SECONDS", 1)
+    done: list[int] = []
+    cluster = ONE_WORKER.model_copy(update={"memory_limit": "1GiB"})
+    with open_client(cluster) as client:
+        # Dask pauses at 80 %, and kills at 95 %.
+        with pytest.raises(
+            PartitionError, match=r"every worker has paused.*\(9\d\d of 1,074 MB with.*cluster.memory_limit"
+        ):
+            map_partitions(client, fill_memory, PARTITIONS * 10, delivered=0.87, on_result=done.append)
+    assert 0 < len(done) < 120
 
 
 def test_map_partitions_survives_the_loss_of_results(tmp_path: Path) -> None:
