@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask.catalog import Partition
+from fruitdask.errors import StorageError
 from fruitdask.exploration import ExploreJob, Explorer, Findings
 from fruitdask.fetch import Batch, ImageSource, Outcome, Stopwatch, read_batches
 from fruitdask.mapping import let_next_begin
@@ -134,6 +135,8 @@ def mark_vanished(partition: Partition, output: Location, *, n_features: int) ->
         If the results cannot be read or written.
     """
     partition, before = _read_before(partition, output)
+    if partition.places_to_read:
+        raise StorageError(f"partition {partition.index} of {output.url} is not committed any more; run again")
     nothing = pd.DataFrame(columns=list(OUTCOME_COLUMNS))
     _store(partition, output, np.empty((0, n_features), np.float32), nothing, before)
 

@@ -25,8 +25,6 @@ _FIRST_PAUSE_SECONDS = 0.5
 _MAX_PAUSE_SECONDS = 20
 #: Where no file could be read for so long, each of the others is tried once: an attempt at a server that has stalled takes 15 seconds.
 _PATIENCE_SECONDS = 60
-
-
 #: Bytes of files that are in memory ahead of the batch in work, and in a batch: where files are large, there are fewer, at least one.
 _MAX_BYTES = 64 * 1024**2
 #: An image of 16-bit RGBA that is not compressed has 8 bytes a pixel, and room for metadata. A larger file is not read.
@@ -236,7 +234,7 @@ def _fetch_ahead(
     for outcome in outcomes:
         waiting.append((outcome, pool.submit(_fetch, outcome, fs, source, patience)))
         while len(waiting) > source.concurrent_reads or (
-            len(waiting) > 1 and sum(ahead.n_bytes for ahead, _ in waiting) > _MAX_BYTES
+            len(waiting) > 1 and sum(ahead.n_bytes for ahead, _ in waiting if ahead.status == "ok") > _MAX_BYTES
         ):
             yield _wait(*waiting.popleft())
     on_asked()

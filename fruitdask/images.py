@@ -62,7 +62,7 @@ def decode_image(data: bytes, *, size_px: int, max_pixels: int, is_fast: bool = 
         Side of the result, in pixels.
     max_pixels : int
         An image whose header announces more pixels is not decoded. Images that threads of a process decode at once have together no more
-        either: one waits for another. They take 8 bytes a pixel, at most 10.
+        either: one waits for another. They take 4 to 8 bytes a pixel, in a WebP 16.
     is_fast : bool
         Let the JPEG decoder halve, quarter or eighth an image that stays at least as large as the result, before it is resized: half the
         work, nearly the same pixels.
@@ -242,11 +242,13 @@ class _InWork:
     def __init__(self) -> None:
         self._n_pixels = 0
         self._changed = threading.Condition()
+        # One after the other, or a large one would wait as long as small ones come.
+        self._turn = threading.Lock()
 
     @contextmanager
     def hold(self, n_pixels: int, *, most: int) -> Iterator[None]:
         """Wait until there are no more than ``most`` with these; they are counted meanwhile."""
-        with self._changed:
+        with self._turn, self._changed:
             self._changed.wait_for(lambda: not self._n_pixels or self._n_pixels + n_pixels <= most)
             self._n_pixels += n_pixels
         try:

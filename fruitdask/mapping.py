@@ -1,6 +1,7 @@
 """Mapping: a function over partitions on a cluster, a bounded number in flight, and a value that all tasks need delivered to it."""
 
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,8 +27,10 @@ _MAX_LOSSES = 3
 _MAX_DELIVERIES_IN_VAIN = 60
 #: How long to wait for a worker after the last one died: a nanny starts another in seconds, a cloud in minutes.
 _WORKER_TIMEOUT_SECONDS = 600
-#: How often to look whether all workers have paused, and how often in a row they may have: for half a minute.
-_LOOK_SECONDS, _MAX_PAUSES_SEEN = 10, 3
+#: How often in a row it may break off.
+_MAX_BROKEN_DELIVERIES = 3
+#: How often to look whether all workers have paused, and how often in a row they may have, with nothing done meanwhile: half a minute.
+_LOOK_SECONDS, _MAX_PAUSES_SEEN = 10, 4
 
 
 def map_partitions(
@@ -71,10 +74,9 @@ def map_partitions(
     """
     tasks = _Tasks(client, delivered, arguments)
     deadly: list[Partition] = []
-    watch = _PauseWatch(client, on_stuck=tasks.cancel)
+    watch = _PauseWatch(client, tasks)
     try:
         watch.start()
-        tasks.deliver()
         for partition, result in tasks.run(function, partitions):
             if isinstance(result, _Death):
                 deadly.append(partition)
@@ -82,12 +84,11 @@ def map_partitions(
                 on_result(result)
         for partition in deadly:
             on_result(_run_deadly(tasks, function, partition, probe))
-    except (CancelledError, OSError, TimeoutError) as error:
+    except (OSError, TimeoutError) as error:
         if isinstance(error, FruitdaskError):
             raise
         raise PartitionError(
-            watch.finding
-            or f"the cluster was lost: {str(error) or type(error).__name__}; what is stored stays, run again to go on"
+            f"the cluster was lost: {str(error) or type(error).__name__}; what is stored stays, run again to go on"
         ) from error
     finally:
         watch.stop()
@@ -107,13 +108,10 @@ class _Tasks:
     def __init__(self, client: Any, delivered: Any, arguments: tuple[Any, ...]) -> None:
         self._client = client
         self._arguments = arguments
-        self._delivery = _Delivery(client, delivered)
+        self._delivery = _Delivery(client, delivered, self._check)
         self._in_flight: dict[Any, Partition] = {}
-        self._is_cancelled = False
-
-    def deliver(self) -> None:
-        """Deliver what all tasks need; to be called once, before the first of them."""
-        self._delivery.renew()
+        self._verdict = ""
+        self.n_done = 0
 
     def run(
         self, function: Callable[..., Result], partitions: Iterable[Partition]
@@ -122,8 +120,10 @@ class _Tasks:
         from distributed import as_completed
 
         queue, completed, n_losses = iter(partitions), as_completed(), Counter[int]()
+        self._delivery.renew()
 
         def submit(partition: Partition) -> None:
+            self._check()
             arguments = (partition, self._delivery.future, *self._arguments)
             key = f"{function.__name__}-{uuid.uuid4().hex}"
             future = self._client.submit(_call, function, *arguments, key=key, pure=False, retries=_TASK_RETRIES)
@@ -137,9 +137,9 @@ class _Tasks:
             try:
                 result = _get_result(future, partition)
                 self._delivery.n_in_vain = 0
+                self.n_done += 1
             except CancelledError:
-                if self._is_cancelled:
-                    raise
+                self._check()
                 self._delivery.renew()
                 n_losses[partition.index] += 1
                 if n_losses[partition.index] <= _MAX_LOSSES:
@@ -155,11 +155,20 @@ class _Tasks:
         ((_, result),) = self.run(function, [partition])
         return result
 
+    def give_up(self, verdict: str) -> None:
+        """Cancel what is in flight, from another thread, for a reason in words."""
+        self._verdict = verdict
+        self.cancel()
+
+    def _check(self) -> None:
+        """End the work that was given up."""
+        if self._verdict:
+            raise PartitionError(self._verdict)
+
     def cancel(self) -> None:
         """Cancel what is in flight; where the scheduler is gone there is nothing left to cancel."""
         from distributed.client import ClosedClientError
 
-        self._is_cancelled = True
         with suppress(OSError, TimeoutError, ClosedClientError):
             self._client.cancel(list(self._in_flight), force=True)
 
@@ -214,11 +223,10 @@ def let_next_begin() -> None:
 class _PauseWatch:
     """Looks whether every worker has paused for want of memory with nothing in work, for then nothing will ever be: Dask waits."""
 
-    def __init__(self, client: Any, *, on_stuck: Callable[[], None]) -> None:
+    def __init__(self, client: Any, tasks: _Tasks) -> None:
         self._client = client
-        self._on_stuck = on_stuck
+        self._tasks = tasks
         self._end = threading.Event()
-        self.finding = ""
 
     def start(self) -> None:
         """Begin to look, in a thread."""
@@ -229,55 +237,83 @@ class _PauseWatch:
         self._end.set()
 
     def _watch(self) -> None:
-        n_seen = 0
+        n_seen, n_done = 0, 0
         while not self._end.wait(_LOOK_SECONDS):
             try:
-                workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+                finding = _find_pause(self._client)
             except Exception:
-                # Of a cluster that is closed or lost, whoever waits for it will say so.
-                return
-            n_seen = n_seen + 1 if workers and all(map(_is_stuck, workers)) else 0
+                # That the cluster is closed or lost, whoever waits for it will say.
+                continue
+            n_seen = n_seen + 1 if finding and n_done == self._tasks.n_done else bool(finding)
+            n_done = self._tasks.n_done
             if n_seen == _MAX_PAUSES_SEEN:
-                used, limit = max((worker["metrics"]["memory"], worker["memory_limit"]) for worker in workers)
-                self.finding = (
-                    f"every worker has paused, for its memory is nearly full ({used / 1e6:,.0f} of {limit / 1e6:,.0f} MB with nothing in "
-                    "work); give workers more memory (cluster.memory_limit) or have fewer of them; what is stored stays, run again to go on"
-                )
-                return self._on_stuck()
+                return self._tasks.give_up(f"{finding}; what is stored stays, run again to go on")
 
 
-def _is_stuck(worker: dict[str, Any]) -> bool:
-    """Whether a worker has paused and has nothing in work whose end could free memory."""
-    counts = worker["metrics"]["task_counts"]
-    return worker["status"] == "paused" and not (counts.get("executing") or counts.get("long-running"))
+def _find_pause(client: Any) -> str:
+    """Say that every worker has paused, if so, with nothing in work whose end could free memory."""
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    busy = ("executing", "long-running", "cancelled")
+    if not workers or any(
+        worker["status"] != "paused" or any(worker["metrics"]["task_counts"].get(state) for state in busy)
+        for worker in workers
+    ):
+        return ""
+    used, limit = max((worker["metrics"]["memory"], worker["memory_limit"]) for worker in workers)
+    return (
+        f"every worker has paused, for its memory is nearly full ({used / 1e6:,.0f} of {limit / 1e6:,.0f} MB with nothing in work); give "
+        "workers more memory (cluster.memory_limit) or have fewer of them"
+    )
 
 
 class _Delivery:
     """A value to scatter, and to scatter again."""
 
-    def __init__(self, client: Any, value: Any) -> None:
+    def __init__(self, client: Any, value: Any, check: Callable[[], None]) -> None:
         self._client = client
         self._value = value
+        self._check = check
         self.n_in_vain = 0
         self.future: Any = None
 
     def renew(self) -> None:
         """Scatter the value where that was not done, or once for all the tasks that one loss has cancelled."""
-        while self.future is None or self.future.status != "finished":
-            if self.n_in_vain > _MAX_DELIVERIES_IN_VAIN:
-                raise PartitionError(
-                    f"every worker that held the {type(self._value).__name__} of this run died, {_MAX_DELIVERIES_IN_VAIN} times over, and "
-                    "nothing was done meanwhile; give workers more memory, or see their logs for why"
-                )
-            self.n_in_vain += 1
-            self._client.wait_for_workers(1, timeout=_WORKER_TIMEOUT_SECONDS)
+        if self.future is not None and self.future.status == "finished":
+            return
+        if self.n_in_vain >= _MAX_DELIVERIES_IN_VAIN:
+            raise PartitionError(
+                f"every worker that held the {type(self._value).__name__} of this run died, {self.n_in_vain} times over, and nothing was "
+                "done meanwhile; give workers more memory, or see their logs for why"
+            )
+        self.n_in_vain += self.future is not None
+        for _ in range(_MAX_BROKEN_DELIVERIES):
+            self._wait_for_worker()
             try:
                 # To every worker, under a new key each time, for the scheduler remembers the lost one.
                 self.future = self._client.scatter(self._value, broadcast=True, hash=False)
-            except OSError:
+                return
+            except OSError as error:
                 # One that dies while it receives it takes the connection to the scheduler along; the next attempt opens another.
                 if self._client.status != "running":
                     raise
+                cause = error
+        raise PartitionError(
+            f"cannot deliver the {type(self._value).__name__} to the workers: {cause}; give them more memory, or see their logs for why"
+        ) from cause
+
+    def _wait_for_worker(self) -> None:
+        """Wait until there is a worker, but not for ever: one that has died of its start is not started again."""
+        deadline = time.monotonic() + _WORKER_TIMEOUT_SECONDS
+        while True:
+            self._check()
+            try:
+                return self._client.wait_for_workers(1, timeout=_LOOK_SECONDS)  # type: ignore[no-any-return]
+            except TimeoutError as error:
+                if time.monotonic() > deadline:
+                    raise PartitionError(
+                        f"the cluster was lost: no worker has come in {_WORKER_TIMEOUT_SECONDS} seconds; give workers more memory, or see "
+                        "their logs for why; what is stored stays, run again to go on"
+                    ) from error
 
 
 def _count_window(client: Any) -> int:

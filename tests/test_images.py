@@ -5,6 +5,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageDraw
 
+from fruitdask import images
 from fruitdask.errors import ImageError, ImageTooLargeError
 from fruitdask.images import decode_image, decode_images
 
@@ -233,6 +235,40 @@ def test_decode_image_turns_upright_in_spite_of_another_broken_tag(entry: tuple[
     jpeg = save(STORED[6](scene), "JPEG", quality=100, subsampling=0)
     turned = decode(add_exif(jpeg, build_exif(entry, orient(6)))).astype(int)
     assert np.abs(STORED[6](turned) - resize(STORED[6](scene))).max() <= 4
+
+
+@pytest.mark.parametrize("height", [1, 255, 256, 257, 700])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_decode_image_converts_images_of_any_height(mode: str, height: int) -> None:
+    channels = {"LA": 2, "RGBA": 4, "CMYK": 4}.get(mode)
+    noise = draw_noise(height, 33, *(() if channels is None else (channels,)))
+    if mode == "I;16":
+        image, expected = Image.fromarray(noise.astype(np.uint16) << 8), Image.fromarray(noise).convert("RGB")
+    else:
+        image = Image.fromarray(noise, "L" if mode == "P" else mode)
+        image = image.quantize(16) if mode == "P" else image
+        # All of an image at once, as the rows of a band are not to be told from others.
+        white = Image.new("RGBA", image.size, "white")
+        expected = Image.alpha_composite(white, image.convert("RGBA")) if mode != "CMYK" else image
+    assert np.array_equal(decode(save(image, "TIFF")), resize(expected))
+
+
+def test_large_image_is_not_overtaken_by_small_ones_for_ever() -> None:
+    in_work, order = images._InWork(), list[str]()
+
+    def work(name: str, n_pixels: int) -> None:
+        with in_work.hold(n_pixels, most=100):
+            order.append(name)
+
+    with ThreadPoolExecutor(2) as pool:
+        with in_work.hold(60, most=100):
+            pool.submit(work, "large", 100)
+            while not in_work._turn.locked():
+                os.sched_yield()
+            small = pool.submit(work, "small", 30)
+            with pytest.raises(TimeoutError):
+                small.result(0.2)
+    assert order == ["large", "small"]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])

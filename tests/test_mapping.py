@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ PARTITIONS = [Partition(index, index, (f"a/{index}.jpg",), ("a",)) for index in 
 ONE_WORKER = LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)
 
 TWO_WORKERS = ONE_WORKER.model_copy(update={"n_workers": 2})
+ONE_GIBIBYTE = ONE_WORKER.model_copy(update={"memory_limit": "1GiB"})
 
 
 def write_note(partition: Partition, folder: Path, text: str) -> int:
@@ -60,13 +62,17 @@ def die_together(partition: Partition, size: int) -> int:
 _ballast: list[bytes] = []
 
 
-def fill_memory(partition: Partition, fraction: float) -> int:
-    """Fill so much of the memory of the process that Dask allows it, and never give it back."""
+def fill_memory(partition: Partition, fraction: float, seconds: float) -> int:
+    """Fill so much of the memory that Dask allows the process, and give it back after some time, when this is done."""
     from distributed import get_worker
 
     worker = get_worker()
     free = fraction * worker.memory_manager.memory_limit - worker.monitor.get_process_memory()
     _ballast.append(b"x" * max(0, int(free)))
+    timer = threading.Timer(seconds, _ballast.clear)
+    timer.daemon = True
+    timer.start()
+    time.sleep(0.05)
     return partition.index
 
 
@@ -157,14 +163,21 @@ def test_map_partitions_delivers_again_when_a_worker_dies_of_receiving(tmp_path:
 def test_map_partitions_ends_when_every_worker_has_paused_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mapping, "_LOOK_SECONDS", 1)
     done: list[int] = []
-    cluster = ONE_WORKER.model_copy(update={"memory_limit": "1GiB"})
-    with open_client(cluster) as client:
+    with open_client(ONE_GIBIBYTE) as client:
         # Dask pauses at 80 %, and kills at 95 %.
         with pytest.raises(
             PartitionError, match=r"every worker has paused.*\(9\d\d of 1,074 MB with.*cluster.memory_limit"
         ):
-            map_partitions(client, fill_memory, PARTITIONS * 10, delivered=0.87, on_result=done.append)
+            map_partitions(client, fill_memory, PARTITIONS * 10, 600, delivered=0.87, on_result=done.append)
     assert 0 < len(done) < 120
+
+
+def test_map_partitions_goes_on_where_workers_pause_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapping, "_LOOK_SECONDS", 2)
+    done: list[int] = []
+    with open_client(ONE_GIBIBYTE) as client:
+        map_partitions(client, fill_memory, PARTITIONS[:6], 2, delivered=0.87, on_result=done.append)
+    assert sorted(done) == [0, 1, 2, 3, 4, 5]
 
 
 def test_map_partitions_survives_the_loss_of_results(tmp_path: Path) -> None:
@@ -222,6 +235,15 @@ def test_map_partitions_says_which_partition_failed(client: Any, tmp_path: Path)
     (tmp_path / "0").mkdir()
     with pytest.raises(PartitionError, match=r"partition 0 \(a/0.jpg to a/0.jpg\) failed: .*0'? \(IsADirectoryError\)"):
         map_partitions(client, write_note, PARTITIONS, "", delivered=tmp_path, on_result=lambda index: None)
+
+
+def test_map_partitions_says_that_no_worker_comes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mapping, "_WORKER_TIMEOUT_SECONDS", 1)
+    with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster, Client(
+        cluster
+    ) as client:
+        with pytest.raises(PartitionError, match="no worker has come in 1 seconds; give workers more memory"):
+            map_partitions(client, write_note, PARTITIONS, "", delivered=tmp_path, on_result=lambda index: None)
 
 
 def test_map_partitions_says_that_the_scheduler_is_gone(tmp_path: Path) -> None:

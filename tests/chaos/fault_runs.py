@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,7 @@ class Scene:
 
     def fetch(self, output: Path) -> None:
         """Copy what a run has written to S3 to where it would be on disk, with its times."""
+        shutil.rmtree(output, ignore_errors=True)
         with self.open_s3() as s3:
             for page in s3.get_paginator("list_objects_v2").paginate(Bucket=_BUCKET, Prefix=f"{output.name}/"):
                 for entry in page.get("Contents", ()):
@@ -281,13 +283,12 @@ def kill_at_any_time(
     kill_after(process, chance.uniform(1, 20))
 
 
-def kill_after(process: subprocess.Popen[bytes], seconds: float) -> int:
-    """Wait for the end of the command, but kill it and its workers after so many seconds; gives its exit code."""
+def kill_after(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Kill the command after so many seconds, unless it has ended; its workers end by themselves."""
     try:
-        return process.wait(seconds)
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.kill()
-        return process.wait()
 
 
 _POISONED, _ON_S3 = "an image that kills its worker", "S3 at 10 % faults, the command killed"
@@ -336,7 +337,11 @@ def damage(scene: Scene, kind: str, seed: int) -> Verdict:
             process = scene.start(output, poison=poison, s3_url=s3_url)
             if n_tries == 1:
                 FAULTS[kind](process, output, moments, chance)
-            code = kill_after(process, _PATIENCE_SECONDS)
+            try:
+                code = process.wait(_PATIENCE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return Verdict(kind, False, n_tries, time.monotonic() - start)
             if s3_url is not None:
                 scene.fetch(output)
             if code == 0:
