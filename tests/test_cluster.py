@@ -2,8 +2,11 @@
 
 import ipaddress
 import os
+import signal
 import socket
 import sys
+import time
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -63,6 +66,20 @@ def test_local_workers_see_variables_that_were_set_late(monkeypatch: pytest.Monk
     monkeypatch.setenv("FRUITDASK_TEST_LATE", "yes")
     with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
         assert list(client.run(os.getenv, "FRUITDASK_TEST_LATE").values()) == ["yes"]
+
+
+def test_local_workers_that_die_again_and_again_are_replaced() -> None:
+    with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
+        # Dask looks 15 seconds after each death whether the worker is back, unless it is told otherwise.
+        deadline = time.monotonic() + 18
+        while time.monotonic() < deadline:
+            for nanny in client.cluster.workers.values():
+                with suppress(ProcessLookupError, TypeError):
+                    # It has no process, and no number of one, between two of them.
+                    os.kill(nanny.pid, signal.SIGKILL)
+            time.sleep(0.05)
+        client.wait_for_workers(1, timeout=60)
+        assert client.submit(sum, [1, 2]).result(60) == 3
 
 
 def test_local_cluster_that_cannot_start_says_so() -> None:

@@ -212,7 +212,9 @@ def test_network_is_built_once_a_process(
     done: list[PartitionSummary] = []
     map_partitions(client, featurize_partition, partitions, job, delivered=tiny_artifact, on_result=done.append)
     assert len(done) == len(catalog) == 24
-    assert list(client.run(lambda: os.environ["N_BUILDS"]).values()) == ["1", "1"]
+    # One that was busy otherwise may have had nothing to do.
+    counts = set(client.run(lambda: os.environ.get("N_BUILDS", "0")).values())
+    assert {"1"} <= counts <= {"0", "1"}
     np.testing.assert_allclose(
         read_features(output), compute_colours([sample_folder / path for path in catalog["path"]]), rtol=1e-5
     )

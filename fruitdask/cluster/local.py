@@ -108,8 +108,12 @@ def open_local(config: LocalClusterConfig) -> Iterator[Any]:
     from distributed.system import MEMORY_LIMIT
 
     n_workers, threads = choose_workers(config, n_cores=CPU_COUNT, memory_bytes=MEMORY_LIMIT)
-    # They hold for workers that replace others too.
-    settings: dict[str, Any] = {"distributed.nanny.pre-spawn-environ": _ENVIRONMENT}
+    # They hold for workers that replace others too. Dask looks some time after the loss of a worker whether it is back, and gives up its
+    # place for good if it is not: a worker that dies again and again, of an image that kills it, may be down just then.
+    settings: dict[str, Any] = {
+        "distributed.nanny.pre-spawn-environ": _ENVIRONMENT,
+        "distributed.deploy.lost-worker-timeout": "10000 hours",
+    }
     if sys.platform == "linux":
         settings["distributed.worker.multiprocessing-method"] = "forkserver"
     with dask.config.set(settings):
