@@ -10,40 +10,27 @@ from fruitdask.cluster import list_usage, open_client
 from fruitdask.config import ClusterConfig, EC2ClusterConfig, LimitsConfig
 from fruitdask.costs import PRICES_OF, Cost, Usage, compute_cost
 from fruitdask.errors import ConfigError, LimitError
+from fruitdask.fetch import Stopwatch
 
 _GO_ON = "what is stored stays; raise the limit and run again to go on"
 
 
-class Clock:
+class Clock(Stopwatch):
     """Seconds by stage of a run, as passed on the wall."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._start = time.perf_counter()
-        self.seconds: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds so far, to the millisecond."""
+        return {stage: round(seconds, 3) for stage, seconds in super().seconds.items()}
 
     @property
     def total_seconds(self) -> float:
         """Seconds since the run began."""
         return round(time.perf_counter() - self._start, 3)
-
-    @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        """
-        Note the seconds of a block.
-
-        Parameters
-        ----------
-        stage : str
-            What the block is called.
-
-        Yields
-        ------
-        None
-            Control, once.
-        """
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
 class Budget:
