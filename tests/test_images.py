@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -263,7 +264,9 @@ def test_large_image_is_not_overtaken_by_small_ones_for_ever() -> None:
     with ThreadPoolExecutor(2) as pool:
         with in_work.hold(60, most=100):
             pool.submit(work, "large", 100)
+            deadline = time.monotonic() + 30
             while not in_work._turn.locked():
+                assert time.monotonic() < deadline, "the large one does not wait"
                 os.sched_yield()
             small = pool.submit(work, "small", 30)
             with pytest.raises(TimeoutError):
