@@ -61,6 +61,25 @@ def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(config_p
     assert second.returncode == 0 and "All 24 images were done before: nothing to compute." in second.stdout
 
 
+def test_names_that_an_output_cannot_print_are_replaced(
+    config_path: Path, sample_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "苹果").symlink_to(sample_folder / "apple_red_1")
+    (tmp_path / "in" / "über").symlink_to(sample_folder / "pear_1")
+    arguments = ("run", str(config_path), "--set", f"input.url={tmp_path / 'in'}")
+    for encoding, expected in (("ascii", {"??", "?ber"}), ("cp1252", {"??", "über"}), ("utf-8", {"苹果", "über"})):
+        done = subprocess.run(
+            [sys.executable, "-m", "fruitdask", *arguments],
+            capture_output=True,
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+        )
+        assert done.returncode == 0, done.stderr
+        assert expected < set(done.stdout.decode(encoding).split())
+    table = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert set(table["label"]) == {"苹果", "über"}
+
+
 @pytest.fixture
 def many_images(sample_folder: Path, tmp_path: Path) -> Path:
     """The drawn images under so many names that a run of them, one a partition, takes seconds."""
