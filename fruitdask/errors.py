@@ -61,6 +61,14 @@ class ClusterStartError(FruitdaskError, RuntimeError):
     """A Dask cluster did not start or cannot be reached."""
 
 
+class ScriptError(SystemExit, FruitdaskError):
+    """
+    A script lacks the guard ``if __name__ == "__main__":``, so that no process can be started for it.
+
+    Uncaught, it ends the script with its message alone and exit code 1, without a traceback.
+    """
+
+
 class ResidencyError(FruitdaskError, PermissionError):
     """Data or machines are where the configuration does not allow them, or nobody knows where they are."""
 

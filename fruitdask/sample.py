@@ -20,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from fruitdask.errors import ConfigError, OutputError
+from fruitdask.guard import leave_imported_script
 
 Array: TypeAlias = npt.NDArray[np.float32]
 Indices: TypeAlias = npt.NDArray[np.intp]
@@ -594,6 +595,7 @@ def draw_sample(folder: str | Path, *, per_class: int = 24, size_px: int = 160, 
     -----
     The files are JPEG of quality 92 without metadata.
     """
+    leave_imported_script()
     _check_at_least("per_class", per_class, 1)
     _check_at_least("size_px", size_px, _MIN_SIZE_PX)
     _check_at_least("seed", seed, 0)

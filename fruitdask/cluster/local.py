@@ -13,6 +13,7 @@ from typing import Any
 from fruitdask.cluster.allocator import MALLOC_VARIABLES
 from fruitdask.config import LocalClusterConfig
 from fruitdask.errors import ClusterStartError
+from fruitdask.guard import check_script, forget_missing_script
 
 #: TensorFlow, a network and a batch of images need 1 to 1.2 GB a process (measured with MobileNetV2 and 16 images a batch).
 _BYTES_PER_WORKER = 2 * 1024**3
@@ -102,6 +103,7 @@ def open_local(config: LocalClusterConfig) -> Iterator[Any]:
         If it does not start.
     """
     prepare_local()
+    forget_missing_script()
     import dask
     from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
@@ -110,12 +112,12 @@ def open_local(config: LocalClusterConfig) -> Iterator[Any]:
     n_workers, threads = choose_workers(config, n_cores=CPU_COUNT, memory_bytes=MEMORY_LIMIT)
     # They hold for workers that replace others too. Dask looks some time after the loss of a worker whether it is back, and gives up its
     # place for good if it is not: a worker that dies again and again, of an image that kills it, may be down just then.
+    method = "forkserver" if sys.platform == "linux" else "spawn"
     settings: dict[str, Any] = {
         "distributed.nanny.pre-spawn-environ": _ENVIRONMENT,
         "distributed.deploy.lost-worker-timeout": "10000 hours",
+        "distributed.worker.multiprocessing-method": method,
     }
-    if sys.platform == "linux":
-        settings["distributed.worker.multiprocessing-method"] = "forkserver"
     with dask.config.set(settings):
         try:
             with warnings.catch_warnings():
@@ -136,6 +138,7 @@ def open_local(config: LocalClusterConfig) -> Iterator[Any]:
                     env=os.environ | _ENVIRONMENT,
                 )
         except Exception as error:
+            check_script(method)
             # Dask raises whatever kept a process from starting: OSError, ValueError of an option, TimeoutError ...
             raise ClusterStartError(
                 f"the local cluster ({n_workers} workers) did not start: {error}; check the section cluster"
