@@ -249,8 +249,14 @@ def test_sample_draws_and_refuses_to_overwrite(tmp_path: Path) -> None:
     folder = tmp_path / "fruits"
     result = invoke("sample", str(folder), "--per-class", "1", "--size", "32", "--seed", "3")
     assert (result.exit_code, result.output) == (0, f"Drew 6 images into {folder}.\n")
+    before = {path: path.read_bytes() for path in folder.rglob("*.jpg")}
     result = invoke("sample", str(folder))
-    assert result.exit_code == 2 and "fruitdask: " in result.stderr
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"fruitdask: Expected a new or an empty folder for the sample, found that {folder} cannot be created "
+        "(Directory not empty); name another folder.\n",
+    )
+    assert {path: path.read_bytes() for path in folder.rglob("*.jpg")} == before
 
 
 @pytest.mark.parametrize("command", ["", "run", "explore", "report", "validate", "schema", "sample"])
