@@ -186,6 +186,15 @@ def test_bad_input_is_one_sentence_and_an_exit_code(
         assert not (tmp_path / "out").exists()
 
 
+def test_wrong_file_of_dasks_settings_is_one_sentence(config_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "dask.yaml").write_text("distributed: [\n")
+    done = run_in_process("run", str(config_path), DASK_CONFIG=str(tmp_path / "dask.yaml"))
+    assert done.returncode == 2
+    assert re.fullmatch(
+        rf"fruitdask: A dask config file at '{tmp_path}/dask\.yaml' is malformed, .*; correct or delete it\n", done.stderr
+    )
+
+
 def test_unreachable_scheduler_is_one_sentence(config_path: Path) -> None:
     sections = yaml.safe_load(config_path.read_text())
     with socket.socket() as closed:

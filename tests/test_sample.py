@@ -1,9 +1,9 @@
 """Tests of the drawn sample data set."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
-import errno
 import numpy as np
 import numpy.typing as npt
 import pytest

@@ -71,6 +71,9 @@ def prepare_local() -> None:
         return
     from multiprocessing import forkserver
 
+    # Reads the files of Dask's settings: a wrong one is told by an exception here, not by a traceback of the other process.
+    import dask.config  # noqa: F401
+
     multiprocessing.set_forkserver_preload(_PRELOADED)
     saved = dict(os.environ)
     os.environ.update(_ENVIRONMENT)
@@ -106,16 +109,21 @@ def open_local(config: LocalClusterConfig) -> Iterator[Any]:
     forget_missing_script()
     import dask
     from dask.system import CPU_COUNT
-    from distributed import Client, LocalCluster
+    from distributed import Client, LocalCluster, Security
     from distributed.system import MEMORY_LIMIT
 
     n_workers, threads = choose_workers(config, n_cores=CPU_COUNT, memory_bytes=MEMORY_LIMIT)
     # They hold for workers that replace others too. Dask looks some time after the loss of a worker whether it is back, and gives up its
     # place for good if it is not: a worker that dies again and again, of an image that kills it, may be down just then.
+    is_encrypted = bool(dask.config.get("distributed.comm.require-encryption"))
     method = "forkserver" if sys.platform == "linux" else "spawn"
     settings: dict[str, Any] = {
         "distributed.nanny.pre-spawn-environ": _ENVIRONMENT,
         "distributed.deploy.lost-worker-timeout": "10000 hours",
+        # A user may have set these for long-lived clusters; this one ends with its run, and never meanwhile.
+        "distributed.scheduler.idle-timeout": None,
+        "distributed.scheduler.no-workers-timeout": None,
+        "distributed.worker.lifetime.duration": None,
         "distributed.worker.multiprocessing-method": method,
     }
     with dask.config.set(settings):
@@ -131,6 +139,9 @@ def open_local(config: LocalClusterConfig) -> Iterator[Any]:
                     dashboard_address=config.dashboard_address or "127.0.0.1:0",
                     scheduler_kwargs={"dashboard": config.dashboard_address is not None},
                     host="127.0.0.1",
+                    # Who has set distributed.comm.require-encryption gets it here too, by keys of this cluster alone.
+                    security=Security.temporary() if is_encrypted else None,
+                    protocol="tls://" if is_encrypted else "tcp://",
                     # A task's error comes back as its exception; workers also log that the scheduler is gone while they are closed.
                     silence_logs=logging.CRITICAL,
                     preload=[_IGNORE_INTERRUPTS],
@@ -141,7 +152,8 @@ def open_local(config: LocalClusterConfig) -> Iterator[Any]:
             check_script(method)
             # Dask raises whatever kept a process from starting: OSError, ValueError of an option, TimeoutError ...
             raise ClusterStartError(
-                f"the local cluster ({n_workers} workers) did not start: {error}; check the section cluster"
+                f"the local cluster ({n_workers} workers) did not start: {error}; check the section cluster, and your "
+                "settings of Dask (files in ~/.config/dask, variables DASK_...)"
             ) from error
         with cluster, Client(cluster) as client:
             yield client
