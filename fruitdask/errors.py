@@ -13,6 +13,10 @@ class ConfigError(FruitdaskError, ValueError):
     """The configuration, or an argument that stands for it, is wrong."""
 
 
+class SettingsError(ConfigError):
+    """Settings of a configuration are wrong; its message has a line for each."""
+
+
 class StorageError(FruitdaskError, OSError):
     """A URL cannot be read or written."""
 

@@ -239,6 +239,15 @@ def test_storage_that_fails_while_running_is_not_a_wrong_configuration(config_pa
     assert again.exit_code == 0 and "nothing to compute" in again.stdout and page.stat().st_size > 500_000
 
 
+def test_validate_tells_each_mistake_in_a_line_of_its_own(config_path: Path) -> None:
+    result = invoke("validate", str(config_path), "--set", "modle.x=1", "--set", "plots.dpi=3")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        "fruitdask: --set modle.x=1: unknown key modle; did you mean model?",
+        "fruitdask: --set plots.dpi=3: plots.dpi: expected at least 50, found 3",
+    ]
+
+
 def test_validate_checks_without_touching_the_data(config_path: Path) -> None:
     result = invoke("validate", str(config_path), "--set", "input.url=s3://no-such-bucket/photos")
     assert (result.exit_code, result.output) == (0, f"{config_path} is valid.\n")

@@ -73,7 +73,10 @@ def reported(*, verbose: bool = False, again: str = "run the same command again"
     except errors.FruitdaskError as error:
         if verbose:
             click.echo(_make_harmless(traceback.format_exc()), err=True)
-        click.echo(f"fruitdask: {show(_make_harmless(str(error)))}", err=True)
+        # Sentences about settings have a line each; of other messages a name of others may hold the line break.
+        sentences = str(error).split("\n") if isinstance(error, errors.SettingsError) else [str(error)]
+        for sentence in sentences:
+            click.echo(f"fruitdask: {show(_make_harmless(sentence))}", err=True)
         sys.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
     except ValueError as error:
         # Dask reads its files when it is imported.
