@@ -489,7 +489,19 @@ def test_load_config_takes_a_dashboard_on_this_machine(address: str | None) -> N
 
 
 @pytest.mark.parametrize(
-    "address", ["0.0.0.0:8787", ":8787", "8787", "[::]:0", "10.0.0.5:8787", "example.org:8787", ""]
+    "address",
+    [
+        "0.0.0.0:8787",
+        ":8787",
+        "8787",
+        "[::]:0",
+        "10.0.0.5:8787",
+        "example.org:8787",
+        "127.0.0.1",
+        "127.0.0.1:x",
+        "127.0.0.1:99999",
+        "",
+    ],
 )
 def test_load_config_refuses_a_dashboard_that_others_reach(address: str) -> None:
     message = r"^the configuration: cluster\.dashboard_address: expected an address that only this machine reaches, .*, found "
@@ -840,6 +852,7 @@ def test_load_config_tells_all_mistakes_at_once_in_the_order_of_the_file(tmp_pat
         ("privacy: {allowed_regions: eu-west-3}", "expected eu or a list, found 'eu-west-3'; write [eu-west-3]"),
         ("privacy: {allowed_regions: [0]}", 'privacy.allowed_regions.0: expected text, found 0; put it in quotes: "0"'),
         ("privacy: {allowed_regions: [1]}", 'privacy.allowed_regions.0: expected text, found 1; put it in quotes: "1"'),
+        ("cluster: {memory_limit: -5}", "cluster.memory_limit: expected an amount of memory such as 4GiB, found -5"),
         ("limits: {max_cost: cheap}", "limits.max_cost: expected a number, found 'cheap'"),
         ("quality: {metric: []}", "quality.metric: expected euclidean or cosine, found []"),
         ('"a\\nb\\e[31m": 1', r"unknown key a\nb\x1b[31m; valid keys"),
@@ -896,3 +909,12 @@ def test_load_config_explains_a_path_of_windows_in_double_quotes(tmp_path: Path,
 
 def test_load_config_takes_paths_of_python(tmp_path: Path) -> None:
     assert load(output={"url": tmp_path / "out"}).output.url == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize("escape", [r"\0", r"\ud800"], ids=["null", "half a character"])
+def test_load_config_refuses_text_that_no_file_can_hold(tmp_path: Path, escape: str) -> None:
+    text = f'input: {{url: "a{escape}b"}}\noutput: {{url: y}}\nreport:\n  title: "{escape}"\n'
+    assert explain(tmp_path, text) == [
+        "run.yaml, line 1: input.url: expected text in UTF-8 without null characters",
+        "run.yaml, line 4: report.title: expected text in UTF-8 without null characters",
+    ]

@@ -18,6 +18,8 @@ URL_KEYS = (("input", "url"), ("input", "manifest"), ("model", "weights"), ("out
 _WORDS_FOR_WEIGHTS = ("imagenet", "random")
 #: A configuration of every key is a few kilobytes.
 _MAX_BYTES = 1 << 20
+#: What neither a path nor a file in UTF-8 can hold: null characters, and halves of characters, such as of bytes that are not UTF-8.
+_UNUSABLE = re.compile(r"[\0\ud800-\udfff]")
 _ENV_PATTERN = re.compile(r"\$\{(\w+)\}")
 
 
@@ -132,7 +134,15 @@ def _expand_env(tree: Any, source: Source) -> Any:
     ]
     if unset:
         raise SettingsError("\n".join(dict.fromkeys(unset)))
-    return _replace_env(tree)
+    expanded = _replace_env(tree)
+    unusable = [
+        f"{source.describe(path)}: {'.'.join(path)}: expected text in UTF-8 without null characters"
+        for path, text in _list_strings(expanded, ())
+        if _UNUSABLE.search(text)
+    ]
+    if unusable:
+        raise SettingsError("\n".join(unusable))
+    return expanded
 
 
 def _list_strings(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
