@@ -59,6 +59,9 @@ def check_script(method: str) -> None:
     ScriptError
         If it cannot.
     """
+    if multiprocessing.current_process().daemon:
+        # Such a process may not start others.
+        return
     context: BaseContext = multiprocessing.get_context(method)
     probe = context.Process(target=_do_nothing)  # type: ignore[attr-defined]
     probe.start()
@@ -71,7 +74,8 @@ def _describe_script() -> ScriptError:
     """Say what the script lacks."""
     script = getattr(sys.modules["__main__"], "__file__", "the script")
     return ScriptError(
-        f'{script}: put the calls of fruitdask under if __name__ == "__main__": because each process that they start runs the rest first'
+        f'{script}: put the calls of fruitdask below if __name__ == "__main__": '
+        "(each process that fruitdask starts imports this script first)"
     )
 
 

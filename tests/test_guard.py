@@ -71,8 +71,8 @@ def test_script_without_guard_is_told_to_have_one(
     done, left = run_script(f"{load}\n{call}\nprint('done')\n", tmp_path)
     assert (done.returncode, done.stdout, left) == (1, "", [])
     assert done.stderr == (
-        f'{tmp_path}/script.py: put the calls of fruitdask under if __name__ == "__main__": '
-        "because each process that they start runs the rest first\n"
+        f'{tmp_path}/script.py: put the calls of fruitdask below if __name__ == "__main__": '
+        "(each process that fruitdask starts imports this script first)\n"
     )
 
 

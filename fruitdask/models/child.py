@@ -18,6 +18,9 @@ from fruitdask.models.cache import find_artifact, keep_artifact
 from fruitdask.models.engines import choose_engine
 from fruitdask.storage import hide_secrets
 
+#: How long to wait for the exit code of a process that has closed its pipe.
+_SECONDS_TO_END = 10
+
 
 @contextmanager
 def start_building(config: ModelConfig) -> Iterator[Callable[[], ModelArtifact]]:
@@ -88,7 +91,7 @@ def _receive(receiver: Connection, process: SpawnProcess, config: ModelConfig) -
     try:
         received: ModelArtifact | FruitdaskError = receiver.recv()
     except EOFError as error:
-        process.join()
+        process.join(_SECONDS_TO_END)
         check_exit_code(process.exitcode)
         raise EngineError(
             "the process that builds the network ended before it was done; free some memory and run again, "
