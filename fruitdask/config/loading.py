@@ -43,7 +43,7 @@ def load_config(source: str | Path | Mapping[str, Any], *, overrides: Sequence[s
     Raises
     ------
     ConfigError
-        If the file is missing, is not YAML, or does not describe a run.
+        If the file is missing, is not YAML, or does not describe a run; a `SettingsError` has a line for each mistake.
 
     Examples
     --------
