@@ -13,6 +13,10 @@ class ConfigError(FruitdaskError, ValueError):
     """The configuration, or an argument that stands for it, is wrong."""
 
 
+class SettingsError(ConfigError):
+    """Settings of a configuration are wrong; its message has a line for each."""
+
+
 class StorageError(FruitdaskError, OSError):
     """A URL cannot be read or written."""
 
@@ -59,6 +63,14 @@ class StoreMismatchError(FruitdaskError, ValueError):
 
 class ClusterStartError(FruitdaskError, RuntimeError):
     """A Dask cluster did not start or cannot be reached."""
+
+
+class ScriptError(SystemExit, FruitdaskError):
+    """
+    A script lacks the guard ``if __name__ == "__main__":``, so that no process can be started for it.
+
+    Uncaught, it ends the script with its message alone and exit code 1, without a traceback.
+    """
 
 
 class ResidencyError(FruitdaskError, PermissionError):

@@ -170,8 +170,9 @@ class LiveProgress(LineProgress):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
+        is_unicode = console.encoding.startswith("utf")
         self._bar = Progress(
-            SpinnerColumn(finished_text="[green]✓"),
+            SpinnerColumn("dots" if is_unicode else "line", finished_text="[green]✓" if is_unicode else "*"),
             TextColumn("{task.description}"),
             _ForImages(BarColumn(bar_width=28)),
             _ForImages(MofNCompleteColumn()),

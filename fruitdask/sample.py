@@ -20,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from fruitdask.errors import ConfigError, OutputError
+from fruitdask.guard import leave_imported_script
 
 Array: TypeAlias = npt.NDArray[np.float32]
 Indices: TypeAlias = npt.NDArray[np.intp]
@@ -548,16 +549,10 @@ def render_fruit(class_name: str, *, angle_degrees: float, size_px: int = 160, s
 
 def _open_scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
     """Open a temporary folder beside the one to be created; an empty one there makes way."""
-    try:
-        if os.path.lexists(folder):
-            folder.rmdir()  # refuses whatever is not an empty folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent)
-    except OSError as error:
-        raise OutputError(
-            f"Expected a new or an empty folder for the sample, found that {folder} cannot be created"
-            f" ({error.strerror}); name another folder."
-        ) from error
+    if os.path.lexists(folder):
+        folder.rmdir()  # refuses whatever is not an empty folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent)
 
 
 def draw_sample(folder: str | Path, *, per_class: int = 24, size_px: int = 160, seed: int = 0) -> int:
@@ -594,16 +589,23 @@ def draw_sample(folder: str | Path, *, per_class: int = 24, size_px: int = 160, 
     -----
     The files are JPEG of quality 92 without metadata.
     """
+    leave_imported_script()
     _check_at_least("per_class", per_class, 1)
     _check_at_least("size_px", size_px, _MIN_SIZE_PX)
     _check_at_least("seed", seed, 0)
     target = Path(folder).absolute()
-    with _open_scratch(target) as scratch:
-        draft = Path(scratch) / target.name
-        for class_name in CLASS_NAMES:
-            (draft / class_name).mkdir(parents=True)
-            for k in range(per_class):
-                image = render_fruit(class_name, angle_degrees=360 * k / per_class, size_px=size_px, seed=seed)
-                image.save(draft / class_name / f"r0_{k}.jpg", quality=_JPEG_QUALITY)
-        draft.rename(target)
+    try:
+        with _open_scratch(target) as scratch:
+            draft = Path(scratch) / target.name
+            for class_name in CLASS_NAMES:
+                (draft / class_name).mkdir(parents=True)
+                for k in range(per_class):
+                    image = render_fruit(class_name, angle_degrees=360 * k / per_class, size_px=size_px, seed=seed)
+                    image.save(draft / class_name / f"r0_{k}.jpg", quality=_JPEG_QUALITY)
+            draft.rename(target)
+    except OSError as error:
+        raise OutputError(
+            f"Expected a new or an empty folder for the sample, found that {target} cannot be created"
+            f" ({error.strerror or error}); name another folder."
+        ) from error
     return len(CLASS_NAMES) * per_class

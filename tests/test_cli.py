@@ -61,6 +61,25 @@ def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(config_p
     assert second.returncode == 0 and "All 24 images were done before: nothing to compute." in second.stdout
 
 
+def test_names_that_an_output_cannot_print_are_replaced(
+    config_path: Path, sample_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "苹果").symlink_to(sample_folder / "apple_red_1")
+    (tmp_path / "in" / "über").symlink_to(sample_folder / "pear_1")
+    arguments = ("run", str(config_path), "--set", f"input.url={tmp_path / 'in'}")
+    for encoding, expected in (("ascii", {"??", "?ber"}), ("cp1252", {"??", "über"}), ("utf-8", {"苹果", "über"})):
+        done = subprocess.run(
+            [sys.executable, "-m", "fruitdask", *arguments],
+            capture_output=True,
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+        )
+        assert done.returncode == 0, done.stderr
+        assert expected < set(done.stdout.decode(encoding).split())
+    table = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert set(table["label"]) == {"苹果", "über"}
+
+
 @pytest.fixture
 def many_images(sample_folder: Path, tmp_path: Path) -> Path:
     """The drawn images under so many names that a run of them, one a partition, takes seconds."""
@@ -167,6 +186,15 @@ def test_bad_input_is_one_sentence_and_an_exit_code(
         assert not (tmp_path / "out").exists()
 
 
+def test_wrong_file_of_dasks_settings_is_one_sentence(config_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "dask.yaml").write_text("distributed: [\n")
+    done = run_in_process("run", str(config_path), DASK_CONFIG=str(tmp_path / "dask.yaml"))
+    assert done.returncode == 2
+    assert re.fullmatch(
+        rf"fruitdask: A dask config file at '{tmp_path}/dask\.yaml' is malformed, .*; correct or delete it\n", done.stderr
+    )
+
+
 def test_unreachable_scheduler_is_one_sentence(config_path: Path) -> None:
     sections = yaml.safe_load(config_path.read_text())
     with socket.socket() as closed:
@@ -211,6 +239,15 @@ def test_storage_that_fails_while_running_is_not_a_wrong_configuration(config_pa
     assert again.exit_code == 0 and "nothing to compute" in again.stdout and page.stat().st_size > 500_000
 
 
+def test_validate_tells_each_mistake_in_a_line_of_its_own(config_path: Path) -> None:
+    result = invoke("validate", str(config_path), "--set", "modle.x=1", "--set", "plots.dpi=3")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        "fruitdask: --set modle.x=1: unknown key modle; did you mean model?",
+        "fruitdask: --set plots.dpi=3: plots.dpi: expected at least 50, found 3",
+    ]
+
+
 def test_validate_checks_without_touching_the_data(config_path: Path) -> None:
     result = invoke("validate", str(config_path), "--set", "input.url=s3://no-such-bucket/photos")
     assert (result.exit_code, result.output) == (0, f"{config_path} is valid.\n")
@@ -230,8 +267,14 @@ def test_sample_draws_and_refuses_to_overwrite(tmp_path: Path) -> None:
     folder = tmp_path / "fruits"
     result = invoke("sample", str(folder), "--per-class", "1", "--size", "32", "--seed", "3")
     assert (result.exit_code, result.output) == (0, f"Drew 6 images into {folder}.\n")
+    before = {path: path.read_bytes() for path in folder.rglob("*.jpg")}
     result = invoke("sample", str(folder))
-    assert result.exit_code == 2 and "fruitdask: " in result.stderr
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"fruitdask: Expected a new or an empty folder for the sample, found that {folder} cannot be created "
+        "(Directory not empty); name another folder.\n",
+    )
+    assert {path: path.read_bytes() for path in folder.rglob("*.jpg")} == before
 
 
 @pytest.mark.parametrize("command", ["", "run", "explore", "report", "validate", "schema", "sample"])

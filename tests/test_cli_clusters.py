@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,3 +146,25 @@ def test_a_refusal_is_a_sentence_with_exit_code_5(cloud: LoopbackEC2, command: s
     result = invoke(command)
     assert result.exit_code == 5
     assert re.fullmatch(r"fruitdask: cannot list the instances .* expired; log in again .*\n", result.output)
+
+
+@pytest.mark.parametrize("command", ["list", "cleanup"])
+def test_no_region_is_a_sentence_with_exit_code_2(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    result = invoke(command)
+    assert (result.exit_code, result.output) == (
+        2,
+        "fruitdask: no AWS region is set; give --region NAME or --all-regions, or set AWS_DEFAULT_REGION\n",
+    )
+
+
+def test_region_that_is_no_name_is_a_sentence_with_exit_code_2() -> None:
+    result = invoke("list", "--region", "eu west 3")
+    assert (result.exit_code, result.output) == (
+        2,
+        "fruitdask: --region eu west 3: expected the name of a region such as eu-west-3\n",
+    )

@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+import dask.config
 import psutil
 import pytest
 from distributed import LocalCluster, Scheduler
@@ -86,6 +87,25 @@ def test_local_cluster_that_cannot_start_says_so() -> None:
     with pytest.raises(ClusterStartError, match="the local cluster .* did not start: .*; check the section cluster"):
         with open_client(LocalClusterConfig(n_workers=1, memory_limit="a lot", dashboard_address=None)):
             pass
+
+
+def test_local_cluster_is_encrypted_where_the_user_has_dask_require_it() -> None:
+    with dask.config.set({"distributed.comm.require-encryption": True}):
+        with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
+            assert client.submit(sum, [1, 2]).result(60) == 3
+            addresses = [client.scheduler.address, *client.nthreads()]
+    assert all(address.startswith("tls://127.0.0.1:") for address in addresses)
+
+
+def test_local_cluster_outlives_the_timeouts_of_the_users_settings() -> None:
+    timeouts = {"distributed.scheduler.idle-timeout": "1ms", "distributed.scheduler.no-workers-timeout": "1ms"}
+    with dask.config.set(timeouts | {"distributed.worker.lifetime.duration": "1ms"}):
+        with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
+            settings = ("idle_timeout", "no_workers_timeout")
+            found = client.run_on_scheduler(lambda dask_scheduler: [getattr(dask_scheduler, key) for key in settings])
+            assert found == [None, None]
+            assert client.run(lambda dask_worker: dask_worker.lifetime, nanny=False).popitem()[1] is None
+            assert client.submit(sum, [1, 2]).result(60) == 3
 
 
 def test_address_cluster_is_left_running() -> None:

@@ -1,8 +1,12 @@
 """Figures: what they show is what the tables say, nothing overlaps or is cut off, and the SVG fits into any page."""
 
 import io
+import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 from xml.etree import ElementTree
@@ -617,3 +621,74 @@ def test_plots_leave_matplotlib_as_it_was() -> None:
         plots.render_svg(figure)
     assert dict(matplotlib.rcParams) == before
     assert to_rgba(before["text.color"]) == (0, 0, 0, 1)
+
+
+#: What a user's matplotlibrc may hold; with any of these lines alone the figures would look different, or fail.
+MATPLOTLIBRC = {
+    "text.usetex": "True",
+    "font.family": "serif",
+    "font.size": "22",
+    "mathtext.fontset": "cm",
+    "figure.constrained_layout.use": "True",
+    "figure.facecolor": "black",
+    "figure.dpi": "31",
+    "savefig.dpi": "47",
+    "savefig.bbox": "tight",
+    "savefig.transparent": "True",
+    "axes.facecolor": "red",
+    "axes.labelpad": "30",
+    "axes.titlesize": "40",
+    "axes.grid": "True",
+    "axes.xmargin": "0.4",
+    "axes.unicode_minus": "False",
+    "axes.formatter.use_locale": "True",
+    "axes.spines.top": "False",
+    "xtick.direction": "in",
+    "xtick.minor.visible": "True",
+    "ytick.alignment": "top",
+    "lines.linestyle": "--",
+    "lines.antialiased": "False",
+    "patch.force_edgecolor": "True",
+    "scatter.edgecolors": "black",
+    "errorbar.capsize": "9",
+    "image.cmap": "hot",
+    "image.origin": "lower",
+    "path.sketch": "1, 100, 2",
+    "svg.fonttype": "path",
+}
+
+
+def draw_all(n: int) -> dict[str, tuple[bytes, str]]:
+    """Draw every figure as PNG and as SVG."""
+    return {name: (plots.render_png(figure, dpi=60), plots.render_svg(figure)) for name, figure in plot_all(n).items()}
+
+
+def test_figures_are_the_same_whatever_the_users_matplotlibrc() -> None:
+    import matplotlib
+
+    expected = draw_all(5)
+    with matplotlib.rc_context(MATPLOTLIBRC):
+        found = draw_all(5)
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def test_matplotlib_loads_with_a_wrong_backend_and_keeps_a_right_one(tmp_path: Path) -> None:
+    code = (
+        "import os; from fruitdask import plots; plots.load_matplotlib(); import matplotlib; "
+        "print(matplotlib.get_backend(), os.environ['MPLBACKEND'])"
+    )
+    for backend, used in (("nonsense", "agg"), ("SVG", "svg")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"MPLBACKEND": backend, "MPLCONFIGDIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.lower().split() == [used, backend.lower()], done.stderr
+
+
+def test_matplotlibrc_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe")
+    code = "from fruitdask import plots\ntry: plots.load_matplotlib()\nexcept Exception as e: print(type(e).__name__, e)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("ConfigError matplotlib cannot be imported: 'utf-8' codec can't decode")

@@ -52,6 +52,13 @@ def test_live_progress_shows_bar_rate_and_failures() -> None:
         assert expected in text
 
 
+def test_live_progress_on_a_terminal_without_unicode() -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    show(LiveProgress(Console(file=out, width=200, force_terminal=True, color_system=None)))
+    out.seek(0)
+    assert "100/100" in out.read()
+
+
 def test_choose_progress_looks_at_the_console() -> None:
     assert type(choose_progress(Console(file=io.StringIO()))) is LineProgress
     assert type(choose_progress(Console(file=io.StringIO(), force_terminal=True))) is LiveProgress

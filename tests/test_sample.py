@@ -1,6 +1,8 @@
 """Tests of the drawn sample data set."""
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -209,6 +211,16 @@ def test_draw_sample_refuses_a_place_in_use(tmp_path: Path, kind: str) -> None:
 def test_draw_sample_refuses_a_number_before_it_writes(tmp_path: Path, argument: str, value: int) -> None:
     with pytest.raises(ConfigError, match=rf"Expected {argument} to be at least \d+, found {value}"):
         draw_sample(tmp_path / "fruits", **{argument: value})
+    assert not list(tmp_path.iterdir())
+
+
+def test_draw_sample_on_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Image.Image, path: Path, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OutputError, match=r"fruits cannot be created \(No space left on device\); name another"):
+        draw_sample(tmp_path / "fruits", per_class=1, size_px=16)
     assert not list(tmp_path.iterdir())
 
 

@@ -2,6 +2,8 @@
 
 import atexit
 import gc
+import io
+import sys
 from typing import NoReturn
 
 import click
@@ -36,5 +38,12 @@ def main() -> NoReturn:
     """Run the command line."""
     # Before it ends, Python looks for cycles among all objects, again and again: half a second after a run.
     atexit.register(gc.freeze)
+    _replace_what_cannot_be_printed()
     cli()
     raise SystemExit(0)
+
+
+def _replace_what_cannot_be_printed() -> None:
+    """Print a question mark for a character that the output's encoding does not have; Python itself escapes it on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fruitdask.cli.common import reported
-from fruitdask.errors import ClusterStartError
+from fruitdask.errors import ClusterStartError, ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -105,14 +105,28 @@ def _close_group(region: str) -> None:
 
 def _choose_regions(regions: Sequence[str], *, all_regions: bool) -> list[str]:
     """Say where to look."""
+    from botocore.exceptions import InvalidRegionError, NoRegionError
+    from botocore.utils import validate_region_name
+
     from fruitdask.cluster.instances import list_regions, open_ec2
 
     if all_regions:
         return list_regions()
-    if regions:
-        return list(dict.fromkeys(regions))
-    with open_ec2(None, action="find out where to look") as client:
-        return [client.meta.region_name]
+    try:
+        for region in regions:
+            validate_region_name(region)
+        if regions:
+            return list(dict.fromkeys(regions))
+        with open_ec2(None, action="find out where to look") as client:
+            return [client.meta.region_name]
+    except InvalidRegionError as error:
+        raise ConfigError(f"--region {region}: expected the name of a region such as eu-west-3") from error
+    except ClusterStartError as error:
+        if isinstance(error.__cause__, NoRegionError):
+            raise ConfigError(
+                "no AWS region is set; give --region NAME or --all-regions, or set AWS_DEFAULT_REGION"
+            ) from error
+        raise
 
 
 def _build_table(found: Iterable["Instance"]) -> "Table":

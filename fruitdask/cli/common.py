@@ -73,8 +73,17 @@ def reported(*, verbose: bool = False, again: str = "run the same command again"
     except errors.FruitdaskError as error:
         if verbose:
             click.echo(_make_harmless(traceback.format_exc()), err=True)
-        click.echo(f"fruitdask: {show(_make_harmless(str(error)))}", err=True)
+        # Sentences about settings have a line each; of other messages a name of others may hold the line break.
+        sentences = str(error).split("\n") if isinstance(error, errors.SettingsError) else [str(error)]
+        for sentence in sentences:
+            click.echo(f"fruitdask: {show(_make_harmless(sentence))}", err=True)
         sys.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
+    except ValueError as error:
+        # Dask reads its files when it is imported.
+        if not str(error).startswith("A dask config file"):
+            raise
+        click.echo(f"fruitdask: {show(_make_harmless(' '.join(str(error).split())))}; correct or delete it", err=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         click.echo(f"fruitdask: interrupted; {again}", err=True)
         sys.exit(_INTERRUPTED)

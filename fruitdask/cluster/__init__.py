@@ -9,6 +9,7 @@ from fruitdask.cluster.ec2 import open_ec2
 from fruitdask.cluster.local import choose_workers, open_local, prepare_local
 from fruitdask.config import ClusterConfig
 from fruitdask.costs import Usage
+from fruitdask.guard import leave_imported_script
 
 __all__ = ["choose_workers", "list_usage", "open_client", "prepare_local"]
 
@@ -33,7 +34,10 @@ def open_client(config: ClusterConfig) -> AbstractContextManager[Any]:
         On entering it, if the cluster does not start or cannot be reached in time; on leaving it, if instances cannot be terminated.
     ConfigError
         On entering it, if options cannot be passed on to instances.
+    ScriptError
+        On entering it, if it is opened by a script without the guard ``if __name__ == "__main__":``.
     """
+    leave_imported_script()
     openers: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
         "local": open_local,
         "address": open_address,

@@ -24,17 +24,24 @@ class LocalClusterConfig(Section):
         "127.0.0.1:8787", description="Where the dashboard listens, on this machine alone; null turns it off."
     )
 
+    @field_validator("memory_limit")
+    @classmethod
+    def _check_memory(cls, limit: str | int | None) -> str | int | None:
+        if isinstance(limit, int) and limit < 0:
+            raise ValueError(f"expected an amount of memory such as 4GiB, found {limit!r}")
+        return limit
+
     @field_validator("dashboard_address")
     @classmethod
     def _check_dashboard(cls, address: str | None) -> str | None:
         if address is None:
             return None
-        host = address.rpartition(":")[0].strip("[]")
+        host, _, port = address.rpartition(":")
         try:
-            is_here = host == "localhost" or ipaddress.ip_address(host).is_loopback
+            is_here = host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
         except ValueError:
             is_here = False
-        if not is_here:
+        if not is_here or not port.isdecimal() or int(port) > 65_535:
             raise ValueError(
                 f"expected an address that only this machine reaches, such as 127.0.0.1:8787, found {address!r}: the dashboard "
                 "asks nobody for a password; from elsewhere, reach it through ssh -L 8787:127.0.0.1:8787"

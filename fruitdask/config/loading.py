@@ -1,64 +1,26 @@
 """Loading: defaults, then a YAML file, then overrides, merged once."""
 
-import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from fruitdask.config.clusters import AdaptiveConfig, AddressClusterConfig, EC2ClusterConfig, LocalClusterConfig
-from fruitdask.config.sections import (
-    Config,
-    ExploreConfig,
-    FeaturizeConfig,
-    InputConfig,
-    LimitsConfig,
-    ModelConfig,
-    OutputConfig,
-    PlotsConfig,
-    PrivacyConfig,
-    QualityConfig,
-    ReduceConfig,
-    ReportConfig,
-    SampleConfig,
-    TsneConfig,
-)
-from fruitdask.errors import ConfigError
+from fruitdask.config.messages import SECTIONS, explain, explain_override
+from fruitdask.config.sections import Config
+from fruitdask.config.sources import Source, parse_file, parse_override
+from fruitdask.errors import ConfigError, SettingsError
 
 #: Keys that hold a path or a URL; a relative path is resolved against the file (or the working directory) it was written in.
 URL_KEYS = (("input", "url"), ("input", "manifest"), ("model", "weights"), ("output", "url"))
 _WORDS_FOR_WEIGHTS = ("imagenet", "random")
 #: A configuration of every key is a few kilobytes.
 _MAX_BYTES = 1 << 20
-#: Values of a YAML file with its aliases written out, which can stand for billions in a few lines.
-_MAX_VALUES = 100_000
+#: What neither a path nor a file in UTF-8 can hold: null characters, and halves of characters, such as of bytes that are not UTF-8.
+_UNUSABLE = re.compile(r"[\0\ud800-\udfff]")
 _ENV_PATTERN = re.compile(r"\$\{(\w+)\}")
-
-#: The sections by their place, a cluster's kind standing for the alternative that pydantic took.
-_SECTIONS: dict[tuple[int | str, ...], type[BaseModel]] = {
-    (): Config,
-    ("input",): InputConfig,
-    ("input", "sample"): SampleConfig,
-    ("model",): ModelConfig,
-    ("cluster", "local"): LocalClusterConfig,
-    ("cluster", "address"): AddressClusterConfig,
-    ("cluster", "ec2"): EC2ClusterConfig,
-    ("cluster", "ec2", "adaptive"): AdaptiveConfig,
-    ("featurize",): FeaturizeConfig,
-    ("reduce",): ReduceConfig,
-    ("reduce", "tsne"): TsneConfig,
-    ("explore",): ExploreConfig,
-    ("quality",): QualityConfig,
-    ("plots",): PlotsConfig,
-    ("report",): ReportConfig,
-    ("privacy",): PrivacyConfig,
-    ("limits",): LimitsConfig,
-    ("output",): OutputConfig,
-}
 
 
 def load_config(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Config:
@@ -81,7 +43,7 @@ def load_config(source: str | Path | Mapping[str, Any], *, overrides: Sequence[s
     Raises
     ------
     ConfigError
-        If the file is missing, is not YAML, or does not describe a run.
+        If the file is missing, is not YAML, or does not describe a run; a `SettingsError` has a line for each mistake.
 
     Examples
     --------
@@ -89,24 +51,20 @@ def load_config(source: str | Path | Mapping[str, Any], *, overrides: Sequence[s
     >>> config.model.name, config.model.pooling
     ('MobileNetV2', 'max')
     """
-    name, text = ("the configuration", "") if isinstance(source, Mapping) else (str(source), _read_text(Path(source)))
-    base = Path.cwd() if isinstance(source, Mapping) else Path(source).resolve().parent
+    name = "the configuration" if isinstance(source, Mapping) else str(source)
     try:
-        tree = dict(source) if isinstance(source, Mapping) else _parse_yaml(text, name)
-        tree = _resolve_paths(_expand_env(tree, name), base, name)
-        for override in overrides:
-            top = _resolve_paths(_expand_env(_parse_override(override), f"--set {override}"), Path.cwd(), "--set")
-            tree = _merge(tree, top)
+        tree, sources = _read_sources(source, name, overrides)
     except RecursionError as error:
         raise ConfigError(
             f"{name}: expected sections of keys and values, found something nested without end"
         ) from error
     if isinstance(tree.get("cluster"), dict):
         tree["cluster"] = {"kind": "address" if "address" in tree["cluster"] else "local"} | tree["cluster"]
+    _spell_booleans(tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, name, text, overrides)) from error
+        raise SettingsError(explain(error, sources)) from error
 
 
 def build_schema() -> dict[str, Any]:
@@ -119,6 +77,26 @@ def build_schema() -> dict[str, Any]:
         The schema; editors use it to complete and check the YAML.
     """
     return Config.model_json_schema()
+
+
+def _read_sources(
+    source: str | Path | Mapping[str, Any], name: str, overrides: Sequence[str]
+) -> tuple[dict[str, Any], list[Source]]:
+    """Read a file or mappings, and overrides; gives the settings merged, and where they are written."""
+    if isinstance(source, Mapping):
+        base, tree, origin = Path.cwd(), dict(source), Source(name)
+    else:
+        base = Path(source).resolve().parent
+        tree, origin = parse_file(_read_text(Path(source)), name)
+    tree, sources = _resolve_paths(_expand_env(tree, origin), base, name), [origin]
+    for override in overrides:
+        parsed = parse_override(override)
+        if parsed is None:
+            raise ConfigError(explain_override(override))
+        top, origin = parsed
+        tree = _merge(tree, _resolve_paths(_expand_env(top, origin), Path.cwd(), "--set"))
+        sources.append(origin)
+    return tree, sources
 
 
 def _read_text(path: Path) -> str:
@@ -137,63 +115,6 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """Parse YAML whose top level is a mapping."""
-    try:
-        tree = _load_yaml(text)
-    except (yaml.YAMLError, ValueError) as error:
-        # PyYAML lets the ValueError of a date that does not exist through.
-        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{name}: expected sections such as input: and output:, found {type(tree).__name__}")
-    return tree
-
-
-class _BoundedLoader(yaml.SafeLoader):
-    """A loader of plain values only, that refuses aliases of aliases of aliases before they are written out."""
-
-    def get_single_node(self) -> yaml.Node | None:
-        """Read the document, and count."""
-        node = super().get_single_node()
-        if node is not None and _count_values(node, {}) > _MAX_VALUES:
-            raise yaml.YAMLError(f"expected at most {_MAX_VALUES:,} values, found aliases (*) that stand for more")
-        return node
-
-
-def _load_yaml(text: str) -> Any:
-    """Load YAML as plain values; tags that would run code are refused."""
-    loader = _BoundedLoader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
-    """Count the values below a node, each as often as it is used."""
-    if id(node) not in counted:
-        # A node within itself is found out later.
-        counted[id(node)] = 1
-        below = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
-        if not isinstance(node, yaml.ScalarNode):
-            counted[id(node)] += sum(_count_values(each, counted) for each in below)
-    return counted[id(node)]
-
-
-def _parse_override(override: str) -> dict[str, Any]:
-    """Turn ``a.b=value`` into nested mappings; the value is YAML."""
-    key, separator, value = override.partition("=")
-    if not separator or "." not in key:
-        raise ConfigError(f"--set {override}: expected section.key=value, for example model.pooling=max")
-    try:
-        tree: Any = _load_yaml(value)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--set {override}: {value!r} is not a YAML value") from error
-    for part in reversed(key.split(".")):
-        tree = {part: tree}
-    return dict(tree)
-
-
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """Merge nested mappings; the upper one wins."""
     merged = dict(base)
@@ -203,23 +124,59 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _expand_env(tree: Any, name: str) -> Any:
-    """Replace ``${NAME}`` in every string."""
+def _expand_env(tree: Any, source: Source) -> Any:
+    """Replace ``${NAME}`` in every string of a source."""
+    unset = [
+        f"{source.describe(path)}: {'.'.join(path)}: the environment variable {name} is not set; set it or write the value out"
+        for path, text in _list_strings(tree, ())
+        for name in _ENV_PATTERN.findall(text)
+        if name not in os.environ
+    ]
+    if unset:
+        raise SettingsError("\n".join(dict.fromkeys(unset)))
+    expanded = _replace_env(tree)
+    unusable = [
+        f"{source.describe(path)}: {'.'.join(path)}: expected text in UTF-8 without null characters"
+        for path, text in _list_strings(expanded, ())
+        if _UNUSABLE.search(text)
+    ]
+    if unusable:
+        raise SettingsError("\n".join(unusable))
+    return expanded
+
+
+def _list_strings(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """List every string of a tree, with its place."""
+    if isinstance(tree, str):
+        yield path, tree
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    for key, value in items:
+        yield from _list_strings(value, (*path, str(key)))
+
+
+def _replace_env(tree: Any) -> Any:
+    """Replace variables that are set; a path of Python becomes text."""
+    if isinstance(tree, os.PathLike):
+        return _replace_env(os.fspath(tree))
     if isinstance(tree, Mapping):
-        return {key: _expand_env(value, name) for key, value in tree.items()}
+        return {key: _replace_env(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_expand_env(value, name) for value in tree]
-    if not isinstance(tree, str):
-        return tree
+        return [_replace_env(value) for value in tree]
+    return _ENV_PATTERN.sub(lambda match: os.environ[match[1]], tree) if isinstance(tree, str) else tree
 
-    def replace(match: re.Match[str]) -> str:
-        if match[1] not in os.environ:
-            raise ConfigError(
-                f"{name}: the environment variable {match[1]} of {tree!r} is not set; set it or write the value out"
-            )
-        return os.environ[match[1]]
 
-    return _ENV_PATTERN.sub(replace, tree)
+def _spell_booleans(tree: dict[str, Any]) -> None:
+    """Spell out booleans in place of numbers, so that they are refused: pydantic takes them for 1 and 0."""
+    for place, section in SECTIONS.items():
+        node: Any = tree
+        for key in place:
+            # The kind of a cluster stands in the place of a key.
+            is_kind = isinstance(node, dict) and node.get("kind") == key
+            node = node if is_kind else node.get(key) if isinstance(node, dict) else None
+        for name, field in section.model_fields.items() if isinstance(node, dict) else ():
+            kinds = {*get_args(field.annotation), field.annotation}
+            if isinstance(node.get(name), bool) and kinds & {int, float}:
+                node[name] = str(node[name]).lower()
 
 
 def _resolve_paths(tree: dict[str, Any], base: Path, name: str) -> dict[str, Any]:
@@ -236,55 +193,3 @@ def _resolve_paths(tree: dict[str, Any], base: Path, name: str) -> dict[str, Any
                 ) from error
             tree = _merge(tree, {section: {key: os.path.normpath(path)}})
     return tree
-
-
-def _explain(error: ValidationError, name: str, text: str, overrides: Sequence[str]) -> str:
-    """Say the first thing that is wrong, where it stands and what would be right."""
-    first = error.errors()[0]
-    section, location = _locate(first["loc"])
-    key = ".".join(location) or "the file"
-    where = _find_override(overrides, location) or f"{name}{_find_line(text, location)}"
-    if first["type"] == "extra_forbidden":
-        valid = sorted(section.model_fields)
-        nearest = difflib.get_close_matches(location[-1], valid, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"valid keys: {', '.join(valid)}"
-        return f"{where}: unknown key {key}; {hint}"
-    if first["type"] == "missing":
-        return f"{where}: the key {key} is missing; add it"
-    message = first["msg"].removeprefix("Value error, ")
-    # Options of file systems and variables of containers hold secrets.
-    is_hidden = any(part in section.model_fields and not section.model_fields[part].repr for part in location)
-    found = "" if is_hidden or first["type"] == "value_error" else f", found {first['input']!r}"
-    return f"{where}: {key}: {message[0].lower() + message[1:]}{found}"
-
-
-def _locate(loc: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
-    """Find the section of an error and its key as the user wrote it; pydantic also names the alternatives that it tried."""
-    depth = max(n for n in range(len(loc)) if loc[:n] in _SECTIONS) if loc else 0
-    parts = [*loc[: depth + 1], *(part for part in loc[depth + 1 :] if isinstance(part, int))]
-    if loc[:1] == ("cluster",) and len(parts) > 1:
-        del parts[1]
-    return _SECTIONS[loc[:depth]], [str(part) for part in parts]
-
-
-def _find_override(overrides: Sequence[str], location: Sequence[str]) -> str | None:
-    """Find the override that set a key, the last one if there are several."""
-    for override in reversed(overrides):
-        parts = override.partition("=")[0].split(".")
-        n_common = min(len(parts), len(location))
-        if n_common and parts[:n_common] == list(location[:n_common]):
-            return f"--set {override}"
-    return None
-
-
-def _find_line(text: str, location: Sequence[str]) -> str:
-    """Find the line of the deepest key of a location that stands in the text."""
-    node: Any = yaml.compose(text, Loader=yaml.SafeLoader) if text else None
-    line = None
-    for part in location:
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        match = next(((key, value) for key, value in pairs if key.value == part), None)
-        if match is None:
-            break
-        line, node = match[0].start_mark.line + 1, match[1]
-    return f", line {line}" if line else ""

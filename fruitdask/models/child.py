@@ -7,14 +7,19 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 
 from fruitdask.config import ModelConfig
 from fruitdask.errors import EngineError, FruitdaskError
+from fruitdask.guard import check_exit_code, forget_missing_script, leave_imported_script
 from fruitdask.models.artifact import ModelArtifact
 from fruitdask.models.build import build_artifact
 from fruitdask.models.cache import find_artifact, keep_artifact
 from fruitdask.models.engines import choose_engine
 from fruitdask.storage import hide_secrets
+
+#: How long to wait for the exit code of a process that has closed its pipe.
+_SECONDS_TO_END = 10
 
 
 @contextmanager
@@ -39,6 +44,7 @@ def start_building(config: ModelConfig) -> Iterator[Callable[[], ModelArtifact]]
     ModelError
         If the weights are a file that is not there, or the engine is not installed.
     """
+    leave_imported_script()
     # Chosen once, for the cache and for the child.
     config = config.model_copy(update={"engine": choose_engine(config)})
     cached = find_artifact(config)
@@ -48,10 +54,11 @@ def start_building(config: ModelConfig) -> Iterator[Callable[[], ModelArtifact]]
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_build_and_send, args=(config, sender), daemon=True)
+    forget_missing_script()
     process.start()
     sender.close()
     try:
-        yield lambda: _receive(receiver, config)
+        yield lambda: _receive(receiver, process, config)
     finally:
         process.kill()
         process.join()
@@ -79,11 +86,13 @@ def _build_and_send(config: ModelConfig, sender: Connection) -> None:
         )
 
 
-def _receive(receiver: Connection, config: ModelConfig) -> ModelArtifact:
+def _receive(receiver: Connection, process: SpawnProcess, config: ModelConfig) -> ModelArtifact:
     """Receive what the child sends, and keep it here, where its name is known; a child that dies sends nothing."""
     try:
         received: ModelArtifact | FruitdaskError = receiver.recv()
     except EOFError as error:
+        process.join(_SECONDS_TO_END)
+        check_exit_code(process.exitcode)
         raise EngineError(
             "the process that builds the network ended before it was done; free some memory and run again, "
             'and in a script of your own call run under if __name__ == "__main__":'

@@ -21,6 +21,7 @@ from fruitdask.errors import (
     StorageError,
     StoreMismatchError,
 )
+from fruitdask.guard import leave_imported_script
 from fruitdask.pipeline.inputs import hash_names, open_output
 from fruitdask.pipeline.results import RunResult
 from fruitdask.pipeline.running import run
@@ -130,6 +131,7 @@ def erase(
     FruitdaskError
         If nothing matches, or there is no run; or if the results cannot be computed again, which its message says.
     """
+    leave_imported_script()
     return carry_out(plan_erasure(config, patterns), client=client, progress=progress)
 
 

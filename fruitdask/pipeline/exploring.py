@@ -23,6 +23,7 @@ from fruitdask.exploration import (
     summarize_findings,
     write_exploration,
 )
+from fruitdask.guard import leave_imported_script
 from fruitdask.mapping import map_partitions
 from fruitdask.models import choose_input_px
 from fruitdask.pipeline.inputs import Inputs, prepare_inputs, settle_erasure
@@ -55,6 +56,7 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | None 
     FruitdaskError
         If something is wrong; the subclasses in `fruitdask.errors` tell what.
     """
+    leave_imported_script()
     progress = progress or RunProgress()
     with progress, ExitStack() as stack:
         progress.begin("Listing images")

@@ -8,6 +8,7 @@ from typing import Any
 from fruitdask import report, store
 from fruitdask.config import Config
 from fruitdask.errors import FruitdaskError, LimitError
+from fruitdask.guard import leave_imported_script
 from fruitdask.pipeline.exploring import Survey
 from fruitdask.pipeline.featurizing import check_failures, compute_features, record_vanished
 from fruitdask.pipeline.growing import format_changes
@@ -50,6 +51,7 @@ def run(
     FruitdaskError
         If something is wrong; the subclasses in `fruitdask.errors` tell what.
     """
+    leave_imported_script()
     progress = progress or RunProgress()
     with progress, ExitStack() as locks:
         task = prepare(config, progress, client=client, locks=locks, retry_failed=retry_failed)
@@ -111,6 +113,7 @@ def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
     FruitdaskError
         If the run would end with an error before it starts.
     """
+    leave_imported_script()
     progress = progress or RunProgress()
     with progress:
         return estimate(_describe_work(prepare(config, progress), None), progress)

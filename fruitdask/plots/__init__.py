@@ -3,6 +3,7 @@
 Each function takes a table and returns a matplotlib figure, made without pyplot; ``render_png`` and ``render_svg`` draw it.
 """
 
+from fruitdask.plots.canvas import load_matplotlib
 from fruitdask.plots.maps import plot_confusion, plot_explained_variance, plot_map
 from fruitdask.plots.pictures import plot_examples, plot_sizes
 from fruitdask.plots.render import render_png, render_svg
@@ -12,6 +13,7 @@ from fruitdask.plots.styles import MARKERS, ClassStyle, style_classes
 __all__ = [
     "MARKERS",
     "ClassStyle",
+    "load_matplotlib",
     "plot_class_counts",
     "plot_colours",
     "plot_confusion",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from fruitdask.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +34,7 @@ TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 11.0, 9.0, 8.0
 _POINTS_PER_INCH = 72.0
 #: A browser's fonts are seldom wider than matplotlib's own, but some are.
 _SLACK = 1.04
-#: Warning filters and the settings of matplotlib's SVG writer belong to the process; one thread at a time may change them.
+#: Warning filters and the settings of matplotlib belong to the process; one thread at a time may change them.
 _LOCK = threading.RLock()
 
 
@@ -46,6 +50,41 @@ def quiet() -> Iterator[None]:
     """
     with _LOCK, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+ ")
+        yield
+
+
+def load_matplotlib() -> None:
+    """Import matplotlib. No figure here needs the backend of MPLBACKEND, so a wrong name there is not an error."""
+    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"matplotlib cannot be imported: {error}; correct or delete the file matplotlibrc in this folder or in the folder of "
+            "matplotlib's settings"
+        ) from error
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+
+
+@contextmanager
+def standard_settings() -> Iterator[None]:
+    """
+    Use matplotlib's own defaults, so that figures look the same whatever the user's matplotlibrc says.
+
+    Yields
+    ------
+    None
+        One thread at a time; the user's settings are restored at the end. It is a decorator too.
+    """
+    load_matplotlib()
+    from matplotlib import style
+
+    with quiet(), style.context("default"):
         yield
 
 

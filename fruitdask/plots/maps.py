@@ -25,6 +25,7 @@ from fruitdask.plots.canvas import (
     hide_axes,
     measure_width,
     plot_nothing,
+    standard_settings,
     start_figure,
     tidy_label,
     write,
@@ -96,6 +97,7 @@ class _Legend:
             write(axes, x + 0.18, y, name, size=self.size, va="center_baseline")
 
 
+@standard_settings()
 def plot_map(
     table: pd.DataFrame, *, x: str, y: str, title: str, x_label: str | None = None, y_label: str | None = None
 ) -> Figure:
@@ -139,6 +141,7 @@ def plot_map(
     return figure
 
 
+@standard_settings()
 def plot_explained_variance(
     ratio: Sequence[float] | npt.NDArray[np.floating[Any]], n_components: Mapping[str, int | None]
 ) -> Figure:
@@ -191,6 +194,7 @@ def plot_explained_variance(
     return figure
 
 
+@standard_settings()
 def plot_confusion(labels: Sequence[str], share: Sequence[Sequence[float]] | npt.NDArray[np.floating[Any]]) -> Figure:
     """
     Plot which classes the nearest neighbours of each class's images belong to.

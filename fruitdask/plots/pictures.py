@@ -22,6 +22,7 @@ from fruitdask.plots.canvas import (
     hide_axes,
     measure_width,
     plot_nothing,
+    standard_settings,
     start_figure,
     tidy_label,
     write,
@@ -45,6 +46,7 @@ _LOG_SPAN = 30.0
 Image = npt.NDArray[np.uint8]
 
 
+@standard_settings()
 def plot_examples(exploration: Exploration, *, per_class: int) -> Figure:
     """
     Plot images of each class.
@@ -95,6 +97,7 @@ def plot_examples(exploration: Exploration, *, per_class: int) -> Figure:
     return figure
 
 
+@standard_settings()
 def plot_sizes(images: pd.DataFrame) -> Figure:
     """
     Plot how large the images are.

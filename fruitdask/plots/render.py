@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from xml.dom import minidom
 
-from fruitdask.plots.canvas import INK, quiet, tidy_label
+from fruitdask.plots.canvas import INK, standard_settings, tidy_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +26,7 @@ _USED = re.compile(r'(?:xlink:href="#|url\(#)([^")]+)')
 _FAMILY = re.compile(r"font-family:[^;]*;?\s*")
 
 
+@standard_settings()
 def render_png(figure: Figure, *, dpi: int) -> bytes:
     """
     Draw a figure as an image.
@@ -44,11 +45,11 @@ def render_png(figure: Figure, *, dpi: int) -> bytes:
     """
     buffer = io.BytesIO()
     dpi = min(dpi, int(_MAX_PX / max(figure.get_size_inches())))
-    with quiet():
-        figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
+@standard_settings()
 def render_svg(figure: Figure, *, label: str = "") -> str:
     """
     Draw a figure as a part of an HTML page.
@@ -71,7 +72,7 @@ def render_svg(figure: Figure, *, label: str = "") -> str:
     label = tidy_label(label or str(figure.get_label()), n_characters=_MAX_LABEL)
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with quiet(), rc_context({"svg.fonttype": "none", "svg.hashsalt": "fruitdask", "svg.image_inline": True}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fruitdask", "svg.image_inline": True}):
         figure.savefig(buffer, format="svg", transparent=True, dpi=_IMAGE_DPI, metadata=metadata)
     text = buffer.getvalue()
     with minidom.parseString(text.encode()) as document:

@@ -25,6 +25,7 @@ from fruitdask.plots.canvas import (
     add_axes,
     measure_width,
     plot_nothing,
+    standard_settings,
     start_figure,
     tidy_label,
     write,
@@ -62,6 +63,7 @@ class _Column:
         return np.asarray(values)[self.start : self.stop]
 
 
+@standard_settings()
 def plot_class_counts(classes: pd.DataFrame) -> Figure:
     """
     Plot how many images each class has.
@@ -99,6 +101,7 @@ def plot_class_counts(classes: pd.DataFrame) -> Figure:
     return figure
 
 
+@standard_settings()
 def plot_differences(classes: pd.DataFrame) -> Figure:
     """
     Plot how much the images of each class differ from each other.
@@ -137,6 +140,7 @@ def plot_differences(classes: pd.DataFrame) -> Figure:
     return figure
 
 
+@standard_settings()
 def plot_silhouettes(silhouette: Mapping[str, Any]) -> Figure:
     """
     Plot how well each class keeps apart from the others.
@@ -175,6 +179,7 @@ def plot_silhouettes(silhouette: Mapping[str, Any]) -> Figure:
     return figure
 
 
+@standard_settings()
 def plot_colours(classes: pd.DataFrame) -> Figure:
     """
     Plot the most frequent colours of each class.

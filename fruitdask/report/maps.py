@@ -297,6 +297,7 @@ def _make_tools() -> list[Any]:
 
 def _trace_marker(marker: str) -> str:
     """Trace the outline of a marker in a square of side 1 around the origin, as an SVG path."""
+    plots.load_matplotlib()
     from matplotlib.markers import MarkerStyle
     from matplotlib.path import Path
 

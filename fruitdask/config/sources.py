@@ -1,0 +1,296 @@
+"""Where settings are written: YAML files and overrides, with the line of each key."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from fruitdask.errors import ConfigError, SettingsError
+
+#: Values of a YAML file with its aliases written out, which can stand for billions in a few lines.
+_MAX_VALUES = 100_000
+_SLASHES = (
+    "a backslash within double quotes begins an escape; write paths of Windows in single quotes, or with forward slashes"
+)
+#: A path of Windows in double quotes whose backslashes are not doubled.
+_WINDOWS_PATH = re.compile(r'"[A-Za-z]:\\(?!\\)')
+#: What to do, by a part of PyYAML's message.
+_ADVICE = (
+    ("'\\t'", "write spaces instead of tabs"),
+    ("mapping values are not allowed", "check the indentation, and put a value that holds a colon and a space in quotes"),
+    ("alias", "put a value that begins with * or & in quotes"),
+    ("that cannot start any token", "put a value that begins with this character in quotes"),
+    ("constructor for the tag", "put a value that begins with ! in quotes"),
+    ("expected <block end>", "check the indentation: all keys of a section begin in the same column"),
+    ("expected ',' or", "close the brackets, and put a value that holds such characters in quotes"),
+    ("unexpected end of stream", "close the quotes"),
+    ("unhashable key", "write keys as plain words"),
+    ("could not find expected ':'", "write a key, a colon, a space and a value"),
+    ("but found another document", "write one document, without a line of --- in between"),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    One place where settings are written.
+
+    Parameters
+    ----------
+    name : str
+        What to call it in a message.
+    root : yaml.Node, optional
+        Its YAML; None for mappings of Python.
+    path : tuple[str, ...]
+        The key that an override sets; empty for others.
+    """
+
+    name: str
+    root: yaml.Node | None = None
+    path: tuple[str, ...] = ()
+
+    @property
+    def is_override(self) -> bool:
+        """Whether it comes from ``--set``."""
+        return bool(self.path)
+
+    def sets(self, location: Sequence[str]) -> bool:
+        """
+        Tell whether it is an override of a key, of its section, or of a part of it.
+
+        Parameters
+        ----------
+        location : Sequence[str]
+            The parts of the key.
+
+        Returns
+        -------
+        bool
+            Whether it is.
+        """
+        n_common = min(len(self.path), len(location))
+        return n_common > 0 and self.path[:n_common] == tuple(location[:n_common])
+
+    def find_line(self, location: Sequence[str]) -> int | None:
+        """
+        Find the line of the deepest key of a location that it holds; None for overrides and mappings of Python.
+
+        Parameters
+        ----------
+        location : Sequence[str]
+            The parts of the key.
+
+        Returns
+        -------
+        int or None
+            The line, counted from 1.
+        """
+        lines = [line for line, _ in self._follow(location)]
+        return lines[-1] if lines and not self.is_override else None
+
+    def find_text(self, location: Sequence[str]) -> str | None:
+        """
+        Find the value of a key as it is written, before YAML reads a number or a date in it; None where it is no scalar.
+
+        Parameters
+        ----------
+        location : Sequence[str]
+            The parts of the key.
+
+        Returns
+        -------
+        str or None
+            The value.
+        """
+        if len(location) < len(self.path):
+            return None
+        rest = location[len(self.path) :]
+        nodes = [self.root, *(node for _, node in self._follow(rest))]
+        is_whole = len(nodes) == len(rest) + 1
+        return nodes[-1].value if is_whole and isinstance(nodes[-1], yaml.ScalarNode) else None
+
+    def describe(self, location: Sequence[str]) -> str:
+        """
+        Say where a key is written.
+
+        Parameters
+        ----------
+        location : Sequence[str]
+            The parts of the key.
+
+        Returns
+        -------
+        str
+            The file and the line, or the override.
+        """
+        line = self.find_line(location)
+        return self.name if line is None else f"{self.name}, line {line}"
+
+    def _follow(self, location: Sequence[str]) -> Iterator[tuple[int, yaml.Node]]:
+        """Follow a location into the YAML: the line and the value of each part."""
+        node = self.root
+        for part in location:
+            found = next(((line, value) for key, line, value in _list_items(node) if key == part), None)
+            if found is None:
+                return
+            yield found
+            node = found[1]
+
+
+def _list_items(node: yaml.Node | None) -> Iterator[tuple[str, int, yaml.Node]]:
+    """List the keys of a mapping, or the numbers of a list, each with its line and its value."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield str(key.value), key.start_mark.line + 1, value
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            yield str(number), value.start_mark.line + 1, value
+
+
+def parse_file(text: str, name: str) -> tuple[dict[str, Any], Source]:
+    """
+    Parse the YAML of a configuration file.
+
+    Parameters
+    ----------
+    text : str
+        The YAML.
+    name : str
+        What to call the file.
+
+    Returns
+    -------
+    tuple[dict[str, Any], Source]
+        The settings, and where each is written.
+
+    Raises
+    ------
+    SettingsError
+        If it is not YAML, or if YAML would take it for something else than was meant.
+    """
+    try:
+        tree, root = _load_yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
+        # PyYAML lets the ValueError of a date that does not exist through.
+        raise SettingsError(_explain(error, name)) from error
+    if tree is None:
+        raise ConfigError(f"{name}: the file is empty; it needs at least the sections input: and output:, each with a url:")
+    if not isinstance(tree, dict):
+        found = "a list; write the sections without the leading -" if isinstance(tree, list) else f"{tree!r}"
+        raise ConfigError(f"{name}: expected sections such as input: and output:, found {found}")
+    faults = sorted(_find_faults(root, (), set()), key=lambda fault: fault[0])
+    if faults:
+        raise SettingsError("\n".join(f"{name}, line {line}: {sentence}" for line, sentence in faults))
+    return tree, Source(name, root)
+
+
+def parse_override(override: str) -> tuple[dict[str, Any], Source] | None:
+    """
+    Turn ``a.b=value`` into nested mappings; the value is YAML. None where it is not written so.
+
+    Parameters
+    ----------
+    override : str
+        What stands after ``--set``.
+
+    Returns
+    -------
+    tuple[dict[str, Any], Source] or None
+        The settings, and where they are written.
+
+    Raises
+    ------
+    ConfigError
+        If the value is not YAML.
+    """
+    key, separator, value = override.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not separator or len(path) < 2 or not all(path):
+        return None
+    try:
+        tree, root = _load_yaml(value)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(
+            f"--set {override}: {value!r} is not a YAML value; if it is text, write --set '{key}=\"{value}\"'"
+        ) from error
+    for part in reversed(path):
+        tree = {part: tree}
+    return dict(tree), Source(f"--set {override}", root, path)
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """A loader of plain values only, that refuses aliases of aliases of aliases before they are written out."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Read the document, and count."""
+        node = super().get_single_node()
+        if node is not None and _count_values(node, {}) > _MAX_VALUES:
+            raise yaml.YAMLError(f"expected at most {_MAX_VALUES:,} values, found aliases (*) that stand for more")
+        return node
+
+
+def _load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
+    """Load YAML as plain values, and its nodes; tags that would run code are refused."""
+    loader = _BoundedLoader(text)
+    try:
+        root = loader.get_single_node()
+        return (None if root is None else loader.construct_document(root)), root
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Count the values below a node, each as often as it is used."""
+    if id(node) not in counted:
+        # A node within itself is found out later.
+        counted[id(node)] = 1
+        below = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        if not isinstance(node, yaml.ScalarNode):
+            counted[id(node)] += sum(_count_values(each, counted) for each in below)
+    return counted[id(node)]
+
+
+def _explain(error: Exception, name: str) -> str:
+    """Say what PyYAML did not understand, where, and what to do."""
+    if not isinstance(error, yaml.YAMLError):
+        return f"{name}: not valid YAML: {error}; put what only looks like a date in quotes"
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return f"{name}: not valid YAML: {' '.join(str(error).split())}"
+    mark = error.problem_mark or error.context_mark
+    where = name if mark is None else f"{name}, line {mark.line + 1}"
+    said = f"{error.context or ''} {error.problem or ''}"
+    if "double-quoted" in said and "escape" in said:
+        return f"{where}: not valid YAML: {_SLASHES}"
+    advice = next((advice for part, advice in _ADVICE if part in said), None)
+    begun, problem = error.context_mark, error.problem or error.context
+    if error.problem and error.problem.startswith("but "):
+        problem = f"{error.context}, {error.problem}"
+    elif begun and mark and begun.line != mark.line:
+        problem = f"{problem} ({error.context}, line {begun.line + 1})"
+    return f"{where}: not valid YAML: {problem}" + (f"; {advice}" if advice else "")
+
+
+def _find_faults(node: yaml.Node | None, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[int, str]]:
+    """Find what YAML takes without a word: keys that are given twice, and paths whose backslashes it takes for escapes."""
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.ScalarNode):
+        if node.style == '"' and node.start_mark.buffer and _WINDOWS_PATH.match(_read_raw(node)):
+            yield node.start_mark.line + 1, f"{'.'.join(path)}: {_SLASHES}"
+        return
+    first: dict[str, int] = {}
+    for key, line, value in _list_items(node):
+        inner = (*path, key)
+        if key in first and key != "<<":
+            yield line, f"the key {'.'.join(inner)} is given again, first in line {first[key]}; keep one of them"
+        first.setdefault(key, line)
+        yield from _find_faults(value, inner, seen)
+
+
+def _read_raw(node: yaml.Node) -> str:
+    """Read the beginning of a value as it stands in the file."""
+    mark = node.start_mark
+    return mark.buffer[mark.pointer : mark.pointer + 5] if mark.buffer else ""

@@ -1,0 +1,93 @@
+"""Scripts without ``if __name__ == "__main__":``, as people write them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fruitdask.config import ModelConfig
+
+LOAD = """
+import fruitdask, sys
+config = fruitdask.load_config({{
+    "input": {{"url": {images!r}}},
+    "model": {model!r},
+    "cluster": {{"n_workers": 2, "dashboard_address": None}},
+    "output": {{"url": "out"}},
+}})
+"""
+BUILD = """
+from fruitdask.models import start_building
+with start_building(config.model) as wait:
+    wait()
+"""
+CONNECT = """
+with fruitdask.open_client(config.cluster) as client:
+    print(len(client.scheduler_info(n_workers=-1)["workers"]), __name__)
+"""
+
+
+def run_script(
+    text: str, tmp_path: Path, *, is_file: bool = True
+) -> tuple[subprocess.CompletedProcess[str], list[psutil.Process]]:
+    """Run a script of its own session; gives what it printed, and which of its processes are left."""
+    (tmp_path / "script.py").write_text(text)
+    before = set(psutil.pids())
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py") if is_file else "-"],
+        input=None if is_file else text,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        # Nothing is kept from before, so that a network has to be built.
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "FRUITDASK_TEST": str(tmp_path)},
+        timeout=120,
+    )
+    new = [psutil.Process(pid) for pid in psutil.pids() if pid not in before and psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs([one for one in new if is_of(one, tmp_path)], timeout=20)
+    return done, alive
+
+
+def is_of(process: psutil.Process, tmp_path: Path) -> bool:
+    """Tell whether a process belongs to a script."""
+    try:
+        return process.environ().get("FRUITDASK_TEST") == str(tmp_path)
+    except psutil.Error:
+        return False
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["fruitdask.explore(config)", "fruitdask.plan(config)", "fruitdask.run(config)", BUILD],
+    ids=["explore", "plan", "run", "build"],
+)
+def test_script_without_guard_is_told_to_have_one(
+    sample_folder: Path, tiny_model: ModelConfig, tmp_path: Path, call: str
+) -> None:
+    load = LOAD.format(images=str(sample_folder), model=tiny_model.model_dump(exclude_defaults=True))
+    done, left = run_script(f"{load}\n{call}\nprint('done')\n", tmp_path)
+    assert (done.returncode, done.stdout, left) == (1, "", [])
+    assert done.stderr == (
+        f'{tmp_path}/script.py: put the calls of fruitdask below if __name__ == "__main__": '
+        "(each process that fruitdask starts imports this script first)\n"
+    )
+
+
+@pytest.mark.parametrize("is_file", [True, False], ids=["guarded file", "standard input"])
+def test_script_that_needs_no_other_guard_works(sample_folder: Path, tmp_path: Path, is_file: bool) -> None:
+    lines = (LOAD.format(images=str(sample_folder), model={}) + CONNECT).splitlines()
+    indented = "\n".join("    " + line if line else line for line in lines)
+    text = f'if __name__ == "__main__":\n{indented}\n' if is_file else "\n".join(lines)
+    done, left = run_script(text, tmp_path, is_file=is_file)
+    assert (done.returncode, done.stdout, left) == (0, "2 __main__\n", []), done.stderr
+
+
+def test_error_of_a_script_is_an_error_of_fruitdask() -> None:
+    from fruitdask.errors import FruitdaskError, ScriptError
+
+    with pytest.raises(FruitdaskError, match="put it there") as caught:
+        raise ScriptError("put it there")
+    assert isinstance(caught.value, SystemExit) and caught.value.code == "put it there"
