@@ -93,13 +93,18 @@ class ModelConfig(Section):
         description="mixed_float16 is faster on GPUs, by TensorFlow, and changes features by some hundredths.",
     )
 
+    @property
+    def is_keras_file(self) -> bool:
+        """Whether the weights bring a network of their own along, by the name of their file."""
+        return self.weights.lower().endswith(".keras")
+
     @model_validator(mode="after")
     def _check_keras_file(self) -> "ModelConfig":
-        if self.weights.endswith(".keras") and self.preprocessing is None:
+        if self.is_keras_file and self.preprocessing is None:
             raise ValueError(
                 "preprocessing must be given for a .keras file, which does not say how its pixels were scaled: tf, caffe, torch or none"
             )
-        if self.weights.endswith(".keras") and self.precision != "float32":
+        if self.is_keras_file and self.precision != "float32":
             raise ValueError("precision cannot be chosen for a .keras file, which brings its own; leave it out")
         return self
 

@@ -25,20 +25,26 @@ class ModelArtifact:
         What runs it: ``tensorflow`` or ``openvino``.
     name : str
         The network's name.
+    layer : str
+        The layer whose output are the features, after the names of the networks that it is nested in and slashes.
     preprocessing : str
         How the graph scales pixels: ``tf``, ``caffe``, ``torch``, ``none``, or ``own`` for the network's own.
     input_px : int
         Side of the square input, in pixels.
     n_features : int
         Features an image.
+    has_foreign_code : bool
+        Whether classes that are neither Keras's nor fruitdask's may have taken part.
     """
 
     payload: bytes = field(repr=False)
     engine: str
     name: str
+    layer: str
     preprocessing: str
     input_px: int
     n_features: int
+    has_foreign_code: bool = False
 
     @cached_property
     def sha256(self) -> str:
