@@ -117,7 +117,6 @@ def build_here(config: ModelConfig) -> ModelArtifact:
         features = _pool(_fix_input(features, input_px, config), config)
         preprocess, preprocessing = _choose_preprocessing(config, is_own=own is not None)
         graph = _freeze(lambda images: features(preprocess(images), training=False), input_px)
-        _check_graph(graph, network)
     return ModelArtifact(
         payload=ENGINES[engine].pack_graph(graph),
         engine=engine,
@@ -251,8 +250,8 @@ def _explain_foreign(class_name: str, name: str, found: ModelFile) -> str:
     )
     if class_name == found.description.get("class_name"):
         return (
-            f"a model of the class {class_name}, whose code is not in the file; build it with keras.Sequential or "
-            f"keras.Model(inputs, outputs) and save that, or {define}"
+            f"a model of the class {class_name}, whose code is not in the file; "
+            "build it with keras.Sequential or keras.Model(inputs, outputs) and save that"
         )
     return f"the layer {name} of the class {class_name}, which Keras does not have; {define}, or save the model without it"
 
@@ -330,19 +329,6 @@ def _freeze(call: Callable[[Any], Any], input_px: int) -> bytes:
     return payload
 
 
-def _check_graph(graph: bytes, network: Any) -> None:
-    """Refuse a network that draws random numbers: its features would be others in each run."""
-    import tensorflow as tf
-
-    nodes = tf.compat.v1.GraphDef.FromString(graph).node
-    drawn = next((node for node in nodes if "Random" in node.op), None)
-    if drawn is not None:
-        raise ModelError(
-            f"{network.name}: features would differ from run to run, for {drawn.name.split('/')[-2:][0]} draws random numbers "
-            "(a layer that was called with training=True); build it without that and save it again"
-        )
-
-
 @contextmanager
 def _explained_weights(config: ModelConfig, found: ModelFile | None) -> Iterator[None]:
     """Say what is wrong with weights that are unavailable or do not fit."""
@@ -379,4 +365,4 @@ def _explained_weights(config: ModelConfig, found: ModelFile | None) -> Iterator
 
 def _first_line(error: Exception) -> str:
     """Shorten a library's message to its first line."""
-    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next((line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()), type(error).__name__)

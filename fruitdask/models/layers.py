@@ -285,9 +285,8 @@ def cut_network(network: Any, place: Place) -> Any:
         n_inputs = len(nested.inputs)
         own, inputs = (tensors[0] if n_inputs == 1 else tensors[:n_inputs] for tensors in (nested.inputs, call.input_tensors))
         inner = keras.Model(own, tensor, name=f"{nested.name}_until_{place.node.operation.name}")
-        arguments = call.arguments
-        training = arguments.kwargs.get("training", arguments.args[1] if len(arguments.args) > 1 else None)
-        tensor = inner(inputs) if training is None else inner(inputs, training=training)
+        # Whether it was called for training does not matter: the whole network is called for predictions.
+        tensor = inner(inputs)
     return keras.Model(network.inputs, tensor, name=network.name)
 
 
