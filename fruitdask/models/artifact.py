@@ -25,14 +25,14 @@ class ModelArtifact:
         What runs it: ``tensorflow`` or ``openvino``.
     name : str
         The network's name.
-    layer : str
-        The layer whose output are the features, after the names of the networks that it is nested in and slashes.
     preprocessing : str
         How the graph scales pixels: ``tf``, ``caffe``, ``torch``, ``none``, or ``own`` for the network's own.
     input_px : int
         Side of the square input, in pixels.
     n_features : int
         Features an image.
+    layer : str
+        The layer whose output are the features, after the names of the networks that it is nested in and slashes.
     has_foreign_code : bool
         Whether classes that are neither Keras's nor fruitdask's may have taken part.
     """
@@ -40,10 +40,10 @@ class ModelArtifact:
     payload: bytes = field(repr=False)
     engine: str
     name: str
-    layer: str
     preprocessing: str
     input_px: int
     n_features: int
+    layer: str = ""
     has_foreign_code: bool = False
 
     @cached_property
