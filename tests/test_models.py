@@ -112,37 +112,6 @@ def test_application_has_its_own_preprocessing(name: str, module: str, engine: s
     assert measure_error(load_predictor(artifact, n_threads=1)(pixels), expected) < 1e-5
 
 
-def test_default_input_sizes_are_those_of_keras(monkeypatch: pytest.MonkeyPatch) -> None:
-    import types
-
-    import keras
-    from keras.src.applications import imagenet_utils
-
-    class Asked(Exception):
-        pass
-
-    def spy(*args: object, default_size: int, **kwargs: object) -> None:
-        raise Asked(default_size)
-
-    sizes = {}
-    for module in vars(keras.applications).values():
-        if not isinstance(module, types.ModuleType):
-            continue
-        for name, network in vars(module).items():
-            if not name[0].isupper():
-                continue
-            source = __import__(network.__module__, fromlist=["imagenet_utils"])
-            target = source if hasattr(source, "obtain_input_shape") else source.imagenet_utils
-            monkeypatch.setattr(target, "obtain_input_shape", spy)
-            try:
-                network(weights=None)
-            except Asked as asked:
-                sizes[name] = asked.args[0]
-    assert imagenet_utils and len(sizes) > 30
-    ours = {name: build_module._INPUT_PX.get(name, build_module._DEFAULT_INPUT_PX) for name in sizes}
-    assert ours == sizes
-
-
 def test_squeezenet_names_a_granny_smith(photographs: Path) -> None:
     folder = photographs.parents[1] / "fruits-360-100x100" / "Test" / "Apple Granny Smith 1"
     pixels = read_pixels(sorted(folder.glob("*.jpg"))[:20], 227).astype(np.float32)

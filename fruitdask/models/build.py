@@ -201,7 +201,7 @@ def _build_named(config: ModelConfig, weights: str, found: ModelFile | None = No
         # A run that is resumed must meet the same network.
         keras.utils.set_random_seed(_RANDOM_WEIGHTS_SEED)
     with _explained_weights(config, found):
-        return build_network(config.name, input_px=choose_input_px(config), weights=weights)
+        return build_network(config.name, input_px=choose_input_px(config), weights=weights, pooling=config.pooling)
 
 
 def _choose_preprocessing(config: ModelConfig, *, is_own: bool) -> tuple[Preprocess, str]:

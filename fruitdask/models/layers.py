@@ -203,7 +203,7 @@ def find_features(network: Any, file: ModelFile | None) -> Place:
     """
     places = [Place(tensor) for tensor in _list_outputs(network)]
     if file is None:
-        return places[0]
+        return _skip_pool(places[0])
     findings = [_search(place, _Trail(is_classifier=file.is_classifier)) for place in places]
     if len(places) > 1:
         candidates = [found.features or place for found, place in zip(findings, places, strict=True)]
@@ -322,6 +322,11 @@ def _list_places(ends: Sequence[Place]) -> Iterator[Place]:
             waiting.append((place, True))
             inside = place.enter_once()
             waiting += [(each, False) for each in ([inside] if inside else reversed(place.list_inputs()))]
+
+
+def _skip_pool(place: Place) -> Place:
+    """Go back past a pooling at the end, to the map that is pooled."""
+    return place.list_inputs()[0] if _name_kinds(place.node.operation) & _POOLS and place.rank == 2 else place
 
 
 def _skip_dropouts(place: Place) -> Place:

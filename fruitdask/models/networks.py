@@ -47,6 +47,7 @@ _APPLICATIONS = {
     "xception": {"Xception": 299},
 }
 _SQUEEZENET = "SqueezeNet"
+_MAX_HINTS = 3
 #: Input size in pixels of every network that has a name.
 INPUT_PX = {
     name: input_px for networks in (*_APPLICATIONS.values(), {_SQUEEZENET: squeezenet.INPUT_PX})
@@ -70,8 +71,9 @@ def check_name(config: ModelConfig) -> None:
     """
     if config.name in INPUT_PX or config.is_keras_file:
         return
-    by_lower = {name.lower(): name for name in INPUT_PX}
-    nearest = difflib.get_close_matches(config.name.lower(), by_lower, n=3)
+    by_lower, found = {name.lower(): name for name in INPUT_PX}, config.name.lower()
+    nearest = [name for name in by_lower if name.startswith(found)] if found else []
+    nearest = (nearest or difflib.get_close_matches(found, by_lower))[:_MAX_HINTS]
     hint = (
         f"did you mean {' or '.join(by_lower[name] for name in nearest)}?"
         if nearest
@@ -82,7 +84,7 @@ def check_name(config: ModelConfig) -> None:
     )
 
 
-def build_network(name: str, *, input_px: int, weights: str) -> Any:
+def build_network(name: str, *, input_px: int, weights: str, pooling: str) -> Any:
     """
     Build a network by its name, without its classifier.
 
@@ -94,11 +96,13 @@ def build_network(name: str, *, input_px: int, weights: str) -> Any:
         Side of the square input, in pixels.
     weights : str
         ``imagenet``, ``random``, or the path of a file of weights.
+    pooling : str
+        How the last feature map becomes one vector. Keras does it itself where it can: ConvNeXt has a normalization after it.
 
     Returns
     -------
     keras.Model
-        From preprocessed images to the last feature map.
+        From preprocessed images to the last feature map, or to the vector.
     """
     import keras
 
@@ -108,6 +112,7 @@ def build_network(name: str, *, input_px: int, weights: str) -> Any:
         include_top=False,
         weights=None if weights == "random" else weights,
         input_shape=(input_px, input_px, 3),
+        pooling=None if pooling == "flatten" else pooling,
     )
 
 
