@@ -6,15 +6,18 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 from fruitdask.config import ModelConfig
 from fruitdask.errors import ModelError, WeightsUnavailableError
 from fruitdask.models.artifact import ModelArtifact
 from fruitdask.models.engines import ENGINES, choose_engine
 from fruitdask.models.files import ModelFile, examine_file, fetch_file, locate_weights
-from fruitdask.models.layers import cut_network, find_features, find_layer
+from fruitdask.models.layers import cut_network, find_features, find_layer, has_foreign_layers
 from fruitdask.models.networks import INPUT_PX, build_network, check_name, find_preprocessing
 from fruitdask.models.settings import import_keras, shipped_settings
 from fruitdask.storage import Location, explained, hash_file
@@ -23,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 _RANDOM_WEIGHTS_SEED = 0
 _WORDS = ("imagenet", "random")
+#: Images on which an engine is compared with TensorFlow, and the largest relative difference of their features: mixed precision makes some
+#: hundredths.
+_N_CHECKED, _MAX_DIFFERENCE = 2, 0.05
 
 Preprocess = Callable[[Any], Any]
 
@@ -117,16 +123,35 @@ def build_here(config: ModelConfig) -> ModelArtifact:
         features = _pool(_fix_input(features, input_px, config), config)
         preprocess, preprocessing = _choose_preprocessing(config, is_own=own is not None)
         graph = _freeze(lambda images: features(preprocess(images), training=False), input_px)
-    return ModelArtifact(
+    artifact = ModelArtifact(
         payload=ENGINES[engine].pack_graph(graph),
         engine=engine,
         name=network.name if own else config.name,
-        layer=place.name,
         preprocessing=preprocessing,
         input_px=input_px,
         n_features=int(features.output_shape[-1]),
-        has_foreign_code=own is not None and _has_foreign_code(),
+        layer=place.name,
+        has_foreign_code=own is not None and has_foreign_layers(network),
     )
+    if own and engine != "tensorflow":
+        _check_engine(artifact, graph)
+    return artifact
+
+
+def _check_engine(artifact: ModelArtifact, graph: bytes) -> None:
+    """Refuse an engine that computes something else than TensorFlow does: converters of networks have faults of their own."""
+    shape = (_N_CHECKED, artifact.input_px, artifact.input_px, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    expected, found = (
+        ENGINES[each.engine].load_network(each, n_threads=1)(images)
+        for each in (replace(artifact, engine="tensorflow", payload=graph), artifact)
+    )
+    difference = float(np.linalg.norm(found - expected))
+    if not difference <= _MAX_DIFFERENCE * float(np.linalg.norm(expected)):
+        raise ModelError(
+            f"{artifact.engine} computes other features of {artifact.name} than TensorFlow (they differ by {difference:.2g} on trial "
+            "images); set model.engine: tensorflow"
+        )
 
 
 def _hash_weights(location: Location) -> str:
@@ -267,13 +292,6 @@ def _list_renewed(found: ModelFile) -> dict[str, Any] | None:
             super().__init__(*args, **kwargs)
 
     return {"DepthwiseConv2D": DepthwiseConv2D}
-
-
-def _has_foreign_code() -> bool:
-    """Tell whether classes of the user's could be part of a network that was loaded."""
-    import keras
-
-    return bool(keras.saving.get_custom_objects())
 
 
 def _fix_input(network: Any, input_px: int, config: ModelConfig) -> Any:

@@ -170,10 +170,12 @@ def examine_file(config: ModelConfig) -> ModelFile:
     """
     location = locate_weights(config)
     has_ending = config.weights.lower().endswith(_ENDINGS)
-    if not has_ending and not location.fs.exists(location.path):
-        raise _refuse(config)
-    if location.fs.isdir(location.path):
-        raise _refuse(config, *_describe_folder(location))
+    with explained(location, "read"):
+        if not has_ending and not location.fs.exists(location.path):
+            raise _refuse(config)
+        # In a bucket, to ask for folders may be forbidden where to read the file is not.
+        if location.is_local and location.fs.isdir(location.path):
+            raise _refuse(config, *_describe_folder(location))
     with explained(location, "read"), location.fs.open(location.path, "rb", block_size=_BLOCK_BYTES) as file:
         head = file.read(_HEAD_BYTES)
         file.seek(0)

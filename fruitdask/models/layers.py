@@ -290,6 +290,27 @@ def cut_network(network: Any, place: Place) -> Any:
     return keras.Model(network.inputs, tensor, name=network.name)
 
 
+def has_foreign_layers(network: Any) -> bool:
+    """
+    Tell whether code that is neither Keras's nor fruitdask's may be part of a network.
+
+    Parameters
+    ----------
+    network : keras.Model
+        The network.
+
+    Returns
+    -------
+    bool
+        Whether it has a layer of another class, or other classes or functions are registered with Keras.
+    """
+    import keras
+
+    places = _list_places([Place(tensor) for tensor in _list_outputs(network)])
+    packages = {type(_unwrap(place.node.operation)).__module__.split(".")[0] for place in places}
+    return bool(packages - {"keras", "fruitdask"} or keras.saving.get_custom_objects())
+
+
 def _list_outputs(network: Any) -> list[Any]:
     """List the outputs of a network, if it is a graph of layers."""
     if not _has_graph(network):
