@@ -114,7 +114,7 @@ def _print_summary(result: "RunResult", console: "Console") -> None:
         "images": f"{n_ok:,} ok, {n_images - n_ok:,} failed"
         + (f", {n_vanished:,} of them not in the input any more" if n_vanished else ""),
         "since the last run": format_changes(result.changes),
-        "model": f"{manifest['model']['name']}, {manifest['model']['n_features']} features, {manifest['model']['engine']}",
+        "model": _format_model(manifest["model"]),
         "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items() if stage != "worker"),
         "workers' time": _format_shares(manifest),
         "speed": (
@@ -186,6 +186,12 @@ def _build_class_table(by_class: dict[str, dict[str, int]]) -> "Table":
     if len(by_class) > len(shown):
         table.add_row(f"... and {len(by_class) - len(shown)} more classes", "", "")
     return table
+
+
+def _format_model(model: "dict[str, Any]") -> str:
+    """Say which network made the features, and which of its layers; runs of earlier versions do not know the layer."""
+    layer = f"layer {model['layer']}, " if model.get("layer") else ""
+    return f"{model['name']}, {layer}{model['n_features']} features, {model['engine']}"
 
 
 def _format_shares(manifest: "dict[str, Any]") -> str:

@@ -13,9 +13,10 @@ from fruitdask.cli.common import config_argument, reported, set_option
 def validate(config: str, overrides: tuple[str, ...]) -> None:
     """Check CONFIG without touching the data."""
     from fruitdask.config import load_config
+    from fruitdask.models import check_name
 
     with reported():
-        load_config(config, overrides=overrides)
+        check_name(load_config(config, overrides=overrides).model)
         click.echo(f"{config} is valid.")
 
 

@@ -62,27 +62,39 @@ class ModelConfig(Section):
     """Which network turns an image into features."""
 
     name: str = Field(
-        "MobileNetV2", description="A network of keras.applications, or SqueezeNet. Ignored for a .keras file."
+        "MobileNetV2",
+        description="A network of keras.applications, or SqueezeNet. Ignored for a whole model (.keras, or .h5 with preprocessing).",
     )
     weights: str = Field(
-        "imagenet", description="imagenet, random, or a path or URL of a .weights.h5, .h5 or .keras file."
+        "imagenet",
+        description="imagenet, random, or a path or URL: weights of that network (.weights.h5, .h5), or a whole Keras model (.keras, .h5).",
     )
     storage_options: dict[str, Any] = Field({}, repr=False, description="Options of the weights' fsspec file system.")
     region: str | None = Field(None, description="Where remote weights are, as input.region.")
     input_px: int | None = Field(
-        None, ge=32, description="Side of the square input, in pixels; null takes the network's own."
+        None,
+        ge=32,
+        description="Side of the square input, in pixels; null takes the network's own. Must be given for a model that takes any size.",
     )
     pooling: Literal["avg", "max", "flatten"] = Field("avg", description="How the last feature map becomes one vector.")
     layer: str | None = Field(
-        None, description="Layer whose output are the features; null takes the last before the classifier."
+        None,
+        description=(
+            "Layer whose output are the features, as layer or network/layer where networks are nested; null takes what flows into the "
+            "classifier: the last Dense, or 1 x 1 convolution before a global pooling, that is followed by softmax or sigmoid, was trained "
+            "with a cross-entropy or has fewer than 32 units; without a classifier, the output. Must be given where that is not clear."
+        ),
     )
     preprocessing: Literal["tf", "caffe", "torch", "none"] | None = Field(
         None,
-        description="How pixel values are scaled, in the words of Keras; null takes the network's own. Must be given for a .keras file.",
+        description=(
+            "How pixel values are scaled, in the words of Keras; null takes the network's own. Must be given for a whole model, "
+            "which does not say it."
+        ),
     )
     allow_code: bool = Field(
         False,
-        description="Run Python code that a .keras file carries, such as that of Lambda layers; for files you trust.",
+        description="Run Python code that a .keras or .h5 file carries, such as that of Lambda layers; for files you trust.",
     )
     engine: Literal["auto", "tensorflow", "openvino"] = Field(
         "auto",
@@ -93,13 +105,18 @@ class ModelConfig(Section):
         description="mixed_float16 is faster on GPUs, by TensorFlow, and changes features by some hundredths.",
     )
 
+    @property
+    def is_keras_file(self) -> bool:
+        """Whether the weights bring a network of their own along, by the name of their file."""
+        return self.weights.lower().endswith(".keras")
+
     @model_validator(mode="after")
     def _check_keras_file(self) -> "ModelConfig":
-        if self.weights.endswith(".keras") and self.preprocessing is None:
+        if self.is_keras_file and self.preprocessing is None:
             raise ValueError(
                 "preprocessing must be given for a .keras file, which does not say how its pixels were scaled: tf, caffe, torch or none"
             )
-        if self.weights.endswith(".keras") and self.precision != "float32":
+        if self.is_keras_file and self.precision != "float32":
             raise ValueError("precision cannot be chosen for a .keras file, which brings its own; leave it out")
         return self
 

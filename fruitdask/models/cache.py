@@ -3,8 +3,10 @@
 import hashlib
 import json
 import logging
+import platform
 from dataclasses import asdict
-from importlib.metadata import version
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from fruitdask import __version__
@@ -16,6 +18,9 @@ from fruitdask.models.engines import choose_engine
 from fruitdask.storage import Location, write_file
 
 logger = logging.getLogger(__name__)
+
+#: Packages that can change what is built; ndf brings SqueezeNet's weights.
+_PACKAGES = ("keras", "tensorflow", "numpy", "h5py", "ndf")
 
 
 def find_artifact(config: ModelConfig) -> ModelArtifact | None:
@@ -53,6 +58,9 @@ def keep_artifact(config: ModelConfig, artifact: ModelArtifact) -> None:
     artifact : ModelArtifact
         The artifact.
     """
+    if artifact.has_foreign_code:
+        logger.info("the network is built anew next time: it has layers whose code may change")
+        return
     description, payload = _name_files(config)
     fields = asdict(artifact) | {"sha256": artifact.sha256}
     del fields["payload"]
@@ -69,9 +77,26 @@ def _name_files(config: ModelConfig) -> tuple[Path, Path]:
 
     engine = choose_engine(config)
     # Whatever runs the network, Keras builds it on TensorFlow.
-    versions = {name: version(name) for name in ("keras", "tensorflow", engine)}
-    # What was built where code was allowed must not be found where it is not.
-    parts = [fingerprint_model(config), config.allow_code, engine, __version__, versions]
+    versions = {name: _find_version(name) for name in (*_PACKAGES, engine)}
+    # What was built where code was allowed must not be found where it is not; such code is Python's own bytecode.
+    parts = [fingerprint_model(config), config.allow_code, engine, platform.python_version(), versions, _hash_code()]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     folder = platformdirs.user_cache_path("fruitdask") / "models"
     return folder / f"{key}.json", folder / f"{key}.bin"
+
+
+def _find_version(package: str) -> str | None:
+    """Find the version of a package; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@lru_cache(maxsize=1)
+def _hash_code() -> str:
+    """Hash the code that builds networks: with a checkout, it changes while the version stays."""
+    digest = hashlib.sha256(__version__.encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

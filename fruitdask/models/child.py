@@ -13,13 +13,45 @@ from fruitdask.config import ModelConfig
 from fruitdask.errors import EngineError, FruitdaskError
 from fruitdask.guard import check_exit_code, forget_missing_script, leave_imported_script
 from fruitdask.models.artifact import ModelArtifact
-from fruitdask.models.build import build_artifact
+from fruitdask.models.build import build_here
 from fruitdask.models.cache import find_artifact, keep_artifact
 from fruitdask.models.engines import choose_engine
+from fruitdask.models.settings import find_backend, keras_environment
 from fruitdask.storage import hide_secrets
 
 #: How long to wait for the exit code of a process that has closed its pipe.
 _SECONDS_TO_END = 10
+
+
+def build_artifact(config: ModelConfig) -> ModelArtifact:
+    """
+    Build a network and pack it for the workers.
+
+    It is built in this process, or in a child where Keras runs on another backend than TensorFlow.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        Which network, weights, input size, pooling, preprocessing and engine.
+
+    Returns
+    -------
+    ModelArtifact
+        The network from uint8 RGB images to float32 features, its preprocessing inside.
+
+    Raises
+    ------
+    ModelError
+        If there is no such network or layer, the weights do not fit it, or the engine is not installed or cannot run it.
+    WeightsUnavailableError
+        If the ImageNet weights cannot be downloaded.
+    EngineError
+        If the child ends before it is done.
+    """
+    if find_backend() == "tensorflow":
+        return build_here(config)
+    with _started_child(config) as wait_for_artifact:
+        return wait_for_artifact()
 
 
 @contextmanager
@@ -44,21 +76,37 @@ def start_building(config: ModelConfig) -> Iterator[Callable[[], ModelArtifact]]
     ModelError
         If the weights are a file that is not there, or the engine is not installed.
     """
-    leave_imported_script()
     # Chosen once, for the cache and for the child.
     config = config.model_copy(update={"engine": choose_engine(config)})
     cached = find_artifact(config)
     if cached is not None:
         yield lambda: cached
         return
+    with _started_child(config) as receive:
+
+        def wait_for_artifact() -> ModelArtifact:
+            artifact = receive()
+            # Kept by this process, where the file's name is known.
+            keep_artifact(config, artifact)
+            return artifact
+
+        yield wait_for_artifact
+
+
+@contextmanager
+def _started_child(config: ModelConfig) -> Iterator[Callable[[], ModelArtifact]]:
+    """Start a child that builds, give what waits for its artifact, and end the child."""
+    leave_imported_script()
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_build_and_send, args=(config, sender), daemon=True)
     forget_missing_script()
-    process.start()
+    # The child runs the user's script again, which may import Keras before anything else does.
+    with keras_environment():
+        process.start()
     sender.close()
     try:
-        yield lambda: _receive(receiver, process, config)
+        yield lambda: _receive(receiver, process)
     finally:
         process.kill()
         process.join()
@@ -72,7 +120,7 @@ def _build_and_send(config: ModelConfig, sender: Connection) -> None:
     # The pipeline says what there is to say, whether a network is built or kept from before.
     logging.disable(logging.WARNING)
     try:
-        sender.send(build_artifact(config))
+        sender.send(build_here(config))
     except FruitdaskError as error:
         sender.send(error)
     except Exception as error:
@@ -86,8 +134,8 @@ def _build_and_send(config: ModelConfig, sender: Connection) -> None:
         )
 
 
-def _receive(receiver: Connection, process: SpawnProcess, config: ModelConfig) -> ModelArtifact:
-    """Receive what the child sends, and keep it here, where its name is known; a child that dies sends nothing."""
+def _receive(receiver: Connection, process: SpawnProcess) -> ModelArtifact:
+    """Receive what the child sends; a child that dies sends nothing."""
     try:
         received: ModelArtifact | FruitdaskError = receiver.recv()
     except EOFError as error:
@@ -100,5 +148,4 @@ def _receive(receiver: Connection, process: SpawnProcess, config: ModelConfig) -
 
     if isinstance(received, FruitdaskError):
         raise received
-    keep_artifact(config, received)
     return received

@@ -279,6 +279,7 @@ def _describe_computation(task: Task, artifact: ModelArtifact, client: Any) -> d
     return {
         "model": {
             "name": artifact.name,
+            "layer": artifact.layer,
             "engine": artifact.engine,
             "preprocessing": artifact.preprocessing,
             "input_px": artifact.input_px,
