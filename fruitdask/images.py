@@ -6,6 +6,7 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,11 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def can_read_heic() -> bool:
+    """Tell whether HEIC images can be read here: the extra ``heic`` is installed."""
+    return find_spec("pi_heif") is not None
 
 
 def decode_image(data: bytes, *, size_px: int, max_pixels: int, is_fast: bool = False) -> npt.NDArray[np.uint8]:
