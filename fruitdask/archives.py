@@ -19,6 +19,8 @@ from typing import Any
 import fsspec
 from fsspec.archive import AbstractArchiveFileSystem
 
+from fruitdask.errors import DamageError, StorageError
+
 PROTOCOLS = ("zip", "tar")
 #: What zipfile can undo.
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
@@ -59,6 +61,10 @@ class Archive(AbstractArchiveFileSystem):  # type: ignore[misc]
         """Look at the archive anew: it may have been replaced."""
         self._fs.invalidate_cache()
         self._opened = None
+
+    def read_version(self) -> str:
+        """Read what changes when the archive does."""
+        return _read_version(self._fs, self._path)
 
     def _get_dirs(self) -> None:
         """Read the directory of the archive."""
@@ -113,11 +119,6 @@ class _Members:
         """Read a part of the archive."""
         return bytes(self._fs.cat_file(self._path, start=start, end=end))
 
-    def read_version(self) -> str:
-        """Read what changes when the archive does."""
-        info = self._fs.info(self._path)
-        return "/".join(str(info[key]) for key in ("size", "ETag", "etag", "mtime", "LastModified") if info.get(key))
-
 
 class _Zip(_Members):
     """The files of a zip archive, whose versions are the checksums of their content."""
@@ -128,12 +129,12 @@ class _Zip(_Members):
             with fs.open(path, "rb", block_size=_BLOCK_BYTES) as file, zipfile.ZipFile(file) as archive:
                 infos = [info for info in archive.infolist() if not info.is_dir()]
         except (zipfile.BadZipFile, NotImplementedError) as error:
-            raise OSError(f"expected a zip archive, found something else or a part of one ({error})") from error
+            raise StorageError(f"{path}: expected a zip archive, found something else or a part of one ({error})") from error
         self._infos: dict[str, zipfile.ZipInfo] = {}
         for info in infos:
             if info.flag_bits & _ENCRYPTED or info.compress_type not in _COMPRESSIONS:
                 what = "encrypted" if info.flag_bits & _ENCRYPTED else "compressed in a way that Python cannot undo"
-                raise OSError(f"{info.filename} in it is {what}; unpack the archive, or pack it anew")
+                raise StorageError(f"{path}: {info.filename} in this archive is {what}; unpack it, or pack it anew")
             name = self.add(_read_name(info), info.file_size, f"crc32 {info.CRC:08x}")
             self._infos[name] = info
 
@@ -144,16 +145,16 @@ class _Zip(_Members):
             raise FileNotFoundError(name)
         start, n_name = info.header_offset, len(info.orig_filename.encode("utf-8"))
         data = self.read_range(start, start + _HEADER_BYTES + n_name + len(info.extra) + _SPARE_BYTES + info.compress_size)
-        begin = _HEADER_BYTES + sum(struct.unpack_from("<HH", data, _LENGTHS_AT)) if len(data) >= _HEADER_BYTES else 0
-        if not data.startswith(b"PK\x03\x04"):
-            raise OSError("the archive has changed or is damaged: its directory leads to something else than this file")
+        if not data.startswith(b"PK\x03\x04") or len(data) < _HEADER_BYTES:
+            raise DamageError("the archive has changed or is damaged: its directory leads to something else than this file")
+        begin = _HEADER_BYTES + sum(struct.unpack_from("<HH", data, _LENGTHS_AT))
         if len(data) < begin + info.compress_size:
             data, begin = self.read_range(start + begin, start + begin + info.compress_size), 0
         try:
-            with zipfile.ZipExtFile(io.BytesIO(data[begin : begin + info.compress_size]), "r", info) as file:  # type: ignore[arg-type]
+            with zipfile.ZipExtFile(io.BytesIO(data[begin : begin + info.compress_size]), "r", info) as file:
                 return file.read()
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
-            raise OSError(f"the archive is damaged: {error or 'it ends too early'}") from error
+            raise DamageError(f"the archive is damaged: {error or 'it ends too early'}") from error
 
 
 def _read_name(info: zipfile.ZipInfo) -> str:
@@ -174,17 +175,17 @@ class _Tar(_Members):
         super().__init__(fs, path)
         self._places: dict[str, tuple[int, int]] = {}
         with fs.open(path, "rb", block_size=_BLOCK_BYTES) as file:
-            self._unpacked = _unpack(file)
+            self._unpacked = _unpack(file, path)
             if self._unpacked is not None:
                 weakref.finalize(self, self._unpacked.close)
             try:
                 with tarfile.open(fileobj=self._unpacked or file, mode="r:") as archive:
                     members = [member for member in archive if member.isreg() and not member.issparse()]
             except tarfile.TarError as error:
-                raise OSError(f"expected a tar archive, found something else or a part of one ({error})") from error
+                raise StorageError(f"{path}: expected a tar archive, found something else or a part of one ({error})") from error
         times = {member.mtime for member in members}
         # Where all files are said to be of the same time, it tells nothing about their content.
-        common = self.read_version() if len(times) == 1 else ""
+        common = _read_version(fs, path) if len(times) == 1 else ""
         for member in members:
             name = self.add(member.name, member.size, f"{member.mtime} {common}")
             self._places[name] = member.offset_data, member.size
@@ -201,7 +202,13 @@ class _Tar(_Members):
         return data
 
 
-def _unpack(file: Any) -> Any:
+def _read_version(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """Read what changes when an archive does."""
+    info = fs.info(path)
+    return "/".join(str(info[key]) for key in ("size", "ETag", "etag", "mtime", "LastModified") if info.get(key))
+
+
+def _unpack(file: Any, path: str) -> Any:
     """Unpack what is compressed as a whole into a temporary file; None where it is not compressed."""
     first = file.read(8)
     file.seek(0)
@@ -214,6 +221,6 @@ def _unpack(file: Any) -> Any:
             shutil.copyfileobj(stream, unpacked, _BLOCK_BYTES)
     except (EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
         unpacked.close()
-        raise OSError(f"the archive is damaged: {error}") from error
+        raise StorageError(f"{path}: the archive is damaged or only a part of one ({error}); fetch it again") from error
     unpacked.seek(0)
     return unpacked

@@ -3,6 +3,7 @@
 import fnmatch
 import hashlib
 import json
+import posixpath
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,8 @@ import pandas as pd
 
 from fruitdask.config import InputConfig
 from fruitdask.errors import CatalogError
-from fruitdask.labels import label_files, normalize_unique
-from fruitdask.listing import Listing, choose_extensions, find_rows, format_left_out, list_files
+from fruitdask.labels import label_files, normalize_unique, read_labels
+from fruitdask.listing import Listing, find_rows, format_left_out, list_files
 from fruitdask.storage import Location, exists, explained
 
 COLUMNS = ("path", "label", "bytes", "version")
@@ -30,6 +31,8 @@ _UNLISTED = (0, 0)
 _ROWS_AT_ONCE = 65_536
 #: Endings of files that are taken for a folder of images, and how such a folder is written.
 _ARCHIVE_ENDINGS = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar"}
+#: What is said of the endings that are taken by default.
+_SHOWN_ENDINGS = (".jpg", ".png", ".webp", ".tif", ".bmp", ".gif", ".avif", ".jp2 ...")
 _WILDCARDS = re.compile(r"[*?\[]")
 
 #: Where ``featurize.images_per_partition`` is not given: about this many partitions, so that a few workers finish together ...
@@ -138,7 +141,8 @@ def list_input(config: InputConfig) -> Listing:
     """List the images of an input, and say what was left out."""
     root = Location(config.url, config.storage_options)
     _check_folder(root, config)
-    has_table = config.manifest is not None
+    table = read_labels(config) if config.manifest is not None else None
+    has_table = table is not None
     listing = list_files(
         root,
         ("",) if has_table else config.extensions,
@@ -148,10 +152,7 @@ def list_input(config: InputConfig) -> Listing:
     )
     if listing.files.empty:
         raise CatalogError(_explain_empty(root, config, listing))
-    catalog = label_files(listing.files, root, config) if has_table else listing.files
-    if catalog.empty:
-        raise CatalogError(f"{config.manifest}: expected images in input.manifest, found no row")
-    catalog = _narrow(catalog, config)
+    catalog = _narrow(listing.files if table is None else label_files(table, listing.files, root, config), config)
     is_said = has_table or "label_from" in config.model_fields_set
     names = [*COLUMNS, SPLIT] if SPLIT in catalog else list(COLUMNS)
     return Listing(catalog[names], {} if has_table else listing.left_out, () if is_said else listing.notes)
@@ -291,6 +292,16 @@ def hash_catalog(catalog: pd.DataFrame) -> str:
     return digest.hexdigest()
 
 
+def hash_split(catalog: pd.DataFrame) -> str | None:
+    """Hash the splits of a catalog; None where it has none. Tables of results depend on them, and features do not."""
+    if SPLIT not in catalog:
+        return None
+    digest = hashlib.sha256()
+    for hashes in _hash_rows(catalog[SPLIT]):
+        digest.update(hashes.tobytes())
+    return digest.hexdigest()
+
+
 def merge_listing(stored: pd.DataFrame, listing: pd.DataFrame) -> pd.DataFrame:
     """
     Bring the catalog of a store up to date with the input as it is now.
@@ -383,10 +394,12 @@ def _check_folder(root: Location, config: InputConfig) -> None:
 
 def _explain_file(url: str) -> str:
     """Say what to write instead of a file."""
+    if "::" in url:
+        return f"{url}: expected a folder in the archive in input.url, found a file; write the folder that it is in"
     kind = next((kind for ending, kind in _ARCHIVE_ENDINGS.items() if url.lower().endswith(ending)), None)
     if kind is not None:
         return f"{url}: expected a folder of images in input.url, found an archive; write {kind}://::{url}"
-    folder = url.rpartition("/")[0] or "."
+    folder = posixpath.dirname(url) or "."
     return f"{url}: expected a folder of images in input.url, found a file; write the folder that it is in: {folder}"
 
 
@@ -394,10 +407,10 @@ def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str
     """Say why nothing was found."""
     with explained(root, "read"):
         if not exists(root):
-            if _WILDCARDS.search(config.url):
+            if _WILDCARDS.search(config.url) and not root.is_archive:
                 folder = _WILDCARDS.split(config.url)[0].rpartition("/")[0]
                 return (
-                    f"{config.url}: expected a folder in input.url, found a pattern; write {folder or '.'}, all of whose folders are searched, "
+                    f"{config.url}: expected a folder in input.url, found a pattern; write {folder or '.'}, all of which is searched, "
                     "and choose among files by input.extensions, input.classes and input.exclude"
                 )
             return f"{config.url}: there is no such folder; check input.url"
@@ -408,5 +421,5 @@ def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str
     left_out = format_left_out(listing.left_out, is_default=config.extensions is None)
     found = f"none but {left_out}" if left_out else "none"
     hidden = ", or take what is hidden by input.hidden: true" if "hidden" in listing.left_out else ""
-    endings = ", ".join(choose_extensions(config.extensions))
+    endings = ", ".join(config.extensions or _SHOWN_ENDINGS)
     return f"{config.url}: expected images ({endings}), found {found}; check input.url and input.extensions{hidden}"

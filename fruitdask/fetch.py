@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fruitdask.aws import explain_aws_error
 from fruitdask.catalog import Partition
-from fruitdask.errors import ImageError, ImageTooLargeError
+from fruitdask.errors import DamageError, ImageError, ImageTooLargeError
 from fruitdask.images import decode_images
 from fruitdask.storage import Location, hide_secrets
 
@@ -282,6 +282,8 @@ def _fetch(outcome: Outcome, fs: Any, source: ImageSource, patience: _Patience) 
             return patience.note(is_read=True)
         except FileNotFoundError:
             return outcome.fail("missing", "the file was listed, but is not there any more")
+        except DamageError as error:
+            return outcome.fail("unreadable", str(error))
         except MemoryError:
             raise
         except Exception as error:

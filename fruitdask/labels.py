@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fruitdask.config import InputConfig
-from fruitdask.errors import ConfigError
+from fruitdask.errors import CatalogError, ConfigError
 from fruitdask.listing import compile_rule, digest_version, find_rows
 from fruitdask.storage import Location, explained
 
@@ -35,13 +35,12 @@ _LEADS_OUT = r"(?:^|/)\.\.(?:/|$)"
 _ABSOLUTE = re.compile(r"/|\\\\|[A-Za-z]:[\\/]|[A-Za-z][A-Za-z0-9+.-]+://")
 
 
-def label_files(files: pd.DataFrame, root: Location, config: InputConfig) -> pd.DataFrame:
+def label_files(table: pd.DataFrame, files: pd.DataFrame, root: Location, config: InputConfig) -> pd.DataFrame:
     """
-    Give the files that a table names its labels, sorted by path.
+    Give the files that a table of labels names its labels, sorted by path.
 
     A file that is not listed stays in with 0 bytes and version 0; its outcome will say that it is missing.
     """
-    table = _read_table(config)
     places = _find_files(table["path"], files["path"], root)
     is_listed = places >= 0
     paths = table["path"].where(~is_listed, files["path"].reindex(places).array)
@@ -154,13 +153,13 @@ def _list_mistakes(unlisted: pd.Series, files: pd.Series, root: Location) -> Ite
     """List ways in which paths are often written otherwise than their files are called, as what to look for among what."""
     yield "write / between folders", unlisted.str.replace("\\", "/").str.removeprefix("./"), files
     top = posixpath.basename(root.path)
-    yield "leave out the name of the input's own folder", unlisted.where(~unlisted.str.startswith(f"{top}/"), unlisted.str[len(top) + 1 :]), files
+    yield "leave out the name of the input's own folder", unlisted.str.removeprefix(f"{top}/"), files
     yield "write the ending of the file too", unlisted, files.str.replace(r"\.\w+$", "", regex=True).drop_duplicates()
     yield "write capital and small letters as the file does", unlisted.str.lower(), files.str.lower().drop_duplicates()
 
 
-def _read_table(config: InputConfig) -> pd.DataFrame:
-    """Read ``path``, ``label`` and where it is there ``split``, all as text."""
+def read_labels(config: InputConfig) -> pd.DataFrame:
+    """Read the table of labels: ``path``, ``label`` and where it is there ``split``, all as text."""
     location = Location(str(config.manifest), config.storage_options if "://" in str(config.manifest) else {})
     with explained(location, "read"):
         data = bytes(location.fs.cat_file(location.path))
@@ -178,6 +177,8 @@ def _read_table(config: InputConfig) -> pd.DataFrame:
             f"{config.manifest}: expected the columns path and label in input.manifest, found {', '.join(columns) or 'none'}"
         )
     table = pd.DataFrame({name: columns[name] for name in ("path", "label", "split") if name in columns})
+    if table.empty:
+        raise CatalogError(f"{config.manifest}: expected images in input.manifest, found no row")
     empty = (table[["path", "label"]] == "").any(axis=1)
     if empty.any():
         row = int(empty.argmax()) + 1

@@ -127,8 +127,8 @@ def choose_extensions(extensions: tuple[str, ...] | None) -> tuple[str, ...]:
     asked = [ending for ending in extensions if ending in HEIC_ENDINGS]
     if asked and not can_heic:
         raise ConfigError(
-            f"input.extensions names {asked[0]}, which needs a package that is not installed: pip install 'fruitdask[heic]', here and on the "
-            "workers"
+            f"input.extensions names {asked[0]}, which needs a package that is not installed: pip install 'fruitdask[heic]', here and on "
+            "the workers"
         )
     return extensions
 
@@ -227,8 +227,8 @@ class _Columns:
         chosen = self._choose[name](path)
         if chosen is None:
             raise ConfigError(
-                f"input.{name}_from: expected the group of the pattern {self._rules[name]} to find a name in each path, found none in {path!r}; "
-                "change the pattern, or leave such paths out by input.exclude"
+                f"input.{name}_from: expected the group of {self._rules[name]} to find a name in each path, found none in {path!r}; "
+                "change the pattern"
             )
         names = self._names[name]
         return names.setdefault(chosen or self._top, len(names))

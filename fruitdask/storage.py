@@ -157,6 +157,31 @@ class Location:
         return replace(self, url="/".join((self.url.rstrip("/"), *names)))
 
 
+def pin(location: Location) -> Location:
+    """
+    Say of which version an archive is, for processes that may have an older one in memory.
+
+    Parameters
+    ----------
+    location : Location
+        A folder.
+
+    Returns
+    -------
+    Location
+        The same folder; with a stamp where it is in an archive.
+
+    Raises
+    ------
+    StorageError
+        If the archive cannot be reached.
+    """
+    if not location.is_archive:
+        return location
+    with explained(location, "read"):
+        return replace(location, stamp=location.fs.read_version())
+
+
 def hide_secrets(text: str) -> str:
     """
     Take user names, passwords and signatures out of a URL, or of a text that quotes one.

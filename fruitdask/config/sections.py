@@ -25,7 +25,7 @@ class InputConfig(Section):
 
     url: str = Field(
         min_length=1,
-        description="Folder of images: a path, any fsspec URL (s3://bucket/prefix), or an archive (zip://::s3://bucket/x.zip, tar://::x.tar).",
+        description="Folder of images: a path, any fsspec URL (s3://bucket/prefix), or in an archive (zip://::s3://bucket/x.zip).",
     )
     storage_options: dict[str, Any] = Field(
         {},

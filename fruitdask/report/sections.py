@@ -14,6 +14,7 @@ import yaml
 
 from fruitdask.config import Config
 from fruitdask.exploration import Exploration
+from fruitdask.listing import format_left_out
 from fruitdask.report.formats import format_count, format_time
 from fruitdask.report.thumbnails import Thumbnails
 from fruitdask.residency import EU_REGIONS, LOCAL, UNKNOWN
@@ -167,6 +168,7 @@ def describe_summary(
         "n_images": counts.n_images,
         "n_classes": len(counts.by_class),
         "n_failed": counts.n_failed,
+        "left_out": _say_left_out(config, manifest, exploration),
         "finished": manifest.get("finished") or (exploration.summary.get("finished") if exploration else None),
         "version": manifest.get("fruitdask") or (exploration.summary.get("fruitdask") if exploration else None),
         "model": model,
@@ -179,6 +181,12 @@ def describe_summary(
         "near_share": _share_near_duplicates(exploration),
         "metadata": exploration.summary.get("metadata") if exploration else None,
     }
+
+
+def _say_left_out(config: Config, manifest: Mapping[str, Any], exploration: Exploration | None) -> str:
+    """Say which files of the input are not images, or are not taken for other reasons."""
+    summary: Mapping[str, Any] = manifest or (exploration.summary if exploration else {})
+    return format_left_out(summary.get("left_out", {}), is_default=config.input.extensions is None)
 
 
 def _share_near_duplicates(exploration: Exploration | None) -> float:
