@@ -41,10 +41,11 @@ def label_files(table: pd.DataFrame, files: pd.DataFrame, root: Location, config
 
     A file that is not listed stays in with 0 bytes and version 0; its outcome will say that it is missing.
     """
-    places = _find_files(table["path"], files["path"], root)
+    relate = _make_relative(root)
+    places = _find_files(table["path"], files["path"], relate)
     is_listed = places >= 0
     paths = table["path"].where(~is_listed, files["path"].reindex(places).array)
-    paths = paths.where(is_listed, paths.map(lambda path: _relate(path, root)))
+    paths = paths.where(is_listed, paths.map(relate))
     _check_paths(table["path"], paths, config)
     for name in ("bytes", "version"):
         table[name] = np.append(files[name], np.int64(0))[places]
@@ -66,28 +67,30 @@ def normalize_unique(names: Iterable[str]) -> dict[str, str]:
     return {key: name for key, name in found.items() if name is not None}
 
 
-def _find_files(paths: pd.Series, files: pd.Series, root: Location) -> npt.NDArray[np.int64]:
+def _find_files(paths: pd.Series, files: pd.Series, relate: Callable[[str], str]) -> npt.NDArray[np.int64]:
     """Find files by their paths as they are written, as they are usually written, and in another form of Unicode; -1 for others."""
     places = find_rows(paths, files)
-    for rewrite in (lambda path: _relate(path, root), _compose(files, root)):
+    for rewrite in (relate, _compose(files, relate)):
         left = np.flatnonzero(places < 0)
         if len(left):
             places[left] = find_rows(paths.iloc[left].map(rewrite).astype("str"), files)
     return places
 
 
-def _relate(path: str, root: Location) -> str:
-    """Write a path as a listing does: relative to the input where it lies in it, without empty steps."""
-    tops = {root.url.rstrip("/"), root.path, f"{root.url.partition('://')[0]}://{root.path}"}
+def _make_relative(root: Location) -> Callable[[str], str]:
+    """Make a function that writes a path as a listing does: relative to the input where it lies in it, without empty steps."""
+    tops = {f"{top}/" for top in (root.url.rstrip("/"), root.path, f"{root.url.partition('://')[0]}://{root.path}") if top}
     if root.is_local:
-        tops.add(os.path.realpath(root.path))
-    inner = next((path[len(top) + 1 :] for top in tops if top and path.startswith(f"{top}/")), path)
-    if _ABSOLUTE.match(inner):
-        return inner
-    return "/".join(part for part in inner.split("/") if part not in ("", "."))
+        tops.add(f"{os.path.realpath(root.path)}/")
+
+    def relate(path: str) -> str:
+        inner = next((path[len(top) :] for top in tops if path.startswith(top)), path)
+        return inner if _ABSOLUTE.match(inner) else "/".join(part for part in inner.split("/") if part not in ("", "."))
+
+    return relate
 
 
-def _compose(files: pd.Series, root: Location) -> Callable[[str], str]:
+def _compose(files: pd.Series, relate: Callable[[str], str]) -> Callable[[str], str]:
     """Make a function that gives a path the form of Unicode of the file that is listed, where only one can be meant."""
     known: dict[str, str] = {}
 
@@ -96,7 +99,7 @@ def _compose(files: pd.Series, root: Location) -> Callable[[str], str]:
             return path
         if not known:
             known.update(normalize_unique(name for name in files if not name.isascii()))
-        key = unicodedata.normalize("NFC", _relate(path, root))
+        key = unicodedata.normalize("NFC", relate(path))
         return known.get(key, path)
 
     return rewrite
@@ -125,7 +128,6 @@ def _describe_unlisted(table: pd.DataFrame, is_listed: npt.NDArray[np.bool_], ro
             status = os.stat(root.locate(table["path"].iloc[row]))
             if stat.S_ISREG(status.st_mode):
                 table.loc[row, ["bytes", "version"]] = status.st_size, digest_version(str(status.st_mtime_ns))
-                is_listed[row] = True
 
 
 def _check_unlisted(table: pd.DataFrame, files: pd.DataFrame, root: Location, config: InputConfig) -> None:

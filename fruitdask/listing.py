@@ -305,7 +305,7 @@ def _find_files(root: Location) -> Iterator[_Row]:
     for path, info in fs.find(top, detail=True).items():
         # A file with the name of the folder is none in it.
         if info["type"] == "file" and path != top:
-            yield path.removeprefix(top).lstrip("/"), int(info.get("size") or 0), _read_version(info)
+            yield (path[len(top) + 1 :] if top else path.lstrip("/")), int(info.get("size") or 0), _read_version(info)
 
 
 def _read_version(info: Mapping[str, object]) -> str:
@@ -317,23 +317,28 @@ def _read_version(info: Mapping[str, object]) -> str:
 
 
 class _Walk:
-    """A walk over a local folder: what really lies there first, then what links lead to, and no file or folder twice."""
+    """A walk over a local folder: what really lies there, then linked folders, then linked files, and nothing twice."""
 
     def __init__(self, top: str, selection: Selection) -> None:
         self._top, self._skip = top, len(top.rstrip(os.sep)) + 1
         self._selection, self._left_out = selection, selection.left_out
-        self._links = list[str]()
+        self._folder_links, self._file_links = list[str](), list[str]()
         # Real paths of folders that were listed, and device and number of files that links led to.
         self._listed, self._linked = set[str](), set[tuple[int, int]]()
 
     def list_rows(self) -> Iterator[_Row]:
-        """List the files; those behind links, which come last, in the order of the links."""
+        """List the files; those behind links come last, in the order of the links."""
         yield from self._list_folder(self._top)
-        while self._links:
-            links, self._links = sorted(self._links), []
+        while self._folder_links:
+            links, self._folder_links = sorted(self._folder_links), []
             for link in links:
-                with suppress(FileNotFoundError):
-                    yield from self._follow(link)
+                if os.path.realpath(link) in self._listed:
+                    self._left_out[_SAME] += 1
+                else:
+                    yield from self._list_folder(link)
+        for link in sorted(self._file_links):
+            with suppress(FileNotFoundError):
+                yield from self._follow(link)
 
     def _list_folder(self, top: str) -> Iterator[_Row]:
         """List what really lies below a folder, in the order of paths; links are noted."""
@@ -373,27 +378,22 @@ class _Walk:
         """Note a link that is followed later."""
         if self._selection.hides(entry.name):
             self._left_out[HIDDEN] += 1
-        else:
-            self._links.append(entry.path)
+        elif entry.is_dir():
+            self._folder_links.append(entry.path)
+        elif not os.path.exists(entry.path):
+            self._left_out[_BROKEN] += 1
+        elif entry.is_file() and self._selection.takes(entry.name):
+            self._file_links.append(entry.path)
 
     def _follow(self, link: str) -> Iterator[_Row]:
-        """List what a link leads to, unless it is listed already."""
-        real = os.path.realpath(link)
-        if os.path.isdir(link):
-            if real in self._listed:
-                self._left_out[_SAME] += 1
-            else:
-                yield from self._list_folder(link)
-        elif not os.path.exists(link):
-            self._left_out[_BROKEN] += 1
-        elif os.path.isfile(link) and self._selection.takes(os.path.basename(link)):
-            status, folder = os.stat(link), os.path.dirname(real)
-            key = status.st_dev, status.st_ino
-            if key in self._linked or (folder in self._listed and self._is_listed(os.path.basename(real))):
-                self._left_out[_SAME] += 1
-            else:
-                self._linked.add(key)
-                yield self._describe(link, status)
+        """List the file that a link leads to, unless it is listed already."""
+        status, (folder, name) = os.stat(link), os.path.split(os.path.realpath(link))
+        key = status.st_dev, status.st_ino
+        if key in self._linked or (folder in self._listed and self._is_listed(name)):
+            self._left_out[_SAME] += 1
+        else:
+            self._linked.add(key)
+            yield self._describe(link, status)
 
     def _is_listed(self, name: str) -> bool:
         """Tell whether a file of a folder that was listed is taken by its own name."""

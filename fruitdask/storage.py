@@ -130,7 +130,8 @@ class Location:
             The path in the file system.
         """
         path = self.path
-        return f"{path}/{name}" if path or not self.is_archive else name
+        # The root of an archive has no name; that of a disk has an empty one before its slash.
+        return f"{path}/{name}" if path or "::" not in self.url else name
 
     def child(self, *names: str) -> "Location":
         """
