@@ -79,9 +79,10 @@ def _find_files(paths: pd.Series, files: pd.Series, relate: Callable[[str], str]
 
 def _make_relative(root: Location) -> Callable[[str], str]:
     """Make a function that writes a path as a listing does: relative to the input where it lies in it, without empty steps."""
-    tops = {f"{top}/" for top in (root.url.rstrip("/"), root.path, f"{root.url.partition('://')[0]}://{root.path}") if top}
+    folders = {root.url.rstrip("/"), root.path}
     if root.is_local:
-        tops.add(f"{os.path.realpath(root.path)}/")
+        folders |= {os.path.realpath(root.path), f"file://{root.path}"}
+    tops = tuple(f"{folder}/" for folder in folders if folder)
 
     def relate(path: str) -> str:
         inner = next((path[len(top) :] for top in tops if path.startswith(top)), path)
