@@ -13,7 +13,8 @@ import threading
 import weakref
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import fsspec
@@ -22,8 +23,10 @@ from fsspec.archive import AbstractArchiveFileSystem
 from fruitdask.errors import DamageError, StorageError
 
 PROTOCOLS = ("zip", "tar")
-#: What zipfile can undo.
-_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+#: What can be undone within bounds: zipfile has none for bzip2 and lzma, which photographs do not need.
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+#: The deflated form of a file that does not shrink is a little longer than the file.
+_MAX_GROWTH, _GROWTH_BYTES = 2, 1 << 16
 #: Of a member's own header in a zip: its bytes, and where the lengths of the name and of the extra field stand (APPNOTE 6.3.10, 4.3.7).
 _HEADER_BYTES, _LENGTHS_AT = 30, 26
 #: The extra field there may be longer than the one in the directory, which is known.
@@ -45,6 +48,13 @@ class Archive(AbstractArchiveFileSystem):  # type: ignore[misc]
 
     fsspec's own file systems of archives share one file between threads, which those of tar do without a lock, and hold on to an archive
     that was replaced.
+
+    Parameters
+    ----------
+    *args : Any
+        ``zip`` or ``tar``, the file system that the archive is on, and its path there.
+    **kwargs : Any
+        None.
     """
 
     root_marker = ""
@@ -58,12 +68,26 @@ class Archive(AbstractArchiveFileSystem):  # type: ignore[misc]
         self._opened: _Zip | _Tar | None = None
 
     def invalidate_cache(self, path: str | None = None) -> None:
-        """Look at the archive anew: it may have been replaced."""
+        """
+        Look at the archive anew: it may have been replaced.
+
+        Parameters
+        ----------
+        path : str, optional
+            Not used.
+        """
         self._fs.invalidate_cache()
         self._opened = None
 
     def read_version(self) -> str:
-        """Read what changes when the archive does."""
+        """
+        Read what changes when the archive does.
+
+        Returns
+        -------
+        str
+            Its size, and its ETag or its time of modification.
+        """
         return _read_version(self._fs, self._path)
 
     def _get_dirs(self) -> None:
@@ -83,17 +107,65 @@ class Archive(AbstractArchiveFileSystem):  # type: ignore[misc]
             return self._opened
 
     def find(self, path: str, *args: Any, **kwargs: Any) -> dict[str, dict[str, Any]]:
-        """Describe the files below a folder, by path."""
+        """
+        Describe the files below a folder.
+
+        Parameters
+        ----------
+        path : str
+            The folder; empty for the whole archive.
+        *args, **kwargs : Any
+            Not used.
+
+        Returns
+        -------
+        dict[str, dict[str, Any]]
+            Size, type and version by path.
+        """
         below = f"{path}/" if path else ""
         return {name: entry for name, entry in self.dir_cache.items() if entry["type"] == "file" and name.startswith(below)}
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
-        """Read a file, or a part of it."""
+        """
+        Read a file, or a part of it.
+
+        Parameters
+        ----------
+        path : str
+            The file.
+        start, end : int, optional
+            The part.
+        **kwargs : Any
+            Not used.
+
+        Returns
+        -------
+        bytes
+            The content.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file in the archive.
+        DamageError
+            If it is damaged.
+        """
         return self._members().read(path.strip("/"))[start:end]
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> io.BytesIO:
         """Open a file that is in memory."""
         return io.BytesIO(self.cat_file(path))
+
+
+@contextmanager
+def _decoded(path: str, kind: str) -> Iterator[None]:
+    """Turn whatever a decoder raises about the directory of an archive into one sentence."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise StorageError(f"{path}: expected a {kind} archive, found something else or a part of one ({error})") from error
 
 
 class _Members:
@@ -125,15 +197,12 @@ class _Zip(_Members):
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
         super().__init__(fs, path)
-        try:
-            with fs.open(path, "rb", block_size=_BLOCK_BYTES) as file, zipfile.ZipFile(file) as archive:
-                infos = [info for info in archive.infolist() if not info.is_dir()]
-        except (zipfile.BadZipFile, NotImplementedError) as error:
-            raise StorageError(f"{path}: expected a zip archive, found something else or a part of one ({error})") from error
+        with fs.open(path, "rb", block_size=_BLOCK_BYTES) as file, _decoded(path, "zip"), zipfile.ZipFile(file) as archive:
+            infos = [info for info in archive.infolist() if not info.is_dir()]
         self._infos: dict[str, zipfile.ZipInfo] = {}
         for info in infos:
             if info.flag_bits & _ENCRYPTED or info.compress_type not in _COMPRESSIONS:
-                what = "encrypted" if info.flag_bits & _ENCRYPTED else "compressed in a way that Python cannot undo"
+                what = "encrypted" if info.flag_bits & _ENCRYPTED else "compressed by something else than deflate"
                 raise StorageError(f"{path}: {info.filename} in this archive is {what}; unpack it, or pack it anew")
             name = self.add(_read_name(info), info.file_size, f"crc32 {info.CRC:08x}")
             self._infos[name] = info
@@ -143,6 +212,8 @@ class _Zip(_Members):
         info = self._infos.get(name)
         if info is None:
             raise FileNotFoundError(name)
+        if info.header_offset < 0 or info.compress_size > _MAX_GROWTH * info.file_size + _GROWTH_BYTES:
+            raise DamageError("the archive is damaged: what its directory says of this file cannot be true")
         start, n_name = info.header_offset, len(info.orig_filename.encode("utf-8"))
         data = self.read_range(start, start + _HEADER_BYTES + n_name + len(info.extra) + _SPARE_BYTES + info.compress_size)
         if not data.startswith(b"PK\x03\x04") or len(data) < _HEADER_BYTES:
@@ -152,7 +223,8 @@ class _Zip(_Members):
             data, begin = self.read_range(start + begin, start + begin + info.compress_size), 0
         try:
             with zipfile.ZipExtFile(io.BytesIO(data[begin : begin + info.compress_size]), "r", info) as file:
-                return file.read()
+                # No more than was said is unpacked.
+                return file.read(info.file_size)
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
             raise DamageError(f"the archive is damaged: {error or 'it ends too early'}") from error
 
@@ -178,11 +250,8 @@ class _Tar(_Members):
             self._unpacked = _unpack(file, path)
             if self._unpacked is not None:
                 weakref.finalize(self, self._unpacked.close)
-            try:
-                with tarfile.open(fileobj=self._unpacked or file, mode="r:") as archive:
-                    members = [member for member in archive if member.isreg() and not member.issparse()]
-            except tarfile.TarError as error:
-                raise StorageError(f"{path}: expected a tar archive, found something else or a part of one ({error})") from error
+            with _decoded(path, "tar"), tarfile.open(fileobj=self._unpacked or file, mode="r:") as archive:
+                members = [member for member in archive if member.isreg() and not member.issparse()]
         times = {member.mtime for member in members}
         # Where all files are said to be of the same time, it tells nothing about their content.
         common = _read_version(fs, path) if len(times) == 1 else ""

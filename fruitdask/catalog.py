@@ -138,7 +138,24 @@ def list_images(config: InputConfig) -> pd.DataFrame:
 
 
 def list_input(config: InputConfig) -> Listing:
-    """List the images of an input, and say what was left out."""
+    """
+    List the images of an input, and say what was left out.
+
+    Parameters
+    ----------
+    config : InputConfig
+        Where to look and what to keep.
+
+    Returns
+    -------
+    Listing
+        The images as `list_images` gives them, counts of what is left out, and notes.
+
+    Raises
+    ------
+    FruitdaskError
+        As `list_images`.
+    """
     root = Location(config.url, config.storage_options)
     _check_folder(root, config)
     table = read_labels(config) if config.manifest is not None else None
@@ -293,7 +310,19 @@ def hash_catalog(catalog: pd.DataFrame) -> str:
 
 
 def hash_split(catalog: pd.DataFrame) -> str | None:
-    """Hash the splits of a catalog; None where it has none. Tables of results depend on them, and features do not."""
+    """
+    Hash the splits of a catalog, on which tables of results depend, and features do not.
+
+    Parameters
+    ----------
+    catalog : pandas.DataFrame
+        The catalog.
+
+    Returns
+    -------
+    str or None
+        A SHA-256 in hexadecimal digits; None where there are no splits.
+    """
     if SPLIT not in catalog:
         return None
     digest = hashlib.sha256()

@@ -48,11 +48,6 @@ _TURNS = {
 }
 
 
-def can_read_heic() -> bool:
-    """Tell whether HEIC images can be read here: the extra ``heic`` is installed."""
-    return find_spec("pi_heif") is not None
-
-
 def decode_image(data: bytes, *, size_px: int, max_pixels: int, is_fast: bool = False) -> npt.NDArray[np.uint8]:
     """
     Decode an image and resize it to a square, upright and without its metadata.
@@ -167,6 +162,11 @@ def read_header(data: bytes) -> tuple[str, int, int] | None:
     except Exception:
         # Whatever a decoder raises at hostile bytes.
         return None
+
+
+def can_read_heic() -> bool:
+    """Tell whether HEIC images can be read here: whether the package of the extra `heic` is installed. Nothing is imported."""
+    return find_spec("pillow_heif") is not None
 
 
 @contextmanager

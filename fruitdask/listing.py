@@ -52,15 +52,25 @@ Rule = Callable[[str], str | None]
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """The files that were found, and what is to be said about those that are left out."""
+    """
+    The files that were found, and what is to be said about those that are left out.
+
+    Parameters
+    ----------
+    files : pandas.DataFrame
+        ``path``, ``label``, ``bytes``, ``version`` and where it is asked for ``split``, sorted by path.
+    left_out : Mapping[str, int]
+        Files and folders that are not taken, by kind: an ending, or words such as ``hidden``.
+    notes : tuple[str, ...]
+        What the user is told about how the files were taken.
+    """
 
     files: pd.DataFrame
-    #: Files by kind: an ending, or one of the words above.
     left_out: Mapping[str, int]
     notes: tuple[str, ...] = ()
 
 
-class Selection:
+class _Selection:
     """What of a folder is taken; what is not is counted by kind."""
 
     def __init__(self, extensions: tuple[str, ...], *, takes_hidden: bool) -> None:
@@ -109,17 +119,44 @@ class Selection:
 def list_files(
     root: Location, extensions: tuple[str, ...] | None, *, takes_hidden: bool, label_from: str, split_from: str | None
 ) -> Listing:
-    """List the files below a location that end so, sorted by path; None stands for all images that fruitdask can read here."""
-    selection = Selection(choose_extensions(extensions), takes_hidden=takes_hidden)
+    """
+    List the files below a location.
+
+    Parameters
+    ----------
+    root : Location
+        The folder.
+    extensions : tuple[str, ...] or None
+        How the names of files end; None stands for all images that fruitdask can read here.
+    takes_hidden : bool
+        Whether hidden files and what lies in hidden folders is taken too.
+    label_from, split_from : str or None
+        Which folder is the class and the split, as for `compile_rule`; None for no split.
+
+    Returns
+    -------
+    Listing
+        The files.
+
+    Raises
+    ------
+    CatalogError
+        If a name cannot be stored.
+    ConfigError
+        If an ending needs a package that is not installed, or a pattern finds nothing in a path.
+    StorageError
+        If the folder cannot be listed.
+    """
+    selection = _Selection(_choose_extensions(extensions), takes_hidden=takes_hidden)
     columns = _Columns(PurePosixPath(root.path).name or PurePosixPath(root.base.path).stem, label_from, split_from)
     with explained(root, "list"):
         for path, size, version in _list_rows(root, selection):
             _check_name(path, root)
             columns.append(path, size, version)
-    return Listing(columns.to_frame(), sort_kinds(selection.left_out), tuple(columns.describe_merged()))
+    return Listing(columns.to_frame(), _sort_kinds(selection.left_out), tuple(columns.describe_merged()))
 
 
-def choose_extensions(extensions: tuple[str, ...] | None) -> tuple[str, ...]:
+def _choose_extensions(extensions: tuple[str, ...] | None) -> tuple[str, ...]:
     """Choose the endings of images, and refuse those that cannot be read here."""
     can_heic = can_read_heic()
     if extensions is None:
@@ -133,7 +170,7 @@ def choose_extensions(extensions: tuple[str, ...] | None) -> tuple[str, ...]:
     return extensions
 
 
-def sort_kinds(left_out: Mapping[str, int]) -> dict[str, int]:
+def _sort_kinds(left_out: Mapping[str, int]) -> dict[str, int]:
     """Sort kinds of what is left out, the most frequent endings first; the rest of them counts together."""
     endings = sorted((kind for kind in left_out if kind[0] == "."), key=lambda kind: (-left_out[kind], kind))
     kinds = {kind: left_out[kind] for kind in endings[:_MAX_SHOWN]}
@@ -144,7 +181,19 @@ def sort_kinds(left_out: Mapping[str, int]) -> dict[str, int]:
 
 def format_left_out(left_out: Mapping[str, int], *, is_default: bool) -> str:
     """
-    Say in words what is left out, and what to install where the default would then take it.
+    Say in words what is left out.
+
+    Parameters
+    ----------
+    left_out : Mapping[str, int]
+        Counts by kind.
+    is_default : bool
+        Whether all formats are taken that can be read, so that a package more would take more.
+
+    Returns
+    -------
+    str
+        The words; empty where nothing is left out.
 
     Examples
     --------
@@ -157,7 +206,17 @@ def format_left_out(left_out: Mapping[str, int], *, is_default: bool) -> str:
 
 def compile_rule(rule: str) -> Rule:
     """
-    Make a function that chooses a folder from a path: ``parent``, ``first``, or what the one group of a pattern finds.
+    Make a function that chooses a name from a path.
+
+    Parameters
+    ----------
+    rule : str
+        ``parent`` or ``first`` for a folder, or a regular expression, for what its one group finds.
+
+    Returns
+    -------
+    Callable
+        Takes a path; gives the name, empty for the top folder, and None where the pattern finds nothing.
 
     Examples
     --------
@@ -173,13 +232,37 @@ def compile_rule(rule: str) -> Rule:
 
 
 def digest_version(version: str) -> int:
-    """Shorten what changes when a file does to 64 bits."""
+    """
+    Shorten what changes when a file does to 64 bits.
+
+    Parameters
+    ----------
+    version : str
+        An ETag, a checksum or a time.
+
+    Returns
+    -------
+    int
+        A number with a sign.
+    """
     return int.from_bytes(hashlib.blake2b(version.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def find_rows(paths: pd.Series, among: pd.Series) -> npt.NDArray[np.int64]:
     """
-    Find paths among others, each of which is there once: their positions, int64; -1 where one is not there.
+    Find paths among others.
+
+    Parameters
+    ----------
+    paths : pandas.Series
+        What to find.
+    among : pandas.Series
+        Where to find it; each path once.
+
+    Returns
+    -------
+    numpy.ndarray
+        Positions in ``among``, int64; -1 where it is not there.
 
     Examples
     --------
@@ -274,7 +357,7 @@ def _check_name(path: str, root: Location) -> None:
         raise CatalogError(f"{root.url}: found the object {path!r}, expected names without ?versionId=; rename it")
 
 
-def _list_rows(root: Location, selection: Selection) -> Iterator[_Row]:
+def _list_rows(root: Location, selection: _Selection) -> Iterator[_Row]:
     """List the files that are taken, whatever the file system."""
     if root.is_local:
         return _Walk(root.path or os.sep, selection).list_rows()
@@ -319,7 +402,7 @@ def _read_version(info: Mapping[str, object]) -> str:
 class _Walk:
     """A walk over a local folder: what really lies there, then linked folders, then linked files, and nothing twice."""
 
-    def __init__(self, top: str, selection: Selection) -> None:
+    def __init__(self, top: str, selection: _Selection) -> None:
         self._top, self._skip = top, len(top.rstrip(os.sep)) + 1
         self._selection, self._left_out = selection, selection.left_out
         self._folder_links, self._file_links = list[str](), list[str]()

@@ -14,7 +14,7 @@ from fruitdask.catalog import list_images, list_input
 from fruitdask.config import InputConfig
 from fruitdask.errors import CatalogError, ConfigError
 from fruitdask.images import can_read_heic
-from fruitdask.listing import IMAGE_ENDINGS, Listing, Selection, format_left_out, sort_kinds
+from fruitdask.listing import IMAGE_ENDINGS, Listing, _Selection, _sort_kinds, format_left_out
 
 MAC = (
     "apple/1.jpg",
@@ -96,11 +96,11 @@ def test_list_input_counts_what_is_left_out_by_kind(tmp_path: Path) -> None:
 
 
 def test_list_input_counts_many_odd_endings_together(tmp_path: Path) -> None:
-    selection = Selection((".jpg",), takes_hidden=False)
+    selection = _Selection((".jpg",), takes_hidden=False)
     for number in range(3_000):
         assert not selection.takes(f"x.{number}") and not selection.takes("y.raw")
     assert len(selection.left_out) <= 1_001
-    kinds = sort_kinds(selection.left_out)
+    kinds = _sort_kinds(selection.left_out)
     assert next(iter(kinds.items())) == (".raw", 3_000)
     assert len(kinds) == 11 and sum(kinds.values()) == 6_000
 
