@@ -65,7 +65,11 @@ def label_files(table: pd.DataFrame, files: pd.DataFrame, root: Location, config
     is_listed = places >= 0
     paths = table["path"].where(~is_listed, files["path"].reindex(places).array)
     paths = paths.where(is_listed, paths.map(relate))
-    _check_paths(table["path"], paths, config)
+    duplicated = paths[paths.duplicated()]
+    if len(duplicated):
+        raise ConfigError(
+            f"{config.manifest}: expected each path once in input.manifest, found {duplicated.iloc[0]!r} twice; remove one"
+        )
     for name in ("bytes", "version"):
         table[name] = np.append(files[name], np.int64(0))[places]
     table["path"] = paths
@@ -135,20 +139,6 @@ def _compose(files: pd.Series, relate: Callable[[str], str]) -> Callable[[str], 
         return known.get(key, path)
 
     return rewrite
-
-
-def _check_paths(written: pd.Series, paths: pd.Series, config: InputConfig) -> None:
-    """Refuse paths that lead out of the input or are there twice."""
-    leading_out = written[written.str.contains(_LEADS_OUT)]
-    if len(leading_out):
-        raise ConfigError(
-            f"{config.manifest}: expected paths inside input.url in input.manifest, found {leading_out.iloc[0]!r}; write it without .."
-        )
-    duplicated = paths[paths.duplicated()]
-    if len(duplicated):
-        raise ConfigError(
-            f"{config.manifest}: expected each path once in input.manifest, found {duplicated.iloc[0]!r} twice; remove one"
-        )
 
 
 def _describe_unlisted(table: pd.DataFrame, is_listed: npt.NDArray[np.bool_], root: Location) -> None:
@@ -239,6 +229,11 @@ def read_labels(config: InputConfig) -> pd.DataFrame:
         row = int(empty.argmax()) + 1
         raise ConfigError(
             f"{config.manifest}: expected a path and a label in each row of input.manifest, row {row} lacks one"
+        )
+    leading_out = table["path"][table["path"].str.contains(_LEADS_OUT)]
+    if len(leading_out):
+        raise ConfigError(
+            f"{config.manifest}: expected paths inside input.url in input.manifest, found {leading_out.iloc[0]!r}; write it without .."
         )
     return table
 

@@ -29,13 +29,13 @@ IMAGE_ENDINGS = (
 HEIC_ENDINGS = (".heic", ".heif", ".hif")
 
 #: Names that systems and devices give to what is not the user's, in any case: macOS, Windows, Synology, QNAP, ext4.
-_SYSTEM_NAMES = (
-    *("__MACOSX", "Network Trash Folder", "Temporary Items", "Icon\r"),
-    *("$RECYCLE.BIN", "RECYCLER", "System Volume Information", "Thumbs.db", "ehthumbs.db", "desktop.ini"),
-    *("@eaDir", "@tmp", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "lost+found"),
+_SYSTEM_NAMES = frozenset(
+    [
+        *("__macosx", "network trash folder", "temporary items", "icon\r"),
+        *("$recycle.bin", "recycler", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+        *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "lost+found"),
+    ]
 )
-#: One of them, or a name that begins with a dot; names such as "..." are somebody's joke, and no system's.
-_HIDDEN = re.compile(rf"\.(?!\.)|(?:{'|'.join(map(re.escape, _SYSTEM_NAMES))})$", re.IGNORECASE)
 
 #: Kinds of what is left out, besides endings.
 HIDDEN, NO_ENDING, OTHER_ENDINGS = "hidden", "without an ending", "with other endings"
@@ -74,17 +74,24 @@ class _Selection:
     """What of a folder is taken; what is not is counted by kind."""
 
     def __init__(self, extensions: tuple[str, ...], *, takes_hidden: bool) -> None:
-        self._extensions, self._takes_hidden = extensions, takes_hidden
+        self._takes_hidden = takes_hidden
+        # One look into a set is faster than a comparison with each ending.
+        self._endings = frozenset(ending for ending in extensions if ending.rfind(".") == 0)
+        self._longer = tuple(ending for ending in extensions if ending not in self._endings)
         self.left_out = Counter[str]()
         self._folder, self._is_hidden = "", False
 
     def hides(self, name: str) -> bool:
         """Tell whether the name of a file or folder is hidden."""
-        return not self._takes_hidden and _HIDDEN.match(name) is not None
+        if self._takes_hidden:
+            return False
+        # Names such as "..." are somebody's joke, and no system's.
+        return name[:1] == "." != name[1:2] or name.lower() in _SYSTEM_NAMES
 
     def has_ending(self, name: str) -> bool:
         """Tell whether a name ends as that of an image."""
-        return name.lower().endswith(self._extensions)
+        lower = name.lower()
+        return lower[lower.rfind(".") :] in self._endings or lower.endswith(self._longer)
 
     def takes(self, name: str) -> bool:
         """Tell whether a file is taken by its name, in a folder that is not hidden, and count it if it is not."""
@@ -285,6 +292,8 @@ class _Columns:
         self._codes = {name: array("i") for name in self._rules}
         self._sizes, self._versions = array("q"), array("q")
         self._last, self._is_sorted = b"", True
+        # Files of one folder have the same class, unless a pattern looks at their names.
+        self._is_by_folder = all(rule in ("parent", "first") for rule in self._rules.values())
         # The first folder of each class, and of a class that has several, another one.
         self._folder, self._first, self._other = "", dict[int, str](), dict[int, str]()
 
@@ -295,10 +304,11 @@ class _Columns:
         self._last = encoded
         self._paths += encoded
         self._ends.append(len(self._paths))
-        for name, codes in self._codes.items():
-            codes.append(self._encode(name, path))
         folder = path.rpartition("/")[0]
-        if folder != self._folder or not self._first:
+        is_same = folder == self._folder and len(self._sizes) > 0
+        for name, codes in self._codes.items():
+            codes.append(codes[-1] if is_same and self._is_by_folder else self._encode(name, path))
+        if not is_same:
             self._folder, code = folder, self._codes["label"][-1]
             if self._first.setdefault(code, folder) != folder:
                 self._other.setdefault(code, folder)

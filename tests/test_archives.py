@@ -20,6 +20,7 @@ from fruitdask.errors import CatalogError, ConfigError, DamageError, StorageErro
 from fruitdask.fetch import ImageSource, Stopwatch, read_batches
 from fruitdask.iam import list_actions
 from fruitdask.pipeline.inputs import prepare_inputs
+from fruitdask.report.sections import show_place
 from fruitdask.residency import find_regions
 from fruitdask.storage import Location, hide_secrets, pin
 
@@ -298,3 +299,9 @@ def test_location_in_an_archive_names_what_lies_below() -> None:
     assert (top.is_archive, top.is_local, top.is_s3, top.base.is_s3, inner.base.is_local) == (True, False, False, True, True)
     assert Location("S3://Bucket/A").url == "s3://Bucket/A" and not Location("/a::b").is_archive
     assert "secret" not in hide_secrets("zip://Test::s3://key:secret@bucket/x.zip")
+
+
+def test_page_does_not_name_the_home_folder_of_an_archive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert show_place("zip://a::/home/someone/x.zip") == "zip://a::~/x.zip"
+    assert show_place("/home/someone/x") == "~/x" and show_place("zip://::/data/x.zip") == "zip://::/data/x.zip"

@@ -647,8 +647,10 @@ def show_place(text: str) -> str:
         The same, the home folder as ``~``.
     """
     home = str(Path.home())
-    hidden = hide_secrets(text)
-    return "~" + hidden[len(home) :] if len(home) > 1 and f"{hidden}/".startswith(f"{home}/") else hidden
+    # Of a folder in an archive, the archive has the path.
+    chain, separator, place = hide_secrets(text).rpartition("::")
+    shown = "~" + place[len(home) :] if len(home) > 1 and f"{place}/".startswith(f"{home}/") else place
+    return chain + separator + shown
 
 
 def list_facts(value: Any) -> list[tuple[str, str]]:
