@@ -410,14 +410,18 @@ def _read_version(info: Mapping[str, object]) -> str:
 
 
 class _Walk:
-    """A walk over a local folder: what really lies there, then linked folders, then linked files, and nothing twice."""
+    """
+    A walk over a local folder: what really lies there, then linked folders, then linked files, and nothing that is listed already.
+
+    Several links to one file that is not listed itself are several images: so git-annex and caches keep what is there more than once.
+    """
 
     def __init__(self, top: str, selection: _Selection) -> None:
         self._top, self._skip = top, len(top.rstrip(os.sep)) + 1
         self._selection, self._left_out = selection, selection.left_out
         self._folder_links, self._file_links = list[str](), list[str]()
-        # Real paths of folders that were listed, and device and number of files that links led to.
-        self._listed, self._linked = set[str](), set[tuple[int, int]]()
+        # Real paths of folders.
+        self._listed = set[str]()
 
     def list_rows(self) -> Iterator[_Row]:
         """List the files; those behind links come last, in the order of the links."""
@@ -480,13 +484,11 @@ class _Walk:
 
     def _follow(self, link: str) -> Iterator[_Row]:
         """List the file that a link leads to, unless it is listed already."""
-        status, (folder, name) = os.stat(link), os.path.split(os.path.realpath(link))
-        key = status.st_dev, status.st_ino
-        if key in self._linked or (folder in self._listed and self._is_listed(name)):
+        folder, name = os.path.split(os.path.realpath(link))
+        if folder in self._listed and self._is_listed(name):
             self._left_out[_SAME] += 1
         else:
-            self._linked.add(key)
-            yield self._describe(link, status)
+            yield self._describe(link, os.stat(link))
 
     def _is_listed(self, name: str) -> bool:
         """Tell whether a file of a folder that was listed is taken by its own name."""

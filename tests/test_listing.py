@@ -1,7 +1,6 @@
 """Tests of listing: what is left out and how it is told, links, classes and splits from paths."""
 
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +143,10 @@ def test_links_to_what_lies_elsewhere_are_followed_once(tmp_path: Path) -> None:
     link(out, x__back=top)
     listing = look(top)
     assert labels(listing) == {
-        "a/1.jpg": "a", "a/sub/2.jpg": "sub", "m/4.jpg": "m", "c/6.jpg": "c", "c/7.jpg": "c",
+        "a/1.jpg": "a", "a/sub/2.jpg": "sub", "m/4.jpg": "m", "c/6.jpg": "c", "c/7.jpg": "c", "z/5.jpg": "z",
     }  # fmt: skip
     assert list(listing.files["path"]) == sorted(listing.files["path"])
-    assert listing.left_out == {"hidden": 1, "links to what is listed already": 3, "broken links": 1}
+    assert listing.left_out == {"hidden": 1, "links to what is listed already": 2, "broken links": 1}
     assert dict(zip(listing.files["path"], listing.files["bytes"]))["c/6.jpg"] == len("3.jpg")
 
 
@@ -168,8 +167,11 @@ def test_any_links_list_each_file_once(tmp_path_factory: pytest.TempPathFactory,
         name = top / "in" / places[where] / (f"{number}x.jpg" if is_file else f"{number}x")
         name.symlink_to((top / "in" / places[target] / (f"{target}.jpg" if is_file else "")).resolve())
     paths = look(top / "in").files["path"]
-    inodes = Counter((top / "in" / path).resolve() for path in paths)
-    assert max(inodes.values()) == 1
+    names: dict[Path, list[Path]] = {}
+    for path in paths:
+        names.setdefault((top / "in" / path).resolve(), []).append(top / "in" / path)
+    # Only links to a file that no folder has may be several.
+    assert all(len(same) == 1 or all(path.is_symlink() for path in same) for same in names.values())
     assert {f"{place / f'{number}.jpg'}" for number, place in enumerate(places[:5])} <= set(paths)
 
 
