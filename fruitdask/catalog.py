@@ -170,7 +170,7 @@ def list_input(config: InputConfig) -> Listing:
     if listing.files.empty:
         raise CatalogError(_explain_empty(root, config, listing))
     catalog = _narrow(listing.files if table is None else label_files(table, listing.files, root, config), config)
-    is_said = has_table or "label_from" in config.model_fields_set
+    is_said = has_table or config.split_from is not None or "label_from" in config.model_fields_set
     names = [*COLUMNS, SPLIT] if SPLIT in catalog else list(COLUMNS)
     return Listing(catalog[names], {} if has_table else listing.left_out, () if is_said else listing.notes)
 

@@ -57,6 +57,8 @@ def label_files(table: pd.DataFrame, files: pd.DataFrame, root: Location, config
 
     Raises
     ------
+    CatalogError
+        If no image of the table is there.
     ConfigError
         If paths are written in a way that no file is called.
     """
@@ -167,7 +169,7 @@ def _check_unlisted(table: pd.DataFrame, files: pd.DataFrame, root: Location, co
             row = int((places >= 0).argmax())
             raise ConfigError(f"{where}found {unlisted.iloc[row]!r} for {files['path'].iloc[places[row]]!r}; {advice}")
     if len(unlisted) == len(table):
-        raise ConfigError(
+        raise CatalogError(
             f"{where}but none of its {len(table):,} is there: the first in the table is {first!r}, the first file there is "
             f"{files['path'].iloc[0]!r}"
         )

@@ -332,8 +332,8 @@ class _Columns:
             code, other = next(iter(self._other.items()))
             several = f"{len(self._other):,} classes come" if len(self._other) > 1 else "one class comes"
             yield (
-                f"{several} from several folders of the same name, such as {self._first[code] or '.'} and {other or '.'}; "
-                "if these are not the same class, or another folder is the class, set input.label_from"
+                f"{several} from several folders of the same name, such as {self._first[code] or '.'} and {other or '.'}; if another "
+                "folder is the class, set input.label_from, and if the other folder tells train from test, input.split_from"
             )
 
     def to_frame(self) -> pd.DataFrame:

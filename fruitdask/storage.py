@@ -41,7 +41,7 @@ _FOREIGN_ERRORS = ("botocore", "aiobotocore", "aiohttp", "azure", "google")
 _DECODERS = ("zarr",)
 #: A folder in an archive, such as zip://Test::s3://bucket/x.zip: protocol, folder, archive.
 _ARCHIVE = re.compile(rf"({'|'.join(PROTOCOLS)})://(.*?)::(.+)", re.DOTALL)
-_PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)")
+_PROTOCOL = re.compile(r"(?:^|(?<=::))[A-Za-z][A-Za-z0-9+.-]*(?=://)")
 #: Archives of which a process remembers what is in them.
 _MAX_ARCHIVES = 8
 #: Access keys of AWS, and signatures of its requests.

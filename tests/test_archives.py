@@ -305,3 +305,17 @@ def test_page_does_not_name_the_home_folder_of_an_archive(monkeypatch: pytest.Mo
     monkeypatch.setenv("HOME", "/home/someone")
     assert show_place("zip://a::/home/someone/x.zip") == "zip://a::~/x.zip"
     assert show_place("/home/someone/x") == "~/x" and show_place("zip://::/data/x.zip") == "zip://::/data/x.zip"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("S3://B/Key", "s3://B/Key"),
+        ("ZIP://A::S3://B/X.zip", "zip://A::s3://B/X.zip"),
+        ("s3://b/A://c", "s3://b/A://c"),
+        ("/A://b", "/A://b"),
+    ],
+    ids=["s3", "archive", "key", "path"],
+)
+def test_location_writes_protocols_and_nothing_else_small(url: str, expected: str) -> None:
+    assert Location(url).url == expected
