@@ -475,11 +475,12 @@ class _Walk:
         """Note a link that is followed later."""
         if self._selection.hides(entry.name):
             self._left_out[HIDDEN] += 1
-        elif entry.is_dir():
+        elif os.path.isdir(entry.path):
             self._folder_links.append(entry.path)
         elif not os.path.exists(entry.path):
+            # To nothing, or to itself.
             self._left_out[_BROKEN] += 1
-        elif entry.is_file() and self._selection.takes(entry.name):
+        elif os.path.isfile(entry.path) and self._selection.takes(entry.name):
             self._file_links.append(entry.path)
 
     def _follow(self, link: str) -> Iterator[_Row]:
