@@ -2,37 +2,38 @@
 
 import fnmatch
 import hashlib
-import io
 import json
-import os
+import posixpath
 import re
-from array import array
+import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from fruitdask.config import InputConfig
-from fruitdask.errors import CatalogError, ConfigError
+from fruitdask.errors import CatalogError
+from fruitdask.labels import label_files, normalize_unique, read_labels
+from fruitdask.listing import Listing, find_rows, format_left_out, list_files
 from fruitdask.storage import Location, exists, explained
 
 COLUMNS = ("path", "label", "bytes", "version")
+#: A column that a catalog has where it is configured; nothing that is computed depends on it.
+SPLIT = "split"
 #: What the catalog of a store says in ``bytes`` of an image that is not in the input any more.
 VANISHED_BYTES = -1
-
-#: A step to the folder above, by which a manifest would read what is not in the input.
-_LEADS_OUT = r"(?:^|/)\.\.(?:/|$)"
-#: A file while it is listed: path, bytes, and what changes when the file does.
-_Row = tuple[str, int, str]
+#: What a catalog says in ``bytes`` and ``version`` of an image that the table of labels names and the input does not have.
+_UNLISTED = (0, 0)
 #: Rows hashed at once: pandas makes a Python object of each text.
 _ROWS_AT_ONCE = 65_536
+#: Endings of files that are taken for a folder of images, and how such a folder is written.
+_ARCHIVE_ENDINGS = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar"}
+#: What is said of the endings that are taken by default.
+_SHOWN_ENDINGS = (".jpg", ".png", ".webp", ".tif", ".bmp", ".gif", ".avif", ".jp2 ...")
+_WILDCARDS = re.compile(r"[*?\[]")
 
 #: Where ``featurize.images_per_partition`` is not given: about this many partitions, so that a few workers finish together ...
 _PARTITIONS_WANTED = 16
@@ -78,6 +79,12 @@ class Partition:
         places = range(len(self.paths)) if self.rows is None else self.rows
         return tuple(place for place in places if not self.bytes or self.bytes[place] != VANISHED_BYTES)
 
+    @property
+    def unlisted_places(self) -> tuple[int, ...]:
+        """Places of the images that are not to be read, for the input does not have them."""
+        rows = zip(self.bytes, self.versions, strict=False)
+        return tuple(place for place, row in enumerate(rows) if row == _UNLISTED)
+
     def select(self, places: Sequence[int]) -> "Partition":
         """
         Select some of the images.
@@ -114,26 +121,62 @@ def list_images(config: InputConfig) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row an image, sorted by ``path``, with the columns ``path`` (str, relative to the input URL), ``label`` (category, the parent
-        folder or the manifest's word), ``bytes`` (int64) and ``version`` (int64, a hash of an object store's ETag, else of the time of
-        modification).
+        One row an image, sorted by ``path``, with the columns ``path`` (str, relative to the input URL), ``label`` (category, the folder
+        that ``input.label_from`` chooses, or the word in the table of labels), ``bytes`` (int64), ``version`` (int64, a hash of an object
+        store's ETag, of a checksum in an archive, else of the time of modification), and where it is configured ``split`` (category).
 
     Raises
     ------
     CatalogError
         If there is no such folder, no image in it, or no image of a class that was asked for.
     ConfigError
-        If the manifest is not a table of paths and labels.
+        If the table of labels is no table of paths and labels, or a pattern does not match a path.
     StorageError
         If the input cannot be listed.
     """
+    return list_input(config).files
+
+
+def list_input(config: InputConfig) -> Listing:
+    """
+    List the images of an input, and say what was left out.
+
+    Parameters
+    ----------
+    config : InputConfig
+        Where to look and what to keep.
+
+    Returns
+    -------
+    Listing
+        The images as `list_images` gives them, counts of what is left out, and notes.
+
+    Raises
+    ------
+    FruitdaskError
+        As `list_images`.
+    """
     root = Location(config.url, config.storage_options)
-    if config.manifest is None:
-        catalog = _list_files(root, config.extensions)
-    else:
-        catalog = _join_manifest(_list_files(root, ("",)), config)
-    if catalog.empty:
-        raise CatalogError(_explain_empty(root, config))
+    _check_folder(root, config)
+    table = read_labels(config) if config.manifest is not None else None
+    has_table = table is not None
+    listing = list_files(
+        root,
+        ("",) if has_table else config.extensions,
+        takes_hidden=has_table or config.hidden,
+        label_from=config.label_from,
+        split_from=config.split_from,
+    )
+    if listing.files.empty:
+        raise CatalogError(_explain_empty(root, config, listing))
+    catalog = _narrow(listing.files if table is None else label_files(table, listing.files, root, config), config)
+    is_said = has_table or config.split_from is not None or "label_from" in config.model_fields_set
+    names = [*COLUMNS, SPLIT] if SPLIT in catalog else list(COLUMNS)
+    return Listing(catalog[names], {} if has_table else listing.left_out, () if is_said else listing.notes)
+
+
+def _narrow(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
+    """Keep the classes, as many images and the paths that the configuration asks for."""
     if config.classes is not None:
         catalog = _keep_classes(catalog, config)
     if config.limit is not None:
@@ -143,7 +186,7 @@ def list_images(config: InputConfig) -> pd.DataFrame:
         catalog = catalog[~match_paths(catalog["path"], config.exclude)].reset_index(drop=True)
         if catalog.empty:
             raise CatalogError(f"{config.url}: expected images besides those that input.exclude names, found none")
-    return catalog[list(COLUMNS)]
+    return catalog
 
 
 def match_paths(paths: pd.Series, patterns: Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -257,12 +300,34 @@ def hash_catalog(catalog: pd.DataFrame) -> str:
     Returns
     -------
     str
-        A SHA-256 in hexadecimal digits that changes with any path, label, size or version, or their order.
+        A SHA-256 in hexadecimal digits that changes with any path, label, size or version, or their order; splits do not count.
     """
     digest = hashlib.sha256(json.dumps([len(catalog), *COLUMNS]).encode())
     for column in COLUMNS:
         for hashes in _hash_rows(catalog[column]):
             digest.update(hashes.tobytes())
+    return digest.hexdigest()
+
+
+def hash_split(catalog: pd.DataFrame) -> str | None:
+    """
+    Hash the splits of a catalog, on which tables of results depend, and features do not.
+
+    Parameters
+    ----------
+    catalog : pandas.DataFrame
+        The catalog.
+
+    Returns
+    -------
+    str or None
+        A SHA-256 in hexadecimal digits; None where there are no splits.
+    """
+    if SPLIT not in catalog:
+        return None
+    digest = hashlib.sha256()
+    for hashes in _hash_rows(catalog[SPLIT]):
+        digest.update(hashes.tobytes())
     return digest.hexdigest()
 
 
@@ -288,15 +353,14 @@ def merge_listing(stored: pd.DataFrame, listing: pd.DataFrame) -> pd.DataFrame:
     places = find_rows(stored["path"], listing["path"])
     is_listed, is_new = places >= 0, np.ones(len(listing), bool)
     is_new[places[is_listed]] = False
-    labels = pd.api.types.union_categoricals([each["label"].astype("category") for each in (stored, listing)])
-    known, listed = np.split(labels.codes, [len(stored)])
-    columns = {"label": (np.where(is_listed, listed[places], known), listed)}
+    merged: dict[str, Any] = {"path": pd.concat([stored["path"], listing.loc[is_new, "path"]], ignore_index=True)}
+    for name in ("label", SPLIT):
+        if name in listing:
+            merged[name] = _merge_words(stored.get(name), listing[name], places, is_new)
     for name, absent in (("bytes", VANISHED_BYTES), ("version", 0)):
-        columns[name] = np.append(listing[name], np.int64(absent))[places], listing[name].to_numpy()
-    merged = {name: np.concatenate([kept, values[is_new]]) for name, (kept, values) in columns.items()}
-    classes = pd.Categorical.from_codes(merged.pop("label"), labels.categories).remove_unused_categories()
-    paths = pd.concat([stored["path"], listing.loc[is_new, "path"]], ignore_index=True)
-    return pd.DataFrame({"path": paths, "label": classes} | merged)
+        kept = np.append(listing[name], np.int64(absent))[places]
+        merged[name] = np.concatenate([kept, listing[name].to_numpy()[is_new]])
+    return pd.DataFrame({name: merged[name] for name in (*COLUMNS, SPLIT) if name in merged})
 
 
 def take_listing(stored: pd.DataFrame) -> pd.DataFrame:
@@ -316,216 +380,32 @@ def take_listing(stored: pd.DataFrame) -> pd.DataFrame:
     return stored[stored["bytes"] != VANISHED_BYTES].sort_values("path", ignore_index=True)
 
 
-def find_rows(paths: pd.Series, among: pd.Series) -> npt.NDArray[np.int64]:
-    """
-    Find paths among others.
-
-    Parameters
-    ----------
-    paths : pandas.Series
-        What to find.
-    among : pandas.Series
-        Where to find it; each path once.
-
-    Returns
-    -------
-    numpy.ndarray
-        Positions in ``among``, int64; -1 where it is not there.
-
-    Examples
-    --------
-    >>> find_rows(pd.Series(["b", "x"]), pd.Series(["a", "b"]))
-    array([ 1, -1])
-    """
-    found = pc.index_in(pa.array(paths), value_set=pa.array(among)).fill_null(-1)
-    return np.asarray(found.to_numpy(), np.int64)
-
-
 def _hash_rows(column: pd.Series) -> Iterator[npt.NDArray[np.integer]]:
     """Hash each row, some at a time: pandas makes a Python object of each text."""
     for start in range(0, len(column), _ROWS_AT_ONCE):
         yield pd.util.hash_pandas_object(column.iloc[start : start + _ROWS_AT_ONCE], index=False).to_numpy()
 
 
-def _list_files(root: Location, extensions: tuple[str, ...]) -> pd.DataFrame:
-    """List the files below a location that end so, sorted by path."""
-    rows = _walk_folder(root.path) if root.is_local else _list_objects(root) if root.is_s3 else _find_files(root)
-    columns = _Columns(PurePosixPath(root.path).name)
-    with explained(root, "list"):
-        for path, size, version in rows:
-            if path.lower().endswith(extensions):
-                _check_name(path, root)
-                columns.append(path, size, version)
-    return columns.to_frame()
-
-
-class _Columns:
-    """Files as columns that grow: as Python objects they would take ten times the memory."""
-
-    def __init__(self, top: str) -> None:
-        self._top = top
-        self._paths, self._ends = bytearray(), array("q", [0])
-        self._labels: dict[str, int] = {}
-        self._codes, self._sizes, self._versions = array("i"), array("q"), array("q")
-        self._last, self._is_sorted = b"", True
-
-    def append(self, path: str, size: int, version: str) -> None:
-        """Append a file."""
-        encoded = path.encode()
-        self._is_sorted &= self._last <= encoded
-        self._last = encoded
-        self._paths += encoded
-        self._ends.append(len(self._paths))
-        self._codes.append(self._labels.setdefault(_take_folder(path) or self._top, len(self._labels)))
-        self._sizes.append(size)
-        digest = hashlib.blake2b(version.encode(), digest_size=8).digest()
-        self._versions.append(int.from_bytes(digest, "little", signed=True))
-
-    def to_frame(self) -> pd.DataFrame:
-        """Make a table of the columns, of the same memory."""
-        n_files, buffers = len(self._sizes), [None, pa.py_buffer(self._ends), pa.py_buffer(self._paths)]
-        columns = {
-            "path": pa.Array.from_buffers(pa.large_string(), n_files, buffers).to_pandas(),
-            "label": pd.Categorical.from_codes(
-                np.frombuffer(self._codes, np.int32), pd.Index(list(self._labels), dtype="str")
-            ),
-            "bytes": np.frombuffer(self._sizes, np.int64),
-            "version": np.frombuffer(self._versions, np.int64),
-        }
-        table = pd.DataFrame(columns, copy=False)
-        # Disks and S3 list in the order of paths; directory buckets and other stores need not.
-        return table if self._is_sorted else table.sort_values("path", ignore_index=True)
-
-
-def _check_name(path: str, root: Location) -> None:
-    """Refuse a name that cannot be stored or read back."""
-    # Python carries bytes that are not UTF-8 as lone surrogates.
-    if not path.isascii() and any("\ud800" <= character <= "\udfff" for character in path):
-        raise CatalogError(f"{root.url}: found the file name {path!r}, expected names in UTF-8; rename that file")
-    # s3fs takes the rest for the version of an object.
-    if root.is_s3 and "?versionId=" in path:
-        raise CatalogError(f"{root.url}: found the object {path!r}, expected names without ?versionId=; rename it")
-
-
-def _list_objects(root: Location) -> Iterator[_Row]:
-    """List the objects below a prefix on S3, page by page: s3fs would keep a dictionary for each of them."""
-    bucket, key, _ = root.fs.split_path(root.path)
-    request = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
-    skip = len(request["Prefix"])
-    while True:
-        page = root.fs.call_s3("list_objects_v2", **request)
-        for entry in page.get("Contents", ()):
-            # A name that ends in a slash marks a folder for people.
-            if not entry["Key"].endswith("/"):
-                yield entry["Key"][skip:], entry["Size"], entry.get("ETag", "").strip('"')
-        if not page.get("IsTruncated"):
-            return
-        request["ContinuationToken"] = page["NextContinuationToken"]
-
-
-def _find_files(root: Location) -> Iterator[_Row]:
-    """List the files below a folder of any other file system."""
-    root.fs.invalidate_cache()
-    skip = len(root.path) + 1
-    for path, info in root.fs.find(root.path, detail=True).items():
-        if info["type"] == "file":
-            yield path[skip:], int(info.get("size") or 0), _read_version(info)
-
-
-def _walk_folder(top: str) -> Iterator[_Row]:
-    """List the files below a local folder in the order of their paths, through links, but no folder twice: links may run in circles."""
-    skip = len(top) + 1
-    visited = {os.path.realpath(top or os.sep)}
-    # The next one is the last one.
-    waiting = _scan_folder(top or os.sep)
-    while waiting:
-        entry = waiting.pop()
-        with suppress(FileNotFoundError):
-            if entry.is_dir():
-                real = os.path.realpath(entry.path)
-                if real not in visited:
-                    visited.add(real)
-                    waiting += _scan_folder(entry.path)
-            elif entry.is_file():
-                status = entry.stat()
-                yield entry.path[skip:].replace(os.sep, "/"), status.st_size, str(status.st_mtime_ns)
-
-
-def _scan_folder(folder: str) -> list[os.DirEntry[str]]:
-    """List a folder from behind, in the order of the paths of what is in it; that there is no top folder is said elsewhere."""
-    try:
-        with os.scandir(folder) as entries:
-            # Links may also lead nowhere.
-            found = [entry for entry in entries if not entry.is_symlink() or os.path.exists(entry.path)]
-            return sorted(found, key=lambda entry: entry.name + "/" * entry.is_dir(), reverse=True)
-    except FileNotFoundError:
-        return []
-
-
-def _read_version(info: dict[str, object]) -> str:
-    """Read what changes when a file does: the ETag where there is one, else the time of modification."""
-    for key in ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "created"):
-        if info.get(key) is not None:
-            return str(info[key]).strip('"')
-    return ""
-
-
-def _take_folder(path: str) -> str:
-    """Take the name of the folder that a file lies in; empty at the top."""
-    return path.rpartition("/")[0].rstrip("/").rpartition("/")[2]
-
-
-def _join_manifest(files: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
-    """Take paths and labels from the manifest; a path that is not there stays in, and its outcome will say so."""
-    manifest = _read_manifest(config)
-    missing = {"path", "label"} - set(manifest.columns)
-    if missing:
-        raise ConfigError(
-            f"{config.manifest}: expected the columns path and label in input.manifest, found {', '.join(map(str, manifest.columns))}"
-        )
-    manifest = manifest[["path", "label"]].fillna("").astype(str)
-    empty = (manifest == "").any(axis=1)
-    if empty.any():
-        row = int(empty.argmax()) + 1
-        raise ConfigError(
-            f"{config.manifest}: expected a path and a label in each row of input.manifest, row {row} lacks one"
-        )
-    leading_out = manifest["path"][manifest["path"].str.contains(_LEADS_OUT)]
-    if len(leading_out):
-        raise ConfigError(
-            f"{config.manifest}: expected paths inside input.url in input.manifest, found {leading_out.iloc[0]!r}; write it without .."
-        )
-    duplicated = manifest["path"][manifest["path"].duplicated()]
-    if len(duplicated):
-        raise ConfigError(
-            f"{config.manifest}: expected each path once in input.manifest, found {duplicated.iloc[0]!r} twice; remove one"
-        )
-    places = find_rows(manifest["path"], files["path"])
-    for name in ("bytes", "version"):
-        manifest[name] = np.append(files[name], np.int64(0))[places]
-    return manifest.astype({"label": "category"}).sort_values("path", ignore_index=True)
-
-
-def _read_manifest(config: InputConfig) -> pd.DataFrame:
-    """Read a CSV or Parquet manifest."""
-    location = Location(str(config.manifest), config.storage_options if "://" in str(config.manifest) else {})
-    with explained(location, "read"):
-        data = io.BytesIO(location.fs.cat_file(location.path))
-    try:
-        return (
-            pd.read_parquet(data)
-            if location.path.endswith((".parquet", ".pq"))
-            else pd.read_csv(data, dtype=str, keep_default_na=False)
-        )
-    except (ValueError, OSError) as error:
-        raise ConfigError(
-            f"{config.manifest}: expected a CSV or Parquet table in input.manifest, found {error}"
-        ) from error
+def _merge_words(
+    stored: pd.Series | None, listed: pd.Series, places: npt.NDArray[np.int64], is_new: npt.NDArray[np.bool_]
+) -> pd.Categorical:
+    """Take words from the listing; those of images that it does not have stay as they were, and are empty where there were none."""
+    if stored is None:
+        stored = pd.Series([""] * len(places), dtype="str")
+    words = pd.api.types.union_categoricals([each.astype("category") for each in (stored, listed)])
+    known, codes = np.split(words.codes, [len(stored)])
+    kept = np.where(places >= 0, codes[places], known)
+    return pd.Categorical.from_codes(np.concatenate([kept, codes[is_new]]), words.categories).remove_unused_categories()
 
 
 def _keep_classes(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
-    """Keep the classes that the configuration names."""
-    wanted, existing = set(config.classes or ()), set(catalog["label"].unique())
+    """Keep the classes that the configuration names, in whichever form of Unicode."""
+    existing = set(catalog["label"].unique())
+    composed = normalize_unique(existing)
+    wanted = {
+        name if name in existing else composed.get(unicodedata.normalize("NFC", name), name)
+        for name in config.classes or ()
+    }
     absent = sorted(wanted - existing)
     if absent:
         names = ", ".join(sorted(existing)[:30]) + (" ..." if len(existing) > 30 else "")
@@ -535,10 +415,40 @@ def _keep_classes(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
     return catalog[catalog["label"].isin(wanted)].reset_index(drop=True)
 
 
-def _explain_empty(root: Location, config: InputConfig) -> str:
-    """Say why a catalog is empty."""
+def _check_folder(root: Location, config: InputConfig) -> None:
+    """Refuse a file on a disk, which cannot be walked through."""
+    if root.is_local and root.fs.isfile(root.path):
+        raise CatalogError(_explain_file(config.url))
+
+
+def _explain_file(url: str) -> str:
+    """Say what to write instead of a file."""
+    if "::" in url:
+        return f"{url}: expected a folder in the archive in input.url, found a file; write the folder that it is in"
+    kind = next((kind for ending, kind in _ARCHIVE_ENDINGS.items() if url.lower().endswith(ending)), None)
+    if kind is not None:
+        return f"{url}: expected a folder of images in input.url, found an archive; write {kind}://::{url}"
+    folder = posixpath.dirname(url) or "."
+    return f"{url}: expected a folder of images in input.url, found a file; write the folder that it is in: {folder}"
+
+
+def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str:
+    """Say why nothing was found."""
+    with explained(root, "read"):
+        if not exists(root):
+            if _WILDCARDS.search(config.url) and not root.is_archive:
+                folder = _WILDCARDS.split(config.url)[0].rpartition("/")[0]
+                return (
+                    f"{config.url}: expected a folder in input.url, found a pattern; write {folder or '.'}, all of which is searched, "
+                    "and choose among files by input.extensions, input.classes and input.exclude"
+                )
+            return f"{config.url}: there is no such folder; check input.url"
+        if root.fs.isfile(root.path):
+            return _explain_file(config.url)
     if config.manifest is not None:
-        return f"{config.manifest}: expected images in input.manifest, found no row"
-    if not exists(root):
-        return f"{config.url}: there is no such folder; check input.url"
-    return f"{config.url}: expected images ({', '.join(config.extensions)}), found none; check input.url and input.extensions"
+        return f"{config.url}: expected the files that input.manifest names, found none; check input.url"
+    left_out = format_left_out(listing.left_out, is_default=config.extensions is None)
+    found = f"none but {left_out}" if left_out else "none"
+    hidden = ", or take what is hidden by input.hidden: true" if "hidden" in listing.left_out else ""
+    endings = ", ".join(config.extensions or _SHOWN_ENDINGS)
+    return f"{config.url}: expected images ({endings}), found {found}; check input.url and input.extensions{hidden}"

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fruitdask.aws import explain_aws_error
 from fruitdask.catalog import Partition
-from fruitdask.errors import ImageError, ImageTooLargeError
+from fruitdask.errors import DamageError, ImageError, ImageTooLargeError
 from fruitdask.images import decode_images
 from fruitdask.storage import Location, hide_secrets
 
@@ -198,6 +198,8 @@ def read_batches(
                 f"expected a file of at most {source.max_bytes:,} bytes (8 a pixel of featurize.max_pixels, and metadata), found "
                 f"{outcome.n_bytes:,}",
             )
+    for place in partition.unlisted_places:
+        outcomes[place].fail("missing", "input.manifest names this file, but it is not in input.url")
     for place in partition.avoided:
         outcomes[place].fail(
             "crashed", "each process that worked on this image died: it needs too much memory or crashes a decoder"
@@ -276,10 +278,12 @@ def _fetch(outcome: Outcome, fs: Any, source: ImageSource, patience: _Patience) 
             time.sleep(random.uniform(0, longest))
         outcome.attempts += 1
         try:
-            outcome.data = fs.cat_file(f"{root.path}/{outcome.path}")
+            outcome.data = fs.cat_file(root.locate(outcome.path))
             return patience.note(is_read=True)
         except FileNotFoundError:
             return outcome.fail("missing", "the file was listed, but is not there any more")
+        except DamageError as error:
+            return outcome.fail("unreadable", str(error))
         except MemoryError:
             raise
         except Exception as error:

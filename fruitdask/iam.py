@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from fruitdask.aws import AWS_EU_REGIONS, RUN_TAG, find_default_region
 from fruitdask.config import Config, EC2ClusterConfig
 from fruitdask.errors import ConfigError
+from fruitdask.storage import Location
 
 Role = Literal["launcher", "workers"]
 Conditions = Mapping[str, Mapping[str, str | list[str]]]
@@ -236,6 +237,8 @@ def _list_places(config: Config) -> Iterator[_Place]:
         ("Weights", config.model.weights, config.model),
         ("Output", config.output.url, config.output),
     ):
+        # Of an archive, it is the archive that is read.
+        url = Location(url).base.url
         if url.startswith(_S3) and not section.storage_options.get("anon"):
             yield _locate(kind, url, section.region or _find_region(config))
 

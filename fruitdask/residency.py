@@ -158,7 +158,7 @@ def _hint_at_typos(names: tuple[str, ...]) -> str:
 
 def _find_storage(place: str, location: Location, declared: str | None, *, key: str | None = None) -> _Finding:
     """Find where a folder or file is."""
-    name = hide_secrets(location.url)
+    name, location = hide_secrets(location.url), location.base
     say_it = f"say where it is by {key}" if key else "take one on the server of the images, or on this machine"
     nobody = f"privacy.allowed_regions needs the region of {{}}, which nobody says; {say_it}"
     try:
@@ -185,6 +185,7 @@ def _find_storage(place: str, location: Location, declared: str | None, *, key: 
 
 def _have_same_host(one: Location, other: Location) -> bool:
     """Whether two places are on the same server, or in the same bucket."""
+    one, other = one.base, other.base
     return one.fs is other.fs and (one.is_s3 or urlsplit(one.url).netloc == urlsplit(other.url).netloc)
 
 

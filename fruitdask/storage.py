@@ -8,12 +8,14 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
+from fruitdask.archives import PROTOCOLS, Archive
 from fruitdask.aws import explain_aws_error
 from fruitdask.errors import DamageError, FruitdaskError, StorageError
 
@@ -37,6 +39,11 @@ _USUAL_ADVICE = "check the path and the permissions"
 _FOREIGN_ERRORS = ("botocore", "aiobotocore", "aiohttp", "azure", "google")
 #: Modules of decoders whose errors do derive from OSError: Zarr misses what it does not recognize.
 _DECODERS = ("zarr",)
+#: A folder in an archive, such as zip://Test::s3://bucket/x.zip: protocol, folder, archive.
+_ARCHIVE = re.compile(rf"({'|'.join(PROTOCOLS)})://(.*?)::(.+)", re.DOTALL)
+_PROTOCOL = re.compile(r"(?:^|(?<=::))[A-Za-z][A-Za-z0-9+.-]*(?=://)")
+#: Archives of which a process remembers what is in them.
+_MAX_ARCHIVES = 8
 #: Access keys of AWS, and signatures of its requests.
 _SECRETS = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?<=Signature=)[\w%/+=-]+|(?<=X-Amz-Credential=)[\w%/+=-]+")
 
@@ -54,11 +61,18 @@ class Location:
     attempts : int
         How often a request to S3 is sent before it has failed, with pauses that double and are drawn at random. Sooner, where a server
         fails all the time.
+    stamp : str
+        Which version of an archive it is; a process that has another one in memory opens it anew.
     """
 
     url: str
-    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
     attempts: int = _ATTEMPTS
+    stamp: str = ""
+
+    def __post_init__(self) -> None:
+        """Write the protocol in small letters, as file systems are known."""
+        object.__setattr__(self, "url", _PROTOCOL.sub(lambda match: match[0].lower(), self.url))
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
@@ -88,7 +102,36 @@ class Location:
     @property
     def is_local(self) -> bool:
         """Whether this is on a disk of this machine."""
-        return isinstance(self.fs, LocalFileSystem)
+        return not self.is_archive and isinstance(self.fs, LocalFileSystem)
+
+    @property
+    def is_archive(self) -> bool:
+        """Whether this is a folder or file in an archive."""
+        return _ARCHIVE.fullmatch(self.url) is not None
+
+    @property
+    def base(self) -> "Location":
+        """The archive that this lies in, and if that lies in another one, the outermost; itself where there is none."""
+        match = _ARCHIVE.fullmatch(self.url)
+        return self if match is None else replace(self, url=match[3]).base
+
+    def locate(self, name: str) -> str:
+        """
+        Name a file below this folder as its file system does.
+
+        Parameters
+        ----------
+        name : str
+            The path below this folder.
+
+        Returns
+        -------
+        str
+            The path in the file system.
+        """
+        path = self.path
+        # The root of an archive has no name; that of a disk has an empty one before its slash.
+        return f"{path}/{name}" if path or "::" not in self.url else name
 
     def child(self, *names: str) -> "Location":
         """
@@ -109,7 +152,35 @@ class Location:
         >>> Location("s3://bucket/run").child("partitions", "00000.parquet").url
         's3://bucket/run/partitions/00000.parquet'
         """
+        if match := _ARCHIVE.fullmatch(self.url):
+            inner = "/".join(part for part in (match[2].rstrip("/"), *names) if part)
+            return replace(self, url=f"{match[1]}://{inner}::{match[3]}")
         return replace(self, url="/".join((self.url.rstrip("/"), *names)))
+
+
+def pin(location: Location) -> Location:
+    """
+    Say of which version an archive is, for processes that may have an older one in memory.
+
+    Parameters
+    ----------
+    location : Location
+        A folder.
+
+    Returns
+    -------
+    Location
+        The same folder; with a stamp where it is in an archive.
+
+    Raises
+    ------
+    StorageError
+        If the archive cannot be reached.
+    """
+    if not location.is_archive:
+        return location
+    with explained(location, "read"):
+        return replace(location, stamp=location.fs.read_version())
 
 
 def hide_secrets(text: str) -> str:
@@ -144,6 +215,11 @@ def hide_secrets(text: str) -> str:
 def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str]:
     """Open the file system of a location, naming the missing package where one is missing."""
     protocol = location.url.split("://")[0] if "://" in location.url else "file"
+    if match := _ARCHIVE.fullmatch(location.url):
+        archive = replace(location, url=match[3])
+        return _open_archive(match[1], archive, archive.path), match[2].strip("/")
+    if protocol in PROTOCOLS:
+        raise StorageError(f"{location.url}: expected {protocol}://FOLDER::ARCHIVE, such as {protocol}://::photos.{protocol}")
     if location.is_s3:
         from fruitdask.s3 import S3
 
@@ -161,6 +237,12 @@ def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str
             f"{location.url}: expected a local path or a URL that fsspec can open (s3://, abfs://, gs://, https:// ...), found {error}"
         ) from error
     return fs, path.rstrip("/")
+
+
+@lru_cache(_MAX_ARCHIVES)
+def _open_archive(protocol: str, archive: Location, path: str) -> Archive:
+    """Open an archive once; a relative path may lead to another one later."""
+    return Archive(protocol, archive.fs, path)
 
 
 @contextmanager

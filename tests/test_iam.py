@@ -42,10 +42,11 @@ from fruitdask import aws
 from fruitdask.cli import cli
 from fruitdask.cluster import open_client
 from fruitdask.config import Config, ModelConfig
-from fruitdask.errors import ConfigError, FruitdaskError
+from fruitdask.errors import ConfigError, FruitdaskError, StorageError
 from fruitdask.iam import ROLES, Permission, build_policies, list_actions
 from fruitdask.residency import EU_REGIONS
 from fruitdask.sample import draw_sample
+from fruitdask.storage import Location, hash_file
 
 Policy = dict[str, Any]
 Context = Mapping[str, str | list[str]]
@@ -613,6 +614,9 @@ def history(account: Account, workers: Client) -> History:
         fruitdask.explore(config, client=workers)
         by_status = fruitdask.run(anew, client=workers).manifest["counts"]["by_status"]
         assert by_status == {"ok": 12, "unreadable": 4, "missing": 1}
+        # One that vanishes after it was listed is asked for all the same.
+        vanished = Location(f"{config.input.url}/gone/2.jpg", config.input.storage_options)
+        assert isinstance(workers.submit(hash_file, vanished).exception(), StorageError)
         assert fruitdask.run(config, client=workers).n_computed == 0
         assert "</html>" in fruitdask.render_report(config).read()
         assert fruitdask.erase(config, ["broken/0.jpg"], client=workers).n_erased == 1

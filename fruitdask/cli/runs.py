@@ -102,6 +102,7 @@ def _load(config: str, overrides: tuple[str, ...]) -> "Config":
 
 def _print_summary(result: "RunResult", console: "Console") -> None:
     """Print what a run has done and where it is."""
+    from fruitdask.listing import format_left_out
     from fruitdask.pipeline import format_changes
 
     manifest, counts = result.manifest, result.manifest["counts"]
@@ -109,10 +110,11 @@ def _print_summary(result: "RunResult", console: "Console") -> None:
     if result.n_computed == 0 and not result.changes:
         console.print(f"All {n_images:,} images were done before: nothing to compute.")
     console.print(_build_class_table(counts["by_class"]))
-    seconds = manifest["seconds"]
+    seconds, is_default = manifest["seconds"], manifest["config"]["input"].get("extensions") is None
     rows = {
         "images": f"{n_ok:,} ok, {n_images - n_ok:,} failed"
         + (f", {n_vanished:,} of them not in the input any more" if n_vanished else ""),
+        "left out": format_left_out(manifest.get("left_out", {}), is_default=is_default),
         "since the last run": format_changes(result.changes),
         "model": _format_model(manifest["model"]),
         "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items() if stage != "worker"),
@@ -136,6 +138,8 @@ def _print_exploration(found: "Exploration", config: "Config", console: "Console
     from rich.markup import escape
     from rich.table import Table
 
+    from fruitdask.listing import format_left_out
+
     table = Table("class", "images", "median px", "difference", "near duplicates", title=None)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -152,6 +156,7 @@ def _print_exploration(found: "Exploration", config: "Config", console: "Console
     summary = found.summary
     rows = {
         "images": f"{summary['n_ok']:,} readable, {summary['n_images'] - summary['n_ok']:,} not",
+        "left out": format_left_out(summary.get("left_out", {}), is_default=config.input.extensions is None),
         "duplicates": _format_groups(summary["duplicates"]),
         "near duplicates": _format_groups(summary["near_duplicates"]),
         "files that carry": ", ".join(f"{kind} {count:,}" for kind, count in summary["metadata"].items()),

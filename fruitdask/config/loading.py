@@ -20,6 +20,8 @@ _WORDS_FOR_WEIGHTS = ("imagenet", "random")
 _MAX_BYTES = 1 << 20
 #: What neither a path nor a file in UTF-8 can hold: null characters, and halves of characters, such as of bytes that are not UTF-8.
 _UNUSABLE = re.compile(r"[\0\ud800-\udfff]")
+#: What is no path; one slash too few is told by the section.
+_URL = re.compile(r".*://|[A-Za-z][A-Za-z0-9+.-]+:/", re.DOTALL)
 _ENV_PATTERN = re.compile(r"\$\{(\w+)\}")
 
 
@@ -184,12 +186,15 @@ def _resolve_paths(tree: dict[str, Any], base: Path, name: str) -> dict[str, Any
     for section, key in URL_KEYS:
         value = tree.get(section, {}).get(key) if isinstance(tree.get(section), dict) else None
         is_word = section == "model" and value in _WORDS_FOR_WEIGHTS
-        if isinstance(value, str) and value and "://" not in value and not is_word:
+        # Of a folder in an archive (zip://Test::x.zip), the archive has the path.
+        head, sep, tail = str(value or "").rpartition("::")
+        chain, path = (head + sep, tail) if "://" in head else ("", value)
+        if isinstance(path, str) and path and not _URL.match(path) and not is_word:
             try:
-                path = base / Path(value).expanduser()
+                path = base / Path(path).expanduser()
             except RuntimeError as error:
                 raise ConfigError(
                     f"{name}: {section}.{key}: there is no home folder for {value}; write the path out"
                 ) from error
-            tree = _merge(tree, {section: {key: os.path.normpath(path)}})
+            tree = _merge(tree, {section: {key: chain + os.path.normpath(path)}})
     return tree

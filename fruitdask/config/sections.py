@@ -1,5 +1,6 @@
 """The sections of a configuration as frozen, validated objects."""
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -24,38 +25,82 @@ class InputConfig(Section):
 
     url: str = Field(
         min_length=1,
-        description="Folder of images: a path or any fsspec URL (s3://bucket/prefix). The class of an image is its folder.",
+        description="Folder of images: a path, any fsspec URL (s3://bucket/prefix), or in an archive (zip://::s3://bucket/x.zip).",
     )
     storage_options: dict[str, Any] = Field(
-        {}, repr=False, description="Options of the fsspec file system, such as endpoint_url or anon."
+        {},
+        repr=False,
+        description="Options of the fsspec file system, such as endpoint_url or anon; of an archive, those of where it is.",
     )
     region: str | None = Field(
         None,
         description="Where it is, such as eu-west-3, for privacy.allowed_regions; needed where AWS cannot be asked.",
     )
+    label_from: str = Field(
+        "parent",
+        description="The folder that is the class of an image: parent, first, or a regular expression on the path with one group.",
+    )
+    split_from: str | None = Field(
+        None,
+        description="The folder that is the split (train, test ...), written as label_from is; null leaves the column split out.",
+    )
     classes: tuple[str, ...] | None = Field(None, min_length=1, description="Classes to keep; null keeps all.")
     exclude: tuple[str, ...] = Field(
         (), description="Patterns of paths to leave out, such as pear_1/* or */IMG_20*; see Python's fnmatch."
     )
-    extensions: tuple[str, ...] = Field(
-        (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"),
+    extensions: tuple[str, ...] | None = Field(
+        None,
         min_length=1,
-        description="File name endings of images, in any case.",
+        description="File name endings of images, in any case; null takes those of all formats that fruitdask reads.",
+    )
+    hidden: bool = Field(
+        False,
+        description="Take files and folders whose names begin with a dot, or are those of system folders such as __MACOSX, too.",
     )
     limit: int | None = Field(
         None, ge=1, description="At most so many images, spread evenly over the classes; null takes all."
     )
     manifest: str | None = Field(
-        None, description="CSV or Parquet file with the columns path and label, instead of one class per folder."
+        None,
+        description="CSV or Parquet file with the columns path and label, and if wanted split, instead of one class per folder.",
     )
     sample: SampleConfig | None = Field(
         None, description="Draw a sample data set into url where that folder does not exist."
     )
 
+    @field_validator("url")
+    @classmethod
+    def _check_protocol(cls, url: str) -> str:
+        if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", url):
+            protocol, rest = match[1], url[match.end() :]
+            wanted = f"/dbfs/{rest}" if protocol.lower() == "dbfs" else f"{protocol}://{rest}"
+            raise ValueError(f"expected a path or a URL, found {url}; write {wanted}")
+        return url
+
+    @field_validator("label_from", "split_from")
+    @classmethod
+    def _check_rule(cls, rule: str | None) -> str | None:
+        if rule in (None, "parent", "first"):
+            return rule
+        wanted = "expected parent, first, or a regular expression with one group, such as ^[^/]+/([^/]+)/"
+        try:
+            n_groups = re.compile(str(rule)).groups
+        except re.error as error:
+            raise ValueError(f"{wanted}; found {rule}, which is none: {error}") from error
+        if n_groups != 1:
+            raise ValueError(f"{wanted}; found {rule}, which has {n_groups} groups")
+        return rule
+
     @field_validator("extensions")
     @classmethod
-    def _normalize_extensions(cls, extensions: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple("." + extension.lower().lstrip(".") for extension in extensions)
+    def _normalize_extensions(cls, extensions: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return extensions and tuple("." + extension.lower().lstrip(".") for extension in extensions)
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> "InputConfig":
+        if self.manifest is not None and self.label_from != "parent":
+            raise ValueError("label_from and manifest both say which class an image has; leave one out")
+        return self
 
 
 class ModelConfig(Section):

@@ -215,9 +215,18 @@ def _check_partition(
             scores = run.components.transform(checked.features)
             tolerance = _SCORE_TOLERANCE * float(np.sqrt(run.components.explained_variance[0]))
         rows = part.iloc[start : start + run.size]
+        if run.catalog is not None and not _are_splits_equal(rows, run.catalog.iloc[index * run.size :]):
+            faults.append(Fault(f"{report.RESULTS}, partition {index}", f"split is not that in {store.CATALOG}", "reduce"))
         for what in report.compare_rows(rows, outcomes, scores, tolerance=tolerance):
             faults.append(Fault(f"{report.RESULTS}, partition {index}", what, "reduce"))
     return outcomes, faults
+
+
+def _are_splits_equal(rows: pd.DataFrame, images: pd.DataFrame) -> bool:
+    """Tell whether rows of the results have the splits of the first of some images, or both have none."""
+    if "split" not in rows or "split" not in images:
+        return "split" not in rows and "split" not in images
+    return np.array_equal(rows["split"].to_numpy(), images["split"].iloc[: len(rows)].to_numpy())
 
 
 def _are_results_wrong(tally: Tally) -> bool:

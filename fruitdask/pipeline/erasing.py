@@ -30,7 +30,7 @@ from fruitdask.residency import check_regions
 from fruitdask.storage import Location
 
 #: What a manifest says about results, which are deleted.
-_RESULT_KEYS = ("counts", "pca", "presented", "finished")
+_RESULT_KEYS = ("counts", "pca", "split", "presented", "finished")
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,6 +61,8 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | None 
     with progress, ExitStack() as stack:
         progress.begin("Listing images")
         inputs = prepare_inputs(config, client=client)
+        for note in inputs.notes:
+            progress.say(f"Note: {note}.")
         stack.enter_context(store.locked(inputs.output))
         settle_erasure(inputs, progress)
         # Other images in the folder of a run: its report would mix them up.
@@ -116,6 +118,7 @@ class Survey:
             },
             "input_px": self._job.input_px,
             "regions": inputs.regions,
+            "left_out": dict(inputs.left_out),
         }
 
     @property
@@ -199,7 +202,7 @@ class Survey:
 
     def renew_record(self) -> None:
         """
-        Say in a complete exploration what the configuration says now of purpose, controller and retention.
+        Say in a complete exploration what is left out now, and what the configuration says of purpose, controller and retention.
 
         Raises
         ------
@@ -208,8 +211,9 @@ class Survey:
         """
         output, found = self._inputs.output, store.read_manifest(self._inputs.output, name=store.EXPLORATION) or {}
         record = found.get("processing", {}) | describe_processing(self._inputs.config, since=found["finished"])
-        if record != found.get("processing"):
-            store.write_manifest(output, found | {"processing": record}, name=store.EXPLORATION)
+        renewed = found | {"processing": record, "left_out": self._described["left_out"]}
+        if renewed != found:
+            store.write_manifest(output, renewed, name=store.EXPLORATION)
 
     def _look(self, client: Any, progress: RunProgress) -> None:
         """Look at the images that no task of a run has looked at."""

@@ -190,6 +190,7 @@ def _begin_output(task: Task, computation: dict[str, Any], client: Any = None) -
             "erasures": before.get("erasures", []),
             "config": dump_config(task.config),
             "regions": task.inputs.regions,
+            "left_out": dict(task.inputs.left_out),
             "processing": computation.get("processing", {}) | describe_processing(task.config),
         }
         | task.budget.describe()
@@ -220,8 +221,7 @@ def _make_room(task: Task, n_features: int, attributes: dict[str, Any]) -> None:
         )
         store.write_catalog(output, catalog)
     elif changes:
-        if changes["kept"] < len(catalog):
-            store.write_catalog(output, catalog)
+        store.write_catalog(output, catalog)
         # Also where the catalog says so already: a run that was interrupted may have come so far and no further.
         store.resize_store(output, n_images=len(catalog), attributes=attributes)
 

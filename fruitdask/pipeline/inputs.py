@@ -2,14 +2,15 @@
 
 import json
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import pandas as pd
 
 from fruitdask import store
-from fruitdask.catalog import hash_catalog, list_images
+from fruitdask.catalog import hash_catalog, list_input
 from fruitdask.config import URL_KEYS, Config
 from fruitdask.errors import ConfigError, OutputError
 from fruitdask.fetch import ImageSource
@@ -17,7 +18,7 @@ from fruitdask.models import choose_batch_size
 from fruitdask.progress import RunProgress
 from fruitdask.residency import check_regions, find_regions
 from fruitdask.sample import draw_sample
-from fruitdask.storage import Location, check_bucket, exists, hide_secrets
+from fruitdask.storage import Location, check_bucket, exists, hide_secrets, pin
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Inputs:
         The images.
     regions : dict[str, str]
         The regions of the input, the output and the cluster, from `fruitdask.residency`.
+    left_out : Mapping[str, int]
+        Files of the input that are not taken, by kind.
+    notes : tuple[str, ...]
+        What the user is told about how the images were listed.
     """
 
     config: Config
@@ -44,6 +49,8 @@ class Inputs:
     output: Location
     catalog: pd.DataFrame
     regions: dict[str, str]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -97,14 +104,15 @@ def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
         draw_sample(source.path, per_class=sample.per_class, size_px=sample.size_px, seed=sample.seed)
     options = config.featurize.model_dump(include={"max_pixels", "decode", "fetch_attempts", "concurrent_reads"})
     options["batch_size"] = choose_batch_size(config)
-    catalog = list_images(config.input)
+    listing = list_input(config.input)
     if output.is_s3:
         check_bucket(output)
     if regions is None:
         # For the record alone, so whatever is wrong with the input was said before.
         regions = find_regions(config, scheduler=scheduler)
     # Reading an image is tried again here and counted; the client must not multiply that.
-    return Inputs(config, ImageSource(replace(source, attempts=1), **options), output, catalog, regions)
+    images = ImageSource(replace(pin(source), attempts=1), **options)
+    return Inputs(config, images, output, listing.files, regions, listing.left_out, listing.notes)
 
 
 def settle_erasure(inputs: Inputs, progress: RunProgress) -> None:
@@ -197,6 +205,8 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 def _check_places(source: Location, output: Location) -> None:
     """Refuse an output that would be listed as input the next time, or that cannot be a folder."""
+    if output.is_archive:
+        raise ConfigError(f"output.url {output.url}: expected a folder, found a place in an archive; choose another one")
     inner, outer = (os.path.realpath(place.path) if place.is_local else place.path for place in (output, source))
     if f"{inner}/".startswith(f"{outer}/") and type(output.fs) is type(source.fs):
         raise ConfigError(f"output.url {output.url} lies inside input.url {source.url}; choose a folder outside it")
@@ -207,7 +217,7 @@ def _check_places(source: Location, output: Location) -> None:
 def _check_reach(source: Location, output: Location) -> None:
     """Refuse folders of this machine for instances elsewhere."""
     for key, place in (("input.url", source), ("output.url", output)):
-        if place.is_local:
+        if place.base.is_local:
             raise ConfigError(
                 f"{key} {place.url} is on this machine, where instances of cluster.kind: ec2 cannot reach it; put it on s3://"
             )

@@ -17,6 +17,7 @@ from fruitdask.pipeline.spending import compute_cluster_cost
 from fruitdask.pipeline.trying import Sample, try_images
 from fruitdask.progress import RunProgress
 from fruitdask.residency import LOCAL, UNKNOWN
+from fruitdask.storage import Location
 
 #: An instance needs this many times the memory that was measured: the system takes some, and images differ.
 _MEMORY_RESERVE = 1.5
@@ -446,7 +447,7 @@ class Estimator:
         section = self._config.input if place == "input" else self._config.output
         options = section.storage_options
         is_elsewhere = "endpoint_url" in options or "endpoint_url" in options.get("client_kwargs", {})
-        return section.url.startswith(("s3://", "s3a://")) and not is_elsewhere
+        return Location(section.url).base.is_s3 and not is_elsewhere
 
     def _price(self, machines: tuple[Machine, ...], movements: tuple[Movement, ...]) -> dict[str, float]:
         """Add up what everything costs."""

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from fruitdask import report, store
-from fruitdask.catalog import choose_partition_size
+from fruitdask.catalog import SPLIT, choose_partition_size, hash_split
 from fruitdask.config import Config, LocalClusterConfig
 from fruitdask.models import fingerprint_model
 from fruitdask.pipeline.growing import Backlog, Rows, find_backlog, order_images
@@ -135,6 +135,11 @@ class Task:
         return self.manifest is not None and not self.backlog.todo and not self.has_other_images
 
     @property
+    def split_hash(self) -> str | None:
+        """What tells the splits of the images from others; None where there are none."""
+        return hash_split(self.rows.catalog) if SPLIT in self.inputs.catalog else None
+
+    @property
     def is_reduced(self) -> bool:
         """Whether it holds the tables that the configuration asks for."""
         manifest = self.manifest or {"status": "new"}
@@ -143,14 +148,17 @@ class Task:
         names = [report.RESULTS, PCA] + [store.QUALITY] * self.config.quality.enabled
         if not all(exists(self.output.child(name)) for name in names):
             return False
+        if manifest.get("split") != self.split_hash:
+            return False
         return _select(manifest["config"], _REDUCING) == _select(dump_config(self.config), _REDUCING)
 
     @property
     def is_presented(self) -> bool:
         """Whether it holds the figures and the page that the configuration asks for."""
         names = [report.PAGE] * self.config.report.enabled + [store.FIGURES] * self.config.plots.enabled
-        mark = (self.manifest or {}).get("presented")
-        is_same = mark == describe_presentation(self.config, self.output)
+        manifest = self.manifest or {}
+        is_same = manifest.get("presented") == describe_presentation(self.config, self.output)
+        is_same &= manifest.get("left_out", {}) == self.inputs.left_out
         return is_same and all(exists(self.output.child(name)) for name in names)
 
 
@@ -192,6 +200,8 @@ def prepare(
     clock = Clock()
     with clock.measure("list"):
         inputs = prepare_inputs(config, client=client)
+    for note in inputs.notes:
+        progress.say(f"Note: {note}.")
     output, catalog = inputs.output, inputs.catalog
     fingerprint = inputs.fingerprint | {"model": fingerprint_model(config.model)}
     lock = None

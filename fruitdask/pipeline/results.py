@@ -47,7 +47,7 @@ class RunResult:
 
     @property
     def table(self) -> pd.DataFrame:
-        """All images: path, label, status, pca_1, pca_2 ... (tsne_1, tsne_2)."""
+        """All images: path, label, status, split where it is configured, pca_1, pca_2 ... (tsne_1, tsne_2)."""
         return report.read_results(self.output)
 
     @property

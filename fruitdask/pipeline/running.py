@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fruitdask import report, store
+from fruitdask.catalog import SPLIT
 from fruitdask.config import Config
 from fruitdask.errors import FruitdaskError, LimitError
 from fruitdask.guard import leave_imported_script
@@ -85,6 +86,7 @@ def run(
         manifest |= {"config": dump_config(config)} | ({"n_computed": n_computed} if n_computed else {})
         record = describe_processing(config, since=manifest["finished"])
         manifest |= {"regions": task.inputs.regions, "processing": manifest.get("processing", {}) | record}
+        manifest |= {"left_out": dict(task.inputs.left_out)}
         manifest |= task.budget.describe()
         store.write_manifest(task.output, manifest)
         progress.begin("Drawing")
@@ -187,8 +189,11 @@ def _reduce_features(
         # They show other numbers; whether they are drawn again is for the configuration to say.
         for name in (report.PAGE, *(f"{store.FIGURES}/{figure}.png" for figure in store.FIGURE_NAMES)):
             store.delete_result(task.output, name)
-        outcomes = store.read_outcomes(task.output, range(task.n_partitions))
-        counts = report.write_results(task.output, outcomes, pca=reduction.scores, tsne=reduction.tsne)
+        if task.rows.changes and manifest.get("split") != task.split_hash:
+            # Splits may change while nothing does that is computed.
+            store.write_catalog(task.output, task.rows.catalog)
+        outcomes, splits = store.read_outcomes(task.output, range(task.n_partitions)), task.rows.catalog.get(SPLIT)
+        counts = report.write_results(task.output, outcomes, pca=reduction.scores, tsne=reduction.tsne, splits=splits)
         if not reduction.is_kept:
             write_components(task.output, reduction.components)
         store.delete_result(task.output, store.QUALITY)
@@ -215,6 +220,7 @@ def _describe_results(task: Task, reduction: Reduction, counts: report.Counts) -
     return {
         "status": "complete",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "split": task.split_hash,
         "config": dump_config(task.config),
         "counts": {"by_status": dict(counts.by_status), "by_class": counts.by_class(), "vanished": n_vanished},
         "pca": {

@@ -14,6 +14,7 @@ import yaml
 
 from fruitdask.config import Config
 from fruitdask.exploration import Exploration
+from fruitdask.listing import format_left_out
 from fruitdask.report.formats import format_count, format_time
 from fruitdask.report.thumbnails import Thumbnails
 from fruitdask.residency import EU_REGIONS, LOCAL, UNKNOWN
@@ -167,6 +168,7 @@ def describe_summary(
         "n_images": counts.n_images,
         "n_classes": len(counts.by_class),
         "n_failed": counts.n_failed,
+        "left_out": _say_left_out(config, manifest, exploration),
         "finished": manifest.get("finished") or (exploration.summary.get("finished") if exploration else None),
         "version": manifest.get("fruitdask") or (exploration.summary.get("fruitdask") if exploration else None),
         "model": model,
@@ -179,6 +181,12 @@ def describe_summary(
         "near_share": _share_near_duplicates(exploration),
         "metadata": exploration.summary.get("metadata") if exploration else None,
     }
+
+
+def _say_left_out(config: Config, manifest: Mapping[str, Any], exploration: Exploration | None) -> str:
+    """Say which files of the input are not images, or are not taken for other reasons."""
+    summary: Mapping[str, Any] = manifest or (exploration.summary if exploration else {})
+    return format_left_out(summary.get("left_out", {}), is_default=config.input.extensions is None)
 
 
 def _share_near_duplicates(exploration: Exploration | None) -> float:
@@ -639,8 +647,10 @@ def show_place(text: str) -> str:
         The same, the home folder as ``~``.
     """
     home = str(Path.home())
-    hidden = hide_secrets(text)
-    return "~" + hidden[len(home) :] if len(home) > 1 and f"{hidden}/".startswith(f"{home}/") else hidden
+    # Of a folder in an archive, the archive has the path.
+    chain, separator, place = hide_secrets(text).rpartition("::")
+    shown = "~" + place[len(home) :] if len(home) > 1 and f"{place}/".startswith(f"{home}/") else place
+    return chain + separator + shown
 
 
 def list_facts(value: Any) -> list[tuple[str, str]]:

@@ -76,6 +76,7 @@ def write_results(
     *,
     pca: npt.NDArray[np.floating],
     tsne: npt.NDArray[np.floating] | None,
+    splits: pd.Series | None = None,
 ) -> Counts:
     """
     Write the table of all images, and the table of those that failed.
@@ -90,6 +91,8 @@ def write_results(
         Scores of all images, shape (n, k); NaN where an image failed.
     tsne : numpy.ndarray or None
         Coordinates of all images, shape (n, 2); NaN where there are none.
+    splits : pandas.Series, optional
+        The split of each image, where that is configured.
 
     Returns
     -------
@@ -106,9 +109,10 @@ def write_results(
     counts, failures, csv, start = Counts(), [], io.StringIO(), 0
     for number, piece in enumerate(outcomes):
         rows = slice(start, start + len(piece))
-        table = _add_columns(
-            piece[["path", "label", "status"]], pca=pca[rows], tsne=None if tsne is None else tsne[rows]
-        )
+        table = piece[["path", "label", "status"]]
+        if splits is not None:
+            table = table.assign(split=splits.iloc[rows].astype("str").to_numpy())
+        table = _add_columns(table, pca=pca[rows], tsne=None if tsne is None else tsne[rows])
         write_table(output.child(RESULTS, f"part-{number:05d}.parquet"), table)
         if len(pca) <= _MAX_CSV_ROWS:
             csv.write(format_csv(table, with_header=start == 0))
@@ -180,7 +184,8 @@ def read_results(output: Location) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        ``path``, ``label``, ``status``, ``pca_1`` ... and where it was asked for ``tsne_1``, ``tsne_2``, in the order of the catalog.
+        ``path``, ``label``, ``status``, ``pca_1`` ... and where they were asked for ``split``, ``tsne_1``, ``tsne_2``, in the order of
+        the catalog.
 
     Raises
     ------

@@ -21,8 +21,8 @@ def read_catalog(output: Location) -> pd.DataFrame | None:
     Returns
     -------
     pandas.DataFrame or None
-        ``path``, ``label``, ``bytes`` and ``version`` in the order of the store's rows; None where there is none, as in stores of a time
-        before they kept one.
+        ``path``, ``label``, ``bytes``, ``version`` and where it is configured ``split`` in the order of the store's rows; None where
+        there is none, as in stores of a time before they kept one.
 
     Raises
     ------
@@ -50,6 +50,7 @@ def write_catalog(output: Location, catalog: pd.DataFrame) -> None:
     """
     buffer = io.BytesIO()
     # Categories would keep the names of classes of which no image is left, and a dictionary of paths would hold each of them.
-    table = catalog.astype({"label": "str"})
-    table.to_parquet(buffer, index=False, compression="zstd", use_dictionary=["label"], write_page_checksum=True)
+    words = [name for name in ("label", "split") if name in catalog]
+    table = catalog.astype(dict.fromkeys(words, "str"))
+    table.to_parquet(buffer, index=False, compression="zstd", use_dictionary=words, write_page_checksum=True)
     write_file(output.child(CATALOG), buffer.getvalue())

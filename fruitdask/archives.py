@@ -1,0 +1,295 @@
+"""Archives of images, zip and tar, as file systems that several threads can read at once."""
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import shutil
+import struct
+import tarfile
+import tempfile
+import threading
+import weakref
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+from fsspec.archive import AbstractArchiveFileSystem
+
+from fruitdask.errors import DamageError, StorageError
+
+PROTOCOLS = ("zip", "tar")
+#: What can be undone within bounds: zipfile has none for bzip2 and lzma, which photographs do not need.
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+#: The deflated form of a file that does not shrink is a little longer than the file.
+_MAX_GROWTH, _GROWTH_BYTES = 2, 1 << 16
+#: Of a member's own header in a zip: its bytes, and where the lengths of the name and of the extra field stand (APPNOTE 6.3.10, 4.3.7).
+_HEADER_BYTES, _LENGTHS_AT = 30, 26
+#: The extra field there may be longer than the one in the directory, which is known.
+_SPARE_BYTES = 256
+_ENCRYPTED, _UTF8 = 0x1, 0x800
+#: Bytes fetched at once while the directory of a remote archive is read.
+_BLOCK_BYTES = 1 << 20
+#: Archives that are compressed as a whole, by their first bytes.
+_OPENERS: Mapping[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
+
+
+class Archive(AbstractArchiveFileSystem):  # type: ignore[misc]
+    """
+    The files in an archive; each is read by itself, so that no thread waits for another one.
+
+    fsspec's own file systems of archives share one file between threads, which those of tar do without a lock, and hold on to an archive
+    that was replaced.
+
+    Parameters
+    ----------
+    *args : Any
+        ``zip`` or ``tar``, the file system that the archive is on, and its path there.
+    **kwargs : Any
+        None.
+    """
+
+    root_marker = ""
+    cachable = False
+
+    def __init__(self, protocol: str, fs: fsspec.AbstractFileSystem, path: str) -> None:
+        super().__init__()
+        self.kind, self.fo = protocol, path
+        self._fs, self._path = fs, path
+        self._lock = threading.Lock()
+        self._opened: _Zip | _Tar | None = None
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        """
+        Look at the archive anew: it may have been replaced.
+
+        Parameters
+        ----------
+        path : str, optional
+            Not used.
+        """
+        self._fs.invalidate_cache()
+        self._opened = None
+
+    def read_version(self) -> str:
+        """
+        Read what changes when the archive does.
+
+        Returns
+        -------
+        str
+            Its size, and its ETag or its time of modification.
+        """
+        return _read_version(self._fs, self._path)
+
+    def _get_dirs(self) -> None:
+        """Read the directory of the archive."""
+        self._members()
+
+    @property
+    def dir_cache(self) -> dict[str, dict[str, Any]]:
+        """What is known of files and folders, by path."""
+        return self._members().entries
+
+    def _members(self) -> "_Zip | _Tar":
+        """Open the archive once, whichever thread comes first."""
+        with self._lock:
+            if self._opened is None:
+                self._opened = (_Zip if self.kind == "zip" else _Tar)(self._fs, self._path)
+            return self._opened
+
+    def find(self, path: str, *args: Any, **kwargs: Any) -> dict[str, dict[str, Any]]:
+        """
+        Describe the files below a folder.
+
+        Parameters
+        ----------
+        path : str
+            The folder; empty for the whole archive.
+        *args, **kwargs : Any
+            Not used.
+
+        Returns
+        -------
+        dict[str, dict[str, Any]]
+            Size, type and version by path.
+        """
+        below = f"{path}/" if path else ""
+        return {name: entry for name, entry in self.dir_cache.items() if entry["type"] == "file" and name.startswith(below)}
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        """
+        Read a file, or a part of it.
+
+        Parameters
+        ----------
+        path : str
+            The file.
+        start, end : int, optional
+            The part.
+        **kwargs : Any
+            Not used.
+
+        Returns
+        -------
+        bytes
+            The content.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file in the archive.
+        DamageError
+            If it is damaged.
+        """
+        return self._members().read(path.strip("/"))[start:end]
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> io.BytesIO:
+        """Open a file that is in memory."""
+        return io.BytesIO(self.cat_file(path))
+
+
+@contextmanager
+def _decoded(path: str, kind: str) -> Iterator[None]:
+    """Turn whatever a decoder raises about the directory of an archive into one sentence."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise StorageError(f"{path}: expected a {kind} archive, found something else or a part of one ({error})") from error
+
+
+class _Members:
+    """What is in an archive, and where."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
+        self._fs, self._path = fs, path
+        self.entries: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, size: int, version: str) -> str:
+        """Add a file and the folders that it lies in; gives its name here."""
+        name = name.lstrip("/")
+        while name.startswith("./"):
+            name = name[2:].lstrip("/")
+        self.entries[name] = {"name": name, "size": size, "type": "file", "version": version}
+        folder = name.rpartition("/")[0]
+        while folder and folder not in self.entries:
+            self.entries[folder] = {"name": folder, "size": 0, "type": "directory"}
+            folder = folder.rpartition("/")[0]
+        return name
+
+    def read_range(self, start: int, end: int) -> bytes:
+        """Read a part of the archive."""
+        return bytes(self._fs.cat_file(self._path, start=start, end=end))
+
+
+class _Zip(_Members):
+    """The files of a zip archive, whose versions are the checksums of their content."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
+        super().__init__(fs, path)
+        with fs.open(path, "rb", block_size=_BLOCK_BYTES) as file, _decoded(path, "zip"), zipfile.ZipFile(file) as archive:
+            infos = [info for info in archive.infolist() if not info.is_dir()]
+        self._infos: dict[str, zipfile.ZipInfo] = {}
+        for info in infos:
+            if info.flag_bits & _ENCRYPTED or info.compress_type not in _COMPRESSIONS:
+                what = "encrypted" if info.flag_bits & _ENCRYPTED else "compressed by something else than deflate"
+                raise StorageError(f"{path}: {info.filename} in this archive is {what}; unpack it, or pack it anew")
+            name = self.add(_read_name(info), info.file_size, f"crc32 {info.CRC:08x}")
+            self._infos[name] = info
+
+    def read(self, name: str) -> bytes:
+        """Read a file."""
+        info = self._infos.get(name)
+        if info is None:
+            raise FileNotFoundError(name)
+        if info.header_offset < 0 or info.compress_size > _MAX_GROWTH * info.file_size + _GROWTH_BYTES:
+            raise DamageError("the archive is damaged: what its directory says of this file cannot be true")
+        start, n_name = info.header_offset, len(info.orig_filename.encode("utf-8"))
+        data = self.read_range(start, start + _HEADER_BYTES + n_name + len(info.extra) + _SPARE_BYTES + info.compress_size)
+        if not data.startswith(b"PK\x03\x04") or len(data) < _HEADER_BYTES:
+            raise DamageError("the archive has changed or is damaged: its directory leads to something else than this file")
+        begin = _HEADER_BYTES + sum(struct.unpack_from("<HH", data, _LENGTHS_AT))
+        if len(data) < begin + info.compress_size:
+            data, begin = self.read_range(start + begin, start + begin + info.compress_size), 0
+        try:
+            with zipfile.ZipExtFile(io.BytesIO(data[begin : begin + info.compress_size]), "r", info) as file:
+                # No more than was said is unpacked.
+                return file.read(info.file_size)
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+            raise DamageError(f"the archive is damaged: {error or 'it ends too early'}") from error
+
+
+def _read_name(info: zipfile.ZipInfo) -> str:
+    """Read a name as it was meant: macOS writes UTF-8 without saying so, and some tools of Windows write backslashes."""
+    name = info.filename
+    if not (info.flag_bits & _UTF8 or name.isascii()):
+        try:
+            name = name.encode("cp437").decode("utf-8")
+        except UnicodeError:
+            pass
+    return name.replace("\\", "/") if info.create_system == 0 else name
+
+
+class _Tar(_Members):
+    """The files of a tar archive; one that is compressed is unpacked once, into a temporary file."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
+        super().__init__(fs, path)
+        self._places: dict[str, tuple[int, int]] = {}
+        with fs.open(path, "rb", block_size=_BLOCK_BYTES) as file:
+            self._unpacked = _unpack(file, path)
+            if self._unpacked is not None:
+                weakref.finalize(self, self._unpacked.close)
+            with _decoded(path, "tar"), tarfile.open(fileobj=self._unpacked or file, mode="r:") as archive:
+                members = [member for member in archive if member.isreg() and not member.issparse()]
+        times = {member.mtime for member in members}
+        # Where all files are said to be of the same time, it tells nothing about their content.
+        common = _read_version(fs, path) if len(times) == 1 else ""
+        for member in members:
+            name = self.add(member.name, member.size, f"{member.mtime} {common}")
+            self._places[name] = member.offset_data, member.size
+
+    def read(self, name: str) -> bytes:
+        """Read a file."""
+        if name not in self._places:
+            raise FileNotFoundError(name)
+        start, size = self._places[name]
+        # Threads read a temporary file without moving a position that they share.
+        data = os.pread(self._unpacked.fileno(), size, start) if self._unpacked else self.read_range(start, start + size)
+        if len(data) != size:
+            raise OSError("the archive has changed or is damaged: it ends within this file")
+        return data
+
+
+def _read_version(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """Read what changes when an archive does."""
+    info = fs.info(path)
+    return "/".join(str(info[key]) for key in ("size", "ETag", "etag", "mtime", "LastModified") if info.get(key))
+
+
+def _unpack(file: Any, path: str) -> Any:
+    """Unpack what is compressed as a whole into a temporary file; None where it is not compressed."""
+    first = file.read(8)
+    file.seek(0)
+    opener = next((opener for mark, opener in _OPENERS.items() if first.startswith(mark)), None)
+    if opener is None:
+        return None
+    unpacked = tempfile.TemporaryFile()
+    try:
+        with opener(file) as stream:
+            shutil.copyfileobj(stream, unpacked, _BLOCK_BYTES)
+    except (EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
+        unpacked.close()
+        raise StorageError(f"{path}: the archive is damaged or only a part of one ({error}); fetch it again") from error
+    unpacked.seek(0)
+    return unpacked
