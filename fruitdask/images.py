@@ -6,6 +6,7 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
@@ -161,6 +162,11 @@ def read_header(data: bytes) -> tuple[str, int, int] | None:
     except Exception:
         # Whatever a decoder raises at hostile bytes.
         return None
+
+
+def can_read_heic() -> bool:
+    """Tell whether HEIC images can be read here: whether the package of the extra `heic` is installed. Nothing is imported."""
+    return find_spec("pi_heif") is not None
 
 
 @contextmanager
