@@ -166,7 +166,7 @@ def read_header(data: bytes) -> tuple[str, int, int] | None:
 
 def can_read_heic() -> bool:
     """Tell whether HEIC images can be read here: whether the package of the extra `heic` is installed. Nothing is imported."""
-    return find_spec("pi_heif") is not None
+    return find_spec("pillow_heif") is not None
 
 
 @contextmanager
