@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageDraw
 
-from fruitdask import images
+from fruitdask.images import decode as decoding
 from fruitdask.errors import ImageError, ImageTooLargeError
 from fruitdask.images import decode_image, decode_images
 
@@ -255,7 +255,7 @@ def test_decode_image_converts_images_of_any_height(mode: str, height: int) -> N
 
 
 def test_large_image_is_not_overtaken_by_small_ones_for_ever() -> None:
-    in_work, order = images._InWork(), list[str]()
+    in_work, order = decoding._InWork(), list[str]()
 
     def work(name: str, n_pixels: int) -> None:
         with in_work.hold(n_pixels, most=100):

@@ -1,0 +1,101 @@
+"""TIFF: which pixels its header gives colours to, and which pages are but thumbnails (TIFF 6.0 and its supplements)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_ADVICE = "convert it to 8 or 16 bits a channel, in grey or RGB"
+_UNCOMPRESSED, _OLD_JPEG, _JPEG = 1, 6, 7
+_GREYS, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = (0, 1), 2, 3, 5, 6, 8
+#: Sample formats and photometric interpretations that are never colours of a range.
+_FORMATS = {3: "floating-point numbers", 4: "undefined numbers", 5: "complex numbers", 6: "complex numbers"}
+_PHOTOMETRICS = {
+    4: "transparency masks",
+    9: "ICC L*a*b* colours",
+    10: "ITU L*a*b* colours",
+    32803: "a camera's raw samples",
+    32844: "luminances without a limit",
+    32845: "luminances without a limit",
+    34892: "a camera's raw samples",
+    51177: "depths",
+}
+_REFERENCES = (0, 255, 128, 255, 128, 255)
+
+
+def explain_tiff(tags: Mapping[int, Any]) -> str | None:
+    """Say what keeps the pixels of a TIFF from being a picture, and what to do; None where they are one."""
+    problem = _find_thumbnail(tags) or _find_numbers(tags) or _find_colours(tags) or _find_layout(tags)
+    return problem and f"a TIFF of {problem}"
+
+
+def describe_tiff(tags: Mapping[int, Any]) -> str:
+    """Say what channels a TIFF has that Pillow cannot read."""
+    bits, n_channels = _read_bits(tags)
+    depth = " and ".join(str(value) for value in sorted(set(bits))[:4])
+    plural = "channel" if n_channels == 1 else "channels"
+    return f"a TIFF of {n_channels} {plural} of {depth} bits, a kind that is not read: {_ADVICE}"
+
+
+def _read_bits(tags: Mapping[int, Any]) -> tuple[tuple[int, ...], int]:
+    """Read the bits of each channel, and how many channels there are."""
+    bits = tags.get(0x0102, (1,))
+    return bits, tags.get(0x0115, len(bits))
+
+
+def _find_thumbnail(tags: Mapping[int, Any]) -> str | None:
+    """Find a first page that says that it is a smaller copy of another: camera's raw files begin so."""
+    is_smaller = bool(tags.get(0x00FE, 0) & 1) or tags.get(0x00FF) == 2
+    has_others = 0x014A in tags or bool(getattr(tags, "next", 0))
+    if 0xC612 in tags:
+        return "a camera's raw file (DNG): develop it to JPEG or TIFF"
+    if is_smaller and has_others:
+        return "a thumbnail before the picture proper, as raw files of cameras have it: develop it to JPEG or a TIFF of one page"
+    return None
+
+
+def _find_numbers(tags: Mapping[int, Any]) -> str | None:
+    """Find samples whose range or order is not defined."""
+    bits, n_channels = _read_bits(tags)
+    formats = set(tags.get(0x0153, (1,)))
+    if kind := next((_FORMATS.get(code, "undefined numbers") for code in sorted(formats) if code not in (1, 2)), None):
+        return f"{kind} of {max(bits)} bits: the file does not say which number is white; {_ADVICE}"
+    if max(bits) > 16:
+        return f"integers of {max(bits)} bits: the file does not say which number is white; {_ADVICE}"
+    if 2 in formats and (len(formats) > 1 or n_channels > 1):
+        return f"{n_channels} channels of signed numbers: the file does not say which number is black; {_ADVICE}"
+    if len(set(bits)) > 1:
+        return f"channels of different depths ({', '.join(map(str, bits[:8]))} bits); {_ADVICE}"
+    return None
+
+
+def _find_colours(tags: Mapping[int, Any]) -> str | None:
+    """Find colours that are not those of Pillow's modes."""
+    photometric = tags.get(0x0106)
+    if photometric is None and tags.get(0x0103) != _OLD_JPEG:
+        return f"samples of which the file does not say whether zero is black or white; {_ADVICE}"
+    if photometric in _PHOTOMETRICS:
+        return f"{_PHOTOMETRICS[photometric]}; {_ADVICE}"
+    if photometric == _CMYK:
+        bits = _read_bits(tags)[0][0]
+        if tags.get(0x014C, 1) != 1 or tuple(tags.get(0x0150, (0,)))[:2] not in ((0,), (0, (1 << bits) - 1)):
+            return f"inks that are not the whole range of cyan, magenta, yellow and black; {_ADVICE}"
+    if photometric == _PALETTE:
+        # Some writers put 8 bits where the standard wants 16.
+        if 0 < max(tags.get(0x0140, (0,))) < 256:
+            return f"a palette that is all but black: its colours are below 256 of 65,535; {_ADVICE}"
+    return None
+
+
+def _find_layout(tags: Mapping[int, Any]) -> str | None:
+    """Find uncompressed samples that Pillow 13 puts together wrongly."""
+    if tags.get(0x0103, _UNCOMPRESSED) != _UNCOMPRESSED:
+        return None
+    bits, n_channels = _read_bits(tags)
+    photometric = tags.get(0x0106)
+    if tags.get(0x011C, 1) == 2 and n_channels > 1 and (max(bits) != 8 or photometric not in (_RGB, _CMYK)):
+        return f"uncompressed planes of {max(bits)} bits; {_ADVICE}, with interleaved channels or compressed"
+    if photometric == _YCBCR and n_channels == 3:
+        coefficients = [round(float(value), 3) for value in tags.get(0x0211, (0.299, 0.587, 0.114))]
+        references = [float(value) for value in tags.get(0x0214, _REFERENCES)]
+        if tuple(tags.get(0x0212, (2, 2))) != (1, 1) or coefficients != [0.299, 0.587, 0.114] or references != [*_REFERENCES]:
+            return f"uncompressed YCbCr in coarser channels or of another range than JPEG's; {_ADVICE}"
+    return None
