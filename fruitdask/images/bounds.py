@@ -8,7 +8,6 @@ from PIL import Image
 from fruitdask.boxes import read_items
 from fruitdask.errors import ImageError, ImageTooLargeError
 from fruitdask.images.heic import is_avif, is_heic
-from fruitdask.images.jpeg2000 import CODESTREAM, FILE, read_jpeg2000
 
 #: The longest side that a JPEG can have. Resizing takes memory and time by the length of a side, whatever the number of pixels.
 _MAX_SIDE_PX = 65_535
@@ -65,10 +64,6 @@ def check_structure(data: bytes) -> None:
         counts = {"strips or tiles": (_count_strips(data), _MAX_STRIPS)}
     elif data.startswith(b"GIF8"):
         counts = {"blocks before its first frame": (find_gif_frame(data)[0], _MAX_GIF_BLOCKS)}
-    elif data.startswith((CODESTREAM, FILE)):
-        # Its own bounds are within.
-        read_jpeg2000(data)
-        return
     elif is_heic(data) or is_avif(data):
         counts = _count_items(data)
     else:

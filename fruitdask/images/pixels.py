@@ -26,7 +26,10 @@ def check_meaning(image: Image.Image, data: bytes) -> None:
     if image.format == "TIFF" and tags is not None:
         problem = explain_tiff(tags)
     elif image.format == "JPEG2000":
-        check_colours(read_jpeg2000(data))
+        found = read_jpeg2000(data)
+        check_colours(found)
+        if (found.width, found.height) != image.size:
+            raise ImageError("the image is broken: the boxes of its JPEG 2000 announce another size than its codestream")
     elif image.format == "GIF":
         _, at = find_gif_frame(data)
         # Both the screen and a frame say in their highest bit whether a palette follows.

@@ -86,12 +86,14 @@ def _find_colours(tags: Mapping[int, Any]) -> str | None:
 
 
 def _find_layout(tags: Mapping[int, Any]) -> str | None:
-    """Find uncompressed samples that Pillow 13 puts together wrongly."""
-    if tags.get(0x0103, _UNCOMPRESSED) != _UNCOMPRESSED:
-        return None
+    """Find samples that Pillow 13 puts together wrongly."""
     bits, n_channels = _read_bits(tags)
-    photometric = tags.get(0x0106)
-    if tags.get(0x011C, 1) == 2 and n_channels > 1 and (max(bits) != 8 or photometric not in (_RGB, _CMYK)):
+    photometric, is_planar = tags.get(0x0106), tags.get(0x011C, 1) == 2
+    if tags.get(0x0103, _UNCOMPRESSED) != _UNCOMPRESSED:
+        if is_planar and n_channels == 4 and photometric == _RGB and not tags.get(0x0152):
+            return f"compressed planes of which the file does not say what the fourth means; {_ADVICE}"
+        return None
+    if is_planar and n_channels > 1 and (max(bits) != 8 or photometric not in (_RGB, _CMYK)):
         return f"uncompressed planes of {max(bits)} bits; {_ADVICE}, with interleaved channels or compressed"
     if photometric == _YCBCR and n_channels == 3:
         coefficients = [round(float(value), 3) for value in tags.get(0x0211, (0.299, 0.587, 0.114))]
