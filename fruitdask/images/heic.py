@@ -35,7 +35,9 @@ def is_heic(data: bytes) -> bool:
 def open_heic(data: bytes) -> Image.Image:
     """Open a HEIC image; pillow-heif is asked alone, so that Pillow does not change for others."""
     if not can_read_heic():
-        raise ImageError("found HEIC; install fruitdask[heic] on the workers, or convert the image to JPEG")
+        raise ImageError(
+            "expected an image that can be read here, found HEIC; install fruitdask[heic] where images are decoded, or convert it to JPEG"
+        )
     kind = read_items(data).primary_kind
     if not kind:
         raise ImageError("the image is broken: found HEIC without a picture; the file may be cut off, download it again")

@@ -10,7 +10,7 @@ from PIL import Image
 from fruitdask.errors import ImageError
 from fruitdask.images.bounds import find_gif_frame
 from fruitdask.images.jpeg2000 import check_colours, read_jpeg2000
-from fruitdask.images.tiff import explain_tiff
+from fruitdask.images.tiff import explain_tiff, read_numbers
 
 _WHITE = (255, 255, 255, 255)
 #: Rows that are converted at once.
@@ -93,8 +93,8 @@ def _convert_band(band: Image.Image) -> Image.Image:
 
 def _choose_for_16_bits(image: Image.Image, tags: Mapping[int, Any]) -> Narrow:
     """Keep the upper 8 bits of those that the file has, upside down where zero is white; one value may be transparent."""
-    shift = 4 if tags.get(0x0102, (16,))[0] == 12 else 8
-    flip = 0xFF if tags.get(0x0106) == 0 else 0
+    shift = 4 if read_numbers(tags, 0x0102, 16)[0] == 12 else 8
+    flip = 0xFF if read_numbers(tags, 0x0106, 1)[0] == 0 else 0
     key = image.info.get("transparency")
 
     def narrow(band: Image.Image) -> Image.Image:
@@ -109,8 +109,9 @@ def _choose_for_16_bits(image: Image.Image, tags: Mapping[int, Any]) -> Narrow:
 
 def _choose_for_tiff(image: Image.Image, tags: Mapping[int, Any]) -> Narrow | None:
     """Choose for a TIFF that is not in 16-bit grey."""
-    if tags.get(0x0153, (1,))[0] == 2:
-        is_swapped = image.mode == "I" and getattr(tags, "prefix") == b"MM" and tags.get(0x0103, 1) != 1
+    if read_numbers(tags, 0x0153, 1)[0] == 2:
+        is_compressed = read_numbers(tags, 0x0103, 1)[0] != 1
+        is_swapped = image.mode == "I" and getattr(tags, "prefix") == b"MM" and is_compressed
         return lambda band: _narrow_signed(band, is_swapped=is_swapped)
     if image.mode == "RGBA" and not tags.get(0x0152):
         # A channel behind the colours that the file says nothing of is none of them (TIFF 6.0, section "RGB Full Color Images").
