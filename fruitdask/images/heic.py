@@ -45,6 +45,6 @@ def open_heic(data: bytes) -> Image.Image:
         raise ImageError(f"expected a HEIF image that is coded as HEVC, found {kind.decode('latin-1')!r}; convert it to JPEG")
     import pillow_heif
 
-    # Workers decode in several threads of their own.
-    pillow_heif.options.DECODE_THREADS = 1
+    # Workers decode in several threads of their own; with 0 libheif starts no further ones.
+    pillow_heif.options.DECODE_THREADS = 0
     return pillow_heif.HeifImageFile(io.BytesIO(data))

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import TiffImagePlugin
 
 from fruitdask.boxes import list_brands
-from fruitdask.images.heic import is_avif
+from fruitdask.images.heic import is_avif, is_heic
 from fruitdask.images.jpeg2000 import CODESTREAM, FILE
 from fruitdask.images.tiff import describe_tiff, explain_tiff
 
@@ -95,18 +95,10 @@ def explain(data: bytes, error: Exception | None) -> str:
     """Say why bytes are not a picture: what they are instead, or what broke, where a decoder says so."""
     if not data:
         return "expected an image, found an empty file"
-    own = next((name for begin, name in _OWN.items() if data.startswith(begin)), None)
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        own = "WebP"
-    if is_avif(data):
-        own = "AVIF"
-    if error is not None and own:
+    own = _name_own(data)
+    if own and error is not None:
         return f"the image is broken: {' '.join(str(error).split()) or type(error).__name__}"
-    if own == "BMP" and not _is_bmp(data):
-        own = None
-    if own:
-        return _explain_own(data, own)
-    return f"{_EXPECTED}, found {name_content(data)}"
+    return _explain_own(data, own) if own else f"{_EXPECTED}, found {name_content(data)}"
 
 
 def name_raw(data: bytes) -> str | None:
@@ -137,6 +129,19 @@ def name_content(data: bytes) -> str:
         if data.startswith(begin):
             return name
     return _name_text(data) or f"bytes of no known format, which begin with {data[:8].hex(' ')}"
+
+
+def _name_own(data: bytes) -> str | None:
+    """Name the format of a file that begins like one that is read."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WebP"
+    if is_avif(data):
+        return "AVIF"
+    if is_heic(data):
+        return "HEIC"
+    name = next((name for begin, name in _OWN.items() if data.startswith(begin)), None)
+    # A text may begin like a BMP.
+    return None if name == "BMP" and not _is_bmp(data) else name
 
 
 def _explain_own(data: bytes, name: str) -> str:
@@ -175,8 +180,6 @@ def _name_media(brand: bytes) -> str:
     """Name a file of boxes by its major brand."""
     if brand == b"crx ":
         return _RAW.format("Canon CR3")
-    if brand in (b"heic", b"heix", b"mif1", b"msf1"):
-        return "HEIC that is broken"
     if brand == b"qt  ":
         return "a QuickTime video (MOV); extract pictures from it"
     if brand[:3] in (b"M4A", b"M4B"):
