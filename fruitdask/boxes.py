@@ -33,12 +33,12 @@ class Item:
 
     def read(self, data: bytes, most: int) -> bytes:
         """Read its first bytes."""
-        content = b""
+        content = bytearray()
         for start, end in self.extents:
             content += data[start : min(end, start + most - len(content))]
             if len(content) >= most:
                 break
-        return content
+        return bytes(content)
 
 
 @dataclass(slots=True)
