@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Final, Literal
 
+from fruitdask.boxes import Item, list_boxes, list_brands, read_items
+
 #: What is looked for: any EXIF tag, a position, the serial number of a camera or lens, the name of a person.
 KINDS: Final = ("exif", "gps", "serial", "name")
 
@@ -75,6 +77,17 @@ _RAW_PROFILE = re.compile(rb"\n[^\n]*+\n\s*+\d++\n([0-9A-Fa-f\s]*+)")
 _JPEG_SEGMENT = re.compile(
     rb"\xff[\xe1\xed](..)(?=Exif\0\0|http://ns\.adobe\.com/x(?:ap/1\.0|mp/extension)/\0|Photoshop 3\.0\0)", re.DOTALL
 )
+#: What begins a box of a user in a JPEG 2000: EXIF, XMP, IPTC.
+_UUIDS = (
+    b"JpgTiffExif->JP2",
+    bytes.fromhex("be7acfcb97a942e89c71999491e3afac"),
+    bytes.fromhex("33c7a4d2b81d4723a0baf1a3e097ad38"),
+)
+#: Kinds of the items of an AVIF or HEIC that hold metadata.
+_ITEM_KINDS = (b"Exif", b"mime", b"uri ", b"iptc")
+#: XMP stands in a GIF without being cut into blocks.
+_GIF_XMP = re.compile(rb"!\xff\x0bXMP DataXMP")
+_JPEG2000_HEAD = b"\0\0\0\x0cjP  \r\n\x87\n"
 
 
 def find_metadata(data: bytes) -> frozenset[str]:
@@ -86,7 +99,7 @@ def find_metadata(data: bytes) -> frozenset[str]:
     Parameters
     ----------
     data : bytes
-        The content of a JPEG, PNG, WebP, TIFF or BMP file, or anything else.
+        The content of a JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF, HEIC or JPEG 2000 file, or anything else.
 
     Returns
     -------
@@ -96,11 +109,12 @@ def find_metadata(data: bytes) -> frozenset[str]:
 
     Notes
     -----
-    Reads Exif 2.32 (CIPA DC-008) and the names that Exif 3.0 added, XMP, IPTC-IIM 4.2 within Photoshop's resources and the text chunks of
-    PNG, wherever they are in the file, without decoding pixels. Pillow is not asked: its readers stop at the pixels, and warn of broken
-    tags, which cannot be silenced safely in one thread of several. An empty or blank value does not count, nor does a GPS directory
-    without a position. The tags by which a TIFF describes its own pixels are not EXIF. A broken file gives what can still be found. At
-    most 128 blocks of metadata a file, 1 MiB a block, and 16 directories of a TIFF are looked at.
+    Reads Exif 2.32 (CIPA DC-008) and the names that Exif 3.0 added, XMP, IPTC-IIM 4.2 within Photoshop's resources, the text chunks of
+    PNG, the items of AVIF and HEIC, the boxes of JPEG 2000 and the extensions of GIF, wherever they are in the file, without decoding
+    pixels. Pillow is not asked: its readers stop at the pixels, and warn of broken tags, which cannot be silenced safely in one thread of
+    several. An empty or blank value does not count, nor does a GPS directory without a position. The tags by which a TIFF describes its
+    own pixels are not EXIF. A broken file gives what can still be found. At most 128 blocks of metadata a file, 1 MiB a block, and 16
+    directories of a TIFF are looked at.
 
     Makers' own notes are not read: some cameras, most of them from before 2010, keep their serial number only there.
 
@@ -132,6 +146,12 @@ def _choose_search(data: bytes) -> Callable[[bytes], Iterator[str]]:
         return _search_webp
     if data.startswith(_TIFF_HEADS):
         return lambda data: _search_tiff(data, is_file=True)
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return _search_gif
+    if data.startswith(_JPEG2000_HEAD):
+        return _search_jpeg2000
+    if list_brands(data):
+        return _search_items
     return lambda data: iter(())
 
 
@@ -187,6 +207,66 @@ def _list_png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             return
 
 
+def _search_items(data: bytes) -> Iterator[str]:
+    """Search the items of an AVIF or HEIC that hold metadata, and XMP in a box of its own."""
+    items = [item for item in read_items(data).by_number.values() if item.kind in _ITEM_KINDS]
+    for item in items[:_MAX_BLOCKS]:
+        yield from _search_block(_read_item(data, item))
+    yield from _search_jpeg2000(data)
+
+
+def _read_item(data: bytes, item: Item) -> bytes:
+    """Read an item; before EXIF stands where it starts, and XMP may be compressed."""
+    block = item.read(data, _MAX_BLOCK_BYTES)
+    if item.kind == b"Exif":
+        start = 4 + int.from_bytes(block[:4])
+        # Some writers leave the number out, or have it wrong.
+        return block[start:] if block[start : start + 4] in _TIFF_HEADS else block[_find_tiff(block) :]
+    return _inflate(block) if item.encoding else block
+
+
+def _find_tiff(block: bytes) -> int:
+    """Find where a TIFF directory starts near the start of a block."""
+    return min((at for head in _TIFF_HEADS if (at := block.find(head, 0, 64)) >= 0), default=0)
+
+
+def _search_jpeg2000(data: bytes) -> Iterator[str]:
+    """Search the boxes of users and of XML."""
+    boxes = (box for box in list_boxes(data) if box.name in (b"uuid", b"xml "))
+    for box in islice(boxes, _MAX_BLOCKS):
+        block = data[box.start : min(box.end, box.start + _MAX_BLOCK_BYTES)]
+        if box.name == b"xml ":
+            yield from _search_xmp(block)
+        elif block.startswith(_UUIDS):
+            yield from _search_block(block[16:])
+
+
+def _search_gif(data: bytes) -> Iterator[str]:
+    """Search XMP, which may stand behind the frames, and the comments before the first one for XMP as well."""
+    for match in islice(_GIF_XMP.finditer(data), _MAX_BLOCKS):
+        yield from _search_xmp(data[match.end() : match.end() + _MAX_BLOCK_BYTES])
+    for comment in islice(_list_gif_comments(data), _MAX_BLOCKS):
+        yield from _search_block(comment)
+
+
+def _list_gif_comments(data: bytes) -> Iterator[bytes]:
+    """List the comments before the first frame."""
+    screen = (data[10:11] or b"\0")[0]
+    at = 13 + (6 << (screen & 7) if screen & 0x80 else 0)
+    left_blocks = _MAX_CHUNKS
+    while data[at : at + 1] == b"!" and left_blocks:
+        is_comment, parts = data[at + 1 : at + 2] == b"\xfe", []
+        at += 2
+        while (size := int.from_bytes(data[at : at + 1])) and left_blocks:
+            parts.append(data[at + 1 : at + 1 + size])
+            at += 1 + size
+            left_blocks -= 1
+        at += 1
+        left_blocks -= bool(left_blocks)
+        if is_comment:
+            yield b"".join(parts)[:_MAX_BLOCK_BYTES]
+
+
 def _read_text(name: bytes, chunk: bytes) -> tuple[str, bytes]:
     """Read the keyword and the text of a PNG's text chunk."""
     keyword, _, text = chunk.partition(b"\0")
@@ -197,11 +277,16 @@ def _read_text(name: bytes, chunk: bytes) -> tuple[str, bytes]:
         # Compression flag and method, then language and translated keyword, each with its end.
         text = text[2:].partition(b"\0")[2].partition(b"\0")[2]
     if is_compressed:
-        try:
-            text = zlib.decompressobj().decompress(text, _MAX_BLOCK_BYTES)
-        except zlib.error:
-            text = b""
+        text = _inflate(text)
     return keyword.decode("latin-1"), text[:_MAX_BLOCK_BYTES]
+
+
+def _inflate(packed: bytes) -> bytes:
+    """Decompress as much as is looked at; nothing where that is broken."""
+    try:
+        return zlib.decompressobj().decompress(packed, _MAX_BLOCK_BYTES)
+    except zlib.error:
+        return b""
 
 
 def _search_text(keyword: str, text: bytes) -> Iterator[str]:

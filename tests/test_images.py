@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageDraw
 
-from fruitdask import images
+from fruitdask.images import decode as decoding
 from fruitdask.errors import ImageError, ImageTooLargeError
 from fruitdask.images import decode_image, decode_images
 
@@ -255,7 +255,7 @@ def test_decode_image_converts_images_of_any_height(mode: str, height: int) -> N
 
 
 def test_large_image_is_not_overtaken_by_small_ones_for_ever() -> None:
-    in_work, order = images._InWork(), list[str]()
+    in_work, order = decoding._InWork(), list[str]()
 
     def work(name: str, n_pixels: int) -> None:
         with in_work.hold(n_pixels, most=100):
@@ -407,10 +407,10 @@ def test_decode_image_reads_lossless_formats_exactly(kind: str) -> None:
     ("data", "message"),
     [
         (b"", "^expected an image, found an empty file$"),
-        (b"I am not an image\n" * 50, "^expected a JPEG, PNG, WebP, TIFF or BMP image, found something else$"),
-        (b"\xff\xd8\xff", "found something else|the image is broken: .+"),
-        (b"\x89PNG\r\n\x1a\n", "found something else|the image is broken: .+"),
-        (bytes(1000), "found something else$"),
+        (b"I am not an image\n" * 50, "^expected a JPEG, PNG, .* or HEIC image, found plain text$"),
+        (b"\xff\xd8\xff", "the image is broken: the header of its JPEG cannot be read"),
+        (b"\x89PNG\r\n\x1a\n", "the image is broken: the header of its PNG cannot be read"),
+        (bytes(1000), r"found nothing but zeros \(1,000 bytes\)"),
     ],
     ids=["empty", "text named jpg", "start of jpeg", "start of png", "zeros"],
 )
@@ -420,19 +420,19 @@ def test_decode_image_says_what_is_wrong_with_other_files(data: bytes, message: 
     assert not isinstance(caught.value, ImageTooLargeError)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "PPM", "EPS", "ICO", "PDF"])
+@pytest.mark.parametrize("kind", ["PPM", "EPS", "ICO", "PDF"])
 def test_decode_image_refuses_formats_that_are_not_promised(kind: str) -> None:
     data = save(draw_scene(), kind)
-    with pytest.raises(ImageError, match="expected a JPEG, PNG, WebP, TIFF or BMP image, found something else"):
+    with pytest.raises(ImageError, match="^expected a JPEG, PNG, .* or HEIC image, found an? "):
         decode(data)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9], ids=["a tenth", "half", "most"])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000"])
 def test_decode_image_refuses_a_truncated_file(kind: str, fraction: float) -> None:
     whole = save(draw_noise(64, 64, 3), kind)
     assert decode(whole).shape == (SIDE, SIDE, 3)
-    with pytest.raises(ImageError, match=r"^(the image is broken: .+|expected a JPEG.*something else)$"):
+    with pytest.raises(ImageError, match="^the image is broken: .+"):
         decode(whole[: int(len(whole) * fraction)])
 
 
@@ -453,7 +453,7 @@ def test_decode_image_refuses_an_announced_bomb_without_allocating_it(side: int,
         decode(data)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000"])
 def test_decode_image_allows_exactly_max_pixels(kind: str) -> None:
     data = save(draw_noise(20, 30, 3), kind)
     assert decode(data, max_pixels=600).shape == (SIDE, SIDE, 3)
@@ -490,6 +490,9 @@ def build_seeds() -> list[bytes]:
         save(scene, "WEBP"),
         save(scene, "TIFF", compression="tiff_lzw"),
         save(scene, "BMP"),
+        save(scene, "GIF"),
+        save(scene, "AVIF", exif=exif, speed=10),
+        save(scene, "JPEG2000"),
     ]
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chaos.hostile_images import save_heic
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from fruitdask.privacy import KINDS, find_metadata
 
-FORMATS = ["JPEG", "PNG", "WEBP", "TIFF"]
+FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIC"]
 XMP_KEY = "XML:com.adobe.xmp"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -27,8 +28,11 @@ POSITION = {0: b"\2\3\0\0", 1: "N", 2: (48.0, 51.0, 30.0), 3: "E", 4: (2.0, 17.0
 
 def save(kind: str = "JPEG", *, side: int = 8, **options: Any) -> bytes:
     """Encode a small image."""
+    image = Image.new("RGB", (side, side), "orange")
+    if kind == "HEIC":
+        return save_heic(image, **options)
     buffer = io.BytesIO()
-    Image.new("RGB", (side, side), "orange").save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -100,7 +104,7 @@ def save_xmp(kind: str, packet: bytes) -> bytes:
     return save(kind, tiffinfo={700: packet}) if kind == "TIFF" else save(kind, xmp=packet)
 
 
-@pytest.mark.parametrize("kind", [*FORMATS, "BMP"])
+@pytest.mark.parametrize("kind", [*FORMATS, "BMP", "GIF", "JPEG2000"])
 def test_find_metadata_finds_nothing_in_a_clean_file(kind: str) -> None:
     assert find_metadata(save(kind)) == frozenset()
 
@@ -430,6 +434,76 @@ def test_find_metadata_finds_nothing_in_other_formats(kind: str) -> None:
     assert find_metadata(save(kind, comment=b"Author: Jo")) == frozenset()
 
 
+def build_box(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", 8 + len(content)) + name + content
+
+
+XMP_POSITION = build_xmp("", 'exif:GPSLatitude="48,51.5N"')
+XMP_UUID, IPTC_UUID = (bytes.fromhex(digits) for digits in ("be7acfcb97a942e89c71999491e3afac", "33c7a4d2b81d4723a0baf1a3e097ad38"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        (b"uuid", b"JpgTiffExif->JP2" + ARTIST_EXIF[6:], {"exif", "name"}),
+        (b"uuid", XMP_UUID + XMP_POSITION, {"gps"}),
+        (b"uuid", IPTC_UUID + build_iptc((2, 80, b"Jo Smith")), {"name"}),
+        (b"xml ", XMP_POSITION, {"gps"}),
+        (b"uuid", bytes(16) + XMP_POSITION, set()),
+        (b"free", XMP_POSITION, set()),
+    ],
+    ids=["exif", "xmp", "iptc", "xml", "another one", "another box"],
+)
+def test_find_metadata_reads_boxes_of_jpeg_2000(name: bytes, content: bytes, expected: set[str]) -> None:
+    box, jpeg2000 = build_box(name, content), save("JPEG2000")
+    assert find_metadata(jpeg2000 + box) == expected
+    # Before the codestream, which may go to the end of the file.
+    at = jpeg2000.index(b"jp2c") - 4
+    assert find_metadata(jpeg2000[:at] + box + bytes(4) + jpeg2000[at + 4 :]) == expected
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["before", "behind"])
+def test_find_metadata_reads_xmp_of_a_gif(is_first: bool) -> None:
+    gif = save("GIF")
+    # As XMP's specification has it: the packet uncut, then bytes of which each leads to the end.
+    block = b"!\xff\x0bXMP DataXMP" + XMP_POSITION + b"\1" + bytes(range(255, -1, -1)) + b"\0"
+    at = gif.index(b",\0\0\0\0") if is_first else -1
+    with_xmp = gif[:at] + block + gif[at:]
+    with Image.open(io.BytesIO(with_xmp)) as image:
+        image.load()
+    assert find_metadata(with_xmp) == {"gps"}
+
+
+def test_find_metadata_reads_comments_of_a_gif_for_xmp() -> None:
+    assert find_metadata(save("GIF", comment=XMP_POSITION)) == {"gps"}
+
+
+def test_find_metadata_reads_exif_of_heic_without_its_offset() -> None:
+    heic = save("HEIC", exif=ARTIST_EXIF)
+    mark = heic.rindex(b"Exif\0\0")
+    assert heic[mark - 4 : mark] == struct.pack(">I", 6)
+    for offset in (0, 5_000):
+        changed = heic[: mark - 4] + struct.pack(">I", offset) + heic[mark:]
+        assert find_metadata(changed) == {"exif", "name"}
+
+
+def build_heic(kind: bytes, content: bytes, *, encoding: bytes = b"", n_extents: int = 1) -> bytes:
+    """Build a HEIC without a picture, of one item that lies within its directory."""
+    name = kind + b"\0" + (b"application/rdf+xml\0" + encoding + b"\0" if kind == b"mime" else b"")
+    infe = build_box(b"infe", struct.pack(">IHH", 2 << 24, 1, 0) + name)
+    extents = struct.pack(">II", 0, len(content)) * n_extents
+    iloc = struct.pack(">IBBHHHHH", 1 << 24, 0x44, 0, 1, 1, 1, 0, n_extents) + extents
+    boxes = build_box(b"iinf", struct.pack(">IH", 0, 1) + infe) + build_box(b"iloc", iloc) + build_box(b"idat", content)
+    return build_box(b"ftyp", b"heic" + bytes(4)) + build_box(b"meta", bytes(4) + boxes)
+
+
+@pytest.mark.parametrize("encoding", [b"", b"deflate"], ids=["plain", "compressed"])
+def test_find_metadata_reads_items_in_the_directory(encoding: bytes) -> None:
+    content = zlib.compress(XMP_POSITION) if encoding else XMP_POSITION
+    assert find_metadata(build_heic(b"mime", content, encoding=encoding)) == {"gps"}
+    assert find_metadata(build_heic(b"Exif", bytes(4) + ARTIST_EXIF[6:])) == {"exif", "name"}
+
+
 def fill(pattern: bytes) -> bytes:
     """Make an XMP packet of a mebibyte that repeats a pattern."""
     return add_chunk(b"iTXt", XMP_KEY.encode() + bytes(5) + (pattern * ((1 << 20) // len(pattern) + 1))[: 1 << 20])
@@ -455,6 +529,12 @@ OVERLAPPING = b"II*\0\x08\0\0\0" + b"".join(
         PNG_SIGNATURE + build_chunk(b"tEXt", b"") * 200_000,
         PNG_SIGNATURE + build_chunk(b"zTXt", b"Raw profile type xmp\0\0" + zlib.compress(b"<a:b>" * 200_000)) * 200,
         add_chunk(b"eXIf", b"Exif\0\0" * 300_000),
+        build_heic(b"mime", bytes(1 << 20), n_extents=9_000),
+        build_heic(b"mime", zlib.compress(bytes(1 << 28)), encoding=b"deflate"),
+        build_box(b"ftyp", b"heic" + bytes(4)) + build_box(b"meta", build_box(b"iinf", b"") * 300_000),
+        build_box(b"ftyp", b"avif" + bytes(4)) + build_box(b"uuid", XMP_UUID) * 200_000,
+        b"GIF89a" + bytes(7) + b"!\xfe\1a\0" * 300_000,
+        b"GIF89a" + bytes(7) + b"!\xff\x0bXMP DataXMP" * 100_000,
         b"RIFF\0\0\0\0WEBP" + b"EXIF\0\0\0\0" * 300_000,
         fill(b":"),
         fill(b"<"),
@@ -478,6 +558,12 @@ OVERLAPPING = b"II*\0\x08\0\0\0" + b"".join(
         "many texts",
         "many bombs",
         "repeated mark",
+        "many extents",
+        "compressed item",
+        "many boxes",
+        "many boxes of users",
+        "many comments",
+        "many starts of xmp",
         "many chunks",
         "colons",
         "less than",
@@ -507,7 +593,8 @@ def test_find_metadata_does_not_inflate_a_bomb() -> None:
 
 @settings(max_examples=100)
 @given(
-    kind=st.sampled_from(FORMATS),
+    # Pillow alone does not read HEIC.
+    kind=st.sampled_from([kind for kind in FORMATS if kind != "HEIC"]),
     main=st.dictionaries(
         st.sampled_from([MAKE, HOST, ARTIST, COPYRIGHT, 0x0131]), st.sampled_from(["Jo", " ", "A cat"])
     ),
@@ -544,6 +631,10 @@ def build_seeds() -> list[bytes]:
         save("TIFF", exif=build_exif(main | {700: packet, 33723: BY_LINE}, {BODY_SERIAL: "1234567"}, POSITION)),
         build_directory((ARTIST, 2, 9, b""), (0x8769, 16, 1, b""), is_big=True, values=b"Jo Smith\0"),
         save("BMP"),
+        save("AVIF", exif=exif, xmp=packet),
+        save("HEIC", exif=exif, xmp=packet),
+        save("JPEG2000") + build_box(b"uuid", b"JpgTiffExif->JP2" + exif[6:]),
+        save("GIF", comment=packet),
     ]
 
 
@@ -565,7 +656,7 @@ def mutate(data: bytes, mutations: Sequence[tuple[str, float, bytes]]) -> bytes:
 
 
 def test_seeds_carry_metadata() -> None:
-    assert [len(find_metadata(seed)) for seed in SEEDS] == [4, 4, 4, 2, 4, 4, 2, 0]
+    assert [len(find_metadata(seed)) for seed in SEEDS] == [4, 4, 4, 2, 4, 4, 2, 0, 4, 4, 4, 2]
 
 
 @settings(max_examples=400)

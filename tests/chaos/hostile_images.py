@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pillow_heif
 from PIL import Image, ImageCms, PngImagePlugin
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -159,6 +160,52 @@ def add_text(n_texts: int) -> bytes:
     return save(draw(), "PNG", pnginfo=texts)
 
 
+def save_heic(image: Image.Image, *, n_bits: int = 8, **options: Any) -> bytes:
+    """Encode a HEIC, without making Pillow able to."""
+    buffer = io.BytesIO()
+    if n_bits == 8:
+        pillow_heif.from_pillow(image).save(buffer, **options)
+    else:
+        values = np.asarray(image.convert("RGB")).astype("<u2") * 257
+        pillow_heif.from_bytes("RGB;16", image.size, values.tobytes()).save(buffer, **options)
+    return buffer.getvalue()
+
+
+def build_gif(width: int, height: int, *, extra: bytes = b"", has_palette: bool = True) -> bytes:
+    """Build a GIF whose only frame, of 64 x 64 pixels, lies in the corner of a screen of any size."""
+    gif = save(draw("P"), "GIF")
+    start = gif.index(b",\0\0\0\0\x40\0\x40\0")
+    # Behind the screen's size stand flags, background and aspect, and then the palette.
+    head = gif[10:start] if has_palette else bytes([gif[10] & 0x7F]) + gif[11:13]
+    return b"GIF89a" + struct.pack("<HH", width, height) + head + extra + gif[start:]
+
+
+def build_comments(n_comments: int, n_blocks: int) -> bytes:
+    """Build comments for a GIF, of blocks of 255 bytes."""
+    return (b"!\xfe" + (b"\xff" + b"c" * 255) * n_blocks + b"\0") * n_comments
+
+
+def announce(data: bytes, side: int) -> bytes:
+    """Let an AVIF or HEIC announce another size than its pictures have."""
+    parts = data.split(b"ispe")
+    size = struct.pack(">II", side, side)
+    return b"ispe".join([parts[0], *(part[:4] + size + part[12:] for part in parts[1:])])
+
+
+def change_jpeg2000(*changes: tuple[bytes, int, bytes], side: int = 64) -> bytes:
+    """Change bytes behind markers in the main header of a JPEG 2000 codestream."""
+    data = save(draw(side=side), "JPEG2000", no_jp2=True)
+    for marker, at, new in changes:
+        start = data.index(marker) + 2 + at
+        data = data[:start] + new + data[start + len(new) :]
+    return data
+
+
+#: Markers of a JPEG 2000: of the sizes of image, tiles and channels; of layers, levels and sizes of blocks.
+SIZE, CODING = b"\xff\x51", b"\xff\x52"
+LARGE = SIZE, 4, struct.pack(">6I", 3_000, 3_000, 0, 0, 3_000, 3_000)
+
+
 #: Files by name, and what is to become of them: ``ok``, ``unreadable``, ``too_large``; None where either of the first two will do.
 FILES: dict[str, tuple[str | None, Callable[[], bytes]]] = {
     "png-bomb-60000-px": ("too_large", lambda: build_png(60_000, 60_000, bytes(1000))),
@@ -237,7 +284,42 @@ FILES: dict[str, tuple[str | None, Callable[[], bytes]]] = {
     "webp-wide-canvas": (None, lambda: widen_webp(13_000)),
     "webp-widest-canvas": ("too_large", lambda: widen_webp(1 << 24)),
     "webp-animated": ("ok", lambda: animate("WEBP")),
-    "gif-named-jpg": ("unreadable", lambda: save(draw(), "GIF")),
+    "gif-wide-screen": ("ok", lambda: build_gif(3_000, 3_000)),
+    "gif-widest-screen": ("too_large", lambda: build_gif(65_535, 65_535)),
+    "gif-49-megapixels": ("ok", lambda: save(Image.new("P", (7_000, 7_000)), "GIF")),
+    "gif-many-comments": ("unreadable", lambda: build_gif(64, 64, extra=build_comments(100_000, 1))),
+    "gif-endless-comment": ("unreadable", lambda: build_gif(64, 64, extra=build_comments(1, 100_000))),
+    "gif-long-comment": ("ok", lambda: build_gif(64, 64, extra=build_comments(1, 60_000))),
+    "gif-without-palette": ("unreadable", lambda: build_gif(64, 64, has_palette=False)),
+    "gif-animated": ("ok", lambda: animate("GIF")),
+    "avif-announces-much": ("too_large", lambda: announce(save(draw(), "AVIF"), 12_000)),
+    "avif-announces-little": (None, lambda: announce(save(Image.new("RGB", (4_000, 4_000)), "AVIF", speed=10), 64)),
+    "avif-no-picture": ("unreadable", lambda: save(draw(), "AVIF")[:32]),
+    "heic-announces-much": ("too_large", lambda: announce(save_heic(draw()), 30_000)),
+    "heic-announces-little": ("unreadable", lambda: announce(save_heic(Image.new("RGB", (2_000, 2_000))), 64)),
+    "heic-400-tiles": ("ok", lambda: save_heic(Image.new("RGB", (1_280, 1_280)), tile_size=64)),
+    "heic-compressed-metadata": (
+        "unreadable",
+        lambda: save_heic(draw(), xmp=b"<x:xmpmeta/>").replace(b"rdf+xml\0", b"rdf+x\0d\0"),
+    ),
+    "heic-start-of-a-file": ("unreadable", lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500)),
+    "jpeg2000-4-megapixels": ("ok", lambda: save(Image.new("RGB", (2_000, 2_000)), "JPEG2000")),
+    "jpeg2000-many-tiles": ("unreadable", lambda: change_jpeg2000((SIZE, 20, struct.pack(">II", 1, 1)), side=200)),
+    "jpeg2000-huge-tiles": (None, lambda: change_jpeg2000((SIZE, 20, struct.pack(">II", 2**31, 2**31)))),
+    "jpeg2000-many-channels": ("unreadable", lambda: change_jpeg2000((SIZE, 36, struct.pack(">H", 16_384)))),
+    "jpeg2000-no-tiles": ("unreadable", lambda: change_jpeg2000((SIZE, 20, bytes(8)))),
+    "jpeg2000-announces-4-billion-px": (
+        "too_large",
+        lambda: change_jpeg2000((SIZE, 4, struct.pack(">6I", 65_535, 65_535, 0, 0, 65_535, 65_535))),
+    ),
+    "jpeg2000-many-layers": (None, lambda: change_jpeg2000((CODING, 4, b"\xff\xff"))),
+    "jpeg2000-most-levels": (None, lambda: change_jpeg2000((CODING, 7, b"\x20"))),
+    "jpeg2000-many-blocks": ("unreadable", lambda: change_jpeg2000(LARGE, (CODING, 8, bytes(2)))),
+    "jpeg2000-small-precincts": (
+        "ok",
+        lambda: save(Image.new("RGB", (600, 600)), "JPEG2000", precinct_size=(4, 4), codeblock_size=(4, 4)),
+    ),
+    "gif-named-jpg": ("ok", lambda: save(draw(), "GIF")),
     "postscript-named-jpg": (
         "unreadable",
         lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n",
@@ -271,6 +353,22 @@ def build_seeds() -> list[bytes]:
         save(draw("P"), "BMP"),
         build_bmp(32, compression=1, bits=8, rows=(b"\x20\5\0\0" + b"\3\1\0\2\5\1\0\4abcd\0\0") * 16),
         build_bmp(32, compression=2, bits=4, rows=b"\x20\x12\0\0" * 32),
+    ]
+    packet = b"<x:xmpmeta/>"
+    seeds += [
+        save(draw("P"), "GIF", transparency=3, comment=b"a" * 300),
+        save(picture, "GIF", save_all=True, append_images=[draw("L").convert("RGB")] * 2),
+        save(picture, "AVIF", exif=exif, xmp=packet),
+        save(draw("RGBA"), "AVIF", speed=10),
+        save(picture, "AVIF", save_all=True, append_images=[draw("L").convert("RGB")] * 2, speed=10),
+        save(picture, "JPEG2000"),
+        save(draw("RGBA"), "JPEG2000", quality_layers=[40, 10]),
+        save(draw("I;16"), "JPEG2000", no_jp2=True),
+        save(picture, "JPEG2000", no_jp2=True, tile_size=(32, 32), irreversible=True, codeblock_size=(16, 16)),
+        save_heic(picture, exif=exif.tobytes(), xmp=packet),
+        save_heic(draw("RGBA")),
+        save_heic(draw(side=200), tile_size=64),
+        save_heic(picture, n_bits=10),
     ]
     for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits", "lzma"):
         seeds.append(save(picture, "TIFF", compression=compression, exif=exif))

@@ -1,0 +1,259 @@
+"""Boxes of ISO base media files (AVIF, HEIC, MP4) and of JPEG 2000: a reader that takes any bytes, in bounded time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+#: Far more than files of cameras and editors have.
+_MAX_BOXES = 10_000
+_MAX_EXTENTS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """
+    A box: its name, and where its content starts and ends.
+
+    Parameters
+    ----------
+    name : bytes
+        Four bytes that say what it is.
+    start : int
+        Where its content starts.
+    end : int
+        Where its content ends, within the file.
+    """
+
+    name: bytes
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class Item:
+    """
+    An item of an AVIF or HEIC file: a picture, or its metadata; where its bytes lie.
+
+    Parameters
+    ----------
+    kind : bytes
+        Four bytes that say what it is, ``hvc1`` or ``Exif`` for example.
+    content_type : bytes
+        Its MIME type, where its kind is ``mime``.
+    encoding : bytes
+        How it is compressed, where its kind is ``mime``.
+    extents : list[tuple[int, int]]
+        Starts and ends of its parts.
+    """
+
+    kind: bytes
+    content_type: bytes = b""
+    encoding: bytes = b""
+    extents: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that it takes."""
+        return sum(end - start for start, end in self.extents)
+
+    def read(self, data: bytes, most: int) -> bytes:
+        """
+        Read its first bytes.
+
+        Parameters
+        ----------
+        data : bytes
+            The content of a file.
+        most : int
+            Bytes to read at most.
+
+        Returns
+        -------
+        bytes
+            Its parts, one behind the other.
+        """
+        content = bytearray()
+        for start, end in self.extents:
+            content += data[start : min(end, start + most - len(content))]
+            if len(content) >= most:
+                break
+        return bytes(content)
+
+
+@dataclass(slots=True)
+class Items:
+    """
+    The items of an AVIF or HEIC file, which of them is the picture, and the names of properties that it has.
+
+    Parameters
+    ----------
+    by_number : dict[int, Item]
+        The items.
+    primary : int
+        The number of the picture that is shown.
+    properties : frozenset[bytes]
+        Names of the properties of that picture.
+    """
+
+    by_number: dict[int, Item] = field(default_factory=dict)
+    primary: int = 0
+    properties: frozenset[bytes] = frozenset()
+
+    @property
+    def primary_kind(self) -> bytes:
+        """The kind of the picture; empty where there is none."""
+        item = self.by_number.get(self.primary)
+        return item.kind if item else b""
+
+
+def list_boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[Box]:
+    """
+    List the boxes that lie one behind the other.
+
+    Parameters
+    ----------
+    data : bytes
+        The content of a file.
+    start : int
+        Where the first box starts.
+    end : int or None
+        Where the last one ends; the end of the file by default.
+
+    Returns
+    -------
+    Iterator[Box]
+        At most 10,000 boxes; none where the bytes are no boxes.
+    """
+    end = len(data) if end is None else end
+    for _ in range(_MAX_BOXES):
+        size, head = _read(data, start, 4), 8
+        if size == 1:
+            size, head = _read(data, start + 8, 8), 16
+        elif size == 0:
+            # The last box may go to the end of the file.
+            size = end - start
+        if size < head or start + head > end:
+            return
+        yield Box(data[start + 4 : start + 8], start + head, min(start + size, end))
+        start += size
+
+
+def list_brands(data: bytes) -> tuple[bytes, ...]:
+    """
+    List the brands of an ISO base media file, the major one first; none where it is no such file.
+
+    Parameters
+    ----------
+    data : bytes
+        The content of a file.
+
+    Returns
+    -------
+    tuple[bytes, ...]
+        Brands of four bytes.
+    """
+    if data[4:8] != b"ftyp":
+        return ()
+    end = min(_read(data, 0, 4), len(data), 1 << 10)
+    return data[8:12], *(data[at : at + 4] for at in range(16, end - 3, 4))
+
+
+def read_items(data: bytes) -> Items:
+    """
+    Read what items an AVIF or HEIC file has (ISO/IEC 14496-12, section 8.11).
+
+    Parameters
+    ----------
+    data : bytes
+        The content of a file.
+
+    Returns
+    -------
+    Items
+        What could be read.
+    """
+    items = Items()
+    meta = next((box for box in list_boxes(data) if box.name == b"meta"), None)
+    if meta is None:
+        return items
+    # Version and flags take four bytes.
+    boxes = {box.name: box for box in list_boxes(data, meta.start + 4, meta.end)}
+    if box := boxes.get(b"iinf"):
+        items.by_number = dict(_list_entries(data, box))
+    if box := boxes.get(b"iloc"):
+        _add_extents(data, box, boxes.get(b"idat"), items.by_number)
+    if box := boxes.get(b"pitm"):
+        items.primary = _read(data, box.start + 4, 4 if data[box.start : box.start + 1] > b"\0" else 2)
+    if box := boxes.get(b"iprp"):
+        items.properties = frozenset(_list_properties(data, box, items.primary))
+    return items
+
+
+def _read(data: bytes, at: int, n_bytes: int) -> int:
+    """Read a number; bytes behind the end are left out."""
+    return int.from_bytes(data[at : at + n_bytes])
+
+
+def _list_entries(data: bytes, iinf: Box) -> Iterator[tuple[int, Item]]:
+    """List the items by their numbers."""
+    start = iinf.start + (6 if data[iinf.start : iinf.start + 1] == b"\0" else 8)
+    for box in list_boxes(data, start, iinf.end):
+        version = _read(data, box.start, 1)
+        if box.name != b"infe" or version < 2:
+            continue
+        width = 2 if version == 2 else 4
+        # Number and protection lie before the kind; name, content type and encoding behind it.
+        at = box.start + 4 + width + 2
+        _, content_type, encoding, *_ = data[at + 4 : min(box.end, at + 1_000)].split(b"\0") + [b"", b"", b""]
+        yield _read(data, box.start + 4, width), Item(data[at : at + 4], content_type, encoding)
+
+
+def _add_extents(data: bytes, iloc: Box, idat: Box | None, items: dict[int, Item]) -> None:
+    """Add to the items where they lie."""
+    version = _read(data, iloc.start, 1)
+    sizes = data[iloc.start + 4 : iloc.start + 6].ljust(2, b"\0")
+    offset_bytes, length_bytes, base_bytes = sizes[0] >> 4, sizes[0] & 15, sizes[1] >> 4
+    index_bytes = sizes[1] & 15 if version else 0
+    number_bytes = 4 if version == 2 else 2
+    at, n_left = iloc.start + 6 + number_bytes, _MAX_EXTENTS
+    for _ in range(min(_read(data, iloc.start + 6, number_bytes), _MAX_BOXES)):
+        item = items.get(_read(data, at, number_bytes))
+        at += number_bytes
+        method = _read(data, at, 2) & 15 if version else 0
+        at += 4 if version else 2
+        base = _read(data, at, base_bytes) + (idat.start if method == 1 and idat else 0)
+        n_extents = _read(data, at + base_bytes, 2)
+        at += base_bytes + 2
+        if at >= iloc.end or n_extents > n_left:
+            return
+        n_left -= n_extents
+        for _ in range(n_extents):
+            start = base + _read(data, at + index_bytes, offset_bytes)
+            length = _read(data, at + index_bytes + offset_bytes, length_bytes)
+            at += index_bytes + offset_bytes + length_bytes
+            if item and start < len(data):
+                # A length of zero means all of the file.
+                item.extents.append((start, min(start + length, len(data)) if length else len(data)))
+
+
+def _list_properties(data: bytes, iprp: Box, number: int) -> Iterator[bytes]:
+    """List the names of the properties that an item has."""
+    boxes = list(list_boxes(data, iprp.start, iprp.end))
+    names = [
+        prop.name for box in boxes if box.name == b"ipco" for prop in list_boxes(data, box.start, box.end)
+    ]
+    for box in (box for box in boxes if box.name == b"ipma"):
+        version, flags = _read(data, box.start, 1), _read(data, box.start + 1, 3)
+        number_bytes, index_bytes = 4 if version else 2, 2 if flags & 1 else 1
+        at = box.start + 8
+        for _ in range(min(_read(data, box.start + 4, 4), _MAX_BOXES)):
+            n_properties = _read(data, at + number_bytes, 1)
+            start = at + number_bytes + 1
+            if _read(data, at, number_bytes) == number:
+                for place in range(start, start + n_properties * index_bytes, index_bytes):
+                    # The first bit says whether a reader must understand it.
+                    index = _read(data, place, index_bytes) & (0x7FFF if index_bytes == 2 else 0x7F)
+                    if 0 < index <= len(names):
+                        yield names[index - 1]
+            at = start + n_properties * index_bytes
+            if at >= box.end:
+                break
