@@ -107,8 +107,6 @@ class Tally:
         What is wrong with them.
     counts : Counts
         Images by status and class.
-    names : NamesDigest
-        Names and classes of the images.
     failures : list[pandas.DataFrame]
         Outcomes of the images that failed.
     n_images : int
@@ -117,7 +115,6 @@ class Tally:
 
     faults: list[Fault] = field(default_factory=list)
     counts: report.Counts = field(default_factory=report.Counts)
-    names: store.NamesDigest = field(default_factory=store.NamesDigest)
     failures: list[pd.DataFrame] = field(default_factory=list)
     n_images: int = 0
 
@@ -138,7 +135,6 @@ class Tally:
         if outcomes is None or outcomes.empty:
             return
         self.counts.add(outcomes)
-        self.names.add(outcomes)
         self.failures.append(outcomes[outcomes["status"] != "ok"])
         self.n_images += len(outcomes)
 
