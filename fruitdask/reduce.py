@@ -140,7 +140,8 @@ def fit_pca(
         offset, variances, total, components = _decompose_slabs(shifted, wanted)
     if not total > 0:
         raise ReduceError(
-            f"all {n_images} images have the same features, which leaves nothing to reduce; check the images and model.weights"
+            f"all {n_images} images have the same features, which leaves nothing to reduce; check the images and model.weights, "
+            "or set reduce.enabled: false for features alone"
         )
     fitted = PrincipalComponents(
         mean=first + offset,
@@ -220,7 +221,10 @@ def check_n_components(n_components: int | float, *, n_images: int, n_features: 
         If there are fewer rows or columns than components, or fewer than two rows.
     """
     if n_images < 2:
-        raise ReduceError(f"principal components need at least 2 images with features, found {n_images}; add images")
+        raise ReduceError(
+            f"principal components need at least 2 images with features, found {n_images}; add images, "
+            "or set reduce.enabled: false for features alone"
+        )
     for n_found, what in ((n_images, "images with features"), (n_features, "features")):
         if isinstance(n_components, int) and n_found is not None and n_components > n_found:
             raise ReduceError(

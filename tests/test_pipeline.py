@@ -429,6 +429,41 @@ def test_identical_images_are_refused_by_the_reduction(make_config: MakeConfig, 
         fruitdask.run(config, client=client)
 
 
+def test_one_image_has_features_without_a_reduction(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
+    (tmp_path / "in" / "apple").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "in" / "apple" / "a.png")
+    sections: dict[str, Any] = {
+        "input": {"url": str(tmp_path / "in")},
+        "plots": {"enabled": True},
+        "report": {"enabled": True},
+    }
+    with pytest.raises(ReduceError, match="need at least 2 images .* found 1; .* reduce.enabled: false"):
+        fruitdask.run(make_config(**sections), client=client)
+    config = make_config(**sections, reduce={"enabled": False, "tsne": {"enabled": True}})
+    result = fruitdask.run(config, client=client)
+    expected = [*pixels.mean(axis=(0, 1)), *pixels.max(axis=(0, 1))]
+    np.testing.assert_allclose(result.features.compute(), [expected], rtol=1e-6)
+    assert list(result.table.columns) == ["path", "label", "status"] and result.pca is None
+    assert "not computed" in result._repr_html_() and "apple/a.png" in result.report.read()
+    assert fruitdask.verify(result.output.url).faults == () and fruitdask.run(config).n_computed == 0
+
+
+def test_reduction_can_be_turned_off_and_on(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
+    shown = {"report": {"enabled": True}, "plots": {"enabled": True}}
+    before = fruitdask.run(make_config(**shown), client=client)
+    assert before.pca is not None and before.quality is not None
+    off = fruitdask.run(make_config(**shown, reduce={"enabled": False}))
+    figures = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
+    assert off.n_computed == 0 and off.pca is None and not (tmp_path / "out" / "pca.zarr").exists()
+    assert list(off.table.columns) == ["path", "label", "status"] and not figures & {"pca", "explained_variance"}
+    assert off.quality is not None and off.quality["neighbors"] == before.quality["neighbors"]
+    assert fruitdask.verify(off.output.url).faults == ()
+    on = fruitdask.run(make_config(**shown))
+    pd.testing.assert_frame_equal(on.table, before.table)
+    assert fruitdask.verify(on.output.url).faults == ()
+
+
 def test_sample_is_not_drawn_into_a_remote_input(make_config: MakeConfig, client: Any) -> None:
     with pytest.raises(ConfigError, match="draws into a local folder, but input.url is memory://drawn"):
         fruitdask.run(make_config(input={"url": "memory://drawn", "sample": {"per_class": 1}}), client=client)

@@ -149,7 +149,8 @@ def _start(task: Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifac
     from fruitdask.featurize import prepare_workers
     from fruitdask.reduce import check_n_components
 
-    check_n_components(task.config.reduce.n_components, n_images=task.n_listed)
+    if task.config.reduce.enabled:
+        check_n_components(task.config.reduce.n_components, n_images=task.n_listed)
     model = settle_engine(task.config)
     with start_building(model) as wait_for_artifact:
         client = client or stack.enter_context(task.budget.open_client())
@@ -170,8 +171,9 @@ def _begin_output(task: Task, computation: dict[str, Any], client: Any = None) -
 
     n_features = computation["model"]["n_features"]
     shape = {"n_images": task.n_listed, "n_features": n_features}
-    check_n_components(task.config.reduce.n_components, **shape)
-    check_solver(task.config.reduce.solver, **shape)
+    if task.config.reduce.enabled:
+        check_n_components(task.config.reduce.n_components, **shape)
+        check_solver(task.config.reduce.solver, **shape)
     if task.config.output.overwrite:
         store.clear_output(task.output)
     before, changes = task.manifest or {}, task.changes

@@ -140,7 +140,7 @@ class Task:
         manifest = self.manifest or {"status": "new"}
         if manifest["status"] != "complete" or not self.has_features:
             return False
-        names = [report.RESULTS, PCA] + [store.QUALITY] * self.config.quality.enabled
+        names = [report.RESULTS] + [PCA] * self.config.reduce.enabled + [store.QUALITY] * self.config.quality.enabled
         if not all(exists(self.output.child(name)) for name in names):
             return False
         return _select(manifest["config"], _REDUCING) == _select(dump_config(self.config), _REDUCING)

@@ -41,10 +41,10 @@ class Reduction:
 
     Parameters
     ----------
-    components : PrincipalComponents
-        The principal components that are kept.
+    components : PrincipalComponents or None
+        The principal components that are kept; None where ``reduce.enabled`` is false.
     scores : numpy.ndarray
-        Coordinates along them (image, component), float32; NaN for images that failed.
+        Coordinates along them (image, component), float32; NaN for images that failed. Without components it has no columns.
     tsne : numpy.ndarray or None
         Coordinates on the map of t-SNE (image, 2), float32; NaN for images that failed or were not sampled.
     quality : dict[str, Any] or None
@@ -55,7 +55,7 @@ class Reduction:
         Whether the components are those of an earlier run.
     """
 
-    components: "PrincipalComponents"
+    components: "PrincipalComponents | None"
     scores: Scores
     tsne: Scores | None
     quality: dict[str, Any] | None
@@ -91,6 +91,7 @@ def choose_components(config: Config, output: Location, fit: dict[str, Any] | No
     refit, location = config.reduce.refit, output.child(PCA)
     if (
         fit is None
+        or not config.reduce.enabled
         or refit == "always"
         or not fit.items() >= _describe_settings(config).items()
         or not exists(location)
@@ -140,6 +141,9 @@ def reduce_features(
     settings = config.reduce
     features, is_ok = open_features(output, block_bytes=BLOCK_BYTES)
     rows = np.flatnonzero(is_ok)
+    if not settings.enabled:
+        quality = _judge(config.quality, features if is_ok.all() else features[rows], labels[rows], None)
+        return Reduction(None, np.empty((len(is_ok), 0), np.float32), None, quality, {}, is_kept=False)
     check_n_components(settings.n_components, n_images=len(rows), n_features=features.shape[1])
     ok = features if is_ok.all() else features[rows]
     needs_fit = settings.tsne.enabled or config.quality.enabled
@@ -212,7 +216,7 @@ def fit_components(settings: ReduceConfig, features: "da.Array") -> "PrincipalCo
 
 
 def _judge(
-    settings: QualityConfig, features: "da.Array", labels: npt.NDArray[Any], found: "PrincipalComponents"
+    settings: QualityConfig, features: "da.Array", labels: npt.NDArray[Any], found: "PrincipalComponents | None"
 ) -> dict[str, Any] | None:
     """Say in numbers how well the features separate the classes, on a sample of the images."""
     from fruitdask.neighbors import explain_variance, summarize_quality
@@ -227,7 +231,7 @@ def _judge(
         "n_images_with_features": len(labels),
         "metric": settings.metric,
         **summarize_quality(chosen, labels[sampled], n_neighbors=settings.n_neighbors, metric=settings.metric),
-        "explained_variance": explain_variance(found.explained_variance_ratio.tolist()),
+        **({"explained_variance": explain_variance(found.explained_variance_ratio.tolist())} if found else {}),
     }
 
 

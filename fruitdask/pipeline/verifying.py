@@ -177,7 +177,7 @@ def _check_run(output: Location, manifest: dict[str, Any], ledger: _Ledger, prog
     ledger.faults += _compare_descriptions(manifest, dict(group.attrs), must_be_sealed=is_sealed)
     arrays = {name: store.StoredArray(group[name], output) for name in ("features", "status")}
     components, faults = None, []
-    if is_complete:
+    if is_complete and "pca" in manifest:
         components, faults = read_components(output, n_features=arrays["features"].shape[1])
     ledger.faults += faults
     catalog = _read_catalog(output, manifest, ledger)
@@ -257,6 +257,8 @@ def _check_results(run: StoredRun, tally: Tally, ledger: _Ledger, progress: RunP
         ledger.faults.append(Fault(store.QUALITY, "it is missing", "reduce"))
     ledger.faults += store.check_json(output, store.QUALITY, "reduce")
     ledger.faults += _check_drawings(run)
+    if "pca" not in manifest:
+        return
     if any(fault.remedy == "compute" for fault in ledger.faults):
         ledger.notes.append(f"{PCA} was not compared with the features, some of which are damaged")
         return
@@ -276,8 +278,8 @@ def _check_drawings(run: StoredRun) -> Iterator[Fault]:
     names = [report.PAGE] if drawn["report"]["enabled"] else []
     if drawn["plots"]["enabled"]:
         figures = report.list_figures(
-            n_components=manifest["pca"]["n_components"],
-            has_tsne=manifest["config"]["reduce"]["tsne"]["enabled"],
+            n_components=manifest.get("pca", {}).get("n_components", 0),
+            has_tsne="pca" in manifest and manifest["config"]["reduce"]["tsne"]["enabled"],
             has_exploration=drawn["exploration"] is not None,
             has_quality=manifest["config"]["quality"]["enabled"],
         )
