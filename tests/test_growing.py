@@ -561,7 +561,7 @@ _STEPS = st.tuples(st.integers(0, 7), st.integers(0, 2), st.integers(0, 2))
 _DEEDS = ("", "", "damage and repair", "erase", "retry")
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate])
 @given(
     rounds=st.lists(
         st.tuples(_STEPS, st.sampled_from(["", *_INTERRUPTIONS]), _STEPS, st.booleans(), st.sampled_from(_DEEDS)),
@@ -644,6 +644,9 @@ def run_and_interrupt(config: Config, client: Any, name: str) -> None:
             fruitdask.run(config, client=client)
         except KeyboardInterrupt as error:
             assert str(error) == "in this test"
+    # Dask cannot stop a task that runs, and this cluster stays: without this it would write beside the next run.
+    while any(client.run(lambda dask_worker: len(dask_worker.state.all_running_tasks)).values()):
+        pass
 
 
 #: Grows an output with one process after another, each of which is killed some steps later than the one before it: a step is anything that
