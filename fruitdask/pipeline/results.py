@@ -57,7 +57,7 @@ class RunResult:
 
     @property
     def pca(self) -> "PrincipalComponents | None":
-        """The fitted principal components; None where ``reduce.enabled`` is false."""
+        """The fitted principal components; None where ``reduce.enabled`` is false, or none are possible."""
         from fruitdask.reduce import PrincipalComponents
 
         location = self.output.child(PCA)

@@ -176,6 +176,8 @@ def _reduce_features(
         kept = choose_components(task.config, task.output, fit)
         labels = task.rows.catalog["label"].to_numpy()
         reduction = reduce_features(task.config, task.output, labels, kept=kept, fit=fit)
+    if reduction.problem:
+        progress.say(reduction.problem)
     progress.begin("Writing results")
     with task.clock.measure("write"):
         # Should this be interrupted, the next run must not take a mixture of old and new tables for results.

@@ -257,7 +257,9 @@ def _check_results(run: StoredRun, tally: Tally, ledger: _Ledger, progress: RunP
         ledger.faults.append(Fault(store.QUALITY, "it is missing", "reduce"))
     ledger.faults += store.check_json(output, store.QUALITY, "reduce")
     ledger.faults += _check_drawings(run)
-    if "pca" not in manifest:
+    if not run.has_components:
+        if exists(output.child(PCA)):
+            ledger.faults.append(Fault(PCA, f"{store.MANIFEST} says nothing of it", "delete"))
         return
     if any(fault.remedy == "compute" for fault in ledger.faults):
         ledger.notes.append(f"{PCA} was not compared with the features, some of which are damaged")
@@ -307,10 +309,13 @@ def _check_exploration(output: Location, manifest: dict[str, Any] | None, ledger
         ledger.notes.append("the exploration is not finished: the next run looks at all images")
         return
     is_same = manifest is not None and manifest["fingerprint"]["catalog"] == summary["fingerprint"]["catalog"]
-    if manifest is not None and manifest["status"] == "complete" and not is_same:
-        ledger.notes.append(
-            "the exploration is of the images before the last run; a run with explore.enabled looks at all images again"
-        )
+    if manifest is not None and not is_same:
+        if _expects_exploration(manifest):
+            yield Fault(store.EXPLORATION, "it is of other images than the run", "explore")
+        elif manifest["status"] == "complete":
+            ledger.notes.append(
+                "the exploration is of the images before the last run; a run with explore.enabled looks at all images again"
+            )
     yield from check_exploration(output, summary, ledger.catalog if is_same else None)
     if exists(output.child(store.THUMBNAILS)):
         yield Fault(store.THUMBNAILS, "it is left from an exploration that is finished", "delete")
