@@ -91,3 +91,7 @@ class TooManyFailuresError(FruitdaskError, RuntimeError):
 
 class ReduceError(FruitdaskError, ValueError):
     """The features cannot be reduced as configured."""
+
+
+class NoVarianceError(ReduceError):
+    """All images have the same features, so that there are no principal components."""

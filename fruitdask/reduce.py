@@ -8,12 +8,14 @@ import dask.array as da
 import numpy as np
 import numpy.typing as npt
 
-from fruitdask.errors import ReduceError
+from fruitdask.errors import NoVarianceError, ReduceError
 
 #: Principal components that t-SNE works on, as its authors advise (van der Maaten and Hinton 2008, section 4.2, take 30; scikit-learn 50).
 TSNE_COMPONENTS = 50
 #: Side of the largest square matrix that the exact solver decomposes, 134 MB in float64; only pooling: flatten gives more features.
 LARGEST_SIDE = 4096
+#: One image has no variance.
+MIN_IMAGES = 2
 #: Power iterations of the randomized solver, as scikit-learn's has where many components are wanted; each reads the features twice.
 _POWER_ITERATIONS = 4
 
@@ -113,7 +115,9 @@ def fit_pca(
     Raises
     ------
     ReduceError
-        If there are fewer images or features than components, too many of both for the exact solver, or no variance.
+        If there are fewer images or features than components, or too many of both for the exact solver.
+    NoVarianceError
+        If all images have the same features.
 
     Notes
     -----
@@ -139,7 +143,7 @@ def fit_pca(
     else:
         offset, variances, total, components = _decompose_slabs(shifted, wanted)
     if not total > 0:
-        raise ReduceError(
+        raise NoVarianceError(
             f"all {n_images} images have the same features, which leaves nothing to reduce; check the images and model.weights"
         )
     fitted = PrincipalComponents(
@@ -219,7 +223,7 @@ def check_n_components(n_components: int | float, *, n_images: int, n_features: 
     ReduceError
         If there are fewer rows or columns than components, or fewer than two rows.
     """
-    if n_images < 2:
+    if n_images < MIN_IMAGES:
         raise ReduceError(f"principal components need at least 2 images with features, found {n_images}; add images")
     for n_found, what in ((n_images, "images with features"), (n_features, "features")):
         if isinstance(n_components, int) and n_found is not None and n_components > n_found:

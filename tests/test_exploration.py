@@ -123,6 +123,16 @@ def test_mean_squared_difference_is_the_mean_over_all_pairs(images: list[bytes],
     assert mean_squared_difference(sums) == pytest.approx(expected / 127.5**2, rel=1e-12)
 
 
+def test_sums_of_a_class_do_not_overflow() -> None:
+    pixels = np.full((1, 2, 2, 3), 255, np.uint8)
+    total, more = (ClassSums.measure(pixels, pixels) for _ in range(2))
+    # As of 16 million white images each: together they are beyond 32 bits.
+    for sums in (total, more):
+        sums.pixels = np.full_like(sums.pixels, 16_000_000 * 255)
+    total.add(more)
+    assert total.pixels.tolist() == [[[8_160_000_000] * 3] * 2] * 2
+
+
 def test_mean_squared_difference_loses_nothing_where_images_hardly_differ() -> None:
     pixels = np.full((1000, 224, 224, 3), 250, np.uint8)
     pixels[0, 0, 0, 0] = 251

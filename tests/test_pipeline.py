@@ -29,6 +29,9 @@ from fruitdask.errors import (
 from fruitdask.models import build_artifact, load_predictor
 from fruitdask.pipeline import exploring, featurizing, presenting, running, spending
 from fruitdask.pipeline.inputs import dump_config
+from fruitdask.pipeline.reducing import write_components
+from fruitdask.progress import choose_progress
+from fruitdask.reduce import fit_pca
 from fruitdask.storage import Location
 
 MakeConfig = Callable[..., Config]
@@ -420,13 +423,118 @@ def test_interrupted_overwriting_leaves_no_commit_mark_without_its_chunk(
     np.testing.assert_array_equal(result.features.compute(), expected)
 
 
-def test_identical_images_are_refused_by_the_reduction(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_images", [2, 4])
+def test_identical_images_have_features_and_no_components(
+    make_config: MakeConfig, client: Any, tmp_path: Path, n_images: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "in").mkdir()
-    for number in range(4):
+    for number in range(n_images):
         Image.new("RGB", (40, 40), (10, 20, 30)).save(tmp_path / "in" / f"{number}.png")
-    config = make_config(input={"url": str(tmp_path / "in")}, reduce={"n_components": 2, "tsne": {"enabled": True}})
-    with pytest.raises(ReduceError, match="all 4 images have the same features"):
-        fruitdask.run(config, client=client)
+    shown = {"report": {"enabled": True}, "plots": {"enabled": True}}
+    config = make_config(input={"url": str(tmp_path / "in")}, reduce={"tsne": {"enabled": True}}, **shown)
+    result = fruitdask.run(config, client=client, progress=choose_progress())
+    assert f"No principal components were computed: all {n_images} images have the same features" in capsys.readouterr().err
+    np.testing.assert_allclose(result.features.compute(), [[10, 20, 30] * 2] * n_images)
+    check_without_components(result, config)
+
+
+@pytest.mark.parametrize(
+    ("n_images", "n_ok", "reduce"),
+    [(1, 1, {}), (1, 1, {"enabled": False}), (3, 1, {}), (2, 0, {}), (4, 4, {"enabled": False})],
+    ids=["one", "one, disabled", "one of three", "none of two", "four, disabled"],
+)
+def test_images_have_features_without_components(
+    make_config: MakeConfig,
+    client: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    n_images: int,
+    n_ok: int,
+    reduce: dict[str, Any],
+) -> None:
+    (tmp_path / "in" / "apple").mkdir(parents=True)
+    expected = np.full((n_images, 6), np.nan)
+    for number in range(n_images):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / "apple" / f"{number}.png")
+        if number < n_ok:
+            expected[number] = [*pixels.mean(axis=(0, 1)), *pixels.max(axis=(0, 1))]
+        else:
+            (tmp_path / "in" / "apple" / f"{number}.png").write_bytes(b"broken")
+    config = make_config(
+        input={"url": str(tmp_path / "in")},
+        featurize={"images_per_partition": 2, "max_failed_fraction": 1},
+        # More components than there can be are no matter where there are none.
+        reduce={"tsne": {"enabled": True}, "n_components": 2 if n_images > 1 else 9} | reduce,
+        plots={"enabled": True},
+        report={"enabled": True},
+    )
+    result = fruitdask.run(config, client=client, progress=choose_progress())
+    said = f"Principal components need at least 2 images with features, found {n_ok}: none were computed."
+    assert (said in " ".join(capsys.readouterr().err.split())) == reduce.get("enabled", True)
+    np.testing.assert_allclose(result.features.compute(), expected, rtol=1e-6)
+    check_without_components(result, config)
+
+
+def check_without_components(result: fruitdask.RunResult, config: Config) -> None:
+    """Check that results without components are whole: tables, notebook, page, figures, a second run, and verifying."""
+    assert list(result.table.columns) == ["path", "label", "status"]
+    assert result.pca is None and "pca" not in result.manifest and "not computed" in result._repr_html_()
+    assert result.quality is not None and "explained_variance" not in result.quality
+    figures = {path.stem for path in Path(result.output.path, "figures").iterdir()}
+    assert "neighbors" in figures and not figures & {"pca", "tsne", "explained_variance"}
+    assert 'href="#maps"' not in fruitdask.render_report(config).read()
+    assert fruitdask.run(config).n_computed == 0
+    found = fruitdask.verify(result.output.url)
+    assert found.faults == found.notes == ()
+    write_components(result.output, fit_pca(da.from_array(np.eye(3, 6)), n_components=2))
+    assert [fault.where for fault in fruitdask.verify(result.output.url, repair=True).faults] == ["pca.zarr"]
+    assert fruitdask.verify(result.output.url).faults == ()
+
+
+def test_components_go_when_one_image_is_left_and_come_back(
+    make_config: MakeConfig, client: Any, tmp_path: Path
+) -> None:
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+        (tmp_path / "in" / "apple").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "in" / "apple" / f"{number}.png")
+    config = make_config(input={"url": str(tmp_path / "in")}, reduce={"refit": "never"})
+    before = fruitdask.run(config, client=client)
+    (tmp_path / "in" / "apple" / "1.png").rename(tmp_path / "aside.png")
+    alone = fruitdask.run(config, client=client)
+    assert alone.pca is None and not (tmp_path / "out" / "pca.zarr").exists()
+    assert fruitdask.verify(alone.output.url).faults == ()
+    (tmp_path / "aside.png").rename(tmp_path / "in" / "apple" / "1.png")
+    pd.testing.assert_frame_equal(fruitdask.run(config, client=client).table, before.table)
+    erased = fruitdask.erase(config, ["apple/1.png"], client=client).result
+    assert erased is not None and erased.pca is None and fruitdask.verify(erased.output.url).faults == ()
+
+
+def test_settings_that_an_earlier_version_did_not_have_reduce_nothing_again(
+    make_config: MakeConfig, client: Any
+) -> None:
+    result = fruitdask.run(make_config(), client=client)
+    manifest = store.read_manifest(result.output) or {}
+    del manifest["config"]["reduce"]["enabled"]
+    store.write_manifest(result.output, manifest)
+    assert fruitdask.run(make_config()).manifest["finished"] == result.manifest["finished"]
+    assert "enabled" not in (store.read_manifest(result.output) or {})["config"]["reduce"]
+
+
+def test_reduction_can_be_turned_off_and_on(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
+    shown = {"report": {"enabled": True}, "plots": {"enabled": True}}
+    before = fruitdask.run(make_config(**shown), client=client)
+    assert before.pca is not None and before.quality is not None
+    off = fruitdask.run(make_config(**shown, reduce={"enabled": False}))
+    figures = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
+    assert off.n_computed == 0 and off.pca is None and not (tmp_path / "out" / "pca.zarr").exists()
+    assert list(off.table.columns) == ["path", "label", "status"] and not figures & {"pca", "explained_variance"}
+    assert off.quality is not None and off.quality["neighbors"] == before.quality["neighbors"]
+    assert fruitdask.verify(off.output.url).faults == ()
+    on = fruitdask.run(make_config(**shown))
+    pd.testing.assert_frame_equal(on.table, before.table)
+    assert fruitdask.verify(on.output.url).faults == ()
 
 
 def test_sample_is_not_drawn_into_a_remote_input(make_config: MakeConfig, client: Any) -> None:

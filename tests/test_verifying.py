@@ -329,7 +329,7 @@ def rewrite_results(output: Location, **values: Any) -> None:
 def rewrite_components(output: Location, name: str) -> None:
     """Write other principal components."""
     pca = fruitdask.RunResult(output, {}, 0).pca
-    write_components(output, dataclasses.replace(pca, **{name: getattr(pca, name) * 1.001}))
+    write_components(output, dataclasses.replace(pca, **{name: getattr(pca, name) * 1.01}))
 
 
 def rewrite_features(output: Location) -> None:

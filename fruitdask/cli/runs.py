@@ -125,8 +125,7 @@ def _print_summary(result: "RunResult", console: "Console") -> None:
             else ""
         ),
         "cost": _format_cost(manifest.get("cost")),
-        "explained variance": _format_ratios(manifest["pca"]["explained_variance_ratio"])
-        + _format_fit(manifest["pca"]),
+        "explained variance": _format_explained(manifest.get("pca")),
         "results": result.output.url,
         "report": result.report.location.url if manifest["config"]["report"]["enabled"] else "",
     }
@@ -219,12 +218,11 @@ def _format_cost(cost: "dict[str, Any] | None") -> str:
     return f"${cost['dollars']:.2f} for {hours:.2f} hours of instances, by prices of {cost['prices_of']}{unknown}"
 
 
-def _format_fit(pca: "dict[str, Any]") -> str:
-    """Say whose components they are, where they are those of an earlier run."""
-    return f", as fitted to {pca['fit']['n_images']:,} images" if pca.get("is_kept") else ""
-
-
-def _format_ratios(ratios: list[float]) -> str:
-    """Format the variance explained by components, the first ones and their sum."""
+def _format_explained(pca: "dict[str, Any] | None") -> str:
+    """Format the variance explained by the first components and by all; say so where an earlier run fitted them."""
+    if pca is None:
+        return ""
+    ratios = pca["explained_variance_ratio"]
     first = " + ".join(f"{ratio:.1%}" for ratio in ratios[:4])
-    return f"{first}{' + ...' if len(ratios) > 4 else ''} = {sum(ratios):.1%} by {len(ratios)} components"
+    fit = f", as fitted to {pca['fit']['n_images']:,} images" if pca.get("is_kept") else ""
+    return f"{first}{' + ...' if len(ratios) > 4 else ''} = {sum(ratios):.1%} by {len(ratios)} components{fit}"

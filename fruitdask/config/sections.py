@@ -202,8 +202,9 @@ class TsneConfig(Section):
 
 
 class ReduceConfig(Section):
-    """How features become a few numbers an image."""
+    """How features become a few numbers per image."""
 
+    enabled: bool = Field(True, description="Reduce the features, by t-SNE too; false stores them and leaves it at that.")
     n_components: int | float = Field(
         2, gt=0, description="Principal components to keep, or the fraction (0 to 1) of the variance to keep."
     )

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask import store
+from fruitdask.catalog import VANISHED_BYTES, find_rows
 from fruitdask.errors import DamageError
 from fruitdask.storage import Location, exists, explained, write_file
 from fruitdask.texts import format_csv
@@ -125,7 +126,9 @@ def read_exploration(output: Location) -> Exploration | None:
     return Exploration(images, classes, summary=summary, **arrays)
 
 
-def check_exploration(output: Location, summary: Mapping[str, Any], names: str | None) -> Iterator[store.Fault]:
+def check_exploration(
+    output: Location, summary: Mapping[str, Any], catalog: pd.DataFrame | None
+) -> Iterator[store.Fault]:
     """
     Check what an exploration has left.
 
@@ -135,8 +138,8 @@ def check_exploration(output: Location, summary: Mapping[str, Any], names: str |
         The output folder, whose exploration is complete.
     summary : Mapping[str, Any]
         What its manifest says.
-    names : str or None
-        Digest of the names and classes of the images of the run beside it, from `fruitdask.store.NamesDigest`; None where there is none.
+    catalog : pandas.DataFrame or None
+        The catalog of the run beside it, of the same images; None where there is nothing to compare with.
 
     Yields
     ------
@@ -151,16 +154,26 @@ def check_exploration(output: Location, summary: Mapping[str, Any], names: str |
     images, faults = _check_table(output, _IMAGES)
     classes, more = _check_table(output, _CLASSES)
     yield from faults + more
-    if images is not None:
-        digest = store.NamesDigest()
-        digest.add(images)
-        if len(images) != summary["n_images"] or names not in (None, digest.value):
-            yield _fault(f"{_IMAGES}.parquet", "its rows are not those of the images")
+    if images is not None and (
+        len(images) != summary["n_images"] or (catalog is not None and not _has_same_images(images, catalog))
+    ):
+        yield _fault(f"{_IMAGES}.parquet", "its rows are not those of the images")
     if images is not None and classes is not None:
         counts = images["label"].astype(str).value_counts().to_dict()
         if counts != dict(zip(classes["label"].astype(str), classes["n_images"], strict=True)):
             yield _fault(f"{_CLASSES}.parquet", f"it does not count the images of {_IMAGES}.parquet")
     yield from store.check_arrays(output, _ARRAYS, _DIMENSIONS, "explore")
+
+
+def _has_same_images(images: pd.DataFrame, catalog: pd.DataFrame) -> bool:
+    """Tell whether rows are of the images of a catalog that have not vanished, in whatever order, and of no others."""
+    rows = find_rows(images["path"], catalog["path"])
+    if (rows < 0).any() or not images["path"].is_unique:
+        return False
+    is_expected = (catalog["bytes"] != VANISHED_BYTES).to_numpy(copy=True)
+    is_expected[rows] = False
+    labels = catalog["label"].iloc[rows].astype(str).to_numpy()
+    return not is_expected.any() and np.array_equal(labels, images["label"].astype(str).to_numpy())
 
 
 def _check_table(output: Location, name: str) -> tuple[pd.DataFrame | None, list[store.Fault]]:

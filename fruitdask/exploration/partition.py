@@ -55,7 +55,7 @@ class ClassSums:
     n_images : int
         Images.
     pixels : numpy.ndarray
-        Sum of their pixels, shape (px, px, 3), of values 0 to 255; uint32 within a partition, int64 over all.
+        Sum of their pixels, shape (px, px, 3), of values 0 to 255; uint32 of one batch, int64 once sums are added.
     squares : int
         Sum of the squares of all their values.
     thumbnails : numpy.ndarray
@@ -91,7 +91,7 @@ class ClassSums:
         flat = pixels.reshape(-1).astype(np.float64)
         return cls(
             n_images=len(pixels),
-            # Enough for 16 million images, and half the size on its way to the client.
+            # Enough for a batch of 16 million images; the smaller type is half the size on its way to the client.
             pixels=pixels.sum(axis=0, dtype=np.uint32),
             # Exact: a batch's sum of squares stays far below 2**53.
             squares=int(flat @ flat),
@@ -109,7 +109,7 @@ class ClassSums:
             Sums over images of the same sizes.
         """
         self.n_images += other.n_images
-        self.pixels = self.pixels + other.pixels
+        self.pixels = np.add(self.pixels, other.pixels, dtype=np.int64)
         self.squares += other.squares
         self.thumbnails += other.thumbnails
         self.colours += other.colours

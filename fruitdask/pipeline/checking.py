@@ -65,6 +65,11 @@ class StoredRun:
         return bool(self.manifest["status"] == "complete")
 
     @property
+    def has_components(self) -> bool:
+        """Whether it has principal components, be they damaged."""
+        return "pca" in self.manifest
+
+    @property
     def n_images(self) -> int:
         """Images of the run."""
         return int(self.manifest["n_images"])
@@ -107,8 +112,6 @@ class Tally:
         What is wrong with them.
     counts : Counts
         Images by status and class.
-    names : NamesDigest
-        Names and classes of the images.
     failures : list[pandas.DataFrame]
         Outcomes of the images that failed.
     n_images : int
@@ -117,7 +120,6 @@ class Tally:
 
     faults: list[Fault] = field(default_factory=list)
     counts: report.Counts = field(default_factory=report.Counts)
-    names: store.NamesDigest = field(default_factory=store.NamesDigest)
     failures: list[pd.DataFrame] = field(default_factory=list)
     n_images: int = 0
 
@@ -138,7 +140,6 @@ class Tally:
         if outcomes is None or outcomes.empty:
             return
         self.counts.add(outcomes)
-        self.names.add(outcomes)
         self.failures.append(outcomes[outcomes["status"] != "ok"])
         self.n_images += len(outcomes)
 
@@ -205,12 +206,16 @@ def _check_partition(
     checked = store.check_partition(run.output, run.arrays, index)
     faults, outcomes = list(checked.faults), checked.outcomes
     if run.catalog is not None and outcomes is not None:
-        expected = run.catalog["path"].iloc[index * run.size :].iloc[: len(outcomes)]
-        if not np.array_equal(expected.to_numpy(), outcomes["path"].to_numpy()):
-            faults.append(Fault(f"partition {index}", f"its paths are not those in {store.CATALOG}", "compute", index))
+        expected = run.catalog.iloc[index * run.size :].iloc[: len(outcomes)]
+        # Classes that have changed are no fault before they are computed again.
+        for name in ("path", "label") if run.is_complete else ("path",):
+            if not np.array_equal(expected[name].astype(str), outcomes[name].astype(str)):
+                what = f"its {name}s are not those in {store.CATALOG}"
+                faults.append(Fault(f"partition {index}", what, "compute", index))
     if part is not None and outcomes is not None:
         start = (index - first) * run.size
-        scores, tolerance = None, 0.0
+        # Without components there must be no coordinates either.
+        scores, tolerance = None if run.has_components else np.empty((len(outcomes), 0)), 0.0
         if run.components is not None and checked.features is not None:
             scores = run.components.transform(checked.features)
             tolerance = _SCORE_TOLERANCE * float(np.sqrt(run.components.explained_variance[0]))

@@ -147,9 +147,8 @@ def check_failures(task: Task, n_failed: int) -> None:
 def _start(task: Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifact]:
     """Start the cluster while a child process builds the network."""
     from fruitdask.featurize import prepare_workers
-    from fruitdask.reduce import check_n_components
 
-    check_n_components(task.config.reduce.n_components, n_images=task.n_listed)
+    _check_reduction(task)
     model = settle_engine(task.config)
     with start_building(model) as wait_for_artifact:
         client = client or stack.enter_context(task.budget.open_client())
@@ -164,14 +163,22 @@ def _start(task: Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifac
     return client, artifact
 
 
+def _check_reduction(task: Task, n_features: int | None = None) -> None:
+    """Refuse before anything is computed what the reduction would refuse; too few images for any components are no error."""
+    from fruitdask.reduce import MIN_IMAGES, check_n_components, check_solver
+
+    settings, n_images = task.config.reduce, task.n_listed
+    if not settings.enabled or n_images < MIN_IMAGES:
+        return
+    check_n_components(settings.n_components, n_images=n_images, n_features=n_features)
+    if n_features is not None:
+        check_solver(settings.solver, n_images=n_images, n_features=n_features)
+
+
 def _begin_output(task: Task, computation: dict[str, Any], client: Any = None) -> dict[str, Any]:
     """Write the manifest of a run that begins, and make room; how features are computed, the caller says."""
-    from fruitdask.reduce import check_n_components, check_solver
-
     n_features = computation["model"]["n_features"]
-    shape = {"n_images": task.n_listed, "n_features": n_features}
-    check_n_components(task.config.reduce.n_components, **shape)
-    check_solver(task.config.reduce.solver, **shape)
+    _check_reduction(task, n_features)
     if task.config.output.overwrite:
         store.clear_output(task.output)
     before, changes = task.manifest or {}, task.changes

@@ -501,5 +501,5 @@ class Estimator:
                 yield "all workers are there all the time"
         if costs["transfer"]:
             yield "this machine is not on AWS"
-        if config.reduce.tsne.enabled:
+        if config.reduce.enabled and config.reduce.tsne.enabled:
             yield "the time of t-SNE is not in it"

@@ -10,7 +10,7 @@ from fruitdask.catalog import SPLIT, choose_partition_size, hash_split
 from fruitdask.config import Config, LocalClusterConfig
 from fruitdask.models import fingerprint_model
 from fruitdask.pipeline.growing import Backlog, Rows, find_backlog, order_images
-from fruitdask.pipeline.inputs import Inputs, dump_config, prepare_inputs, settle_erasure
+from fruitdask.pipeline.inputs import Inputs, prepare_inputs, settle_erasure
 from fruitdask.pipeline.presenting import describe_presentation
 from fruitdask.pipeline.results import PCA
 from fruitdask.pipeline.spending import Budget, Clock
@@ -145,12 +145,14 @@ class Task:
         manifest = self.manifest or {"status": "new"}
         if manifest["status"] != "complete" or not self.has_features:
             return False
-        names = [report.RESULTS, PCA] + [store.QUALITY] * self.config.quality.enabled
+        names = [report.RESULTS] + [PCA] * ("pca" in manifest) + [store.QUALITY] * self.config.quality.enabled
         if not all(exists(self.output.child(name)) for name in names):
             return False
         if manifest.get("split") != self.split_hash:
             return False
-        return _select(manifest["config"], _REDUCING) == _select(dump_config(self.config), _REDUCING)
+        # A setting that an earlier version did not have had its default.
+        sections = ((getattr(self.config, name), manifest["config"].get(name, {})) for name in _REDUCING)
+        return all(type(ours)().model_dump(mode="json") | theirs == ours.model_dump(mode="json") for ours, theirs in sections)
 
     @property
     def is_presented(self) -> bool:
@@ -235,8 +237,3 @@ def prepare(
         lock=lock,
         retry_failed=retry_failed,
     )
-
-
-def _select(sections: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Select some sections of a dumped configuration."""
-    return {name: sections.get(name) for name in names}

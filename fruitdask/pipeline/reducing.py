@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from fruitdask import __version__, store
 from fruitdask.config import Config, QualityConfig, ReduceConfig
+from fruitdask.errors import NoVarianceError
 from fruitdask.pipeline.results import PCA, open_features
 from fruitdask.storage import Location, exists
 
@@ -41,10 +42,10 @@ class Reduction:
 
     Parameters
     ----------
-    components : PrincipalComponents
-        The principal components that are kept.
+    components : PrincipalComponents or None
+        The principal components that are kept; None where there are none.
     scores : numpy.ndarray
-        Coordinates along them (image, component), float32; NaN for images that failed.
+        Coordinates along them (image, component), float32; NaN for images that failed. Without components it has no columns.
     tsne : numpy.ndarray or None
         Coordinates on the map of t-SNE (image, 2), float32; NaN for images that failed or were not sampled.
     quality : dict[str, Any] or None
@@ -53,14 +54,17 @@ class Reduction:
         How many images the fit of the components saw, how many have changed since, and its settings; JSON.
     is_kept : bool
         Whether the components are those of an earlier run.
+    problem : str
+        Why components that are wanted are impossible, as a sentence for the user; empty where they are not.
     """
 
-    components: "PrincipalComponents"
+    components: "PrincipalComponents | None"
     scores: Scores
     tsne: Scores | None
     quality: dict[str, Any] | None
     fit: dict[str, Any]
     is_kept: bool
+    problem: str = ""
 
 
 def choose_components(config: Config, output: Location, fit: dict[str, Any] | None) -> "PrincipalComponents | None":
@@ -91,6 +95,7 @@ def choose_components(config: Config, output: Location, fit: dict[str, Any] | No
     refit, location = config.reduce.refit, output.child(PCA)
     if (
         fit is None
+        or not config.reduce.enabled
         or refit == "always"
         or not fit.items() >= _describe_settings(config).items()
         or not exists(location)
@@ -133,18 +138,23 @@ def reduce_features(
     Raises
     ------
     ReduceError
-        If there are too few images for what is asked.
+        If there are fewer images or features than components.
     """
-    from fruitdask.reduce import TSNE_COMPONENTS, check_n_components, embed_tsne, sample_rows
+    from fruitdask.reduce import MIN_IMAGES, TSNE_COMPONENTS, embed_tsne, sample_rows
 
     settings = config.reduce
     features, is_ok = open_features(output, block_bytes=BLOCK_BYTES)
     rows = np.flatnonzero(is_ok)
-    check_n_components(settings.n_components, n_images=len(rows), n_features=features.shape[1])
     ok = features if is_ok.all() else features[rows]
-    needs_fit = settings.tsne.enabled or config.quality.enabled
+    if len(rows) < MIN_IMAGES:
+        kept = None
     # Components that are kept are not all that there are.
-    found = fit_components(settings, ok) if kept is None or needs_fit else kept
+    needs_fit = kept is None or settings.tsne.enabled or config.quality.enabled
+    found, problem = _find_components(settings, ok) if needs_fit else (kept, "")
+    quality = _judge(config.quality, ok, labels[rows], found)
+    if found is None:
+        scores = np.empty((len(is_ok), 0), np.float32)
+        return Reduction(None, scores, None, quality, {}, is_kept=False, problem=problem)
     fitted = found.truncate(settings.n_components) if kept is None else kept
     scores = _project(features, fitted)
     tsne = None
@@ -153,7 +163,6 @@ def reduce_features(
         tsne_scores = found.truncate(TSNE_COMPONENTS).transform(ok[sampled]).compute()
         embedding = embed_tsne(tsne_scores, perplexity=settings.tsne.perplexity, seed=settings.tsne.seed)
         tsne = _spread(embedding, rows[sampled], len(is_ok))
-    quality = _judge(config.quality, ok, labels[rows], found)
     if kept is None or fit is None:
         fit = {"n_images": len(rows), "n_changed": 0} | _describe_settings(config)
     return Reduction(fitted, scores, tsne, quality, fit, is_kept=kept is not None)
@@ -180,6 +189,22 @@ def _project(features: "da.Array", fitted: "PrincipalComponents") -> Scores:
     return scores
 
 
+def _find_components(settings: ReduceConfig, features: "da.Array") -> "tuple[PrincipalComponents | None, str]":
+    """Fit the components that are wanted; where there can be none, say why."""
+    from fruitdask.reduce import MIN_IMAGES, check_n_components
+
+    if not settings.enabled:
+        return None, ""
+    n_images, n_features = features.shape
+    if n_images < MIN_IMAGES:
+        return None, f"Principal components need at least 2 images with features, found {n_images}: none were computed."
+    check_n_components(settings.n_components, n_images=n_images, n_features=n_features)
+    try:
+        return fit_components(settings, features), ""
+    except NoVarianceError as error:
+        return None, f"No principal components were computed: {error}."
+
+
 def fit_components(settings: ReduceConfig, features: "da.Array") -> "PrincipalComponents":
     """
     Fit as many principal components as are of use.
@@ -199,7 +224,7 @@ def fit_components(settings: ReduceConfig, features: "da.Array") -> "PrincipalCo
     Raises
     ------
     ReduceError
-        If there are too few images for what is asked.
+        If they cannot be fitted.
     """
     from fruitdask.reduce import TSNE_COMPONENTS, fit_pca
 
@@ -212,7 +237,7 @@ def fit_components(settings: ReduceConfig, features: "da.Array") -> "PrincipalCo
 
 
 def _judge(
-    settings: QualityConfig, features: "da.Array", labels: npt.NDArray[Any], found: "PrincipalComponents"
+    settings: QualityConfig, features: "da.Array", labels: npt.NDArray[Any], found: "PrincipalComponents | None"
 ) -> dict[str, Any] | None:
     """Say in numbers how well the features separate the classes, on a sample of the images."""
     from fruitdask.neighbors import explain_variance, summarize_quality
@@ -227,7 +252,7 @@ def _judge(
         "n_images_with_features": len(labels),
         "metric": settings.metric,
         **summarize_quality(chosen, labels[sampled], n_neighbors=settings.n_neighbors, metric=settings.metric),
-        "explained_variance": explain_variance(found.explained_variance_ratio.tolist()),
+        **({"explained_variance": explain_variance(found.explained_variance_ratio.tolist())} if found else {}),
     }
 
 

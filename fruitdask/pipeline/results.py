@@ -13,7 +13,7 @@ from fruitdask import report, store
 from fruitdask.errors import OutputError
 from fruitdask.exploration import Exploration, read_exploration
 from fruitdask.pipeline.presenting import Report
-from fruitdask.storage import Location
+from fruitdask.storage import Location, exists
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -56,11 +56,14 @@ class RunResult:
         return open_features(self.output)[0]
 
     @property
-    def pca(self) -> "PrincipalComponents":
-        """The fitted principal components."""
+    def pca(self) -> "PrincipalComponents | None":
+        """The fitted principal components; None where ``reduce.enabled`` is false, or none are possible."""
         from fruitdask.reduce import PrincipalComponents
 
-        return PrincipalComponents(**store.read_arrays(self.output.child(PCA)))
+        location = self.output.child(PCA)
+        if not exists(location):
+            return None
+        return PrincipalComponents(**store.read_arrays(location))
 
     @property
     def exploration(self) -> Exploration | None:
@@ -80,7 +83,8 @@ class RunResult:
     def _repr_html_(self) -> str:
         """Show counts and places in a notebook."""
         classes = pd.DataFrame(self.manifest["counts"]["by_class"]).T.rename_axis("class")
-        explained = ", ".join(f"{ratio:.1%}" for ratio in self.manifest["pca"]["explained_variance_ratio"][:5])
+        ratios = self.manifest.get("pca", {}).get("explained_variance_ratio", [])
+        explained = ", ".join(f"{ratio:.1%}" for ratio in ratios[:5]) or "not computed"
         n_ok = self.manifest["counts"]["by_status"].get("ok", 0)
         return (
             f"<p><b>fruitdask run</b>: {self.manifest['n_images']:,} images, {n_ok:,} with features; "

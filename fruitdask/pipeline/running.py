@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fruitdask import report, store
 from fruitdask.catalog import SPLIT
@@ -19,8 +19,11 @@ from fruitdask.pipeline.preparing import Task, prepare
 from fruitdask.pipeline.presenting import present
 from fruitdask.pipeline.processing import describe_processing
 from fruitdask.pipeline.reducing import Reduction, choose_components, reduce_features, write_components
-from fruitdask.pipeline.results import RunResult, open_features
+from fruitdask.pipeline.results import PCA, RunResult, open_features
 from fruitdask.progress import RunProgress
+
+if TYPE_CHECKING:
+    from fruitdask.reduce import PrincipalComponents
 
 
 def run(
@@ -178,6 +181,8 @@ def _reduce_features(
         kept = choose_components(task.config, task.output, fit)
         labels = task.rows.catalog["label"].to_numpy()
         reduction = reduce_features(task.config, task.output, labels, kept=kept, fit=fit)
+    if reduction.problem:
+        progress.say(reduction.problem)
     progress.begin("Writing results")
     with task.clock.measure("write"):
         # Should this be interrupted, the next run must not take a mixture of old and new tables for results.
@@ -185,6 +190,8 @@ def _reduce_features(
         if not reduction.is_kept:
             # Nor old and new components for those of a fit.
             manifest.pop("pca", None)
+            if reduction.components is None:
+                store.delete_result(task.output, PCA)
         store.write_manifest(task.output, manifest)
         # They show other numbers; whether they are drawn again is for the configuration to say.
         for name in (report.PAGE, *(f"{store.FIGURES}/{figure}.png" for figure in store.FIGURE_NAMES)):
@@ -194,7 +201,7 @@ def _reduce_features(
             store.write_catalog(task.output, task.rows.catalog)
         outcomes, splits = store.read_outcomes(task.output, range(task.n_partitions)), task.rows.catalog.get(SPLIT)
         counts = report.write_results(task.output, outcomes, pca=reduction.scores, tsne=reduction.tsne, splits=splits)
-        if not reduction.is_kept:
+        if reduction.components is not None and not reduction.is_kept:
             write_components(task.output, reduction.components)
         store.delete_result(task.output, store.QUALITY)
         if reduction.quality is not None:
@@ -216,17 +223,21 @@ def _choose_scheduler(task: Task, client: Any, stack: ExitStack) -> AbstractCont
 
 def _describe_results(task: Task, reduction: Reduction, counts: report.Counts) -> dict[str, Any]:
     """Say in the manifest what came out."""
-    fitted, n_vanished = reduction.components, len(task.rows.catalog) - task.n_listed
+    n_vanished = len(task.rows.catalog) - task.n_listed
     return {
         "status": "complete",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "split": task.split_hash,
         "config": dump_config(task.config),
         "counts": {"by_status": dict(counts.by_status), "by_class": counts.by_class(), "vanished": n_vanished},
-        "pca": {
-            "is_kept": reduction.is_kept,
-            "fit": reduction.fit,
-            "n_components": fitted.n_components,
-            "explained_variance_ratio": [round(float(ratio), 6) for ratio in fitted.explained_variance_ratio],
-        },
+    } | ({} if reduction.components is None else {"pca": _describe_fit(reduction, reduction.components)})
+
+
+def _describe_fit(reduction: Reduction, fitted: "PrincipalComponents") -> dict[str, Any]:
+    """Say in the manifest what the principal components are."""
+    return {
+        "is_kept": reduction.is_kept,
+        "fit": reduction.fit,
+        "n_components": fitted.n_components,
+        "explained_variance_ratio": [round(float(ratio), 6) for ratio in fitted.explained_variance_ratio],
     }

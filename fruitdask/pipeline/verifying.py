@@ -70,7 +70,7 @@ class _Ledger:
 
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    names: str | None = None
+    catalog: pd.DataFrame | None = None
     n_images: int = 0
     n_partitions: int = 0
 
@@ -143,7 +143,7 @@ def _verify(output: Location, progress: RunProgress) -> _Ledger:
         _check_run(output, manifest, ledger, progress)
     if has_exploration or manifest is not None and _expects_exploration(manifest):
         progress.begin("Verifying the exploration")
-        ledger.faults += _check_exploration(output, ledger)
+        ledger.faults += _check_exploration(output, manifest, ledger)
     return ledger
 
 
@@ -177,7 +177,7 @@ def _check_run(output: Location, manifest: dict[str, Any], ledger: _Ledger, prog
     ledger.faults += _compare_descriptions(manifest, dict(group.attrs), must_be_sealed=is_sealed)
     arrays = {name: store.StoredArray(group[name], output) for name in ("features", "status")}
     components, faults = None, []
-    if is_complete:
+    if is_complete and "pca" in manifest:
         components, faults = read_components(output, n_features=arrays["features"].shape[1])
     ledger.faults += faults
     catalog = _read_catalog(output, manifest, ledger)
@@ -252,11 +252,15 @@ def _check_results(run: StoredRun, tally: Tally, ledger: _Ledger, progress: RunP
     """Check what was made of all partitions together."""
     output, manifest = run.output, run.manifest
     if tally.n_images == run.n_images:
-        ledger.names = tally.names.value
+        ledger.catalog = run.catalog
     if manifest["config"]["quality"]["enabled"] and not exists(output.child(store.QUALITY)):
         ledger.faults.append(Fault(store.QUALITY, "it is missing", "reduce"))
     ledger.faults += store.check_json(output, store.QUALITY, "reduce")
     ledger.faults += _check_drawings(run)
+    if not run.has_components:
+        if exists(output.child(PCA)):
+            ledger.faults.append(Fault(PCA, f"{store.MANIFEST} says nothing of it", "delete"))
+        return
     if any(fault.remedy == "compute" for fault in ledger.faults):
         ledger.notes.append(f"{PCA} was not compared with the features, some of which are damaged")
         return
@@ -276,8 +280,8 @@ def _check_drawings(run: StoredRun) -> Iterator[Fault]:
     names = [report.PAGE] if drawn["report"]["enabled"] else []
     if drawn["plots"]["enabled"]:
         figures = report.list_figures(
-            n_components=manifest["pca"]["n_components"],
-            has_tsne=manifest["config"]["reduce"]["tsne"]["enabled"],
+            n_components=manifest.get("pca", {}).get("n_components", 0),
+            has_tsne="pca" in manifest and manifest["config"]["reduce"]["tsne"]["enabled"],
             has_exploration=drawn["exploration"] is not None,
             has_quality=manifest["config"]["quality"]["enabled"],
         )
@@ -292,8 +296,8 @@ def _expects_exploration(manifest: dict[str, Any]) -> bool:
     return bool(manifest["status"] == "complete" and manifest["config"]["explore"]["enabled"])
 
 
-def _check_exploration(output: Location, ledger: _Ledger) -> Iterator[Fault]:
-    """Check an exploration."""
+def _check_exploration(output: Location, manifest: dict[str, Any] | None, ledger: _Ledger) -> Iterator[Fault]:
+    """Check an exploration, and compare its images with those of the run beside it, where both are of the same input."""
     faults = list(store.check_json(output, store.EXPLORATION, "explore"))
     if not (faults or exists(output.child(store.EXPLORATION))):
         faults = [Fault(store.EXPLORATION, "it is missing", "explore")]
@@ -304,6 +308,14 @@ def _check_exploration(output: Location, ledger: _Ledger) -> Iterator[Fault]:
     if summary["status"] != "complete":
         ledger.notes.append("the exploration is not finished: the next run looks at all images")
         return
-    yield from check_exploration(output, summary, ledger.names)
+    is_same = manifest is not None and manifest["fingerprint"]["catalog"] == summary["fingerprint"]["catalog"]
+    if manifest is not None and not is_same:
+        if _expects_exploration(manifest):
+            yield Fault(store.EXPLORATION, "it is of other images than the run", "explore")
+        elif manifest["status"] == "complete":
+            ledger.notes.append(
+                "the exploration is of the images before the last run; a run with explore.enabled looks at all images again"
+            )
+    yield from check_exploration(output, summary, ledger.catalog if is_same else None)
     if exists(output.child(store.THUMBNAILS)):
         yield Fault(store.THUMBNAILS, "it is left from an exploration that is finished", "delete")

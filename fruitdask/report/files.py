@@ -65,7 +65,7 @@ def list_figures(*, n_components: int, has_tsne: bool, has_exploration: bool, ha
     Parameters
     ----------
     n_components : int
-        Principal components in its table.
+        Principal components in its table; 0 where the features were not reduced.
     has_tsne : bool
         Whether the table has coordinates of t-SNE.
     has_exploration : bool
@@ -82,7 +82,8 @@ def list_figures(*, n_components: int, has_tsne: bool, has_exploration: bool, ha
         (has_exploration, FIGURE_NAMES[:5]),
         (n_components > 1, FIGURE_NAMES[5:6]),
         (has_tsne, FIGURE_NAMES[6:7]),
-        (has_quality, FIGURE_NAMES[7:]),
+        (has_quality and n_components > 0, FIGURE_NAMES[7:8]),
+        (has_quality, FIGURE_NAMES[8:]),
     ]
     return [name for is_there, names in groups if is_there for name in names]
 
@@ -97,13 +98,14 @@ def _plot_all(data: ReportData) -> Iterator[tuple[str, "Figure"]]:
         yield "colours", plots.plot_colours(classes)
         yield "differences", plots.plot_differences(classes)
     if data.results is not None:
-        ratio = (data.manifest or {})["pca"]["explained_variance_ratio"]
+        ratio = (data.manifest or {}).get("pca", {}).get("explained_variance_ratio", [])
         for axes in choose_axes(list(data.results.columns), data.config.plots.components, ratio):
             yield axes.name, plots.plot_map(
                 data.results, x=axes.x, y=axes.y, title=axes.title, x_label=axes.x_label, y_label=axes.y_label
             )
     if data.quality is not None:
-        explained, neighbors = data.quality["explained_variance"], data.quality["neighbors"]
-        yield "explained_variance", plots.plot_explained_variance(explained["ratio"], explained["n_components"])
+        explained, neighbors = data.quality.get("explained_variance"), data.quality["neighbors"]
+        if explained is not None:
+            yield "explained_variance", plots.plot_explained_variance(explained["ratio"], explained["n_components"])
         yield "silhouettes", plots.plot_silhouettes(data.quality["silhouette"])
         yield "neighbors", plots.plot_confusion(neighbors["confusion"]["labels"], neighbors["confusion"]["share"])

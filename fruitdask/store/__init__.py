@@ -18,7 +18,6 @@ from fruitdask.store.catalogs import read_catalog, write_catalog
 from fruitdask.store.checks import (
     CheckedPartition,
     Fault,
-    NamesDigest,
     Remedy,
     check_arrays,
     check_json,
@@ -75,7 +74,6 @@ __all__ = [
     "FIGURE_NAMES",
     "FEATURES",
     "MANIFEST",
-    "NamesDigest",
     "OutputLock",
     "OUTCOME_COLUMNS",
     "PARTITIONS",

@@ -1,6 +1,5 @@
 """What can be wrong with what is stored, part by part, and what mends it."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -379,27 +378,3 @@ def describe_damage(error: Exception) -> str:
     if error.__cause__ is not None:
         return f"it is damaged ({describe_cause(error.__cause__)})"
     return "its checksum is another than when it was written" if isinstance(error, DamageError) else "it is damaged"
-
-
-class NamesDigest:
-    """A digest of names and classes of images in their order, table by table."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-
-    @property
-    def value(self) -> str:
-        """The digest of what was added so far."""
-        return self._digest.hexdigest()
-
-    def add(self, table: pd.DataFrame) -> None:
-        """
-        Add the next images.
-
-        Parameters
-        ----------
-        table : pandas.DataFrame
-            Rows with ``path`` and ``label``.
-        """
-        names = table[["path", "label"]].astype(str)
-        self._digest.update(pd.util.hash_pandas_object(names, index=False).to_numpy().tobytes())
