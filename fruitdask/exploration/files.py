@@ -9,8 +9,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask import store
-from fruitdask.catalog import VANISHED_BYTES, find_rows
+from fruitdask.catalog import VANISHED_BYTES
 from fruitdask.errors import DamageError
+from fruitdask.listing import find_rows
 from fruitdask.storage import Location, exists, explained, write_file
 from fruitdask.texts import format_csv
 
