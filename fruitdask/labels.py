@@ -25,7 +25,7 @@ from fruitdask.errors import CatalogError, ConfigError
 from fruitdask.listing import compile_rule, digest_version, find_rows
 from fruitdask.storage import Location, explained
 
-_GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
+_GZIP, _PARQUET, _ZIP = b"\x1f\x8b", b"PAR1", b"PK\3\4"
 _DELIMITERS = ",;\t|"
 #: What Excel writes and reads before a header, to say which delimiter follows.
 _SEPARATOR_LINE = re.compile(rb"\"?sep=.\"?\r?\n", re.IGNORECASE)
@@ -213,6 +213,8 @@ def read_labels(config: InputConfig) -> pd.DataFrame:
     try:
         if data.startswith(_GZIP):
             data = gzip.decompress(data)
+        if data.startswith(_ZIP):
+            raise ValueError("an Excel workbook or another ZIP archive; save the table as CSV")
         is_parquet = data.startswith(_PARQUET) or location.path.endswith((".parquet", ".pq"))
         columns = _read_parquet(data) if is_parquet else _read_csv(data)
     except (ValueError, OSError, EOFError, zlib.error, NotImplementedError) as error:

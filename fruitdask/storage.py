@@ -232,7 +232,8 @@ def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str
         raise StorageError(
             f"{location.url}: the protocol {protocol!r} needs a package that is not installed. {hint}"
         ) from error
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
+        # File systems that need options to be opened raise a TypeError without them.
         raise StorageError(
             f"{location.url}: expected a local path or a URL that fsspec can open (s3://, abfs://, gs://, https:// ...), found {error}"
         ) from error

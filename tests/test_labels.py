@@ -84,10 +84,11 @@ def test_table_is_read_as_it_was_meant(folder: Path, data: bytes) -> None:
         (CSV.encode("utf-16-le"), r"found zero bytes, which are in no text"),
         (gzip.compress(CSV.encode())[:30], r"expected a CSV or Parquet table in input\.manifest, found Compressed file ended"),
         (b"PAR1 and nothing else", r"expected a CSV or Parquet table in input\.manifest, found "),
+        (b"PK\3\4 and nothing else", r"found an Excel workbook or another ZIP archive; save the table as CSV"),
         ((CSV + './a//0.jpg,x\n').encode(), r"expected each path once in input\.manifest, found 'a/0\.jpg' twice"),
         ((CSV + "../in/a/0.jpg,x\n").encode(), r"found '\.\./in/a/0\.jpg'; write it without"),
     ],
-    ids=["latin-1", "no header", "ragged", "short", "no label", "UTF-16 without a mark", "cut", "not Parquet", "same path", "leads out"],
+    ids=["latin-1", "no header", "ragged", "short", "no label", "UTF-16 without a mark", "cut", "not Parquet", "Excel", "same path", "leads out"],
 )
 def test_what_is_wrong_with_a_table_is_one_sentence(folder: Path, data: bytes, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:

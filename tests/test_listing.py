@@ -259,8 +259,13 @@ def test_list_images_says_what_to_write_instead(tmp_path: Path, url: str, messag
 
 @pytest.mark.parametrize(
     ("url", "wanted"),
-    [("dbfs:/mnt/x", "/dbfs/mnt/x"), ("DBFS:/x", "/dbfs/x"), ("s3:/bucket/x", "s3://bucket/x")],
-    ids=["dbfs", "capitals", "one slash too few"],
+    [
+        ("dbfs:/mnt/x", "/dbfs/mnt/x"),
+        ("DBFS:/x", "/dbfs/x"),
+        ("dbfs:///mnt/x", "/dbfs/mnt/x"),
+        ("s3:/bucket/x", "s3://bucket/x"),
+    ],
+    ids=["dbfs", "capitals", "dbfs with three slashes", "one slash too few"],
 )
 def test_a_url_of_one_slash_is_told(url: str, wanted: str) -> None:
     with pytest.raises(ValueError, match=f"found {url}; write {wanted}"):

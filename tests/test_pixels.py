@@ -125,7 +125,8 @@ def add_grey_tiffs() -> None:
                 GOOD[name] = data, grey(shown), 0
                 white = tiff(samples, order=order, bits=bits, tag_262=0, **options)
                 if bits == 16 and order == ">":
-                    BAD[name + " white is zero"] = white, "found a TIFF of 1 channel of 16 bits, a kind that is not read"
+                    found = r"a TIFF of 1 channel of 16 bits \(compression \d+, photometric interpretation 0\), which cannot be read"
+                    BAD[name + " white is zero"] = white, found
                 else:
                     GOOD[name + " white is zero"] = white, grey(255 - shown), 0
     for packing, options in PACKINGS.items():
@@ -133,7 +134,7 @@ def add_grey_tiffs() -> None:
         GOOD[f"tiff grey 12 bits {packing}"] = tiff(samples, bits=12, **options), grey(samples >> 4), 0
         BAD[f"tiff grey 12 bits big {packing}"] = (
             tiff(samples, bits=12, order=">", **options),
-            "found a TIFF of 1 channel of 12 bits, a kind that is not read",
+            "found a TIFF of 1 channel of 12 bits",
         )
     flipped = build_tiff(flip_bits(G8.tobytes()), tag_266=2)
     GOOD["tiff grey 8 bits lowest bit first"] = flipped, grey(G8), 0

@@ -71,9 +71,12 @@ class InputConfig(Section):
     @field_validator("url")
     @classmethod
     def _check_protocol(cls, url: str) -> str:
-        if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", url):
-            protocol, rest = match[1], url[match.end() :]
-            wanted = f"/dbfs/{rest}" if protocol.lower() == "dbfs" else f"{protocol}://{rest}"
+        wanted = None
+        if match := re.match(r"(?i:dbfs):/+", url):
+            wanted = f"/dbfs/{url[match.end() :]}"
+        elif match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", url):
+            wanted = f"{match[1]}://{url[match.end() :]}"
+        if wanted:
             raise ValueError(f"expected a path or a URL, found {url}; write {wanted}")
         return url
 

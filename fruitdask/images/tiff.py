@@ -22,6 +22,8 @@ _PHOTOMETRICS = {
     34892: "a camera's raw samples",
     51177: "depths",
 }
+#: What else tells kinds of TIFFs apart: their names, tags and defaults.
+_KINDS = (("compression", 0x0103, 1), ("photometric interpretation", 0x0106, -1))
 #: What JPEG has: the shares of red, green and blue in luminance, and black and white of each channel.
 _COEFFICIENTS = (0.299, 0.587, 0.114)
 _REFERENCES = (0, 255, 128, 255, 128, 255)
@@ -66,7 +68,11 @@ def describe_tiff(tags: Mapping[int, Any]) -> str:
     """
     bits, n_channels = _read_bits(tags)
     depth = " and ".join(f"{value:g}" for value in sorted(set(bits))[:4])
-    return f"a TIFF of {n_channels:g} channel{'' if n_channels == 1 else 's'} of {depth} bits, a kind that is not read: {_ADVICE}"
+    kind = ", ".join(f"{name} {read_numbers(tags, tag, default)[0]:g}" for name, tag, default in _KINDS)
+    return (
+        f"a TIFF of {n_channels:g} channel{'' if n_channels == 1 else 's'} of {depth} bits ({kind}), which cannot be read; "
+        "save it as an ordinary TIFF, PNG or JPEG in grey or RGB"
+    )
 
 
 def read_numbers(tags: Mapping[int, Any], tag: int, *default: float) -> tuple[float, ...]:
