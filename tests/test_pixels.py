@@ -199,7 +199,7 @@ def add_colour_tiffs() -> None:
                 GOOD[f"tiff rgb with alpha {name}"] = tiff(rgba, tag_338=2, **more), lay_on_white(RGB8, ALPHA), 1
                 spare, nameless = tiff(rgba, tag_338=0, **more), tiff(rgba, **more)
                 if planar and packing == "plain":
-                    BAD[f"tiff rgb with a channel {name}"] = spare, "found a TIFF of 4 channels of 8 bits .compression 1, photometric interpretation 2., which cannot be read"
+                    BAD[f"tiff rgb with a channel {name}"] = spare, "found a TIFF of 4 channels of 8 bits"
                 else:
                     GOOD[f"tiff rgb with a channel {name}"] = spare, RGB8, 0
                 if planar and packing == "deflated":
