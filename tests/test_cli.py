@@ -55,8 +55,11 @@ def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(config_p
     report = config_path.parent / "out" / "report.html"
     for expected in ("pear_1", "24 ok, 0 failed", "images/s", "predict", "idle", "by 2 components", str(report)):
         assert expected in first.stdout
+    assert ", layer colours, 6 features, " in first.stdout
+    assert json.loads(report.with_name("manifest.json").read_text())["model"]["layer"] == "colours"
     assert "tsne_2" in pd.read_csv(report.with_name("results.csv")).columns
-    assert report.read_text().startswith("<!DOCTYPE html>")
+    page = report.read_text()
+    assert page.startswith("<!DOCTYPE html>") and ", layer colours)" in page
     second = run_in_process("run", str(config_path), "--set", "reduce.tsne.enabled=true")
     assert second.returncode == 0 and "All 24 images were done before: nothing to compute." in second.stdout
 
