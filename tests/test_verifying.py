@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from fruitdask.errors import DamageError, OutputError
 from fruitdask.pipeline.reducing import write_components
 from fruitdask.storage import Location
 from fruitdask.store import arrays, manifests
+from fruitdask.texts import format_csv
+from test_growing import _INTERRUPTIONS, break_image, compute_colours, configure, draw, run_and_interrupt
 
 BROKEN = "pear_1/r0_0.jpg"
 
@@ -502,3 +505,190 @@ def test_reducing_a_store_with_a_flipped_byte_is_one_sentence(
         DamageError, match="features/c/3/0 is damaged .*it is partition 3: use fruitdask verify .*out --repair, and run"
     ):
         fruitdask.run(config(output), client=client)
+
+
+class History:
+    """Photographs with a table of labels, the output of runs on them, and deeds that chance chooses."""
+
+    def __init__(self, folder: Path, model: ModelConfig, client: Any, seed: int) -> None:
+        self.source, self.output, self._folder = folder / "in", folder / "out", folder
+        self._model, self._client, self._random = model, client, np.random.default_rng(seed)
+        self._labels: dict[str, str] = {}
+        self.explores = True
+        self._exclude: tuple[str, ...] = ()
+        self.add(12)
+
+    @property
+    def config(self) -> Config:
+        """The configuration as it is now."""
+        pd.DataFrame(self._labels.items(), columns=["path", "label"]).to_csv(self._folder / "labels.csv", index=False)
+        images = {"manifest": str(self._folder / "labels.csv"), "exclude": self._exclude}
+        sections: dict[str, dict[str, Any]] = {
+            "input": {"url": str(self.source)} | images,
+            "featurize": {"images_per_partition": 5, "max_failed_fraction": 0.5},
+            "explore": {"enabled": self.explores},
+        }
+        return configure(self.source, self.output, self._model, **sections)
+
+    def choose(self, n_images: int) -> list[str]:
+        """Choose some of the images."""
+        return [str(path) for path in self._random.choice(sorted(self._labels), n_images, replace=False)]
+
+    def add(self, n_images: int = 3) -> None:
+        """Add images, whose names come before, between and after those that are there."""
+        names = {f"{number:03d}.png" for number in range(100)} - self._labels.keys()
+        for name in self._random.choice(sorted(names), n_images, replace=False):
+            draw(self.source, str(name), seed=int(self._random.integers(2**16)))
+            self._labels[str(name)] = str(self._random.choice(["apple", "pear"]))
+
+    def change(self) -> None:
+        """Change images."""
+        draw(self.source, *self.choose(2), seed=int(self._random.integers(2**16)))
+
+    def lose(self) -> None:
+        """Delete images, one of which stays in the table of labels."""
+        lost = self.choose(3)
+        for path in lost:
+            (self.source / path).unlink()
+        for path in lost[1:]:
+            del self._labels[path]
+        self.run()
+        del self._labels[lost[0]]
+
+    def relabel(self) -> None:
+        """Give images another class, one of them a new one."""
+        first, second = self.choose(2)
+        self._labels |= {first: "quince", second: {"apple": "pear"}.get(self._labels[second], "apple")}
+
+    def rename(self) -> None:
+        """Rename an image."""
+        (path,) = self.choose(1)
+        (self.source / path).rename(self.source / f"x{path}")
+        self._labels[f"x{path}"] = self._labels.pop(path)
+
+    def retry(self) -> None:
+        """Mend an image that has failed, and try it again."""
+        (path,) = self.choose(1)
+        mend = break_image(self.source / path)
+        # Another age, so that the broken image is read.
+        os.utime(self.source / path, (0, 0))
+        self.run()
+        mend()
+        os.utime(self.source / path, (0, 0))
+        fruitdask.run(self.config, retry_failed=True, client=self._client)
+
+    def repair(self) -> None:
+        """Damage a file, and repair the folder."""
+        name = str(self._random.choice(list_files(self.output)))
+        flip(self.output / name, int(self._random.integers(10_000)))
+        fruitdask.verify(str(self.output), repair=True)
+
+    def explore(self) -> None:
+        """Explore alone."""
+        self.run()
+        fruitdask.explore(self.config, client=self._client)
+
+    def explore_anew(self) -> None:
+        """Explore other images alone, which deletes the run."""
+        self.add()
+        config = self.config
+        output = config.output.model_copy(update={"overwrite": True})
+        fruitdask.explore(config.model_copy(update={"output": output}), client=self._client)
+
+    def toggle(self) -> None:
+        """Explore from now on, or do not any more."""
+        self.explores = not self.explores
+        self.add(1)
+
+    def interrupt(self) -> None:
+        """Interrupt a run of other images."""
+        self.add()
+        run_and_interrupt(self.config, self._client, str(self._random.choice(sorted(_INTERRUPTIONS))))
+
+    def erase(self) -> None:
+        """Erase an image, which stays in the input."""
+        self.run()
+        (path,) = self.choose(1)
+        fruitdask.erase(self.config, [path], client=self._client)
+        self._exclude += (path,)
+        del self._labels[path]
+
+    def run(self) -> fruitdask.RunResult:
+        """Run."""
+        return fruitdask.run(self.config, client=self._client)
+
+    def check(self, result: fruitdask.RunResult) -> None:
+        """Check the results against the files."""
+        table = result.table.set_index("path")
+        features = pd.DataFrame(result.features.compute(), index=table.index).loc[sorted(self._labels)]
+        np.testing.assert_allclose(features, compute_colours(self.source, list(features.index)), rtol=1e-6)
+        assert table.loc[list(self._labels), "label"].to_dict() == self._labels
+        assert set(table.index[table["status"] == "ok"]) == self._labels.keys()
+        if self.explores:
+            assert result.exploration is not None
+            images = result.exploration.images
+            assert dict(zip(images["path"], images["label"], strict=True)) == self._labels
+
+    def check_that_damage_is_found(self) -> None:
+        """Change what is said of an image, as a program with an error would, and a byte, one after the other."""
+        path = self.output / "explore.parquet"
+        table, saved = pd.read_parquet(path), {name: (self.output / name).read_bytes() for name in _EXPLORED}
+        row, other = self._random.choice(len(table), 2, replace=False)
+        wrong = {
+            "path": lambda: table.replace({"path": {table["path"][row]: "other.png"}}),
+            "twice": lambda: table.replace({"path": {table["path"][row]: table["path"][other]}}),
+            "label": lambda: table.assign(label=np.where(table.index == row, "plum", table["label"])),
+            "lost": lambda: table.drop(index=row),
+        }
+        for name, make in wrong.items():
+            store.write_table(Location(str(path)), make())
+            (self.output / "explore.csv").write_bytes(format_csv(make()).encode())
+            faults = [str(fault) for fault in fruitdask.verify(str(self.output)).faults]
+            assert any("its rows are not those of the images" in fault for fault in faults), (name, faults)
+        for name, data in saved.items():
+            (self.output / name).write_bytes(data)
+        flip(path, 50)
+        assert "explore.parquet: it is damaged" in str(fruitdask.verify(str(self.output)).faults[0])
+        path.write_bytes(saved[path.name])
+
+
+def check_is_well(output: Path, deed: str) -> None:
+    """Check that verifying finds nothing."""
+    faults = [str(fault) for fault in fruitdask.verify(str(output)).faults]
+    assert faults == [], (deed, faults)
+
+
+_EXPLORED = ("explore.parquet", "explore.csv")
+#: Each of them happens in each history, in an order that chance chooses. Erasing is last: after it, an output does not grow.
+_DEEDS = (
+    History.add,
+    History.change,
+    History.lose,
+    History.relabel,
+    History.rename,
+    History.retry,
+    History.repair,
+    History.explore,
+    History.explore_anew,
+    History.toggle,
+    History.toggle,
+    History.interrupt,
+)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_verify_finds_nothing_after_any_history(tmp_path: Path, tiny_model: ModelConfig, client: Any, seed: int) -> None:
+    history = History(tmp_path, tiny_model, client, seed)
+    history.run()
+    for number in [*np.random.default_rng(seed).permutation(len(_DEEDS)), None]:
+        deed = History.erase if number is None else _DEEDS[number]
+        deed(history)
+        if number is not None:
+            # What is interrupted, or still to be done, is no damage.
+            check_is_well(history.output, deed.__name__)
+        result = history.run()
+        check_is_well(history.output, deed.__name__)
+        history.check(result)
+    history.explores = True
+    history.run()
+    history.check_that_damage_is_found()

@@ -167,7 +167,7 @@ def _check_run(output: Location, manifest: dict[str, Any], ledger: _Ledger, prog
     if not (is_complete or committed):
         ledger.notes.append("the run is not finished: no partition is done")
         return
-    faults = list(store.check_store(output, **shape_store(manifest), can_restore=True))
+    faults = list(store.check_store(output, **shape_store(manifest), can_restore=True, may_grow=not is_complete))
     ledger.faults += faults
     if faults:
         ledger.notes.append("features, outcomes and results were not read, for what describes them is damaged")
@@ -202,7 +202,8 @@ def _read_catalog(output: Location, manifest: dict[str, Any], ledger: _Ledger) -
         return None
     if catalog is None and _knows_versions(output):
         ledger.faults.append(Fault(store.CATALOG, "it is missing", remedy))
-    if catalog is not None and len(catalog) < manifest["n_images"]:
+    # A run that was interrupted while it began may have written its manifest, but not yet its catalog.
+    if catalog is not None and len(catalog) < manifest["n_images"] and manifest["status"] == "complete":
         what = f"expected {manifest['n_images']:,} images, found {len(catalog):,}"
         ledger.faults.append(Fault(store.CATALOG, what, remedy))
         return None
@@ -226,8 +227,8 @@ def _compare_descriptions(
     if must_be_sealed and store.CHECKSUM not in attributes:
         yield Fault(where, "its attributes have no checksum", "restore")
     for name, theirs in attributes["fingerprint"].items():
-        # Where images were erased, the manifest follows the input.
-        is_settled = name == "catalog" and manifest.get("erasures")
+        # Where images were erased, the manifest follows the input; a run writes it before the attributes.
+        is_settled = name == "catalog" and (manifest.get("erasures") or manifest["status"] != "complete")
         if manifest["fingerprint"].get(name) != theirs and not is_settled:
             yield Fault(where, f"its {name} has another fingerprint than that in {store.MANIFEST}", "none")
     for name in _SAME_OF_MODEL:

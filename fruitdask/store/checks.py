@@ -95,7 +95,9 @@ class CheckedPartition:
     features: npt.NDArray[np.float32] | None
 
 
-def check_partition(output: Location, arrays: Mapping[str, StoredArray], index: int) -> CheckedPartition:
+def check_partition(
+    output: Location, arrays: Mapping[str, StoredArray], index: int, *, may_grow: bool = False
+) -> CheckedPartition:
     """
     Check a partition that is committed: all of it can be read, and its parts agree.
 
@@ -107,6 +109,8 @@ def check_partition(output: Location, arrays: Mapping[str, StoredArray], index: 
         ``features`` and ``status``.
     index : int
         Which partition.
+    may_grow : bool
+        Whether the run is not finished, so that there may be room already for images whose outcomes are still to come.
 
     Returns
     -------
@@ -127,6 +131,8 @@ def check_partition(output: Location, arrays: Mapping[str, StoredArray], index: 
             where = f"{PARTITIONS}/{index:05d}.parquet" if name == "outcomes" else f"{FEATURES}/{name}, chunk {index}"
             faults.append(Fault(where, describe_damage(error), "compute", index))
     if len(found) == 3:
+        if may_grow:
+            found |= {name: found[name][: len(found["outcomes"])] for name in ("features", "status")}
         said = _compare_parts(found["outcomes"], found["features"], found["status"])
         faults += [Fault(f"partition {index}", what, "compute", index) for what in said]
     return CheckedPartition(index, tuple(faults), found.get("outcomes"), found.get("features"))
@@ -180,7 +186,13 @@ def check_json(output: Location, name: str, remedy: Remedy) -> Iterator[Fault]:
 
 
 def check_store(
-    output: Location, *, n_images: int, n_features: int, images_per_partition: int, can_restore: bool
+    output: Location,
+    *,
+    n_images: int,
+    n_features: int,
+    images_per_partition: int,
+    can_restore: bool,
+    may_grow: bool = False,
 ) -> Iterator[Fault]:
     """
     Check what describes features and statuses: the arrays have the shape of the run, and attributes are what was written.
@@ -197,6 +209,8 @@ def check_store(
         Images a chunk.
     can_restore : bool
         Whether the manifest says enough to write the attributes again.
+    may_grow : bool
+        Whether the run is not finished, so that arrays may still have the rows of the run before; the next run makes room.
 
     Yields
     ------
@@ -207,7 +221,7 @@ def check_store(
         shape = {"n_images": n_images, "n_features": n_features, "images_per_partition": images_per_partition}
         create_store(Location(folder), **shape, attributes={})
         for name in _DESCRIPTIONS:
-            what = _compare_descriptions(output, Location(folder), name)
+            what = _compare_descriptions(output, Location(folder), name, may_grow=may_grow)
             if what:
                 remedy: Remedy = "restore" if can_restore or name != "zarr.json" else "none"
                 yield Fault(f"{FEATURES}/{name}", what, remedy)
@@ -253,7 +267,7 @@ def restore_store(
             write_file(output.child(name), source.fs.cat_file(source.path))
 
 
-def _compare_descriptions(output: Location, model: Location, name: str) -> str:
+def _compare_descriptions(output: Location, model: Location, name: str, *, may_grow: bool) -> str:
     """Say in what the description of the group or an array differs from a model; the group's attributes have a checksum instead."""
     if not exists(output.child(FEATURES, name)):
         return "it is missing"
@@ -264,6 +278,8 @@ def _compare_descriptions(output: Location, model: Location, name: str) -> str:
     if name == "zarr.json":
         is_whole = "fingerprint" in found["attributes"] and is_intact(found["attributes"])
         return "" if is_whole else "its attributes are not what was written"
+    if may_grow and found["shape"][0] < expected["shape"][0]:
+        found["shape"] = (expected["shape"][0], *found["shape"][1:])
     differing = [key for key in expected if found.get(key) != expected[key]]
     return f"it does not describe the run: {', '.join(differing)}" if differing else ""
 
