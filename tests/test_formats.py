@@ -180,6 +180,13 @@ def test_heic_of_tiles_is_put_together() -> None:
     assert_alike(decode(data), np.asarray(scene.resize((SIDE, SIDE), Image.Resampling.BICUBIC)))
 
 
+def test_avif_of_which_a_part_is_shown_is_refused() -> None:
+    data = save(draw_scene(), "AVIF")
+    assert data.count(b"pixi") == 1
+    with pytest.raises(ImageError, match="found an AVIF that shows only a part of its pixels"):
+        decode(data.replace(b"pixi", b"clap"))
+
+
 @pytest.mark.parametrize("kind", ["AVIF", "HEIC"])
 def test_announced_size_is_bounded(kind: str) -> None:
     with pytest.raises(ImageTooLargeError, match="found 8000 x 8000 = 64,000,000"):

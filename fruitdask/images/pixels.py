@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from fruitdask.boxes import read_items
 from fruitdask.errors import ImageError
 from fruitdask.images.bounds import find_gif_frame
 from fruitdask.images.jpeg2000 import check_colours, read_jpeg2000
@@ -44,6 +45,9 @@ def check_meaning(image: Image.Image, data: bytes) -> None:
         check_colours(found)
         if (found.width, found.height) != image.size:
             raise ImageError("the image is broken: the boxes of its JPEG 2000 announce another size than its codestream")
+    elif image.format == "AVIF" and b"clap" in read_items(data).properties:
+        # Pillow 13 gives the pixels around it as well.
+        problem = "an AVIF that shows only a part of its pixels (clean aperture); export it again"
     elif image.format == "GIF":
         _, at = find_gif_frame(data)
         # Both the screen and a frame say in their highest bit whether a palette follows.
