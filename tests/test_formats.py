@@ -181,10 +181,20 @@ def test_heic_of_tiles_is_put_together() -> None:
 
 
 def test_avif_of_which_a_part_is_shown_is_refused() -> None:
-    data = save(draw_scene(), "AVIF")
-    assert data.count(b"pixi") == 1
+    # A colour profile of the length that a clean aperture has: fractions of width, height and two distances from the centre.
+    profile = bytes(28)
+    data = save(draw_scene(), "AVIF", icc_profile=profile)
+    aperture = struct.pack(">8I", 32, 1, 32, 1, 0, 1, 0, 1)
+    changed = bytearray(data.replace(b"colrprof" + profile, b"clap" + aperture))
+    number = 1 + sum(0 < data.find(name) < data.index(b"colr") for name in (b"ispe", b"pixi", b"av1C"))
+    # Version, count of items, number of the first one, and its properties: a reader must understand this one.
+    start = changed.index(b"ipma") + 4 + 4 + 4 + 2
+    at = changed.index(number, start + 1, start + 1 + changed[start])
+    changed[at] |= 0x80
+    shown_in_part = bytes(changed)
+    assert read_header(shown_in_part) == ("AVIF", SIDE, SIDE)
     with pytest.raises(ImageError, match="found an AVIF that shows only a part of its pixels"):
-        decode(data.replace(b"pixi", b"clap"))
+        decode(shown_in_part)
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "HEIC"])

@@ -3,7 +3,6 @@
 import io
 import re
 import struct
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -209,13 +208,11 @@ def read_tags(data: bytes) -> Mapping[int, Any] | None:
         Values by the numbers of their tags.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            directory = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2:4] in (b"+\0", b"\0+") else 8])
-            file = io.BytesIO(data)
-            file.seek(directory.next)
-            directory.load(file)
-            return dict(directory) if 0x0100 in directory else None
+        directory = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2:4] in (b"+\0", b"\0+") else 8])
+        file = io.BytesIO(data)
+        file.seek(directory.next)
+        directory.load(file)
+        return dict(directory) if 0x0100 in directory else None
     except Exception:
         # Whatever broken bytes make it raise.
         return None
