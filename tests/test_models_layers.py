@@ -341,7 +341,7 @@ def test_layer_may_be_named_within_nested_networks(tmp_path: Path) -> None:
 
     def build(x: Any) -> tuple[Any, Any]:
         both = [keras.layers.GlobalAveragePooling2D()(base(keras.layers.Rescaling(1 / 255)(x))) for base in bases]
-        return keras.layers.Dense(5)(keras.layers.Concatenate()(both)), both[1]
+        return keras.layers.Dense(5, name="scores")(keras.layers.Concatenate(name="both")(both)), both[1]
 
     config, (image, second) = save_network(build, tmp_path / "own.keras")
     reference = keras.Model(image, second)
@@ -351,7 +351,7 @@ def test_layer_may_be_named_within_nested_networks(tmp_path: Path) -> None:
     assert (early.layer, early.n_features) == ("first/first_first", 6)
     with pytest.raises(ModelError, match=r"has 2 layers 'last'; write first/last or second/last$"):
         build_artifact(config.model_copy(update={"layer": "last"}))
-    with pytest.raises(ModelError, match=r"no layer 'lost' in whole_network; its last ones are .*concatenate, dense"):
+    with pytest.raises(ModelError, match=r"no layer 'lost' in whole_network; its last ones are .*, both, scores$"):
         build_artifact(config.model_copy(update={"layer": "lost"}))
 
 
