@@ -83,6 +83,7 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
             "concurrent_reads": 16,
         },
         "reduce": {
+            "enabled": True,
             "n_components": 2,
             "solver": "exact",
             "seed": 0,
