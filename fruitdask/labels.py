@@ -315,6 +315,9 @@ def _read_header(line: str) -> tuple[str, list[str]]:
 def _name_columns(names: Sequence[str]) -> dict[str, int]:
     """Give the place of each column by its name; path, label and split may be written with capitals and spaces around."""
     places = {name: place for place, name in enumerate(names)}
+    given = [name for name in names if name in ("path", "label", "split")]
+    if len(given) > len(set(given)):
+        raise ValueError(f"the columns {', '.join(names)}, one of which is there twice; keep one of them")
     for place, name in enumerate(names):
         if name.strip().lower() in ("path", "label", "split"):
             places.setdefault(name.strip().lower(), place)

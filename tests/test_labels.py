@@ -84,12 +84,13 @@ def test_table_is_read_as_it_was_meant(folder: Path, data: bytes) -> None:
         (CSV.encode("utf-16-le"), r"found zero bytes, which are in no text"),
         (gzip.compress(CSV.encode())[:30], r"expected a CSV or Parquet table in input\.manifest, found Compressed file ended"),
         (b"PAR1 and nothing else", r"expected a CSV or Parquet table in input\.manifest, found "),
+        (CSV.replace("label", "label,label", 1).encode(), r"found the columns path, label, label, one of which is there twice"),
         (b"PK\3\4 and nothing else", r"found an Excel workbook or another ZIP archive; save the table as CSV"),
         ((CSV + './a//0.jpg,x\n').encode(), r"expected each path once in input\.manifest, found 'a/0\.jpg' twice"),
         ((CSV + "../in/a/0.jpg,x\n").encode(), r"found '\.\./in/a/0\.jpg'; write it without"),
     ],
     ids=[
-        *("latin-1", "no header", "ragged", "short", "no label", "UTF-16 without a mark", "cut", "not Parquet", "Excel"),
+        *("latin-1", "no header", "ragged", "short", "no label", "UTF-16 without a mark", "cut", "not Parquet", "twice", "Excel"),
         *("same path", "leads out"),
     ],
 )

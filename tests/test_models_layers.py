@@ -314,9 +314,26 @@ def many_convolution_outputs(x: Any) -> Any:
     return (layers.GlobalAveragePooling2D()(layers.Conv2D(128, 1, name="last")(build_base()(x))),)
 
 
+def stacked_scores(x: Any) -> Any:
+    from keras import layers, ops
+
+    x = layers.GlobalAveragePooling2D(name="pool")(build_base()(x))
+    scores = [layers.Dense(50, activation="softmax")(x) for _ in range(2)]
+    return (ops.mean(ops.stack(scores), axis=0),)
+
+
+def chosen_classes(x: Any) -> Any:
+    from keras import layers
+
+    x = layers.GlobalAveragePooling2D(name="pool")(build_base()(x))
+    return (layers.Dense(50, activation="softmax", name="scores")(x)[:, :40],)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (stacked_scores, r"is made of what the softmax of .* gives; set model\.layer .*, such as pool or mean"),
+        (chosen_classes, r"is made of what the softmax of scores gives; set model\.layer .*, such as pool or get_item"),
         (two_heads, r"2 outputs, kind and ripe; set model\.layer to .*, such as pool$"),
         (auxiliary_head, r"2 outputs, main and helper; set model\.layer to .*, such as pool or flat$"),
         (many_outputs, r"last has 128 outputs and neither .* a classifier or an embedding; set .*, such as pool or last$"),

@@ -199,7 +199,7 @@ def find_features(network: Any, file: ModelFile | None) -> Place:
     From the output, the search walks back past activations, dropout, normalizations, reshaping and pooling to the first layer that could
     be a classifier: a Dense, or a convolution of 1 x 1 before a global pooling. It is one where a softmax or sigmoid follows, where the
     network was trained with a cross-entropy, or where it has fewer than 32 units. Where a normalization follows instead, or there is
-    no such layer, the output itself are the features.
+    no such layer, the output itself are the features, unless a softmax lies somewhere before it: then it may be made of scores.
     """
     places = [Place(tensor) for tensor in _list_outputs(network)]
     if file is None:
@@ -211,6 +211,8 @@ def find_features(network: Any, file: ModelFile | None) -> Place:
             f"{network.name} has {len(places)} outputs, {_join(places, 'and')}; {_ADVICE}, such as {_join(candidates, 'or')}"
         )
     found = findings[0]
+    if not (found.features or found.reason):
+        found = _doubt_output(places[0])
     if found.reason:
         raise ModelError(
             f"{network.name}: it is not clear which layer makes the features, for {found.reason}; "
@@ -422,6 +424,23 @@ def _judge_unknown(place: Place, features: Place, trail: _Trail) -> _Finding:
         reason = f"{place.name} ({type(operation).__name__}) could be a classifier or make the features"
         return _Finding(None, reason, (features, place))
     return _Finding()
+
+
+def _doubt_output(output: Place) -> _Finding:
+    """Doubt an output that is made of probabilities in some way, such as an average over several networks or a choice of classes."""
+    scored = [place for place in _list_places([output]) if _makes_probabilities(place.node.operation)]
+    if not scored:
+        return _Finding()
+    candidates = [_search(place, _Trail(is_classifier=True)).features or place for place in scored[-_LAST_LAYERS:]]
+    reason = f"{output.name} is made of what the softmax of {scored[-1].name} gives"
+    return _Finding(None, reason, (*candidates, output))
+
+
+def _makes_probabilities(operation: Any) -> bool:
+    """Tell whether a layer has a softmax, in a wrapper such as TimeDistributed too; gates have a sigmoid, which says nothing."""
+    inner = getattr(operation, "layer", operation)
+    layers = getattr(inner, "layers", [inner])
+    return any(_name_kinds(layer) & {"Softmax", "LogSoftmax"} or "softmax" in _name_activation(layer) for layer in layers)
 
 
 def _search_branches(place: Place, inputs: list[Place], kinds: frozenset[str], trail: _Trail) -> _Finding:
