@@ -14,7 +14,7 @@ import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import fsspec
@@ -233,10 +233,9 @@ def _read_name(info: zipfile.ZipInfo) -> str:
     """Read a name as it was meant: macOS writes UTF-8 without saying so, and some tools of Windows write backslashes."""
     name = info.filename
     if not (info.flag_bits & _UTF8 or name.isascii()):
-        try:
+        # Where it is no UTF-8, it is what the archive says, in the first code page of PCs.
+        with suppress(UnicodeError):
             name = name.encode("cp437").decode("utf-8")
-        except UnicodeError:
-            pass
     return name.replace("\\", "/") if info.create_system == 0 else name
 
 
