@@ -233,11 +233,8 @@ def test_weights_from_a_url_equal_those_from_disk(s3_bucket: tuple[str, dict], t
     path = tmp_path / "own.weights.h5"
     build_squeezenet(input_px=64, weights="imagenet").save_weights(path)
     s3fs.S3FileSystem(**options).put_file(str(path), f"{bucket}/own.weights.h5")
-    os.environ["AWS_ENDPOINT_URL"] = options["endpoint_url"]
-    try:
-        remote = build_artifact(ModelConfig(name="SqueezeNet", input_px=64, weights=f"s3://{bucket}/own.weights.h5"))
-    finally:
-        del os.environ["AWS_ENDPOINT_URL"]
+    weights = f"s3://{bucket}/own.weights.h5"
+    remote = build_artifact(ModelConfig(name="SqueezeNet", input_px=64, weights=weights, storage_options=options))
     local = build_artifact(ModelConfig(name="SqueezeNet", input_px=64))
     pixels = random_pixels(64)
     np.testing.assert_array_equal(

@@ -1,14 +1,18 @@
 """The manifests, which say whose an output folder is, other small JSON files, and what may be deleted."""
 
+import errno
 import hashlib
 import json
 import shlex
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from fruitdask.errors import DamageError, OutputError, StorageError, StoreMismatchError
 from fruitdask.storage import Location, exists, explained, write_file
 from fruitdask.store.names import CATALOG, CHECKSUM, EXPLORATION, EXPLORATION_NAMES, MANIFEST, QUALITY, RUN_NAMES
+
+_DELETE_ATTEMPTS, _DELETE_PAUSE_SECONDS = 5, 0.2
 
 
 def check_output(
@@ -351,12 +355,23 @@ def delete_result(output: Location, name: str) -> None:
     location = output.child(name)
     with explained(location, "delete"):
         if exists(location):
-            location.fs.rm(location.path, recursive=True)
+            _remove(location)
             # s3fs passes over objects that S3 does not let it delete.
             if exists(location):
                 raise StorageError(
                     f"cannot delete {location.url}: it is still there; check that you may delete it (s3:DeleteObject)"
                 )
+
+
+def _remove(location: Location) -> None:
+    """Delete a folder, again where a task that an interrupted run left on a user's cluster has just put a file into it."""
+    for attempt in range(_DELETE_ATTEMPTS):
+        try:
+            return location.fs.rm(location.path, recursive=True)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or attempt == _DELETE_ATTEMPTS - 1:
+                raise
+            time.sleep(_DELETE_PAUSE_SECONDS)
 
 
 def _shorten(fingerprint: Any) -> str:
