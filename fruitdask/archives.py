@@ -43,18 +43,10 @@ _OPENERS: Mapping[bytes, Callable[[Any], Any]] = {
 
 
 class Archive(AbstractArchiveFileSystem):  # type: ignore[misc]
-    """
-    The files in an archive; each is read by itself, so that no thread waits for another one.
+    """The files in an archive; each is read by itself, so that no thread waits for another one.
 
-    fsspec's own file systems of archives share one file between threads, which those of tar do without a lock, and hold on to an archive
-    that was replaced.
-
-    Parameters
-    ----------
-    *args : Any
-        ``zip`` or ``tar``, the file system that the archive is on, and its path there.
-    **kwargs : Any
-        None.
+    fsspec's own file systems of archives share one file between threads, which those of tar do without a lock, and hold
+    on to an archive that was replaced.
     """
 
     root_marker = ""
@@ -68,26 +60,12 @@ class Archive(AbstractArchiveFileSystem):  # type: ignore[misc]
         self._opened: _Zip | _Tar | None = None
 
     def invalidate_cache(self, path: str | None = None) -> None:
-        """
-        Look at the archive anew: it may have been replaced.
-
-        Parameters
-        ----------
-        path : str, optional
-            Not used.
-        """
+        """Look at the archive anew: it may have been replaced."""
         self._fs.invalidate_cache()
         self._opened = None
 
     def read_version(self) -> str:
-        """
-        Read what changes when the archive does.
-
-        Returns
-        -------
-        str
-            Its size, and its ETag or its time of modification.
-        """
+        """Read what changes when the archive does."""
         return _read_version(self._fs, self._path)
 
     def _get_dirs(self) -> None:
@@ -107,49 +85,12 @@ class Archive(AbstractArchiveFileSystem):  # type: ignore[misc]
             return self._opened
 
     def find(self, path: str, *args: Any, **kwargs: Any) -> dict[str, dict[str, Any]]:
-        """
-        Describe the files below a folder.
-
-        Parameters
-        ----------
-        path : str
-            The folder; empty for the whole archive.
-        *args, **kwargs : Any
-            Not used.
-
-        Returns
-        -------
-        dict[str, dict[str, Any]]
-            Size, type and version by path.
-        """
+        """Describe the files below a folder."""
         below = f"{path}/" if path else ""
         return {name: entry for name, entry in self.dir_cache.items() if entry["type"] == "file" and name.startswith(below)}
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
-        """
-        Read a file, or a part of it.
-
-        Parameters
-        ----------
-        path : str
-            The file.
-        start, end : int, optional
-            The part.
-        **kwargs : Any
-            Not used.
-
-        Returns
-        -------
-        bytes
-            The content.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such file in the archive.
-        DamageError
-            If it is damaged.
-        """
+        """Read a file, or a part of it."""
         return self._members().read(path.strip("/"))[start:end]
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> io.BytesIO:

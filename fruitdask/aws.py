@@ -93,30 +93,7 @@ _ACTION_OF_OPERATION = {
 def create_client(
     service: str, *, region: str | None = None, profile: str | None = None, endpoint_url: str | None = None
 ) -> Any:
-    """
-    Create a client of one of Amazon's services.
-
-    Parameters
-    ----------
-    service : str
-        Its name, such as ``ec2``.
-    region : str, optional
-        The region; by default that of the profile or the environment.
-    profile : str, optional
-        A profile of the user's AWS configuration.
-    endpoint_url : str, optional
-        Another server than Amazon's; ``AWS_ENDPOINT_URL`` counts too.
-
-    Returns
-    -------
-    botocore.client.BaseClient
-        The client. Credentials come from the usual chain and nowhere else.
-
-    Raises
-    ------
-    botocore.exceptions.BotoCoreError
-        If there is no such profile, or no region; `explain_aws_error` puts it into words.
-    """
+    """Create a client of one of Amazon's services."""
     import botocore.session
     from botocore.config import Config
 
@@ -127,14 +104,7 @@ def create_client(
 
 
 def find_default_region() -> str | None:
-    """
-    Find the region of the AWS profile or environment.
-
-    Returns
-    -------
-    str or None
-        The region; None where none is set.
-    """
+    """Find the region of the AWS profile or environment."""
     import botocore.session
     from botocore.exceptions import BotoCoreError
 
@@ -147,21 +117,8 @@ def find_default_region() -> str | None:
 
 
 def explain_aws_error(error: BaseException) -> str | None:
-    """
-    Say what an error of AWS means and what to do.
+    """Say what an error of AWS means and what to do.
 
-    Parameters
-    ----------
-    error : BaseException
-        The error, or one that was raised from it, as s3fs does.
-
-    Returns
-    -------
-    str or None
-        What was asked, what AWS answered and what to do, in one line; None where it is no error of AWS.
-
-    Examples
-    --------
     >>> from botocore.exceptions import ClientError
     >>> explain_aws_error(ClientError({"Error": {"Code": "NoSuchBucket", "Message": "Gone"}}, "ListObjectsV2"))
     'ListObjectsV2: Gone (NoSuchBucket): there is no such bucket; check the URL'

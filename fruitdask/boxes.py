@@ -10,43 +10,24 @@ _MAX_EXTENTS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """
-    A box: its name, and where its content starts and ends.
+    """A box: its name, and where its content starts and ends."""
 
-    Parameters
-    ----------
-    name : bytes
-        Four bytes that say what it is.
-    start : int
-        Where its content starts.
-    end : int
-        Where its content ends, within the file.
-    """
-
+    #: Four bytes that say what it is.
     name: bytes
     start: int
+    #: Where its content ends, within the file.
     end: int
 
 
 @dataclass(slots=True)
 class Item:
-    """
-    An item of an AVIF or HEIC file: a picture, or its metadata; where its bytes lie.
+    """An item of an AVIF or HEIC file: a picture, or its metadata; where its bytes lie."""
 
-    Parameters
-    ----------
-    kind : bytes
-        Four bytes that say what it is, ``hvc1`` or ``Exif`` for example.
-    content_type : bytes
-        Its MIME type, where its kind is ``mime``.
-    encoding : bytes
-        How it is compressed, where its kind is ``mime``.
-    extents : list[tuple[int, int]]
-        Starts and ends of its parts.
-    """
-
+    #: Four bytes that say what it is, ``hvc1`` or ``Exif`` for example.
     kind: bytes
+    #: Its MIME type, where its kind is ``mime``.
     content_type: bytes = b""
+    #: How it is compressed, where its kind is ``mime``.
     encoding: bytes = b""
     extents: list[tuple[int, int]] = field(default_factory=list)
 
@@ -56,21 +37,7 @@ class Item:
         return sum(end - start for start, end in self.extents)
 
     def read(self, data: bytes, most: int) -> bytes:
-        """
-        Read its first bytes.
-
-        Parameters
-        ----------
-        data : bytes
-            The content of a file.
-        most : int
-            Bytes to read at most.
-
-        Returns
-        -------
-        bytes
-            Its parts, one behind the other.
-        """
+        """Read its first bytes."""
         content = bytearray()
         for start, end in self.extents:
             content += data[start : min(end, start + most - len(content))]
@@ -81,21 +48,12 @@ class Item:
 
 @dataclass(slots=True)
 class Items:
-    """
-    The items of an AVIF or HEIC file, which of them is the picture, and the names of properties that it has.
-
-    Parameters
-    ----------
-    by_number : dict[int, Item]
-        The items.
-    primary : int
-        The number of the picture that is shown.
-    properties : frozenset[bytes]
-        Names of the properties of that picture.
-    """
+    """The items of an AVIF or HEIC file, which of them is the picture, and the names of properties that it has."""
 
     by_number: dict[int, Item] = field(default_factory=dict)
+    #: The number of the picture that is shown.
     primary: int = 0
+    #: Names of the properties of that picture.
     properties: frozenset[bytes] = frozenset()
 
     @property
@@ -106,23 +64,7 @@ class Items:
 
 
 def list_boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[Box]:
-    """
-    List the boxes that lie one behind the other.
-
-    Parameters
-    ----------
-    data : bytes
-        The content of a file.
-    start : int
-        Where the first box starts.
-    end : int or None
-        Where the last one ends; the end of the file by default.
-
-    Returns
-    -------
-    Iterator[Box]
-        At most 10,000 boxes; none where the bytes are no boxes.
-    """
+    """List the boxes that lie one behind the other."""
     end = len(data) if end is None else end
     for _ in range(_MAX_BOXES):
         size, head = _read(data, start, 4), 8
@@ -138,19 +80,7 @@ def list_boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[
 
 
 def list_brands(data: bytes) -> tuple[bytes, ...]:
-    """
-    List the brands of an ISO base media file, the major one first; none where it is no such file.
-
-    Parameters
-    ----------
-    data : bytes
-        The content of a file.
-
-    Returns
-    -------
-    tuple[bytes, ...]
-        Brands of four bytes.
-    """
+    """List the brands of an ISO base media file, the major one first; none where it is no such file."""
     if data[4:8] != b"ftyp":
         return ()
     end = min(_read(data, 0, 4), len(data), 1 << 10)
@@ -158,19 +88,7 @@ def list_brands(data: bytes) -> tuple[bytes, ...]:
 
 
 def read_items(data: bytes) -> Items:
-    """
-    Read what items an AVIF or HEIC file has (ISO/IEC 14496-12, section 8.11).
-
-    Parameters
-    ----------
-    data : bytes
-        The content of a file.
-
-    Returns
-    -------
-    Items
-        What could be read.
-    """
+    """Read what items an AVIF or HEIC file has (ISO/IEC 14496-12, section 8.11)."""
     items = Items()
     meta = next((box for box in list_boxes(data) if box.name == b"meta"), None)
     if meta is None:

@@ -43,34 +43,21 @@ _IMAGES_PER_PARTITION_RANGE = (32, 512)
 
 @dataclass(frozen=True)
 class Partition:
-    """
-    A contiguous range of catalog rows: the unit of scheduling, storage, commit and retry.
+    """A contiguous range of catalog rows: the unit of scheduling, storage, commit and retry."""
 
-    Parameters
-    ----------
-    index : int
-        Which chunk of the store this is, from 0.
-    start : int
-        The catalog row of its first image.
-    paths : tuple[str, ...]
-        Paths of its images relative to the input URL.
-    labels : tuple[str, ...]
-        Their classes.
-    bytes, versions : tuple[int, ...]
-        What the catalog says of their files. Those that have vanished are not read.
-    rows : tuple[int, ...], optional
-        Places, from 0, of the images that are to be computed, where the others are in the store already; all by default.
-    avoided : frozenset[int]
-        Places of images that are not to be opened: they kill the process that does.
-    """
-
+    #: Which chunk of the store this is, from 0.
     index: int
+    #: The catalog row of its first image.
     start: int
+    #: Paths of its images relative to the input URL.
     paths: tuple[str, ...]
     labels: tuple[str, ...]
+    #: What the catalog says of their files. Those that have vanished are not read.
     bytes: tuple[int, ...] = ()
     versions: tuple[int, ...] = ()
+    #: Places, from 0, of the images that are to be computed, where the others are in the store already; all by default.
     rows: tuple[int, ...] | None = None
+    #: Places of images that are not to be opened: they kill the process that does.
     avoided: frozenset[int] = frozenset()
 
     @property
@@ -86,19 +73,7 @@ class Partition:
         return tuple(place for place, row in enumerate(rows) if row == _UNLISTED)
 
     def select(self, places: Sequence[int]) -> "Partition":
-        """
-        Select some of the images.
-
-        Parameters
-        ----------
-        places : Sequence[int]
-            Their places.
-
-        Returns
-        -------
-        Partition
-            Itself, where these are all; else one of these alone, for reading them.
-        """
+        """Select some of the images."""
         if len(places) == len(self.paths):
             return self
         columns = {name: getattr(self, name) for name in ("paths", "labels", "bytes", "versions")}
@@ -138,24 +113,7 @@ def list_images(config: InputConfig) -> pd.DataFrame:
 
 
 def list_input(config: InputConfig) -> Listing:
-    """
-    List the images of an input, and say what was left out.
-
-    Parameters
-    ----------
-    config : InputConfig
-        Where to look and what to keep.
-
-    Returns
-    -------
-    Listing
-        The images as `list_images` gives them, counts of what is left out, and notes.
-
-    Raises
-    ------
-    FruitdaskError
-        As `list_images`.
-    """
+    """List the images of an input, and say what was left out."""
     root = Location(config.url, config.storage_options)
     _check_folder(root, config)
     table = read_labels(config) if config.manifest is not None else None
@@ -190,23 +148,10 @@ def _narrow(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
 
 
 def match_paths(paths: pd.Series, patterns: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """
-    Tell which paths match any of some patterns.
+    """Tell which paths match any of some patterns.
 
-    Parameters
-    ----------
-    paths : pandas.Series
-        Paths relative to the input.
-    patterns : Sequence[str]
-        Patterns as of Python's ``fnmatch.fnmatchcase``: ``*`` stands for slashes too.
+    Returns numpy.ndarray: one bool a path.
 
-    Returns
-    -------
-    numpy.ndarray
-        One bool a path.
-
-    Examples
-    --------
     >>> match_paths(pd.Series(["pear_1/a.jpg", "pear_2/a.jpg", "Pear_1/a.jpg"]), ["pear_1/*"])
     array([ True, False, False])
     """
@@ -215,21 +160,8 @@ def match_paths(paths: pd.Series, patterns: Sequence[str]) -> npt.NDArray[np.boo
 
 
 def choose_partition_size(n_images: int) -> int:
-    """
-    Choose how many images a partition holds.
+    """Choose how many images a partition holds.
 
-    Parameters
-    ----------
-    n_images : int
-        Images in the catalog.
-
-    Returns
-    -------
-    int
-        Images a partition; it depends on nothing but the number of images.
-
-    Examples
-    --------
     >>> [choose_partition_size(n) for n in (10, 846, 1_000_000)]
     [32, 53, 512]
     """
@@ -238,21 +170,7 @@ def choose_partition_size(n_images: int) -> int:
 
 
 def split_catalog(catalog: pd.DataFrame, images_per_partition: int) -> Iterator[Partition]:
-    """
-    Split a catalog into partitions, one at a time.
-
-    Parameters
-    ----------
-    catalog : pandas.DataFrame
-        The catalog.
-    images_per_partition : int
-        Images a partition; the last one may hold fewer.
-
-    Yields
-    ------
-    Partition
-        The next range of rows.
-    """
+    """Split a catalog into partitions, one at a time."""
     for index, start in enumerate(range(0, len(catalog), images_per_partition)):
         rows = catalog.iloc[start : start + images_per_partition]
         paths, labels, sizes, versions = (tuple(rows[column]) for column in COLUMNS)
@@ -260,26 +178,13 @@ def split_catalog(catalog: pd.DataFrame, images_per_partition: int) -> Iterator[
 
 
 def sample_evenly(catalog: pd.DataFrame, limit: int) -> npt.NDArray[np.int64]:
-    """
-    Choose at most ``limit`` rows, the same number of each class as far as it has them.
+    """Choose at most ``limit`` rows, the same number of each class as far as it has them.
 
-    Rows are taken class by class in turn, within a class by a hash of the path: the choice is reproducible, looks random, and a larger
-    limit keeps what a smaller one chose.
+    Rows are taken class by class in turn, within a class by a hash of the path: the choice is reproducible, looks
+    random, and a larger limit keeps what a smaller one chose.
 
-    Parameters
-    ----------
-    catalog : pandas.DataFrame
-        Rows with ``path`` and ``label``.
-    limit : int
-        How many at most.
+    Returns numpy.ndarray: positions of the chosen rows, ascending, int64.
 
-    Returns
-    -------
-    numpy.ndarray
-        Positions of the chosen rows, ascending, int64.
-
-    Examples
-    --------
     >>> sample_evenly(pd.DataFrame({"path": ["a/1", "a/2", "a/3", "b/4"], "label": ["a", "a", "a", "b"]}), 2)[-1]
     np.int64(3)
     """
@@ -289,19 +194,7 @@ def sample_evenly(catalog: pd.DataFrame, limit: int) -> npt.NDArray[np.int64]:
 
 
 def hash_catalog(catalog: pd.DataFrame) -> str:
-    """
-    Hash what a catalog says.
-
-    Parameters
-    ----------
-    catalog : pandas.DataFrame
-        The catalog.
-
-    Returns
-    -------
-    str
-        A SHA-256 in hexadecimal digits that changes with any path, label, size or version, or their order; splits do not count.
-    """
+    """Hash what a catalog says."""
     digest = hashlib.sha256(json.dumps([len(catalog), *COLUMNS]).encode())
     for column in COLUMNS:
         for hashes in _hash_rows(catalog[column]):
@@ -310,19 +203,7 @@ def hash_catalog(catalog: pd.DataFrame) -> str:
 
 
 def hash_split(catalog: pd.DataFrame) -> str | None:
-    """
-    Hash the splits of a catalog, on which tables of results depend, and features do not.
-
-    Parameters
-    ----------
-    catalog : pandas.DataFrame
-        The catalog.
-
-    Returns
-    -------
-    str or None
-        A SHA-256 in hexadecimal digits; None where there are no splits.
-    """
+    """Hash the splits of a catalog, on which tables of results depend, and features do not."""
     if SPLIT not in catalog:
         return None
     digest = hashlib.sha256()
@@ -332,22 +213,7 @@ def hash_split(catalog: pd.DataFrame) -> str | None:
 
 
 def merge_listing(stored: pd.DataFrame, listing: pd.DataFrame) -> pd.DataFrame:
-    """
-    Bring the catalog of a store up to date with the input as it is now.
-
-    Parameters
-    ----------
-    stored : pandas.DataFrame
-        The catalog of the store, in the order of its rows.
-    listing : pandas.DataFrame
-        The images of the input, from `list_images`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        The images of the store at their rows, as the listing has them, or marked as vanished where it does not; then, in the order of
-        their paths, those that the store does not have.
-    """
+    """Bring the catalog of a store up to date with the input as it is now."""
     if stored["path"].equals(listing["path"]):
         return listing
     places = find_rows(stored["path"], listing["path"])
@@ -364,19 +230,7 @@ def merge_listing(stored: pd.DataFrame, listing: pd.DataFrame) -> pd.DataFrame:
 
 
 def take_listing(stored: pd.DataFrame) -> pd.DataFrame:
-    """
-    Take from the catalog of a store the listing of the input that it was made of.
-
-    Parameters
-    ----------
-    stored : pandas.DataFrame
-        The catalog of the store.
-
-    Returns
-    -------
-    pandas.DataFrame
-        The images that have not vanished, in the order of their paths.
-    """
+    """Take from the catalog of a store the listing of the input that it was made of."""
     return stored[stored["bytes"] != VANISHED_BYTES].sort_values("path", ignore_index=True)
 
 

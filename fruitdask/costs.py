@@ -42,20 +42,7 @@ _MONTH_SECONDS = 30 * 24 * _HOUR_SECONDS
 
 @dataclass(frozen=True)
 class Usage:
-    """
-    An instance that has run, or is to run, for some time.
-
-    Parameters
-    ----------
-    instance_type : str
-        Its type, such as ``m6i.large``.
-    is_spot : bool
-        Whether it is a spot instance.
-    region : str
-        Its region.
-    seconds : float
-        How long it runs.
-    """
+    """An instance that has run, or is to run, for some time."""
 
     instance_type: str
     is_spot: bool
@@ -70,26 +57,16 @@ class Usage:
 
 @dataclass(frozen=True)
 class Cost:
-    """
-    What instances cost, in US dollars without taxes.
+    """What instances cost, in US dollars without taxes.
 
     Left out are the surplus credits of t3 instances that are busy all the time, detailed monitoring and support.
-
-    Parameters
-    ----------
-    instances : float
-        The instances themselves, those that have a price.
-    volumes : float
-        Their volumes.
-    addresses : float
-        Their public addresses.
-    unpriced : tuple[str, ...]
-        Types without a known price, each with its region.
     """
 
+    #: The instances themselves, those that have a price.
     instances: float
     volumes: float = 0.0
     addresses: float = 0.0
+    #: Types without a known price, each with its region.
     unpriced: tuple[str, ...] = ()
 
     @property
@@ -101,27 +78,8 @@ class Cost:
 def find_hourly_price(
     instance_type: str, *, region: str, is_spot: bool, hourly_prices: Mapping[str, float] | None = None
 ) -> float | None:
-    """
-    Find what an instance costs an hour.
+    """Find what an instance costs an hour.
 
-    Parameters
-    ----------
-    instance_type : str
-        Its type.
-    region : str
-        Its region.
-    is_spot : bool
-        Whether it is a spot instance; without a price of its own it is taken to cost what others cost, which is more.
-    hourly_prices : Mapping[str, float], optional
-        US dollars by type, ``spot:TYPE`` for spot instances, which win over the table.
-
-    Returns
-    -------
-    float or None
-        US dollars an hour; None where no price is known.
-
-    Examples
-    --------
     >>> find_hourly_price("m6i.large", region="eu-west-3", is_spot=False)
     0.112
     >>> find_hourly_price("m6i.large", region="eu-west-3", is_spot=True, hourly_prices={"spot:m6i.large": 0.04})
@@ -140,27 +98,8 @@ def compute_cost(
     volume_gb: int = 0,
     has_address: bool = False,
 ) -> Cost:
-    """
-    Compute what instances cost, with what belongs to them.
+    """Compute what instances cost, with what belongs to them.
 
-    Parameters
-    ----------
-    usages : Iterable[Usage]
-        The instances.
-    hourly_prices : Mapping[str, float], optional
-        US dollars by type, as for `find_hourly_price`.
-    volume_gb : int
-        Size of the volume of each.
-    has_address : bool
-        Whether each has a public address.
-
-    Returns
-    -------
-    Cost
-        The sums.
-
-    Examples
-    --------
     >>> compute_cost([Usage("m6i.large", False, "us-east-1", 7200)], volume_gb=40, has_address=True).dollars
     0.2125...
     """
@@ -189,26 +128,8 @@ def compute_cost(
 
 
 def compute_transfer_cost(n_bytes: float, *, source: str | None, target: str | None) -> float:
-    """
-    Compute what AWS asks for moving bytes.
+    """Compute what AWS asks for moving bytes.
 
-    Parameters
-    ----------
-    n_bytes : float
-        How many.
-    source : str or None
-        The region of AWS they come from; None for anywhere else.
-    target : str or None
-        The region of AWS they go to; None for anywhere else.
-
-    Returns
-    -------
-    float
-        US dollars; nothing within a region and into AWS. The 100 GB a month that AWS lets out for free are counted nevertheless: other
-        programs may have used them.
-
-    Examples
-    --------
     >>> [compute_transfer_cost(1e10, source="eu-west-3", target=target) for target in ("eu-west-3", "eu-west-1", None)]
     [0.0, 0.2, 0.9]
     """
@@ -218,21 +139,7 @@ def compute_transfer_cost(n_bytes: float, *, source: str | None, target: str | N
 
 
 def compute_request_cost(*, n_reads: int, n_writes: int) -> float:
-    """
-    Compute what requests of S3 cost.
-
-    Parameters
-    ----------
-    n_reads : int
-        GET and HEAD requests.
-    n_writes : int
-        PUT and LIST requests.
-
-    Returns
-    -------
-    float
-        US dollars.
-    """
+    """Compute what requests of S3 cost."""
     return (n_reads * _READS_DOLLARS + n_writes * _WRITES_DOLLARS) / 1000
 
 

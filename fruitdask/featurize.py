@@ -23,50 +23,28 @@ _Stored = tuple[npt.NDArray[np.float32], pd.DataFrame]
 
 @dataclass(frozen=True)
 class FeaturizeJob:
-    """
-    What a task needs to know besides its partition and its network; picklable and small.
+    """What a task needs to know besides its partition and its network; picklable and small."""
 
-    Parameters
-    ----------
-    source : ImageSource
-        Where images are and how to read them.
-    output : Location
-        The output folder, whose store exists.
-    explore : ExploreJob, optional
-        Explore the images too, while they are there; its input size must be the network's.
-    """
-
+    #: Where images are and how to read them.
     source: ImageSource
     output: Location
+    #: Explore the images too, while they are there; its input size must be the network's.
     explore: ExploreJob | None = None
 
 
 @dataclass(frozen=True)
 class PartitionSummary:
-    """
-    What a task reports: counts and seconds, never features.
-
-    Parameters
-    ----------
-    index : int
-        Which partition.
-    n_images : int
-        Its images that were computed.
-    statuses : dict[str, int]
-        Images by status.
-    bytes_read : int
-        Bytes of the files that were read.
-    seconds : dict[str, float]
-        Seconds by stage: ``fetch``, ``decode``, ``predict``, ``write``, ``load`` (waiting for the network to be built) and ``explore``.
-    findings : Findings or None
-        What exploring the images found, where that was asked for.
-    """
+    """What a task reports: counts and seconds, never features."""
 
     index: int
     n_images: int
     statuses: dict[str, int]
+    #: Bytes of the files that were read.
     bytes_read: int
+    #: Seconds by stage: ``fetch``, ``decode``, ``predict``, ``write``, ``load`` (waiting for the network to be built)
+    #: and ``explore``.
     seconds: dict[str, float]
+    #: What exploring the images found, where that was asked for.
     findings: Findings | None = field(default=None, repr=False)
 
     @property
@@ -76,32 +54,12 @@ class PartitionSummary:
 
 
 def featurize_partition(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -> PartitionSummary:
-    """
-    Turn the images of a partition into features and store them.
+    """Turn the images of a partition into features and store them.
 
-    Images are fetched, decoded and predicted in batches, so that of a partition only its features (and, where it is explored too, small
-    thumbnails) are held. An image that fails is data: its
-    features are NaN and its outcome says why. Of a partition that is committed and of which only some images are to be computed, the
-    others are written again as they are. The function runs without a cluster too.
-
-    Parameters
-    ----------
-    partition : Partition
-        The images.
-    artifact : ModelArtifact
-        The network; it is built once per process.
-    job : FeaturizeJob
-        Where to read and write, and the limits.
-
-    Returns
-    -------
-    PartitionSummary
-        Counts and seconds.
-
-    Raises
-    ------
-    StorageError
-        If the results cannot be written.
+    Images are fetched, decoded and predicted in batches, so that of a partition only its features (and, where it is
+    explored too, small thumbnails) are held. An image that fails is data: its features are NaN and its outcome says
+    why. Of a partition that is committed and of which only some images are to be computed, the others are written again
+    as they are. The function runs without a cluster too.
     """
     computed = _compute(partition, artifact, job)
     table = pd.DataFrame(
@@ -117,23 +75,7 @@ def featurize_partition(partition: Partition, artifact: ModelArtifact, job: Feat
 
 
 def mark_vanished(partition: Partition, output: Location, *, n_features: int) -> None:
-    """
-    Record which images of a partition have vanished, where none is to be computed; that takes no network.
-
-    Parameters
-    ----------
-    partition : Partition
-        The images; of those that are to be written, none is in the input any more.
-    output : Location
-        The output folder, whose store exists.
-    n_features : int
-        Features an image.
-
-    Raises
-    ------
-    StorageError
-        If the results cannot be read or written.
-    """
+    """Record which images of a partition have vanished, where none is to be computed; that takes no network."""
     partition, before = _read_before(partition, output)
     if partition.places_to_read:
         raise StorageError(f"partition {partition.index} of {output.url} is not committed any more; run again")
@@ -142,18 +84,7 @@ def mark_vanished(partition: Partition, output: Location, *, n_features: int) ->
 
 
 def probe_partition(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -> None:
-    """
-    Do the same as `featurize_partition` and store nothing, to see whether the process survives.
-
-    Parameters
-    ----------
-    partition : Partition
-        The images.
-    artifact : ModelArtifact
-        The network.
-    job : FeaturizeJob
-        Where to read, and the limits.
-    """
+    """Do the same as `featurize_partition` and store nothing, to see whether the process survives."""
     _compute(partition, artifact, job)
 
 
@@ -194,21 +125,7 @@ def _compute(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -
 
 
 def prepare_workers(client: Any, engine: str) -> list[Any]:
-    """
-    Let every worker import an engine while the client does something else.
-
-    Parameters
-    ----------
-    client : distributed.Client
-        The cluster.
-    engine : str
-        The engine of the artifact to come.
-
-    Returns
-    -------
-    list[distributed.Future]
-        Keep them until the artifact is there; nobody needs to wait for them.
-    """
+    """Let every worker import an engine while the client does something else."""
     return [client.submit(_prepare_worker, engine, workers=[worker], pure=False) for worker in client.nthreads()]
 
 

@@ -33,29 +33,17 @@ _MAX_BYTES_PER_PIXEL, _MAX_METADATA_BYTES = 8, 64 * 1024**2
 
 @dataclass(frozen=True)
 class ImageSource:
-    """
-    Where images are and how to read them; picklable and small.
+    """Where images are and how to read them; picklable and small."""
 
-    Parameters
-    ----------
-    location : Location
-        The folder that the paths of the catalog are relative to.
-    batch_size : int
-        Images that are decoded and predicted together, at most: there are fewer where their files are large.
-    max_pixels : int
-        Images with more pixels are not decoded; files of more than 8 bytes a pixel and 64 MiB are not read.
-    fetch_attempts : int
-        How often reading a file is tried.
-    concurrent_reads : int
-        Files in flight at once from a remote input.
-    decode : str
-        ``exact``, or ``fast``: see `fruitdask.images.decode_image`.
-    """
-
+    #: The folder that the paths of the catalog are relative to.
     location: Location
+    #: Images that are decoded and predicted together, at most: there are fewer where their files are large.
     batch_size: int
+    #: Images with more pixels are not decoded; files of more than 8 bytes a pixel and 64 MiB are not read.
     max_pixels: int
+    #: How often reading a file is tried.
     fetch_attempts: int
+    #: Files in flight at once from a remote input.
     concurrent_reads: int
     decode: str = "exact"
 
@@ -67,69 +55,35 @@ class ImageSource:
 
 @dataclass
 class Outcome:
-    """
-    What becomes of one image, filled in stage by stage.
-
-    Parameters
-    ----------
-    path : str
-        Its path relative to the source.
-    label : str
-        Its class.
-    status : str
-        One of ``fruitdask.store.STATUSES``.
-    error : str
-        Why it has no features; empty where it has.
-    attempts : int
-        How often reading it was tried.
-    n_bytes : int
-        Bytes of the file, as it was listed.
-    data : bytes
-        The content of the file while its batch is worked on.
-    """
+    """What becomes of one image, filled in stage by stage."""
 
     path: str
     label: str
     status: str = "ok"
+    #: Why it has no features; empty where it has.
     error: str = ""
     attempts: int = 0
+    #: Bytes of the file, as it was listed.
     n_bytes: int = 0
+    #: The content of the file while its batch is worked on.
     data: bytes = field(default=b"", repr=False)
 
     def fail(self, status: str, error: str) -> None:
-        """
-        Record why there will be no features.
-
-        Parameters
-        ----------
-        status : str
-            What kind of failure.
-        error : str
-            The reason in words.
-        """
+        """Record why there will be no features."""
         self.status, self.error = status, error
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """
-    Some images of a partition, read and decoded.
+    """Some images of a partition, read and decoded."""
 
-    Parameters
-    ----------
-    start : int
-        The place of the first one in the partition.
-    outcomes : list[Outcome]
-        All of them, with the content of their files.
-    rows : list[int]
-        Places in ``outcomes`` of those that were decoded.
-    pixels : numpy.ndarray
-        RGB pixels of those, shape (len(rows), input_px, input_px, 3), uint8.
-    """
-
+    #: The place of the first one in the partition.
     start: int
+    #: All of them, with the content of their files.
     outcomes: list[Outcome]
+    #: Places in ``outcomes`` of those that were decoded.
     rows: list[int]
+    #: RGB pixels of those, shape (len(rows), input_px, input_px, 3), uint8.
     pixels: npt.NDArray[np.uint8]
 
 
@@ -146,19 +100,7 @@ class Stopwatch:
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
-        """
-        Add the seconds of a block to a stage.
-
-        Parameters
-        ----------
-        stage : str
-            Its name.
-
-        Yields
-        ------
-        None
-            Control, once.
-        """
+        """Add the seconds of a block to a stage."""
         start = time.perf_counter()
         yield
         self._seconds[stage] += time.perf_counter() - start  # type: ignore[assignment]
@@ -167,27 +109,7 @@ class Stopwatch:
 def read_batches(
     partition: Partition, source: ImageSource, *, input_px: int, watch: Stopwatch, on_asked: Callable[[], None]
 ) -> Iterator[Batch]:
-    """
-    Read and decode the images of a partition, so many at a time that memory does not grow with it.
-
-    Parameters
-    ----------
-    partition : Partition
-        The images.
-    source : ImageSource
-        Where they are.
-    input_px : int
-        Side to which they are resized, in pixels.
-    watch : Stopwatch
-        Measures the stages ``fetch`` and ``decode``.
-    on_asked : Callable
-        Called when the last file has been asked for: from then on the way is free for the files of another partition.
-
-    Yields
-    ------
-    Batch
-        The next images. An image that cannot be read or decoded has an outcome that says why, and no pixels.
-    """
+    """Read and decode the images of a partition, so many at a time that memory does not grow with it."""
     sizes = partition.bytes or (0,) * len(partition.paths)
     files = zip(partition.paths, partition.labels, sizes, strict=True)
     outcomes = [Outcome(path, label, n_bytes=size) for path, label, size in files]

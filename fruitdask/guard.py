@@ -28,37 +28,13 @@ def forget_missing_script() -> None:
 
 
 def check_exit_code(exit_code: int | None) -> None:
-    """
-    Find out whether a process ended because it was running the script again.
-
-    Parameters
-    ----------
-    exit_code : int or None
-        How it ended.
-
-    Raises
-    ------
-    ScriptError
-        If it did.
-    """
+    """Find out whether a process ended because it was running the script again."""
     if exit_code == _EXIT_CODE:
         raise _describe_script()
 
 
 def check_script(method: str) -> None:
-    """
-    Start a process that has nothing to do, to find out whether the script can be imported.
-
-    Parameters
-    ----------
-    method : str
-        How processes are started: spawn or forkserver.
-
-    Raises
-    ------
-    ScriptError
-        If it cannot.
-    """
+    """Start a process that has nothing to do, to find out whether the script can be imported."""
     if multiprocessing.current_process().daemon:
         # Such a process may not start others.
         return

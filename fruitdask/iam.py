@@ -79,28 +79,13 @@ _GROUP_TAG = ("fruitdask", "cluster")
 
 @dataclass(frozen=True)
 class Permission:
-    """
-    An action that somebody needs.
-
-    Parameters
-    ----------
-    role : str
-        Who needs it: ``launcher`` or ``workers``.
-    statement : str
-        Name of the policy's statement, which all permissions of the same resources and conditions share.
-    action : str
-        The action, such as ``s3:GetObject``.
-    resources : tuple[str, ...]
-        ARNs of what it is done to; ``*`` where AWS knows no resource for it.
-    reason : str
-        Why it is needed.
-    conditions : Mapping[str, Mapping[str, str | list[str]]]
-        Conditions in IAM's words.
-    """
+    """An action that somebody needs."""
 
     role: Role
+    #: Name of the policy's statement, which all permissions of the same resources and conditions share.
     statement: str
     action: str
+    #: ARNs of what it is done to; ``*`` where AWS knows no resource for it.
     resources: tuple[str, ...]
     reason: str
     conditions: Conditions = field(default_factory=dict)
@@ -117,26 +102,7 @@ class _Place:
 
 
 def list_actions(config: Config, *, role_name: str | None = None) -> list[Permission]:
-    """
-    List what a configuration needs of AWS.
-
-    Parameters
-    ----------
-    config : Config
-        The configuration.
-    role_name : str, optional
-        Name of the role in the cluster's instance profile; by default the profile's own name, as the console gives both the same.
-
-    Returns
-    -------
-    list[Permission]
-        Each action of the launcher and of the workers; none where everything is on this machine.
-
-    Raises
-    ------
-    ConfigError
-        If the cluster is on EC2 and no region is set.
-    """
+    """List what a configuration needs of AWS."""
     permissions = [
         permission for role in ROLES for permission in (*_list_storage(config, role), *_list_key(config, role))
     ]
@@ -149,28 +115,8 @@ def list_actions(config: Config, *, role_name: str | None = None) -> list[Permis
 
 
 def build_policies(config: Config, *, role_name: str | None = None) -> dict[Role, dict[str, Any]]:
-    """
-    Build the policies of the launcher and of the workers.
+    """Build the policies of the launcher and of the workers.
 
-    Parameters
-    ----------
-    config : Config
-        The configuration.
-    role_name : str, optional
-        Name of the role in the cluster's instance profile; by default the profile's own name.
-
-    Returns
-    -------
-    dict[str, dict[str, Any]]
-        A policy document for each role. One without statements, for who needs nothing, is refused by AWS.
-
-    Raises
-    ------
-    ConfigError
-        If the cluster is on EC2 and no region is set.
-
-    Examples
-    --------
     >>> from fruitdask.config import load_config
     >>> config = load_config({"input": {"url": "s3://fruits/Test"}, "output": {"url": "/tmp/run"}})
     >>> build_policies(config)["workers"]["Statement"][1]["Resource"]

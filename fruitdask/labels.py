@@ -36,32 +36,7 @@ _ABSOLUTE = re.compile(r"/|\\\\|[A-Za-z]:[\\/]|[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def label_files(table: pd.DataFrame, files: pd.DataFrame, root: Location, config: InputConfig) -> pd.DataFrame:
-    """
-    Join a table of labels with the files that are listed.
-
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        The table, from `read_labels`.
-    files : pandas.DataFrame
-        All files of the input.
-    root : Location
-        The input.
-    config : InputConfig
-        Names the table, and says whether a pattern finds the split.
-
-    Returns
-    -------
-    pandas.DataFrame
-        The images that the table names, sorted by path. One that is not there has 0 bytes and version 0; its outcome will say so.
-
-    Raises
-    ------
-    CatalogError
-        If no image of the table is there.
-    ConfigError
-        If paths are written in a way that no file is called.
-    """
+    """Join a table of labels with the files that are listed."""
     relate = _make_relative(root)
     places = _find_files(table["path"], files["path"], relate)
     is_listed = places >= 0
@@ -84,19 +59,7 @@ def label_files(table: pd.DataFrame, files: pd.DataFrame, root: Location, config
 
 
 def normalize_unique(names: Iterable[str]) -> dict[str, str]:
-    """
-    Map names in Unicode's composed form (NFC) to themselves.
-
-    Parameters
-    ----------
-    names : Iterable[str]
-        The names.
-
-    Returns
-    -------
-    dict[str, str]
-        The names by their composed form, without those that only their form tells apart.
-    """
+    """Map names in Unicode's composed form (NFC) to themselves."""
     found: dict[str, str | None] = {}
     for name in names:
         key = unicodedata.normalize("NFC", name)
@@ -185,28 +148,7 @@ def _list_mistakes(unlisted: pd.Series, files: pd.Series, root: Location) -> Ite
 
 
 def read_labels(config: InputConfig) -> pd.DataFrame:
-    """
-    Read the table of labels.
-
-    Parameters
-    ----------
-    config : InputConfig
-        Names the table.
-
-    Returns
-    -------
-    pandas.DataFrame
-        ``path``, ``label`` and where it is there ``split``, all as text.
-
-    Raises
-    ------
-    CatalogError
-        If it has no row.
-    ConfigError
-        If it is no table of paths and labels.
-    StorageError
-        If it cannot be read.
-    """
+    """Read the table of labels."""
     location = Location(str(config.manifest), config.storage_options if "://" in str(config.manifest) else {})
     with explained(location, "read"):
         data = bytes(location.fs.cat_file(location.path))

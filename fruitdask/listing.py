@@ -52,21 +52,13 @@ Rule = Callable[[str], str | None]
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """
-    The files that were found, and what is to be said about those that are left out.
+    """The files that were found, and what is to be said about those that are left out."""
 
-    Parameters
-    ----------
-    files : pandas.DataFrame
-        ``path``, ``label``, ``bytes``, ``version`` and where it is asked for ``split``, sorted by path.
-    left_out : Mapping[str, int]
-        Files and folders that are not taken, by kind: an ending, or words such as ``hidden``.
-    notes : tuple[str, ...]
-        What the user is told about how the files were taken.
-    """
-
+    #: ``path``, ``label``, ``bytes``, ``version`` and where it is asked for ``split``, sorted by path.
     files: pd.DataFrame
+    #: Files and folders that are not taken, by kind: an ending, or words such as ``hidden``.
     left_out: Mapping[str, int]
+    #: What the user is told about how the files were taken.
     notes: tuple[str, ...] = ()
 
 
@@ -126,34 +118,7 @@ class _Selection:
 def list_files(
     root: Location, extensions: tuple[str, ...] | None, *, takes_hidden: bool, label_from: str, split_from: str | None
 ) -> Listing:
-    """
-    List the files below a location.
-
-    Parameters
-    ----------
-    root : Location
-        The folder.
-    extensions : tuple[str, ...] or None
-        How the names of files end; None stands for all images that fruitdask can read here.
-    takes_hidden : bool
-        Whether hidden files and what lies in hidden folders is taken too.
-    label_from, split_from : str or None
-        Which folder is the class and the split, as for `compile_rule`; None for no split.
-
-    Returns
-    -------
-    Listing
-        The files.
-
-    Raises
-    ------
-    CatalogError
-        If a name cannot be stored.
-    ConfigError
-        If an ending needs a package that is not installed, or a pattern finds nothing in a path.
-    StorageError
-        If the folder cannot be listed.
-    """
+    """List the files below a location."""
     selection = _Selection(_choose_extensions(extensions), takes_hidden=takes_hidden)
     columns = _Columns(PurePosixPath(root.path).name or PurePosixPath(root.base.path).stem, label_from, split_from)
     with explained(root, "list"):
@@ -187,23 +152,8 @@ def _sort_kinds(left_out: Mapping[str, int]) -> dict[str, int]:
 
 
 def format_left_out(left_out: Mapping[str, int], *, is_default: bool) -> str:
-    """
-    Say in words what is left out.
+    """Say in words what is left out.
 
-    Parameters
-    ----------
-    left_out : Mapping[str, int]
-        Counts by kind.
-    is_default : bool
-        Whether all formats are taken that can be read, so that a package more would take more.
-
-    Returns
-    -------
-    str
-        The words; empty where nothing is left out.
-
-    Examples
-    --------
     >>> format_left_out({".heic": 60, ".mov": 2, "hidden": 3}, is_default=True)
     '60 .heic (install fruitdask[heic] to read them), 2 .mov, 3 hidden'
     """
@@ -212,21 +162,8 @@ def format_left_out(left_out: Mapping[str, int], *, is_default: bool) -> str:
 
 
 def compile_rule(rule: str) -> Rule:
-    """
-    Make a function that chooses a name from a path.
+    """Make a function that chooses a name from a path.
 
-    Parameters
-    ----------
-    rule : str
-        ``parent`` or ``first`` for a folder, or a regular expression, for what its one group finds.
-
-    Returns
-    -------
-    Callable
-        Takes a path; gives the name, empty for the top folder, and None where the pattern finds nothing.
-
-    Examples
-    --------
     >>> [compile_rule(rule)("train/pear/1.jpg") for rule in ("parent", "first", "^[^/]+/([^/]+)/")]
     ['pear', 'train', 'pear']
     """
@@ -239,40 +176,15 @@ def compile_rule(rule: str) -> Rule:
 
 
 def digest_version(version: str) -> int:
-    """
-    Shorten what changes when a file does to 64 bits.
-
-    Parameters
-    ----------
-    version : str
-        An ETag, a checksum or a time.
-
-    Returns
-    -------
-    int
-        A number with a sign.
-    """
+    """Shorten what changes when a file does to 64 bits."""
     return int.from_bytes(hashlib.blake2b(version.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def find_rows(paths: pd.Series, among: pd.Series) -> npt.NDArray[np.int64]:
-    """
-    Find paths among others.
+    """Find paths among others.
 
-    Parameters
-    ----------
-    paths : pandas.Series
-        What to find.
-    among : pandas.Series
-        Where to find it; each path once.
+    Returns numpy.ndarray: positions in ``among``, int64; -1 where it is not there.
 
-    Returns
-    -------
-    numpy.ndarray
-        Positions in ``among``, int64; -1 where it is not there.
-
-    Examples
-    --------
     >>> find_rows(pd.Series(["b", "x"]), pd.Series(["a", "b"]))
     array([ 1, -1])
     """

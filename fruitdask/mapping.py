@@ -42,35 +42,12 @@ def map_partitions(
     on_result: Callable[[Result], None],
     probe: Callable[..., object] | None = None,
 ) -> None:
-    """
-    Call ``function(partition, delivered, *arguments)`` for each partition on a cluster, a bounded number at a time.
+    """Call ``function(partition, delivered, *arguments)`` for each partition on a cluster, a bounded number at a time.
 
-    What all tasks need is scattered to all workers once. If the last worker that holds it dies, it is scattered again and what was in
-    flight is submitted again. A partition whose workers die again and again is put off until all others are done; then halves of it are
-    tried until the images are found that do it, and the function is called with a partition that says to avoid them.
-
-    Parameters
-    ----------
-    client : distributed.Client
-        The cluster.
-    function : Callable
-        A plain function; it may be called again for the same partition after a worker died.
-    partitions : Iterable[Partition]
-        What to do; it is read only as fast as the cluster works.
-    *arguments : Any
-        Further arguments, small ones.
-    delivered : Any
-        The value that is scattered; one object, for of a list or a mapping each item would be scattered.
-    on_result : Callable
-        Called for each result, in the order of completion; an exception from it ends the work.
-    probe : Callable, optional
-        Does with a partition what the function does, and leaves nothing behind; by default a partition is not searched for images that
-        kill workers.
-
-    Raises
-    ------
-    PartitionError
-        If the function fails for a partition, kills workers whatever is avoided, or the cluster is lost or has no memory left.
+    What all tasks need is scattered to all workers once. If the last worker that holds it dies, it is scattered again
+    and what was in flight is submitted again. A partition whose workers die again and again is put off until all others
+    are done; then halves of it are tried until the images are found that do it, and the function is called with a
+    partition that says to avoid them.
     """
     tasks = _Tasks(client, delivered, arguments)
     deadly: list[Partition] = []

@@ -108,23 +108,8 @@ def find_neighbors(features: npt.NDArray[np.floating[Any]], *, n_neighbors: int,
 
 
 def explain_variance(ratio: Sequence[float]) -> dict[str, Any]:
-    """
-    Tell how many principal components explain most of the variance.
+    """Tell how many principal components explain most of the variance.
 
-    Parameters
-    ----------
-    ratio : Sequence[float]
-        Fraction (0 to 1) of the variance that each of the first components explains.
-
-    Returns
-    -------
-    dict[str, Any]
-        Ready for JSON: ``ratio`` as given, and ``n_components``, for each of the keys ``"0.8"``, ``"0.9"``, ``"0.95"`` and ``"0.99"`` the
-        number of components that explain more than this fraction together, as scikit-learn counts them; None where those that are known
-        do not.
-
-    Examples
-    --------
     >>> explain_variance([0.5, 0.25, 0.125])["n_components"]
     {'0.8': 3, '0.9': None, '0.95': None, '0.99': None}
     """

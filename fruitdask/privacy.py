@@ -91,35 +91,20 @@ _JPEG2000_HEAD = b"\0\0\0\x0cjP  \r\n\x87\n"
 
 
 def find_metadata(data: bytes) -> frozenset[str]:
-    """
-    Find what kinds of metadata an image file carries.
+    """Find what kinds of metadata an image file carries.
 
     Only the kinds are returned: no value leaves this function, neither in its result nor in a log or a warning.
 
-    Parameters
-    ----------
-    data : bytes
-        The content of a JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF, HEIC or JPEG 2000 file, or anything else.
-
-    Returns
-    -------
-    frozenset[str]
-        Some of `KINDS`. ``exif``: an EXIF tag, be it only the orientation. ``gps``: a latitude or longitude. ``serial``: the serial number
-        of a camera or lens. ``name``: a person, or an owner of rights. The last three count in EXIF, XMP, IPTC and the texts of a PNG.
-
-    Notes
-    -----
-    Reads Exif 2.32 (CIPA DC-008) and the names that Exif 3.0 added, XMP, IPTC-IIM 4.2 within Photoshop's resources, the text chunks of
-    PNG, the items of AVIF and HEIC, the boxes of JPEG 2000 and the extensions of GIF, wherever they are in the file, without decoding
-    pixels. Pillow is not asked: its readers stop at the pixels, and warn of broken tags, which cannot be silenced safely in one thread of
-    several. An empty or blank value does not count, nor does a GPS directory without a position. The tags by which a TIFF describes its
-    own pixels are not EXIF. A broken file gives what can still be found. At most 128 blocks of metadata a file, 1 MiB a block, and 16
-    directories of a TIFF are looked at.
+    Reads Exif 2.32 (CIPA DC-008) and the names that Exif 3.0 added, XMP, IPTC-IIM 4.2 within Photoshop's resources, the
+    text chunks of PNG, the items of AVIF and HEIC, the boxes of JPEG 2000 and the extensions of GIF, wherever they are
+    in the file, without decoding pixels. Pillow is not asked: its readers stop at the pixels, and warn of broken tags,
+    which cannot be silenced safely in one thread of several. An empty or blank value does not count, nor does a GPS
+    directory without a position. The tags by which a TIFF describes its own pixels are not EXIF. A broken file gives
+    what can still be found. At most 128 blocks of metadata a file, 1 MiB a block, and 16 directories of a TIFF are
+    looked at.
 
     Makers' own notes are not read: some cameras, most of them from before 2010, keep their serial number only there.
 
-    Examples
-    --------
     >>> import io
     >>> from PIL import Image
     >>> file, exif = io.BytesIO(), Image.Exif()

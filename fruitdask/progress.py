@@ -39,59 +39,20 @@ class RunProgress:
         """Stop showing."""
 
     def say(self, message: str) -> None:
-        """
-        Tell something once.
-
-        Parameters
-        ----------
-        message : str
-            A line.
-        """
+        """Tell something once."""
 
     def begin(self, stage: str) -> None:
-        """
-        Tell that a stage begins.
-
-        Parameters
-        ----------
-        stage : str
-            What is being done.
-        """
+        """Tell that a stage begins."""
 
     def begin_images(self, n_images: int, *, n_done: int) -> None:
-        """
-        Tell that images are going to be counted.
-
-        Parameters
-        ----------
-        n_images : int
-            Images of the whole run.
-        n_done : int
-            Those that an earlier run has done.
-        """
+        """Tell that images are going to be counted."""
 
     def advance(self, n_images: int, *, n_failed: int) -> None:
-        """
-        Count images.
-
-        Parameters
-        ----------
-        n_images : int
-            Images that now have an outcome.
-        n_failed : int
-            Those among them that failed.
-        """
+        """Count images."""
 
 
 class LineProgress(RunProgress):
-    """
-    Plain lines every few seconds, for logs.
-
-    Parameters
-    ----------
-    console : Console
-        Where to write.
-    """
+    """Plain lines every few seconds, for logs."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -99,52 +60,20 @@ class LineProgress(RunProgress):
         self._started = self._written = time.monotonic()
 
     def say(self, message: str) -> None:
-        """
-        Write a line.
-
-        Parameters
-        ----------
-        message : str
-            The line.
-        """
+        """Write a line."""
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, stage: str) -> None:
-        """
-        Write which stage begins.
-
-        Parameters
-        ----------
-        stage : str
-            What is being done.
-        """
+        """Write which stage begins."""
         self.say(f"{stage} ...")
 
     def begin_images(self, n_images: int, *, n_done: int) -> None:
-        """
-        Start the clock of the images.
-
-        Parameters
-        ----------
-        n_images : int
-            Images of the whole run.
-        n_done : int
-            Those that an earlier run has done.
-        """
+        """Start the clock of the images."""
         self._n_images, self._n_done, self._n_before, self._n_failed = n_images, n_done, n_done, 0
         self._started = self._written = time.monotonic()
 
     def advance(self, n_images: int, *, n_failed: int) -> None:
-        """
-        Count images, and write a line if the last one is some seconds old or these are the last images.
-
-        Parameters
-        ----------
-        n_images : int
-            Images that now have an outcome.
-        n_failed : int
-            Those among them that failed.
-        """
+        """Count images, and write a line if the last one is some seconds old or these are the last images."""
         self._n_done += n_images
         self._n_failed += n_failed
         now = time.monotonic()
@@ -159,14 +88,7 @@ class LineProgress(RunProgress):
 
 
 class LiveProgress(LineProgress):
-    """
-    A live bar with images, images per second, remaining time and failures.
-
-    Parameters
-    ----------
-    console : Console
-        A terminal or a notebook.
-    """
+    """A live bar with images, images per second, remaining time and failures."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -197,53 +119,21 @@ class LiveProgress(LineProgress):
         self._bar.stop()
 
     def say(self, message: str) -> None:
-        """
-        Write a line above the bar.
-
-        Parameters
-        ----------
-        message : str
-            The line.
-        """
+        """Write a line above the bar."""
         self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, stage: str) -> None:
-        """
-        Finish the stage before and draw a line for the next.
-
-        Parameters
-        ----------
-        stage : str
-            What is being done.
-        """
+        """Finish the stage before and draw a line for the next."""
         self._finish()
         self._task = self._bar.add_task(stage, total=None)
 
     def begin_images(self, n_images: int, *, n_done: int) -> None:
-        """
-        Turn the stage's line into a bar.
-
-        Parameters
-        ----------
-        n_images : int
-            Images of the whole run.
-        n_done : int
-            Those that an earlier run has done.
-        """
+        """Turn the stage's line into a bar."""
         super().begin_images(n_images, n_done=n_done)
         self._bar.update(self._task, total=n_images, completed=n_done, rate=0.0, failed=0, counts_images=True)
 
     def advance(self, n_images: int, *, n_failed: int) -> None:
-        """
-        Count images.
-
-        Parameters
-        ----------
-        n_images : int
-            Images that now have an outcome.
-        n_failed : int
-            Those among them that failed.
-        """
+        """Count images."""
         self._n_done += n_images
         self._n_failed += n_failed
         rate = (self._n_done - self._n_before) / max(time.monotonic() - self._started, 1e-9)

@@ -25,27 +25,18 @@ _Decomposition = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float, 
 
 @dataclass(frozen=True, eq=False)
 class PrincipalComponents:
-    """
-    A fitted principal component analysis.
+    """A fitted principal component analysis."""
 
-    Parameters
-    ----------
-    mean : numpy.ndarray
-        Mean of each feature, shape (n_features,), float64.
-    components : numpy.ndarray
-        Unit vectors in rows, shape (n_components, n_features), float64; in each the entry that is largest in magnitude is positive.
-    explained_variance : numpy.ndarray
-        Variance of the scores of each component, with n - 1 degrees of freedom, shape (n_components,), float64.
-    explained_variance_ratio : numpy.ndarray
-        The same as a fraction of the features' total variance.
-    singular_values : numpy.ndarray
-        Singular values of the centred features, shape (n_components,), float64.
-    """
-
+    #: Mean of each feature, shape (n_features,), float64.
     mean: npt.NDArray[np.float64]
+    #: Unit vectors in rows, shape (n_components, n_features), float64; in each the entry that is largest in magnitude
+    #: is positive.
     components: npt.NDArray[np.float64]
+    #: Variance of the scores of each component, with n - 1 degrees of freedom, shape (n_components,), float64.
     explained_variance: npt.NDArray[np.float64]
+    #: The same as a fraction of the features' total variance.
     explained_variance_ratio: npt.NDArray[np.float64]
+    #: Singular values of the centred features, shape (n_components,), float64.
     singular_values: npt.NDArray[np.float64]
 
     @property
@@ -54,35 +45,16 @@ class PrincipalComponents:
         return len(self.components)
 
     def transform(self, features: Any) -> Any:
-        """
-        Project features onto the components.
+        """Project features onto the components.
 
-        Parameters
-        ----------
-        features : numpy.ndarray or dask.array.Array
-            Features of shape (n, n_features).
-
-        Returns
-        -------
-        numpy.ndarray or dask.array.Array
-            Scores of shape (n, n_components), float64. The mean is subtracted first, as scikit-learn does and Spark's PCA does not.
+        features: numpy.ndarray or dask.array.Array, features of shape (n, n_features). Returns numpy.ndarray or
+        dask.array.Array: scores of shape (n, n_components), float64. The mean is subtracted first, as scikit-learn does
+        and Spark's PCA does not.
         """
         return (features - self.mean) @ self.components.T
 
     def truncate(self, n_components: int | float) -> "PrincipalComponents":
-        """
-        Keep the first components.
-
-        Parameters
-        ----------
-        n_components : int or float
-            How many, or the fraction (0 to 1) of the variance that they must explain together, counted as scikit-learn does.
-
-        Returns
-        -------
-        PrincipalComponents
-            The same analysis with fewer components.
-        """
+        """Keep the first components."""
         if isinstance(n_components, float):
             explained = np.cumsum(self.explained_variance_ratio)
             n_components = int(np.searchsorted(explained, n_components, side="right")) + 1
@@ -159,27 +131,10 @@ def fit_pca(
 def compare_components(
     stored: PrincipalComponents, found: PrincipalComponents, *, tolerance: float = 1e-6
 ) -> Iterator[str]:
-    """
-    Say in what stored principal components are not those of the features.
+    """Say in what stored principal components are not those of the features.
 
-    Parameters
-    ----------
-    stored : PrincipalComponents
-        What is to be checked.
-    found : PrincipalComponents
-        A fit to the same features, with at least as many components.
-    tolerance : float
-        Differences that count as rounding, relative to the largest.
-
-    Yields
-    ------
-    str
-        What differs.
-
-    Notes
-    -----
-    Components whose variances are the same may be turned among themselves, so they are not compared one by one: with the covariance C
-    that ``found`` decomposes, a stored component v of variance s must satisfy C v = s v.
+    Components whose variances are the same may be turned among themselves, so they are not compared one by one: with
+    the covariance C that ``found`` decomposes, a stored component v of variance s must satisfy C v = s v.
     """
     n_components = stored.n_components
     if n_components > found.n_components or stored.components.shape[1:] != found.components.shape[1:]:
@@ -206,23 +161,7 @@ def compare_components(
 
 
 def check_n_components(n_components: int | float, *, n_images: int, n_features: int | None = None) -> None:
-    """
-    Refuse more components than there can be.
-
-    Parameters
-    ----------
-    n_components : int or float
-        Components asked for; a fraction always fits.
-    n_images : int
-        Rows.
-    n_features : int, optional
-        Columns, where they are known already.
-
-    Raises
-    ------
-    ReduceError
-        If there are fewer rows or columns than components, or fewer than two rows.
-    """
+    """Refuse more components than there can be."""
     if n_images < MIN_IMAGES:
         raise ReduceError(f"principal components need at least 2 images with features, found {n_images}; add images")
     for n_found, what in ((n_images, "images with features"), (n_features, "features")):
@@ -233,23 +172,7 @@ def check_n_components(n_components: int | float, *, n_images: int, n_features: 
 
 
 def check_solver(solver: str, *, n_images: int, n_features: int) -> None:
-    """
-    Refuse what is too large for the exact solver.
-
-    Parameters
-    ----------
-    solver : str
-        ``exact`` or ``randomized``; the latter takes any size.
-    n_images : int
-        Rows.
-    n_features : int
-        Columns.
-
-    Raises
-    ------
-    ReduceError
-        If there are more than 4096 rows and more than 4096 columns.
-    """
+    """Refuse what is too large for the exact solver."""
     if solver == "exact" and min(n_images, n_features) > LARGEST_SIDE:
         raise ReduceError(
             f"reduce.solver is exact, which takes at most {LARGEST_SIDE:,} features an image or {LARGEST_SIDE:,} images, "
@@ -292,22 +215,9 @@ def embed_tsne(
 
 
 def sample_rows(n_rows: int, *, max_rows: int, seed: int) -> npt.NDArray[np.int64]:
-    """
-    Sample rows for what would take too long with all of them.
+    """Sample rows for what would take too long with all of them.
 
-    Parameters
-    ----------
-    n_rows : int
-        Rows there are.
-    max_rows : int
-        How many at most.
-    seed : int
-        Seed of the sample.
-
-    Returns
-    -------
-    numpy.ndarray
-        Ascending row numbers, int64; all rows if there are few enough.
+    Returns numpy.ndarray: ascending row numbers, int64; all rows if there are few enough.
     """
     if n_rows <= max_rows:
         return np.arange(n_rows)

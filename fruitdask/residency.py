@@ -62,46 +62,12 @@ class _Finding:
 
 
 def find_regions(config: Config, *, scheduler: str | None = None) -> dict[str, str]:
-    """
-    Find the regions of everything a run reads, writes and computes on, as far as somebody says.
-
-    Parameters
-    ----------
-    config : Config
-        The run.
-    scheduler : str, optional
-        Address of a Dask scheduler that is used instead of the configured cluster.
-
-    Returns
-    -------
-    dict[str, str]
-        The region of ``input``, ``output``, ``cluster`` and, where they are remote, ``manifest`` and ``weights``: ``local`` for this
-        machine, ``unknown`` where nobody says. An S3 server is asked about its buckets and never for what is in them.
-    """
+    """Find the regions of everything a run reads, writes and computes on, as far as somebody says."""
     return {finding.place: finding.region for finding in _find_all(config, scheduler)}
 
 
 def check_regions(config: Config, *, scheduler: str | None = None) -> dict[str, str]:
-    """
-    Find the regions of a run, and refuse those that ``privacy.allowed_regions`` does not name.
-
-    Parameters
-    ----------
-    config : Config
-        The run.
-    scheduler : str, optional
-        Address of a Dask scheduler that is used instead of the configured cluster.
-
-    Returns
-    -------
-    dict[str, str]
-        The regions, as `find_regions` gives them.
-
-    Raises
-    ------
-    ResidencyError
-        If something is in another region, or nobody says where it is.
-    """
+    """Find the regions of a run, and refuse those that ``privacy.allowed_regions`` does not name."""
     regions = {}
     for finding in _find_all(config, scheduler):
         if config.privacy.allowed_regions is not None:
@@ -256,21 +222,8 @@ def _find_ec2(region: str | None, zones: str | list[str] | None) -> _Finding:
 
 
 def is_loopback(address: str) -> bool:
-    """
-    Tell whether a Dask scheduler listens where this machine alone can reach it.
+    """Tell whether a Dask scheduler listens where this machine alone can reach it.
 
-    Parameters
-    ----------
-    address : str
-        Its address.
-
-    Returns
-    -------
-    bool
-        True for a loopback address and for one inside this process.
-
-    Examples
-    --------
     >>> is_loopback("tcp://127.0.0.1:8786"), is_loopback("localhost:8786"), is_loopback("tls://10.0.0.5:8786")
     (True, True, False)
     """

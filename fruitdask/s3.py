@@ -9,19 +9,12 @@ from s3fs import S3FileSystem
 
 
 class S3(S3FileSystem):  # type: ignore[misc]
-    """
-    The file system of s3fs, which leaves it to its client to send a request again.
+    """The file system of s3fs, which leaves it to its client to send a request again.
 
-    s3fs tries again around its client, in reading a file twice over, which multiplies the attempts and their time; page by page listings
-    it does not cover. The client covers all requests, with pauses that double and are drawn at random, up to a number of attempts and
-    within a quota that is used up where a server fails all the time. Copies that are unpickled on workers, or made for Zarr, do the same.
-
-    Parameters
-    ----------
-    *args : Any
-        As those of s3fs.
-    **kwargs : Any
-        As those of s3fs.
+    s3fs tries again around its client, in reading a file twice over, which multiplies the attempts and their time; page
+    by page listings it does not cover. The client covers all requests, with pauses that double and are drawn at random,
+    up to a number of attempts and within a quota that is used up where a server fails all the time. Copies that are
+    unpickled on workers, or made for Zarr, do the same.
     """
 
     retries = 1

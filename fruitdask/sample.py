@@ -492,37 +492,11 @@ def _check_at_least(name: str, value: int, minimum: int) -> None:
 
 
 def render_fruit(class_name: str, *, angle_degrees: float, size_px: int = 160, seed: int = 0) -> Image.Image:
-    """
-    Draw one fruit on its turntable, on white.
+    """Draw one fruit on its turntable, on white.
 
-    Parameters
-    ----------
-    class_name : str
-        One of `CLASS_NAMES`.
-    angle_degrees : float
-        How far the turntable has turned; any finite number, of which the part within a full turn counts.
-    size_px : int, default 160
-        Width and height of the image, at least 16.
-    seed : int, default 0
-        Which fruit of its class: equal seeds draw the same fruit from all sides. Not negative.
+    Exposure, position and angle vary a little from image to image, as in a real series; equal arguments draw equal
+    pixels.
 
-    Returns
-    -------
-    PIL.Image.Image
-        An RGB image of `size_px` by `size_px`.
-
-    Raises
-    ------
-    fruitdask.errors.ConfigError
-        If the class is unknown, or a number is too small.
-
-    Notes
-    -----
-    Exposure, position and angle vary a little from image to image, as in a real series; equal arguments draw
-    equal pixels.
-
-    Examples
-    --------
     >>> render_fruit("pear_1", angle_degrees=30, size_px=32).size
     (32, 32)
     """

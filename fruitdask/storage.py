@@ -50,24 +50,15 @@ _SECRETS = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?<=Signature=)[\w%/+=-]+|
 
 @dataclass(frozen=True)
 class Location:
-    """A folder or file on any file system that fsspec knows; picklable.
+    """A folder or file on any file system that fsspec knows; picklable."""
 
-    Parameters
-    ----------
-    url : str
-        A local path or a URL such as ``s3://bucket/prefix``, without a slash at the end.
-    storage_options : Mapping[str, Any]
-        Options of the fsspec file system.
-    attempts : int
-        How often a request to S3 is sent before it has failed, with pauses that double and are drawn at random. Sooner, where a server
-        fails all the time.
-    stamp : str
-        Which version of an archive it is; a process that has another one in memory opens it anew.
-    """
-
+    #: A local path or a URL such as ``s3://bucket/prefix``, without a slash at the end.
     url: str
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
+    #: How often a request to S3 is sent before it has failed, with pauses that double and are drawn at random. Sooner,
+    #: where a server fails all the time.
     attempts: int = _ATTEMPTS
+    #: Which version of an archive it is; a process that has another one in memory opens it anew.
     stamp: str = ""
 
     def __post_init__(self) -> None:
@@ -116,39 +107,14 @@ class Location:
         return self if match is None else replace(self, url=match[3]).base
 
     def locate(self, name: str) -> str:
-        """
-        Name a file below this folder as its file system does.
-
-        Parameters
-        ----------
-        name : str
-            The path below this folder.
-
-        Returns
-        -------
-        str
-            The path in the file system.
-        """
+        """Name a file below this folder as its file system does."""
         path = self.path
         # The root of an archive has no name; that of a disk has an empty one before its slash.
         return f"{path}/{name}" if path or "::" not in self.url else name
 
     def child(self, *names: str) -> "Location":
-        """
-        Name something inside this folder.
+        """Name something inside this folder.
 
-        Parameters
-        ----------
-        *names : str
-            Path components below this folder.
-
-        Returns
-        -------
-        Location
-            The place with the same storage options.
-
-        Examples
-        --------
         >>> Location("s3://bucket/run").child("partitions", "00000.parquet").url
         's3://bucket/run/partitions/00000.parquet'
         """
@@ -159,24 +125,7 @@ class Location:
 
 
 def pin(location: Location) -> Location:
-    """
-    Say of which version an archive is, for processes that may have an older one in memory.
-
-    Parameters
-    ----------
-    location : Location
-        A folder.
-
-    Returns
-    -------
-    Location
-        The same folder; with a stamp where it is in an archive.
-
-    Raises
-    ------
-    StorageError
-        If the archive cannot be reached.
-    """
+    """Say of which version an archive is, for processes that may have an older one in memory."""
     if not location.is_archive:
         return location
     with explained(location, "read"):
@@ -184,21 +133,8 @@ def pin(location: Location) -> Location:
 
 
 def hide_secrets(text: str) -> str:
-    """
-    Take user names, passwords and signatures out of a URL, or of a text that quotes one.
+    """Take user names, passwords and signatures out of a URL, or of a text that quotes one.
 
-    Parameters
-    ----------
-    text : str
-        A URL or any other text.
-
-    Returns
-    -------
-    str
-        The same without what stands before the host, and after a question or number sign, of a URL.
-
-    Examples
-    --------
     >>> hide_secrets("https://me:secret@example.org/fruits?sig=abc")
     'https://***@example.org/fruits?***'
     >>> hide_secrets("s3://AKIA:ab/cd@bucket/fruits"), hide_secrets("/home/me@work/fruits?")
@@ -248,30 +184,7 @@ def _open_archive(protocol: str, archive: Location, path: str) -> Archive:
 
 @contextmanager
 def explained(location: Location, action: str, *, remedy: str | None = None) -> Iterator[None]:
-    """
-    Turn whatever a file system raises, and a decoder where one is at work, into one sentence that names the URL.
-
-    Parameters
-    ----------
-    location : Location
-        The place that is worked on.
-    action : str
-        A verb, such as ``read``.
-    remedy : str, optional
-        What to do where the content is damaged, if the block decodes it: decoders of damaged bytes raise whatever they like.
-
-    Yields
-    ------
-    None
-        Control, once.
-
-    Raises
-    ------
-    StorageError
-        If the block raises an OSError; botocore's errors arrive as OSError through s3fs, or by their own base class.
-    DamageError
-        If it raises anything else, and a remedy is given.
-    """
+    """Turn whatever a file system raises, and a decoder where one is at work, into one sentence that names the URL."""
     try:
         yield
     except FruitdaskError:
@@ -291,21 +204,8 @@ def explained(location: Location, action: str, *, remedy: str | None = None) -> 
 
 
 def describe_cause(error: BaseException) -> str:
-    """
-    Say in a few words what a decoder did not like.
+    """Say in a few words what a decoder did not like.
 
-    Parameters
-    ----------
-    error : BaseException
-        What it raised.
-
-    Returns
-    -------
-    str
-        Its message on one line, without the bytes that it may quote.
-
-    Examples
-    --------
     >>> describe_cause(ValueError("Stored and computed checksum do not match. Stored: b'ab'."))
     'Stored and computed checksum do not match'
     >>> describe_cause(KeyError("shape"))
@@ -316,22 +216,10 @@ def describe_cause(error: BaseException) -> str:
 
 
 def write_file(location: Location, data: bytes) -> None:
-    """
-    Write a whole file so that a reader sees either all of it or none.
+    """Write a whole file so that a reader sees either all of it or none.
 
-    An object store commits an object when its upload ends. A local file is written under another name first and then renamed.
-
-    Parameters
-    ----------
-    location : Location
-        The file to write; its folder is made where the file system has folders.
-    data : bytes
-        The content.
-
-    Raises
-    ------
-    StorageError
-        If the file cannot be written.
+    An object store commits an object when its upload ends. A local file is written under another name first and then
+    renamed.
     """
     fs, path = location.fs, location.path
     with explained(location, "write"):
@@ -343,20 +231,8 @@ def write_file(location: Location, data: bytes) -> None:
 
 
 def create_file(location: Location, data: bytes) -> None:
-    """
-    Write a whole file where there is none, so that of several who try at once only one succeeds, and nobody sees half of it.
-
-    Parameters
-    ----------
-    location : Location
-        The file to write; its folder is made where the file system has folders.
-    data : bytes
-        The content.
-
-    Raises
-    ------
-    OSError
-        If there is such a file, or it cannot be written.
+    """Write a whole file where there is none, so that of several who try at once only one succeeds, and nobody sees half
+    of it.
     """
     fs, path = location.fs, location.path
     if not location.is_local:
@@ -389,24 +265,7 @@ def _beside(path: str, data: bytes) -> Iterator[str]:
 
 
 def hash_file(location: Location) -> str:
-    """
-    Hash the content of a file.
-
-    Parameters
-    ----------
-    location : Location
-        The file to read.
-
-    Returns
-    -------
-    str
-        Its SHA-256 as 64 hexadecimal digits.
-
-    Raises
-    ------
-    StorageError
-        If the file does not exist or cannot be read.
-    """
+    """Hash the content of a file."""
     digest = hashlib.sha256()
     with explained(location, "read"), location.fs.open(location.path, "rb") as file:
         while block := file.read(_HASH_BLOCK_BYTES):
@@ -415,42 +274,14 @@ def hash_file(location: Location) -> str:
 
 
 def exists(location: Location) -> bool:
-    """
-    Tell whether something is at a location.
-
-    Parameters
-    ----------
-    location : Location
-        A file or a folder.
-
-    Returns
-    -------
-    bool
-        True if it exists; the answer is never taken from a cache.
-
-    Raises
-    ------
-    StorageError
-        If the file system refuses to say.
-    """
+    """Tell whether something is at a location."""
     with explained(location, "read"):
         location.fs.invalidate_cache()
         return bool(location.fs.exists(location.path))
 
 
 def check_bucket(location: Location) -> None:
-    """
-    Refuse a bucket that does not exist or cannot be reached, which `exists` takes for a folder with nothing in it.
-
-    Parameters
-    ----------
-    location : Location
-        A folder on S3.
-
-    Raises
-    ------
-    StorageError
-        If S3 does not let it be listed.
+    """Refuse a bucket that does not exist or cannot be reached, which `exists` takes for a folder with nothing in it.
     """
     with explained(location, "read"):
         bucket, key, _ = location.fs.split_path(location.path)
@@ -458,25 +289,7 @@ def check_bucket(location: Location) -> None:
 
 
 def find_encryption(location: Location) -> str | None:
-    """
-    Find how a file is encrypted where it is stored.
-
-    Parameters
-    ----------
-    location : Location
-        A file that exists.
-
-    Returns
-    -------
-    str or None
-        What S3 says: ``AES256``, ``aws:kms``, ``aws:kms:dsse``, or ``SSE-C`` for a key of the user's own; None where it says nothing,
-        and for other file systems, which cannot be asked.
-
-    Raises
-    ------
-    StorageError
-        If S3 refuses to say.
-    """
+    """Find how a file is encrypted where it is stored."""
     if not location.is_s3:
         return None
     with explained(location, "read"):

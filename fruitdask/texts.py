@@ -13,24 +13,8 @@ _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u20
 
 
 def format_csv(table: pd.DataFrame, *, with_header: bool = True) -> str:
-    """
-    Format a table as CSV that a spreadsheet can open without running anything.
+    """Format a table as CSV that a spreadsheet can open without running anything.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        The table; its index is left out.
-    with_header : bool
-        Whether the first line names the columns.
-
-    Returns
-    -------
-    str
-        CSV as of RFC 4180. A text that begins with ``=``, ``+``, ``-``, ``@``, a tab or a line break has an apostrophe before it;
-        numbers are as they are. `read_csv` gives the texts back.
-
-    Examples
-    --------
     >>> format_csv(pd.DataFrame({"path": ["=1+1.jpg", "a.jpg"], "pca_1": [-1.5, 2.0]})).splitlines()
     ['path,pca_1', "'=1+1.jpg,-1.5", 'a.jpg,2.0']
     """
@@ -40,23 +24,8 @@ def format_csv(table: pd.DataFrame, *, with_header: bool = True) -> str:
 
 
 def read_csv(data: bytes, dtypes: Mapping[str, type]) -> pd.DataFrame:
-    """
-    Read what `format_csv` gave.
+    """Read what `format_csv` gave.
 
-    Parameters
-    ----------
-    data : bytes
-        CSV in UTF-8.
-    dtypes : Mapping[str, type]
-        Types of columns; nothing in those of ``str`` is taken for a missing value.
-
-    Returns
-    -------
-    pandas.DataFrame
-        The table, its texts as they were.
-
-    Examples
-    --------
     >>> read_csv(format_csv(pd.DataFrame({"path": ["=1", "'=1", "'a"]})).encode(), {"path": str})["path"].tolist()
     ['=1', "'=1", "'a"]
     """
@@ -68,23 +37,8 @@ def read_csv(data: bytes, dtypes: Mapping[str, type]) -> pd.DataFrame:
 
 
 def escape_controls(text: str, *, keeps_lines: bool = False) -> str:
-    r"""
-    Write characters that a terminal would obey as escapes.
+    r"""Write characters that a terminal would obey as escapes.
 
-    Parameters
-    ----------
-    text : str
-        A text with names or messages of others in it.
-    keeps_lines : bool
-        Whether ends of lines are our own, and stay.
-
-    Returns
-    -------
-    str
-        The text for a terminal.
-
-    Examples
-    --------
     >>> print(escape_controls("red\x1b[31m\napple"))
     red\x1b[31m\napple
     """

@@ -47,21 +47,7 @@ config_argument = click.argument("config", type=click.Path(dir_okay=False))
 
 @contextmanager
 def reported(*, verbose: bool = False, again: str = "run the same command again") -> Iterator[None]:
-    """
-    Turn an error into one sentence and an exit code; an interruption is told how to go on.
-
-    Parameters
-    ----------
-    verbose : bool
-        Whether to log what happens inside, and to show tracebacks.
-    again : str
-        What to do after an interruption.
-
-    Yields
-    ------
-    None
-        Control, once.
-    """
+    """Turn an error into one sentence and an exit code; an interruption is told how to go on."""
     if verbose:
         handler = logging.StreamHandler()
         handler.setFormatter(_HarmlessFormatter(_LOG_FORMAT))
@@ -107,19 +93,7 @@ def _make_harmless(text: str) -> str:
 
 
 def show(text: str) -> str:
-    """
-    Make a name or a message of others ready for the terminal.
-
-    Parameters
-    ----------
-    text : str
-        The text.
-
-    Returns
-    -------
-    str
-        One line that a terminal prints and does not obey.
-    """
+    """Make a name or a message of others ready for the terminal."""
     from fruitdask.texts import escape_controls
 
     return escape_controls(text)
@@ -131,16 +105,7 @@ def _end(signum: int, frame: object) -> NoReturn:
 
 
 def print_rows(rows: dict[str, str], console: "Console") -> None:
-    """
-    Print names and values, those that there are.
-
-    Parameters
-    ----------
-    rows : dict[str, str]
-        Values by name, with line breaks of our own; an empty value is left out.
-    console : rich.console.Console
-        Where to.
-    """
+    """Print names and values, those that there are."""
     from rich.markup import escape
 
     from fruitdask.texts import escape_controls

@@ -47,19 +47,7 @@ def open_client(config: ClusterConfig) -> AbstractContextManager[Any]:
 
 
 def list_usage(client: Any) -> list[Usage]:
-    """
-    List what ran how long for a client, also after it was closed.
-
-    Parameters
-    ----------
-    client : distributed.Client
-        What `open_client` gave.
-
-    Returns
-    -------
-    list[Usage]
-        One entry an instance; none where the cluster costs nothing that fruitdask knows of.
-    """
+    """List what ran how long for a client, also after it was closed."""
     cluster = getattr(client, "cluster", None)
     if cluster is None or not hasattr(cluster, "list_usage"):
         return []

@@ -10,24 +10,7 @@ from fruitdask.errors import ClusterStartError
 
 @contextmanager
 def open_address(config: AddressClusterConfig) -> Iterator[Any]:
-    """
-    Connect to a running scheduler that has a worker.
-
-    Parameters
-    ----------
-    config : AddressClusterConfig
-        Where it is.
-
-    Yields
-    ------
-    distributed.Client
-        A client of the cluster, which is left running.
-
-    Raises
-    ------
-    ClusterStartError
-        If nobody answers in time, no worker is there, or versions differ.
-    """
+    """Connect to a running scheduler that has a worker."""
     from distributed import Client
 
     from fruitdask.cluster.versions import check_versions

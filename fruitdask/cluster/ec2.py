@@ -27,26 +27,7 @@ _ADAPT = {"interval": "5s", "wait_count": 12}
 
 @contextmanager
 def open_ec2(config: EC2ClusterConfig) -> Iterator[Any]:
-    """
-    Start a scheduler and workers on EC2, and terminate them at the end, whatever that is.
-
-    Parameters
-    ----------
-    config : EC2ClusterConfig
-        How many of what, and where.
-
-    Yields
-    ------
-    distributed.Client
-        A client of a cluster that has its first worker; others may be on their way.
-
-    Raises
-    ------
-    ClusterStartError
-        If the cluster does not start in time, or, at the end, instances cannot be terminated: it names them.
-    ConfigError
-        If the options cannot be passed on to instances.
-    """
+    """Start a scheduler and workers on EC2, and terminate them at the end, whatever that is."""
     check_options(config)
     stack = ExitStack()
     try:

@@ -40,47 +40,22 @@ _N_CONSOLE_LINES = 5
 
 @dataclass(frozen=True)
 class Settings:
-    """
-    What a run adds to the options of EC2Cluster.
+    """What a run adds to the options of EC2Cluster."""
 
-    Parameters
-    ----------
-    run_id : str
-        Value of the tag by which the run's instances are found.
-    start_timeout_seconds : float
-        How long the scheduler and the first worker may take together.
-    root_devices : Mapping[str, str]
-        Names of the root volumes by machine image.
-    inherited : str
-        Settings of Dask for the instances, serialized.
-    scheduler : Mapping[str, Any]
-        Options of the scheduler's instance alone.
-    worker : Mapping[str, Any]
-        Options of the workers' instances alone.
-    """
-
+    #: Value of the tag by which the run's instances are found.
     run_id: str
+    #: How long the scheduler and the first worker may take together.
     start_timeout_seconds: float
+    #: Names of the root volumes by machine image.
     root_devices: Mapping[str, str]
+    #: Settings of Dask for the instances, serialized.
     inherited: str = field(repr=False)
     scheduler: Mapping[str, Any]
     worker: Mapping[str, Any]
 
 
 def put_into_words(error: BaseException) -> str:
-    """
-    Say what went wrong.
-
-    Parameters
-    ----------
-    error : BaseException
-        The error, or one that was raised from it.
-
-    Returns
-    -------
-    str
-        The sentence of fruitdask or of AWS among its reasons, else its own text.
-    """
+    """Say what went wrong."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, FruitdaskError):
         cause = cause.__cause__
@@ -343,16 +318,7 @@ class _RunWorker(_RunInstance, EC2Worker):  # type: ignore[misc]
 
 
 class RunCluster(EC2Cluster):  # type: ignore[misc]
-    """
-    A cluster of a run, which is made on its event loop, launched, and ended.
-
-    Parameters
-    ----------
-    settings : Settings
-        What the run adds.
-    **options : Any
-        Options of EC2Cluster.
-    """
+    """A cluster of a run, which is made on its event loop, launched, and ended."""
 
     def __init__(self, *, settings: Settings, **options: Any) -> None:
         super().__init__(**options)
@@ -371,16 +337,7 @@ class RunCluster(EC2Cluster):  # type: ignore[misc]
         return self.fleet.has_asked
 
     async def launch(self) -> None:
-        """
-        Launch the scheduler, then the workers, and wait for the first of them.
-
-        Raises
-        ------
-        RuntimeError
-            If the scheduler does not come up; it is raised from the reason.
-        ClusterStartError
-            If no worker does.
-        """
+        """Launch the scheduler, then the workers, and wait for the first of them."""
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._launch())]
         await self._tasks[1]
 
@@ -395,14 +352,7 @@ class RunCluster(EC2Cluster):  # type: ignore[misc]
         await self._close()
 
     def list_usage(self) -> list[Usage]:
-        """
-        List what ran how long, so far or, after the end, in all.
-
-        Returns
-        -------
-        list[Usage]
-            One entry an instance, in the order of their launch.
-        """
+        """List what ran how long, so far or, after the end, in all."""
         now = time.time()
         return [
             Usage(launch.instance_type, launch.is_spot, self.region, (launch.ended or now) - launch.started)
@@ -410,14 +360,7 @@ class RunCluster(EC2Cluster):  # type: ignore[misc]
         ]
 
     def list_running(self) -> list[str]:
-        """
-        List the instances that, as far as is known, run.
-
-        Returns
-        -------
-        list[str]
-            Their ids.
-        """
+        """List the instances that, as far as is known, run."""
         return [instance_id for instance_id, launch in self.fleet.launches.items() if launch.ended is None]
 
     def note_terminated(self) -> None:
@@ -433,14 +376,7 @@ class RunCluster(EC2Cluster):  # type: ignore[misc]
             self._tasks[0].result()
 
     def open_ec2(self) -> Any:
-        """
-        Open a client of EC2.
-
-        Returns
-        -------
-        contextlib.AbstractAsyncContextManager[aiobotocore.client.AioBaseClient]
-            The client.
-        """
+        """Open a client of EC2."""
         return self.boto_session.create_client("ec2", region_name=self.region)
 
     def _new_worker_name(self, _: int) -> str:

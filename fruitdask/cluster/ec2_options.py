@@ -31,19 +31,7 @@ _PASSED_ON = (
 
 
 def check_options(config: EC2ClusterConfig) -> None:
-    """
-    Refuse options that would break on the way to an instance, or make a secret readable there.
-
-    Parameters
-    ----------
-    config : EC2ClusterConfig
-        The options.
-
-    Raises
-    ------
-    ConfigError
-        For the first that cannot be passed on.
-    """
+    """Refuse options that would break on the way to an instance, or make a secret readable there."""
     for name, value in config.env_vars.items():
         if not _VARIABLE_NAME.fullmatch(name):
             raise ConfigError(
@@ -75,21 +63,7 @@ def check_options(config: EC2ClusterConfig) -> None:
 
 
 def build_options(config: EC2ClusterConfig, *, run_id: str) -> dict[str, Any]:
-    """
-    Build those options of EC2Cluster that AWS need not be asked for.
-
-    Parameters
-    ----------
-    config : EC2ClusterConfig
-        The configuration.
-    run_id : str
-        Id of the run, which becomes a tag.
-
-    Returns
-    -------
-    dict[str, Any]
-        Options by the names of EC2Cluster.
-    """
+    """Build those options of EC2Cluster that AWS need not be asked for."""
     tags = {RUN_TAG: run_id, STARTED_TAG: datetime.now(UTC).isoformat(timespec="seconds")}
     options = {name: getattr(config, name) for name in _PASSED_ON}
     if config.adaptive:
@@ -109,19 +83,7 @@ def build_options(config: EC2ClusterConfig, *, run_id: str) -> dict[str, Any]:
 
 
 def build_worker_options(config: EC2ClusterConfig) -> Mapping[str, Any]:
-    """
-    Build the options that EC2Cluster documents for workers, but does not take.
-
-    Parameters
-    ----------
-    config : EC2ClusterConfig
-        The configuration.
-
-    Returns
-    -------
-    Mapping[str, Any]
-        Options of the workers' instances.
-    """
+    """Build the options that EC2Cluster documents for workers, but does not take."""
     return {"worker_module": config.worker_module, "worker_class": None} if config.worker_module else {}
 
 

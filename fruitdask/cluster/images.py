@@ -21,26 +21,12 @@ _IMAGES = {
 
 @dataclass(frozen=True)
 class InstanceType:
-    """
-    What an instance of a type has.
-
-    Parameters
-    ----------
-    name : str
-        The type, such as ``g4dn.xlarge``.
-    n_cpus : int
-        Virtual CPUs.
-    memory_bytes : int
-        Memory, in bytes.
-    n_gpus : int
-        GPUs of NVIDIA; those of others cannot run networks here.
-    architecture : str
-        ``x86_64`` or ``arm64``.
-    """
+    """What an instance of a type has."""
 
     name: str
     n_cpus: int
     memory_bytes: int
+    #: GPUs of NVIDIA; those of others cannot run networks here.
     n_gpus: int
     architecture: str
 
@@ -52,49 +38,19 @@ class InstanceType:
 
 @dataclass(frozen=True)
 class Image:
-    """
-    A machine image (AMI).
-
-    Parameters
-    ----------
-    id : str
-        Its id.
-    root_device_name : str
-        Name of the root volume, such as ``/dev/sda1``: a volume by another name would be a second one.
-    root_volume_gb : int
-        Size of the root volume in GB; EC2 refuses a smaller one.
-    """
+    """A machine image (AMI)."""
 
     id: str
+    #: Name of the root volume, such as ``/dev/sda1``: a volume by another name would be a second one.
     root_device_name: str
+    #: Size of the root volume in GB; EC2 refuses a smaller one.
     root_volume_gb: int
 
 
 def describe_types(
     region: str | None, names: Collection[str], *, zones: Collection[str] = ()
 ) -> dict[str, InstanceType]:
-    """
-    Look instance types up, and whether they are to be had.
-
-    Parameters
-    ----------
-    region : str or None
-        The region; None takes that of the profile or the environment.
-    names : Collection[str]
-        The types.
-    zones : Collection[str]
-        Availability zones that must all offer them; by default any zone of the region will do.
-
-    Returns
-    -------
-    dict[str, InstanceType]
-        The types by name.
-
-    Raises
-    ------
-    ClusterStartError
-        If AWS cannot be asked, or does not offer a type there.
-    """
+    """Look instance types up, and whether they are to be had."""
     wanted = sorted(set(names))
     with open_ec2(region, action=f"look up the instance types {', '.join(wanted)}") as client:
         offered = defaultdict(set)
@@ -112,30 +68,7 @@ def describe_types(
 
 
 def find_image(region: str | None, *, architecture: str, has_gpu: bool, ami: str | None = None) -> Image:
-    """
-    Find a machine image: Ubuntu, for GPUs with NVIDIA's drivers and Docker.
-
-    Parameters
-    ----------
-    region : str or None
-        The region; None takes that of the profile or the environment.
-    architecture : str
-        ``x86_64`` or ``arm64``.
-    has_gpu : bool
-        Whether it must bring NVIDIA's drivers.
-    ami : str, optional
-        The image to look up instead of the newest that is suitable.
-
-    Returns
-    -------
-    Image
-        The image.
-
-    Raises
-    ------
-    ClusterStartError
-        If AWS cannot be asked, or there is no such image.
-    """
+    """Find a machine image: Ubuntu, for GPUs with NVIDIA's drivers and Docker."""
     owner, name = _IMAGES[architecture, has_gpu]
     by_name = {"Owners": [owner], "Filters": [{"Name": "name", "Values": [name]}]}
     with open_ec2(region, action=f"find the machine image {ami or name}") as client:

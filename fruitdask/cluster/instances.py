@@ -20,30 +20,7 @@ _OVER = ("shutting-down", "terminated")
 
 @dataclass(frozen=True)
 class Instance:
-    """
-    An instance of a run, as it was when asked for.
-
-    Parameters
-    ----------
-    id : str
-        Its id.
-    run_id : str
-        The run it belongs to.
-    role : str
-        ``scheduler`` or ``worker``.
-    instance_type : str
-        Its type, such as ``m6i.large``.
-    is_spot : bool
-        Whether it is a spot instance.
-    region : str
-        Its region.
-    state : str
-        ``pending``, ``running``, ``shutting-down``, ``stopping`` or ``stopped``.
-    launched_at : datetime
-        When it was launched, with a time zone.
-    tags : dict[str, str]
-        Its tags.
-    """
+    """An instance of a run, as it was when asked for."""
 
     id: str
     run_id: str
@@ -52,6 +29,7 @@ class Instance:
     is_spot: bool
     region: str
     state: str
+    #: When it was launched, with a time zone.
     launched_at: datetime
     tags: dict[str, str] = field(repr=False)
 
@@ -68,26 +46,7 @@ class Instance:
 
 @contextmanager
 def open_ec2(region: str | None, *, action: str) -> Iterator[Any]:
-    """
-    Open a client of EC2 whose errors are sentences.
-
-    Parameters
-    ----------
-    region : str or None
-        The region; None takes that of the profile or the environment.
-    action : str
-        What it is for, such as ``list instances``.
-
-    Yields
-    ------
-    botocore.client.BaseClient
-        The client, closed at the end.
-
-    Raises
-    ------
-    ClusterStartError
-        If the client cannot be made, or AWS refuses what the block asks of it.
-    """
+    """Open a client of EC2 whose errors are sentences."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
@@ -98,69 +57,19 @@ def open_ec2(region: str | None, *, action: str) -> Iterator[Any]:
 
 
 def list_instances(region: str | None, *, run_id: str | None = None) -> list[Instance]:
-    """
-    List the instances that fruitdask has started and that are not terminated.
-
-    Parameters
-    ----------
-    region : str or None
-        Where to look; None takes the region of the profile or the environment.
-    run_id : str, optional
-        The run whose instances are wanted; by default those of all runs.
-
-    Returns
-    -------
-    list[Instance]
-        The instances, the oldest first. EC2 may not yet show one that was launched a second ago.
-
-    Raises
-    ------
-    ClusterStartError
-        If AWS cannot be asked.
-    """
+    """List the instances that fruitdask has started and that are not terminated."""
     with open_ec2(region, action="list the instances of fruitdask") as client:
         return _list(client, run_id)
 
 
 def list_regions() -> list[str]:
-    """
-    List the regions that the account can use.
-
-    Returns
-    -------
-    list[str]
-        Their names.
-
-    Raises
-    ------
-    ClusterStartError
-        If AWS cannot be asked.
-    """
+    """List the regions that the account can use."""
     with open_ec2(find_default_region() or "us-east-1", action="list the regions of AWS") as client:
         return sorted(region["RegionName"] for region in client.describe_regions()["Regions"])
 
 
 def terminate_run(region: str | None, run_id: str) -> list[str]:
-    """
-    Terminate all instances of a run, and look again until none is left.
-
-    Parameters
-    ----------
-    region : str or None
-        Where they are; None takes the region of the profile or the environment.
-    run_id : str
-        The run.
-
-    Returns
-    -------
-    list[str]
-        Ids of the instances that were terminated, none where none was left.
-
-    Raises
-    ------
-    ClusterStartError
-        If AWS refuses, or instances are still there after a minute; they may be running then.
-    """
+    """Terminate all instances of a run, and look again until none is left."""
     terminated: dict[str, None] = {}
     deadline = time.monotonic() + _TERMINATE_TIMEOUT_SECONDS
     with open_ec2(region, action=f"terminate the instances of run {run_id}, which may still be running") as client:

@@ -42,26 +42,8 @@ _SETTINGS = {
 
 
 def choose_workers(config: LocalClusterConfig, *, n_cores: int, memory_bytes: int) -> tuple[int, int]:
-    """
-    Choose how many processes and threads a local cluster has.
+    """Choose how many processes and threads a local cluster has.
 
-    Parameters
-    ----------
-    config : LocalClusterConfig
-        What the user has chosen already.
-    n_cores : int
-        Cores of this machine.
-    memory_bytes : int
-        Memory of this machine, in bytes.
-
-    Returns
-    -------
-    tuple[int, int]
-        Processes, and threads of each. One single-threaded process a core is fastest, for decoding and handing arrays over hold Python's
-        lock; where memory is short, fewer processes have more threads.
-
-    Examples
-    --------
     >>> choose_workers(LocalClusterConfig(), n_cores=8, memory_bytes=32 * 1024**3)
     (8, 1)
     >>> choose_workers(LocalClusterConfig(), n_cores=8, memory_bytes=8 * 1024**3)
@@ -101,24 +83,7 @@ def prepare_local() -> None:
 
 @contextmanager
 def open_local(config: LocalClusterConfig) -> Iterator[Any]:
-    """
-    Start workers on this machine that listen on the loopback interface only.
-
-    Parameters
-    ----------
-    config : LocalClusterConfig
-        How many, and how large.
-
-    Yields
-    ------
-    distributed.Client
-        A client of the cluster, which is closed at the end.
-
-    Raises
-    ------
-    ClusterStartError
-        If it does not start.
-    """
+    """Start workers on this machine that listen on the loopback interface only."""
     prepare_local()
     forget_missing_script()
     import dask

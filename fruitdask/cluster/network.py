@@ -22,53 +22,20 @@ _ADDRESS_TIMEOUT_SECONDS = 10
 
 @dataclass(frozen=True)
 class Network:
-    """
-    Where the instances of a run are.
-
-    Parameters
-    ----------
-    region : str
-        The region.
-    zone : str
-        The availability zone.
-    vpc : str
-        Id of the VPC.
-    subnet_id : str
-        Id of the subnet.
-    security_groups : list[str]
-        Ids of their security groups.
-    withdraw : Callable[[], None]
-        Takes back what the run was allowed.
-    """
+    """Where the instances of a run are."""
 
     region: str
     zone: str
     vpc: str
     subnet_id: str
     security_groups: list[str]
+    #: Takes back what the run was allowed.
     withdraw: Callable[[], None]
 
 
 def find_network(config: EC2ClusterConfig) -> Network:
-    """
-    Find the subnet and the security groups of a run; without groups of the user's, make one that admits this machine alone.
-
-    Parameters
-    ----------
-    config : EC2ClusterConfig
-        What the user has chosen already.
-
-    Returns
-    -------
-    Network
-        Where the instances are to be.
-
-    Raises
-    ------
-    ClusterStartError
-        If AWS refuses, or something is not there.
-    ConfigError
-        If ``cluster.client_cidr`` is no range of addresses.
+    """Find the subnet and the security groups of a run; without groups of the user's, make one that admits this machine
+    alone.
     """
     with open_ec2(config.region, action="find a network for the cluster") as client:
         subnet = _find_subnet(client, config)
@@ -83,23 +50,7 @@ def find_network(config: EC2ClusterConfig) -> Network:
 
 
 def withdraw_rules(region: str | None) -> int:
-    """
-    Take back the rules that runs have left in the security group of fruitdask; for when none of them has instances.
-
-    Parameters
-    ----------
-    region : str or None
-        Where it is; None takes the region of the profile or the environment.
-
-    Returns
-    -------
-    int
-        Ranges of addresses that could reach the group, and no longer can.
-
-    Raises
-    ------
-    ClusterStartError
-        If AWS refuses.
+    """Take back the rules that runs have left in the security group of fruitdask; for when none of them has instances.
     """
     kinds, n_ranges = ("IpRanges", "Ipv6Ranges"), 0
     filters = [{"Name": "group-name", "Values": [GROUP_NAME]}, {"Name": "tag:fruitdask", "Values": ["cluster"]}]

@@ -13,20 +13,7 @@ _MARGIN = timedelta(days=1)
 
 
 def make_security(*, lifetime_seconds: float) -> Any:
-    """
-    Make a key and a certificate for all roles of a cluster.
-
-    Parameters
-    ----------
-    lifetime_seconds : float
-        How long the cluster may live.
-
-    Returns
-    -------
-    distributed.Security
-        The settings, all in memory. The key is one of the elliptic curve P-256: user data of an instance have room for that, and hardly
-        for Dask's own of 2048 bits.
-    """
+    """Make a key and a certificate for all roles of a cluster."""
     from distributed import Security
 
     key = ec.generate_private_key(ec.SECP256R1())
@@ -51,21 +38,7 @@ def make_security(*, lifetime_seconds: float) -> Any:
 
 
 def serialize_settings(security: Any, *, no_workers_timeout_seconds: float) -> str:
-    """
-    Serialize the settings of Dask that instances need, and no others.
-
-    Parameters
-    ----------
-    security : distributed.Security
-        What `make_security` made.
-    no_workers_timeout_seconds : float
-        How long tasks wait while there is no worker, before they fail.
-
-    Returns
-    -------
-    str
-        The value of ``DASK_INTERNAL_INHERIT_CONFIG``. dask-cloudprovider sends all settings of the user there, passwords included.
-    """
+    """Serialize the settings of Dask that instances need, and no others."""
     import dask.config
 
     tls = {"ca-file": security.tls_ca_file}

@@ -15,25 +15,10 @@ _ENGINES = ("openvino", "tensorflow")
 
 
 def check_versions(client: Any, *, image: str | None = None) -> None:
-    """
-    Check that scheduler and workers run the versions that the client runs.
+    """Check that scheduler and workers run the versions that the client runs.
 
-    Parameters
-    ----------
-    client : distributed.Client
-        The cluster; the workers that are there now are looked at.
-    image : str, optional
-        Name of the Docker image that they all run, where that is so.
-
-    Raises
-    ------
-    ClusterStartError
-        If versions differ, or fruitdask cannot be imported there. It names what differs, where, and what to do.
-
-    Notes
-    -----
-    fruitdask must be of the very same version; Python, Dask and what carries or computes the numbers, of the same major and minor
-    version. Patch releases may differ.
+    fruitdask must be of the very same version; Python, Dask and what carries or computes the numbers, of the same major
+    and minor version. Patch releases may differ.
     """
     differences = _find_differences(client.get_versions(packages=[*_PACKAGES, *_ENGINES]))
     # A function travels as bytecode, which another Python must not be made to run.

@@ -70,14 +70,7 @@ def load_config(source: str | Path | Mapping[str, Any], *, overrides: Sequence[s
 
 
 def build_schema() -> dict[str, Any]:
-    """
-    Build the JSON schema of a configuration file.
-
-    Returns
-    -------
-    dict
-        The schema; editors use it to complete and check the YAML.
-    """
+    """Build the JSON schema of a configuration file."""
     return Config.model_json_schema()
 
 

@@ -85,21 +85,7 @@ _MAIN_KEYS = {"input": "url", "output": "url", "model": "name", "cluster": "kind
 
 
 def explain(error: ValidationError, sources: Sequence[Source]) -> str:
-    """
-    Say everything that is wrong, a line for each mistake: where it is written and what would be right.
-
-    Parameters
-    ----------
-    error : ValidationError
-        What pydantic found.
-    sources : Sequence[Source]
-        Where the settings are written; the last ones win.
-
-    Returns
-    -------
-    str
-        The lines, in the order of the sources and of their lines.
-    """
+    """Say everything that is wrong, a line for each mistake: where it is written and what would be right."""
     mistakes: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for detail in error.errors():
         mistakes.setdefault(_locate(detail)[1], []).append(detail)
@@ -117,19 +103,7 @@ def explain(error: ValidationError, sources: Sequence[Source]) -> str:
 
 
 def explain_override(override: str) -> str:
-    """
-    Say how an override is written.
-
-    Parameters
-    ----------
-    override : str
-        What was written instead.
-
-    Returns
-    -------
-    str
-        One sentence.
-    """
+    """Say how an override is written."""
     key, separator, value = (part.strip() for part in override.partition("="))
     meant = ""
     if separator and key in _MAIN_KEYS:

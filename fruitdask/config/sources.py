@@ -34,21 +34,13 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class Source:
-    """
-    One place where settings are written.
+    """One place where settings are written."""
 
-    Parameters
-    ----------
-    name : str
-        What to call it in a message.
-    root : yaml.Node, optional
-        Its YAML; None for mappings of Python.
-    path : tuple[str, ...]
-        The key that an override sets; empty for others.
-    """
-
+    #: What to call it in a message.
     name: str
+    #: Its YAML; None for mappings of Python.
     root: yaml.Node | None = None
+    #: The key that an override sets; empty for others.
     path: tuple[str, ...] = ()
 
     @property
@@ -57,52 +49,18 @@ class Source:
         return bool(self.path)
 
     def sets(self, location: Sequence[str]) -> bool:
-        """
-        Tell whether it is an override of a key, of its section, or of a part of it.
-
-        Parameters
-        ----------
-        location : Sequence[str]
-            The parts of the key.
-
-        Returns
-        -------
-        bool
-            Whether it is.
-        """
+        """Tell whether it is an override of a key, of its section, or of a part of it."""
         n_common = min(len(self.path), len(location))
         return n_common > 0 and self.path[:n_common] == tuple(location[:n_common])
 
     def find_line(self, location: Sequence[str]) -> int | None:
-        """
-        Find the line of the deepest key of a location that it holds; None for overrides and mappings of Python.
-
-        Parameters
-        ----------
-        location : Sequence[str]
-            The parts of the key.
-
-        Returns
-        -------
-        int or None
-            The line, counted from 1.
-        """
+        """Find the line of the deepest key of a location that it holds; None for overrides and mappings of Python."""
         lines = [line for line, _ in self._follow(location)]
         return lines[-1] if lines and not self.is_override else None
 
     def find_text(self, location: Sequence[str]) -> str | None:
-        """
-        Find the value of a key as it is written, before YAML reads a number or a date in it; None where it is no scalar.
-
-        Parameters
-        ----------
-        location : Sequence[str]
-            The parts of the key.
-
-        Returns
-        -------
-        str or None
-            The value.
+        """Find the value of a key as it is written, before YAML reads a number or a date in it; None where it is no
+        scalar.
         """
         if len(location) < len(self.path):
             return None
@@ -112,19 +70,7 @@ class Source:
         return nodes[-1].value if is_whole and isinstance(nodes[-1], yaml.ScalarNode) else None
 
     def describe(self, location: Sequence[str]) -> str:
-        """
-        Say where a key is written.
-
-        Parameters
-        ----------
-        location : Sequence[str]
-            The parts of the key.
-
-        Returns
-        -------
-        str
-            The file and the line, or the override.
-        """
+        """Say where a key is written."""
         line = self.find_line(location)
         return self.name if line is None else f"{self.name}, line {line}"
 
@@ -150,26 +96,7 @@ def _list_items(node: yaml.Node | None) -> Iterator[tuple[str, int, yaml.Node]]:
 
 
 def parse_file(text: str, name: str) -> tuple[dict[str, Any], Source]:
-    """
-    Parse the YAML of a configuration file.
-
-    Parameters
-    ----------
-    text : str
-        The YAML.
-    name : str
-        What to call the file.
-
-    Returns
-    -------
-    tuple[dict[str, Any], Source]
-        The settings, and where each is written.
-
-    Raises
-    ------
-    SettingsError
-        If it is not YAML, or if YAML would take it for something else than was meant.
-    """
+    """Parse the YAML of a configuration file."""
     try:
         tree, root = _load_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
@@ -187,24 +114,7 @@ def parse_file(text: str, name: str) -> tuple[dict[str, Any], Source]:
 
 
 def parse_override(override: str) -> tuple[dict[str, Any], Source] | None:
-    """
-    Turn ``a.b=value`` into nested mappings; the value is YAML. None where it is not written so.
-
-    Parameters
-    ----------
-    override : str
-        What stands after ``--set``.
-
-    Returns
-    -------
-    tuple[dict[str, Any], Source] or None
-        The settings, and where they are written.
-
-    Raises
-    ------
-    ConfigError
-        If the value is not YAML.
-    """
+    """Turn ``a.b=value`` into nested mappings; the value is YAML. None where it is not written so."""
     key, separator, value = override.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not separator or len(path) < 2 or not all(path):

@@ -12,21 +12,8 @@ _PAIRS_AT_ONCE = 1 << 20
 
 
 def group_duplicates(hashes: pd.Series) -> pd.Series:
-    """
-    Number the groups of rows that have the same hash.
+    """Number the groups of rows that have the same hash.
 
-    Parameters
-    ----------
-    hashes : pandas.Series
-        Hashes as text; an empty one equals no other.
-
-    Returns
-    -------
-    pandas.Series
-        For each row the number of its group, Int64, from 0 in the order of their first rows; missing for rows that are alone.
-
-    Examples
-    --------
     >>> group_duplicates(pd.Series(["a", "b", "", "a", ""])).tolist()
     [0, <NA>, <NA>, 0, <NA>]
     """
@@ -37,29 +24,12 @@ def group_duplicates(hashes: pd.Series) -> pd.Series:
 
 
 def group_near_duplicates(hashes: pd.Series, *, max_bits: int) -> pd.Series:
-    """
-    Number the groups of rows whose 64-bit hashes differ in few bits, directly or by way of others.
+    """Number the groups of rows whose 64-bit hashes differ in few bits, directly or by way of others.
 
-    Parameters
-    ----------
-    hashes : pandas.Series
-        Perceptual hashes, 16 hexadecimal digits each; an empty one is like no other.
-    max_bits : int
-        Two hashes are alike if they differ in at most so many bits.
+    Exact, and seldom all pairs: of two hashes that differ in at most ``max_bits`` bits at least one of ``max_bits + 1``
+    bands of bits is the same (the pigeonhole principle; Norouzi, Punjani and Fleet 2014, "Fast exact search in Hamming
+    space with multi-index hashing"), so only hashes that share a band are compared.
 
-    Returns
-    -------
-    pandas.Series
-        For each row the number of its group, Int64, from 0 in the order of their first rows; missing for rows that are alone.
-
-    Notes
-    -----
-    Exact, and seldom all pairs: of two hashes that differ in at most ``max_bits`` bits at least one of ``max_bits + 1`` bands of bits is
-    the same (the pigeonhole principle; Norouzi, Punjani and Fleet 2014, "Fast exact search in Hamming space with multi-index hashing"),
-    so only hashes that share a band are compared.
-
-    Examples
-    --------
     >>> group_near_duplicates(pd.Series(["00000000000000ff", "00000000000000fe", "ff00000000000000"]), max_bits=1).tolist()
     [0, 0, <NA>]
     """

@@ -69,21 +69,7 @@ class Exploration:
 
 
 def write_exploration(output: Location, exploration: Exploration) -> None:
-    """
-    Write what an exploration found; its summary, written last, says that it is complete.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    exploration : Exploration
-        What was found.
-
-    Raises
-    ------
-    StorageError
-        If something cannot be written.
-    """
+    """Write what an exploration found; its summary, written last, says that it is complete."""
     for name, table in ((_IMAGES, exploration.images), (_CLASSES, exploration.classes.reset_index())):
         store.write_table(output.child(f"{name}.parquet"), table)
         store.delete_result(output, f"{name}.csv")
@@ -95,24 +81,7 @@ def write_exploration(output: Location, exploration: Exploration) -> None:
 
 
 def read_exploration(output: Location) -> Exploration | None:
-    """
-    Read what an exploration found.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-
-    Returns
-    -------
-    Exploration or None
-        What was found; None where no exploration was completed.
-
-    Raises
-    ------
-    StorageError
-        If something cannot be read.
-    """
+    """Read what an exploration found."""
     summary = store.read_manifest(output, name=store.EXPLORATION)
     if summary is None or summary["status"] != "complete":
         return None
@@ -130,28 +99,7 @@ def read_exploration(output: Location) -> Exploration | None:
 def check_exploration(
     output: Location, summary: Mapping[str, Any], catalog: pd.DataFrame | None
 ) -> Iterator[store.Fault]:
-    """
-    Check what an exploration has left.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder, whose exploration is complete.
-    summary : Mapping[str, Any]
-        What its manifest says.
-    catalog : pandas.DataFrame or None
-        The catalog of the run beside it, of the same images; None where there is nothing to compare with.
-
-    Yields
-    ------
-    Fault
-        What is wrong.
-
-    Raises
-    ------
-    StorageError
-        If something cannot be read.
-    """
+    """Check what an exploration has left."""
     images, faults = _check_table(output, _IMAGES)
     classes, more = _check_table(output, _CLASSES)
     yield from faults + more

@@ -24,68 +24,36 @@ COLOUR_LEVELS = 8
 
 @dataclass(frozen=True)
 class ExploreJob:
-    """
-    What a task needs to know besides its partition; picklable and small.
+    """What a task needs to know besides its partition; picklable and small."""
 
-    Parameters
-    ----------
-    source : ImageSource
-        Where images are and how to read them.
-    output : Location
-        The output folder, where the array of thumbnails exists.
-    input_px : int
-        Side to which images are resized for comparing, in pixels.
-    thumbnail_px : int
-        Side of the thumbnails, in pixels.
-    """
-
+    #: Where images are and how to read them.
     source: ImageSource
+    #: The output folder, where the array of thumbnails exists.
     output: Location
+    #: Side to which images are resized for comparing, in pixels.
     input_px: int
     thumbnail_px: int
 
 
 @dataclass(eq=False)
 class ClassSums:
-    """
-    Sums over images of a class, exact integers; those of disjoint sets of images add up.
-
-    Parameters
-    ----------
-    n_images : int
-        Images.
-    pixels : numpy.ndarray
-        Sum of their pixels, shape (px, px, 3), of values 0 to 255; uint32 of one batch, int64 once sums are added.
-    squares : int
-        Sum of the squares of all their values.
-    thumbnails : numpy.ndarray
-        Sum of their thumbnails, shape (thumbnail_px, thumbnail_px, 3), int64.
-    colours : numpy.ndarray
-        Pixels of the thumbnails in each cube of colours, shape (512,), int64; red is the slowest index.
-    """
+    """Sums over images of a class, exact integers; those of disjoint sets of images add up."""
 
     n_images: int
+    #: Sum of their pixels, shape (px, px, 3), of values 0 to 255; uint32 of one batch, int64 once sums are added.
     pixels: npt.NDArray[np.integer[Any]]
+    #: Sum of the squares of all their values.
     squares: int
+    #: Sum of their thumbnails, shape (thumbnail_px, thumbnail_px, 3), int64.
     thumbnails: npt.NDArray[np.int64]
+    #: Pixels of the thumbnails in each cube of colours, shape (512,), int64; red is the slowest index.
     colours: npt.NDArray[np.int64]
 
     @classmethod
     def measure(cls, pixels: npt.NDArray[np.uint8], thumbnails: npt.NDArray[np.uint8]) -> Self:
-        """
-        Sum some images.
+        """Sum some images.
 
-        Parameters
-        ----------
-        pixels : numpy.ndarray
-            Images of shape (n, px, px, 3), uint8.
-        thumbnails : numpy.ndarray
-            Their thumbnails.
-
-        Returns
-        -------
-        ClassSums
-            The sums.
+        pixels: numpy.ndarray, images of shape (n, px, px, 3), uint8. thumbnails: numpy.ndarray, their thumbnails.
         """
         cubes = (thumbnails // (256 // COLOUR_LEVELS)).reshape(-1, 3).astype(np.int64)
         flat = pixels.reshape(-1).astype(np.float64)
@@ -100,14 +68,7 @@ class ClassSums:
         )
 
     def add(self, other: "ClassSums") -> None:
-        """
-        Add the sums of other images.
-
-        Parameters
-        ----------
-        other : ClassSums
-            Sums over images of the same sizes.
-        """
+        """Add the sums of other images."""
         self.n_images += other.n_images
         self.pixels = np.add(self.pixels, other.pixels, dtype=np.int64)
         self.squares += other.squares
@@ -116,16 +77,7 @@ class ClassSums:
 
 
 def add_sums(total: dict[str, ClassSums], more: Mapping[str, ClassSums]) -> None:
-    """
-    Add sums class by class.
-
-    Parameters
-    ----------
-    total : dict[str, ClassSums]
-        What they are added to.
-    more : Mapping[str, ClassSums]
-        Sums over other images.
-    """
+    """Add sums class by class."""
     for label, sums in more.items():
         if label in total:
             total[label].add(sums)
@@ -135,35 +87,17 @@ def add_sums(total: dict[str, ClassSums], more: Mapping[str, ClassSums]) -> None
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """
-    What a task found; it goes to the client, so no pixels of single images are in it.
+    """What a task found; it goes to the client, so no pixels of single images are in it."""
 
-    Parameters
-    ----------
-    start : int
-        The catalog row of the partition's first image.
-    images : pandas.DataFrame
-        One row an image.
-    sums : dict[str, ClassSums]
-        Sums over the images of each class.
-    """
-
+    #: The catalog row of the partition's first image.
     start: int
     images: pd.DataFrame
+    #: Sums over the images of each class.
     sums: dict[str, ClassSums]
 
 
 class Explorer:
-    """
-    Looks at the images of a partition, batch by batch.
-
-    Parameters
-    ----------
-    partition : Partition
-        The images to come.
-    job : ExploreJob
-        Sizes and places.
-    """
+    """Looks at the images of a partition, batch by batch."""
 
     def __init__(self, partition: Partition, job: ExploreJob) -> None:
         self._partition = partition
@@ -174,14 +108,7 @@ class Explorer:
         self._thumbnails = np.zeros((len(partition.paths), px, px, 3), np.uint8)
 
     def add(self, batch: Batch) -> None:
-        """
-        Look at a batch.
-
-        Parameters
-        ----------
-        batch : Batch
-            The next images of the partition.
-        """
+        """Look at a batch."""
         described = [_describe_file(outcome) for outcome in batch.outcomes]
         thumbnails = self._thumbnails[batch.start : batch.start + len(batch.outcomes)]
         for row, pixels in zip(batch.rows, batch.pixels, strict=True):
@@ -196,19 +123,7 @@ class Explorer:
             add_sums(self._sums, {label: sums})
 
     def finish(self) -> Findings:
-        """
-        Store the thumbnails and hand over the rest.
-
-        Returns
-        -------
-        Findings
-            Rows and sums.
-
-        Raises
-        ------
-        StorageError
-            If the thumbnails cannot be written.
-        """
+        """Store the thumbnails and hand over the rest."""
         rows = slice(self._partition.start, self._partition.start + len(self._thumbnails))
         with explained(self._job.output, "write thumbnails to"):
             open_thumbnails(self._job.output, mode="r+")[rows] = self._thumbnails
@@ -216,40 +131,12 @@ class Explorer:
 
 
 def explore_partition(partition: Partition, job: ExploreJob) -> Findings:
-    """
-    Look at the images of a partition.
-
-    Parameters
-    ----------
-    partition : Partition
-        The images.
-    job : ExploreJob
-        Where to read and write.
-
-    Returns
-    -------
-    Findings
-        Rows about the images and sums over the classes; the thumbnails are stored.
-
-    Raises
-    ------
-    StorageError
-        If the thumbnails cannot be written.
-    """
+    """Look at the images of a partition."""
     return _look(partition, job).finish()
 
 
 def probe_exploration(partition: Partition, job: ExploreJob) -> None:
-    """
-    Do the same as `explore_partition` and store nothing, to see whether the process survives.
-
-    Parameters
-    ----------
-    partition : Partition
-        The images.
-    job : ExploreJob
-        Where to read.
-    """
+    """Do the same as `explore_partition` and store nothing, to see whether the process survives."""
     _look(partition, job)
 
 

@@ -29,46 +29,26 @@ _PALETTE_COLOURS = 6
 
 @dataclass(frozen=True, eq=False)
 class Yardstick:
-    """
-    What distances from the mean image are measured with, in a second pass over the small thumbnails.
+    """What distances from the mean image are measured with, in a second pass over the small thumbnails."""
 
-    Parameters
-    ----------
-    output : Location
-        The output folder, which holds the thumbnails.
-    means : dict[str, numpy.ndarray]
-        Mean thumbnail of each class, float64, 0 to 255.
-    kept_rows : numpy.ndarray
-        Catalog rows whose thumbnails are kept, ascending, int64.
-    unreadable_rows : numpy.ndarray
-        Catalog rows that have no thumbnail.
-    """
-
+    #: The output folder, which holds the thumbnails.
     output: Location
+    #: Mean thumbnail of each class, float64, 0 to 255.
     means: Mapping[str, npt.NDArray[np.float64]]
+    #: Catalog rows whose thumbnails are kept, ascending, int64.
     kept_rows: npt.NDArray[np.int64]
     unreadable_rows: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """
-    Distances of the images of a partition from the mean images of their classes.
+    """Distances of the images of a partition from the mean images of their classes."""
 
-    Parameters
-    ----------
-    start : int
-        The catalog row of the first image.
-    distances : numpy.ndarray
-        Mean squared differences, shape (n,), float64, in steps of a byte; NaN of an image that cannot be read.
-    rows : numpy.ndarray
-        Catalog rows of this partition whose thumbnails are kept.
-    thumbnails : numpy.ndarray
-        Their thumbnails.
-    """
-
+    #: The catalog row of the first image.
     start: int
+    #: Mean squared differences, shape (n,), float64, in steps of a byte; NaN of an image that cannot be read.
     distances: npt.NDArray[np.float64]
+    #: Catalog rows of this partition whose thumbnails are kept.
     rows: npt.NDArray[np.int64]
     thumbnails: npt.NDArray[np.uint8]
 
@@ -81,14 +61,7 @@ class Tally:
         self.sums: dict[str, ClassSums] = {}
 
     def add(self, findings: Findings) -> None:
-        """
-        Add the findings of a task.
-
-        Parameters
-        ----------
-        findings : Findings
-            The findings of a partition that was not added before.
-        """
+        """Add the findings of a task."""
         self._images[findings.start] = findings.images
         add_sums(self.sums, findings.sums)
 
@@ -104,23 +77,7 @@ class Tally:
         return images.astype({"width_px": "Int32", "height_px": "Int32", **means})
 
     def build_yardstick(self, images: pd.DataFrame, config: ExploreConfig, output: Location) -> Yardstick:
-        """
-        Build what the second pass measures with.
-
-        Parameters
-        ----------
-        images : pandas.DataFrame
-            Rows of all images.
-        config : ExploreConfig
-            How many thumbnails to keep.
-        output : Location
-            The output folder.
-
-        Returns
-        -------
-        Yardstick
-            Mean thumbnails, and which thumbnails to keep.
-        """
+        """Build what the second pass measures with."""
         is_readable = (images["perceptual_hash"] != "").to_numpy()
         chosen = sample_evenly(images[is_readable], config.max_thumbnails)
         return Yardstick(
@@ -132,26 +89,7 @@ class Tally:
 
 
 def measure_partition(partition: Partition, yardstick: Yardstick) -> Measured:
-    """
-    Measure how far the images of a partition are from the mean images of their classes.
-
-    Parameters
-    ----------
-    partition : Partition
-        The images.
-    yardstick : Yardstick
-        Mean images, and where the thumbnails are.
-
-    Returns
-    -------
-    Measured
-        Distances and the thumbnails to keep.
-
-    Raises
-    ------
-    StorageError
-        If the thumbnails cannot be read.
-    """
+    """Measure how far the images of a partition are from the mean images of their classes."""
     rows = np.arange(partition.start, partition.start + len(partition.paths))
     with explained(yardstick.output, "read thumbnails from", remedy="explore again"):
         thumbnails = np.asarray(open_thumbnails(yardstick.output, mode="r")[rows[0] : rows[-1] + 1])
@@ -164,29 +102,15 @@ def measure_partition(partition: Partition, yardstick: Yardstick) -> Measured:
 
 
 def mean_squared_difference(sums: ClassSums, *, scale: str = "signed") -> float:
-    """
-    Compute how much the images of a class differ: the mean squared difference over all unordered pairs of them.
+    """Compute how much the images of a class differ: the mean squared difference over all unordered pairs of them.
 
-    Parameters
-    ----------
-    sums : ClassSums
-        Sums over the images of the class.
-    scale : str
-        Scale of the pixel values: ``signed`` (-1 to 1), ``unit`` (0 to 1) or ``bytes`` (0 to 255).
-
-    Returns
-    -------
-    float
-        The mean over pairs, pixels and channels; NaN of fewer than two images.
-
-    Notes
-    -----
     No pair is visited. For vectors x_1 ... x_n,
 
         sum over i < j of |x_i - x_j|^2  =  n * sum over i of |x_i|^2  -  |sum over i of x_i|^2,
 
-    which follows from writing out the square in the sum over all i and j, in which every unordered pair is there twice. Both sums are
-    kept as integers, so the result is exact up to one rounding. It is twice the unbiased variance, averaged over pixels and channels.
+    which follows from writing out the square in the sum over all i and j, in which every unordered pair is there twice.
+    Both sums are kept as integers, so the result is exact up to one rounding. It is twice the unbiased variance,
+    averaged over pixels and channels.
     """
     n, total = sums.n_images, sums.pixels.ravel().astype(object)
     if n < 2:
@@ -204,29 +128,7 @@ def summarize_findings(
     config: ExploreConfig,
     described: dict[str, Any],
 ) -> Exploration:
-    """
-    Put together what an exploration found.
-
-    Parameters
-    ----------
-    tally : Tally
-        Findings of all partitions.
-    images : pandas.DataFrame
-        Its rows.
-    measured : Iterable[Measured]
-        Distances of all partitions.
-    yardstick : Yardstick
-        What they were measured with; the thumbnails of the most and the least typical images are read from its output.
-    config : ExploreConfig
-        Scale, and what counts as a near duplicate.
-    described : dict[str, Any]
-        What else the summary says.
-
-    Returns
-    -------
-    Exploration
-        Tables, thumbnails and a summary.
-    """
+    """Put together what an exploration found."""
     parts = sorted(measured, key=lambda part: part.start)
     rows, thumbnails = np.concatenate([part.rows for part in parts]), np.concatenate(
         [part.thumbnails for part in parts]

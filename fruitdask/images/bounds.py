@@ -34,23 +34,7 @@ _START_OF_SCAN, _END_OF_IMAGE, _MARKERS_WITHOUT_LENGTH = 0xDA, 0xD9, (0x01, 0xD8
 
 
 def check_size(image: Image.Image, max_pixels: int) -> None:
-    """
-    Refuse an image of too many pixels, of too long a side, or of pieces that are decoded over each other.
-
-    Parameters
-    ----------
-    image : PIL.Image.Image
-        An opened image.
-    max_pixels : int
-        Pixels that it may have.
-
-    Raises
-    ------
-    ImageTooLargeError
-        If it has more pixels, or too long a side.
-    ImageError
-        If its pieces cover it again and again.
-    """
+    """Refuse an image of too many pixels, of too long a side, or of pieces that are decoded over each other."""
     n_pixels = image.width * image.height
     if n_pixels > max_pixels:
         raise ImageTooLargeError(
@@ -68,19 +52,7 @@ def check_size(image: Image.Image, max_pixels: int) -> None:
 
 
 def check_structure(data: bytes) -> None:
-    """
-    Refuse a file whose parts are so many that a decoder would spend minutes or gigabytes on them.
-
-    Parameters
-    ----------
-    data : bytes
-        The content of a file.
-
-    Raises
-    ------
-    ImageError
-        If it has too many parts.
-    """
+    """Refuse a file whose parts are so many that a decoder would spend minutes or gigabytes on them."""
     if data.startswith(b"\xff\xd8"):
         counts = {
             "scans": (_count_scans(data), _MAX_SCANS),
@@ -131,19 +103,7 @@ def _count_strips(data: bytes) -> int:
 
 
 def find_gif_frame(data: bytes) -> tuple[int, int]:
-    """
-    Count the blocks before the first frame of a GIF, and find where that starts.
-
-    Parameters
-    ----------
-    data : bytes
-        The content of a GIF.
-
-    Returns
-    -------
-    tuple[int, int]
-        The number of blocks, and the place.
-    """
+    """Count the blocks before the first frame of a GIF, and find where that starts."""
     has_palette, palette_bits = data[10:11] >= b"\x80", (data[10:11] or b"\0")[0] & 7
     at, n_blocks = 13 + (6 << palette_bits if has_palette else 0), 0
     while data[at : at + 1] == b"!" and n_blocks <= _MAX_GIF_BLOCKS:

@@ -34,39 +34,13 @@ _TURNS = {
 
 
 def decode_image(data: bytes, *, size_px: int, max_pixels: int, is_fast: bool = False) -> npt.NDArray[np.uint8]:
-    """
-    Decode an image and resize it to a square, upright and without its metadata.
+    """Decode an image and resize it to a square, upright and without its metadata.
 
-    The EXIF orientation is applied, then EXIF, GPS positions, serial numbers, comments and colour profiles are dropped: an array has no
-    place for them. Transparent pixels are laid on white. An animation gives its first frame.
+    The EXIF orientation is applied, then EXIF, GPS positions, serial numbers, comments and colour profiles are dropped:
+    an array has no place for them. Transparent pixels are laid on white. An animation gives its first frame.
 
-    Parameters
-    ----------
-    data : bytes
-        The content of a JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF, JPEG 2000 or, with the extra ``heic``, HEIC file.
-    size_px : int
-        Side of the result, in pixels.
-    max_pixels : int
-        An image whose header announces more pixels is not decoded. Images that threads of a process decode at once have together no more
-        either: one waits for another. They take 4 to 8 bytes per pixel, in an AVIF 9, in a WebP 16, in a JPEG 2000 up to 25.
-    is_fast : bool
-        Let the JPEG decoder halve, quarter or eighth an image that stays at least as large as the result, before it is resized: half the
-        work, nearly the same pixels.
+    Returns numpy.ndarray: RGB pixels of shape (size_px, size_px, 3), uint8, 0 to 255.
 
-    Returns
-    -------
-    numpy.ndarray
-        RGB pixels of shape (size_px, size_px, 3), uint8, 0 to 255.
-
-    Raises
-    ------
-    ImageTooLargeError
-        If the image has more than ``max_pixels``, or a side of more than 65,535.
-    ImageError
-        If the bytes are not a whole image, would take far more work than their pixels, or do not say what colours their pixels mean.
-
-    Notes
-    -----
     Resizing is Pillow's bicubic filter with antialiasing, over the whole image and without keeping its proportions, as
     ``keras.utils.load_img(target_size=..., interpolation="bicubic")`` does.
     """
@@ -103,25 +77,7 @@ def decode_image(data: bytes, *, size_px: int, max_pixels: int, is_fast: bool = 
 def decode_images(
     files: Sequence[bytes], *, size_px: int, max_pixels: int, is_fast: bool = False
 ) -> list[npt.NDArray[np.uint8] | ImageError]:
-    """
-    Decode several images; one that cannot be decoded does not keep the others from it.
-
-    Parameters
-    ----------
-    files : Sequence[bytes]
-        Contents of image files.
-    size_px : int
-        Side of the results, in pixels.
-    max_pixels : int
-        Images with more pixels are not decoded.
-    is_fast : bool
-        As in `decode_image`.
-
-    Returns
-    -------
-    list
-        For each file its pixels, uint8 of shape (size_px, size_px, 3), or the error that says why there are none.
-    """
+    """Decode several images; one that cannot be decoded does not keep the others from it."""
     decoded: list[npt.NDArray[np.uint8] | ImageError] = []
     for data in files:
         try:
@@ -132,20 +88,7 @@ def decode_images(
 
 
 def read_header(data: bytes) -> tuple[str, int, int] | None:
-    """
-    Read the format and the size of an image without decoding it.
-
-    Parameters
-    ----------
-    data : bytes
-        The content of a file.
-
-    Returns
-    -------
-    tuple[str, int, int] or None
-        Format (``JPEG``, ``PNG``, ``WEBP``, ``TIFF``, ``BMP``, ``GIF``, ``AVIF``, ``JPEG2000`` or ``HEIF``), width and height in pixels as
-        stored; None where it is not an image.
-    """
+    """Read the format and the size of an image without decoding it."""
     try:
         with _open(data) as image:
             return str(image.format), image.width, image.height

@@ -16,72 +16,26 @@ _KINDS = frozenset((b"hvc1", b"grid", b"iden", b"iovl", b"tmap"))
 
 
 def can_read_heic() -> bool:
-    """
-    Tell whether HEIC images can be read here: whether the package of the extra `heic` is installed. Nothing is imported.
-
-    Returns
-    -------
-    bool
-        Whether it is installed.
+    """Tell whether HEIC images can be read here: whether the package of the extra `heic` is installed. Nothing is
+    imported.
     """
     return find_spec("pillow_heif") is not None
 
 
 def is_avif(data: bytes) -> bool:
-    """
-    Tell whether a file says that it is an AVIF image.
-
-    Parameters
-    ----------
-    data : bytes
-        The content of a file.
-
-    Returns
-    -------
-    bool
-        Whether it says so.
-    """
+    """Tell whether a file says that it is an AVIF image."""
     return not _AVIF_BRANDS.isdisjoint(list_brands(data))
 
 
 def is_heic(data: bytes) -> bool:
-    """
-    Tell whether a file says that it is a HEIF image of another coding than AVIF's, nearly always HEIC.
-
-    Parameters
-    ----------
-    data : bytes
-        The content of a file.
-
-    Returns
-    -------
-    bool
-        Whether it says so.
-    """
+    """Tell whether a file says that it is a HEIF image of another coding than AVIF's, nearly always HEIC."""
     brands = list_brands(data)
     # A video may list mif1 among its compatible brands; only the major brand says what the file is.
     return bool(brands) and brands[0] in _BRANDS and _AVIF_BRANDS.isdisjoint(brands)
 
 
 def open_heic(data: bytes) -> Image.Image:
-    """
-    Open a HEIC image; pillow-heif is asked alone, so that Pillow does not change for others.
-
-    Parameters
-    ----------
-    data : bytes
-        The content of a HEIC file.
-
-    Returns
-    -------
-    PIL.Image.Image
-        The picture, not decoded yet.
-
-    Raises
-    ------
-    ImageError
-        If the extra is not installed, or the picture is coded in another way.
-    """
+    """Open a HEIC image; pillow-heif is asked alone, so that Pillow does not change for others."""
     if not can_read_heic():
         raise ImageError(
             "expected an image that can be read here, found HEIC; install fruitdask[heic] where images are decoded, or convert it to JPEG"

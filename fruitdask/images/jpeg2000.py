@@ -28,67 +28,28 @@ _PROFILE_SPACES = {b"RGB ": 3, b"GRAY": 1}
 
 @dataclass(slots=True)
 class Jpeg2000:
-    """
-    What the headers of a JPEG 2000 say: of its codestream, and of the boxes around it where there are some.
-
-    Parameters
-    ----------
-    width : int
-        Of the image, in pixels.
-    height : int
-        Of the image, in pixels.
-    tile_width : int
-        In pixels.
-    tile_height : int
-        In pixels.
-    n_tiles : int
-        Tiles that cover the image.
-    channels : list[tuple[int, bool, tuple[int, int]]]
-        Of each channel: bits, whether it is signed, and by how much it is coarser than the image.
-    n_blocks : int
-        Blocks that are coded, at most.
-    n_packets : int
-        Packets, at most: layers of precincts of resolutions of channels.
-    colour_space : int or bytes or None
-        The number of an enumerated colour space, or the name that an ICC profile gives.
-    definitions : list[tuple[int, int, int]]
-        For each channel that a box defines: number, type and what it belongs to.
-    has_palette : bool
-        Whether the channel is an index of colours.
-    """
+    """What the headers of a JPEG 2000 say: of its codestream, and of the boxes around it where there are some."""
 
     width: int = 0
     height: int = 0
     tile_width: int = 1
     tile_height: int = 1
     n_tiles: int = 0
+    #: Of each channel: bits, whether it is signed, and by how much it is coarser than the image.
     channels: list[tuple[int, bool, tuple[int, int]]] = field(default_factory=list)
     n_blocks: int = 0
+    #: Packets, at most: layers of precincts of resolutions of channels.
     n_packets: int = 0
+    #: The number of an enumerated colour space, or the name that an ICC profile gives.
     colour_space: int | bytes | None = None
+    #: For each channel that a box defines: number, type and what it belongs to.
     definitions: list[tuple[int, int, int]] = field(default_factory=list)
+    #: Whether the channel is an index of colours.
     has_palette: bool = False
 
 
 def read_jpeg2000(data: bytes) -> Jpeg2000:
-    """
-    Read the headers; raises an ImageError where they are broken or announce far more work than pixels.
-
-    Parameters
-    ----------
-    data : bytes
-        The content of a JPEG 2000 file.
-
-    Returns
-    -------
-    Jpeg2000
-        What the headers say.
-
-    Raises
-    ------
-    ImageError
-        If they are broken, or announce too much.
-    """
+    """Read the headers; raises an ImageError where they are broken or announce far more work than pixels."""
     found = Jpeg2000()
     start = 0 if data.startswith(CODESTREAM) else _read_boxes(data, found)
     try:
@@ -99,19 +60,7 @@ def read_jpeg2000(data: bytes) -> Jpeg2000:
 
 
 def check_colours(found: Jpeg2000) -> None:
-    """
-    Refuse channels of which the file does not say what they mean, or which Pillow gives wrongly.
-
-    Parameters
-    ----------
-    found : Jpeg2000
-        What the headers of a file say.
-
-    Raises
-    ------
-    ImageError
-        If the colours are not defined, or would come out wrong.
-    """
+    """Refuse channels of which the file does not say what they mean, or which Pillow gives wrongly."""
     n_channels = len(found.channels)
     bits = max(channel[0] for channel in found.channels)
     problem = None

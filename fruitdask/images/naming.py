@@ -91,21 +91,7 @@ _N_TEXT_BYTES = 4_096
 
 
 def explain(data: bytes, error: Exception | None) -> str:
-    """
-    Say why bytes are not a picture: what they are instead, or what broke, where a decoder says so.
-
-    Parameters
-    ----------
-    data : bytes
-        The content of a file.
-    error : Exception or None
-        What a decoder raised that took it for an image.
-
-    Returns
-    -------
-    str
-        A sentence.
-    """
+    """Say why bytes are not a picture: what they are instead, or what broke, where a decoder says so."""
     if not data:
         return "expected an image, found an empty file"
     own = _name_own(data)
@@ -115,38 +101,14 @@ def explain(data: bytes, error: Exception | None) -> str:
 
 
 def name_raw(data: bytes) -> str | None:
-    """
-    Name a camera's raw file that is built like a TIFF and would be taken for one, by its thumbnail.
-
-    Parameters
-    ----------
-    data : bytes
-        The content of a file.
-
-    Returns
-    -------
-    str or None
-        A sentence; None for any other file.
-    """
+    """Name a camera's raw file that is built like a TIFF and would be taken for one, by its thumbnail."""
     if data[:4] in _TIFF_HEADS and data[8:10] == b"CR":
         return f"{_EXPECTED}, found {_RAW.format('Canon CR2')}"
     return None
 
 
 def name_content(data: bytes) -> str:
-    """
-    Name what bytes are.
-
-    Parameters
-    ----------
-    data : bytes
-        The content of a file.
-
-    Returns
-    -------
-    str
-        What completes "found ...".
-    """
+    """Name what bytes are."""
     if not data.strip(b"\0"):
         return f"nothing but zeros ({len(data):,} bytes): the file was never written to its end"
     if data[128:132] == b"DICM":
@@ -194,19 +156,7 @@ def _explain_own(data: bytes, name: str) -> str:
 
 
 def read_tags(data: bytes) -> Mapping[int, Any] | None:
-    """
-    Read the first directory of a TIFF; None where that is broken.
-
-    Parameters
-    ----------
-    data : bytes
-        The content of a TIFF.
-
-    Returns
-    -------
-    Mapping[int, Any] or None
-        Values by the numbers of their tags.
-    """
+    """Read the first directory of a TIFF; None where that is broken."""
     try:
         directory = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2:4] in (b"+\0", b"\0+") else 8])
         file = io.BytesIO(data)

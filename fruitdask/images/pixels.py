@@ -21,21 +21,7 @@ Narrow = Callable[[Image.Image], Image.Image]
 
 
 def check_meaning(image: Image.Image, data: bytes) -> None:
-    """
-    Refuse pixels of which the file does not say what colours they mean.
-
-    Parameters
-    ----------
-    image : PIL.Image.Image
-        An opened image.
-    data : bytes
-        The content of its file.
-
-    Raises
-    ------
-    ImageError
-        If its colours are not defined.
-    """
+    """Refuse pixels of which the file does not say what colours they mean."""
     problem = None
     tags = getattr(image, "tag_v2", None)
     if image.format == "TIFF" and tags is not None:
@@ -60,19 +46,7 @@ def check_meaning(image: Image.Image, data: bytes) -> None:
 
 
 def find_frame(image: Image.Image) -> tuple[int, int, int, int] | None:
-    """
-    Find the part of its screen that the first frame of a GIF covers; None for all of it.
-
-    Parameters
-    ----------
-    image : PIL.Image.Image
-        An image that is opened, but not loaded.
-
-    Returns
-    -------
-    tuple[int, int, int, int] or None
-        Left, upper, right and lower edge.
-    """
+    """Find the part of its screen that the first frame of a GIF covers; None for all of it."""
     if image.format != "GIF":
         return None
     box = getattr(image, "tile")[0][1]
@@ -80,21 +54,7 @@ def find_frame(image: Image.Image) -> tuple[int, int, int, int] | None:
 
 
 def choose_narrowing(image: Image.Image, data: bytes) -> Narrow | None:
-    """
-    Choose what is to be done to the bands of a loaded image before Pillow converts them; None for nothing.
-
-    Parameters
-    ----------
-    image : PIL.Image.Image
-        A loaded image.
-    data : bytes
-        The content of its file.
-
-    Returns
-    -------
-    Callable or None
-        What takes a band and gives it in another mode.
-    """
+    """Choose what is to be done to the bands of a loaded image before Pillow converts them; None for nothing."""
     tags: Mapping[int, Any] = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
     if image.mode.startswith("I;16"):
         return _choose_for_16_bits(image, tags)
@@ -110,21 +70,7 @@ def choose_narrowing(image: Image.Image, data: bytes) -> Narrow | None:
 
 
 def convert_to_rgb(image: Image.Image, narrow: Narrow | None) -> Image.Image:
-    """
-    Convert any mode to RGB, band by band, so that in full size there is but the result beside the image.
-
-    Parameters
-    ----------
-    image : PIL.Image.Image
-        A loaded image.
-    narrow : Callable or None
-        What is done to a band before it is converted.
-
-    Returns
-    -------
-    PIL.Image.Image
-        The image in RGB, its alpha on white.
-    """
+    """Convert any mode to RGB, band by band, so that in full size there is but the result beside the image."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     rgb = Image.new("RGB", image.size)
@@ -136,21 +82,7 @@ def convert_to_rgb(image: Image.Image, narrow: Narrow | None) -> Image.Image:
 
 
 def lay_frame_on_white(rgb: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
-    """
-    Make white what a frame does not cover, which is transparent.
-
-    Parameters
-    ----------
-    rgb : PIL.Image.Image
-        The screen in RGB.
-    box : tuple[int, int, int, int]
-        What the frame covers of it.
-
-    Returns
-    -------
-    PIL.Image.Image
-        The frame on a white screen.
-    """
+    """Make white what a frame does not cover, which is transparent."""
     screen = Image.new("RGB", rgb.size, _WHITE[:3])
     screen.paste(rgb.crop(box), box)
     return screen

@@ -30,42 +30,13 @@ _REFERENCES = (0, 255, 128, 255, 128, 255)
 
 
 def explain_tiff(tags: Mapping[int, Any]) -> str | None:
-    """
-    Say what keeps the pixels of a TIFF from being a picture, and what to do; None where they are one.
-
-    Parameters
-    ----------
-    tags : Mapping[int, Any]
-        The first directory of a TIFF, by the numbers of its tags.
-
-    Returns
-    -------
-    str or None
-        What completes "found ...".
-
-    Raises
-    ------
-    ImageError
-        If a tag is broken.
-    """
+    """Say what keeps the pixels of a TIFF from being a picture, and what to do; None where they are one."""
     problem = _find_thumbnail(tags) or _find_numbers(tags) or _find_colours(tags) or _find_layout(tags)
     return problem and f"a TIFF of {problem}"
 
 
 def describe_tiff(tags: Mapping[int, Any]) -> str:
-    """
-    Say what channels a TIFF has that Pillow cannot read.
-
-    Parameters
-    ----------
-    tags : Mapping[int, Any]
-        The first directory of a TIFF, by the numbers of its tags.
-
-    Returns
-    -------
-    str
-        What completes "found ...".
-    """
+    """Say what channels a TIFF has that Pillow cannot read."""
     bits, n_channels = _read_bits(tags)
     depth = " and ".join(f"{value:g}" for value in sorted(set(bits))[:4])
     kind = ", ".join(f"{name} {read_numbers(tags, tag, default)[0]:g}" for name, tag, default in _KINDS)
@@ -76,28 +47,7 @@ def describe_tiff(tags: Mapping[int, Any]) -> str:
 
 
 def read_numbers(tags: Mapping[int, Any], tag: int, *default: float) -> tuple[float, ...]:
-    """
-    Read the numbers of a tag; a broken file may have anything there.
-
-    Parameters
-    ----------
-    tags : Mapping[int, Any]
-        The first directory of a TIFF, by the numbers of its tags.
-    tag : int
-        Which one to read.
-    *default : float
-        What is read where it is missing.
-
-    Returns
-    -------
-    tuple[float, ...]
-        At least one number.
-
-    Raises
-    ------
-    ImageError
-        If there is something else.
-    """
+    """Read the numbers of a tag; a broken file may have anything there."""
     value = tags.get(tag, default)
     numbers = value if isinstance(value, tuple) else (value,)
     if not all(isinstance(number, (int, float, Rational)) and math.isfinite(number) for number in numbers):

@@ -14,36 +14,20 @@ Predictor = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class ModelArtifact:
-    """
-    A network that was built once, on the client, packed for the workers.
+    """A network that was built once, on the client, packed for the workers."""
 
-    Parameters
-    ----------
-    payload : bytes
-        What the engine loads: a graph with the weights and the preprocessing inside.
-    engine : str
-        What runs it: ``tensorflow`` or ``openvino``.
-    name : str
-        The network's name.
-    preprocessing : str
-        How the graph scales pixels: ``tf``, ``caffe``, ``torch``, ``none``, or ``own`` for the network's own.
-    input_px : int
-        Side of the square input, in pixels.
-    n_features : int
-        Features an image.
-    layer : str
-        The layer whose output are the features, after the names of the networks that it is nested in and slashes.
-    has_foreign_code : bool
-        Whether classes that are neither Keras's nor fruitdask's may have taken part.
-    """
-
+    #: What the engine loads: a graph with the weights and the preprocessing inside.
     payload: bytes = field(repr=False)
     engine: str
     name: str
+    #: How the graph scales pixels: ``tf``, ``caffe``, ``torch``, ``none``, or ``own`` for the network's own.
     preprocessing: str
+    #: Side of the square input, in pixels.
     input_px: int
     n_features: int
+    #: The layer whose output are the features, after the names of the networks that it is nested in and slashes.
     layer: str = ""
+    #: Whether classes that are neither Keras's nor fruitdask's may have taken part.
     has_foreign_code: bool = False
 
     @cached_property

@@ -34,27 +34,10 @@ Preprocess = Callable[[Any], Any]
 
 
 def fingerprint_model(config: ModelConfig) -> str:
-    """
-    Name a network and its preprocessing without building it.
+    """Name a network and its preprocessing without building it.
 
-    The engine does not belong to the name, as versions of packages do not: features of the two engines agree to 1e-5 relative, and a store
-    can be resumed where the other one is installed. The manifest says which engine ran.
-
-    Parameters
-    ----------
-    config : ModelConfig
-        Which network.
-
-    Returns
-    -------
-    str
-        A SHA-256 in hexadecimal digits of the configuration, less the engine, where weights are and whether their code may run, and of the
-        content of their file.
-
-    Raises
-    ------
-    ModelError
-        If there is no network of this name, or the weights are a file that Keras cannot read.
+    The engine does not belong to the name, as versions of packages do not: features of the two engines agree to 1e-5
+    relative, and a store can be resumed where the other one is installed. The manifest says which engine ran.
     """
     settings = config.model_dump(exclude={"engine", "storage_options", "region", "allow_code"})
     if config.weights in _WORDS or not examine_file(config).is_own_network(config):
@@ -65,24 +48,7 @@ def fingerprint_model(config: ModelConfig) -> str:
 
 
 def choose_input_px(config: ModelConfig) -> int:
-    """
-    Say how large the input of a network is, without building it.
-
-    Parameters
-    ----------
-    config : ModelConfig
-        Which network.
-
-    Returns
-    -------
-    int
-        Side of its square input, in pixels.
-
-    Raises
-    ------
-    ModelError
-        If there is no network of this name, or the weights are a network that takes no square colour images, or images of any size.
-    """
+    """Say how large the input of a network is, without building it."""
     if config.weights not in _WORDS:
         found = examine_file(config)
         if found.is_own_network(config):
@@ -93,26 +59,7 @@ def choose_input_px(config: ModelConfig) -> int:
 
 
 def build_here(config: ModelConfig) -> ModelArtifact:
-    """
-    Build a network in this process and pack it for the workers.
-
-    Parameters
-    ----------
-    config : ModelConfig
-        Which network, weights, input size, pooling, preprocessing and engine.
-
-    Returns
-    -------
-    ModelArtifact
-        The network from uint8 RGB images to float32 features, its preprocessing inside.
-
-    Raises
-    ------
-    ModelError
-        If there is no such network or layer, the weights do not fit it, or the engine is not installed or cannot run it.
-    WeightsUnavailableError
-        If the ImageNet weights cannot be downloaded.
-    """
+    """Build a network in this process and pack it for the workers."""
     engine = choose_engine(config)
     import_keras()
     with shipped_settings(config.precision):

@@ -24,19 +24,7 @@ _PACKAGES = ("keras", "tensorflow", "numpy", "h5py", "ndf")
 
 
 def find_artifact(config: ModelConfig) -> ModelArtifact | None:
-    """
-    Find an artifact that was built before.
-
-    Parameters
-    ----------
-    config : ModelConfig
-        Which network.
-
-    Returns
-    -------
-    ModelArtifact or None
-        The artifact; None where there is none, or its file is damaged.
-    """
+    """Find an artifact that was built before."""
     description, payload = _name_files(config)
     try:
         fields = json.loads(description.read_text())
@@ -48,16 +36,7 @@ def find_artifact(config: ModelConfig) -> ModelArtifact | None:
 
 
 def keep_artifact(config: ModelConfig, artifact: ModelArtifact) -> None:
-    """
-    Keep an artifact for the next run, if the cache folder can be written.
-
-    Parameters
-    ----------
-    config : ModelConfig
-        Which network it is.
-    artifact : ModelArtifact
-        The artifact.
-    """
+    """Keep an artifact for the next run, if the cache folder can be written."""
     if artifact.has_foreign_code:
         logger.info("the network is built anew next time: it has layers whose code may change")
         return

@@ -56,25 +56,9 @@ def build_artifact(config: ModelConfig) -> ModelArtifact:
 
 @contextmanager
 def start_building(config: ModelConfig) -> Iterator[Callable[[], ModelArtifact]]:
-    """
-    Start to build an artifact in a child process, or take it from the cache.
+    """Start to build an artifact in a child process, or take it from the cache.
 
     The client keeps its memory, its GPU and its time for other things. The child ends with the context.
-
-    Parameters
-    ----------
-    config : ModelConfig
-        Which network.
-
-    Yields
-    ------
-    Callable[[], ModelArtifact]
-        Waits for the artifact and returns it. Raises the errors of `build_artifact`.
-
-    Raises
-    ------
-    ModelError
-        If the weights are a file that is not there, or the engine is not installed.
     """
     # Chosen once, for the cache and for the child.
     config = config.model_copy(update={"engine": choose_engine(config)})

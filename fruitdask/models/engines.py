@@ -18,21 +18,12 @@ _BATCH_SIZE, _BATCH_SIZE_OF_GPUS = 8, 32
 
 @dataclass(frozen=True)
 class Engine:
-    """
-    What an engine can do; its name in `ENGINES` is that of its package.
+    """What an engine can do; its name in `ENGINES` is that of its package."""
 
-    Parameters
-    ----------
-    pack_graph : Callable[[bytes], bytes]
-        On the client: from a frozen TensorFlow graph to the payload of an artifact.
-    start_engine : Callable[..., None]
-        On a worker: import the engine.
-    load_network : Callable[..., Predictor]
-        On a worker: from an artifact to a callable that threads may share.
-    """
-
+    #: On the client: from a frozen TensorFlow graph to the payload of an artifact.
     pack_graph: Callable[[bytes], bytes]
     start_engine: Callable[..., None]
+    #: On a worker: from an artifact to a callable that threads may share.
     load_network: Callable[..., Predictor]
 
 
@@ -43,66 +34,18 @@ ENGINES = {
 
 
 def settle_engine(config: Config) -> ModelConfig:
-    """
-    Choose the engine of a run: that of its workers, be they elsewhere.
-
-    Parameters
-    ----------
-    config : Config
-        The run.
-
-    Returns
-    -------
-    ModelConfig
-        Its network, with an engine by name.
-
-    Raises
-    ------
-    ModelError
-        If OpenVINO is asked for and is not installed.
-    """
+    """Choose the engine of a run: that of its workers, be they elsewhere."""
     return config.model.model_copy(update={"engine": choose_engine(config.model, has_gpu=_has_gpu(config))})
 
 
 def choose_batch_size(config: Config) -> int:
-    """
-    Choose how many images a call of the network takes.
-
-    Parameters
-    ----------
-    config : Config
-        The run.
-
-    Returns
-    -------
-    int
-        What the configuration says, else what its workers do well with.
-    """
+    """Choose how many images a call of the network takes."""
     may_use_gpu = config.model.engine != "openvino" and _has_gpu(config)
     return config.featurize.batch_size or (_BATCH_SIZE_OF_GPUS if may_use_gpu else _BATCH_SIZE)
 
 
 def choose_engine(config: ModelConfig, *, has_gpu: bool | None = None) -> str:
-    """
-    Say which engine runs a network: OpenVINO is faster on a CPU, TensorFlow alone uses a GPU.
-
-    Parameters
-    ----------
-    config : ModelConfig
-        Which network, and the engine as configured.
-    has_gpu : bool, optional
-        Whether the workers have a GPU of NVIDIA; where nobody says, they are taken to be as the machine that asks.
-
-    Returns
-    -------
-    str
-        ``tensorflow`` or ``openvino``.
-
-    Raises
-    ------
-    ModelError
-        If OpenVINO is asked for and is not installed, or cannot have the precision.
-    """
+    """Say which engine runs a network: OpenVINO is faster on a CPU, TensorFlow alone uses a GPU."""
     is_installed, is_mixed = find_spec("openvino") is not None, config.precision != "float32"
     if config.engine == "auto":
         has_gpu = _has_nvidia_gpu() if has_gpu is None else has_gpu

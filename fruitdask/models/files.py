@@ -46,21 +46,13 @@ _CODE_LAYERS = ("TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
 
 @dataclass(frozen=True)
 class ModelFile:
-    """
-    What a file holds.
+    """What a file holds."""
 
-    Parameters
-    ----------
-    kind : str
-        ``keras`` or ``h5`` for a whole network, ``weights`` or ``legacy weights`` for weights alone.
-    description : Mapping[str, Any]
-        The network's layers, as Keras writes them down; nothing for weights alone.
-    training : Any
-        How it was trained, as Keras writes it down; None where the file does not say so.
-    """
-
+    #: ``keras`` or ``h5`` for a whole network, ``weights`` or ``legacy weights`` for weights alone.
     kind: str
+    #: The network's layers, as Keras writes them down; nothing for weights alone.
     description: Mapping[str, Any] = field(default_factory=dict)
+    #: How it was trained, as Keras writes it down; None where the file does not say so.
     training: Any = None
 
     @property
@@ -75,54 +67,20 @@ class ModelFile:
         return "crossentropy" in json.dumps(loss).lower().replace("_", "")
 
     def is_own_network(self, config: ModelConfig) -> bool:
-        """
-        Tell whether the network is the file's own, not the one of ``model.name``.
-
-        Parameters
-        ----------
-        config : ModelConfig
-            How the file is used. A whole network as ``.h5`` has always been taken for weights of the network of that name, so it is one
-            of its own only where ``preprocessing`` says how to use it.
-
-        Returns
-        -------
-        bool
-            Whether it is.
-        """
+        """Tell whether the network is the file's own, not the one of ``model.name``."""
         return self.kind == "keras" or (self.kind == "h5" and config.preprocessing is not None)
 
     def read_input_shapes(self) -> list[tuple[int | None, ...]] | None:
-        """
-        Read the shapes of the network's inputs from the description.
-
-        Returns
-        -------
-        list[tuple[int or None, ...]] or None
-            The shape of each with the batch; None where the description does not say it.
-        """
+        """Read the shapes of the network's inputs from the description."""
         return _read_input_shapes(self.description)
 
     def list_foreign(self) -> list[tuple[str, str]]:
-        """
-        List layers whose classes are not Keras's.
-
-        Returns
-        -------
-        list[tuple[str, str]]
-            Class and name of each; those of the network itself are the first.
-        """
+        """List layers whose classes are not Keras's."""
         layers = [(layer["class_name"], _name_layer(layer)) for layer in _walk(self.description) if _is_foreign(layer)]
         return list(dict.fromkeys(layers))
 
     def list_code(self) -> list[str]:
-        """
-        List layers that carry Python code or would load it.
-
-        Returns
-        -------
-        list[str]
-            What each is, for people.
-        """
+        """List layers that carry Python code or would load it."""
         found = []
         for layer in _walk(self.description):
             carries = layer["class_name"] in _CODE_LAYERS or _is_lambda(layer)
@@ -131,43 +89,12 @@ class ModelFile:
 
 
 def locate_weights(config: ModelConfig) -> Location:
-    """
-    Name the file of the weights.
-
-    Parameters
-    ----------
-    config : ModelConfig
-        Which network.
-
-    Returns
-    -------
-    Location
-        The file.
-    """
+    """Name the file of the weights."""
     return Location(config.weights, config.storage_options if "://" in config.weights else {})
 
 
 def examine_file(config: ModelConfig) -> ModelFile:
-    """
-    Find out what the file of the weights holds, from the few kilobytes that say so.
-
-    Parameters
-    ----------
-    config : ModelConfig
-        Which network.
-
-    Returns
-    -------
-    ModelFile
-        What it holds.
-
-    Raises
-    ------
-    ModelError
-        If it is neither a network nor weights of Keras.
-    StorageError
-        If it cannot be read.
-    """
+    """Find out what the file of the weights holds, from the few kilobytes that say so."""
     location = locate_weights(config)
     has_ending = config.weights.lower().endswith(_ENDINGS)
     with explained(location, "read"):
@@ -192,21 +119,7 @@ def examine_file(config: ModelConfig) -> ModelFile:
 
 @contextmanager
 def fetch_file(config: ModelConfig, found: ModelFile) -> Iterator[str]:
-    """
-    Give a file a local path with the ending that Keras expects; Keras reads local files only.
-
-    Parameters
-    ----------
-    config : ModelConfig
-        Which network.
-    found : ModelFile
-        What the file holds.
-
-    Yields
-    ------
-    str
-        The path.
-    """
+    """Give a file a local path with the ending that Keras expects; Keras reads local files only."""
     location = locate_weights(config)
     is_named_well = location.path.endswith(found.ending) and (
         found.ending == ".weights.h5" or not location.path.endswith(".weights.h5")

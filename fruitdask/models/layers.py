@@ -76,18 +76,11 @@ _ADVICE = "set model.layer to the layer whose output are the features"
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """
-    A tensor in a network.
+    """A tensor in a network."""
 
-    Parameters
-    ----------
-    tensor : keras.KerasTensor
-        The tensor, in the graph of the innermost network.
-    calls : tuple[Node, ...]
-        The calls of the nested networks around it, the outermost first.
-    """
-
+    #: The tensor, in the graph of the innermost network.
     tensor: Any
+    #: The calls of the nested networks around it, the outermost first.
     calls: tuple[Any, ...] = ()
 
     @property
@@ -107,39 +100,18 @@ class Place:
         return len(self.tensor.shape)
 
     def list_inputs(self) -> "list[Place]":
-        """
-        List what flows into the layer that makes it.
-
-        Returns
-        -------
-        list[Place]
-            One place for each input; none where the layer is an input of the whole network.
-        """
+        """List what flows into the layer that makes it."""
         return [replace(self, tensor=tensor)._leave() for tensor in self.node.input_tensors]
 
     def enter(self) -> "Place":
-        """
-        Go into nested networks to where the tensor is made.
-
-        Returns
-        -------
-        Place
-            The same tensor, made by a layer that has no graph of its own.
-        """
+        """Go into nested networks to where the tensor is made."""
         place = self
         while (inside := place.enter_once()) is not None:
             place = inside
         return place
 
     def enter_once(self) -> "Place | None":
-        """
-        Go into the nested network that makes the tensor.
-
-        Returns
-        -------
-        Place or None
-            The same tensor in there; None where an ordinary layer makes it.
-        """
+        """Go into the nested network that makes the tensor."""
         operation = self.node.operation
         if not _has_graph(operation):
             return None
@@ -174,32 +146,13 @@ class _Trail:
 
 
 def find_features(network: Any, file: ModelFile | None) -> Place:
-    """
-    Find what flows into the classifier of a network, or the output of a network that has none.
+    """Find what flows into the classifier of a network, or the output of a network that has none.
 
-    Parameters
-    ----------
-    network : keras.Model
-        The network.
-    file : ModelFile or None
-        Its file, which may say how it was trained; None for a network without its classifier.
-
-    Returns
-    -------
-    Place
-        Where the features are.
-
-    Raises
-    ------
-    ModelError
-        If it has several outputs, or it is not clear whether its last layers are a classifier.
-
-    Notes
-    -----
-    From the output, the search walks back past activations, dropout, normalizations, reshaping and pooling to the first layer that could
-    be a classifier: a Dense, or a convolution of 1 x 1 before a global pooling. It is one where a softmax or sigmoid follows, where the
-    network was trained with a cross-entropy, or where it has fewer than 32 units. Where a normalization follows instead, or there is
-    no such layer, the output itself are the features, unless a softmax lies somewhere before it: then it may be made of scores.
+    From the output, the search walks back past activations, dropout, normalizations, reshaping and pooling to the first
+    layer that could be a classifier: a Dense, or a convolution of 1 x 1 before a global pooling. It is one where a
+    softmax or sigmoid follows, where the network was trained with a cross-entropy, or where it has fewer than 32 units.
+    Where a normalization follows instead, or there is no such layer, the output itself are the features, unless a
+    softmax lies somewhere before it: then it may be made of scores.
     """
     places = [Place(tensor) for tensor in _list_outputs(network)]
     if file is None:
@@ -222,26 +175,7 @@ def find_features(network: Any, file: ModelFile | None) -> Place:
 
 
 def find_layer(network: Any, name: str) -> Place:
-    """
-    Find a layer by its name, in the network or in one that is nested in it.
-
-    Parameters
-    ----------
-    network : keras.Model
-        The network.
-    name : str
-        The layer's name, after the names of the networks around it and slashes where it is needed to tell layers apart.
-
-    Returns
-    -------
-    Place
-        The output of its last use.
-
-    Raises
-    ------
-    ModelError
-        If there is no such layer, or more than one.
-    """
+    """Find a layer by its name, in the network or in one that is nested in it."""
     places = list(_list_places([Place(tensor) for tensor in _list_outputs(network)]))
     found = [place for place in places if place.name == name]
     found = found or [place for place in places if place.name.endswith(f"/{name}")]
@@ -264,21 +198,7 @@ def find_layer(network: Any, name: str) -> Place:
 
 
 def cut_network(network: Any, place: Place) -> Any:
-    """
-    End a network at a place.
-
-    Parameters
-    ----------
-    network : keras.Model
-        The network.
-    place : Place
-        What shall be its output.
-
-    Returns
-    -------
-    keras.Model
-        The network up to there, through all networks that are nested around the place.
-    """
+    """End a network at a place."""
     import keras
 
     tensor = place.tensor
@@ -293,19 +213,7 @@ def cut_network(network: Any, place: Place) -> Any:
 
 
 def has_foreign_layers(network: Any) -> bool:
-    """
-    Tell whether code that is neither Keras's nor fruitdask's may be part of a network.
-
-    Parameters
-    ----------
-    network : keras.Model
-        The network.
-
-    Returns
-    -------
-    bool
-        Whether it has a layer of another class, or other classes or functions are registered with Keras.
-    """
+    """Tell whether code that is neither Keras's nor fruitdask's may be part of a network."""
     import keras
 
     places = _list_places([Place(tensor) for tensor in _list_outputs(network)])

@@ -56,19 +56,7 @@ INPUT_PX = {
 
 
 def check_name(config: ModelConfig) -> None:
-    """
-    Refuse a network that does not exist, without importing TensorFlow.
-
-    Parameters
-    ----------
-    config : ModelConfig
-        Which network.
-
-    Raises
-    ------
-    ModelError
-        If no network has this name. The name is ignored for a ``.keras`` file.
-    """
+    """Refuse a network that does not exist, without importing TensorFlow."""
     if config.name in INPUT_PX or config.is_keras_file:
         return
     by_lower, found = {name.lower(): name for name in INPUT_PX}, config.name.lower()
@@ -85,25 +73,7 @@ def check_name(config: ModelConfig) -> None:
 
 
 def build_network(name: str, *, input_px: int, weights: str, pooling: str) -> Any:
-    """
-    Build a network by its name, without its classifier.
-
-    Parameters
-    ----------
-    name : str
-        One of `INPUT_PX`.
-    input_px : int
-        Side of the square input, in pixels.
-    weights : str
-        ``imagenet``, ``random``, or the path of a file of weights.
-    pooling : str
-        How the last feature map becomes one vector. Keras does it itself where it can: ConvNeXt has a normalization after it.
-
-    Returns
-    -------
-    keras.Model
-        From preprocessed images to the last feature map, or to the vector.
-    """
+    """Build a network by its name, without its classifier."""
     import keras
 
     if name == _SQUEEZENET:
@@ -117,19 +87,7 @@ def build_network(name: str, *, input_px: int, weights: str, pooling: str) -> An
 
 
 def find_preprocessing(name: str) -> Callable[[Any], Any]:
-    """
-    Find how a network's authors scaled pixels.
-
-    Parameters
-    ----------
-    name : str
-        One of `INPUT_PX`.
-
-    Returns
-    -------
-    Callable[[tensor], tensor]
-        From RGB images of 0 to 255 to what the network takes.
-    """
+    """Find how a network's authors scaled pixels."""
     import keras
 
     if name == _SQUEEZENET:

@@ -21,29 +21,11 @@ _FILES = ("network.xml", "network.bin")
 
 
 def pack_graph(graph: bytes) -> bytes:
-    """
-    Convert a graph for images one at a time, and make sure that it can be run.
+    """Convert a graph for images one at a time, and make sure that it can be run.
 
-    Parameters
-    ----------
-    graph : bytes
-        A serialized TensorFlow graph from ``images`` to ``features``, its weights inside as constants.
-
-    Returns
-    -------
-    bytes
-        A ZIP archive of the network in OpenVINO's format.
-
-    Raises
-    ------
-    ModelError
-        If OpenVINO cannot run the network.
-
-    Notes
-    -----
-    Converting the frozen graph equals ``keras.Model.export(format="openvino")``, and preprocessing and pooling come along. A fixed shape
-    of one image is as fast as the best batch (2 images; 8 are 15 % slower, for they do not fit into a core's cache), takes the least
-    memory and gives an image the same features in every batch.
+    Converting the frozen graph equals ``keras.Model.export(format="openvino")``, and preprocessing and pooling come
+    along. A fixed shape of one image is as fast as the best batch (2 images; 8 are 15 % slower, for they do not fit
+    into a core's cache), takes the least memory and gives an image the same features in every batch.
     """
     openvino = _import_openvino()
     with tempfile.TemporaryDirectory() as folder:
@@ -63,43 +45,12 @@ def pack_graph(graph: bytes) -> bytes:
 
 
 def start_engine(*, n_threads: int) -> None:
-    """
-    Import OpenVINO.
-
-    Parameters
-    ----------
-    n_threads : int
-        Not needed yet: threads are limited network by network.
-
-    Raises
-    ------
-    EngineError
-        If it is not installed here.
-    """
+    """Import OpenVINO."""
     _import_openvino()
 
 
 def load_network(artifact: ModelArtifact, *, n_threads: int) -> Predictor:
-    """
-    Compile a network for this machine's CPU.
-
-    Parameters
-    ----------
-    artifact : ModelArtifact
-        The packed network.
-    n_threads : int
-        Images in work at the same time, whoever asks for them: each has a thread and a stream of its own.
-
-    Returns
-    -------
-    Predictor
-        The callable; threads may share it.
-
-    Raises
-    ------
-    EngineError
-        If OpenVINO is not installed here, or cannot read the artifact.
-    """
+    """Compile a network for this machine's CPU."""
     openvino = _import_openvino()
     with zipfile.ZipFile(io.BytesIO(artifact.payload)) as archive:
         xml, weights = (archive.read(name) for name in _FILES)

@@ -17,13 +17,7 @@ _ENVIRONMENT = {"KERAS_BACKEND": _BACKEND, "KERAS_NNX_ENABLED": "false", "TF_USE
 
 @contextmanager
 def keras_environment() -> Iterator[None]:
-    """
-    Give Keras, while it is imported here or in a child that starts, the environment that fruitdask builds networks in.
-
-    Yields
-    ------
-    None
-        Control, once.
+    """Give Keras, while it is imported here or in a child that starts, the environment that fruitdask builds networks in.
     """
     saved = {name: os.environ.get(name) for name in _ENVIRONMENT}
     _set_environment(_ENVIRONMENT)
@@ -34,14 +28,7 @@ def keras_environment() -> Iterator[None]:
 
 
 def find_backend() -> str:
-    """
-    Say on which backend Keras runs in this process, or would if it were imported.
-
-    Returns
-    -------
-    str
-        Its name, such as ``tensorflow`` or ``jax``.
-    """
+    """Say on which backend Keras runs in this process, or would if it were imported."""
     if "keras" in sys.modules:
         import keras
 
@@ -56,14 +43,7 @@ def find_backend() -> str:
 
 
 def import_keras() -> None:
-    """
-    Import TensorFlow, and Keras on top of it.
-
-    Raises
-    ------
-    EngineError
-        If Keras cannot be imported, or runs on another backend already.
-    """
+    """Import TensorFlow, and Keras on top of it."""
     try:
         with keras_environment():
             import_tensorflow(with_keras=True)
@@ -80,18 +60,8 @@ def import_keras() -> None:
 
 @contextmanager
 def shipped_settings(precision: str) -> Iterator[None]:
-    """
-    Let Keras compute as it does out of the box; its settings belong to the whole process, so the user's come back afterwards.
-
-    Parameters
-    ----------
-    precision : str
-        The policy of layers that bring none of their own: ``float32`` or ``mixed_float16``.
-
-    Yields
-    ------
-    None
-        Control, once.
+    """Let Keras compute as it does out of the box; its settings belong to the whole process, so the user's come back
+    afterwards.
     """
     from keras import config
 

@@ -40,67 +40,17 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def load_array_pickle(data: bytes) -> Any:
-    """
-    Load a pickle that may hold NumPy arrays and Python's own containers alone.
-
-    Parameters
-    ----------
-    data : bytes
-        The pickle.
-
-    Returns
-    -------
-    Any
-        What was pickled.
-
-    Raises
-    ------
-    ModelError
-        If it names anything but NumPy's arrays.
-    """
+    """Load a pickle that may hold NumPy arrays and Python's own containers alone."""
     return _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
 
 
 def preprocess(images: Any) -> Any:
-    """
-    Scale pixels as the network was trained: blue, green, red, minus their means.
-
-    Parameters
-    ----------
-    images : tensor
-        RGB images, float32, 0 to 255, channels last.
-
-    Returns
-    -------
-    tensor
-        BGR images around zero.
-    """
+    """Scale pixels as the network was trained: blue, green, red, minus their means."""
     return images[..., ::-1] - np.asarray(_MEAN_BGR, np.float32)
 
 
 def build_squeezenet(*, input_px: int, weights: str, include_top: bool = False) -> Any:
-    """
-    Build SqueezeNet 1.1.
-
-    Parameters
-    ----------
-    input_px : int
-        Side of the square input, in pixels.
-    weights : str
-        ``imagenet``, ``random``, or the path of a Keras weights file.
-    include_top : bool
-        Whether the 1000 classes' scores (before the softmax) are the output, instead of the last feature map.
-
-    Returns
-    -------
-    keras.Model
-        From preprocessed images to a feature map of 512 channels, or to scores.
-
-    Raises
-    ------
-    ModelError
-        If the weights do not fit or the package with the ImageNet weights is missing.
-    """
+    """Build SqueezeNet 1.1."""
     import keras
 
     inputs = keras.Input((input_px, input_px, 3))

@@ -15,31 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 def pack_graph(graph: bytes) -> bytes:
-    """
-    Leave a graph as it is.
-
-    Parameters
-    ----------
-    graph : bytes
-        A serialized graph from ``images`` to ``features``, its weights inside as constants.
-
-    Returns
-    -------
-    bytes
-        The graph.
-    """
+    """Leave a graph as it is."""
     return graph
 
 
 def start_engine(*, n_threads: int) -> None:
-    """
-    Import TensorFlow with its threads limited, which works only before its first operation.
-
-    Parameters
-    ----------
-    n_threads : int
-        Threads that TensorFlow may use.
-    """
+    """Import TensorFlow with its threads limited, which works only before its first operation."""
     tf = import_tensorflow(with_keras=False)
     try:
         tf.config.threading.set_intra_op_parallelism_threads(n_threads)
@@ -51,20 +32,8 @@ def start_engine(*, n_threads: int) -> None:
 
 
 def load_network(artifact: ModelArtifact, *, n_threads: int) -> Predictor:
-    """
-    Load a frozen graph: neither Keras nor a SavedModel folder is needed, and the constants let TensorFlow fuse operations.
-
-    Parameters
-    ----------
-    artifact : ModelArtifact
-        The packed network.
-    n_threads : int
-        Threads that TensorFlow may use.
-
-    Returns
-    -------
-    Predictor
-        The callable; threads may share it.
+    """Load a frozen graph: neither Keras nor a SavedModel folder is needed, and the constants let TensorFlow fuse
+    operations.
     """
     start_engine(n_threads=n_threads)
     tf = import_tensorflow(with_keras=False)
@@ -81,19 +50,7 @@ def load_network(artifact: ModelArtifact, *, n_threads: int) -> Predictor:
 
 
 def import_tensorflow(*, with_keras: bool) -> Any:
-    """
-    Import TensorFlow quietly; an import that fails still raises.
-
-    Parameters
-    ----------
-    with_keras : bool
-        Whether Keras comes along. A frozen graph runs without it, and TensorFlow starts in two thirds of the time.
-
-    Returns
-    -------
-    module
-        The package ``tensorflow``.
-    """
+    """Import TensorFlow quietly; an import that fails still raises."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Otherwise the first process takes all memory of a GPU, and leaves none to the others of the machine.
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")

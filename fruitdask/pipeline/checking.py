@@ -33,30 +33,15 @@ _TOLERANCES = {"exact": 1e-6, "randomized": 1e-3}
 
 @dataclass(frozen=True)
 class StoredRun:
-    """
-    A run whose features can be opened.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    manifest : Mapping[str, Any]
-        Its manifest.
-    arrays : Mapping[str, StoredArray]
-        ``features`` and ``status``.
-    committed : frozenset[int]
-        Partitions that are done.
-    components : PrincipalComponents or None
-        Its principal components; None where there are none, or none that can be read.
-    catalog : pandas.DataFrame or None
-        Which image each row is of; None where nothing says it but the outcomes.
-    """
+    """A run whose features can be opened."""
 
     output: Location
     manifest: Mapping[str, Any]
     arrays: Mapping[str, store.StoredArray]
     committed: frozenset[int]
+    #: Its principal components; None where there are none, or none that can be read.
     components: "PrincipalComponents | None"
+    #: Which image each row is of; None where nothing says it but the outcomes.
     catalog: pd.DataFrame | None
 
     @property
@@ -85,38 +70,13 @@ class StoredRun:
         return -(-self.n_images // self.size)
 
     def count_images(self, index: int) -> int:
-        """
-        Count the images of a partition.
-
-        Parameters
-        ----------
-        index : int
-            Which partition.
-
-        Returns
-        -------
-        int
-            As many as others have, less only for the last one; none beyond it.
-        """
+        """Count the images of a partition."""
         return max(0, min(self.size, self.n_images - index * self.size))
 
 
 @dataclass
 class Tally:
-    """
-    What the partitions hold together.
-
-    Parameters
-    ----------
-    faults : list[Fault]
-        What is wrong with them.
-    counts : Counts
-        Images by status and class.
-    failures : list[pandas.DataFrame]
-        Outcomes of the images that failed.
-    n_images : int
-        Images whose outcomes could be read.
-    """
+    """What the partitions hold together."""
 
     faults: list[Fault] = field(default_factory=list)
     counts: report.Counts = field(default_factory=report.Counts)
@@ -124,18 +84,7 @@ class Tally:
     n_images: int = 0
 
     def add(self, index: int, outcomes: pd.DataFrame | None, faults: Iterable[Fault]) -> None:
-        """
-        Add the next partition.
-
-        Parameters
-        ----------
-        index : int
-            Which one.
-        outcomes : pandas.DataFrame or None
-            Its outcomes; None where they cannot be read.
-        faults : Iterable[Fault]
-            What is wrong with it.
-        """
+        """Add the next partition."""
         self.faults += faults
         if outcomes is None or outcomes.empty:
             return
@@ -145,21 +94,7 @@ class Tally:
 
 
 def check_partitions(run: StoredRun, progress: RunProgress) -> Tally:
-    """
-    Check all partitions that are done, and the tables that were made of them.
-
-    Parameters
-    ----------
-    run : StoredRun
-        The run.
-    progress : RunProgress
-        Where to show progress.
-
-    Returns
-    -------
-    Tally
-        What is wrong, and what there is.
-    """
+    """Check all partitions that are done, and the tables that were made of them."""
     tally, csv = Tally(), report.CsvComparison(run.output, n_images=run.n_images) if run.is_complete else None
     progress.begin("Verifying partitions")
     progress.begin_images(run.n_images, n_done=run.n_images - sum(map(run.count_images, run.committed)))
@@ -251,21 +186,7 @@ def _check_counts(run: StoredRun, tally: Tally) -> Iterator[Fault]:
 
 
 def read_components(output: Location, *, n_features: int) -> "tuple[PrincipalComponents | None, list[Fault]]":
-    """
-    Read the principal components of a run, and check that they can be used.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    n_features : int
-        Features an image.
-
-    Returns
-    -------
-    tuple[PrincipalComponents or None, list[Fault]]
-        The components, or what is wrong with them.
-    """
+    """Read the principal components of a run, and check that they can be used."""
     from fruitdask.reduce import PrincipalComponents
 
     faults = list(store.check_arrays(output, PCA, COMPONENT_ARRAYS, "reduce"))
@@ -278,19 +199,7 @@ def read_components(output: Location, *, n_features: int) -> "tuple[PrincipalCom
 
 
 def check_components(run: StoredRun) -> Iterator[Fault]:
-    """
-    Fit the principal components of a complete run again, and compare.
-
-    Parameters
-    ----------
-    run : StoredRun
-        The run, all of whose features are well.
-
-    Yields
-    ------
-    Fault
-        What is not what the features give.
-    """
+    """Fit the principal components of a complete run again, and compare."""
     import dask
 
     from fruitdask.reduce import compare_components

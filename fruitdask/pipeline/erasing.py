@@ -35,32 +35,17 @@ _RESULT_KEYS = ("counts", "pca", "split", "presented", "finished")
 
 @dataclass(frozen=True, eq=False)
 class ErasurePlan:
-    """
-    Which images of a run an erasure is about.
-
-    Parameters
-    ----------
-    config : Config
-        Names the input and the output.
-    patterns : tuple[str, ...]
-        Patterns of paths.
-    images : pandas.DataFrame
-        All images of the run, ``path`` and ``label``, in their order, and ``bytes`` and ``version`` where the store has a catalog.
-    is_erased : numpy.ndarray
-        Which of them match, bool.
-    listing : pandas.DataFrame or None
-        The catalog of the input as it is now; None where it cannot be listed.
-    is_complete : bool
-        Whether the run has the features of all images.
-    images_per_partition : int
-        Images a partition of the run.
-    """
+    """Which images of a run an erasure is about."""
 
     config: Config
     patterns: tuple[str, ...] = field(repr=False)
+    #: All images of the run, ``path`` and ``label``, in their order, and ``bytes`` and ``version`` where the store has
+    #: a catalog.
     images: pd.DataFrame = field(repr=False)
     is_erased: npt.NDArray[np.bool_] = field(repr=False)
+    #: The catalog of the input as it is now; None where it cannot be listed.
     listing: pd.DataFrame | None = field(repr=False)
+    #: Whether the run has the features of all images.
     is_complete: bool
     images_per_partition: int
 
@@ -136,32 +121,7 @@ def erase(
 
 
 def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
-    """
-    Find the images of a run that match patterns. An erasure that was interrupted is finished first.
-
-    Parameters
-    ----------
-    config : Config
-        The configuration of the run.
-    patterns : Sequence[str]
-        Patterns of paths.
-
-    Returns
-    -------
-    ErasurePlan
-        What would be erased.
-
-    Raises
-    ------
-    ConfigError
-        If no image matches, or all do.
-    OutputError
-        If the output folder holds no run.
-    ResidencyError
-        If something is in a region that is not allowed; nothing was read then.
-    StoreMismatchError
-        If the run is not complete and the input is not what it was.
-    """
+    """Find the images of a run that match patterns. An erasure that was interrupted is finished first."""
     if config.privacy.allowed_regions is not None:
         check_regions(config)
     output = open_output(config)
@@ -191,28 +151,7 @@ def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
 
 
 def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | None = None) -> Erasure:
-    """
-    Erase what was planned, and compute the results again.
-
-    Parameters
-    ----------
-    plan : ErasurePlan
-        What to erase.
-    client : distributed.Client, optional
-        A cluster to use instead of the one that the configuration describes; it is left open.
-    progress : RunProgress, optional
-        Where to show progress; nowhere by default.
-
-    Returns
-    -------
-    Erasure
-        Counts, and the new results.
-
-    Raises
-    ------
-    FruitdaskError
-        If the results cannot be computed again; the images are erased then.
-    """
+    """Erase what was planned, and compute the results again."""
     progress = progress or RunProgress()
     with progress:
         progress.begin("Erasing")
@@ -229,19 +168,7 @@ def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | 
 
 
 def remove_images(plan: ErasurePlan) -> None:
-    """
-    Remove images from what a run has stored, and delete all that was made of it.
-
-    Parameters
-    ----------
-    plan : ErasurePlan
-        What to erase.
-
-    Raises
-    ------
-    StorageError
-        If something cannot be read or written. Either nothing was erased then, or any next command finishes it.
-    """
+    """Remove images from what a run has stored, and delete all that was made of it."""
     output = open_output(plan.config)
     manifest, kept = _read_run(output), plan.images[~plan.is_erased]
     fingerprint = manifest["fingerprint"] | {"catalog": _hash_kept(plan, manifest["fingerprint"]["catalog"])}

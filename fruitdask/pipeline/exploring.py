@@ -85,16 +85,7 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | None 
 
 
 class Survey:
-    """
-    The exploration of some images: what it is, whether it is done, and how it gets done.
-
-    Parameters
-    ----------
-    inputs : Inputs
-        The images.
-    images_per_partition : int
-        Images a task.
-    """
+    """The exploration of some images: what it is, whether it is done, and how it gets done."""
 
     def __init__(self, inputs: Inputs, *, images_per_partition: int) -> None:
         self._inputs = inputs
@@ -129,19 +120,7 @@ class Survey:
         return is_same and all(exists(self._inputs.output.child(name)) for name in ("explore.parquet", "explore.zarr"))
 
     def begin(self) -> ExploreJob:
-        """
-        Make the output folder ready, for tasks that look at images before the survey is completed.
-
-        Returns
-        -------
-        ExploreJob
-            What tasks need to know that look at images.
-
-        Raises
-        ------
-        StorageError
-            If it cannot be written.
-        """
+        """Make the output folder ready, for tasks that look at images before the survey is completed."""
         output, self._has_begun = self._inputs.output, True
         store.write_manifest(output, self._described | {"status": "running"}, name=store.EXPLORATION)
         store.create_thumbnails(
@@ -153,34 +132,11 @@ class Survey:
         return self._job
 
     def add(self, findings: Findings) -> None:
-        """
-        Take what the task of a run has found.
-
-        Parameters
-        ----------
-        findings : Findings
-            The findings of a partition.
-        """
+        """Take what the task of a run has found."""
         self._tally.add(findings)
 
     def complete(self, client: Any, progress: RunProgress) -> None:
-        """
-        Look at the images that were not looked at, put everything together and write it.
-
-        Parameters
-        ----------
-        client : distributed.Client
-            The cluster.
-        progress : RunProgress
-            Where to show progress.
-
-        Raises
-        ------
-        PartitionError
-            If a task fails.
-        StorageError
-            If the results cannot be written.
-        """
+        """Look at the images that were not looked at, put everything together and write it."""
         if not self._has_begun:
             self.begin()
         config, written = self._inputs.config, self._inputs.output.child(store.EXPLORATION)
@@ -201,13 +157,8 @@ class Survey:
         store.delete_thumbnails(self._inputs.output)
 
     def renew_record(self) -> None:
-        """
-        Say in a complete exploration what is left out now, and what the configuration says of purpose, controller and retention.
-
-        Raises
-        ------
-        StorageError
-            If it cannot be written.
+        """Say in a complete exploration what is left out now, and what the configuration says of purpose, controller and
+        retention.
         """
         output, found = self._inputs.output, store.read_manifest(self._inputs.output, name=store.EXPLORATION) or {}
         record = found.get("processing", {}) | describe_processing(self._inputs.config, since=found["finished"])

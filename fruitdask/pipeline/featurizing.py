@@ -39,32 +39,7 @@ _N_MARKED_AT_ONCE = 16
 def compute_features(
     task: Task, progress: RunProgress, *, client: Any, stack: ExitStack, survey: Survey | None
 ) -> tuple[Any, dict[str, Any]]:
-    """
-    Start what is needed and featurize.
-
-    Parameters
-    ----------
-    task : Task
-        What there is to do.
-    progress : RunProgress
-        Where to show progress.
-    client : distributed.Client or None
-        A cluster to use; where there is none, the one of the configuration is started.
-    stack : contextlib.ExitStack
-        Holds the cluster that was started.
-    survey : Survey or None
-        An exploration to which the tasks add what they see.
-
-    Returns
-    -------
-    tuple[distributed.Client, dict[str, Any]]
-        The cluster, and the manifest of the run.
-
-    Raises
-    ------
-    FruitdaskError
-        If something cannot be started, read or written, or too many images fail.
-    """
+    """Start what is needed and featurize."""
     progress.begin("Starting the cluster and building the network")
     with task.clock.measure("start"):
         client, artifact = _start(task, client, stack)
@@ -79,28 +54,7 @@ def compute_features(
 
 
 def record_vanished(task: Task, manifest: dict[str, Any], progress: RunProgress) -> dict[str, Any]:
-    """
-    Record images that have vanished, where nothing is to be computed: without a cluster, and without a network.
-
-    Parameters
-    ----------
-    task : Task
-        What there is to do.
-    manifest : dict[str, Any]
-        The manifest of the run before.
-    progress : RunProgress
-        Where to show progress.
-
-    Returns
-    -------
-    dict[str, Any]
-        The manifest of this run; of how features were computed, it says what the one before did.
-
-    Raises
-    ------
-    FruitdaskError
-        If something cannot be read or written.
-    """
+    """Record images that have vanished, where nothing is to be computed: without a cluster, and without a network."""
     from fruitdask.featurize import mark_vanished
 
     progress.begin("Recording images that are gone")
@@ -116,21 +70,7 @@ def record_vanished(task: Task, manifest: dict[str, Any], progress: RunProgress)
 
 
 def check_failures(task: Task, n_failed: int) -> None:
-    """
-    End a run in which too many images of the input have failed, and write down which.
-
-    Parameters
-    ----------
-    task : Task
-        The run.
-    n_failed : int
-        Images that have failed so far.
-
-    Raises
-    ------
-    TooManyFailuresError
-        If they are more than ``featurize.max_failed_fraction`` allows.
-    """
+    """End a run in which too many images of the input have failed, and write down which."""
     limit = task.config.featurize.max_failed_fraction
     if n_failed <= limit * task.n_listed:
         return

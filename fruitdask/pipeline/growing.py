@@ -27,68 +27,33 @@ _ROWS_AT_ONCE = 65_536
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """
-    The images of an output, in the order of its rows.
+    """The images of an output, in the order of its rows."""
 
-    Parameters
-    ----------
-    catalog : pandas.DataFrame
-        The images; those that have vanished from the input are marked.
-    changes : dict[str, int]
-        Images ``added``, ``changed``, ``vanished`` and ``kept`` since the store's own catalog was written; empty where it has none.
-    """
-
+    #: The images; those that have vanished from the input are marked.
     catalog: pd.DataFrame
+    #: Images ``added``, ``changed``, ``vanished`` and ``kept`` since the store's own catalog was written; empty where
+    #: it has none.
     changes: dict[str, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Backlog:
-    """
-    What a run has to compute.
+    """What a run has to compute."""
 
-    Parameters
-    ----------
-    todo : dict[int, tuple[int, ...] or None]
-        Partitions to compute, and the places in them; None stands for all.
-    n_images : int
-        Images to read; those that have vanished are not read.
-    n_failed : int
-        Images that have failed and are not computed again; those that have vanished do not count.
-    n_retried : int
-        Images that had failed and are computed again because that was asked for, or because they were out of reach.
-    done : set[int]
-        Partitions whose outcomes no task will change any more; those that are completed join them.
-    """
-
+    #: Partitions to compute, and the places in them; None stands for all.
     todo: dict[int, tuple[int, ...] | None]
+    #: Images to read; those that have vanished are not read.
     n_images: int
+    #: Images that have failed and are not computed again; those that have vanished do not count.
     n_failed: int
+    #: Images that had failed and are computed again because that was asked for, or because they were out of reach.
     n_retried: int
+    #: Partitions whose outcomes no task will change any more; those that are completed join them.
     done: set[int]
 
 
 def order_images(inputs: Inputs, *, has_commits: bool) -> Rows:
-    """
-    Bring the images of the input into the order of the output's rows.
-
-    Parameters
-    ----------
-    inputs : Inputs
-        The images of the input, and the output folder.
-    has_commits : bool
-        Whether anything is stored there that is gone on with.
-
-    Returns
-    -------
-    Rows
-        The images; where nothing is stored, or no catalog with it, as they are listed.
-
-    Raises
-    ------
-    StoreMismatchError
-        If less than half of the images of the output are still in the input.
-    """
+    """Bring the images of the input into the order of the output's rows."""
     stored = store.read_catalog(inputs.output) if has_commits else None
     if stored is None:
         return Rows(inputs.catalog, {})
@@ -108,31 +73,8 @@ def order_images(inputs: Inputs, *, has_commits: bool) -> Rows:
 def find_backlog(
     output: Location, rows: Rows, committed: frozenset[int], *, images_per_partition: int, retry_failed: bool
 ) -> Backlog:
-    """
-    Find what to compute: what is not committed, is of another version of the file, was out of reach, or failed where that is asked for.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    rows : Rows
-        The images that it shall hold.
-    committed : frozenset[int]
-        Partitions that are committed.
-    images_per_partition : int
-        Rows a partition.
-    retry_failed : bool
-        Whether images that have failed are computed again.
-
-    Returns
-    -------
-    Backlog
-        What there is to do.
-
-    Raises
-    ------
-    StorageError
-        If outcomes cannot be read.
+    """Find what to compute: what is not committed, is of another version of the file, was out of reach, or failed where
+    that is asked for.
     """
     catalog, n_images = rows.catalog, len(rows.catalog)
     is_present = (catalog["bytes"] != VANISHED_BYTES).to_numpy()
@@ -165,21 +107,8 @@ def find_backlog(
 
 
 def format_changes(changes: Mapping[str, int]) -> str:
-    """
-    Say in words what has changed.
+    """Say in words what has changed.
 
-    Parameters
-    ----------
-    changes : Mapping[str, int]
-        Counts by name.
-
-    Returns
-    -------
-    str
-        Those that are not zero.
-
-    Examples
-    --------
     >>> format_changes({"added": 12, "changed": 0, "vanished": 1, "kept": 842})
     '12 new, 1 vanished, 842 kept'
     """
@@ -187,21 +116,7 @@ def format_changes(changes: Mapping[str, int]) -> str:
 
 
 def describe_fit(manifest: Mapping[str, Any] | None, n_changed: int) -> dict[str, Any]:
-    """
-    Carry on in the manifest what is known of the fit of the principal components.
-
-    Parameters
-    ----------
-    manifest : Mapping[str, Any] or None
-        The manifest of the run before.
-    n_changed : int
-        Images that this run changes.
-
-    Returns
-    -------
-    dict[str, Any]
-        ``pca``, as JSON; nothing where there was no fit.
-    """
+    """Carry on in the manifest what is known of the fit of the principal components."""
     pca = (manifest or {}).get("pca", {})
     if "fit" not in pca:
         return {}

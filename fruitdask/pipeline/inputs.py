@@ -23,33 +23,18 @@ from fruitdask.storage import Location, check_bucket, exists, hide_secrets, pin
 
 @dataclass(frozen=True)
 class Inputs:
-    """
-    A configuration whose places were checked, and the images that it names.
-
-    Parameters
-    ----------
-    config : Config
-        The configuration.
-    source : ImageSource
-        Where the images are and how to read them.
-    output : Location
-        The output folder.
-    catalog : pandas.DataFrame
-        The images.
-    regions : dict[str, str]
-        The regions of the input, the output and the cluster, from `fruitdask.residency`.
-    left_out : Mapping[str, int]
-        Files of the input that are not taken, by kind.
-    notes : tuple[str, ...]
-        What the user is told about how the images were listed.
-    """
+    """A configuration whose places were checked, and the images that it names."""
 
     config: Config
+    #: Where the images are and how to read them.
     source: ImageSource
     output: Location
     catalog: pd.DataFrame
+    #: The regions of the input, the output and the cluster, from `fruitdask.residency`.
     regions: dict[str, str]
+    #: Files of the input that are not taken, by kind.
     left_out: Mapping[str, int] = field(default_factory=dict)
+    #: What the user is told about how the images were listed.
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -62,32 +47,7 @@ class Inputs:
 
 
 def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
-    """
-    Check the places of a configuration, draw the sample where it asks for one, and list the images.
-
-    Parameters
-    ----------
-    config : Config
-        The configuration.
-    client : distributed.Client, optional
-        A cluster that is used instead of the configured one.
-
-    Returns
-    -------
-    Inputs
-        What there is to work on. Nothing was written to the output.
-
-    Raises
-    ------
-    ConfigError
-        If the output lies inside the input, or instances in the cloud cannot reach one of them.
-    OutputError
-        If the output cannot be a folder or cannot be written.
-    ResidencyError
-        If something is in a region that is not allowed; nothing was read then.
-    CatalogError
-        If there are no images.
-    """
+    """Check the places of a configuration, draw the sample where it asks for one, and list the images."""
     source = Location(config.input.url, config.input.storage_options)
     output = open_output(config)
     _check_places(source, output)
@@ -116,20 +76,7 @@ def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
 
 
 def settle_erasure(inputs: Inputs, progress: RunProgress) -> None:
-    """
-    Finish an erasure that was interrupted, and take the images of the input for those that one has left, if they are.
-
-    Parameters
-    ----------
-    inputs : Inputs
-        The images of the input, and the output folder.
-    progress : RunProgress
-        Where to warn that erased images may come back.
-
-    Raises
-    ------
-    StorageError
-        If the output cannot be read or written.
+    """Finish an erasure that was interrupted, and take the images of the input for those that one has left, if they are.
     """
     output = inputs.output
     store.finish_erasing(output)
@@ -145,52 +92,18 @@ def settle_erasure(inputs: Inputs, progress: RunProgress) -> None:
 
 
 def hash_names(catalog: pd.DataFrame) -> str:
-    """
-    Hash the names of images whose sizes and versions are not known.
-
-    Parameters
-    ----------
-    catalog : pandas.DataFrame
-        Rows with ``path`` and ``label``.
-
-    Returns
-    -------
-    str
-        A SHA-256 in hexadecimal digits.
-    """
+    """Hash the names of images whose sizes and versions are not known."""
     return hash_catalog(catalog.assign(bytes=0, version=""))
 
 
 def open_output(config: Config) -> Location:
-    """
-    Name the output folder of a configuration.
-
-    Parameters
-    ----------
-    config : Config
-        The configuration.
-
-    Returns
-    -------
-    Location
-        The folder, which need not exist.
-    """
+    """Name the output folder of a configuration."""
     return Location(config.output.url, config.output.storage_options, config.output.attempts)
 
 
 def dump_config(config: Config) -> dict[str, Any]:
-    """
-    Write a configuration out without storage options, without what may be secret in URLs, and without the names of excluded images.
-
-    Parameters
-    ----------
-    config : Config
-        The configuration.
-
-    Returns
-    -------
-    dict[str, Any]
-        Its sections, as JSON.
+    """Write a configuration out without storage options, without what may be secret in URLs, and without the names of
+    excluded images.
     """
     options = {"storage_options"}
     # What is handed to containers and shells may hold secrets, against all advice.

@@ -44,28 +44,7 @@ LOCAL_REDUCE_BYTES = 128 * 1024**2
 
 @dataclass(frozen=True)
 class Machine:
-    """
-    Instances of one kind that a run starts.
-
-    Parameters
-    ----------
-    role : str
-        ``scheduler`` or ``worker``.
-    instance_type : str
-        Their type.
-    n_instances : int
-        How many.
-    is_spot : bool
-        Whether they are spot instances.
-    region : str
-        Their region.
-    seconds : float
-        How long each runs.
-    hourly_dollars : float or None
-        What each costs an hour; None where no price is known.
-    memory_bytes : int or None
-        The memory of each; None where AWS could not be asked.
-    """
+    """Instances of one kind that a run starts."""
 
     role: str
     instance_type: str
@@ -73,30 +52,18 @@ class Machine:
     is_spot: bool
     region: str
     seconds: float
+    #: What each costs an hour; None where no price is known.
     hourly_dollars: float | None
+    #: The memory of each; None where AWS could not be asked.
     memory_bytes: int | None
 
 
 @dataclass(frozen=True)
 class Movement:
-    """
-    Bytes that go from one place to another.
-
-    Parameters
-    ----------
-    what : str
-        What they are.
-    source : str
-        The region they come from, ``local`` or ``unknown``.
-    target : str
-        The region they go to.
-    n_bytes : int
-        How many.
-    dollars : float
-        What AWS asks for it.
-    """
+    """Bytes that go from one place to another."""
 
     what: str
+    #: The region they come from, ``local`` or ``unknown``.
     source: str
     target: str
     n_bytes: int
@@ -207,30 +174,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Work:
-    """
-    What a run has to do.
-
-    Parameters
-    ----------
-    inputs : Inputs
-        Its images.
-    images_per_partition : int
-        Images a partition.
-    n_left : int
-        Images that an earlier run has not done.
-    list_seconds : float
-        How long listing them took.
-    spent_dollars : float
-        What earlier parts of the run have cost.
-    client : distributed.Client, optional
-        A cluster to use instead of the one that the configuration describes.
-    """
+    """What a run has to do."""
 
     inputs: Inputs
     images_per_partition: int
+    #: Images that an earlier run has not done.
     n_left: int
     list_seconds: float
+    #: What earlier parts of the run have cost.
     spent_dollars: float
+    #: A cluster to use instead of the one that the configuration describes.
     client: Any = None
 
     @property
@@ -246,26 +199,7 @@ class Work:
 
 
 def estimate(work: Work, progress: RunProgress) -> Plan:
-    """
-    Estimate what a run takes, from some of its images that are fetched, decoded and predicted on this machine.
-
-    Parameters
-    ----------
-    work : Work
-        What there is to do.
-    progress : RunProgress
-        Where to show progress.
-
-    Returns
-    -------
-    Plan
-        The estimate. Nothing was written but the network to the cache, and no instance was started.
-
-    Raises
-    ------
-    FruitdaskError
-        If the network cannot be built, the images cannot be tried, or cost is limited where no price is known.
-    """
+    """Estimate what a run takes, from some of its images that are fetched, decoded and predicted on this machine."""
     progress.begin("Trying some images here")
     with start_building(settle_engine(work.config)) as wait_for_artifact:
         artifact = wait_for_artifact()
@@ -274,20 +208,7 @@ def estimate(work: Work, progress: RunProgress) -> Plan:
 
 
 class Estimator:
-    """
-    Puts a plan together.
-
-    Parameters
-    ----------
-    work : Work
-        What there is to do.
-    sample : Sample or None
-        What was measured; None where nothing is left to be done.
-    n_features : int
-        Features an image.
-    input_px : int
-        Side of the network's input, in pixels.
-    """
+    """Puts a plan together."""
 
     def __init__(self, work: Work, sample: Sample | None, *, n_features: int, input_px: int) -> None:
         self._work = work
@@ -300,19 +221,7 @@ class Estimator:
         self._warnings: list[str] = []
 
     def build_plan(self) -> Plan:
-        """
-        Build the plan.
-
-        Returns
-        -------
-        Plan
-            The plan.
-
-        Raises
-        ------
-        ClusterStartError
-            If the cluster is one that runs already, and does not answer.
-        """
+        """Build the plan."""
         work, catalog = self._work, self._work.inputs.catalog
         types = self._describe_types()
         n_workers, n_threads = self._count_workers(types)

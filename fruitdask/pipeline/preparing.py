@@ -23,39 +23,21 @@ _REDUCING = ("reduce", "quality")
 
 @dataclass(frozen=True)
 class Task:
-    """
-    A run that has been checked: what there is to do, and what is done.
+    """A run that has been checked: what there is to do, and what is done."""
 
-    Parameters
-    ----------
-    inputs : Inputs
-        The images of the input, and the output folder.
-    fingerprint : dict[str, str]
-        What determines the features.
-    images_per_partition : int
-        Images a partition.
-    manifest : dict[str, Any] or None
-        The manifest of the run before; None where there is none, or its results are overwritten.
-    committed : frozenset[int]
-        Partitions that are committed.
-    budget : Budget
-        What the run may spend, and has spent.
-    clock : Clock
-        How long its stages take.
-    lock : OutputLock or None
-        What keeps other runs out of the output folder; None where nothing is written to it.
-    retry_failed : bool
-        Whether images that have failed in an earlier run are computed again.
-    """
-
+    #: The images of the input, and the output folder.
     inputs: Inputs
     fingerprint: dict[str, str]
     images_per_partition: int
+    #: The manifest of the run before; None where there is none, or its results are overwritten.
     manifest: dict[str, Any] | None
     committed: frozenset[int]
+    #: What the run may spend, and has spent.
     budget: Budget
     clock: Clock
+    #: What keeps other runs out of the output folder; None where nothing is written to it.
     lock: store.OutputLock | None
+    #: Whether images that have failed in an earlier run are computed again.
     retry_failed: bool
 
     @property
@@ -172,32 +154,7 @@ def prepare(
     locks: ExitStack | None = None,
     retry_failed: bool = False,
 ) -> Task:
-    """
-    Check all that can be checked before anything is started.
-
-    Parameters
-    ----------
-    config : Config
-        What to do.
-    progress : RunProgress
-        Where to show progress.
-    client : distributed.Client, optional
-        A cluster that is used instead of the configured one.
-    locks : contextlib.ExitStack, optional
-        Holds the lock of the output folder; without it, nothing is written there.
-    retry_failed : bool
-        Whether images that have failed in an earlier run are computed again.
-
-    Returns
-    -------
-    Task
-        What there is to do.
-
-    Raises
-    ------
-    FruitdaskError
-        If the run would end with an error before it starts.
-    """
+    """Check all that can be checked before anything is started."""
     progress.begin("Listing images")
     clock = Clock()
     with clock.measure("list"):

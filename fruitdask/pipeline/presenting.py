@@ -84,48 +84,15 @@ def render_report(config: Config) -> Report:
 
 
 def describe_presentation(config: Config, output: Location) -> dict[str, Any]:
-    """
-    Say what the figures and the page depend on, besides the run.
-
-    Parameters
-    ----------
-    config : Config
-        What they shall look like.
-    output : Location
-        The output folder.
-
-    Returns
-    -------
-    dict[str, Any]
-        The mark that a manifest bears once they are drawn.
-    """
+    """Say what the figures and the page depend on, besides the run."""
     exploration = store.read_manifest(output, name=store.EXPLORATION) or {}
     sections = dump_config(config)
     return {name: sections[name] for name in _SECTIONS} | {"exploration": exploration.get("finished")}
 
 
 def present(config: Config, output: Location) -> dict[str, Any] | None:
-    """
-    Write the figures and the page, as far as the configuration asks for them, and mark in the run's manifest that they are drawn.
-
-    Parameters
-    ----------
-    config : Config
-        What they shall look like.
-    output : Location
-        The output folder.
-
-    Returns
-    -------
-    dict[str, Any] or None
-        The manifest; None where there is only an exploration.
-
-    Raises
-    ------
-    OutputError
-        If there is nothing to show.
-    StorageError
-        If something cannot be read or written.
+    """Write the figures and the page, as far as the configuration asks for them, and mark in the run's manifest that they
+    are drawn.
     """
     manifest = _read_complete(output)
     if manifest is not None and "presented" in manifest:

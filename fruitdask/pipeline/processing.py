@@ -10,21 +10,7 @@ from fruitdask.storage import Location, find_encryption, hide_secrets
 
 
 def describe_processing(config: Config, *, since: str | None = None) -> dict[str, Any]:
-    """
-    Describe a processing as its configuration does; `describe_protection` adds what is found out.
-
-    Parameters
-    ----------
-    config : Config
-        What is done.
-    since : str, optional
-        When results began to be kept, in ISO 8601; now by default.
-
-    Returns
-    -------
-    dict[str, Any]
-        Part of the record, as JSON.
-    """
+    """Describe a processing as its configuration does; `describe_protection` adds what is found out."""
     privacy = config.privacy
     days = privacy.retention_days
     begin = datetime.fromisoformat(since) if since else datetime.now(UTC)
@@ -39,29 +25,7 @@ def describe_processing(config: Config, *, since: str | None = None) -> dict[str
 
 
 def describe_protection(config: Config, written: Location, client: Any = None) -> dict[str, str | None]:
-    """
-    Describe how data are encrypted, as found on what was written first and on the cluster.
-
-    Parameters
-    ----------
-    config : Config
-        What is done.
-    written : Location
-        A file in the output.
-    client : distributed.Client, optional
-        The cluster.
-
-    Returns
-    -------
-    dict[str, str or None]
-        Part of the record: the encryption ``at_rest``, None where nobody says, and, where there is a cluster, ``in_transit`` between its
-        processes: ``TLS``, ``one machine`` or ``none``.
-
-    Raises
-    ------
-    ResidencyError
-        If ``privacy.require_encryption`` is set and a remote output is not encrypted, or nobody says that it is.
-    """
+    """Describe how data are encrypted, as found on what was written first and on the cluster."""
     at_rest = find_encryption(written)
     if config.privacy.require_encryption and at_rest is None and not written.is_local:
         raise ResidencyError(

@@ -37,59 +37,27 @@ _REFIT_FRACTION = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
-    """
-    What became of the features of a run.
+    """What became of the features of a run."""
 
-    Parameters
-    ----------
-    components : PrincipalComponents or None
-        The principal components that are kept; None where there are none.
-    scores : numpy.ndarray
-        Coordinates along them (image, component), float32; NaN for images that failed. Without components it has no columns.
-    tsne : numpy.ndarray or None
-        Coordinates on the map of t-SNE (image, 2), float32; NaN for images that failed or were not sampled.
-    quality : dict[str, Any] or None
-        How well the features separate the classes; None where that was not asked for.
-    fit : dict[str, Any]
-        How many images the fit of the components saw, how many have changed since, and its settings; JSON.
-    is_kept : bool
-        Whether the components are those of an earlier run.
-    problem : str
-        Why components that are wanted are impossible, as a sentence for the user; empty where they are not.
-    """
-
+    #: The principal components that are kept; None where there are none.
     components: "PrincipalComponents | None"
+    #: Coordinates along them (image, component), float32; NaN for images that failed. Without components it has no
+    #: columns.
     scores: Scores
+    #: Coordinates on the map of t-SNE (image, 2), float32; NaN for images that failed or were not sampled.
     tsne: Scores | None
+    #: How well the features separate the classes; None where that was not asked for.
     quality: dict[str, Any] | None
+    #: How many images the fit of the components saw, how many have changed since, and its settings; JSON.
     fit: dict[str, Any]
+    #: Whether the components are those of an earlier run.
     is_kept: bool
+    #: Why components that are wanted are impossible, as a sentence for the user; empty where they are not.
     problem: str = ""
 
 
 def choose_components(config: Config, output: Location, fit: dict[str, Any] | None) -> "PrincipalComponents | None":
-    """
-    Choose whether the components of an earlier run are kept.
-
-    Parameters
-    ----------
-    config : Config
-        Its section ``reduce`` counts.
-    output : Location
-        The output folder.
-    fit : dict[str, Any] or None
-        What the manifest says of the fit, as in ``Reduction.fit``; None where there was none.
-
-    Returns
-    -------
-    PrincipalComponents or None
-        The components; None where they are to be fitted.
-
-    Raises
-    ------
-    StorageError
-        If they cannot be read.
-    """
+    """Choose whether the components of an earlier run are kept."""
     from fruitdask.reduce import PrincipalComponents
 
     refit, location = config.reduce.refit, output.child(PCA)
@@ -114,31 +82,9 @@ def reduce_features(
     kept: "PrincipalComponents | None",
     fit: dict[str, Any] | None,
 ) -> Reduction:
-    """
-    Fit and apply the reductions to the images that have features, and judge these.
+    """Fit and apply the reductions to the images that have features, and judge these.
 
-    Parameters
-    ----------
-    config : Config
-        Its sections ``reduce`` and ``quality`` count.
-    output : Location
-        The output folder with the features.
-    labels : numpy.ndarray
-        The classes of all images.
-    kept : PrincipalComponents or None
-        The components, where those of an earlier run are kept.
-    fit : dict[str, Any] or None
-        What is known of their fit.
-
-    Returns
-    -------
-    Reduction
-        What came out, in memory.
-
-    Raises
-    ------
-    ReduceError
-        If there are fewer images or features than components.
+    labels: numpy.ndarray, the classes of all images.
     """
     from fruitdask.reduce import MIN_IMAGES, TSNE_COMPONENTS, embed_tsne, sample_rows
 
@@ -206,26 +152,7 @@ def _find_components(settings: ReduceConfig, features: "da.Array") -> "tuple[Pri
 
 
 def fit_components(settings: ReduceConfig, features: "da.Array") -> "PrincipalComponents":
-    """
-    Fit as many principal components as are of use.
-
-    Parameters
-    ----------
-    settings : ReduceConfig
-        What is wanted.
-    features : dask.array.Array
-        Features of the images that have some.
-
-    Returns
-    -------
-    PrincipalComponents
-        At least the components that are wanted, and those that t-SNE needs.
-
-    Raises
-    ------
-    ReduceError
-        If they cannot be fitted.
-    """
+    """Fit as many principal components as are of use."""
     from fruitdask.reduce import TSNE_COMPONENTS, fit_pca
 
     largest = min(features.shape)
@@ -264,20 +191,6 @@ def _spread(values: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], n_rows
 
 
 def write_components(output: Location, fitted: "PrincipalComponents") -> None:
-    """
-    Store principal components.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    fitted : PrincipalComponents
-        The components.
-
-    Raises
-    ------
-    StorageError
-        If they cannot be written.
-    """
+    """Store principal components."""
     arrays = {name: (getattr(fitted, name), dimensions) for name, dimensions in COMPONENT_ARRAYS.items()}
     store.write_arrays(output.child(PCA), arrays, {"fruitdask": __version__})

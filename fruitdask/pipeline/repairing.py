@@ -17,19 +17,7 @@ _KNOWN = ("fruitdask", "fingerprint", "model")
 
 
 def restore_manifest(output: Location) -> dict[str, Any] | None:
-    """
-    Make a manifest of what the features say about themselves.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-
-    Returns
-    -------
-    dict or None
-        The manifest of a run that is not finished; None where the features do not say it.
-    """
+    """Make a manifest of what the features say about themselves."""
     try:
         group = store.open_store(output)
     except DamageError:
@@ -43,21 +31,7 @@ def restore_manifest(output: Location) -> dict[str, Any] | None:
 
 
 def repair_faults(output: Location, faults: Iterable[Fault]) -> None:
-    """
-    Take away or restore what is damaged, so that the next run makes it again.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder, in which no run is at work.
-    faults : Iterable[Fault]
-        What was found.
-
-    Raises
-    ------
-    StorageError
-        If something cannot be written or deleted.
-    """
+    """Take away or restore what is damaged, so that the next run makes it again."""
     by_remedy: dict[Remedy, list[Fault]] = {}
     for fault in faults:
         by_remedy.setdefault(fault.remedy, []).append(fault)
@@ -108,19 +82,7 @@ def _restore_store(output: Location, names: list[str]) -> None:
 
 
 def shape_store(manifest: Mapping[str, Any]) -> dict[str, int]:
-    """
-    Say what shape the features of a run have.
-
-    Parameters
-    ----------
-    manifest : Mapping[str, Any]
-        The manifest of the run.
-
-    Returns
-    -------
-    dict[str, int]
-        ``n_images``, ``n_features`` and ``images_per_partition``.
-    """
+    """Say what shape the features of a run have."""
     names = ("n_images", "images_per_partition")
     return {name: manifest[name] for name in names} | {"n_features": manifest["model"]["n_features"]}
 

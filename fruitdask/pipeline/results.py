@@ -94,25 +94,10 @@ class RunResult:
 
 
 def open_features(output: Location, *, block_bytes: int = 0) -> tuple["da.Array", npt.NDArray[np.bool_]]:
-    """
-    Open the features of a run, and read which images have some.
+    """Open the features of a run, and read which images have some.
 
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    block_bytes : int
-        About how large the blocks of the array are to be: at least a chunk of the store, at most several.
-
-    Returns
-    -------
-    tuple[dask.array.Array, numpy.ndarray]
-        Features (image, feature) float32, lazy, and which rows are well, bool.
-
-    Raises
-    ------
-    OutputError
-        If there are none.
+    Returns tuple[dask.array.Array, numpy.ndarray]: features (image, feature) float32, lazy, and which rows are well,
+    bool.
     """
     import dask.array as da
 

@@ -34,27 +34,7 @@ class Clock(Stopwatch):
 
 
 class Budget:
-    """
-    What a run may spend, and has spent.
-
-    Parameters
-    ----------
-    limits : LimitsConfig
-        What it may.
-    cluster : LocalClusterConfig, AddressClusterConfig or EC2ClusterConfig
-        The cluster that it starts.
-    region : str
-        Where that is.
-    manifest : Mapping[str, Any] or None
-        The manifest of the run's earlier parts.
-    elapsed_seconds : float
-        How long this part has been running.
-
-    Raises
-    ------
-    ConfigError
-        If cost is limited, and nobody knows what an instance costs.
-    """
+    """What a run may spend, and has spent."""
 
     def __init__(
         self,
@@ -88,34 +68,13 @@ class Budget:
 
     @contextmanager
     def open_client(self) -> Iterator[Any]:
-        """
-        Open a client of the cluster, whose instances end by themselves when a limit is reached.
-
-        Yields
-        ------
-        distributed.Client
-            The client, closed at the end.
-
-        Raises
-        ------
-        LimitError
-            If a limit is reached already.
-        ClusterStartError
-            If the cluster does not start.
-        """
+        """Open a client of the cluster, whose instances end by themselves when a limit is reached."""
         self.check()
         with open_client(self._limit_lifetime()) as self._client:
             yield self._client
 
     def check(self) -> None:
-        """
-        End a run that has reached a limit.
-
-        Raises
-        ------
-        LimitError
-            If it has.
-        """
+        """End a run that has reached a limit."""
         max_hours, max_cost = self._limits.max_hours, self._limits.max_cost
         hours = self.elapsed_seconds / 3600
         if max_hours is not None and hours >= max_hours:
@@ -126,15 +85,7 @@ class Budget:
             )
 
     def describe(self) -> dict[str, Any]:
-        """
-        Describe what was spent, for the manifest.
-
-        Returns
-        -------
-        dict[str, Any]
-            ``cost``, as JSON: US dollars in all, seconds and US dollars by type of instance, and of when the prices are. Nothing where
-            no instance was started.
-        """
+        """Describe what was spent, for the manifest."""
         groups: dict[str, list[Usage]] = defaultdict(list)
         for usage in self._list_usage():
             groups[f"spot {usage.instance_type}" if usage.is_spot else usage.instance_type].append(usage)
@@ -168,21 +119,7 @@ class Budget:
 
 
 def compute_cluster_cost(cluster: ClusterConfig, usages: Iterable[Usage]) -> Cost:
-    """
-    Compute what the instances of a cluster cost, with their volumes and public addresses.
-
-    Parameters
-    ----------
-    cluster : LocalClusterConfig, AddressClusterConfig or EC2ClusterConfig
-        The cluster.
-    usages : Iterable[Usage]
-        Its instances.
-
-    Returns
-    -------
-    Cost
-        The sums; nothing but EC2 costs.
-    """
+    """Compute what the instances of a cluster cost, with their volumes and public addresses."""
     if not isinstance(cluster, EC2ClusterConfig):
         return Cost(0.0)
     has_address = not cluster.use_private_ip

@@ -30,49 +30,23 @@ _ONE_WORKER = LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_ad
 
 @dataclass(frozen=True)
 class Sample:
-    """
-    What trying some images has shown, in one process of one thread.
-
-    Parameters
-    ----------
-    n_images : int
-        Images that were measured.
-    n_failed : int
-        Images without features, of these and of those that warmed up.
-    image_seconds : dict[str, float]
-        Seconds an image by stage: ``fetch``, ``decode``, ``predict``, ``explore``.
-    partition_seconds : float
-        Seconds a partition takes besides, to write it above all.
-    start_seconds : float
-        Seconds until the process was there and had the network.
-    base_bytes : int
-        Memory of the process with the network.
-    thread_bytes : int
-        Memory that a thread needs besides.
-    """
+    """What trying some images has shown, in one process of one thread."""
 
     n_images: int
+    #: Images without features, of these and of those that warmed up.
     n_failed: int
+    #: Seconds an image by stage: ``fetch``, ``decode``, ``predict``, ``explore``.
     image_seconds: dict[str, float]
+    #: Seconds a partition takes besides, to write it above all.
     partition_seconds: float
+    #: Seconds until the process was there and had the network.
     start_seconds: float
+    #: Memory of the process with the network.
     base_bytes: int
     thread_bytes: int
 
     def count_bytes(self, n_threads: int) -> int:
-        """
-        Count the memory of a process of so many threads.
-
-        Parameters
-        ----------
-        n_threads : int
-            Threads, each of which works on a partition of its own.
-
-        Returns
-        -------
-        int
-            Bytes.
-        """
+        """Count the memory of a process of so many threads."""
         return self.base_bytes + n_threads * self.thread_bytes
 
 
@@ -88,26 +62,7 @@ class _Trial:
 
 
 def try_images(inputs: Inputs, artifact: ModelArtifact) -> Sample:
-    """
-    Fetch, decode, explore and predict a few dozen images, evenly over the classes, as a run does.
-
-    Parameters
-    ----------
-    inputs : Inputs
-        The images.
-    artifact : ModelArtifact
-        The network.
-
-    Returns
-    -------
-    Sample
-        What they took. Results went to a temporary folder, which is deleted.
-
-    Raises
-    ------
-    PartitionError
-        If a task fails.
-    """
+    """Fetch, decode, explore and predict a few dozen images, evenly over the classes, as a run does."""
     from fruitdask.featurize import FeaturizeJob
 
     chosen = inputs.catalog.iloc[sample_evenly(inputs.catalog, _N_PARTITIONS * _IMAGES_PER_PARTITION)]

@@ -40,14 +40,7 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """
-    Measure or draw text, one thread at a time, without warnings of glyphs that a font lacks.
-
-    Yields
-    ------
-    None
-        Such glyphs are drawn as boxes in a PNG; in an SVG the reader's fonts draw them.
-    """
+    """Measure or draw text, one thread at a time, without warnings of glyphs that a font lacks."""
     with _LOCK, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+ ")
         yield
@@ -73,14 +66,7 @@ def load_matplotlib() -> None:
 
 @contextmanager
 def standard_settings() -> Iterator[None]:
-    """
-    Use matplotlib's own defaults, so that figures look the same whatever the user's matplotlibrc says.
-
-    Yields
-    ------
-    None
-        One thread at a time; the user's settings are restored at the end. It is a decorator too.
-    """
+    """Use matplotlib's own defaults, so that figures look the same whatever the user's matplotlibrc says."""
     load_matplotlib()
     from matplotlib import style
 
@@ -89,21 +75,7 @@ def standard_settings() -> Iterator[None]:
 
 
 def start_figure(width: float, height: float, *, title: str, note: str = "") -> Figure:
-    """
-    Start a figure with a title and a line that says how to read it.
-
-    Parameters
-    ----------
-    width, height : float
-        In inches; it grows in width where the title or the note need it.
-    title, note : str
-        Text at the top left.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        The figure, which pyplot knows nothing of. Its label is the title.
-    """
+    """Start a figure with a title and a line that says how to read it."""
     from matplotlib.figure import Figure
 
     title, note = tidy_label(title, n_characters=90), tidy_label(note, n_characters=200)
@@ -115,23 +87,7 @@ def start_figure(width: float, height: float, *, title: str, note: str = "") -> 
 
 
 def add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """
-    Add axes with thin lines at the left and at the bottom.
-
-    Parameters
-    ----------
-    figure : matplotlib.figure.Figure
-        The figure.
-    left, top : float
-        Their upper left corner, in inches from that of the figure.
-    width, height : float
-        In inches.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
-        The axes.
-    """
+    """Add axes with thin lines at the left and at the bottom."""
     full_width, full_height = figure.get_size_inches()
     bottom = full_height - top - height
     axes = figure.add_axes(
@@ -147,38 +103,13 @@ def add_axes(figure: Figure, left: float, top: float, width: float, height: floa
 
 
 def hide_axes(axes: Axes) -> None:
-    """
-    Leave only what is drawn.
-
-    Parameters
-    ----------
-    axes : matplotlib.axes.Axes
-        Their lines, ticks and numbers go.
-    """
+    """Leave only what is drawn."""
     axes.spines[:].set_visible(False)
     axes.set(xticks=[], yticks=[])
 
 
 def write(target: Figure | Axes, x: float, y: float, text: str, **properties: Any) -> Text:
-    """
-    Write plain text: no formula is read into it.
-
-    Parameters
-    ----------
-    target : matplotlib.figure.Figure or matplotlib.axes.Axes
-        Where to.
-    x, y : float
-        Where: on a figure in inches from its upper left corner, on axes in data coordinates.
-    text : str
-        One line.
-    **properties : Any
-        Of matplotlib's text.
-
-    Returns
-    -------
-    matplotlib.text.Text
-        The text.
-    """
+    """Write plain text: no formula is read into it."""
     from matplotlib.figure import Figure
 
     if isinstance(target, Figure):
@@ -189,21 +120,7 @@ def write(target: Figure | Axes, x: float, y: float, text: str, **properties: An
 
 
 def tidy_label(label: str, *, n_characters: int = 34) -> str:
-    """
-    Make a name fit into a line.
-
-    Parameters
-    ----------
-    label : str
-        Any text.
-    n_characters : int
-        The longest that is left whole; a wide East Asian character counts twice.
-
-    Returns
-    -------
-    str
-        Printable text in one line, for what XML and fonts cannot show becomes a space, shortened in the middle.
-    """
+    """Make a name fit into a line."""
     text = "".join(character if character.isprintable() else " " for character in str(label))
     if sum(map(_count_cells, text)) <= n_characters:
         return text
@@ -212,23 +129,7 @@ def tidy_label(label: str, *, n_characters: int = 34) -> str:
 
 
 def measure_width(texts: Iterable[str], *, size: float, weight: str = "normal") -> float:
-    """
-    Measure how wide text will be.
-
-    Parameters
-    ----------
-    texts : Iterable[str]
-        Lines.
-    size : float
-        In points.
-    weight : str
-        Normal or bold.
-
-    Returns
-    -------
-    float
-        Width of the widest, in inches; 0 without any.
-    """
+    """Measure how wide text will be."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
@@ -244,21 +145,7 @@ def measure_width(texts: Iterable[str], *, size: float, weight: str = "normal") 
 
 
 def plot_nothing(title: str, reason: str) -> Figure:
-    """
-    Make a figure that says why there is nothing to see.
-
-    Parameters
-    ----------
-    title : str
-        Its title.
-    reason : str
-        One short sentence.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        A low figure without axes.
-    """
+    """Make a figure that says why there is nothing to see."""
     return start_figure(4.0, HEADER, title=title, note=reason)
 
 

@@ -145,20 +145,9 @@ def plot_map(
 def plot_explained_variance(
     ratio: Sequence[float] | npt.NDArray[np.floating[Any]], n_components: Mapping[str, int | None]
 ) -> Figure:
-    """
-    Plot how much of the features' variance the first components explain together.
+    """Plot how much of the features' variance the first components explain together.
 
-    Parameters
-    ----------
-    ratio : Sequence[float] or numpy.ndarray
-        Fraction (0 to 1) of each component, the largest first.
-    n_components : Mapping[str, int or None]
-        For fractions such as "0.9" how many components reach them; None where all that are known do not.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        The cumulative curve, with those numbers of components at its right.
+    ratio: Sequence[float] or numpy.ndarray, fraction (0 to 1) of each component, the largest first.
     """
     title = "Explained variance"
     shares = np.asarray(ratio, float)
@@ -196,21 +185,10 @@ def plot_explained_variance(
 
 @standard_settings()
 def plot_confusion(labels: Sequence[str], share: Sequence[Sequence[float]] | npt.NDArray[np.floating[Any]]) -> Figure:
-    """
-    Plot which classes the nearest neighbours of each class's images belong to.
+    """Plot which classes the nearest neighbours of each class's images belong to.
 
-    Parameters
-    ----------
-    labels : Sequence[str]
-        Classes.
-    share : Sequence[Sequence[float]] or numpy.ndarray
-        Fractions (0 to 1): the image's class in rows, its neighbours' in columns.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        A heat map: one blue whose opacity is the square root of the share, so that it is light on light pages, dark on dark ones, and
-        shares of 1 % are seen. Up to 26 classes it holds the shares as percentages.
+    share: Sequence[Sequence[float]] or numpy.ndarray, fractions (0 to 1): the image's class in rows, its neighbours' in
+    columns.
     """
     title = "Classes of nearest neighbours"
     shares = np.asarray(share, float).reshape(len(labels), len(labels))

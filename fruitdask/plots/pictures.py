@@ -48,21 +48,7 @@ Image = npt.NDArray[np.uint8]
 
 @standard_settings()
 def plot_examples(exploration: Exploration, *, per_class: int) -> Figure:
-    """
-    Plot images of each class.
-
-    Parameters
-    ----------
-    exploration : Exploration
-        What an exploration found.
-    per_class : int
-        Examples of a class, beside its mean, most typical and least typical image.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        A row for each class, the largest class first, at most 40. Only images with a thumbnail are shown.
-    """
+    """Plot images of each class."""
     title, classes = "Examples of each class", exploration.classes
     if classes.empty:
         return plot_nothing(title, "There are no classes to show.")
@@ -99,19 +85,7 @@ def plot_examples(exploration: Exploration, *, per_class: int) -> Figure:
 
 @standard_settings()
 def plot_sizes(images: pd.DataFrame) -> Figure:
-    """
-    Plot how large the images are.
-
-    Parameters
-    ----------
-    images : pandas.DataFrame
-        ``Exploration.images``; ``bytes``, ``width_px`` and ``height_px`` are used.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Two histograms: of file sizes, and of the longer sides of the images that could be read.
-    """
+    """Plot how large the images are."""
     title = "Sizes of the images"
     if images.empty:
         return plot_nothing(title, "There are no images.")

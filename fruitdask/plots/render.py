@@ -28,21 +28,7 @@ _FAMILY = re.compile(r"font-family:[^;]*;?\s*")
 
 @standard_settings()
 def render_png(figure: Figure, *, dpi: int) -> bytes:
-    """
-    Draw a figure as an image.
-
-    Parameters
-    ----------
-    figure : matplotlib.figure.Figure
-        The figure.
-    dpi : int
-        Dots per inch; fewer are used where the image would pass 65,000 pixels.
-
-    Returns
-    -------
-    bytes
-        A PNG on a white ground.
-    """
+    """Draw a figure as an image."""
     buffer = io.BytesIO()
     dpi = min(dpi, int(_MAX_PX / max(figure.get_size_inches())))
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
@@ -51,22 +37,7 @@ def render_png(figure: Figure, *, dpi: int) -> bytes:
 
 @standard_settings()
 def render_svg(figure: Figure, *, label: str = "") -> str:
-    """
-    Draw a figure as a part of an HTML page.
-
-    Parameters
-    ----------
-    figure : matplotlib.figure.Figure
-        The figure.
-    label : str
-        What it shows, for those who cannot see it; by default the figure's title.
-
-    Returns
-    -------
-    str
-        An ``svg`` element without a ground: as wide as there is room for up to its natural size, its text in the page's font and its
-        ink in the colour of the page's text. The same figure gives the same text; different figures share no ids.
-    """
+    """Draw a figure as a part of an HTML page."""
     from matplotlib import rc_context
 
     label = tidy_label(label or str(figure.get_label()), n_characters=_MAX_LABEL)

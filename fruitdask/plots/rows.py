@@ -65,19 +65,7 @@ class _Column:
 
 @standard_settings()
 def plot_class_counts(classes: pd.DataFrame) -> Figure:
-    """
-    Plot how many images each class has.
-
-    Parameters
-    ----------
-    classes : pandas.DataFrame
-        ``Exploration.classes``; ``n_images`` and ``n_ok`` are used.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Bars, the longest first, with their numbers.
-    """
+    """Plot how many images each class has."""
     title = "Images per class"
     if classes.empty:
         return plot_nothing(title, _NO_CLASSES)
@@ -103,20 +91,7 @@ def plot_class_counts(classes: pd.DataFrame) -> Figure:
 
 @standard_settings()
 def plot_differences(classes: pd.DataFrame) -> Figure:
-    """
-    Plot how much the images of each class differ from each other.
-
-    Parameters
-    ----------
-    classes : pandas.DataFrame
-        ``Exploration.classes``; ``mean_squared_difference``, ``standard_error``, ``pair_q05`` and ``pair_q95`` are used.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        A dot and its standard error on a bar from the 5 % to the 95 % quantile over pairs; the most varied class first, classes with
-        fewer than two images last.
-    """
+    """Plot how much the images of each class differ from each other."""
     title = "Differences between images of a class"
     if classes["mean_squared_difference"].isna().all():
         return plot_nothing(title, "No class has two images that could be read.")
@@ -142,19 +117,7 @@ def plot_differences(classes: pd.DataFrame) -> Figure:
 
 @standard_settings()
 def plot_silhouettes(silhouette: Mapping[str, Any]) -> Figure:
-    """
-    Plot how well each class keeps apart from the others.
-
-    Parameters
-    ----------
-    silhouette : Mapping[str, Any]
-        ``mean`` and ``by_class``, each a silhouette (-1 to 1) or None.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Bars, the best first, with their numbers; those below 0 in orange.
-    """
+    """Plot how well each class keeps apart from the others."""
     title = "Silhouette of each class"
     by_class = pd.DataFrame({"value": pd.Series(dict(silhouette["by_class"]), dtype=float)})
     if by_class.empty:
@@ -181,19 +144,7 @@ def plot_silhouettes(silhouette: Mapping[str, Any]) -> Figure:
 
 @standard_settings()
 def plot_colours(classes: pd.DataFrame) -> Figure:
-    """
-    Plot the most frequent colours of each class.
-
-    Parameters
-    ----------
-    classes : pandas.DataFrame
-        ``Exploration.classes``; ``palette`` is used.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        A strip for each class, in their own order, in which a colour is as wide as its share of the pixels.
-    """
+    """Plot the most frequent colours of each class."""
     title = "Most frequent colours"
     if classes.empty:
         return plot_nothing(title, _NO_CLASSES)

@@ -26,39 +26,16 @@ MARKERS: Mapping[str, str | tuple[int, int, float]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ClassStyle:
-    """
-    How the points of a class look.
-
-    Parameters
-    ----------
-    colour : str
-        As "#rrggbb".
-    marker : str
-        Bokeh's name of the shape.
-    is_filled : bool
-        Whether the shape is filled; otherwise it is an outline.
-    """
+    """How the points of a class look."""
 
     colour: str
     marker: str
+    #: Whether the shape is filled; otherwise it is an outline.
     is_filled: bool
 
 
 def style_classes(labels: Sequence[str]) -> dict[str, ClassStyle]:
-    """
-    Give each class a look of its own.
-
-    Parameters
-    ----------
-    labels : Sequence[str]
-        Classes, in the same order wherever the same looks are wanted.
-
-    Returns
-    -------
-    dict[str, ClassStyle]
-        A style for each class. Neighbours differ in colour and in shape; outlines begin at the 73rd class; after 144 classes styles
-        come again.
-    """
+    """Give each class a look of its own."""
     markers = tuple(MARKERS)
     n_pairs = len(COLOURS) * len(markers)
     return {

@@ -18,40 +18,12 @@ _EXAMPLES_PER_CLASS = 6
 
 
 def write_page(output: Location, data: ReportData) -> None:
-    """
-    Write the page.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    data : ReportData
-        What to show.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be written.
-    """
+    """Write the page."""
     write_file(output.child(PAGE), render_page(data).encode())
 
 
 def write_figures(output: Location, data: ReportData) -> None:
-    """
-    Write the figures that there are data for, and delete those of an earlier run.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    data : ReportData
-        What to show.
-
-    Raises
-    ------
-    StorageError
-        If one cannot be written.
-    """
+    """Write the figures that there are data for, and delete those of an earlier run."""
     for name in FIGURE_NAMES:
         delete_result(output, f"{FIGURES}/{name}.png")
     for name, figure in _plot_all(data):
@@ -59,25 +31,7 @@ def write_figures(output: Location, data: ReportData) -> None:
 
 
 def list_figures(*, n_components: int, has_tsne: bool, has_exploration: bool, has_quality: bool) -> list[str]:
-    """
-    List the figures of a run.
-
-    Parameters
-    ----------
-    n_components : int
-        Principal components in its table; 0 where the features were not reduced.
-    has_tsne : bool
-        Whether the table has coordinates of t-SNE.
-    has_exploration : bool
-        Whether its images were explored.
-    has_quality : bool
-        Whether its features were judged.
-
-    Returns
-    -------
-    list[str]
-        Their names.
-    """
+    """List the figures of a run."""
     groups = [
         (has_exploration, FIGURE_NAMES[:5]),
         (n_components > 1, FIGURE_NAMES[5:6]),

@@ -6,21 +6,8 @@ _NARROW_SPACE = "\u202f"
 
 
 def format_count(value: float) -> str:
-    """
-    Format a count.
+    """Format a count.
 
-    Parameters
-    ----------
-    value : float
-        A number.
-
-    Returns
-    -------
-    str
-        Its digits in groups of three.
-
-    Examples
-    --------
     >>> format_count(12345)
     '12,345'
     """
@@ -28,22 +15,9 @@ def format_count(value: float) -> str:
 
 
 def format_share(value: float | None) -> str:
-    """
-    Format a share in [0, 1] as a percentage.
+    """Format a share in [0, 1] as a percentage.
 
-    Parameters
-    ----------
-    value : float or None
-        The share.
-
-    Returns
-    -------
-    str
-        A percentage with at most one digit after the point, a dash for None.
-
-    Examples
-    --------
-    >>> [format_share(value).replace("\u202f", " ") for value in (0.98765, 0.9, 1, 0.99999, 0.00001, None)]
+    >>> [format_share(value).replace(" ", " ") for value in (0.98765, 0.9, 1, 0.99999, 0.00001, None)]
     ['98.8 %', '90 %', '100 %', '99.9 %', '0.1 %', '–']
     """
     if value is None:
@@ -55,22 +29,9 @@ def format_share(value: float | None) -> str:
 
 
 def format_bytes(value: float | None) -> str:
-    """
-    Format a number of bytes.
+    """Format a number of bytes.
 
-    Parameters
-    ----------
-    value : float or None
-        Bytes.
-
-    Returns
-    -------
-    str
-        The number with a decimal unit, a dash for None.
-
-    Examples
-    --------
-    >>> [format_bytes(value).replace("\u202f", " ") for value in (12, 8_123, 25_600_000, None)]
+    >>> [format_bytes(value).replace(" ", " ") for value in (12, 8_123, 25_600_000, None)]
     ['12 bytes', '8.1 kB', '26 MB', '–']
     """
     if value is None:
@@ -86,22 +47,9 @@ def format_bytes(value: float | None) -> str:
 
 
 def format_seconds(value: float) -> str:
-    """
-    Format a duration.
+    """Format a duration.
 
-    Parameters
-    ----------
-    value : float
-        Seconds.
-
-    Returns
-    -------
-    str
-        The duration in the units that suit it.
-
-    Examples
-    --------
-    >>> [format_seconds(value).replace("\u202f", " ") for value in (0.04, 3.21, 59.7, 754, 7400)]
+    >>> [format_seconds(value).replace(" ", " ") for value in (0.04, 3.21, 59.7, 754, 7400)]
     ['0.04 s', '3.2 s', '60 s', '12 min 34 s', '2 h 3 min']
     """
     if value < 100:
@@ -114,21 +62,8 @@ def format_seconds(value: float) -> str:
 
 
 def format_number(value: float | None) -> str:
-    """
-    Format a measure to three digits.
+    """Format a measure to three digits.
 
-    Parameters
-    ----------
-    value : float or None
-        A number.
-
-    Returns
-    -------
-    str
-        The number, a dash for None and NaN.
-
-    Examples
-    --------
     >>> format_number(0.123456), format_number(12345.6), format_number(None)
     ('0.123', '12,346', '–')
     """
@@ -138,21 +73,8 @@ def format_number(value: float | None) -> str:
 
 
 def format_time(value: str) -> str:
-    """
-    Format a point in time.
+    """Format a point in time.
 
-    Parameters
-    ----------
-    value : str
-        In ISO format.
-
-    Returns
-    -------
-    str
-        Day and minute, in UTC.
-
-    Examples
-    --------
     >>> format_time("2026-11-23T08:01:30+01:00")
     '23 November 2026, 07:01 UTC'
     """

@@ -25,20 +25,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class MapAxes:
-    """
-    One map: which columns of the results it shows, and what it is called.
-
-    Parameters
-    ----------
-    name : str
-        ``pca`` or ``tsne``.
-    title : str
-        Its heading.
-    x, y : str
-        Columns of the results.
-    x_label, y_label : str
-        What stands at the axes.
-    """
+    """One map: which columns of the results it shows, and what it is called."""
 
     name: str
     title: str
@@ -50,49 +37,22 @@ class MapAxes:
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """
-    What the page needs in order to draw its maps.
-
-    Parameters
-    ----------
-    axes : list[MapAxes]
-        The maps, one or two.
-    styles : dict[str, ClassStyle]
-        Colour and marker of each class, in alphabetical order.
-    symbols : dict[str, str]
-        The outline of each marker that occurs, as the ``d`` of an SVG path.
-    n_shown, n_total : int
-        Images in the maps, and images with features.
-    payload : dict[str, Any]
-        Everything for the page's script, made of JSON's types.
-    """
+    """What the page needs in order to draw its maps."""
 
     axes: list[MapAxes]
+    #: Colour and marker of each class, in alphabetical order.
     styles: dict[str, plots.ClassStyle]
+    #: The outline of each marker that occurs, as the ``d`` of an SVG path.
     symbols: dict[str, str]
+    #: Images in the maps, and images with features.
     n_shown: int
     n_total: int
+    #: Everything for the page's script, made of JSON's types.
     payload: dict[str, Any] = field(repr=False)
 
 
 def choose_axes(columns: Sequence[str], components: tuple[int, int], ratio: Sequence[float]) -> list[MapAxes]:
-    """
-    Choose the maps that can be drawn from a table of results.
-
-    Parameters
-    ----------
-    columns : Sequence[str]
-        Columns of the results.
-    components : tuple[int, int]
-        The principal components that are wanted, counted from 1; the first two stand in where the results have fewer.
-    ratio : Sequence[float]
-        Share of the variance that each component explains, in [0, 1]; may be short or empty.
-
-    Returns
-    -------
-    list[MapAxes]
-        The map of principal components, then that of t-SNE, each where its columns are there.
-    """
+    """Choose the maps that can be drawn from a table of results."""
     maps = []
     x, y = components if all(f"pca_{number}" in columns for number in components) else (1, 2)
     if f"pca_{x}" in columns and f"pca_{y}" in columns:
@@ -112,26 +72,11 @@ def _label_component(number: int, ratio: Sequence[float]) -> str:
 def sample_points(
     results: pd.DataFrame, axes: Sequence[MapAxes], *, max_points: int, with_thumbnail: frozenset[str]
 ) -> npt.NDArray[np.intp]:
-    """
-    Choose the images that the maps show: evenly over the classes, the same ones every time.
+    """Choose the images that the maps show: evenly over the classes, the same ones every time.
 
     Images on more of the maps come first, then images with a thumbnail, then any.
 
-    Parameters
-    ----------
-    results : pandas.DataFrame
-        All images.
-    axes : Sequence[MapAxes]
-        The maps.
-    max_points : int
-        How many images there may be.
-    with_thumbnail : frozenset[str]
-        Paths of the images that have a thumbnail.
-
-    Returns
-    -------
-    numpy.ndarray
-        Positions of rows, ascending; images without coordinates are not among them.
+    Returns numpy.ndarray: positions of rows, ascending; images without coordinates are not among them.
     """
     n_maps = sum(np.isfinite(results[[each.x, each.y]].to_numpy()).all(axis=1).astype(int) for each in axes)
     rank = 2 * np.asarray(n_maps) + results["path"].isin(with_thumbnail).to_numpy()
@@ -150,25 +95,7 @@ def _deal(labels: npt.NDArray[Any], rows: npt.NDArray[np.intp]) -> npt.NDArray[n
 def build_maps(
     results: pd.DataFrame, axes: Sequence[MapAxes], *, thumbnails: Thumbnails, max_points: int
 ) -> Maps | None:
-    """
-    Build the maps of a run's results.
-
-    Parameters
-    ----------
-    results : pandas.DataFrame
-        All images: ``path``, ``label`` and the columns of the maps.
-    axes : Sequence[MapAxes]
-        The maps.
-    thumbnails : Thumbnails
-        Pictures that are shown beside the pointer.
-    max_points : int
-        At most so many images are shown.
-
-    Returns
-    -------
-    Maps or None
-        The maps; None where no image has a place on any.
-    """
+    """Build the maps of a run's results."""
     chosen = sample_points(results, axes, max_points=max_points, with_thumbnail=thumbnails.paths)
     if not len(chosen):
         return None

@@ -37,47 +37,21 @@ _SECTIONS = {
 
 @dataclass(frozen=True, eq=False)
 class ReportData:
-    """
-    What a report can say; what is None is left out.
-
-    Parameters
-    ----------
-    config : Config
-        What was run.
-    manifest : dict[str, Any] or None
-        The manifest of a run.
-    exploration : Exploration or None
-        What an exploration found.
-    results : pandas.DataFrame or None
-        The table of all images with their coordinates.
-    failures : pandas.DataFrame
-        ``path``, ``label``, ``status``, ``error`` and ``attempts`` of the images that could not be used.
-    quality : dict[str, Any] or None
-        How well the features separate the classes.
-    """
+    """What a report can say; what is None is left out."""
 
     config: Config
     manifest: dict[str, Any] | None
     exploration: Exploration | None = field(repr=False)
+    #: The table of all images with their coordinates.
     results: pd.DataFrame | None = field(repr=False)
+    #: ``path``, ``label``, ``status``, ``error`` and ``attempts`` of the images that could not be used.
     failures: pd.DataFrame = field(repr=False)
+    #: How well the features separate the classes.
     quality: dict[str, Any] | None = field(repr=False)
 
 
 def render_page(data: ReportData) -> str:
-    """
-    Render the page.
-
-    Parameters
-    ----------
-    data : ReportData
-        What there is to say.
-
-    Returns
-    -------
-    str
-        HTML with everything that it needs: styles, scripts, figures, pictures. It forbids the browser to fetch anything.
-    """
+    """Render the page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

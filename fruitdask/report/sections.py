@@ -82,15 +82,9 @@ _IN_TRANSIT = {
 
 @dataclass(frozen=True)
 class Counts:
-    """
-    How many images there are of each class.
+    """How many images there are of each class."""
 
-    Parameters
-    ----------
-    by_class : dict[str, tuple[int, int]]
-        For each class, in alphabetical order: all its images, and those that could not be used.
-    """
-
+    #: For each class, in alphabetical order: all its images, and those that could not be used.
     by_class: dict[str, tuple[int, int]]
 
     @property
@@ -107,23 +101,7 @@ class Counts:
 def count_images(
     manifest: Mapping[str, Any] | None, results: pd.DataFrame | None, exploration: Exploration | None
 ) -> Counts:
-    """
-    Count images by class, from the best source there is.
-
-    Parameters
-    ----------
-    manifest : Mapping[str, Any] or None
-        The run's manifest; its counts come first.
-    results : pandas.DataFrame or None
-        The table of all images.
-    exploration : Exploration or None
-        What an exploration found.
-
-    Returns
-    -------
-    Counts
-        Empty where there is no source at all.
-    """
+    """Count images by class, from the best source there is."""
     by_class = (manifest or {}).get("counts", {}).get("by_class")
     if by_class:
         return Counts({label: (each["ok"] + each["failed"], each["failed"]) for label, each in by_class.items()})
@@ -142,23 +120,7 @@ def describe_summary(
     exploration: Exploration | None,
     quality: Mapping[str, Any] | None,
 ) -> View:
-    """
-    Describe what was run on what, where and when, with the key figures.
-
-    Parameters
-    ----------
-    config : Config
-        What was run.
-    counts : Counts
-        Images by class.
-    manifest, exploration, quality : optional
-        What is known of the run.
-
-    Returns
-    -------
-    dict[str, Any]
-        The view.
-    """
+    """Describe what was run on what, where and when, with the key figures."""
     manifest = manifest or {}
     model, pca = manifest.get("model"), manifest.get("pca")
     is_whole = manifest.get("n_computed") == manifest.get("n_images")
@@ -196,21 +158,7 @@ def _share_near_duplicates(exploration: Exploration | None) -> float:
 
 
 def describe_data(counts: Counts, exploration: Exploration | None) -> View | None:
-    """
-    Describe the images: how many of each class, and their sizes.
-
-    Parameters
-    ----------
-    counts : Counts
-        Images by class.
-    exploration : Exploration or None
-        What an exploration found.
-
-    Returns
-    -------
-    dict[str, Any] or None
-        The view; None where there are no images.
-    """
+    """Describe the images: how many of each class, and their sizes."""
     if not counts.by_class:
         return None
     most = max(n for n, _ in counts.by_class.values())
@@ -239,23 +187,7 @@ def _get_number(value: Any) -> float | None:
 
 
 def describe_examples(exploration: Exploration, thumbnails: Thumbnails, *, per_class: int) -> list[View]:
-    """
-    Choose pictures of each class: its mean image, the most and the least typical image, and some more.
-
-    Parameters
-    ----------
-    exploration : Exploration
-        What an exploration found.
-    thumbnails : Thumbnails
-        Where the pictures are.
-    per_class : int
-        How many more; fewer where there are so many classes that the page would grow too large.
-
-    Returns
-    -------
-    list[dict[str, Any]]
-        A view for each class that has pictures.
-    """
+    """Choose pictures of each class: its mean image, the most and the least typical image, and some more."""
     classes = exploration.classes
     per_class = min(per_class, max(0, _MAX_EXAMPLES // max(1, len(classes)) - 3))
     with_picture = exploration.images.iloc[exploration.thumbnail_rows].groupby("label")["path"].agg(list)
@@ -295,21 +227,8 @@ class _Block:
 
 
 def describe_colours(classes: pd.DataFrame) -> list[View]:
-    """
-    Read the palettes of classes.
+    """Read the palettes of classes.
 
-    Parameters
-    ----------
-    classes : pandas.DataFrame
-        `fruitdask.exploration.Exploration.classes`.
-
-    Returns
-    -------
-    list[dict[str, Any]]
-        For each class that has colours, pairs of a colour and its share in [0, 1] of all pixels, the most frequent first.
-
-    Examples
-    --------
     >>> describe_colours(pd.DataFrame({"palette": ["#f0f0f0 0.712, #b03020 0.103"]}, index=["apple"]))
     [{'label': 'apple', 'colours': [('#f0f0f0', 0.712), ('#b03020', 0.103)]}]
     """
@@ -322,19 +241,7 @@ def describe_colours(classes: pd.DataFrame) -> list[View]:
 
 
 def describe_differences(exploration: Exploration) -> View | None:
-    """
-    Describe how much images of one class differ.
-
-    Parameters
-    ----------
-    exploration : Exploration
-        What an exploration found.
-
-    Returns
-    -------
-    dict[str, Any] or None
-        The view; None where no class has two images.
-    """
+    """Describe how much images of one class differ."""
     classes = exploration.classes.dropna(subset=["mean_squared_difference"])
     if classes.empty:
         return None
@@ -353,21 +260,7 @@ def describe_differences(exploration: Exploration) -> View | None:
 
 
 def describe_duplicates(exploration: Exploration, thumbnails: Thumbnails) -> list[View]:
-    """
-    Describe exact and near duplicates, with a few groups of each.
-
-    Parameters
-    ----------
-    exploration : Exploration
-        What an exploration found.
-    thumbnails : Thumbnails
-        Where the pictures are.
-
-    Returns
-    -------
-    list[dict[str, Any]]
-        A view for exact and one for near duplicates.
-    """
+    """Describe exact and near duplicates, with a few groups of each."""
     kinds = {"duplicate_group": "duplicates", "near_duplicate_group": "near_duplicates"}
     return [
         exploration.summary[key]
@@ -398,19 +291,7 @@ def _choose_groups(images: pd.DataFrame, column: str, thumbnails: Thumbnails) ->
 
 
 def describe_quality(quality: Mapping[str, Any]) -> View:
-    """
-    Describe how well the features separate the classes.
-
-    Parameters
-    ----------
-    quality : Mapping[str, Any]
-        The content of ``quality.json``.
-
-    Returns
-    -------
-    dict[str, Any]
-        The view.
-    """
+    """Describe how well the features separate the classes."""
     silhouettes, neighbors = quality["silhouette"], quality["neighbors"]
     labels = sorted({*silhouettes["by_class"], *neighbors["by_class"]})
     return {
@@ -448,19 +329,7 @@ def _list_confusions(confusion: Mapping[str, Any]) -> list[View]:
 
 
 def describe_failures(failures: pd.DataFrame) -> View | None:
-    """
-    Describe the images that could not be used, by reason.
-
-    Parameters
-    ----------
-    failures : pandas.DataFrame
-        ``path``, ``label``, ``status``, ``error`` and ``attempts`` of each.
-
-    Returns
-    -------
-    dict[str, Any] or None
-        The view; None where there are none.
-    """
+    """Describe the images that could not be used, by reason."""
     if failures.empty:
         return None
     reasons = [
@@ -481,22 +350,10 @@ def describe_failures(failures: pd.DataFrame) -> View | None:
 
 
 def describe_performance(manifest: Mapping[str, Any], *, n_images: int) -> View | None:
-    """
-    Describe the seconds of the stages, and their images per second.
+    """Describe the seconds of the stages, and their images per second.
 
-    Of a run that was interrupted and taken up again, the stages that compute features know the images of its last part only.
-
-    Parameters
-    ----------
-    manifest : Mapping[str, Any]
-        The run's manifest.
-    n_images : int
-        Images of the run.
-
-    Returns
-    -------
-    dict[str, Any] or None
-        The view; None where no seconds were noted.
+    Of a run that was interrupted and taken up again, the stages that compute features know the images of its last part
+    only.
     """
     seconds, n_computed = manifest.get("seconds", {}), manifest.get("n_computed", n_images)
     of_all = dict.fromkeys(("list", "explore", "reduce", "write"), n_images)
@@ -516,23 +373,7 @@ def describe_performance(manifest: Mapping[str, Any], *, n_images: int) -> View 
 def describe_protection(
     config: Config, manifest: Mapping[str, Any] | None, exploration: Exploration | None
 ) -> View | None:
-    """
-    Describe where the data was, and what the files say about people.
-
-    Parameters
-    ----------
-    config : Config
-        What was run.
-    manifest : Mapping[str, Any] or None
-        The run's manifest.
-    exploration : Exploration or None
-        What an exploration found.
-
-    Returns
-    -------
-    dict[str, Any] or None
-        The view; None where nothing is known.
-    """
+    """Describe where the data was, and what the files say about people."""
     summary: Mapping[str, Any] = manifest or (exploration.summary if exploration else {})
     metadata = exploration.summary.get("metadata") if exploration else None
     if "regions" not in summary and metadata is None:
@@ -585,23 +426,7 @@ def _name_region(region: str) -> str:
 
 
 def describe_reproduction(config: Config, manifest: Mapping[str, Any] | None, exploration: Exploration | None) -> View:
-    """
-    Describe how to do the same again.
-
-    Parameters
-    ----------
-    config : Config
-        What was run.
-    manifest : Mapping[str, Any] or None
-        The run's manifest.
-    exploration : Exploration or None
-        What an exploration found.
-
-    Returns
-    -------
-    dict[str, Any]
-        The view.
-    """
+    """Describe how to do the same again."""
     tree = (manifest or {}).get("config") or config.model_dump(mode="json", fallback=str)
     # Who follows the page must not delete these results.
     tree = {name: _drop(section, "storage_options", "overwrite", "exclude") for name, section in tree.items()}
@@ -633,18 +458,8 @@ def _map_texts(change: Callable[[str], str], tree: Any) -> Any:
 
 
 def show_place(text: str) -> str:
-    """
-    Show a path or URL on a page that is made to be handed on: without secrets, and without the name of the user's home folder.
-
-    Parameters
-    ----------
-    text : str
-        A path, a URL or any other text.
-
-    Returns
-    -------
-    str
-        The same, the home folder as ``~``.
+    """Show a path or URL on a page that is made to be handed on: without secrets, and without the name of the user's home
+    folder.
     """
     home = str(Path.home())
     # Of a folder in an archive, the archive has the path.
@@ -654,21 +469,8 @@ def show_place(text: str) -> str:
 
 
 def list_facts(value: Any) -> list[tuple[str, str]]:
-    """
-    Flatten nested values into names and texts.
+    """Flatten nested values into names and texts.
 
-    Parameters
-    ----------
-    value : Any
-        Mappings, lists and scalars as JSON has them, or None.
-
-    Returns
-    -------
-    list[tuple[str, str]]
-        The name of each scalar, its keys joined by spaces, and its text.
-
-    Examples
-    --------
     >>> list_facts({"input": {"region": "eu-central-1"}, "n_workers": 2})
     [('input region', 'eu-central-1'), ('n workers', '2')]
     """
@@ -687,19 +489,7 @@ def _walk_facts(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def choose_title(config: Config) -> str:
-    """
-    Choose the title of the page.
-
-    Parameters
-    ----------
-    config : Config
-        What was run.
-
-    Returns
-    -------
-    str
-        The configured title, or the last part of the input's URL.
-    """
+    """Choose the title of the page."""
     if config.report.title:
         return config.report.title
     url = str(show_place(config.input.url))

@@ -21,18 +21,7 @@ _MAX_CSV_ROWS = 1_000_000
 
 @dataclass
 class Counts:
-    """
-    Images by status and by class.
-
-    Parameters
-    ----------
-    by_status : Counter[str]
-        Images of each status.
-    ok_by_class : Counter[str]
-        Images with features, of each class.
-    failed_by_class : Counter[str]
-        Images without, of each class.
-    """
+    """Images by status and by class."""
 
     by_status: Counter[str] = field(default_factory=Counter)
     ok_by_class: Counter[str] = field(default_factory=Counter)
@@ -44,28 +33,14 @@ class Counts:
         return self.failed_by_class.total()
 
     def add(self, outcomes: pd.DataFrame) -> None:
-        """
-        Count outcomes.
-
-        Parameters
-        ----------
-        outcomes : pandas.DataFrame
-            Rows with ``label`` and ``status``.
-        """
+        """Count outcomes."""
         is_ok = outcomes["status"] == "ok"
         self.by_status.update(outcomes["status"])
         self.ok_by_class.update(outcomes.loc[is_ok, "label"])
         self.failed_by_class.update(outcomes.loc[~is_ok, "label"])
 
     def by_class(self) -> dict[str, dict[str, int]]:
-        """
-        List the classes.
-
-        Returns
-        -------
-        dict[str, dict[str, int]]
-            For each class, in alphabetical order, its images ``ok`` and ``failed``.
-        """
+        """List the classes."""
         labels = sorted({*self.ok_by_class, *self.failed_by_class})
         return {label: {"ok": self.ok_by_class[label], "failed": self.failed_by_class[label]} for label in labels}
 
@@ -78,31 +53,10 @@ def write_results(
     tsne: npt.NDArray[np.floating] | None,
     splits: pd.Series | None = None,
 ) -> Counts:
-    """
-    Write the table of all images, and the table of those that failed.
+    """Write the table of all images, and the table of those that failed.
 
-    Parameters
-    ----------
-    output : Location
-        The output folder; tables of an earlier run in it are replaced.
-    outcomes : Iterable[pandas.DataFrame]
-        Outcomes in the order of the catalog, piece by piece; a piece at a time is in memory.
-    pca : numpy.ndarray
-        Scores of all images, shape (n, k); NaN where an image failed.
-    tsne : numpy.ndarray or None
-        Coordinates of all images, shape (n, 2); NaN where there are none.
-    splits : pandas.Series, optional
-        The split of each image, where that is configured.
-
-    Returns
-    -------
-    Counts
-        Images by status and class.
-
-    Raises
-    ------
-    StorageError
-        If a table cannot be written.
+    pca: numpy.ndarray, scores of all images, shape (n, k); NaN where an image failed. tsne: numpy.ndarray or None,
+    coordinates of all images, shape (n, 2); NaN where there are none.
     """
     for name in (RESULTS, "results.csv", "failures.csv"):
         delete_result(output, name)
@@ -127,43 +81,12 @@ def write_results(
 
 
 def write_failures(output: Location, outcomes: pd.DataFrame) -> None:
-    """
-    Write the table of the images that failed.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    outcomes : pandas.DataFrame
-        Their outcomes.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be written.
-    """
+    """Write the table of the images that failed."""
     write_file(output.child("failures.csv"), format_csv(outcomes).encode())
 
 
 def read_failures(output: Location) -> pd.DataFrame:
-    """
-    Read the table of the images that failed.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Their outcomes: ``path``, ``label``, ``status``, ``error``, ``attempts``; no row where nothing failed.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be read.
-    """
+    """Read the table of the images that failed."""
     location = output.child("failures.csv")
     if not exists(location):
         return pd.DataFrame(columns=list(OUTCOME_COLUMNS))
@@ -173,47 +96,12 @@ def read_failures(output: Location) -> pd.DataFrame:
 
 
 def read_results(output: Location) -> pd.DataFrame:
-    """
-    Read the table of all images.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder of a finished run.
-
-    Returns
-    -------
-    pandas.DataFrame
-        ``path``, ``label``, ``status``, ``pca_1`` ... and where they were asked for ``split``, ``tsne_1``, ``tsne_2``, in the order of
-        the catalog.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be read.
-    """
+    """Read the table of all images."""
     return pd.concat([read_table(output, RESULTS, name) for name in list_parts(output)], ignore_index=True)
 
 
 def list_parts(output: Location) -> list[str]:
-    """
-    List the files of the table of all images.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder of a finished run.
-
-    Returns
-    -------
-    list[str]
-        Their names in order.
-
-    Raises
-    ------
-    StorageError
-        If the folder cannot be listed.
-    """
+    """List the files of the table of all images."""
     folder = output.child(RESULTS)
     with explained(folder, "list"):
         folder.fs.invalidate_cache()
@@ -223,25 +111,10 @@ def list_parts(output: Location) -> list[str]:
 def compare_rows(
     rows: pd.DataFrame, outcomes: pd.DataFrame, scores: npt.NDArray[np.floating] | None, *, tolerance: float
 ) -> Iterator[str]:
-    """
-    Say in what rows of the table of all images are not those of their outcomes and features.
+    """Say in what rows of the table of all images are not those of their outcomes and features.
 
-    Parameters
-    ----------
-    rows : pandas.DataFrame
-        Rows of the table.
-    outcomes : pandas.DataFrame
-        Outcomes of the same images.
-    scores : numpy.ndarray or None
-        Coordinates of these images along the components, shape (n, k); those of images that failed do not count. None where they are
-        not known.
-    tolerance : float
-        Differences of coordinates that count as rounding.
-
-    Yields
-    ------
-    str
-        What differs.
+    scores: numpy.ndarray or None, coordinates of these images along the components, shape (n, k); those of images that
+    failed do not count. None where they are not known.
     """
     names = ["path", "label", "status"]
     if len(rows) != len(outcomes) or list(rows.columns[:3]) != names:
@@ -259,21 +132,7 @@ def compare_rows(
 
 
 class CsvComparison:
-    """
-    A comparison of ``results.csv`` with the table that it repeats, piece by piece.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    n_images : int
-        Rows of the table; a spreadsheet does not hold them all where they are too many.
-
-    Raises
-    ------
-    StorageError
-        If the file cannot be opened.
-    """
+    """A comparison of ``results.csv`` with the table that it repeats, piece by piece."""
 
     def __init__(self, output: Location, *, n_images: int) -> None:
         self._location = output.child("results.csv")
@@ -288,14 +147,7 @@ class CsvComparison:
             self.fault = "it is missing"
 
     def add(self, piece: pd.DataFrame) -> None:
-        """
-        Compare a piece.
-
-        Parameters
-        ----------
-        piece : pandas.DataFrame
-            The next rows of the table.
-        """
+        """Compare a piece."""
         if self._file is None or self.fault:
             return
         expected = format_csv(piece, with_header=not self._has_begun).encode()
@@ -304,14 +156,7 @@ class CsvComparison:
             self.fault = f"it differs from {RESULTS}"
 
     def finish(self) -> str:
-        """
-        Close the file, and say what is wrong.
-
-        Returns
-        -------
-        str
-            What is wrong with it; empty where nothing is.
-        """
+        """Close the file, and say what is wrong."""
         if self._file is not None:
             if not self.fault and self._read(1):
                 self.fault = f"it has more rows than {RESULTS}"
@@ -325,26 +170,7 @@ class CsvComparison:
 
 
 def check_failures(output: Location, failures: pd.DataFrame) -> str:
-    """
-    Check the table of the images that failed.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    failures : pandas.DataFrame
-        Their outcomes.
-
-    Returns
-    -------
-    str
-        What is wrong with it; empty where nothing is.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be read.
-    """
+    """Check the table of the images that failed."""
     location = output.child("failures.csv")
     if not exists(location):
         return "it is missing" if len(failures) else ""

@@ -15,16 +15,7 @@ _QUALITY = 72
 
 
 class Thumbnails:
-    """
-    Pictures of an exploration by the path of their image, handed out until a number of bytes is spent.
-
-    Parameters
-    ----------
-    exploration : Exploration or None
-        Where the thumbnails are; with None there are none.
-    max_bytes : int
-        How many characters of Base64 are handed out in all.
-    """
+    """Pictures of an exploration by the path of their image, handed out until a number of bytes is spent."""
 
     def __init__(self, exploration: Exploration | None, *, max_bytes: int) -> None:
         self._exploration = exploration
@@ -37,37 +28,16 @@ class Thumbnails:
         self._left_bytes = max_bytes
 
     def encode(self, path: str) -> str | None:
-        """
-        Encode the thumbnail of an image.
-
-        Parameters
-        ----------
-        path : str
-            Path of the image.
-
-        Returns
-        -------
-        str or None
-            WebP in Base64, None where there is no thumbnail or the budget is spent.
-        """
+        """Encode the thumbnail of an image."""
         place = self._places.get(path)
         if place is None or self._exploration is None:
             return None
         return self.encode_pixels(self._exploration.thumbnails[place])
 
     def encode_pixels(self, pixels: npt.NDArray[np.uint8]) -> str | None:
-        """
-        Encode any picture on the same budget.
+        """Encode any picture on the same budget.
 
-        Parameters
-        ----------
-        pixels : numpy.ndarray
-            Shape (height, width, 3), uint8.
-
-        Returns
-        -------
-        str or None
-            WebP in Base64, None where the budget is spent.
+        pixels: numpy.ndarray, shape (height, width, 3), uint8.
         """
         encoded = _encode_webp(pixels)
         if len(encoded) > self._left_bytes:

@@ -23,17 +23,9 @@ _COMPRESSORS = (ZstdCodec(), Crc32cCodec())
 
 @dataclass(frozen=True, eq=False)
 class StoredArray:
-    """
-    An array whose damage is one sentence that names the chunk; picklable, for Dask.
+    """An array whose damage is one sentence that names the chunk; picklable, for Dask."""
 
-    Parameters
-    ----------
-    array : zarr.Array
-        The array; its chunks, along the first dimension, are partitions.
-    output : Location
-        The output folder, for the sentence.
-    """
-
+    #: The array; its chunks, along the first dimension, are partitions.
     array: Any
     output: Location
 
@@ -79,30 +71,10 @@ class StoredArray:
 def create_store(
     output: Location, *, n_images: int, n_features: int, images_per_partition: int, attributes: Mapping[str, Any]
 ) -> None:
-    """
-    Create the empty arrays of a run, one chunk a partition.
+    """Create the empty arrays of a run, one chunk a partition.
 
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    n_images : int
-        Rows.
-    n_features : int
-        Columns.
-    images_per_partition : int
-        Rows a chunk.
-    attributes : Mapping[str, Any]
-        What a reader of the features needs to know; JSON.
-
-    Raises
-    ------
-    StorageError
-        If the store cannot be written.
-
-    Notes
-    -----
-    ``status`` follows the CF conventions, section 3.5: its attributes ``flag_values`` and ``flag_meanings`` name the codes.
+    ``status`` follows the CF conventions, section 3.5: its attributes ``flag_values`` and ``flag_meanings`` name the
+    codes.
     """
     location = output.child(FEATURES)
     with explained(location, "write"):
@@ -131,26 +103,7 @@ def create_store(
 
 
 def open_store(output: Location) -> zarr.Group | None:
-    """
-    Open the arrays of a run for reading.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-
-    Returns
-    -------
-    zarr.Group or None
-        The group with ``features`` (image, feature) float32 and ``status`` (image) uint8; None where it was not created to the end.
-
-    Raises
-    ------
-    StorageError
-        If the store cannot be read.
-    DamageError
-        If what describes its arrays is damaged.
-    """
+    """Open the arrays of a run for reading."""
     location = output.child(FEATURES)
     with explained(location, "read", remedy=advise_repair(output)):
         if not exists(location.child("status", "zarr.json")):
@@ -162,23 +115,7 @@ def open_store(output: Location) -> zarr.Group | None:
 
 
 def resize_store(output: Location, *, n_images: int, attributes: Mapping[str, Any]) -> None:
-    """
-    Make room for more images behind those that are there; an interrupted resizing is completed.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder, whose store exists.
-    n_images : int
-        Rows, at least as many as there are.
-    attributes : Mapping[str, Any]
-        What a reader of the features needs to know now; JSON.
-
-    Raises
-    ------
-    StorageError
-        If the store cannot be written.
-    """
+    """Make room for more images behind those that are there; an interrupted resizing is completed."""
     location = output.child(FEATURES)
     with explained(location, "write"):
         group: Any = zarr.open_group(**name_store(location), mode="r+")
@@ -188,27 +125,10 @@ def resize_store(output: Location, *, n_images: int, attributes: Mapping[str, An
 
 
 def read_partition(output: Location, *, index: int, start: int) -> tuple[npt.NDArray[np.float32], pd.DataFrame] | None:
-    """
-    Read what became of a partition.
+    """Read what became of a partition.
 
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    index : int
-        Which partition.
-    start : int
-        Its first row.
-
-    Returns
-    -------
-    tuple[numpy.ndarray, pandas.DataFrame] or None
-        Features, float32, and outcomes of its images; None where it is not committed.
-
-    Raises
-    ------
-    StorageError
-        If something cannot be read.
+    Returns tuple[numpy.ndarray, pandas.DataFrame] or None: features, float32, and outcomes of its images; None where it
+    is not committed.
     """
     if not exists(output.child(*_name_mark(index))):
         return None
@@ -227,28 +147,9 @@ def write_partition(
     outcomes: pd.DataFrame,
     is_committed: bool = False,
 ) -> None:
-    """
-    Store what became of a partition: features, then statuses, then the outcome file, which commits it.
+    """Store what became of a partition: features, then statuses, then the outcome file, which commits it.
 
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    index : int
-        Which partition.
-    start : int
-        Its first row.
-    features : numpy.ndarray
-        Features of shape (n, n_features), float32; NaN where an image failed.
-    outcomes : pandas.DataFrame
-        One row an image with the columns ``OUTCOME_COLUMNS``, and ``VERSION_COLUMNS`` where the store has a catalog.
-    is_committed : bool
-        Whether it is there already; its commit mark is then taken away first.
-
-    Raises
-    ------
-    StorageError
-        If something cannot be written; the partition is then not committed.
+    features: numpy.ndarray, features of shape (n, n_features), float32; NaN where an image failed.
     """
     location = output.child(FEATURES)
     if is_committed:
@@ -267,26 +168,10 @@ def write_partition(
 
 
 def create_thumbnails(output: Location, *, n_images: int, thumbnail_px: int, images_per_partition: int) -> None:
-    """
-    Create the array that holds the thumbnails of all images while they are explored, one chunk a partition.
+    """Create the array that holds the thumbnails of all images while they are explored, one chunk a partition.
 
-    One of the same shape is taken again: all of it will be written anew, and a straggling task of an earlier run may still write to it.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder; an array of another shape that is there is replaced.
-    n_images : int
-        Images.
-    thumbnail_px : int
-        Side of a thumbnail, in pixels.
-    images_per_partition : int
-        Images a chunk.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be written.
+    One of the same shape is taken again: all of it will be written anew, and a straggling task of an earlier run may
+    still write to it.
     """
     location, image = output.child(THUMBNAILS), (thumbnail_px, thumbnail_px, 3)
     shape, chunks = (n_images, *image), (images_per_partition, *image)
@@ -308,60 +193,21 @@ def create_thumbnails(output: Location, *, n_images: int, thumbnail_px: int, ima
 
 
 def open_thumbnails(output: Location, *, mode: Literal["r", "r+"]) -> Any:
-    """
-    Open the array of thumbnails.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    mode : str
-        ``r`` to read, ``r+`` to write.
-
-    Returns
-    -------
-    zarr.Array
-        Thumbnails (image, y, x, channel), uint8.
-    """
+    """Open the array of thumbnails."""
     return zarr.open_array(**name_store(output.child(THUMBNAILS)), mode=mode)
 
 
 def delete_thumbnails(output: Location) -> None:
-    """
-    Delete the array of thumbnails, of which only a sample is kept elsewhere.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be deleted.
-    """
+    """Delete the array of thumbnails, of which only a sample is kept elsewhere."""
     delete_result(output, THUMBNAILS)
 
 
 def write_arrays(
     location: Location, arrays: Mapping[str, tuple[npt.NDArray[Any], Sequence[str]]], attributes: Mapping[str, Any]
 ) -> None:
-    """
-    Write small arrays as a Zarr group of their own.
+    """Write small arrays as a Zarr group of their own.
 
-    Parameters
-    ----------
-    location : Location
-        Where the group goes; one that is there is replaced.
-    arrays : Mapping[str, tuple[numpy.ndarray, Sequence[str]]]
-        Arrays and the names of their dimensions.
-    attributes : Mapping[str, Any]
-        JSON.
-
-    Raises
-    ------
-    StorageError
-        If they cannot be written.
+    arrays: Mapping[str, tuple[numpy.ndarray, Sequence[str]]], arrays and the names of their dimensions.
     """
     with explained(location, "write"):
         group = zarr.open_group(**name_store(location), mode="w", attributes=seal(attributes))
@@ -377,25 +223,9 @@ def write_arrays(
 
 
 def read_arrays(location: Location) -> dict[str, npt.NDArray[Any]]:
-    """
-    Read a group of small arrays.
+    """Read a group of small arrays.
 
-    Parameters
-    ----------
-    location : Location
-        Where the group is, in an output folder.
-
-    Returns
-    -------
-    dict[str, numpy.ndarray]
-        Its arrays by name.
-
-    Raises
-    ------
-    StorageError
-        If they cannot be read.
-    DamageError
-        If they are damaged.
+    Returns dict[str, numpy.ndarray]: its arrays by name.
     """
     remedy = advise_repair(Location(location.url.rpartition("/")[0], location.storage_options))
     with explained(location, "read", remedy=remedy):
@@ -408,36 +238,12 @@ def read_arrays(location: Location) -> dict[str, npt.NDArray[Any]]:
 
 
 def has_checksums(array: Any) -> bool:
-    """
-    Tell whether the chunks of an array carry checksums; stores of earlier versions have none.
-
-    Parameters
-    ----------
-    array : zarr.Array
-        The array.
-
-    Returns
-    -------
-    bool
-        Whether damage of any byte shows.
-    """
+    """Tell whether the chunks of an array carry checksums; stores of earlier versions have none."""
     return any(isinstance(codec, Crc32cCodec) for codec in array.compressors)
 
 
 def name_store(location: Location) -> dict[str, Any]:
-    """
-    Name a Zarr store.
-
-    Parameters
-    ----------
-    location : Location
-        Where it is.
-
-    Returns
-    -------
-    dict[str, Any]
-        Arguments of Zarr's functions, which take no storage options for a local path.
-    """
+    """Name a Zarr store."""
     if location.is_local:
         return {"store": location.path}
     if location.is_s3:

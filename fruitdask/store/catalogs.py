@@ -10,44 +10,12 @@ from fruitdask.store.tables import read_table
 
 
 def read_catalog(output: Location) -> pd.DataFrame | None:
-    """
-    Read the catalog of a store.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-
-    Returns
-    -------
-    pandas.DataFrame or None
-        ``path``, ``label``, ``bytes``, ``version`` and where it is configured ``split`` in the order of the store's rows; None where
-        there is none, as in stores of a time before they kept one.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be read.
-    """
+    """Read the catalog of a store."""
     return read_table(output, CATALOG) if exists(output.child(CATALOG)) else None
 
 
 def write_catalog(output: Location, catalog: pd.DataFrame) -> None:
-    """
-    Write the catalog of a store, all of it or none.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    catalog : pandas.DataFrame
-        The images in the order of the store's rows.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be written.
-    """
+    """Write the catalog of a store, all of it or none."""
     buffer = io.BytesIO()
     # Categories would keep the names of classes of which no image is left, and a dictionary of paths would hold each of them.
     words = [name for name in ("label", "split") if name in catalog]

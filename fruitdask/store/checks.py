@@ -46,25 +46,16 @@ _REMEDIES: Mapping[Remedy, str] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """
-    Something in an output folder that is not as it should be.
+    """Something in an output folder that is not as it should be."""
 
-    Parameters
-    ----------
-    where : str
-        The file, array or partition, below the output folder.
-    what : str
-        What is wrong with it.
-    remedy : str
-        What mends it: the next run computes the partition again (``compute``), reduces (``reduce``), explores (``explore``) or draws
-        (``draw``), a repair restores it from what else is stored (``restore``) or deletes it (``delete``), or nothing does (``none``).
-    partition : int, optional
-        Which partition it belongs to, if to one.
-    """
-
+    #: The file, array or partition, below the output folder.
     where: str
     what: str
+    #: What mends it: the next run computes the partition again (``compute``), reduces (``reduce``), explores
+    #: (``explore``) or draws (``draw``), a repair restores it from what else is stored (``restore``) or deletes it
+    #: (``delete``), or nothing does (``none``).
     remedy: Remedy
+    #: Which partition it belongs to, if to one.
     partition: int | None = None
 
     def __str__(self) -> str:
@@ -74,54 +65,20 @@ class Fault:
 
 @dataclass(frozen=True, eq=False)
 class CheckedPartition:
-    """
-    What a partition holds, and what is wrong with it.
-
-    Parameters
-    ----------
-    index : int
-        Which partition.
-    faults : tuple[Fault, ...]
-        What is wrong.
-    outcomes : pandas.DataFrame or None
-        Its outcomes; None where they are damaged.
-    features : numpy.ndarray or None
-        Its features; None where they are damaged.
-    """
+    """What a partition holds, and what is wrong with it."""
 
     index: int
     faults: tuple[Fault, ...]
+    #: Its outcomes; None where they are damaged.
     outcomes: pd.DataFrame | None
+    #: Its features; None where they are damaged.
     features: npt.NDArray[np.float32] | None
 
 
 def check_partition(
     output: Location, arrays: Mapping[str, StoredArray], index: int, *, may_grow: bool = False
 ) -> CheckedPartition:
-    """
-    Check a partition that is committed: all of it can be read, and its parts agree.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    arrays : Mapping[str, StoredArray]
-        ``features`` and ``status``.
-    index : int
-        Which partition.
-    may_grow : bool
-        Whether the run is not finished, so that there may be room already for images whose outcomes are still to come.
-
-    Returns
-    -------
-    CheckedPartition
-        Its parts, and what is wrong with them.
-
-    Raises
-    ------
-    StorageError
-        If the storage fails, which says nothing about what it holds.
-    """
+    """Check a partition that is committed: all of it can be read, and its parts agree."""
     size = arrays["features"].chunks[0]
     rows, faults, found = slice(index * size, (index + 1) * size), [], dict[str, Any]()
     for name in ("features", "status", "outcomes"):
@@ -159,23 +116,7 @@ def _compare_parts(
 
 
 def check_json(output: Location, name: str, remedy: Remedy) -> Iterator[Fault]:
-    """
-    Check a JSON file, if it is there.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    name : str
-        The file.
-    remedy : str
-        What mends it.
-
-    Yields
-    ------
-    Fault
-        What is wrong.
-    """
+    """Check a JSON file, if it is there."""
     try:
         if name in (MANIFEST, EXPLORATION):
             read_manifest(output, name=name)
@@ -194,28 +135,8 @@ def check_store(
     can_restore: bool,
     may_grow: bool = False,
 ) -> Iterator[Fault]:
-    """
-    Check what describes features and statuses: the arrays have the shape of the run, and attributes are what was written.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    n_images : int
-        Images of the run.
-    n_features : int
-        Features an image.
-    images_per_partition : int
-        Images a chunk.
-    can_restore : bool
-        Whether the manifest says enough to write the attributes again.
-    may_grow : bool
-        Whether the run is not finished, so that arrays may still have the rows of the run before; the next run makes room.
-
-    Yields
-    ------
-    Fault
-        What is wrong.
+    """Check what describes features and statuses: the arrays have the shape of the run, and attributes are what was
+    written.
     """
     with TemporaryDirectory() as folder:
         shape = {"n_images": n_images, "n_features": n_features, "images_per_partition": images_per_partition}
@@ -236,29 +157,7 @@ def restore_store(
     images_per_partition: int,
     attributes: Mapping[str, Any],
 ) -> None:
-    """
-    Write again what describes features and statuses; chunks stay as they are.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    names : Sequence[str]
-        Which files, as faults name them.
-    n_images : int
-        Images of the run.
-    n_features : int
-        Features an image.
-    images_per_partition : int
-        Images a chunk.
-    attributes : Mapping[str, Any]
-        Attributes of the group.
-
-    Raises
-    ------
-    StorageError
-        If they cannot be written.
-    """
+    """Write again what describes features and statuses; chunks stay as they are."""
     with TemporaryDirectory() as folder:
         shape = {"n_images": n_images, "n_features": n_features, "images_per_partition": images_per_partition}
         create_store(Location(folder), **shape, attributes=attributes)
@@ -308,25 +207,7 @@ def _check_keys(location: Location, output: Location) -> None:
 def check_arrays(
     output: Location, name: str, dimensions: Mapping[str, Sequence[str]], remedy: Remedy
 ) -> Iterator[Fault]:
-    """
-    Check what describes a group of small arrays.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    name : str
-        The group.
-    dimensions : Mapping[str, Sequence[str]]
-        Names of its arrays, and of their dimensions.
-    remedy : str
-        What mends it.
-
-    Yields
-    ------
-    Fault
-        What is wrong.
-    """
+    """Check what describes a group of small arrays."""
     location = output.child(name)
     places = (location, *(location.child(array) for array in dimensions))
     missing = [place.child("zarr.json") for place in places if not exists(place.child("zarr.json"))]
@@ -356,19 +237,7 @@ def check_arrays(
 
 
 def find_strays(output: Location) -> Iterator[Fault]:
-    """
-    Find what processes left that were killed while they wrote a file; an object store keeps no half of an object.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-
-    Yields
-    ------
-    Fault
-        Each such file.
-    """
+    """Find what processes left that were killed while they wrote a file; an object store keeps no half of an object."""
     with explained(output, "list"):
         paths = output.fs.find(output.path) if output.is_local else []
     for path in paths:
@@ -378,19 +247,7 @@ def find_strays(output: Location) -> Iterator[Fault]:
 
 
 def describe_damage(error: Exception) -> str:
-    """
-    Say what a decoder, or a comparison with a checksum, has found.
-
-    Parameters
-    ----------
-    error : Exception
-        What reading raised.
-
-    Returns
-    -------
-    str
-        What is wrong, without where and what to do.
-    """
+    """Say what a decoder, or a comparison with a checksum, has found."""
     if error.__cause__ is not None:
         return f"it is damaged ({describe_cause(error.__cause__)})"
     return "its checksum is another than when it was written" if isinstance(error, DamageError) else "it is damaged"

@@ -34,24 +34,10 @@ from fruitdask.store.outcomes import list_committed, read_rows
 def stage_rows(
     output: Location, rows: npt.NDArray[np.int64], *, images_per_partition: int, attributes: Mapping[str, Any]
 ) -> None:
-    """
-    Copy some rows of a run aside, as a store without gaps; a partition of which some row was not computed yet is left out.
+    """Copy some rows of a run aside, as a store without gaps; a partition of which some row was not computed yet is left
+    out.
 
-    Parameters
-    ----------
-    output : Location
-        The output folder, which stays as it is.
-    rows : numpy.ndarray
-        The rows to keep, ascending, int64.
-    images_per_partition : int
-        Rows a partition, of the run and of the copy.
-    attributes : Mapping[str, Any]
-        What is said about the copy in place of what is said about the run.
-
-    Raises
-    ------
-    StorageError
-        If something cannot be read or written.
+    rows: numpy.ndarray, the rows to keep, ascending, int64.
     """
     staging = output.child(STAGING)
     delete_result(output, STAGING)
@@ -83,18 +69,8 @@ def stage_rows(
 
 
 def finish_erasing(output: Location) -> None:
-    """
-    Finish an erasure that the manifest says has begun: delete all results, and put the rows that were staged in their place.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder; one in which nothing is being erased stays as it is.
-
-    Raises
-    ------
-    StorageError
-        If something cannot be deleted or written.
+    """Finish an erasure that the manifest says has begun: delete all results, and put the rows that were staged in their
+    place.
     """
     manifest = read_manifest(output)
     if manifest is None:
@@ -112,19 +88,7 @@ def finish_erasing(output: Location) -> None:
 
 
 def delete_strays(output: Location) -> None:
-    """
-    Delete what killed processes left of files that they were writing.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder, whose lock is held.
-
-    Raises
-    ------
-    StorageError
-        If something cannot be deleted.
-    """
+    """Delete what killed processes left of files that they were writing."""
     for stray in find_strays(output):
         delete_result(output, stray.where)
 

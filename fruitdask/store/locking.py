@@ -22,14 +22,7 @@ _SECONDS_OF_SILENCE = 300.0
 
 
 class OutputLock:
-    """
-    The right to write into an output folder, taken by `locked`.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    """
+    """The right to write into an output folder, taken by `locked`."""
 
     def __init__(self, output: Location) -> None:
         self._output, self._location = output, output.child(LOCK)
@@ -45,14 +38,7 @@ class OutputLock:
         self._keeper = threading.Thread(target=self._keep, name=_name_keeper(self._owner), daemon=True)
 
     def check(self) -> None:
-        """
-        End a run whose lock was taken by somebody else.
-
-        Raises
-        ------
-        OutputError
-            If it was.
-        """
+        """End a run whose lock was taken by somebody else."""
         if self._is_lost:
             raise OutputError(
                 f"{self._location.url}: another run has taken this output folder, believing that this one is dead; it goes on there, so "
@@ -60,16 +46,7 @@ class OutputLock:
             )
 
     def take(self) -> None:
-        """
-        Take the lock; that of a run which is certainly dead is taken away first.
-
-        Raises
-        ------
-        OutputError
-            If another run has it.
-        StorageError
-            If it cannot be written.
-        """
+        """Take the lock; that of a run which is certainly dead is taken away first."""
         self._keeper.start()
         try:
             other = self._try_to_take()
@@ -141,28 +118,7 @@ class OutputLock:
 
 @contextmanager
 def locked(output: Location) -> Iterator[OutputLock]:
-    """
-    Hold the lock of an output folder.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder; it is made if need be.
-
-    Yields
-    ------
-    OutputLock
-        The lock; ask it now and then whether it still holds.
-
-    Raises
-    ------
-    OutputError
-        If another run works there.
-    StorageError
-        If the folder cannot be written.
-    OutageError
-        If the block raises a StorageError: where a lock was written, it is not the place that is wrong.
-    """
+    """Hold the lock of an output folder."""
     lock = OutputLock(output)
     lock.take()
     try:

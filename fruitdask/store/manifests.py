@@ -18,32 +18,7 @@ _DELETE_ATTEMPTS, _DELETE_PAUSE_SECONDS = 5, 0.2
 def check_output(
     output: Location, fingerprint: Mapping[str, str], *, overwrite: bool, may_grow: bool = False
 ) -> dict[str, Any] | None:
-    """
-    Decide whether a run may use an output folder.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder; it need not exist.
-    fingerprint : Mapping[str, str]
-        What determines the features: hashes by name.
-    overwrite : bool
-        Whether an earlier run's results may be deleted.
-    may_grow : bool
-        Whether a run of other images may be gone on with, where its store has a catalog and nothing was erased.
-
-    Returns
-    -------
-    dict or None
-        The manifest of the earlier run to go on with, or None for a fresh start.
-
-    Raises
-    ------
-    OutputError
-        If the folder holds files with the names of results that no fruitdask run wrote.
-    StoreMismatchError
-        If it holds the results of a run or an exploration of other images, or of a run with another network.
-    """
+    """Decide whether a run may use an output folder."""
     manifest, exploration = read_manifest(output), read_manifest(output, name=EXPLORATION)
     if manifest is None:
         names = EXPLORATION_NAMES + RUN_NAMES if exploration is None else RUN_NAMES
@@ -75,47 +50,12 @@ def check_output(
 
 
 def describe_mismatch(output: Location, difference: str) -> str:
-    """
-    Say that an output folder holds the results of another run.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    difference : str
-        What is different.
-
-    Returns
-    -------
-    str
-        The message of an error.
-    """
+    """Say that an output folder holds the results of another run."""
     return f"{output.url} belongs to another run: {difference}; choose another output.url, or --overwrite to delete those results"
 
 
 def read_manifest(output: Location, *, name: str = MANIFEST) -> dict[str, Any] | None:
-    """
-    Read the manifest of a run or of an exploration.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    name : str
-        ``MANIFEST`` or ``EXPLORATION``.
-
-    Returns
-    -------
-    dict or None
-        The manifest; None where there is none.
-
-    Raises
-    ------
-    OutputError
-        If there is such a file of something else.
-    DamageError
-        If it is not what was written.
-    """
+    """Read the manifest of a run or of an exploration."""
     location = output.child(name)
     try:
         manifest = read_json(location)
@@ -134,71 +74,17 @@ def read_manifest(output: Location, *, name: str = MANIFEST) -> dict[str, Any] |
 
 
 def has_begun(output: Location) -> bool:
-    """
-    Tell whether a run or an exploration has begun in an output folder.
-
-    Parameters
-    ----------
-    output : Location
-        The folder, which need not exist.
-
-    Returns
-    -------
-    bool
-        Whether there is a manifest; what it says does not matter.
-
-    Raises
-    ------
-    StorageError
-        If the storage refuses to say.
-    """
+    """Tell whether a run or an exploration has begun in an output folder."""
     return any(exists(output.child(name)) for name in (MANIFEST, EXPLORATION))
 
 
 def write_manifest(output: Location, manifest: Mapping[str, Any], *, name: str = MANIFEST) -> None:
-    """
-    Write the manifest of a run or of an exploration.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    manifest : Mapping[str, Any]
-        JSON.
-    name : str
-        ``MANIFEST`` or ``EXPLORATION``.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be written.
-    """
+    """Write the manifest of a run or of an exploration."""
     write_json(output.child(name), manifest)
 
 
 def read_json(location: Location) -> Any:
-    """
-    Read a JSON file.
-
-    Parameters
-    ----------
-    location : Location
-        The file.
-
-    Returns
-    -------
-    Any
-        What it says, without its checksum; None where there is none.
-
-    Raises
-    ------
-    ValueError
-        If it is not JSON.
-    DamageError
-        If it is, but not what was written.
-    StorageError
-        If it cannot be read.
-    """
+    """Read a JSON file."""
     with explained(location, "read"):
         if not exists(location):
             return None
@@ -214,24 +100,7 @@ def read_json(location: Location) -> Any:
 
 
 def read_quality(output: Location) -> dict[str, Any] | None:
-    """
-    Read how well the features of a run keep the classes apart.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-
-    Returns
-    -------
-    dict or None
-        What ``fruitdask.neighbors`` has found; None where that was not asked for.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be read, or is damaged.
-    """
+    """Read how well the features of a run keep the classes apart."""
     location = output.child(QUALITY)
     try:
         quality: dict[str, Any] | None = read_json(location)
@@ -241,38 +110,12 @@ def read_quality(output: Location) -> dict[str, Any] | None:
 
 
 def write_json(location: Location, tree: Mapping[str, Any]) -> None:
-    """
-    Write a JSON file.
-
-    Parameters
-    ----------
-    location : Location
-        The file.
-    tree : Mapping[str, Any]
-        What to say; without infinity and NaN, which JSON does not know.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be written.
-    """
+    """Write a JSON file."""
     write_file(location, json.dumps(seal(tree), indent=2, allow_nan=False).encode() + b"\n")
 
 
 def seal(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    Add a checksum to a tree of JSON.
-
-    Parameters
-    ----------
-    tree : Mapping[str, Any]
-        JSON; a checksum that it has is replaced.
-
-    Returns
-    -------
-    dict[str, Any]
-        The same, with ``checksum`` last.
-    """
+    """Add a checksum to a tree of JSON."""
     bare = {name: value for name, value in tree.items() if name != CHECKSUM}
     # Names of entries that are numbers are texts once they are read again.
     text = json.dumps(json.loads(json.dumps(bare)), sort_keys=True)
@@ -280,53 +123,17 @@ def seal(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_intact(tree: Any) -> bool:
-    """
-    Tell whether a tree of JSON is what was sealed.
-
-    Parameters
-    ----------
-    tree : Any
-        JSON.
-
-    Returns
-    -------
-    bool
-        False if it has a checksum, of something else.
-    """
+    """Tell whether a tree of JSON is what was sealed."""
     return not isinstance(tree, dict) or CHECKSUM not in tree or seal(tree)[CHECKSUM] == tree[CHECKSUM]
 
 
 def advise_repair(output: Location) -> str:
-    """
-    Say what to do about damage.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-
-    Returns
-    -------
-    str
-        The end of a sentence.
-    """
+    """Say what to do about damage."""
     return f"use fruitdask verify {shlex.quote(output.url)} --repair, and run again"
 
 
 def clear_output(output: Location) -> None:
-    """
-    Delete the results of a run and of an exploration, and nothing else that lies in the folder.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-
-    Raises
-    ------
-    StorageError
-        If something cannot be deleted.
-    """
+    """Delete the results of a run and of an exploration, and nothing else that lies in the folder."""
     for name in (MANIFEST, EXPLORATION):
         # Should this be interrupted, what is left must not be taken for results.
         manifest = read_manifest(output, name=name)
@@ -337,21 +144,7 @@ def clear_output(output: Location) -> None:
 
 
 def delete_result(output: Location, name: str) -> None:
-    """
-    Delete one of a run's results if it is there.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    name : str
-        A file or folder in it.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be deleted.
-    """
+    """Delete one of a run's results if it is there."""
     location = output.child(name)
     with explained(location, "delete"):
         if exists(location):
@@ -367,7 +160,8 @@ def _remove(location: Location) -> None:
     """Delete a folder, again where a task that an interrupted run left on a user's cluster has just put a file into it."""
     for attempt in range(_DELETE_ATTEMPTS):
         try:
-            return location.fs.rm(location.path, recursive=True)
+            location.fs.rm(location.path, recursive=True)
+            return
         except OSError as error:
             if error.errno != errno.ENOTEMPTY or attempt == _DELETE_ATTEMPTS - 1:
                 raise

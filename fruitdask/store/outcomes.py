@@ -16,24 +16,7 @@ _PARTITIONS_AT_ONCE = 256
 
 
 def list_committed(output: Location) -> set[int]:
-    """
-    List the partitions that are done.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-
-    Returns
-    -------
-    set[int]
-        Indices of partitions with a commit mark.
-
-    Raises
-    ------
-    StorageError
-        If the folder cannot be listed.
-    """
+    """List the partitions that are done."""
     folder = output.child(PARTITIONS)
     with explained(folder, "list"):
         folder.fs.invalidate_cache()
@@ -48,32 +31,7 @@ def read_outcomes(
     columns: Sequence[str] = OUTCOME_COLUMNS,
     partitions_at_once: int = _PARTITIONS_AT_ONCE,
 ) -> Iterator[pd.DataFrame]:
-    """
-    Read outcome rows in the order of the store.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    indices : Sequence[int]
-        Partitions to read, ascending.
-    columns : Sequence[str]
-        What to read of each row.
-    partitions_at_once : int
-        How many outcome files make one table: memory grows with it, the number of tables shrinks.
-
-    Yields
-    ------
-    pandas.DataFrame
-        Outcomes of the next partitions.
-
-    Raises
-    ------
-    StorageError
-        If a file cannot be read.
-    DamageError
-        If one is damaged.
-    """
+    """Read outcome rows in the order of the store."""
     import pyarrow
 
     for first in range(0, len(indices), partitions_at_once):
@@ -84,31 +42,8 @@ def read_outcomes(
 def read_rows(
     output: Location, indices: Sequence[int], *, images_per_partition: int, columns: Sequence[str]
 ) -> Iterator[pd.DataFrame]:
-    """
-    Read outcome rows with the rows of the store that they belong to: a partition that was the last one may hold fewer than others.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    indices : Sequence[int]
-        Partitions to read, ascending.
-    images_per_partition : int
-        Rows a partition.
-    columns : Sequence[str]
-        What to read of each row.
-
-    Yields
-    ------
-    pandas.DataFrame
-        Outcomes of the next partitions; the index is the row in the store.
-
-    Raises
-    ------
-    StorageError
-        If a file cannot be read.
-    DamageError
-        If one is damaged.
+    """Read outcome rows with the rows of the store that they belong to: a partition that was the last one may hold fewer
+    than others.
     """
     import pyarrow
 

@@ -13,47 +13,12 @@ from fruitdask.store.manifests import advise_repair
 
 
 def write_table(location: Location, table: pd.DataFrame) -> None:
-    """
-    Write a Parquet file.
-
-    Parameters
-    ----------
-    location : Location
-        The file.
-    table : pandas.DataFrame
-        The table; its index is left out.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be written.
-    """
+    """Write a Parquet file."""
     write_file(location, table.to_parquet(index=False, write_page_checksum=True))
 
 
 def read_table(output: Location, *names: str) -> pd.DataFrame:
-    """
-    Read a Parquet file.
-
-    Parameters
-    ----------
-    output : Location
-        The output folder.
-    *names : str
-        Path components of the file below it.
-
-    Returns
-    -------
-    pandas.DataFrame
-        The table.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be read.
-    DamageError
-        If it is damaged, or no table.
-    """
+    """Read a Parquet file."""
     location = output.child(*names)
     with explained(location, "read"):
         data = location.fs.cat_file(location.path)
@@ -63,19 +28,7 @@ def read_table(output: Location, *names: str) -> pd.DataFrame:
 
 
 def decode_table(data: bytes) -> Any:
-    """
-    Decode a Parquet file, comparing the checksums of pages that have one.
-
-    Parameters
-    ----------
-    data : bytes
-        The file.
-
-    Returns
-    -------
-    pyarrow.Table
-        The table.
-    """
+    """Decode a Parquet file, comparing the checksums of pages that have one."""
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read()
@@ -83,26 +36,7 @@ def decode_table(data: bytes) -> Any:
 
 @contextmanager
 def decoded(location: Location, output: Location) -> Iterator[None]:
-    """
-    Turn whatever a decoder raises about bytes that were read into one sentence.
-
-    Parameters
-    ----------
-    location : Location
-        The file that they are of.
-    output : Location
-        The output folder that it is in.
-
-    Yields
-    ------
-    None
-        Control, once.
-
-    Raises
-    ------
-    DamageError
-        If the block raises anything.
-    """
+    """Turn whatever a decoder raises about bytes that were read into one sentence."""
     try:
         yield
     except Exception as error:
