@@ -6,70 +6,64 @@ Names are imported when they are first used (PEP 562), so that ``import fruitdas
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fruitdask.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fruitdask.catalog import list_images as list_images
+    from fruitdask.store.catalog import list_images as list_images
     from fruitdask.cluster import open_client as open_client
-    from fruitdask.config import Config as Config, load_config as load_config
+    from fruitdask.core.config import Config as Config, load_config as load_config
     from fruitdask.errors import FruitdaskError as FruitdaskError
-    from fruitdask.exploration import Exploration as Exploration
-    from fruitdask.models import build_artifact as build_artifact
-    from fruitdask.neighbors import find_neighbors as find_neighbors, summarize_quality as summarize_quality
-    from fruitdask.pipeline import (
-        Erasure as Erasure,
-        Plan as Plan,
-        Report as Report,
-        RunResult as RunResult,
-        Verification as Verification,
-        erase as erase,
-        explore as explore,
-        plan as plan,
-        render_report as render_report,
-        run as run,
-        verify as verify,
-    )
-    from fruitdask.plots import plot_map as plot_map
-    from fruitdask.progress import choose_progress as choose_progress
-    from fruitdask.reduce import embed_tsne as embed_tsne, fit_pca as fit_pca
-    from fruitdask.sample import draw_sample as draw_sample
+    from fruitdask.store.exploration import Exploration as Exploration
+    from fruitdask.worker.models import build_artifact as build_artifact
+    from fruitdask.analysis.neighbors import find_neighbors as find_neighbors, summarize_quality as summarize_quality
+    from fruitdask.pipeline.erase import Erasure as Erasure, erase as erase
+    from fruitdask.pipeline.explore import explore as explore
+    from fruitdask.pipeline.plan import Plan as Plan
+    from fruitdask.pipeline.report import Report as Report, render_report as render_report
+    from fruitdask.pipeline.results import RunResult as RunResult
+    from fruitdask.pipeline.run import plan as plan, run as run
+    from fruitdask.pipeline.verify import Verification as Verification, verify as verify
+    from fruitdask.report.figures import plot_map as plot_map
+    from fruitdask.core.progress import choose_progress as choose_progress
+    from fruitdask.analysis.reduction import embed_tsne as embed_tsne, fit_pca as fit_pca
+    from fruitdask.core.sample import draw_sample as draw_sample
 
-_ROOM_OF_NAME = {
-    "Config": "config",
-    "Erasure": "pipeline",
-    "Exploration": "exploration",
+_MODULE_OF_NAME = {
+    "Config": "core.config",
+    "Erasure": "pipeline.erase",
+    "Exploration": "store.exploration",
     "FruitdaskError": "errors",
-    "Plan": "pipeline",
-    "Report": "pipeline",
-    "RunResult": "pipeline",
-    "Verification": "pipeline",
-    "build_artifact": "models",
-    "choose_progress": "progress",
-    "draw_sample": "sample",
-    "embed_tsne": "reduce",
-    "erase": "pipeline",
-    "explore": "pipeline",
-    "find_neighbors": "neighbors",
-    "fit_pca": "reduce",
-    "list_images": "catalog",
-    "load_config": "config",
+    "Plan": "pipeline.plan",
+    "Report": "pipeline.report",
+    "RunResult": "pipeline.results",
+    "Verification": "pipeline.verify",
+    "build_artifact": "worker.models",
+    "choose_progress": "core.progress",
+    "draw_sample": "core.sample",
+    "embed_tsne": "analysis.reduction",
+    "erase": "pipeline.erase",
+    "explore": "pipeline.explore",
+    "find_neighbors": "analysis.neighbors",
+    "fit_pca": "analysis.reduction",
+    "list_images": "store.catalog",
+    "load_config": "core.config",
     "open_client": "cluster",
-    "plan": "pipeline",
-    "plot_map": "plots",
-    "render_report": "pipeline",
-    "run": "pipeline",
-    "summarize_quality": "neighbors",
-    "verify": "pipeline",
+    "plan": "pipeline.run",
+    "plot_map": "report.figures",
+    "render_report": "pipeline.report",
+    "run": "pipeline.run",
+    "summarize_quality": "analysis.neighbors",
+    "verify": "pipeline.verify",
 }
 
-__all__ = sorted(_ROOM_OF_NAME)
+__all__ = sorted(_MODULE_OF_NAME)
 
 
 def __getattr__(name: str) -> Any:
-    """Import the room of a public name on first use."""
-    if name not in _ROOM_OF_NAME:
+    """Import the module of a public name on first use."""
+    if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module 'fruitdask' has no attribute {name!r}")
-    return getattr(import_module(f"fruitdask.{_ROOM_OF_NAME[name]}"), name)
+    return getattr(import_module(f"fruitdask.{_MODULE_OF_NAME[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -11,9 +11,9 @@ from hypothesis import settings
 from moto.server import ThreadedMotoServer
 
 from fruitdask.cluster import open_client
-from fruitdask.config import LocalClusterConfig, ModelConfig
-from fruitdask.models import ModelArtifact, build_artifact
-from fruitdask.sample import draw_sample
+from fruitdask.core.config import LocalClusterConfig, ModelConfig
+from fruitdask.core.sample import draw_sample
+from fruitdask.worker.models import ModelArtifact, build_artifact
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -61,7 +61,7 @@ from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_
 from werkzeug.serving import make_server
 
 import fruitdask
-from fruitdask.s3 import S3
+from fruitdask.core.s3 import S3
 
 MAX_USER_DATA_BYTES = 16_384
 CANONICAL = "099720109477"

@@ -14,15 +14,16 @@ import pytest
 from test_growing import compute_colours, configure, draw
 
 import fruitdask
-from fruitdask.catalog import Partition, list_images, list_input
-from fruitdask.config import Config, InputConfig, ModelConfig
+from fruitdask.cluster.ec2.policies import list_actions
+from fruitdask.cluster.regions import find_regions
+from fruitdask.core.config import Config, InputConfig, ModelConfig
+from fruitdask.core.partition import Partition
+from fruitdask.core.storage import Location, hide_secrets, pin
 from fruitdask.errors import CatalogError, ConfigError, DamageError, StorageError
-from fruitdask.fetch import ImageSource, Stopwatch, read_batches
-from fruitdask.iam import list_actions
 from fruitdask.pipeline.inputs import prepare_inputs
 from fruitdask.report.sections import show_place
-from fruitdask.residency import find_regions
-from fruitdask.storage import Location, hide_secrets, pin
+from fruitdask.store.catalog import list_images, list_input
+from fruitdask.worker.fetch import ImageSource, Stopwatch, read_batches
 
 Pack = Callable[[Path, Mapping[str, bytes]], str]
 

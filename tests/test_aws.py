@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, ProfileNotFound
 
-from fruitdask.aws import create_client, explain_aws_error
+from fruitdask.core.aws import create_client, explain_aws_error
+from fruitdask.core.storage import Location, exists, hash_file, write_file
 from fruitdask.errors import StorageError
-from fruitdask.storage import Location, exists, hash_file, write_file
 
 KEY = "AKIAIOSFODNN7EXAMPLE"
 

@@ -18,13 +18,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from fruitdask.catalog import (
+from fruitdask.core.config import InputConfig
+from fruitdask.core.partition import VANISHED_BYTES, Partition
+from fruitdask.core.sample import CLASS_NAMES
+from fruitdask.errors import CatalogError, ConfigError, StorageError
+from fruitdask.store.catalog import (
     COLUMNS,
-    VANISHED_BYTES,
-    Partition,
     choose_partition_size,
     hash_catalog,
     list_images,
@@ -32,9 +33,6 @@ from fruitdask.catalog import (
     split_catalog,
     take_listing,
 )
-from fruitdask.config import InputConfig
-from fruitdask.errors import CatalogError, ConfigError, StorageError
-from fruitdask.sample import CLASS_NAMES
 
 # As published for the Test split of Fruits-360's original-size branch.
 PUBLISHED_COUNTS = {
@@ -235,7 +233,7 @@ def test_list_images_does_not_just_take_the_first(photographs: Path) -> None:
 def test_list_images_chooses_the_same_in_another_process_and_from_other_files(tmp_path: Path) -> None:
     names = [f"{label}/{k}.jpg" for label in "abc" for k in range(20)]
     one, two = fill(tmp_path / "one", *names), fill(tmp_path / "two", *reversed(names))
-    code = "import sys; from fruitdask.catalog import *; from fruitdask.config import InputConfig; "
+    code = "import sys; from fruitdask.store.catalog import *; from fruitdask.core.config import InputConfig; "
     code += "print(*list_images(InputConfig(url=sys.argv[1], limit=10))['path'])"
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     done = subprocess.run(

@@ -15,7 +15,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from fruitdask.cli import cli
-from fruitdask.config import ModelConfig
+from fruitdask.core.config import ModelConfig
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 

@@ -13,8 +13,8 @@ from loopback_ec2 import LoopbackEC2, Refusal
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.ec2.models import ec2_backends
 
-from fruitdask.aws import RUN_TAG
 from fruitdask.cli import cli
+from fruitdask.core.aws import RUN_TAG
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the loopback EC2 needs all of 127.0.0.0/8, and /proc")
 

@@ -15,8 +15,8 @@ import yaml
 import zarr
 from loopback_ec2 import LoopbackEC2
 
-from fruitdask.config import Config, load_config
-from fruitdask.pipeline import run
+from fruitdask.core.config import Config, load_config
+from fruitdask.pipeline.run import run
 
 N_IMAGES = 160
 EXTRAS = {name: {"enabled": False} for name in ("explore", "quality", "plots", "report")}

@@ -24,10 +24,10 @@ from distributed import wait
 from loopback_ec2 import LoopbackEC2, LoopbackInstance, Refusal
 
 from fruitdask.cluster import list_usage, open_client
-from fruitdask.cluster.instances import terminate_run
-from fruitdask.cluster.network import find_network
-from fruitdask.config import AdaptiveConfig, EC2ClusterConfig
-from fruitdask.costs import Usage
+from fruitdask.cluster.ec2.instances import terminate_run
+from fruitdask.cluster.ec2.network import find_network
+from fruitdask.cluster.ec2.prices import Usage
+from fruitdask.core.config import AdaptiveConfig, EC2ClusterConfig
 from fruitdask.errors import ClusterStartError, ConfigError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc")
@@ -115,7 +115,7 @@ def ending() -> Iterator[threading.Event]:
     event = threading.Event()
     handler = logging.Handler()
     handler.emit = lambda record: event.set() if record.getMessage().startswith("ending run") else None
-    logger = logging.getLogger("fruitdask.cluster.ec2_cluster")
+    logger = logging.getLogger("fruitdask.cluster.ec2.cluster")
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -481,7 +481,7 @@ def test_killed_client(cloud: LoopbackEC2, tmp_path: Path) -> None:
 import sys, time
 sys.path[:0] = {sys.path!r}
 from fruitdask.cluster import open_client
-from fruitdask.config import EC2ClusterConfig
+from fruitdask.core.config import EC2ClusterConfig
 config = EC2ClusterConfig(kind="ec2", docker_image="any", client_cidr="127.0.0.1/32", n_workers=1, idle_timeout=8)
 if __name__ == "__main__":
     with open_client(config) as client:

@@ -11,7 +11,7 @@ from moto.core import DEFAULT_ACCOUNT_ID
 from moto.ec2.models import ec2_backends
 from moto.ec2.models.amis import Ami
 
-from fruitdask.cluster.images import Image, InstanceType, describe_types, find_image
+from fruitdask.cluster.ec2.machines import Image, InstanceType, describe_types, find_image
 from fruitdask.errors import ClusterStartError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the loopback EC2 needs all of 127.0.0.0/8, and /proc")

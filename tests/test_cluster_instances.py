@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from loopback_ec2 import Call, LoopbackEC2, Refusal
 
-from fruitdask.aws import RUN_TAG
-from fruitdask.cluster.instances import list_instances, terminate_run
+from fruitdask.cluster.ec2.instances import list_instances, terminate_run
+from fruitdask.core.aws import RUN_TAG
 from fruitdask.errors import ClusterStartError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the loopback EC2 needs all of 127.0.0.0/8, and /proc")

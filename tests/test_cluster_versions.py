@@ -14,7 +14,7 @@ from distributed import Client, LocalCluster
 from fruitdask import __version__
 from fruitdask.cluster import open_client
 from fruitdask.cluster.versions import check_versions
-from fruitdask.config import AddressClusterConfig
+from fruitdask.core.config import AddressClusterConfig
 from fruitdask.errors import ClusterStartError
 
 # Dask says the same in its own way.

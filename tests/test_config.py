@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from fruitdask.config import (
+from fruitdask.core.config import (
     PILLOW_LIMIT_PIXELS,
     AddressClusterConfig,
     Config,
@@ -21,8 +21,8 @@ from fruitdask.config import (
     build_schema,
     load_config,
 )
+from fruitdask.core.storage import Location
 from fruitdask.errors import ConfigError
-from fruitdask.storage import Location
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 SECTIONS = {"input": {"url": "s3://fruits/Test"}, "output": {"url": "s3://fruits/run"}}

@@ -2,8 +2,14 @@
 
 import pytest
 
-from fruitdask.config import EC2ClusterConfig
-from fruitdask.costs import Usage, compute_cost, compute_request_cost, compute_transfer_cost, find_hourly_price
+from fruitdask.cluster.ec2.prices import (
+    Usage,
+    compute_cost,
+    compute_request_cost,
+    compute_transfer_cost,
+    find_hourly_price,
+)
+from fruitdask.core.config import EC2ClusterConfig
 
 REGIONS = ["us-east-1", "eu-west-1", "eu-west-3", "eu-central-1", "eu-north-1"]
 

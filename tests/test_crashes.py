@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import fruitdask
-from fruitdask.config import Config, ModelConfig
+from fruitdask.core.config import Config, ModelConfig
 
 #: Events by which a process changes files: https://docs.python.org/3/library/audit_events.html
 CHANGES = ("open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
@@ -173,7 +172,7 @@ def scene(
     sample_folder: Path, tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory, client: Any
 ) -> Iterator[Scene]:
     """An undisturbed run, and what it changed in which order."""
-    _forkserver.set_forkserver_preload(["fruitdask.pipeline.running", "fruitdask.featurize", "distributed"])
+    _forkserver.set_forkserver_preload(["fruitdask.pipeline.run", "fruitdask.worker.featurize", "distributed"])
     yield Scene(sample_folder, tiny_model, tmp_path_factory.mktemp("crashes"), client)
 
 

@@ -10,8 +10,9 @@ from numpydoc.validate import validate
 from pydantic import BaseModel
 
 import fruitdask
-from fruitdask import config, errors
-from fruitdask.config.base import Section
+from fruitdask import errors
+from fruitdask.core import config
+from fruitdask.core.config.base import Section
 
 #: Left out on purpose: extended summaries, examples and "see also" everywhere.
 IGNORED = {"ES01", "EX01", "SA01", "GL08", "YD01"}

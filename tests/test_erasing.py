@@ -21,11 +21,11 @@ from PIL import Image
 import fruitdask
 from fruitdask import store
 from fruitdask.cli import cli
-from fruitdask.config import Config, ModelConfig
+from fruitdask.core.config import Config, ModelConfig
+from fruitdask.core.progress import RunProgress
+from fruitdask.core.storage import Location
 from fruitdask.errors import CatalogError, ConfigError, OutputError, StoreMismatchError
-from fruitdask.pipeline import erasing, spending
-from fruitdask.progress import RunProgress
-from fruitdask.storage import Location
+from fruitdask.pipeline import budget, erase as erase_module
 
 MakeConfig = Callable[..., Config]
 
@@ -196,7 +196,7 @@ def test_run_goes_on_where_erased_images_are_gone(
         for name in SECRETS:
             (source / name).unlink()
     config = make_config(explore={"enabled": True}, input={"exclude": PATTERNS} if way == "excluded" else {})
-    monkeypatch.setattr(spending, "open_client", lambda config: pytest.fail("a cluster was started"))
+    monkeypatch.setattr(budget, "open_client", lambda config: pytest.fail("a cluster was started"))
     again = fruitdask.run(config)
     assert again.n_computed == 0 and again.manifest == erased.manifest
     assert len(fruitdask.explore(config).images) == 23
@@ -375,7 +375,7 @@ def test_erase_tells_of_older_versions(
     s3_client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Suspended"})
     assert fruitdask.erase(config, PATTERNS).keeps_versions
     s3_client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
-    assert erasing._keeps_versions(Location(config.output.url, options))
+    assert erase_module._keeps_versions(Location(config.output.url, options))
 
 
 @pytest.mark.parametrize(
@@ -406,8 +406,8 @@ from pathlib import Path
 import numpy as np, pyarrow.dataset, zarr
 import fruitdask
 from fruitdask import store
-from fruitdask.pipeline.erasing import plan_erasure, remove_images
-from fruitdask.storage import Location
+from fruitdask.pipeline.erase import plan_erasure, remove_images
+from fruitdask.core.storage import Location
 
 config = fruitdask.load_config(sys.argv[1])
 patterns, every = sys.argv[3].split(), int(sys.argv[4])

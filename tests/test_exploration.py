@@ -8,32 +8,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 
 import fruitdask
 from fruitdask import store
-from fruitdask.catalog import list_images, split_catalog
-from fruitdask.config import Config, ExploreConfig, InputConfig, load_config
-from fruitdask.errors import DamageError, StoreMismatchError
-from fruitdask.exploration import (
-    ClassSums,
-    Exploration,
-    ExploreJob,
+from fruitdask.analysis.duplicates import group_duplicates, group_near_duplicates
+from fruitdask.analysis.exploration import (
     Tally,
-    explore_partition,
+    _describe_class,
     mean_squared_difference,
     measure_partition,
-    read_exploration,
     summarize_findings,
-    write_exploration,
 )
-from fruitdask.exploration.duplicates import group_duplicates, group_near_duplicates
-from fruitdask.exploration.summary import _describe_class
-from fruitdask.fetch import ImageSource
-from fruitdask.sample import draw_sample
-from fruitdask.storage import Location
+from fruitdask.core.config import Config, ExploreConfig, InputConfig, load_config
+from fruitdask.core.sample import draw_sample
+from fruitdask.core.storage import Location
+from fruitdask.errors import DamageError, StoreMismatchError
+from fruitdask.store.catalog import list_images, split_catalog
+from fruitdask.store.exploration import Exploration, read_exploration, write_exploration
+from fruitdask.worker.explore import ClassSums, ExploreJob, explore_partition
+from fruitdask.worker.fetch import ImageSource
 
 #: Published for the same photographs (Fruits-360, original size): the "average MSE" between the images of a class.
 PUBLISHED = {

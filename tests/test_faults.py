@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fruitdask.config import ModelConfig
+from fruitdask.core.config import ModelConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "chaos"))
 

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from faulty_s3 import KINDS, FaultyS3, open_faulty_s3
 
 import fruitdask
-from faulty_s3 import KINDS, FaultyS3, open_faulty_s3
 from fruitdask import store
-from fruitdask.catalog import Partition
-from fruitdask.config import Config, ModelConfig
+from fruitdask.core.config import Config, ModelConfig
+from fruitdask.core.partition import Partition
+from fruitdask.core.progress import RunProgress
+from fruitdask.core.storage import Location, check_bucket, exists, explained, hash_file, write_file
 from fruitdask.errors import FruitdaskError, PartitionError, StorageError
-from fruitdask.fetch import ImageSource, Outcome, Stopwatch, read_batches
-from fruitdask.progress import RunProgress
-from fruitdask.storage import Location, check_bucket, exists, explained, hash_file, write_file
+from fruitdask.worker.fetch import ImageSource, Outcome, Stopwatch, read_batches
 
 # Where a connection is reset, aiohttp opens another one within the same attempt, once: such a request arrives twice as often.
 

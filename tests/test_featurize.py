@@ -17,15 +17,16 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from fruitdask import store
-from fruitdask.catalog import Partition, list_images, split_catalog
 from fruitdask.cluster import open_client
-from fruitdask.config import InputConfig, LocalClusterConfig, ModelConfig
+from fruitdask.cluster.scheduling import map_partitions
+from fruitdask.core.config import InputConfig, LocalClusterConfig, ModelConfig
+from fruitdask.core.partition import Partition
+from fruitdask.core.storage import Location
 from fruitdask.errors import PartitionError
-from fruitdask.featurize import FeaturizeJob, PartitionSummary, featurize_partition
-from fruitdask.fetch import ImageSource
-from fruitdask.mapping import map_partitions
-from fruitdask.models import ModelArtifact, build_artifact, engines, load_predictor, predict
-from fruitdask.storage import Location
+from fruitdask.store.catalog import list_images, split_catalog
+from fruitdask.worker.featurize import FeaturizeJob, PartitionSummary, featurize_partition
+from fruitdask.worker.fetch import ImageSource
+from fruitdask.worker.models import ModelArtifact, build_artifact, engines, load_predictor, predict
 
 
 def prepare(

@@ -15,9 +15,9 @@ import pytest
 from chaos.hostile_images import announce, build_gif, save_heic
 from PIL import Image, ImageDraw
 
+from fruitdask.core.listing import can_read_heic
 from fruitdask.errors import ImageError, ImageTooLargeError
-from fruitdask.images import can_read_heic, decode_image, read_header
-from fruitdask.images import heic as heic_module
+from fruitdask.worker.images import decode_image, heic as heic_module, read_header
 
 Array = npt.NDArray[Any]
 
@@ -221,7 +221,8 @@ ALONE = """
 import sys, threading
 from pathlib import Path
 from PIL import Image
-from fruitdask.images import can_read_heic, decode_image
+from fruitdask.core.listing import can_read_heic
+from fruitdask.worker.images import decode_image
 assert can_read_heic() and "pillow_heif" not in sys.modules
 before = dict(Image.OPEN)
 def count():

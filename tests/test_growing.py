@@ -14,17 +14,16 @@ import pandas as pd
 import pytest
 import sklearn.decomposition
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 import fruitdask
 from fruitdask import store
 from fruitdask.cli import cli
-from fruitdask.config import AddressClusterConfig, Config, ModelConfig
+from fruitdask.core.config import AddressClusterConfig, Config, ModelConfig
+from fruitdask.core.storage import Location
 from fruitdask.errors import ClusterStartError, StoreMismatchError, TooManyFailuresError
-from fruitdask.pipeline import featurizing, running, spending
-from fruitdask.storage import Location
+from fruitdask.pipeline import budget, featurize as featurize_module, run as run_module
 
 MakeConfig = Callable[..., Config]
 
@@ -186,7 +185,7 @@ def test_vanished_image_is_recorded_and_comes_back(
     failures = pd.read_csv(tmp_path / "out" / "failures.csv")
     assert list(failures["path"]) == ["pear/2.png"] and failures["error"][0] == "it is not in the input any more"
     with monkeypatch.context() as patch:
-        patch.setattr(spending, "open_client", lambda config: pytest.fail("a cluster was started"))
+        patch.setattr(budget, "open_client", lambda config: pytest.fail("a cluster was started"))
         assert fruitdask.run(config).changes == fruitdask.run(config, retry_failed=True).changes == {}
     # Of the same age and size as it was.
     (tmp_path / "aside.png").rename(source / "pear" / "2.png")
@@ -351,7 +350,7 @@ def test_retry_failed_takes_failed_images_alone(
         fruitdask.run(make_config(featurize={"max_failed_fraction": 0}), client=client)
     (source / "pear" / "8.png").unlink()
     fruitdask.run(config, client=client)
-    monkeypatch.setattr(spending, "open_client", lambda config: pytest.fail("a cluster was started"))
+    monkeypatch.setattr(budget, "open_client", lambda config: pytest.fail("a cluster was started"))
     assert fruitdask.run(config, retry_failed=True).changes == {}
 
 
@@ -431,7 +430,7 @@ def test_interrupted_fit_is_not_kept(make_config: MakeConfig, client: Any, monke
     config = make_config(reduce={"refit": "never"})
     expected = fruitdask.run(config, client=client).table
     with monkeypatch.context() as patch:
-        patch.setattr(running, "write_components", interrupt)
+        patch.setattr(run_module, "write_components", interrupt)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
             fruitdask.run(make_config(reduce={"refit": "never", "n_components": 3}), client=client)
     result = fruitdask.run(config, client=client)
@@ -517,7 +516,7 @@ def test_erasing_while_an_output_grows(
     draw(source, "ananas/0.png")
     draw(source, "apple/4.png", seed=1)
     with monkeypatch.context() as patch:
-        patch.setattr(featurizing, "map_partitions", interrupt)
+        patch.setattr(featurize_module, "map_partitions", interrupt)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
             fruitdask.run(make_config(), client=client)
     erasure = fruitdask.erase(make_config(), ["pear/10.png"], client=client)
@@ -551,9 +550,9 @@ def test_command_says_what_has_changed(make_config: MakeConfig, client: Any, sou
 _INTERRUPTIONS = {
     "write_catalog": store,
     "resize_store": store,
-    "map_partitions": featurizing,
-    "check_failures": featurizing,
-    "reduce_features": running,
+    "map_partitions": featurize_module,
+    "check_failures": featurize_module,
+    "reduce_features": run_module,
 }
 #: A step of a history: images to add, to change and to remove.
 _STEPS = st.tuples(st.integers(0, 7), st.integers(0, 2), st.integers(0, 2))
@@ -620,7 +619,7 @@ def run_and_interrupt(config: Config, client: Any, name: str) -> None:
 _KILLED = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-import distributed, fruitdask.featurize, fruitdask.pipeline.running, fruitdask.reduce, pyarrow.dataset, zarr
+import distributed, fruitdask.worker.featurize, fruitdask.pipeline.run, fruitdask.analysis.reduction, pyarrow.dataset, zarr
 import fruitdask
 
 config, every = fruitdask.load_config(sys.argv[1]), int(sys.argv[3])

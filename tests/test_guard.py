@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fruitdask.config import ModelConfig
+from fruitdask.core.config import ModelConfig
 
 LOAD = """
 import fruitdask, sys
@@ -20,7 +20,7 @@ config = fruitdask.load_config({{
 }})
 """
 BUILD = """
-from fruitdask.models import start_building
+from fruitdask.worker.models import start_building
 with start_building(config.model) as wait:
     wait()
 """

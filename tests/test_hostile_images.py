@@ -9,7 +9,7 @@ from chaos.fuzz_images import Opener, Tally, generate, open_all
 from chaos.hostile_images import FILES, repeat_scan, truncate_seeds
 
 from fruitdask.errors import ImageError
-from fruitdask.images import decode_image
+from fruitdask.worker.images import decode_image
 
 #: About ten seconds of one core; tests/chaos/fuzz_images.py takes as many as one likes.
 N_INPUTS = 10_000

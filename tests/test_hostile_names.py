@@ -14,11 +14,10 @@ import yaml
 from playwright.sync_api import sync_playwright
 
 from fruitdask import report
-from fruitdask.config import ModelConfig
+from fruitdask.core.config import InputConfig, ModelConfig
+from fruitdask.core.storage import Location
 from fruitdask.errors import ConfigError
-from fruitdask.catalog import list_images
-from fruitdask.config import InputConfig
-from fruitdask.storage import Location
+from fruitdask.store.catalog import list_images
 
 NAMES = [
     "<img src=x onerror=window.harmed=1>",

@@ -38,15 +38,15 @@ from loopback_ec2 import LoopbackEC2
 from s3fs import S3FileSystem
 
 import fruitdask
-from fruitdask import aws
 from fruitdask.cli import cli
 from fruitdask.cluster import open_client
-from fruitdask.config import Config, ModelConfig
+from fruitdask.cluster.ec2.policies import ROLES, Permission, build_policies, list_actions
+from fruitdask.cluster.regions import EU_REGIONS
+from fruitdask.core import aws
+from fruitdask.core.config import Config, ModelConfig
+from fruitdask.core.sample import draw_sample
+from fruitdask.core.storage import Location, hash_file
 from fruitdask.errors import ConfigError, FruitdaskError, StorageError
-from fruitdask.iam import ROLES, Permission, build_policies, list_actions
-from fruitdask.residency import EU_REGIONS
-from fruitdask.sample import draw_sample
-from fruitdask.storage import Location, hash_file
 
 Policy = dict[str, Any]
 Context = Mapping[str, str | list[str]]

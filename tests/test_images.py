@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageDraw
 
-from fruitdask.images import decode as decoding
 from fruitdask.errors import ImageError, ImageTooLargeError
-from fruitdask.images import decode_image, decode_images
+from fruitdask.worker.images import decode as decoding, decode_image, decode_images
 
 Pixels = npt.NDArray[np.uint8]
 

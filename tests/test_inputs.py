@@ -13,8 +13,8 @@ from test_growing import compute_colours, configure, draw
 
 import fruitdask
 from fruitdask.cli import cli
-from fruitdask.config import Config, ModelConfig
-from fruitdask.progress import RunProgress
+from fruitdask.core.config import Config, ModelConfig
+from fruitdask.core.progress import RunProgress
 
 MakeConfig = Callable[..., Config]
 SPLIT_RULE = "^(train|test)/"

@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from fruitdask.catalog import list_images
-from fruitdask.config import InputConfig
+from fruitdask.core.config import InputConfig
 from fruitdask.errors import CatalogError, ConfigError, FruitdaskError
+from fruitdask.store.catalog import list_images
 
 PATHS = ("a/0.jpg", "a/1.jpg", "b/0.jpg", "b/1.jpg")
 #: Labels that programs like to take for something else.

@@ -6,14 +6,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from fruitdask.catalog import list_images, list_input
-from fruitdask.config import InputConfig
+from fruitdask.core.config import InputConfig
+from fruitdask.core.listing import IMAGE_ENDINGS, Listing, _Selection, _sort_kinds, can_read_heic, format_left_out
 from fruitdask.errors import CatalogError, ConfigError
-from fruitdask.images import can_read_heic
-from fruitdask.listing import IMAGE_ENDINGS, Listing, _Selection, _sort_kinds, format_left_out
+from fruitdask.store.catalog import list_images, list_input
 
 MAC = (
     "apple/1.jpg",
@@ -118,10 +116,10 @@ def test_list_images_says_that_all_is_hidden(tmp_path: Path) -> None:
 
 def test_list_images_takes_heic_where_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, "a/1.jpg", "a/2.HEIC", "a/3.heif")
-    monkeypatch.setattr("fruitdask.listing.can_read_heic", lambda: True)
+    monkeypatch.setattr("fruitdask.core.listing.can_read_heic", lambda: True)
     assert list(look(tmp_path).files["path"]) == ["a/1.jpg", "a/2.HEIC", "a/3.heif"]
     assert list(look(tmp_path, extensions=["heic"]).files["path"]) == ["a/2.HEIC"]
-    monkeypatch.setattr("fruitdask.listing.can_read_heic", lambda: False)
+    monkeypatch.setattr("fruitdask.core.listing.can_read_heic", lambda: False)
     assert look(tmp_path).left_out == {".heic": 1, ".heif": 1}
     with pytest.raises(ConfigError, match=r"input\.extensions names \.heic, .*pip install 'fruitdask\[heic\]'"):
         look(tmp_path, extensions=[".jpg", ".heic"])

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 import fruitdask
-from fruitdask.catalog import Partition
 from fruitdask.cluster import open_client
-from fruitdask.config import Config, ModelConfig
-from fruitdask.fetch import ImageSource, Stopwatch, read_batches
-from fruitdask.storage import Location
+from fruitdask.core.config import Config, ModelConfig
+from fruitdask.core.partition import Partition
+from fruitdask.core.storage import Location
+from fruitdask.worker.fetch import ImageSource, Stopwatch, read_batches
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
 

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fruitdask.config import ModelConfig, load_config
+from fruitdask.core.config import ModelConfig, load_config
 from fruitdask.errors import EngineError, ModelError, WeightsUnavailableError
-from fruitdask.models import (
+from fruitdask.worker.models import (
     ModelArtifact,
+    build as build_module,
     build_artifact,
     cache,
     choose_batch_size,
@@ -36,10 +37,9 @@ from fruitdask.models import (
     settle_engine,
     start_building,
 )
-from fruitdask.models import build as build_module
-from fruitdask.models.cache import find_artifact, keep_artifact
-from fruitdask.models.engines import ENGINES
-from fruitdask.models.squeezenet import build_squeezenet, load_array_pickle, preprocess
+from fruitdask.worker.models.cache import find_artifact, keep_artifact
+from fruitdask.worker.models.engines import ENGINES
+from fruitdask.worker.models.squeezenet import build_squeezenet, load_array_pickle, preprocess
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs the extra openvino")
 
@@ -535,8 +535,8 @@ def test_openvino_gives_an_image_the_same_features_in_every_batch_and_thread() -
 _RUN_AGAIN = """
 import sys
 import numpy as np
-from fruitdask.config import ModelConfig
-from fruitdask.models import load_predictor, prepare_engine, start_building
+from fruitdask.core.config import ModelConfig
+from fruitdask.worker.models import load_predictor, prepare_engine, start_building
 
 with start_building(ModelConfig.model_validate_json(sys.argv[1])) as wait_for_artifact:
     artifact = wait_for_artifact()
@@ -587,7 +587,7 @@ def test_artifact_that_a_worker_cannot_read_is_an_error_of_its_openvino() -> Non
 
 def test_tensorflow_shares_gpus_and_computes_in_full_precision() -> None:
     code = (
-        "from fruitdask.models import prepare_engine; prepare_engine('tensorflow', n_threads=1); import os, tensorflow as tf; "
+        "from fruitdask.worker.models import prepare_engine; prepare_engine('tensorflow', n_threads=1); import os, tensorflow as tf; "
         "print(os.environ['TF_FORCE_GPU_ALLOW_GROWTH'], tf.config.experimental.tensor_float_32_execution_enabled())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fruitdask.config import ModelConfig
+from fruitdask.core.config import ModelConfig
 from fruitdask.errors import ConfigError, ModelError
-from fruitdask.models import build_artifact, choose_input_px, fingerprint_model, load_predictor
-from fruitdask.models.cache import find_artifact, keep_artifact
+from fruitdask.worker.models import build_artifact, choose_input_px, fingerprint_model, load_predictor
+from fruitdask.worker.models.cache import find_artifact, keep_artifact
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
 
@@ -364,7 +364,7 @@ def test_engine_that_computes_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_keras_file_in_capitals_must_say_its_preprocessing() -> None:
-    from fruitdask.config import load_config
+    from fruitdask.core.config import load_config
 
     sections = {"input": {"url": "x"}, "output": {"url": "y"}, "model": {"weights": "OWN.KERAS"}}
     with pytest.raises(ConfigError, match="preprocessing must be given for a .keras file"):

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fruitdask.config import ModelConfig
+from fruitdask.core.config import ModelConfig
 from fruitdask.errors import ModelError
-from fruitdask.models import build_artifact, load_predictor
+from fruitdask.worker.models import build_artifact, load_predictor
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
 

@@ -13,11 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from fruitdask.cli import cli
-from fruitdask.config import ModelConfig
+from fruitdask.core.config import ModelConfig
 from fruitdask.errors import ModelError
-from fruitdask.models import build_artifact, check_name, choose_input_px, fingerprint_model
-from fruitdask.models.engines import ENGINES
-from fruitdask.models.networks import INPUT_PX, find_preprocessing
+from fruitdask.worker.models import build_artifact, check_name, choose_input_px, fingerprint_model
+from fruitdask.worker.models.engines import ENGINES
+from fruitdask.worker.models.networks import INPUT_PX, find_preprocessing
 
 APPLICATIONS = sorted(set(INPUT_PX) - {"SqueezeNet"})
 #: One of each family, with a small size that it takes.
@@ -144,7 +144,7 @@ def test_validate_refuses_a_network_that_does_not_exist(tmp_path: Path) -> None:
 
 def test_names_are_checked_without_tensorflow() -> None:
     code = (
-        "import sys; from fruitdask.config import ModelConfig; from fruitdask.models import check_name; "
+        "import sys; from fruitdask.core.config import ModelConfig; from fruitdask.worker.models import check_name; "
         "check_name(ModelConfig(name='MobileNetV3Small')); print({'tensorflow', 'keras', 'h5py'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fruitdask.config import ModelConfig
+from fruitdask.core.config import ModelConfig
 from fruitdask.errors import EngineError
-from fruitdask.models import build_artifact, load_predictor, settings
-from fruitdask.models.settings import find_backend, import_keras
+from fruitdask.worker.models import build_artifact, load_predictor, settings
+from fruitdask.worker.models.settings import find_backend, import_keras
 
 PIXELS = np.random.default_rng(0).integers(0, 4, (2, 32, 32, 3), np.uint8)
 SETTINGS = {"floatx": "float16", "epsilon": 0.25, "image_data_format": "channels_first", "backend": "jax"}
 _SCRIPT = """
 import hashlib, sys
 import numpy as np
-from fruitdask.config import ModelConfig
-from fruitdask.models import build_artifact, load_predictor, start_building
+from fruitdask.core.config import ModelConfig
+from fruitdask.worker.models import build_artifact, load_predictor, start_building
 
 if __name__ == "__main__":
     config = ModelConfig.model_validate_json(sys.argv[1])

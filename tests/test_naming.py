@@ -14,7 +14,7 @@ from chaos.hostile_images import build_tiff
 from PIL import Image
 
 from fruitdask.errors import ImageError
-from fruitdask.images import decode_image
+from fruitdask.worker.images import decode_image
 
 
 def save(kind: str, side: int = 64) -> bytes:

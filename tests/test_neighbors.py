@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_score
 from sklearn.model_selection import LeaveOneOut, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from fruitdask.analysis.neighbors import explain_variance, find_neighbors, summarize_quality
 from fruitdask.errors import ReduceError
-from fruitdask.neighbors import explain_variance, find_neighbors, summarize_quality
 
 Array = npt.NDArray[Any]
 

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 import fruitdask
-from fruitdask.config import Config, ModelConfig
+from fruitdask.core.config import Config, ModelConfig
+from fruitdask.core.progress import RunProgress
 from fruitdask.errors import OutageError, PartitionError
-from fruitdask.progress import RunProgress
 
 MakeConfig = Callable[[str], Config]
 #: What is free on the small disk when a run begins: enough for its manifest and some of its partitions, which need three blocks each.

@@ -17,7 +17,10 @@ from PIL import Image
 
 import fruitdask
 from fruitdask import store
-from fruitdask.config import Config, EC2ClusterConfig, ModelConfig
+from fruitdask.analysis.reduction import fit_pca
+from fruitdask.core.config import Config, EC2ClusterConfig, ModelConfig
+from fruitdask.core.progress import choose_progress
+from fruitdask.core.storage import Location
 from fruitdask.errors import (
     ConfigError,
     FruitdaskError,
@@ -26,13 +29,16 @@ from fruitdask.errors import (
     StoreMismatchError,
     TooManyFailuresError,
 )
-from fruitdask.models import build_artifact, load_predictor
-from fruitdask.pipeline import exploring, featurizing, presenting, running, spending
+from fruitdask.pipeline import (
+    budget,
+    explore as explore_module,
+    featurize as featurize_module,
+    report as report_module,
+    run as run_module,
+)
 from fruitdask.pipeline.inputs import dump_config
-from fruitdask.pipeline.reducing import write_components
-from fruitdask.progress import choose_progress
-from fruitdask.reduce import fit_pca
-from fruitdask.storage import Location
+from fruitdask.pipeline.reduce import write_components
+from fruitdask.worker.models import build_artifact, load_predictor
 
 MakeConfig = Callable[..., Config]
 
@@ -215,7 +221,7 @@ def test_run_reduces_again_without_a_cluster_when_only_that_changed(
     make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fruitdask.run(make_config(), client=client)
-    monkeypatch.setattr(spending, "open_client", lambda config: pytest.fail("a cluster was started"))
+    monkeypatch.setattr(budget, "open_client", lambda config: pytest.fail("a cluster was started"))
     result = fruitdask.run(make_config(reduce={"n_components": 0.999}))
     assert result.n_computed == 0
     assert result.pca.n_components == result.manifest["pca"]["n_components"] > 2
@@ -226,7 +232,7 @@ def test_run_reduces_large_features_on_the_cluster(
     make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = fruitdask.run(make_config(), client=client).table
-    monkeypatch.setattr(running, "LOCAL_REDUCE_BYTES", 0)
+    monkeypatch.setattr(run_module, "LOCAL_REDUCE_BYTES", 0)
     distributed = fruitdask.run(make_config(output={"overwrite": True}), client=client).table
     pd.testing.assert_frame_equal(distributed, local, rtol=1e-5)
 
@@ -252,9 +258,9 @@ def test_run_reads_and_writes_s3(
 def test_each_stage_works_by_itself_on_a_client(
     make_config: MakeConfig, client: Any, tiny_model: ModelConfig, tmp_path: Path
 ) -> None:
-    from fruitdask.catalog import split_catalog
-    from fruitdask.featurize import FeaturizeJob, featurize_partition
-    from fruitdask.fetch import ImageSource
+    from fruitdask.store.catalog import split_catalog
+    from fruitdask.worker.featurize import FeaturizeJob, featurize_partition
+    from fruitdask.worker.fetch import ImageSource
 
     config, output = make_config(), Location(str(tmp_path / "mine"))
     catalog = fruitdask.list_images(config.input)
@@ -385,7 +391,7 @@ def test_interrupted_writing_is_mended_by_the_next_run(
         raise KeyboardInterrupt("in this test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((running.report, step) if step == "write_results" else (running, step)), interrupt)
+        patch.setattr(*((run_module.report, step) if step == "write_results" else (run_module, step)), interrupt)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
             fruitdask.run(make_config(reduce={"n_components": 3}), client=client)
     result = fruitdask.run(make_config(), client=client)
@@ -575,7 +581,7 @@ def test_run_looks_at_each_image_once(
     make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(exploring, "explore_partition", None)
+        patch.setattr(explore_module, "explore_partition", None)
         fruitdask.run(make_config(), client=client)
     # What was explored before is not explored by the run.
     alone = make_config(output={"url": str(tmp_path / "alone")})
@@ -603,7 +609,7 @@ def test_exploration_of_an_interrupted_run_is_complete(
     make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = fruitdask.run(make_config(), client=client).exploration
-    check, overwrite = featurizing.check_failures, make_config(output={"overwrite": True})
+    check, overwrite = featurize_module.check_failures, make_config(output={"overwrite": True})
 
     def interrupt(task: Any, n_failed: int) -> None:
         if len(store.list_committed(task.output)) >= 2:
@@ -611,7 +617,7 @@ def test_exploration_of_an_interrupted_run_is_complete(
         check(task, n_failed)
 
     with monkeypatch.context() as patch:
-        patch.setattr(featurizing, "check_failures", interrupt)
+        patch.setattr(featurize_module, "check_failures", interrupt)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
             fruitdask.run(overwrite, client=client)
     result = fruitdask.run(make_config(), client=client)
@@ -642,7 +648,7 @@ def test_report_is_rendered_again_without_images_and_cluster(
     first = fruitdask.run(make_config(**settings), client=client)
     written = first.report.read()
     assert "<iframe" in first.report._repr_html_()
-    for module in (spending, exploring):
+    for module in (budget, explore_module):
         monkeypatch.setattr(module, "open_client", lambda config: pytest.fail("a cluster was started"))
     titled = make_config(**settings | {"report": {"enabled": True, "title": "Our <orchard>"}})
     again = fruitdask.run(titled)
@@ -686,12 +692,12 @@ def test_interrupted_drawing_is_made_up_for(
 
     fruitdask.run(make_config(**shown), client=client)
     with monkeypatch.context() as patch:
-        patch.setattr(presenting.report, "write_page", interrupt)
+        patch.setattr(report_module.report, "write_page", interrupt)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
             fruitdask.render_report(make_config(**shown | {"report": {"title": "Orchard"}}))
     assert "Orchard" not in (tmp_path / "out" / "report.html").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(exploring, "present", interrupt)
+        patch.setattr(explore_module, "present", interrupt)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
             fruitdask.explore(make_config(**shown, explore={"input_px": 24}), client=client)
     result = fruitdask.run(make_config(**shown, explore={"input_px": 24}))

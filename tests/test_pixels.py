@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from fruitdask.errors import ImageError
-from fruitdask.images import decode_image, read_header
+from fruitdask.worker.images import decode_image, read_header
 
 Array = npt.NDArray[Any]
 

@@ -19,16 +19,16 @@ from loopback_ec2 import LoopbackEC2, read_plan
 import fruitdask
 from fruitdask import store
 from fruitdask.cli import cli
-from fruitdask.config import Config, EC2ClusterConfig, LimitsConfig, LocalClusterConfig, ModelConfig
+from fruitdask.core.config import Config, EC2ClusterConfig, LimitsConfig, LocalClusterConfig, ModelConfig
+from fruitdask.core.progress import RunProgress
+from fruitdask.core.storage import Location
 from fruitdask.errors import ConfigError, LimitError
-from fruitdask.fetch import ImageSource
-from fruitdask.pipeline import spending
+from fruitdask.pipeline import budget
+from fruitdask.pipeline.budget import Budget
 from fruitdask.pipeline.inputs import Inputs
-from fruitdask.pipeline.planning import Estimator, Plan, Work
-from fruitdask.pipeline.spending import Budget
-from fruitdask.pipeline.trying import Sample
-from fruitdask.progress import RunProgress
-from fruitdask.storage import Location
+from fruitdask.pipeline.plan import Estimator, Plan, Work
+from fruitdask.pipeline.trial import Sample
+from fruitdask.worker.fetch import ImageSource
 
 needs_loopback = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc")
 
@@ -319,7 +319,7 @@ class Hours(RunProgress):
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._seconds = 0.0
         patch.setattr(
-            spending, "time", SimpleNamespace(monotonic=lambda: self._seconds, perf_counter=time.perf_counter)
+            budget, "time", SimpleNamespace(monotonic=lambda: self._seconds, perf_counter=time.perf_counter)
         )
 
     def advance(self, n_images: int, *, n_failed: int) -> None:

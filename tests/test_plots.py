@@ -24,10 +24,10 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.text import Text
 from PIL import Image
 
-from fruitdask import plots
-from fruitdask.exploration import Exploration
-from fruitdask.plots.canvas import INK, quiet, tidy_label
-from fruitdask.plots.styles import COLOURS
+from fruitdask.report import figures
+from fruitdask.report.figures.canvas import INK, quiet, tidy_label
+from fruitdask.report.figures.styles import COLOURS
+from fruitdask.store.exploration import Exploration
 
 LIGHT, DARK = "#ffffff", "#16181d"
 HOSTILE = [
@@ -132,18 +132,18 @@ def plot_all(n: int) -> dict[str, Figure]:
     ratio = rng.dirichlet(np.ones(10 * n))
     sides = rng.integers(200, 1500, (50, 2))
     return {
-        "map": plots.plot_map(table, x="pca_1", y="pca_2", title="Principal components"),
-        "tsne": plots.plot_map(table, x="tsne_1", y="tsne_2", title="t-SNE"),
-        "counts": plots.plot_class_counts(classes),
-        "sizes": plots.plot_sizes(make_images(width=sides[:, 0], height=sides[:, 1], n_bytes=rng.lognormal(10, 1, 50))),
-        "examples": plots.plot_examples(make_exploration(labels), per_class=3),
-        "colours": plots.plot_colours(classes),
-        "differences": plots.plot_differences(classes),
-        "variance": plots.plot_explained_variance(
+        "map": figures.plot_map(table, x="pca_1", y="pca_2", title="Principal components"),
+        "tsne": figures.plot_map(table, x="tsne_1", y="tsne_2", title="t-SNE"),
+        "counts": figures.plot_class_counts(classes),
+        "sizes": figures.plot_sizes(make_images(width=sides[:, 0], height=sides[:, 1], n_bytes=rng.lognormal(10, 1, 50))),
+        "examples": figures.plot_examples(make_exploration(labels), per_class=3),
+        "colours": figures.plot_colours(classes),
+        "differences": figures.plot_differences(classes),
+        "variance": figures.plot_explained_variance(
             np.sort(ratio)[::-1], {"0.8": 5 * n, "0.9": 7 * n, "0.95": 8 * n, "0.99": None}
         ),
-        "confusion": plots.plot_confusion(labels, make_shares(n)),
-        "silhouettes": plots.plot_silhouettes(make_silhouette(labels)),
+        "confusion": figures.plot_confusion(labels, make_shares(n)),
+        "silhouettes": figures.plot_silhouettes(make_silhouette(labels)),
     }
 
 
@@ -226,20 +226,20 @@ def compute_lab(light: np.ndarray) -> np.ndarray:
 
 
 def test_style_classes_tells_144_classes_apart() -> None:
-    styles = list(plots.style_classes([str(number) for number in range(150)]).values())
+    styles = list(figures.style_classes([str(number) for number in range(150)]).values())
     assert len(set(styles[:144])) == 144
     assert styles[144:] == styles[:6]
     assert all(
         one.colour != two.colour and one.marker != two.marker for one, two in zip(styles, styles[1:], strict=False)
     )
     assert all(style.is_filled for style in styles[:72])
-    assert plots.style_classes(["b", "a", "b"]) == {"b": styles[0], "a": styles[1]}
+    assert figures.style_classes(["b", "a", "b"]) == {"b": styles[0], "a": styles[1]}
 
 
-@pytest.mark.parametrize("marker", plots.MARKERS)
+@pytest.mark.parametrize("marker", figures.MARKERS)
 def test_markers_have_an_inside_in_bokeh_and_in_matplotlib(marker: str) -> None:
     assert marker in MarkerType
-    style = MarkerStyle(plots.MARKERS[marker])
+    style = MarkerStyle(figures.MARKERS[marker])
     assert style.is_filled() and len(style.get_path().vertices) > 2
 
 
@@ -259,12 +259,12 @@ def test_colours_differ_for_the_colour_blind(vision: str) -> None:
 @pytest.mark.parametrize("n_points", [300, 5000], ids=["drawing", "image"])
 def test_plot_map_draws_each_image_where_the_table_says(n_points: int) -> None:
     table = make_table(labels := list_labels(7), n_points)
-    axes = get_axes(plots.plot_map(table, x="pca_1", y="pca_2", title="Map"))
+    axes = get_axes(figures.plot_map(table, x="pca_1", y="pca_2", title="Map"))
     good = table.dropna()
     np.testing.assert_allclose(
         np.sort(get_points(axes), axis=0), np.sort(good[["pca_1", "pca_2"]].to_numpy(float), axis=0)
     )
-    for label, style in plots.style_classes(labels).items():
+    for label, style in figures.style_classes(labels).items():
         of_class = [part for part in axes.collections if to_hex(part.get_facecolor()[0]) == style.colour]
         drawn = np.concatenate([np.asarray(part.get_offsets()) for part in of_class])
         expected = good.loc[good["label"] == label, ["pca_1", "pca_2"]].to_numpy(float)
@@ -275,7 +275,7 @@ def test_plot_map_draws_each_image_where_the_table_says(n_points: int) -> None:
 def test_plot_map_draws_small_classes_last_and_none_all_at_once() -> None:
     labels = np.repeat(["large", "small", "tiny"], [4000, 40, 8])
     table = pd.DataFrame({"label": labels, "pca_1": np.arange(4048.0), "pca_2": 0.0})
-    axes = get_axes(plots.plot_map(table, x="pca_1", y="pca_2", title="Map"))
+    axes = get_axes(figures.plot_map(table, x="pca_1", y="pca_2", title="Map"))
     drawn = labels[get_points(axes)[:, 0].astype(int)]
     turns = np.split(drawn, np.flatnonzero((drawn[1:] == "large") & (drawn[:-1] == "tiny")) + 1)
     assert len(turns) == 8
@@ -286,9 +286,9 @@ def test_plot_map_draws_small_classes_last_and_none_all_at_once() -> None:
 @pytest.mark.parametrize("n", [1, 5, 24, 130])
 def test_plot_map_names_all_classes_and_keeps_its_size(n: int) -> None:
     labels = list_labels(n)
-    figure = plots.plot_map(make_table(labels, 5 * n + 20), x="pca_1", y="pca_2", title="Map")
+    figure = figures.plot_map(make_table(labels, 5 * n + 20), x="pca_1", y="pca_2", title="Map")
     legend = get_axes(figure, "legend")
-    styles = plots.style_classes(labels)
+    styles = figures.style_classes(labels)
     assert [text.get_text() for text in legend.texts] == [
         tidy_label(label, n_characters=30 if n <= 30 else 24) for label in labels
     ]
@@ -304,9 +304,9 @@ def test_plot_map_names_all_classes_and_keeps_its_size(n: int) -> None:
 def test_plot_map_leaves_absent_classes_out_of_the_legend_but_keeps_styles() -> None:
     table = make_table(["a", "b", "c"], 50)
     table.loc[table["label"] == "b", "pca_1"] = np.nan
-    legend = get_axes(plots.plot_map(table, x="pca_1", y="pca_2", title="Map"), "legend")
+    legend = get_axes(figures.plot_map(table, x="pca_1", y="pca_2", title="Map"), "legend")
     assert [text.get_text() for text in legend.texts] == ["a", "c"]
-    assert to_hex(legend.collections[1].get_facecolor()[0]) == plots.style_classes(["a", "b", "c"])["c"].colour
+    assert to_hex(legend.collections[1].get_facecolor()[0]) == figures.style_classes(["a", "b", "c"])["c"].colour
 
 
 @pytest.mark.parametrize(
@@ -322,14 +322,14 @@ def test_plot_map_names_axes(
     columns: str, labels: dict[str, str], expected: tuple[str, str], n_ticks: int | None
 ) -> None:
     table = make_table(["a", "b"], 30)
-    axes = get_axes(plots.plot_map(table, x=f"{columns}_1", y=f"{columns}_2", title="Map", **labels))  # type: ignore[arg-type]
+    axes = get_axes(figures.plot_map(table, x=f"{columns}_1", y=f"{columns}_2", title="Map", **labels))  # type: ignore[arg-type]
     assert (axes.get_xlabel(), axes.get_ylabel()) == expected
     assert n_ticks is None or len(axes.get_xticks()) == n_ticks
 
 
 def test_plot_class_counts_sorts_bars_and_tells_failures() -> None:
     classes = pd.DataFrame({"n_images": [5, 12345, 5, 40], "n_ok": [5, 12345, 5, 30]}, index=["b", "c", "a", "d"])
-    figure = plots.plot_class_counts(classes)
+    figure = figures.plot_class_counts(classes)
     assert get_rows(figure) == ["c", "d", "a", "b"]
     good, failed = get_bars(figure)[:4], get_bars(figure)[4:]
     assert [bar[:2] for bar in good] == [(0, 12345), (0, 30), (0, 5), (0, 5)]
@@ -341,7 +341,7 @@ def test_plot_class_counts_sorts_bars_and_tells_failures() -> None:
 
 def test_plot_differences_shows_means_errors_and_ranges() -> None:
     classes = make_classes(labels := ["a", "b", "c"])
-    figure = plots.plot_differences(classes)
+    figure = figures.plot_differences(classes)
     by_mean = classes.loc[["a", "c"]].sort_values("mean_squared_difference", ascending=False)
     assert get_rows(figure) == [*by_mean.index, labels[1]]
     np.testing.assert_allclose(
@@ -357,7 +357,7 @@ def test_plot_differences_shows_means_errors_and_ranges() -> None:
 
 
 def test_plot_silhouettes_sorts_and_marks_what_is_below_zero() -> None:
-    figure = plots.plot_silhouettes({"mean": -0.126, "by_class": {"a": -0.5, "b": None, "c": 0.75}})
+    figure = figures.plot_silhouettes({"mean": -0.126, "by_class": {"a": -0.5, "b": None, "c": 0.75}})
     assert get_rows(figure) == ["c", "a", "b"]
     (_, good, blue), (_, bad, orange), _ = get_bars(figure)
     assert (good, bad) == (0.75, -0.5) and blue != orange
@@ -367,7 +367,7 @@ def test_plot_silhouettes_sorts_and_marks_what_is_below_zero() -> None:
 
 def test_plot_colours_draws_shares_of_the_palette() -> None:
     classes = pd.DataFrame({"palette": [f"#F0F0F0 0.712, {INK} 0.103", ""]}, index=["apple", "none"])
-    bars = get_bars(figure := plots.plot_colours(classes))
+    bars = get_bars(figure := figures.plot_colours(classes))
     np.testing.assert_allclose([bar[:2] for bar in bars[:2]], [(0, 0.712), (0.712, 0.103)])
     assert bars[0][2] == "#f0f0f0"
     # A pixel's colour that is the ink's must not follow the page's text.
@@ -377,7 +377,7 @@ def test_plot_colours_draws_shares_of_the_palette() -> None:
 
 def test_plot_explained_variance_marks_where_the_curve_reaches_the_shares() -> None:
     n_components = {"0.8": 3, "0.9": 4, "0.95": 4, "0.99": None}
-    (axes,) = (figure := plots.plot_explained_variance([0.5, 0.2, 0.15, 0.1, 0.02], n_components)).axes
+    (axes,) = (figure := figures.plot_explained_variance([0.5, 0.2, 0.15, 0.1, 0.02], n_components)).axes
     curve = axes.lines[0]
     np.testing.assert_allclose(np.asarray(curve.get_ydata()), [0, 0.5, 0.7, 0.85, 0.95, 0.97])
     assert curve.get_drawstyle() == "steps-post"
@@ -388,7 +388,7 @@ def test_plot_explained_variance_marks_where_the_curve_reaches_the_shares() -> N
 
 @pytest.mark.parametrize("n", [5, 40], ids=["with numbers", "with a scale"])
 def test_plot_confusion_shades_by_share(n: int) -> None:
-    axes = get_axes(figure := plots.plot_confusion(list_labels(n), shares := make_shares(n)))
+    axes = get_axes(figure := figures.plot_confusion(list_labels(n), shares := make_shares(n)))
     image = np.asarray(axes.images[0].get_array())
     np.testing.assert_allclose(image[..., 3] ** 2, np.nan_to_num(shares))
     numbers = {(text.get_position()[1], text.get_position()[0]): text.get_text() for text in axes.texts}
@@ -399,7 +399,7 @@ def test_plot_confusion_shades_by_share(n: int) -> None:
 
 def test_plot_sizes_counts_every_image_that_could_be_read() -> None:
     images = make_images(width=[100, 300, pd.NA], height=[200, 250, pd.NA], n_bytes=[1_000, 2_500_000, 40])
-    sizes, sides = (figure := plots.plot_sizes(images)).axes
+    sizes, sides = (figure := figures.plot_sizes(images)).axes
     assert [axes.patches[0].get_data().values.sum() for axes in (sizes, sides)] == [3, 2]  # type: ignore[attr-defined]
     assert (sizes.get_xscale(), sides.get_xscale()) == ("log", "linear")
     assert "median 200 × 225 px, 200 to 300 px" in list_texts(figure)
@@ -407,7 +407,7 @@ def test_plot_sizes_counts_every_image_that_could_be_read() -> None:
 
 
 def test_plot_sizes_of_equal_images() -> None:
-    figure = plots.plot_sizes(make_images(width=[100] * 4, height=[100] * 4, n_bytes=[5_100] * 4))
+    figure = figures.plot_sizes(make_images(width=[100] * 4, height=[100] * 4, n_bytes=[5_100] * 4))
     for axes, tick, note in zip(figure.axes, ("5.1 kB", "100 px"), ("all 5.1 kB", "all 100 × 100 px"), strict=True):
         np.testing.assert_array_equal(axes.patches[0].get_data().values, [4])  # type: ignore[attr-defined]
         assert [label.get_text() for label in axes.get_xticklabels()] == [tick]
@@ -416,7 +416,7 @@ def test_plot_sizes_of_equal_images() -> None:
 
 def test_plot_examples_chooses_pictures() -> None:
     exploration = make_exploration(["a", "b"])
-    (axes,) = plots.plot_examples(exploration, per_class=3).axes
+    (axes,) = figures.plot_examples(exploration, per_class=3).axes
     order = list(exploration.classes["n_images"].sort_values(ascending=False).index)
     assert [text.get_text() for text in axes.texts] == order
     drawn: dict[str, list[tuple[int, int, int]]] = {"a": [], "b": []}
@@ -434,7 +434,7 @@ def test_plot_examples_chooses_pictures() -> None:
 
 def test_plot_examples_shows_the_largest_classes_and_says_how_many_are_left_out() -> None:
     exploration = make_exploration([f"class {number:03d}" for number in range(130)], per_class=1)
-    figure = plots.plot_examples(exploration, per_class=1)
+    figure = figures.plot_examples(exploration, per_class=1)
     names = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert names == list(exploration.classes["n_images"].sort_values(ascending=False, kind="stable").index[:40])
     assert "The largest classes first; 90 smaller classes are not shown" in list_texts(figure)
@@ -446,23 +446,23 @@ EMPTY = make_classes(["a"]).iloc[:0]
 @pytest.mark.parametrize(
     ("figure", "reason"),
     [
-        (lambda: plots.plot_class_counts(EMPTY), "There are no classes to show."),
-        (lambda: plots.plot_colours(EMPTY), "There are no classes to show."),
-        (lambda: plots.plot_differences(EMPTY), "No class has two images that could be read."),
+        (lambda: figures.plot_class_counts(EMPTY), "There are no classes to show."),
+        (lambda: figures.plot_colours(EMPTY), "There are no classes to show."),
+        (lambda: figures.plot_differences(EMPTY), "No class has two images that could be read."),
         (
-            lambda: plots.plot_differences(make_classes(["a"]).assign(mean_squared_difference=np.nan)),
+            lambda: figures.plot_differences(make_classes(["a"]).assign(mean_squared_difference=np.nan)),
             "No class has two images that could be read.",
         ),
-        (lambda: plots.plot_silhouettes({"mean": None, "by_class": {}}), "There are no classes to show."),
-        (lambda: plots.plot_confusion([], []), "There are no classes to show."),
-        (lambda: plots.plot_explained_variance([], {}), "No component is known."),
-        (lambda: plots.plot_sizes(make_images(width=[], height=[], n_bytes=[])), "There are no images."),
+        (lambda: figures.plot_silhouettes({"mean": None, "by_class": {}}), "There are no classes to show."),
+        (lambda: figures.plot_confusion([], []), "There are no classes to show."),
+        (lambda: figures.plot_explained_variance([], {}), "No component is known."),
+        (lambda: figures.plot_sizes(make_images(width=[], height=[], n_bytes=[])), "There are no images."),
         (
-            lambda: plots.plot_map(make_table(["a"], 3).assign(pca_1=np.nan), x="pca_1", y="pca_2", title="Map"),
+            lambda: figures.plot_map(make_table(["a"], 3).assign(pca_1=np.nan), x="pca_1", y="pca_2", title="Map"),
             "No image has a position.",
         ),
         (
-            lambda: plots.plot_examples(cast(Exploration, SimpleNamespace(classes=EMPTY)), per_class=2),
+            lambda: figures.plot_examples(cast(Exploration, SimpleNamespace(classes=EMPTY)), per_class=2),
             "There are no classes to show.",
         ),
     ],
@@ -482,14 +482,14 @@ EMPTY = make_classes(["a"]).iloc[:0]
 def test_figures_without_data_say_so(figure: Any, reason: str) -> None:
     drawn = figure()
     assert reason in list_texts(drawn) and not drawn.axes
-    assert reason in plots.render_svg(drawn)
+    assert reason in figures.render_svg(drawn)
 
 
 @pytest.mark.parametrize("n", [1, 5, 24, 130])
 def test_text_is_neither_cut_off_nor_overlapping(n: int) -> None:
     for name, figure in plot_all(n).items():
         # Names of axes are placed when they are drawn, for the dots per inch that then hold.
-        plots.render_png(figure, dpi=int(figure.dpi))
+        figures.render_png(figure, dpi=int(figure.dpi))
         renderer = FigureCanvasAgg(figure).get_renderer()
         shown = list_drawn(figure)
         with quiet():
@@ -506,11 +506,11 @@ def test_text_is_neither_cut_off_nor_overlapping(n: int) -> None:
 
 def test_more_classes_than_a_figure_holds_are_counted() -> None:
     classes = make_classes([f"class {number:04d}" for number in range(320)])
-    figure = plots.plot_class_counts(classes)
+    figure = figures.plot_class_counts(classes)
     assert len(get_rows(figure)) == 300
     assert any("The first 300 of 320 classes." in text for text in list_texts(figure))
     table = make_table(list(classes.index), 1000)
-    legend = get_axes(plots.plot_map(table, x="pca_1", y="pca_2", title="Map"), "legend")
+    legend = get_axes(figures.plot_map(table, x="pca_1", y="pca_2", title="Map"), "legend")
     assert len(legend.texts) == 300 and legend.texts[-1].get_text() == "… and 21 more"
 
 
@@ -530,8 +530,8 @@ def test_tidy_label(label: str, expected: str) -> None:
 
 @pytest.mark.parametrize("dpi", [50, 150])
 def test_render_png_has_the_dots_asked_for_on_white(dpi: int) -> None:
-    figure = plots.plot_class_counts(make_classes(["a", "苹果"]))
-    with Image.open(io.BytesIO(plots.render_png(figure, dpi=dpi))) as image:
+    figure = figures.plot_class_counts(make_classes(["a", "苹果"]))
+    with Image.open(io.BytesIO(figures.render_png(figure, dpi=dpi))) as image:
         np.testing.assert_allclose(image.size, figure.get_size_inches() * dpi, atol=1)
         np.testing.assert_allclose(image.info["dpi"], dpi, rtol=0.01)
         assert image.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
@@ -540,7 +540,7 @@ def test_render_png_has_the_dots_asked_for_on_white(dpi: int) -> None:
 
 def test_render_png_stays_within_what_can_be_drawn() -> None:
     figure = Figure(figsize=(1, 200))
-    with Image.open(io.BytesIO(plots.render_png(figure, dpi=600))) as image:
+    with Image.open(io.BytesIO(figures.render_png(figure, dpi=600))) as image:
         assert 60_000 < image.height < 65_536
 
 
@@ -551,7 +551,7 @@ SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href
 def test_render_svg_is_a_part_of_a_page(n: int) -> None:
     taken: set[str] = set()
     for name, figure in plot_all(n).items():
-        svg = plots.render_svg(figure, label=f'{name} "of" <classes> & more')
+        svg = figures.render_svg(figure, label=f'{name} "of" <classes> & more')
         assert svg.startswith("<svg ") and "\n" not in svg.partition(">")[0]
         root = ElementTree.fromstring(svg)
         assert (root.get("role"), root.get("width"), root.get("height")) == ("img", "100%", None)
@@ -573,7 +573,7 @@ def test_render_svg_is_a_part_of_a_page(n: int) -> None:
 
 
 def test_render_svg_paints_no_ground_and_no_default_black() -> None:
-    root = ElementTree.fromstring(plots.render_svg(plots.plot_differences(make_classes(["a", "b", "c"]))))
+    root = ElementTree.fromstring(figures.render_svg(figures.plot_differences(make_classes(["a", "b", "c"]))))
     _, _, width, height = map(float, root.attrib["viewBox"].split())
     assert f"max-width:{width * 96 / 72:.0f}px" in root.attrib["style"]
     assert all("fill: " in text.attrib["style"] for text in root.iter(SVG + "text"))
@@ -585,7 +585,7 @@ def test_render_svg_paints_no_ground_and_no_default_black() -> None:
 
 @pytest.mark.parametrize("label", HOSTILE)
 def test_render_svg_writes_hostile_names_as_text(label: str) -> None:
-    svg = plots.render_svg(plots.plot_class_counts(make_classes([label])), label=label)
+    svg = figures.render_svg(figures.plot_class_counts(make_classes([label])), label=label)
     root = ElementTree.fromstring(svg)
     assert tidy_label(label) in [element.text for element in root.iter(SVG + "text")]
     assert root.get("aria-label") == tidy_label(label)
@@ -594,7 +594,7 @@ def test_render_svg_writes_hostile_names_as_text(label: str) -> None:
 
 def test_render_svg_is_reproducible_also_in_threads() -> None:
     def render(number: int) -> str:
-        return plots.render_svg(plots.plot_class_counts(make_classes(list_labels(24 + number % 3))), label="Counts")
+        return figures.render_svg(figures.plot_class_counts(make_classes(list_labels(24 + number % 3))), label="Counts")
 
     alone = [render(number) for number in range(6)]
     with ThreadPoolExecutor(4) as pool:
@@ -603,13 +603,13 @@ def test_render_svg_is_reproducible_also_in_threads() -> None:
 
 
 def test_render_svg_names_a_figure_by_its_title() -> None:
-    svg = plots.render_svg(plots.plot_silhouettes(make_silhouette(["a", "b"])))
+    svg = figures.render_svg(figures.plot_silhouettes(make_silhouette(["a", "b"])))
     assert ElementTree.fromstring(svg).get("aria-label") == "Silhouette of each class"
 
 
 def test_a_hundred_thousand_points_make_a_small_svg() -> None:
     table = make_table(list_labels(130), 100_000)
-    assert len(plots.render_svg(plots.plot_map(table, x="pca_1", y="pca_2", title="Map"))) < 1_500_000
+    assert len(figures.render_svg(figures.plot_map(table, x="pca_1", y="pca_2", title="Map"))) < 1_500_000
 
 
 def test_plots_leave_matplotlib_as_it_was() -> None:
@@ -617,8 +617,8 @@ def test_plots_leave_matplotlib_as_it_was() -> None:
 
     before = dict(matplotlib.rcParams)
     for figure in plot_all(5).values():
-        plots.render_png(figure, dpi=50)
-        plots.render_svg(figure)
+        figures.render_png(figure, dpi=50)
+        figures.render_svg(figure)
     assert dict(matplotlib.rcParams) == before
     assert to_rgba(before["text.color"]) == (0, 0, 0, 1)
 
@@ -660,7 +660,7 @@ MATPLOTLIBRC = {
 
 def draw_all(n: int) -> dict[str, tuple[bytes, str]]:
     """Draw every figure as PNG and as SVG."""
-    return {name: (plots.render_png(figure, dpi=60), plots.render_svg(figure)) for name, figure in plot_all(n).items()}
+    return {name: (figures.render_png(figure, dpi=60), figures.render_svg(figure)) for name, figure in plot_all(n).items()}
 
 
 def test_figures_are_the_same_whatever_the_users_matplotlibrc() -> None:
@@ -674,7 +674,7 @@ def test_figures_are_the_same_whatever_the_users_matplotlibrc() -> None:
 
 def test_matplotlib_loads_with_a_wrong_backend_and_keeps_a_right_one(tmp_path: Path) -> None:
     code = (
-        "import os; from fruitdask import plots; plots.load_matplotlib(); import matplotlib; "
+        "import os; from fruitdask import plots; figures.load_matplotlib(); import matplotlib; "
         "print(matplotlib.get_backend(), os.environ['MPLBACKEND'])"
     )
     for backend, used in (("nonsense", "agg"), ("SVG", "svg")):
@@ -689,6 +689,6 @@ def test_matplotlib_loads_with_a_wrong_backend_and_keeps_a_right_one(tmp_path: P
 
 def test_matplotlibrc_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe")
-    code = "from fruitdask import plots\ntry: plots.load_matplotlib()\nexcept Exception as e: print(type(e).__name__, e)"
+    code = "from fruitdask import plots\ntry: figures.load_matplotlib()\nexcept Exception as e: print(type(e).__name__, e)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith("ConfigError matplotlib cannot be imported: 'utf-8' codec can't decode")

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 from chaos.hostile_images import save_heic
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
-from fruitdask.privacy import KINDS, find_metadata
+from fruitdask.worker.metadata import KINDS, find_metadata
 
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIC"]
 XMP_KEY = "XML:com.adobe.xmp"

@@ -28,7 +28,7 @@ from PIL import Image, PngImagePlugin
 from PIL.TiffImagePlugin import IFDRational
 
 import fruitdask
-from fruitdask.config import ModelConfig
+from fruitdask.core.config import ModelConfig
 
 SERIAL, OWNER, ARTIST, COMMENT = "SN-PLANTED-4711", "Ada Planted-Owner", "Ben Planted-Artist", "planted comment"
 LATITUDE, LONGITUDE = (4885837, 100003), (229448, 100019)

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from fruitdask import progress
-from fruitdask.progress import LineProgress, LiveProgress, RunProgress, choose_progress
+from fruitdask.core import progress
+from fruitdask.core.progress import LineProgress, LiveProgress, RunProgress, choose_progress
 
 
 def show(reporter: RunProgress) -> None:

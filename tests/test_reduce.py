@@ -9,13 +9,11 @@ import dask.array as da
 import numpy as np
 import pytest
 import sklearn.decomposition
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from sklearn.manifold import trustworthiness
 
-from fruitdask.errors import ReduceError
-from fruitdask import reduce
-from fruitdask.reduce import (
+from fruitdask.analysis import reduction
+from fruitdask.analysis.reduction import (
     PrincipalComponents,
     check_n_components,
     check_solver,
@@ -24,6 +22,7 @@ from fruitdask.reduce import (
     fit_pca,
     sample_rows,
 )
+from fruitdask.errors import ReduceError
 
 
 def draw_features(n_images: int, n_features: int, *, rank: int = 12, seed: int = 0) -> np.ndarray:
@@ -114,7 +113,7 @@ def test_fit_pca_reads_each_block_once_and_the_first_twice() -> None:
 def test_fit_pca_decomposes_many_features_of_few_images(
     n_images: int, n_features: int, n_components: int | float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reduce, "LARGEST_SIDE", 40)
+    monkeypatch.setattr(reduction, "LARGEST_SIDE", 40)
     features = draw_features(n_images, n_features)
     expected = sklearn.decomposition.PCA(n_components, svd_solver="full").fit(features.astype(np.float64))
     fitted = fit_pca(da.from_array(features, chunks=(8, -1)), n_components=n_components)
@@ -134,7 +133,7 @@ def test_fit_pca_decomposes_many_features_of_few_images(
 def test_fit_pca_refuses_images_that_are_all_the_same(
     solver: str, largest_side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reduce, "LARGEST_SIDE", largest_side)
+    monkeypatch.setattr(reduction, "LARGEST_SIDE", largest_side)
     row = np.random.default_rng(0).random(7, np.float32)
     features = da.from_array(np.tile(row, (4, 1)), chunks=(3, -1))
     with pytest.raises(ReduceError, match="all 4 images have the same features"):
@@ -170,7 +169,7 @@ def test_check_solver_takes_what_it_can(solver: str, n_images: int, n_features: 
 def test_fit_pca_refuses_many_features_of_many_images() -> None:
     features = da.zeros((5000, 62_720), chunks=(500, -1), dtype=np.float32)
     with pytest.raises(
-        ReduceError, match="62,720 features of 5,000 images; set model.pooling to avg, or reduce.solver"
+        ReduceError, match="62,720 features of 5,000 images; set model.pooling to avg, or reduction.solver"
     ):
         fit_pca(features, n_components=2)
 

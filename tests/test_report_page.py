@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 from sklearn.datasets import make_blobs
 
-from fruitdask.config import Config, load_config
-from fruitdask.exploration import Exploration
+from fruitdask.core.config import Config, load_config
+from fruitdask.core.sample import CLASS_NAMES, render_fruit
 from fruitdask.report.maps import choose_axes, sample_points
 from fruitdask.report.page import ReportData, render_page
 from fruitdask.report.sections import choose_title
 from fruitdask.report.thumbnails import Thumbnails
-from fruitdask.sample import CLASS_NAMES, render_fruit
+from fruitdask.store.exploration import Exploration
 
 #: Names that would do harm where they are not escaped.
 HOSTILE = '<img src=x onerror="window.harmed=1">'

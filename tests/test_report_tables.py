@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from fruitdask import report
-from fruitdask.storage import Location
+from fruitdask.core.storage import Location
 
 
 def make_outcomes() -> list[pd.DataFrame]:

@@ -20,11 +20,11 @@ from werkzeug.serving import make_server
 import fruitdask
 from fruitdask import store
 from fruitdask.cli import cli
-from fruitdask.config import Config
+from fruitdask.cluster.regions import EU_REGIONS, check_regions, find_regions
+from fruitdask.core.config import Config
+from fruitdask.core.storage import Location
 from fruitdask.errors import ResidencyError
-from fruitdask.pipeline.processing import describe_processing
-from fruitdask.residency import EU_REGIONS, check_regions, find_regions
-from fruitdask.storage import Location
+from fruitdask.pipeline.record import describe_processing
 
 #: Buckets by region. Amazon's servers by these names are asked through a proxy, never in earnest.
 PARIS, VIRGINIA, LONDON = "photographs-paris", "photographs-virginia", "photographs-london"

@@ -33,14 +33,14 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 import fruitdask
-from fruitdask.catalog import Partition
 from fruitdask.cli import cli
-from fruitdask.config import Config, ModelConfig
+from fruitdask.core.config import Config, ModelConfig
+from fruitdask.core.partition import Partition
+from fruitdask.core.progress import RunProgress
+from fruitdask.core.storage import Location, check_bucket, exists, find_encryption
 from fruitdask.errors import StorageError
-from fruitdask.fetch import ImageSource, Stopwatch, read_batches
-from fruitdask.models import build, build_artifact, fingerprint_model, start_building
-from fruitdask.progress import RunProgress
-from fruitdask.storage import Location, check_bucket, exists, find_encryption
+from fruitdask.worker.fetch import ImageSource, Stopwatch, read_batches
+from fruitdask.worker.models import build, build_artifact, fingerprint_model, start_building
 
 S3RVER = "s3rver@3.7.1"
 #: The one account that s3rver knows.

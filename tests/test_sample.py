@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-import fruitdask.sample
+import fruitdask.core.sample
+from fruitdask.core.sample import CLASS_NAMES, draw_sample, render_fruit
 from fruitdask.errors import ConfigError, OutputError
-from fruitdask.sample import CLASS_NAMES, draw_sample, render_fruit
 
 LYING = ("cucumber_3", "zucchini_1")
 UPRIGHT = tuple(name for name in CLASS_NAMES if name not in LYING)
@@ -233,7 +233,7 @@ def test_draw_sample_leaves_nothing_when_interrupted(tmp_path: Path, monkeypatch
         drawn.append(class_name)
         return render_fruit(class_name, angle_degrees=angle_degrees, size_px=size_px, seed=seed)
 
-    monkeypatch.setattr(fruitdask.sample, "render_fruit", render_a_few)
+    monkeypatch.setattr(fruitdask.core.sample, "render_fruit", render_a_few)
     with pytest.raises(KeyboardInterrupt, match="stopped by the test"):
         draw_sample(tmp_path / "fruits", per_class=2, size_px=16)
     assert len(drawn) == 3

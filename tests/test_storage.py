@@ -15,8 +15,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from fruitdask.errors import StorageError
-from fruitdask.storage import (
+from fruitdask.core.storage import (
     Location,
     check_bucket,
     exists,
@@ -26,6 +25,7 @@ from fruitdask.storage import (
     hide_secrets,
     write_file,
 )
+from fruitdask.errors import StorageError
 
 MIB = 1 << 20
 

@@ -9,13 +9,12 @@ import pandas as pd
 import pytest
 import xarray
 import zarr
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from zarr.codecs import ZstdCodec
 
 from fruitdask import store
+from fruitdask.core.storage import Location, exists
 from fruitdask.errors import DamageError, OutputError, StoreMismatchError
-from fruitdask.storage import Location, exists
 from fruitdask.store import arrays
 
 FINGERPRINT = {"catalog": "a" * 64, "model": "b" * 64}

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from fruitdask.core.storage import Location
 from fruitdask.errors import DamageError, FruitdaskError, OutageError, OutputError, StorageError
-from fruitdask.storage import Location
 from fruitdask.store import OutputLock, locked
 
 LOCK = "run.lock"

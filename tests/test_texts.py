@@ -6,10 +6,9 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from fruitdask.texts import escape_controls, format_csv, read_csv
+from fruitdask.core.escaping import escape_controls, format_csv, read_csv
 
 NAMES = [
     "apple",

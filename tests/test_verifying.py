@@ -13,19 +13,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import zarr
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
+from test_growing import _INTERRUPTIONS, break_image, compute_colours, configure, draw, run_and_interrupt
 from zarr.codecs import ZstdCodec
 
 import fruitdask
 from fruitdask import report, store
-from fruitdask.config import Config, ModelConfig
+from fruitdask.core.config import Config, ModelConfig
+from fruitdask.core.escaping import format_csv
+from fruitdask.core.storage import Location
 from fruitdask.errors import DamageError, OutputError
-from fruitdask.pipeline.reducing import write_components
-from fruitdask.storage import Location
+from fruitdask.pipeline.reduce import write_components
 from fruitdask.store import arrays, manifests
-from fruitdask.texts import format_csv
-from test_growing import _INTERRUPTIONS, break_image, compute_colours, configure, draw, run_and_interrupt
 
 BROKEN = "pear_1/r0_0.jpg"
 

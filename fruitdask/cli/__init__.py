@@ -8,14 +8,14 @@ from typing import NoReturn
 
 import click
 
-from fruitdask import __version__
 from fruitdask.cli.clusters import clusters
-from fruitdask.cli.erasures import erase
-from fruitdask.cli.plans import plan
-from fruitdask.cli.policies import iam_policy
-from fruitdask.cli.runs import explore, report, run
+from fruitdask.cli.erase import erase
+from fruitdask.cli.plan import plan
+from fruitdask.cli.policy import iam_policy
+from fruitdask.cli.run import explore, report, run
 from fruitdask.cli.settings import sample, schema, validate
-from fruitdask.cli.verifications import verify
+from fruitdask.cli.verify import verify
+from fruitdask.core.version import __version__
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

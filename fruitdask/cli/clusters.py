@@ -11,7 +11,7 @@ from fruitdask.errors import ClusterStartError, ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fruitdask.cluster.instances import Instance
+    from fruitdask.cluster.ec2.instances import Instance
 
 _N_REGIONS_AT_ONCE = 8
 
@@ -52,7 +52,7 @@ def cleanup(regions: tuple[str, ...], all_regions: bool, run_id: str | None, yes
     Results that are stored stay; a run whose instances are gone ends with an error and can be run again.
     """
     with reported():
-        from fruitdask.cluster.instances import terminate_run
+        from fruitdask.cluster.ec2.instances import terminate_run
 
         found, searched = _find(regions, all_regions=all_regions, run_id=run_id)
         if found and not yes:
@@ -72,7 +72,7 @@ def _find(
 
     from rich.console import Console
 
-    from fruitdask.cluster.instances import list_instances
+    from fruitdask.cluster.ec2.instances import list_instances
 
     searched = _choose_regions(regions, all_regions=all_regions)
     with ThreadPoolExecutor(_N_REGIONS_AT_ONCE) as pool:
@@ -88,8 +88,8 @@ def _find(
 
 def _close_group(region: str) -> None:
     """Take back what runs were allowed, where none is left."""
-    from fruitdask.cluster.instances import list_instances
-    from fruitdask.cluster.network import withdraw_rules
+    from fruitdask.cluster.ec2.instances import list_instances
+    from fruitdask.cluster.ec2.network import withdraw_rules
 
     if not all(one.is_ending for one in list_instances(region)):
         return
@@ -108,7 +108,7 @@ def _choose_regions(regions: Sequence[str], *, all_regions: bool) -> list[str]:
     from botocore.exceptions import InvalidRegionError, NoRegionError
     from botocore.utils import validate_region_name
 
-    from fruitdask.cluster.instances import list_regions, open_ec2
+    from fruitdask.cluster.ec2.instances import list_regions, open_ec2
 
     if all_regions:
         return list_regions()
@@ -149,7 +149,7 @@ def _build_table(found: Iterable["Instance"]) -> "Table":
 
 def _format_cost(instances: Iterable["Instance"]) -> str:
     """Format what instances have cost so far; a dash where a price is unknown."""
-    from fruitdask.costs import Usage, compute_cost
+    from fruitdask.cluster.ec2.prices import Usage, compute_cost
 
     cost = compute_cost(Usage(one.instance_type, one.is_spot, one.region, one.age_seconds) for one in instances)
     return "-" if cost.unpriced else f"${cost.dollars:.2f}"

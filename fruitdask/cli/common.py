@@ -86,15 +86,15 @@ class _HarmlessFormatter(logging.Formatter):
 
 def _make_harmless(text: str) -> str:
     """Take secrets out of lines of text, and what a terminal would obey."""
-    from fruitdask.storage import hide_secrets
-    from fruitdask.texts import escape_controls
+    from fruitdask.core.escaping import escape_controls
+    from fruitdask.core.storage import hide_secrets
 
     return escape_controls(hide_secrets(text), keeps_lines=True)
 
 
 def show(text: str) -> str:
     """Make a name or a message of others ready for the terminal."""
-    from fruitdask.texts import escape_controls
+    from fruitdask.core.escaping import escape_controls
 
     return escape_controls(text)
 
@@ -108,7 +108,7 @@ def print_rows(rows: dict[str, str], console: "Console") -> None:
     """Print names and values, those that there are."""
     from rich.markup import escape
 
-    from fruitdask.texts import escape_controls
+    from fruitdask.core.escaping import escape_controls
 
     for name, value in rows.items():
         if value:

@@ -12,8 +12,8 @@ from fruitdask.cli.common import config_argument, reported, set_option
 @set_option
 def validate(config: str, overrides: tuple[str, ...]) -> None:
     """Check CONFIG without touching the data."""
-    from fruitdask.config import load_config
-    from fruitdask.models import check_name
+    from fruitdask.core.config import load_config
+    from fruitdask.worker.models import check_name
 
     with reported():
         check_name(load_config(config, overrides=overrides).model)
@@ -23,7 +23,7 @@ def validate(config: str, overrides: tuple[str, ...]) -> None:
 @click.command()
 def schema() -> None:
     """Print the JSON schema of a configuration, which lets editors complete it."""
-    from fruitdask.config import build_schema
+    from fruitdask.core.config import build_schema
 
     click.echo(json.dumps(build_schema(), indent=2))
 
@@ -35,7 +35,7 @@ def schema() -> None:
 @click.option("--seed", default=0, show_default=True, help="Another seed draws other fruits.")
 def sample(folder: str, per_class: int, size_px: int, seed: int) -> None:
     """Draw a small data set of turning fruits into FOLDER, in the style of Fruits-360."""
-    from fruitdask.sample import draw_sample
+    from fruitdask.core.sample import draw_sample
 
     with reported():
         n_images = draw_sample(folder, per_class=per_class, size_px=size_px, seed=seed)

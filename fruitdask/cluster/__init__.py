@@ -6,10 +6,10 @@ from typing import Any
 
 from fruitdask.cluster.address import open_address
 from fruitdask.cluster.ec2 import open_ec2
+from fruitdask.cluster.ec2.prices import Usage
 from fruitdask.cluster.local import choose_workers, open_local, prepare_local
-from fruitdask.config import ClusterConfig
-from fruitdask.costs import Usage
-from fruitdask.guard import leave_imported_script
+from fruitdask.core.config import ClusterConfig
+from fruitdask.core.guard import leave_imported_script
 
 __all__ = ["choose_workers", "list_usage", "open_client", "prepare_local"]
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fruitdask.config import AddressClusterConfig
+from fruitdask.core.config import AddressClusterConfig
 from fruitdask.errors import ClusterStartError
 
 

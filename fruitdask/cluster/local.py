@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from fruitdask.cluster.allocator import MALLOC_VARIABLES
-from fruitdask.config import LocalClusterConfig
+from fruitdask.core.config import LocalClusterConfig
+from fruitdask.core.guard import check_script, forget_missing_script
 from fruitdask.errors import ClusterStartError
-from fruitdask.guard import check_script, forget_missing_script
 
 #: TensorFlow, a network and a batch of images need 1 to 1.2 GB a process (measured with MobileNetV2 and 16 images a batch).
 _BYTES_PER_WORKER = 2 * 1024**3
@@ -21,7 +21,7 @@ _BYTES_PER_WORKER = 2 * 1024**3
 #: Ctrl-C in a terminal reaches every process of the group; the client alone answers it, and closes the workers.
 _IGNORE_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 #: What workers import; the first is Dask's own. They are forked from one process that has imported it already.
-_PRELOADED = ["distributed.nanny", "fruitdask.featurize"]
+_PRELOADED = ["distributed.nanny", "fruitdask.worker.featurize"]
 #: What must be set before a worker starts. The first three are Dask's own settings. Dask leaves its settings in the environment of a
 #: process that has started workers, so nothing there can be taken for the user's wish.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | MALLOC_VARIABLES

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from fruitdask import __version__
+from fruitdask.core.version import __version__
 from fruitdask.errors import ClusterStartError
 
 #: Packages of one major and minor version everywhere: they carry tasks and data from one machine to the other, or make the numbers.

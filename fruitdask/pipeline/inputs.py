@@ -10,15 +10,15 @@ from typing import Any
 import pandas as pd
 
 from fruitdask import store
-from fruitdask.catalog import hash_catalog, list_input
-from fruitdask.config import URL_KEYS, Config
+from fruitdask.cluster.regions import check_regions, find_regions
+from fruitdask.core.config import URL_KEYS, Config
+from fruitdask.core.progress import RunProgress
+from fruitdask.core.sample import draw_sample
+from fruitdask.core.storage import Location, check_bucket, exists, hide_secrets, pin
 from fruitdask.errors import ConfigError, OutputError
-from fruitdask.fetch import ImageSource
-from fruitdask.models import choose_batch_size
-from fruitdask.progress import RunProgress
-from fruitdask.residency import check_regions, find_regions
-from fruitdask.sample import draw_sample
-from fruitdask.storage import Location, check_bucket, exists, hide_secrets, pin
+from fruitdask.store.catalog import hash_catalog, list_input
+from fruitdask.worker.fetch import ImageSource
+from fruitdask.worker.models import choose_batch_size
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Inputs:
     source: ImageSource
     output: Location
     catalog: pd.DataFrame
-    #: The regions of the input, the output and the cluster, from `fruitdask.residency`.
+    #: The regions of the input, the output and the cluster, from `fruitdask.cluster.regions`.
     regions: dict[str, str]
     #: Files of the input that are not taken, by kind.
     left_out: Mapping[str, int] = field(default_factory=dict)

@@ -10,15 +10,15 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask import report, store
+from fruitdask.core.storage import Location, exists
 from fruitdask.errors import OutputError
-from fruitdask.exploration import Exploration, read_exploration
-from fruitdask.pipeline.presenting import Report
-from fruitdask.storage import Location, exists
+from fruitdask.pipeline.report import Report
+from fruitdask.store.exploration import Exploration, read_exploration
 
 if TYPE_CHECKING:
     import dask.array as da
 
-    from fruitdask.reduce import PrincipalComponents
+    from fruitdask.analysis.reduction import PrincipalComponents
 
 PCA = "pca.zarr"
 
@@ -58,7 +58,7 @@ class RunResult:
     @property
     def pca(self) -> "PrincipalComponents | None":
         """The fitted principal components; None where ``reduce.enabled`` is false, or none are possible."""
-        from fruitdask.reduce import PrincipalComponents
+        from fruitdask.analysis.reduction import PrincipalComponents
 
         location = self.output.child(PCA)
         if not exists(location):

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fruitdask import plots
+from fruitdask.core.storage import Location, write_file
+from fruitdask.report import figures
 from fruitdask.report.maps import choose_axes
 from fruitdask.report.page import ReportData, render_page
-from fruitdask.storage import Location, write_file
 from fruitdask.store import FIGURE_NAMES, FIGURES, delete_result
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def write_figures(output: Location, data: ReportData) -> None:
     for name in FIGURE_NAMES:
         delete_result(output, f"{FIGURES}/{name}.png")
     for name, figure in _plot_all(data):
-        write_file(output.child(FIGURES, f"{name}.png"), plots.render_png(figure, dpi=data.config.plots.dpi))
+        write_file(output.child(FIGURES, f"{name}.png"), figures.render_png(figure, dpi=data.config.plots.dpi))
 
 
 def list_figures(*, n_components: int, has_tsne: bool, has_exploration: bool, has_quality: bool) -> list[str]:
@@ -46,20 +46,20 @@ def _plot_all(data: ReportData) -> Iterator[tuple[str, "Figure"]]:
     """Plot what there is, one figure at a time, each under one of the store's names."""
     if data.exploration is not None:
         classes = data.exploration.classes
-        yield "classes", plots.plot_class_counts(classes)
-        yield "sizes", plots.plot_sizes(data.exploration.images)
-        yield "examples", plots.plot_examples(data.exploration, per_class=_EXAMPLES_PER_CLASS)
-        yield "colours", plots.plot_colours(classes)
-        yield "differences", plots.plot_differences(classes)
+        yield "classes", figures.plot_class_counts(classes)
+        yield "sizes", figures.plot_sizes(data.exploration.images)
+        yield "examples", figures.plot_examples(data.exploration, per_class=_EXAMPLES_PER_CLASS)
+        yield "colours", figures.plot_colours(classes)
+        yield "differences", figures.plot_differences(classes)
     if data.results is not None:
         ratio = (data.manifest or {}).get("pca", {}).get("explained_variance_ratio", [])
         for axes in choose_axes(list(data.results.columns), data.config.plots.components, ratio):
-            yield axes.name, plots.plot_map(
+            yield axes.name, figures.plot_map(
                 data.results, x=axes.x, y=axes.y, title=axes.title, x_label=axes.x_label, y_label=axes.y_label
             )
     if data.quality is not None:
         explained, neighbors = data.quality.get("explained_variance"), data.quality["neighbors"]
         if explained is not None:
-            yield "explained_variance", plots.plot_explained_variance(explained["ratio"], explained["n_components"])
-        yield "silhouettes", plots.plot_silhouettes(data.quality["silhouette"])
-        yield "neighbors", plots.plot_confusion(neighbors["confusion"]["labels"], neighbors["confusion"]["share"])
+            yield "explained_variance", figures.plot_explained_variance(explained["ratio"], explained["n_components"])
+        yield "silhouettes", figures.plot_silhouettes(data.quality["silhouette"])
+        yield "neighbors", figures.plot_confusion(neighbors["confusion"]["labels"], neighbors["confusion"]["share"])

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from fruitdask import plots
+from fruitdask.report import figures
 from fruitdask.report.formats import format_share
 from fruitdask.report.thumbnails import Thumbnails
 
@@ -41,7 +41,7 @@ class Maps:
 
     axes: list[MapAxes]
     #: Colour and marker of each class, in alphabetical order.
-    styles: dict[str, plots.ClassStyle]
+    styles: dict[str, figures.ClassStyle]
     #: The outline of each marker that occurs, as the ``d`` of an SVG path.
     symbols: dict[str, str]
     #: Images in the maps, and images with features.
@@ -101,7 +101,7 @@ def build_maps(
         return None
     points = results.iloc[chosen].reset_index(drop=True)
     # Styles are those of all classes, so that the figures agree with the maps.
-    styles = plots.style_classes(sorted(results["label"].unique()))
+    styles = figures.style_classes(sorted(results["label"].unique()))
     styles = {label: styles[label] for label in sorted(points["label"].unique())}
     n_total = int(np.isfinite(results[[each.x for each in axes]].to_numpy()).any(axis=1).sum())
     return Maps(
@@ -134,7 +134,7 @@ def _describe_points(points: pd.DataFrame, labels: list[str], thumbnails: Thumbn
 
 
 def _build_document(
-    points: pd.DataFrame, axes: Sequence[MapAxes], styles: Mapping[str, plots.ClassStyle]
+    points: pd.DataFrame, axes: Sequence[MapAxes], styles: Mapping[str, figures.ClassStyle]
 ) -> dict[str, Any]:
     """Build the Bokeh document: one source for all maps, so that they share their selection, and one renderer a class."""
     from bokeh.document import Document
@@ -157,7 +157,7 @@ def _draw_map(
     axes: MapAxes,
     source: "ColumnDataSource",
     filters: Mapping[str, "Filter"],
-    styles: Mapping[str, plots.ClassStyle],
+    styles: Mapping[str, figures.ClassStyle],
 ) -> "Figure":
     """Draw one map; its colours for axes and grid are set by the page, which knows whether it is dark."""
     from bokeh.models import CDSView
@@ -224,11 +224,11 @@ def _make_tools() -> list[Any]:
 
 def _trace_marker(marker: str) -> str:
     """Trace the outline of a marker in a square of side 1 around the origin, as an SVG path."""
-    plots.load_matplotlib()
+    figures.load_matplotlib()
     from matplotlib.markers import MarkerStyle
     from matplotlib.path import Path
 
-    style = MarkerStyle(plots.MARKERS[marker])
+    style = MarkerStyle(figures.MARKERS[marker])
     path = style.get_path().transformed(style.get_transform())
     letters = {Path.MOVETO: "M", Path.LINETO: "L", Path.CURVE3: "Q", Path.CURVE4: "C"}
     parts = []

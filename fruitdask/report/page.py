@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from fruitdask import plots
-from fruitdask.config import Config
-from fruitdask.exploration import Exploration
-from fruitdask.report import formats, sections
+from fruitdask.core.config import Config
+from fruitdask.report import figures, formats, sections
 from fruitdask.report.maps import Maps, build_maps, choose_axes
 from fruitdask.report.thumbnails import Thumbnails
+from fruitdask.store.exploration import Exploration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,11 +110,11 @@ def _describe_exploration(exploration: Exploration, config: Config) -> sections.
         "differences": differences,
         "duplicates": sections.describe_duplicates(exploration, thumbnails),
         "size_figure": _draw(
-            plots.plot_sizes(exploration.images), "Distribution of the images' sizes in bytes and in pixels."
+            figures.plot_sizes(exploration.images), "Distribution of the images' sizes in bytes and in pixels."
         ),
         "difference_figure": differences
         and _draw(
-            plots.plot_differences(exploration.classes),
+            figures.plot_differences(exploration.classes),
             "Mean squared difference between images of each class; the same numbers are in the table below.",
         ),
     }
@@ -124,22 +123,22 @@ def _describe_exploration(exploration: Exploration, config: Config) -> sections.
 def _describe_features(quality: dict[str, Any], manifest: dict[str, Any] | None) -> sections.View:
     """Describe the features and their quality."""
     variance, confusion = quality.get("explained_variance"), quality["neighbors"]["confusion"]
-    figures = {
+    drawn = {
         "silhouette_figure": _draw(
-            plots.plot_silhouettes(quality["silhouette"]),
+            figures.plot_silhouettes(quality["silhouette"]),
             "Silhouette of each class; the same numbers are in the table below.",
         ),
         "confusion_figure": _draw(
-            plots.plot_confusion(confusion["labels"], confusion["share"]),
+            figures.plot_confusion(confusion["labels"], confusion["share"]),
             "Heat map: the class of an image in rows, the classes of its nearest neighbours in columns.",
         ),
         "variance_figure": variance
         and _draw(
-            plots.plot_explained_variance(variance["ratio"], variance["n_components"]),
+            figures.plot_explained_variance(variance["ratio"], variance["n_components"]),
             "Explained variance by number of components; the numbers of interest are in the table below.",
         ),
     }
-    return sections.describe_quality(quality) | figures | {"model": (manifest or {}).get("model")}
+    return sections.describe_quality(quality) | drawn | {"model": (manifest or {}).get("model")}
 
 
 def _describe_maps(data: ReportData) -> Maps | None:
@@ -158,7 +157,7 @@ def _describe_maps(data: ReportData) -> Maps | None:
 
 def _draw(figure: "Figure", label: str) -> Any:
     """Draw a figure into the page, with what a reader who cannot see it is told."""
-    return _trust(plots.render_svg(figure, label=label))
+    return _trust(figures.render_svg(figure, label=label))
 
 
 def _trust(text: str) -> Any:

@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from fruitdask.config import Config
-from fruitdask.exploration import Exploration
-from fruitdask.listing import format_left_out
+from fruitdask.cluster.regions import EU_REGIONS, LOCAL, UNKNOWN
+from fruitdask.core.config import Config
+from fruitdask.core.listing import format_left_out
+from fruitdask.core.storage import hide_secrets
 from fruitdask.report.formats import format_count, format_time
 from fruitdask.report.thumbnails import Thumbnails
-from fruitdask.residency import EU_REGIONS, LOCAL, UNKNOWN
-from fruitdask.storage import hide_secrets
+from fruitdask.store.exploration import Exploration
 
 #: View of a section: what the template shows, under the names that it uses.
 View = dict[str, Any]

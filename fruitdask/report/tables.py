@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from fruitdask.storage import Location, exists, explained, write_file
+from fruitdask.core.escaping import format_csv, read_csv
+from fruitdask.core.storage import Location, exists, explained, write_file
 from fruitdask.store import OUTCOME_COLUMNS, advise_repair, delete_result, read_table, write_table
-from fruitdask.texts import format_csv, read_csv
 
 RESULTS = "results.parquet"
 #: A spreadsheet holds no more rows than about a million (Excel: 1,048,576).

@@ -6,7 +6,7 @@ import io
 import numpy as np
 import numpy.typing as npt
 
-from fruitdask.exploration import Exploration
+from fruitdask.store.exploration import Exploration
 
 #: Larger ones are shrunk to this side, which fills twice the pixels of the smallest place they are shown in.
 _MAX_PX = 72

@@ -14,7 +14,7 @@ from fruitdask.store.arrays import (
     write_arrays,
     write_partition,
 )
-from fruitdask.store.catalogs import read_catalog, write_catalog
+from fruitdask.store.catalog import read_catalog, write_catalog
 from fruitdask.store.checks import (
     CheckedPartition,
     Fault,
@@ -27,8 +27,26 @@ from fruitdask.store.checks import (
     find_strays,
     restore_store,
 )
-from fruitdask.store.erasing import delete_strays, finish_erasing, stage_rows
-from fruitdask.store.locking import OutputLock, locked
+from fruitdask.store.erasure import delete_strays, finish_erasing, stage_rows
+from fruitdask.store.layout import (
+    CATALOG,
+    CHECKSUM,
+    ERASED,
+    ERASING,
+    EXPLORATION,
+    FEATURES,
+    FIGURE_NAMES,
+    FIGURES,
+    MANIFEST,
+    OUTCOME_COLUMNS,
+    PARTITIONS,
+    QUALITY,
+    STAGING,
+    STATUSES,
+    THUMBNAILS,
+    VERSION_COLUMNS,
+)
+from fruitdask.store.lock import OutputLock, locked
 from fruitdask.store.manifests import (
     advise_repair,
     check_output,
@@ -42,24 +60,6 @@ from fruitdask.store.manifests import (
     read_quality,
     write_json,
     write_manifest,
-)
-from fruitdask.store.names import (
-    CATALOG,
-    CHECKSUM,
-    ERASED,
-    ERASING,
-    EXPLORATION,
-    FEATURES,
-    FIGURE_NAMES,
-    FIGURES,
-    MANIFEST,
-    PARTITIONS,
-    OUTCOME_COLUMNS,
-    QUALITY,
-    STAGING,
-    STATUSES,
-    THUMBNAILS,
-    VERSION_COLUMNS,
 )
 from fruitdask.store.outcomes import list_committed, read_outcomes, read_rows
 from fruitdask.store.tables import read_table, write_table

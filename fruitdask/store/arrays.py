@@ -11,10 +11,10 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import FsspecStore
 
+from fruitdask.core.storage import Location, exists, explained
 from fruitdask.errors import StorageError
-from fruitdask.storage import Location, exists, explained
+from fruitdask.store.layout import FEATURES, PARTITIONS, RUN_NAMES, STATUSES, THUMBNAILS
 from fruitdask.store.manifests import advise_repair, delete_result, seal
-from fruitdask.store.names import FEATURES, PARTITIONS, RUN_NAMES, STATUSES, THUMBNAILS
 from fruitdask.store.tables import read_table, write_table
 
 #: How chunks are stored: compressed as Zarr does by default, then with a checksum, by which a reader of any language finds damage.

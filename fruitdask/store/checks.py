@@ -12,11 +12,11 @@ import numpy.typing as npt
 import pandas as pd
 import zarr
 
+from fruitdask.core.storage import Location, describe_cause, exists, explained, write_file
 from fruitdask.errors import DamageError, OutputError
-from fruitdask.storage import Location, describe_cause, exists, explained, write_file
 from fruitdask.store.arrays import StoredArray, create_store, has_checksums, name_store, read_arrays
+from fruitdask.store.layout import CHECKSUM, EXPLORATION, FEATURES, MANIFEST, PARTITIONS, STATUSES
 from fruitdask.store.manifests import advise_repair, is_intact, read_json, read_manifest
-from fruitdask.store.names import CHECKSUM, EXPLORATION, FEATURES, MANIFEST, PARTITIONS, STATUSES
 from fruitdask.store.outcomes import read_outcomes
 
 #: What a process leaves that was killed while it wrote a file: fruitdask's own files, and Zarr's.

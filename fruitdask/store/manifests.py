@@ -8,9 +8,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from fruitdask.core.storage import Location, exists, explained, write_file
 from fruitdask.errors import DamageError, OutputError, StorageError, StoreMismatchError
-from fruitdask.storage import Location, exists, explained, write_file
-from fruitdask.store.names import CATALOG, CHECKSUM, EXPLORATION, EXPLORATION_NAMES, MANIFEST, QUALITY, RUN_NAMES
+from fruitdask.store.layout import CATALOG, CHECKSUM, EXPLORATION, EXPLORATION_NAMES, MANIFEST, QUALITY, RUN_NAMES
 
 _DELETE_ATTEMPTS, _DELETE_PAUSE_SECONDS = 5, 0.2
 

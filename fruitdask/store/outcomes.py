@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fruitdask.storage import Location, explained
-from fruitdask.store.names import OUTCOME_COLUMNS, PARTITIONS, VERSION_COLUMNS
+from fruitdask.core.storage import Location, explained
+from fruitdask.store.layout import OUTCOME_COLUMNS, PARTITIONS, VERSION_COLUMNS
 from fruitdask.store.tables import decode_table, decoded
 
 _COMMIT_MARK = re.compile(r"(\d{5,})\.parquet")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from fruitdask.core.storage import Location, describe_cause, explained, write_file
 from fruitdask.errors import DamageError
-from fruitdask.storage import Location, describe_cause, explained, write_file
 from fruitdask.store.manifests import advise_repair
 
 

@@ -21,7 +21,7 @@ from measuring import print_table
 from PIL import Image
 
 from fruitdask.cluster.allocator import MALLOC_VARIABLES
-from fruitdask.images import decode_image
+from fruitdask.worker.images import decode_image
 
 N_IMAGES, N_THREADS = 16, 4
 

@@ -19,7 +19,7 @@ import boto3
 from measuring import measure, print_table
 from moto.server import ThreadedMotoServer
 
-from fruitdask.sample import draw_sample
+from fruitdask.core.sample import draw_sample
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from faulty_s3 import FaultyS3, open_faulty_s3  # noqa: E402

@@ -18,10 +18,10 @@ MAX_NAIVE_IMAGES = 2_000_000
 IMAGES_PER_CLASS = 5_000
 PAGE = 1_000
 
-NOTHING = "import fruitdask.catalog, s3fs"
+NOTHING = "import fruitdask.store.catalog, s3fs"
 OURS = """
-from fruitdask.catalog import hash_catalog, list_images
-from fruitdask.config import InputConfig
+from fruitdask.store.catalog import hash_catalog, list_images
+from fruitdask.core.config import InputConfig
 catalog = list_images(InputConfig(url="s3://bucket/photographs", storage_options=dict(endpoint_url=URL, anon=True)))
 hash_catalog(catalog)
 print(len(catalog))

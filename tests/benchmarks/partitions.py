@@ -17,15 +17,16 @@ import numpy as np
 from measuring import print_table
 from PIL import Image
 
-from fruitdask.catalog import Partition, list_images, split_catalog
 from fruitdask.cluster import open_client
-from fruitdask.config import InputConfig, LocalClusterConfig
-from fruitdask.featurize import FeaturizeJob, featurize_partition
-from fruitdask.fetch import ImageSource
-from fruitdask.mapping import map_partitions
-from fruitdask.models import ModelArtifact, engines
-from fruitdask.storage import Location
+from fruitdask.cluster.scheduling import map_partitions
+from fruitdask.core.config import InputConfig, LocalClusterConfig
+from fruitdask.core.partition import Partition
+from fruitdask.core.storage import Location
 from fruitdask.store import create_store
+from fruitdask.store.catalog import list_images, split_catalog
+from fruitdask.worker.featurize import FeaturizeJob, featurize_partition
+from fruitdask.worker.fetch import ImageSource
+from fruitdask.worker.models import ModelArtifact, engines
 
 IMAGE_SECONDS = 0.006
 STUB = ModelArtifact(b"stub", "stub", "stub", "none", input_px=32, n_features=1280)

@@ -30,7 +30,7 @@ _MANY_ROWS = 200_000
 
 def fit_exact(features: Any, store: str) -> np.ndarray:
     """Run ours: the covariance, in one pass."""
-    from fruitdask.reduce import fit_pca
+    from fruitdask.analysis.reduction import fit_pca
 
     return fit_pca(features, n_components=N_COMPONENTS).components
 
@@ -44,7 +44,7 @@ def fit_small_blocks(features: Any, store: str) -> np.ndarray:
 
 def fit_randomized(features: Any, store: str) -> np.ndarray:
     """Run ours: Dask's compressed SVD, which reads the features again and again."""
-    from fruitdask.reduce import fit_pca
+    from fruitdask.analysis.reduction import fit_pca
 
     return fit_pca(features, n_components=N_COMPONENTS, solver="randomized").components
 

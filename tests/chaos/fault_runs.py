@@ -112,7 +112,7 @@ class Scene:
     """
 
     def __init__(self, folder: Path, model: Path, s3_server: str) -> None:
-        from fruitdask.sample import draw_sample
+        from fruitdask.core.sample import draw_sample
 
         self.folder, self.model, self.s3_server = folder, model, s3_server
         # Six species; what is too much is left out by input.limit.

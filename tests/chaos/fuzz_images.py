@@ -51,8 +51,8 @@ def open_like_a_worker(data: bytes) -> str:
     from PIL import Image
 
     from fruitdask.errors import ImageError, ImageTooLargeError
-    from fruitdask.images import decode_image, read_header
-    from fruitdask.privacy import KINDS, find_metadata
+    from fruitdask.worker.images import decode_image, read_header
+    from fruitdask.worker.metadata import KINDS, find_metadata
 
     assert find_metadata(data) <= set(KINDS)
     header = read_header(data)

@@ -1,0 +1,69 @@
+"""The command that erases images from results."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from fruitdask.cli.common import config_argument, print_rows, reported, set_option, verbose_option
+
+if TYPE_CHECKING:
+    from fruitdask.core.config import Config
+    from fruitdask.pipeline.erase import Erasure
+
+
+@click.command()
+@config_argument
+@click.option(
+    "--path",
+    "patterns",
+    multiple=True,
+    required=True,
+    metavar="PATTERN",
+    help="Path of images, relative to input.url, or a pattern such as 'pear_1/*' or '*/IMG_20*'. Repeatable.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@set_option
+@verbose_option
+def erase(config: str, patterns: tuple[str, ...], yes: bool, overrides: tuple[str, ...], verbose: bool) -> None:
+    """Erase images from the results of CONFIG: rows, names, features, thumbnails; then compute results without them.
+
+    The images themselves stay where they are: delete them, or name them in input.exclude.
+    """
+    from rich.console import Console
+
+    from fruitdask.core.config import load_config
+    from fruitdask.core.progress import choose_progress
+
+    again = "run the same command again; if it finds no such image, they are erased, and fruitdask run goes on"
+    with reported(verbose=verbose, again=again):
+        loaded = load_config(config, overrides=overrides)
+        from fruitdask.pipeline.erase import carry_out, plan_erasure
+
+        plan = plan_erasure(loaded, patterns)
+        question = f"Erase {plan.n_erased:,} of {len(plan.images):,} images from {loaded.output.url}?"
+        if not yes:
+            click.confirm(question, abort=True)
+        print_rows(_describe(carry_out(plan, progress=choose_progress()), loaded), Console())
+
+
+def _describe(erasure: "Erasure", config: "Config") -> dict[str, str]:
+    """Say what was erased and what is left to do."""
+    n_left = erasure.n_images - erasure.n_erased
+    results = (
+        f"computed again from the {n_left:,} images left" if erasure.result else "fruitdask run goes on without them"
+    )
+    if erasure.n_in_input is None:
+        images = "could not be listed; if they are there, delete them, or name them in input.exclude"
+    else:
+        images = f"{erasure.n_in_input:,} of them are still there: delete them, or name them in input.exclude, before the next run"
+    return {
+        "erased": f"{erasure.n_erased:,} of {erasure.n_images:,} images",
+        "results": results,
+        "input": images if erasure.n_in_input != 0 else "",
+        "older versions": (
+            f"the bucket keeps them: delete those below {config.output.url} too (aws s3api delete-objects with their VersionId, or a "
+            "lifecycle rule with NoncurrentVersionExpiration)"
+            if erasure.keeps_versions
+            else ""
+        ),
+    }

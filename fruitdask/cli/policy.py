@@ -1,0 +1,81 @@
+"""The command that prints policies of AWS."""
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from fruitdask.cli.common import config_argument, reported, set_option
+
+if TYPE_CHECKING:
+    from fruitdask.cluster.ec2.policies import Permission, Role
+    from fruitdask.core.config import Config
+
+
+@click.command("iam-policy")
+@config_argument
+@click.option(
+    "--role",
+    type=click.Choice(["launcher", "workers", "both"]),
+    default="both",
+    show_default=True,
+    help="Whose policy: of the machine that runs fruitdask, or of the workers' instance profile.",
+)
+@click.option("--role-name", help="Name of the workers' role; by default that of their instance profile.")
+@click.option("--explain", is_flag=True, help="Say why each action is needed, instead of printing JSON.")
+@set_option
+def iam_policy(
+    config: str,
+    role: Literal["launcher", "workers", "both"],
+    role_name: str | None,
+    explain: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Print the least that CONFIG needs to be allowed on AWS, as IAM policies; with --role one alone, ready for aws iam.
+
+    fruitdask iam-policy CONFIG --role workers > policy.json;
+    aws iam put-role-policy --role-name ROLE --policy-name fruitdask --policy-document file://policy.json
+    """
+    from fruitdask.cluster.ec2.policies import ROLES, build_policies, list_actions
+    from fruitdask.core.config import load_config
+
+    with reported():
+        loaded = load_config(config, overrides=overrides)
+        roles: tuple[Role, ...] = ROLES if role == "both" else (role,)
+        policies = build_policies(loaded, role_name=role_name)
+        if explain:
+            for line in _explain(policies, list_actions(loaded, role_name=role_name), roles):
+                click.echo(line)
+        else:
+            click.echo(json.dumps(policies if role == "both" else policies[role], indent=2))
+        if not any(policies[one]["Statement"] for one in roles):
+            click.echo(f"fruitdask: {config} needs nothing of AWS here", err=True)
+        for note in _list_notes(loaded, role_name):
+            click.echo(f"fruitdask: {note}", err=True)
+
+
+def _explain(
+    policies: "dict[Role, dict[str, Any]]", permissions: "list[Permission]", roles: "tuple[Role, ...]"
+) -> Iterator[str]:
+    """Say what each action is for, by role and statement."""
+    reasons = {(need.role, need.statement, need.action): need.reason for need in permissions}
+    for role, statement in ((role, statement) for role in roles for statement in policies[role]["Statement"]):
+        is_denied = statement["Effect"] == "Deny"
+        yield f"{role}: {statement['Sid']}{' (denied, whatever other policies allow)' if is_denied else ''}"
+        yield from (f"  on {resource}" for resource in statement["Resource"])
+        for operator, keys in statement.get("Condition", {}).items():
+            for key, value in keys.items():
+                yield f"  if {key} {operator} {value if isinstance(value, str) else ', '.join(value)}"
+        for action in statement["Action"]:
+            yield f"    {action:<35} {reasons.get((role, statement['Sid'], action), 'privacy.allowed_regions')}"
+
+
+def _list_notes(config: "Config", role_name: str | None) -> Iterator[str]:
+    """Say what the configuration leaves open."""
+    if config.cluster.kind != "ec2":
+        return
+    if not config.cluster.iam_instance_profile:
+        yield "cluster.iam_instance_profile is not given: without one, workers have no credentials, whatever their policy"
+    elif role_name is None:
+        yield "the workers' role is taken to have the name of their instance profile; give --role-name where it has another"

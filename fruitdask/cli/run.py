@@ -1,0 +1,228 @@
+"""Commands that work on images and results: run, explore, report."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fruitdask.cli.common import (
+    config_argument,
+    overwrite_option,
+    print_rows,
+    reported,
+    set_option,
+    show,
+    verbose_option,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fruitdask.core.config import Config
+    from fruitdask.pipeline.results import RunResult
+    from fruitdask.store.exploration import Exploration
+
+_SHOWN_CLASSES = 24
+
+
+@click.command()
+@config_argument
+@set_option
+@overwrite_option
+@click.option("--retry-failed", is_flag=True, help="Take the images again that have failed in an earlier run.")
+@verbose_option
+def run(config: str, overrides: tuple[str, ...], overwrite: bool, retry_failed: bool, verbose: bool) -> None:
+    """Run CONFIG: list the images, compute features, reduce them, write tables, figures and a report.
+
+    Run it again after an interruption, or when images were added, changed or removed: what is stored is not computed again.
+    """
+    from rich.console import Console
+
+    from fruitdask.core.progress import choose_progress
+
+    overrides += ("output.overwrite=true",) if overwrite else ()
+    again = "what is stored stays, run the same command again to go on" + (", without --overwrite" if overwrite else "")
+    with reported(verbose=verbose, again=again):
+        loaded = _load(config, overrides)
+        from fruitdask.pipeline.run import run as run_pipeline
+
+        result = run_pipeline(loaded, retry_failed=retry_failed, progress=choose_progress())
+        _print_summary(result, Console())
+
+
+@click.command()
+@config_argument
+@set_option
+@overwrite_option
+@verbose_option
+def explore(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool) -> None:
+    """Look at the images of CONFIG before any network does.
+
+    Images per class, sizes, colours, differences within classes, duplicates, and which files carry positions or names.
+    """
+    from rich.console import Console
+
+    from fruitdask.core.progress import choose_progress
+
+    overrides += ("output.overwrite=true",) if overwrite else ()
+    with reported(verbose=verbose):
+        loaded = _load(config, overrides)
+        from fruitdask.pipeline.explore import explore as explore_images
+
+        _print_exploration(explore_images(loaded, progress=choose_progress()), loaded, Console())
+
+
+@click.command()
+@config_argument
+@set_option
+def report(config: str, overrides: tuple[str, ...]) -> None:
+    """Draw the figures and the page of CONFIG again, from stored results.
+
+    Needs no cluster and no images; settings of the sections plots and report apply.
+    """
+    from fruitdask.core.config import load_config
+
+    with reported():
+        loaded = load_config(config, overrides=overrides)
+        from fruitdask.pipeline.report import render_report
+
+        click.echo(f"Wrote {render_report(loaded).location.url}")
+
+
+def _load(config: str, overrides: tuple[str, ...]) -> "Config":
+    """Load the configuration of a command that works on a cluster, and let a local one prepare itself while this process imports."""
+    from fruitdask.cluster import prepare_local
+    from fruitdask.core.config import load_config
+
+    loaded = load_config(config, overrides=overrides)
+    if loaded.cluster.kind == "local":
+        prepare_local()
+    return loaded
+
+
+def _print_summary(result: "RunResult", console: "Console") -> None:
+    """Print what a run has done and where it is."""
+    from fruitdask.core.listing import format_left_out
+    from fruitdask.pipeline.changes import format_changes
+
+    manifest, counts = result.manifest, result.manifest["counts"]
+    n_images, n_ok, n_vanished = manifest["n_images"], counts["by_status"].get("ok", 0), counts.get("vanished", 0)
+    if result.n_computed == 0 and not result.changes:
+        console.print(f"All {n_images:,} images were done before: nothing to compute.")
+    console.print(_build_class_table(counts["by_class"]))
+    seconds, is_default = manifest["seconds"], manifest["config"]["input"].get("extensions") is None
+    rows = {
+        "images": f"{n_ok:,} ok, {n_images - n_ok:,} failed"
+        + (f", {n_vanished:,} of them not in the input any more" if n_vanished else ""),
+        "left out": format_left_out(manifest.get("left_out", {}), is_default=is_default),
+        "since the last run": format_changes(result.changes),
+        "model": _format_model(manifest["model"]),
+        "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items() if stage != "worker"),
+        "workers' time": _format_shares(manifest),
+        "speed": (
+            f"{result.n_computed / seconds['featurize']:.1f} images/s while featurizing"
+            if result.n_computed and "featurize" in seconds
+            else ""
+        ),
+        "cost": _format_cost(manifest.get("cost")),
+        "explained variance": _format_explained(manifest.get("pca")),
+        "results": result.output.url,
+        "report": result.report.location.url if manifest["config"]["report"]["enabled"] else "",
+    }
+    print_rows(rows, console)
+
+
+def _print_exploration(found: "Exploration", config: "Config", console: "Console") -> None:
+    """Print what an exploration has found and where it is."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from fruitdask.core.listing import format_left_out
+
+    table = Table("class", "images", "median px", "difference", "near duplicates", title=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for label, row in found.classes.head(_SHOWN_CLASSES).iterrows():
+        size = f"{row['width_px_median']:.0f} x {row['height_px_median']:.0f}" if row["n_ok"] else "-"
+        has_pairs = row["n_ok"] > 1
+        difference = f"{row['mean_squared_difference']:.4f} ± {row['standard_error']:.4f}" if has_pairs else "-"
+        table.add_row(
+            escape(show(str(label))), f"{row['n_images']:,}", size, difference, f"{row['n_near_duplicates']:,}"
+        )
+    if len(found.classes) > _SHOWN_CLASSES:
+        table.add_row(f"... and {len(found.classes) - _SHOWN_CLASSES} more classes")
+    console.print(table)
+    summary = found.summary
+    rows = {
+        "images": f"{summary['n_ok']:,} readable, {summary['n_images'] - summary['n_ok']:,} not",
+        "left out": format_left_out(summary.get("left_out", {}), is_default=config.input.extensions is None),
+        "duplicates": _format_groups(summary["duplicates"]),
+        "near duplicates": _format_groups(summary["near_duplicates"]),
+        "files that carry": ", ".join(f"{kind} {count:,}" for kind, count in summary["metadata"].items()),
+        "results": config.output.url,
+        "report": f"{config.output.url.rstrip('/')}/report.html" if config.report.enabled else "",
+    }
+    print_rows(rows, console)
+
+
+def _format_groups(groups: dict[str, int]) -> str:
+    """Say how many images are there more than once."""
+    across = (
+        f", {groups['n_groups_across_classes']:,} of them across classes" if groups["n_groups_across_classes"] else ""
+    )
+    return f"{groups['n_images']:,} images in {groups['n_groups']:,} groups{across}"
+
+
+def _build_class_table(by_class: dict[str, dict[str, int]]) -> "Table":
+    """Build the table of images by class; of very many classes those with failures and the first."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("class", "ok", "failed")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    shown = sorted(by_class, key=lambda label: -by_class[label]["failed"])[:_SHOWN_CLASSES]
+    for label in sorted(shown):
+        counts = by_class[label]
+        table.add_row(
+            escape(show(label)), f"{counts['ok']:,}", f"{counts['failed']:,}", style="red" if counts["failed"] else None
+        )
+    if len(by_class) > len(shown):
+        table.add_row(f"... and {len(by_class) - len(shown)} more classes", "", "")
+    return table
+
+
+def _format_model(model: "dict[str, Any]") -> str:
+    """Say which network made the features, and which of its layers; runs of earlier versions do not know the layer."""
+    layer = f"layer {model['layer']}, " if model.get("layer") else ""
+    return f"{model['name']}, {layer}{model['n_features']} features, {model['engine']}"
+
+
+def _format_shares(manifest: "dict[str, Any]") -> str:
+    """Say what workers have spent their time on, the most first: that is what limits them."""
+    seconds = manifest["seconds"]
+    spent = dict(seconds.get("worker", {}))
+    # Partitions overlap a little, so the stages may add up to more than has passed.
+    whole = max(seconds.get("featurize", 0.0) * manifest["cluster"]["n_threads"], sum(spent.values()))
+    spent["idle"] = whole - sum(spent.values())
+    shares = sorted(spent.items(), key=lambda item: -item[1])
+    return ", ".join(f"{stage} {value / whole:.0%}" for stage, value in shares) if whole else ""
+
+
+def _format_cost(cost: "dict[str, Any] | None") -> str:
+    """Format what the instances of a run have cost, those of interrupted parts of it too."""
+    if cost is None:
+        return ""
+    hours = sum(figures["seconds"] for figures in cost["instances"].values()) / 3600
+    unknown = f", without {', '.join(cost['without_price'])}" if "without_price" in cost else ""
+    return f"${cost['dollars']:.2f} for {hours:.2f} hours of instances, by prices of {cost['prices_of']}{unknown}"
+
+
+def _format_explained(pca: "dict[str, Any] | None") -> str:
+    """Format the variance explained by the first components and by all; say so where an earlier run fitted them."""
+    if pca is None:
+        return ""
+    ratios = pca["explained_variance_ratio"]
+    first = " + ".join(f"{ratio:.1%}" for ratio in ratios[:4])
+    fit = f", as fitted to {pca['fit']['n_images']:,} images" if pca.get("is_kept") else ""
+    return f"{first}{' + ...' if len(ratios) > 4 else ''} = {sum(ratios):.1%} by {len(ratios)} components{fit}"

@@ -1,0 +1,170 @@
+"""Clusters on Amazon EC2 that are started for a run, and end with it."""
+
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fruitdask.cluster.ec2.instances import terminate_run
+from fruitdask.cluster.ec2.machines import Image, InstanceType, describe_types, find_image
+from fruitdask.cluster.ec2.network import Network, find_network
+from fruitdask.cluster.ec2.options import build_options, build_worker_options, check_options
+from fruitdask.core.config import EC2ClusterConfig
+from fruitdask.errors import ClusterStartError, FruitdaskError
+
+if TYPE_CHECKING:
+    from fruitdask.cluster.ec2.cluster import RunCluster
+
+logger = logging.getLogger(__name__)
+
+_CLIENT_CLOSE_SECONDS = 5
+_END_SECONDS = 60
+#: A worker is given up after a minute without work: another one takes minutes to come up, and a minute is paid for in any case.
+_ADAPT = {"interval": "5s", "wait_count": 12}
+
+
+@contextmanager
+def open_ec2(config: EC2ClusterConfig) -> Iterator[Any]:
+    """Start a scheduler and workers on EC2, and terminate them at the end, whatever that is."""
+    check_options(config)
+    stack = ExitStack()
+    try:
+        client = _start(config, stack)
+        yield client
+    finally:
+        _close_unhurried(stack)
+
+
+def _start(config: EC2ClusterConfig, stack: ExitStack) -> Any:
+    """Start a cluster; whatever there is to be undone is pushed on the stack before it can be needed."""
+    from fruitdask.cluster.ec2.cluster import put_into_words
+
+    network = find_network(config)
+    stack.callback(_try, network.withdraw)
+    try:
+        return _connect(config, _build_cluster(config, network, stack), stack)
+    except FruitdaskError:
+        raise
+    except Exception as error:
+        # Dask and dask-cloudprovider raise whatever they meet, mostly RuntimeError from the reason.
+        raise ClusterStartError(f"the cluster on EC2 did not start: {put_into_words(error)}") from error
+
+
+def _build_cluster(config: EC2ClusterConfig, network: Network, stack: ExitStack) -> "RunCluster":
+    """Build a cluster of which nothing is launched yet."""
+    from distributed.utils import LoopRunner, silence_logging_cmgr, sync
+
+    from fruitdask.cluster.ec2.cluster import RunCluster, Settings
+    from fruitdask.cluster.ec2.security import make_security, serialize_settings
+
+    types = describe_types(network.region, config.types, zones=[network.zone])
+    scheduler_image, worker_image = images = [_find_image(config, network, types[name]) for name in config.types]
+    security, run_id = make_security(lifetime_seconds=config.max_lifetime), uuid.uuid4().hex[:12]
+    settings = Settings(
+        run_id=run_id,
+        start_timeout_seconds=config.start_timeout,
+        root_devices={image.id: image.root_device_name for image in images},
+        inherited=serialize_settings(security, no_workers_timeout_seconds=config.start_timeout),
+        scheduler={"ami": scheduler_image.id, "gpu_instance": False},
+        worker={"ami": worker_image.id, "gpu_instance": types[config.types[1]].has_gpu, **build_worker_options(config)},
+    )
+    # As on this machine: a task's error comes back as its exception.
+    stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
+    runner = LoopRunner()
+    runner.start()
+    stack.callback(runner.stop)
+
+    async def build() -> RunCluster:
+        # On the loop itself Dask does not start a cluster by making it, so that there is something to end before there is anything.
+        return RunCluster(
+            settings=settings,
+            loop=runner.loop,
+            security=security,
+            protocol="tls",
+            region=network.region,
+            vpc=network.vpc,
+            subnet_id=network.subnet_id,
+            security_groups=network.security_groups,
+            filesystem_size=max(config.filesystem_size, *(image.root_volume_gb for image in images)),
+            **build_options(config, run_id=run_id),
+        )
+
+    cluster: RunCluster = sync(runner.loop, build)
+    stack.callback(_terminate, cluster)
+    stack.callback(_try, lambda: sync(runner.loop, cluster.end, callback_timeout=_END_SECONDS))
+    return cluster
+
+
+def _connect(config: EC2ClusterConfig, cluster: "RunCluster", stack: ExitStack) -> Any:
+    """Launch a cluster's instances, and connect to it."""
+    from distributed import Client
+
+    from fruitdask.cluster.versions import check_versions
+
+    logger.info("starting run %s in %s", cluster.settings.run_id, cluster.region)
+    cluster.sync(cluster.launch)
+    client = Client(cluster)
+    stack.callback(_try, lambda: client.close(timeout=_CLIENT_CLOSE_SECONDS))
+    check_versions(client, image=config.docker_image)
+    if config.adaptive:
+        cluster.adapt(minimum=config.adaptive.minimum, maximum=config.adaptive.maximum, **_ADAPT)
+    return client
+
+
+def _find_image(config: EC2ClusterConfig, network: Network, instance_type: InstanceType) -> Image:
+    """Find the machine image of a role."""
+    has_gpu, architecture = instance_type.has_gpu, instance_type.architecture
+    return find_image(network.region, architecture=architecture, has_gpu=has_gpu, ami=config.ami)
+
+
+def _terminate(cluster: "RunCluster") -> None:
+    """Terminate the instances of a run by their tag."""
+    if not cluster.has_asked:
+        return
+    try:
+        ended = terminate_run(cluster.region, cluster.settings.run_id)
+    except Exception as error:
+        # Whatever it is, somebody pays for what still runs, and must know.
+        left = ", ".join(cluster.list_running()) or "instances, if any,"
+        raise ClusterStartError(
+            f"{left} of run {cluster.settings.run_id} may still run, for they could not be terminated ({error}); end them: "
+            f"fruitdask clusters cleanup --region {cluster.region}"
+        ) from error
+    cluster.note_terminated()
+    logger.info("run %s has ended; terminated: %s", cluster.settings.run_id, ", ".join(ended) or "nothing was left")
+
+
+def _try(function: Callable[[], Any]) -> None:
+    """Do what is good to do at the end, and no reason to stop there."""
+    try:
+        function()
+    except Exception as error:
+        logger.warning("at the end of the cluster: %s", error)
+
+
+def _close_unhurried(stack: ExitStack) -> None:
+    """Undo everything in a thread of its own, which a second Ctrl-C does not reach; it is raised afterwards."""
+    done = threading.Event()
+    failures: list[BaseException] = []
+    interruptions: list[BaseException] = []
+
+    def close() -> None:
+        try:
+            stack.close()
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=close, name="end of the cluster").start()
+    while not done.is_set():
+        try:
+            done.wait()
+        except (KeyboardInterrupt, SystemExit) as error:
+            logger.warning("instances are being terminated; please wait")
+            interruptions.append(error)
+    # Instances that cannot be terminated cost money, so that comes first.
+    if failures or interruptions:
+        raise (failures + interruptions)[0]

@@ -1,0 +1,234 @@
+"""Where images, results and machines are: asked before the first byte is read, and refused where they may not be."""
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from fruitdask.core.aws import find_default_region
+from fruitdask.core.config import ClusterConfig, Config
+from fruitdask.core.storage import Location, explained, hide_secrets
+from fruitdask.errors import ResidencyError, StorageError
+
+#: What stands for a region: this machine, whose place its user knows, and what nobody says.
+LOCAL, UNKNOWN = "local", "unknown"
+
+#: Regions inside the European Union and where they are; PRIVACY.md names the sources. London, Zurich, Norway are outside.
+EU_REGIONS: Mapping[str, str] = {
+    # Amazon's
+    "eu-central-1": "Frankfurt, Germany",
+    "eu-north-1": "Stockholm, Sweden",
+    "eu-south-1": "Milan, Italy",
+    "eu-south-2": "Spain",
+    "eu-west-1": "Ireland",
+    "eu-west-3": "Paris, France",
+    "eusc-de-east-1": "European Sovereign Cloud, Germany",
+    # Microsoft's
+    "austriaeast": "Vienna, Austria",
+    "belgiumcentral": "Brussels, Belgium",
+    "denmarkeast": "Denmark",
+    "francecentral": "Paris, France",
+    "francesouth": "Marseille, France",
+    "germanynorth": "Berlin, Germany",
+    "germanywestcentral": "Frankfurt, Germany",
+    "italynorth": "Milan, Italy",
+    "northeurope": "Ireland",
+    "polandcentral": "Warsaw, Poland",
+    "spaincentral": "Madrid, Spain",
+    "swedencentral": "Gävle, Sweden",
+    "swedensouth": "Sweden",
+    "westeurope": "Netherlands",
+}
+
+#: Amazon's own servers, of its commercial, Chinese and European sovereign clouds, by the end of their names.
+_AMAZON = (".amazonaws.com", ".amazonaws.com.cn", ".amazonaws.eu")
+_REGION_HEADER = "x-amz-bucket-region"
+
+_Allowed = Literal["eu"] | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What is known of where a place is; a problem ends a run for which that matters, whatever regions it allows."""
+
+    place: str
+    name: str
+    region: str = UNKNOWN
+    problem: str = ""
+    advice: str = "take one that is"
+
+
+def find_regions(config: Config, *, scheduler: str | None = None) -> dict[str, str]:
+    """Find the regions of everything a run reads, writes and computes on, as far as somebody says."""
+    return {finding.place: finding.region for finding in _find_all(config, scheduler)}
+
+
+def check_regions(config: Config, *, scheduler: str | None = None) -> dict[str, str]:
+    """Find the regions of a run, and refuse those that ``privacy.allowed_regions`` does not name."""
+    regions = {}
+    for finding in _find_all(config, scheduler):
+        if config.privacy.allowed_regions is not None:
+            _check(finding, config.privacy.allowed_regions)
+        regions[finding.place] = finding.region
+    return regions
+
+
+def _find_all(config: Config, scheduler: str | None) -> Iterator[_Finding]:
+    """Find where everything is, one after the other."""
+    source = Location(config.input.url, config.input.storage_options)
+    yield _find_storage("input", source, config.input.region, key="input.region")
+    if config.input.manifest is not None and "://" in config.input.manifest:
+        manifest = Location(config.input.manifest, config.input.storage_options)
+        # What is declared of the images holds for a list on the same server.
+        declared = config.input.region if _have_same_host(manifest, source) else None
+        yield _find_storage("manifest", manifest, declared)
+    if "://" in config.model.weights:
+        weights = Location(config.model.weights, config.model.storage_options)
+        yield _find_storage("weights", weights, config.model.region, key="model.region")
+    output = Location(config.output.url, config.output.storage_options)
+    yield _find_storage("output", output, config.output.region, key="output.region")
+    yield _find_cluster(config.cluster, scheduler)
+
+
+def _check(finding: _Finding, allowed: _Allowed) -> None:
+    """Refuse a place that is, or may be, elsewhere than allowed."""
+    if finding.problem:
+        raise ResidencyError(f"{finding.place}: {finding.problem}")
+    names = (allowed,) if isinstance(allowed, str) else allowed
+    if finding.region == LOCAL or finding.region in names or ("eu" in names and finding.region in EU_REGIONS):
+        return
+    shown = ", ".join("eu (the European Union)" if name == "eu" else name for name in names) or "none"
+    raise ResidencyError(
+        f"{finding.place}: {finding.name} is in {finding.region}, but privacy.allowed_regions has {shown}; {finding.advice}, or change "
+        f"privacy.allowed_regions{_hint_at_typos(names)}"
+    )
+
+
+def _hint_at_typos(names: tuple[str, ...]) -> str:
+    """Say which region was probably meant by a name that Amazon and the list above do not know."""
+    import botocore.session
+
+    session = botocore.session.Session()
+    partitions = session.get_available_partitions()
+    known = {
+        "eu",
+        *EU_REGIONS,
+        *(region for each in partitions for region in session.get_available_regions("ec2", each)),
+    }
+    near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in names if name not in known}
+    return "".join(f"; did you mean {close[0]} by {name}?" for name, close in near.items() if close)
+
+
+def _find_storage(place: str, location: Location, declared: str | None, *, key: str | None = None) -> _Finding:
+    """Find where a folder or file is."""
+    name, location = hide_secrets(location.url), location.base
+    say_it = f"say where it is by {key}" if key else "take one on the server of the images, or on this machine"
+    nobody = f"privacy.allowed_regions needs the region of {{}}, which nobody says; {say_it}"
+    try:
+        if location.is_local:
+            return _Finding(place, name, declared or LOCAL)
+        is_amazon = _is_amazon(location)
+        if declared and not is_amazon:
+            return _Finding(place, name, declared)
+        if not location.is_s3:
+            return _Finding(place, name, problem=nobody.format(name))
+        bucket = location.fs.split_path(location.path)[0]
+        name = f"the bucket {bucket}"
+        region = _ask_bucket(location, bucket, is_amazon=is_amazon)
+    except StorageError as error:
+        return _Finding(place, name, problem=f"{error}; privacy.allowed_regions needs to know the region")
+    if region is None:
+        return _Finding(place, name, problem=nobody.format(name))
+    if is_amazon:
+        differs = declared and key and region != declared
+        problem = f"{name} is in {region}, not in {declared} as {key} says; correct {key}" if differs else ""
+        return _Finding(place, name, region, problem=problem)
+    return _Finding(place, name, region, advice=f"take one that is, or {say_it} if its server is mistaken")
+
+
+def _have_same_host(one: Location, other: Location) -> bool:
+    """Whether two places are on the same server, or in the same bucket."""
+    one, other = one.base, other.base
+    return one.fs is other.fs and (one.is_s3 or urlsplit(one.url).netloc == urlsplit(other.url).netloc)
+
+
+def _is_amazon(location: Location) -> bool:
+    """Whether it is on one of Amazon's own servers, which know where they are."""
+    if not location.is_s3:
+        return False
+    with explained(location, "find the region of"):
+        host = urlsplit(location.fs.s3.meta.endpoint_url).hostname or ""
+    return host.endswith(_AMAZON)
+
+
+def _ask_bucket(location: Location, bucket: str, *, is_amazon: bool) -> str | None:
+    """Ask for the region of a bucket, by the client that is to read or write it."""
+    fs = location.fs
+    with explained(location, "find the region of"):
+        region = _head_bucket(fs, bucket).get(_REGION_HEADER)
+        if not region:
+            constraint = fs.call_s3("get_bucket_location", Bucket=bucket).get("LocationConstraint")
+            # Amazon's oldest buckets: https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetBucketLocation.html
+            region = {"EU": "eu-west-1", None: "us-east-1"}.get(constraint, constraint) if is_amazon else constraint
+    return region or None
+
+
+def _head_bucket(fs: Any, bucket: str) -> Mapping[str, str]:
+    """Get the headers of what a server says of a bucket; Amazon names the region even where it denies all else."""
+    try:
+        response: Any = fs.call_s3("head_bucket", Bucket=bucket)
+    except Exception as error:
+        # s3fs raises its own errors from those of botocore, which alone carry the headers.
+        response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
+    headers: Mapping[str, str] = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return headers
+
+
+def _find_cluster(cluster: ClusterConfig, scheduler: str | None) -> _Finding:
+    """Find where the cluster is."""
+    if cluster.kind == "ec2" and scheduler is None:
+        return _find_ec2(cluster.region or find_default_region(), cluster.availability_zone)
+    address = scheduler or (cluster.address if cluster.kind == "address" else None)
+    region = cluster.region if cluster.kind == "address" else None
+    if address is None or (region is None and is_loopback(address)):
+        return _Finding("cluster", "this machine", LOCAL)
+    name = f"the cluster at {address}"
+    problem = f"privacy.allowed_regions needs the region of {name}, which nobody says; add cluster.region"
+    if cluster.kind != "address":
+        problem += " to a cluster of kind: address"
+    return _Finding("cluster", name, region or UNKNOWN, problem="" if region else problem)
+
+
+def _find_ec2(region: str | None, zones: str | list[str] | None) -> _Finding:
+    """Find where instances will be: a Local or Wavelength Zone may be in another country than its region."""
+    name = "the cluster on EC2"
+    if region is None:
+        return _Finding("cluster", name, problem=f"no region is set for {name}; add cluster.region")
+    elsewhere = [
+        zone
+        for zone in ([zones] if isinstance(zones, str) else zones or [])
+        if not re.fullmatch(rf"{re.escape(region)}[a-z]", zone)
+    ]
+    problem = (
+        f"expected cluster.availability_zone to name a zone of {region} such as {region}a, found {elsewhere[0]}, which may be in another "
+        "country; take another zone"
+        if elsewhere
+        else ""
+    )
+    return _Finding("cluster", name, region, problem=problem)
+
+
+def is_loopback(address: str) -> bool:
+    """Tell whether a Dask scheduler listens where this machine alone can reach it.
+
+    >>> is_loopback("tcp://127.0.0.1:8786"), is_loopback("localhost:8786"), is_loopback("tls://10.0.0.5:8786")
+    (True, True, False)
+    """
+    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+    try:
+        return parts.scheme == "inproc" or ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        return parts.hostname == "localhost"

@@ -1,0 +1,170 @@
+"""The kinds of clusters."""
+
+import ipaddress
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, field_validator, model_validator
+
+from fruitdask.core.config.base import Seconds, Section
+
+
+class LocalClusterConfig(Section):
+    """A Dask cluster on this machine."""
+
+    kind: Literal["local"] = "local"
+    n_workers: int | None = Field(
+        None, ge=1, description="Worker processes; null chooses from the cores and the memory."
+    )
+    threads_per_worker: int | None = Field(None, ge=1, description="Threads a process; null chooses from the cores.")
+    memory_limit: str | int | None = Field(
+        None, description="Memory a process, such as 4GiB; null shares the machine's memory."
+    )
+    dashboard_address: str | None = Field(
+        "127.0.0.1:8787", description="Where the dashboard listens, on this machine alone; null turns it off."
+    )
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _check_memory(cls, limit: str | int | None) -> str | int | None:
+        if isinstance(limit, int) and limit < 0:
+            raise ValueError(f"expected an amount of memory such as 4GiB, found {limit!r}")
+        return limit
+
+    @field_validator("dashboard_address")
+    @classmethod
+    def _check_dashboard(cls, address: str | None) -> str | None:
+        if address is None:
+            return None
+        host, _, port = address.rpartition(":")
+        try:
+            is_here = host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+        except ValueError:
+            is_here = False
+        if not is_here or not port.isdecimal() or int(port) > 65_535:
+            raise ValueError(
+                f"expected an address that only this machine reaches, such as 127.0.0.1:8787, found {address!r}: the dashboard "
+                "asks nobody for a password; from elsewhere, reach it through ssh -L 8787:127.0.0.1:8787"
+            )
+        return address
+
+
+class AddressClusterConfig(Section):
+    """A Dask cluster that is already running."""
+
+    kind: Literal["address"]
+    address: str = Field(description="Address of its scheduler, such as tcp://10.0.0.5:8786.")
+    timeout_seconds: float = Field(30, gt=0, description="How long to wait for the scheduler and its first worker.")
+    region: str | None = Field(None, description="Where it is, such as eu-west-3, for privacy.allowed_regions.")
+
+
+class AdaptiveConfig(Section):
+    """A cluster that grows and shrinks with its work."""
+
+    minimum: int = Field(0, ge=0, description="Fewest workers.")
+    maximum: int = Field(ge=1, description="Most workers.")
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "AdaptiveConfig":
+        if self.minimum > self.maximum:
+            raise ValueError(f"adaptive.minimum ({self.minimum}) is larger than adaptive.maximum ({self.maximum})")
+        return self
+
+
+class EC2ClusterConfig(Section):
+    """
+    A Dask cluster on Amazon EC2 that is started for a run and never outlives it.
+
+    The options up to ``volume_tags`` are those of ``dask_cloudprovider.aws.EC2Cluster``, by their own names; where its defaults are
+    harmful, ours differ.
+    """
+
+    kind: Literal["ec2"]
+    region: str | None = Field(
+        None, description="Region of the cluster; null takes that of the AWS profile or environment."
+    )
+    availability_zone: str | list[str] | None = Field(
+        None, description="Zone, or several to choose from at random; null lets AWS choose."
+    )
+    n_workers: int = Field(2, ge=1, description="Workers to start with.")
+    docker_image: str = Field(
+        min_length=1, description="Image that all instances run, with fruitdask in it; see configs/docker/Dockerfile."
+    )
+    docker_args: str = Field("", repr=False, description="Further arguments of docker run.")
+    instance_type: str | None = Field(None, description="Type of all instances, instead of the next two.")
+    scheduler_instance_type: str | None = Field(
+        None, description="Type of the scheduler's instance; null takes t3.medium."
+    )
+    worker_instance_type: str | None = Field(None, description="Type of the workers' instances; null takes m6i.large.")
+    spot: bool = Field(False, description="Workers are spot instances: cheaper, and replaced when AWS takes them back.")
+    iam_instance_profile: dict[str, str] | None = Field(
+        None, description="Instance profile by which workers may read and write S3: {Name: ...} or {Arn: ...}."
+    )
+    ami: str | None = Field(
+        None, description="Machine image; null finds Ubuntu (with NVIDIA drivers for GPU instances)."
+    )
+    bootstrap: bool | None = Field(
+        None, description="Install Docker from docker.com on start, as EC2Cluster does; null installs what is missing."
+    )
+    extra_bootstrap: list[str] = Field(
+        [], repr=False, description="Shell commands run on each instance before its container."
+    )
+    vpc: str | None = Field(None, description="VPC; null takes the default one.")
+    subnet_id: str | None = Field(None, description="Subnet; null takes one of the VPC.")
+    security_groups: list[str] | None = Field(
+        None, description="Security groups; null finds or makes one that admits this machine alone."
+    )
+    use_private_ip: bool = Field(
+        False, description="Reach the scheduler at its private address; no public ones are given out."
+    )
+    filesystem_size: int = Field(40, ge=8, description="Size of each instance's encrypted volume, in GB.")
+    key_name: str | None = Field(None, description="SSH key pair for the instances.")
+    env_vars: dict[str, str] = Field(
+        {}, repr=False, description="Environment variables of the containers; never credentials."
+    )
+    worker_options: dict[str, Any] = Field({}, description="Options of the worker class, such as nthreads.")
+    scheduler_options: dict[str, Any] = Field({}, description="Options of the scheduler.")
+    worker_class: str = Field("dask.distributed.Nanny", description="Class of the workers, by its import path.")
+    worker_module: str | None = Field(None, description="Module to run for workers instead of worker_class.")
+    enable_detailed_monitoring: bool = Field(False, description="Detailed monitoring by CloudWatch, which costs extra.")
+    instance_tags: dict[str, str] = Field({}, description="Tags of the instances, beside those of fruitdask.")
+    volume_tags: dict[str, str] = Field({}, description="Tags of the volumes, beside those of fruitdask.")
+    client_cidr: str | None = Field(
+        None,
+        description="Addresses that may reach the scheduler through the security group that is made; null asks AWS for this machine's.",
+    )
+    adaptive: AdaptiveConfig | None = Field(None, description="Grow and shrink between {minimum, maximum} workers.")
+    start_timeout: Seconds = Field(600, description="How long to wait for the scheduler and the first worker.")
+    idle_timeout: Seconds = Field(1200, description="Instances end by themselves after so long without work or client.")
+    max_lifetime: Seconds = Field(43200, description="Instances end by themselves after so long, whatever happens.")
+    hourly_prices: dict[str, PositiveFloat] = Field(
+        {},
+        description="US dollars an hour by instance type (spot:TYPE for spot ones), before the table that fruitdask brings.",
+    )
+
+    @model_validator(mode="after")
+    def _check_instance_types(self) -> "EC2ClusterConfig":
+        if self.instance_type and (self.scheduler_instance_type or self.worker_instance_type):
+            raise ValueError("give instance_type, or scheduler_instance_type and worker_instance_type, not both")
+        return self
+
+    @property
+    def types(self) -> tuple[str, str]:
+        """Instance types of the scheduler and of the workers."""
+        return (
+            self.instance_type or self.scheduler_instance_type or "t3.medium",
+            self.instance_type or self.worker_instance_type or "m6i.large",
+        )
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the workers have a GPU of NVIDIA, by the name of their type; those of g4ad are AMD's."""
+        return re.match(r"(?!g4ad)(g|gr|p)\d", self.types[1]) is not None
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that there can be at once."""
+        return self.adaptive.maximum if self.adaptive else self.n_workers
+
+
+ClusterConfig = Annotated[LocalClusterConfig | AddressClusterConfig | EC2ClusterConfig, Field(discriminator="kind")]

@@ -1,0 +1,355 @@
+"""The sections of a configuration as frozen, validated objects."""
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from fruitdask.core.config.base import Section
+from fruitdask.core.config.clusters import ClusterConfig, LocalClusterConfig
+
+#: Pillow refuses an image of more than twice its own ``MAX_IMAGE_PIXELS`` (89,478,485), so no larger limit can be honoured.
+PILLOW_LIMIT_PIXELS = 178_956_970
+
+
+class SampleConfig(Section):
+    """A small drawn data set that stands in for photographs."""
+
+    per_class: int = Field(24, ge=1, description="Images per class.")
+    size_px: int = Field(160, ge=16, description="Side of the square images, in pixels.")
+    seed: int = Field(0, ge=0, description="Seed of the small differences between images.")
+
+
+class InputConfig(Section):
+    """Which images to read."""
+
+    url: str = Field(
+        min_length=1,
+        description="Folder of images: a path, any fsspec URL (s3://bucket/prefix), or in an archive (zip://::s3://bucket/x.zip).",
+    )
+    storage_options: dict[str, Any] = Field(
+        {},
+        repr=False,
+        description="Options of the fsspec file system, such as endpoint_url or anon; of an archive, those of where it is.",
+    )
+    region: str | None = Field(
+        None,
+        description="Where it is, such as eu-west-3, for privacy.allowed_regions; needed where AWS cannot be asked.",
+    )
+    label_from: str = Field(
+        "parent",
+        description="The folder that is the class of an image: parent, first, or a regular expression on the path with one group.",
+    )
+    split_from: str | None = Field(
+        None,
+        description="The folder that is the split (train, test ...), written as label_from is; null leaves the column split out.",
+    )
+    classes: tuple[str, ...] | None = Field(None, min_length=1, description="Classes to keep; null keeps all.")
+    exclude: tuple[str, ...] = Field(
+        (), description="Patterns of paths to leave out, such as pear_1/* or */IMG_20*; see Python's fnmatch."
+    )
+    extensions: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="File name endings of images, in any case; null takes those of all formats that fruitdask reads.",
+    )
+    hidden: bool = Field(
+        False,
+        description="Take files and folders whose names begin with a dot, or are those of system folders such as __MACOSX, too.",
+    )
+    limit: int | None = Field(
+        None, ge=1, description="At most so many images, spread evenly over the classes; null takes all."
+    )
+    manifest: str | None = Field(
+        None,
+        description="CSV or Parquet file with the columns path and label, and if wanted split, instead of one class per folder.",
+    )
+    sample: SampleConfig | None = Field(
+        None, description="Draw a sample data set into url where that folder does not exist."
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _check_protocol(cls, url: str) -> str:
+        wanted = None
+        if match := re.match(r"(?i:dbfs):/+", url):
+            wanted = f"/dbfs/{url[match.end() :]}"
+        elif match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", url):
+            wanted = f"{match[1]}://{url[match.end() :]}"
+        if wanted:
+            raise ValueError(f"expected a path or a URL, found {url}; write {wanted}")
+        return url
+
+    @field_validator("label_from", "split_from")
+    @classmethod
+    def _check_rule(cls, rule: str | None) -> str | None:
+        if rule in (None, "parent", "first"):
+            return rule
+        wanted = "expected parent, first, or a regular expression with one group, such as ^[^/]+/([^/]+)/"
+        try:
+            n_groups = re.compile(str(rule)).groups
+        except re.error as error:
+            raise ValueError(f"{wanted}; found {rule}, which is none: {error}") from error
+        if n_groups != 1:
+            raise ValueError(f"{wanted}; found {rule}, which has {n_groups} groups")
+        return rule
+
+    @field_validator("extensions")
+    @classmethod
+    def _normalize_extensions(cls, extensions: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return extensions and tuple("." + extension.lower().lstrip(".") for extension in extensions)
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> "InputConfig":
+        if self.manifest is not None and self.label_from != "parent":
+            raise ValueError("label_from and manifest both say which class an image has; leave one out")
+        return self
+
+
+class ModelConfig(Section):
+    """Which network turns an image into features."""
+
+    name: str = Field(
+        "MobileNetV2",
+        description="A network of keras.applications, or SqueezeNet. Ignored for a whole model (.keras, or .h5 with preprocessing).",
+    )
+    weights: str = Field(
+        "imagenet",
+        description="imagenet, random, or a path or URL: weights of that network (.weights.h5, .h5), or a whole Keras model (.keras, .h5).",
+    )
+    storage_options: dict[str, Any] = Field({}, repr=False, description="Options of the weights' fsspec file system.")
+    region: str | None = Field(None, description="Where remote weights are, as input.region.")
+    input_px: int | None = Field(
+        None,
+        ge=32,
+        description="Side of the square input, in pixels; null takes the network's own. Must be given for a model that takes any size.",
+    )
+    pooling: Literal["avg", "max", "flatten"] = Field("avg", description="How the last feature map becomes one vector.")
+    layer: str | None = Field(
+        None,
+        description=(
+            "Layer whose output are the features, as layer or network/layer where networks are nested; null takes what flows into the "
+            "classifier: the last Dense, or 1 x 1 convolution before a global pooling, that is followed by softmax or sigmoid, was trained "
+            "with a cross-entropy or has fewer than 32 units; without a classifier, the output. Must be given where that is not clear."
+        ),
+    )
+    preprocessing: Literal["tf", "caffe", "torch", "none"] | None = Field(
+        None,
+        description=(
+            "How pixel values are scaled, in the words of Keras; null takes the network's own. Must be given for a whole model, "
+            "which does not say it."
+        ),
+    )
+    allow_code: bool = Field(
+        False,
+        description="Run Python code that a .keras or .h5 file carries, such as that of Lambda layers; for files you trust.",
+    )
+    engine: Literal["auto", "tensorflow", "openvino"] = Field(
+        "auto",
+        description="What runs the network on the workers; auto takes openvino where it is installed and there is no GPU.",
+    )
+    precision: Literal["float32", "mixed_float16"] = Field(
+        "float32",
+        description="mixed_float16 is faster on GPUs, by TensorFlow, and changes features by some hundredths.",
+    )
+
+    @property
+    def is_keras_file(self) -> bool:
+        """Whether the weights bring a network of their own along, by the name of their file."""
+        return self.weights.lower().endswith(".keras")
+
+    @model_validator(mode="after")
+    def _check_keras_file(self) -> "ModelConfig":
+        if self.is_keras_file and self.preprocessing is None:
+            raise ValueError(
+                "preprocessing must be given for a .keras file, which does not say how its pixels were scaled: tf, caffe, torch or none"
+            )
+        if self.is_keras_file and self.precision != "float32":
+            raise ValueError("precision cannot be chosen for a .keras file, which brings its own; leave it out")
+        return self
+
+
+class FeaturizeConfig(Section):
+    """How images become features."""
+
+    images_per_partition: int | None = Field(
+        None, ge=1, description="Images a task and a Zarr chunk; null chooses from the number of images."
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="Images a call of the network; null takes 8 on CPUs and 32 on GPUs."
+    )
+    max_failed_fraction: float = Field(
+        0.05, ge=0, le=1, description="The run fails when a larger fraction of the images does."
+    )
+    max_pixels: int = Field(
+        50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="Images with more pixels are not decoded."
+    )
+    decode: Literal["exact", "fast"] = Field(
+        "exact", description="fast lets the JPEG decoder shrink images of at least twice the network's input."
+    )
+    fetch_attempts: int = Field(5, ge=1, description="How often reading an image is tried.")
+    concurrent_reads: int = Field(
+        16, ge=1, description="Files in flight at once in each worker thread, from a remote input."
+    )
+
+
+class TsneConfig(Section):
+    """A two-dimensional t-SNE map beside the PCA."""
+
+    enabled: bool = Field(False, description="Compute it.")
+    max_rows: int = Field(
+        5_000, ge=10, description="At most so many images, sampled at random: time grows with their number."
+    )
+    perplexity: float = Field(30.0, gt=0, description="About how many neighbours each image has.")
+    seed: int = Field(0, ge=0, description="Seed of the sample and of the map.")
+
+
+class ReduceConfig(Section):
+    """How features become a few numbers per image."""
+
+    enabled: bool = Field(True, description="Reduce the features, by t-SNE too; false stores them and leaves it at that.")
+    n_components: int | float = Field(
+        2, gt=0, description="Principal components to keep, or the fraction (0 to 1) of the variance to keep."
+    )
+    solver: Literal["exact", "randomized"] = Field(
+        "exact",
+        description="exact equals scikit-learn's full PCA; randomized estimates, for over 4096 features of over 4096 images.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of the randomized solver.")
+    refit: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Whether images that were added, changed or removed move the axes; auto: if over a tenth as many as were fitted.",
+    )
+    tsne: TsneConfig = TsneConfig()
+
+    @model_validator(mode="after")
+    def _check_n_components(self) -> "ReduceConfig":
+        if isinstance(self.n_components, float):
+            if not 0 < self.n_components < 1:
+                raise ValueError(
+                    f"n_components must be an integer, or a fraction between 0 and 1, not {self.n_components}"
+                )
+            if self.solver == "randomized":
+                raise ValueError("a fraction as n_components needs all components: use solver: exact, or an integer")
+        return self
+
+
+class ExploreConfig(Section):
+    """What to find out about the images themselves, without a network."""
+
+    enabled: bool = Field(True, description="Explore the images in the same pass that featurizes them.")
+    input_px: int | None = Field(
+        None, ge=16, description="Side to which images are resized for comparing; null takes the network's input."
+    )
+    scale: Literal["signed", "unit", "bytes"] = Field(
+        "signed", description="Scale of pixel values in differences: signed is -1 to 1, unit 0 to 1, bytes 0 to 255."
+    )
+    near_duplicate_bits: int = Field(
+        2,
+        ge=0,
+        le=8,
+        description="Images whose perceptual hashes differ in at most so many of 64 bits are near duplicates.",
+    )
+    thumbnail_px: int = Field(64, ge=16, le=256, description="Side of the thumbnails, in pixels.")
+    max_thumbnails: int = Field(
+        2_000, ge=1, description="Thumbnails that are kept, evenly over the classes: the report grows with them."
+    )
+
+
+class QualityConfig(Section):
+    """How well the features separate the classes, in numbers."""
+
+    enabled: bool = Field(True, description="Compute silhouettes and the agreement of nearest neighbours.")
+    n_neighbors: int = Field(5, ge=1, description="Nearest neighbours of each image that are asked for their class.")
+    metric: Literal["euclidean", "cosine"] = Field("euclidean", description="Distance between features.")
+    max_rows: int = Field(
+        5_000, ge=10, description="At most so many images, sampled at random: time grows with their square."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the sample.")
+
+
+class PlotsConfig(Section):
+    """Figures as PNG files."""
+
+    enabled: bool = Field(True, description="Write them.")
+    components: tuple[PositiveInt, PositiveInt] = Field(
+        (1, 2), description="The two principal components that the maps show, counted from 1."
+    )
+    dpi: int = Field(150, ge=50, le=600, description="Dots per inch.")
+
+    @field_validator("components")
+    @classmethod
+    def _check_two(cls, components: tuple[int, int]) -> tuple[int, int]:
+        if components[0] == components[1]:
+            raise ValueError("expected two different components")
+        return components
+
+
+class ReportConfig(Section):
+    """The page that says what was found, for people who never open Python."""
+
+    enabled: bool = Field(True, description="Write report.html.")
+    title: str | None = Field(None, description="Its title; null takes the input's name.")
+    max_points: int = Field(
+        10_000, ge=10, description="At most so many images in the interactive maps, sampled evenly over the classes."
+    )
+    examples_per_class: int = Field(6, ge=0, description="Thumbnails shown of each class.")
+
+
+class OutputConfig(Section):
+    """Where results go."""
+
+    url: str = Field(min_length=1, description="Folder for the results: a path or any fsspec URL.")
+    storage_options: dict[str, Any] = Field({}, repr=False, description="Options of the fsspec file system.")
+    region: str | None = Field(None, description="Where it is, as input.region.")
+    attempts: int = Field(5, ge=1, description="How often a request to an output on S3 is sent before it has failed.")
+    overwrite: bool = Field(False, description="Delete an earlier run's results there and start again.")
+
+
+class PrivacyConfig(Section):
+    """Where data may be, and what the record of processing says (GDPR, articles 30 and 44)."""
+
+    allowed_regions: Literal["eu"] | tuple[str, ...] | None = Field(
+        None,
+        description="Regions in which images, results and machines may be; eu stands for those of AWS and Azure in the European Union.",
+    )
+    require_encryption: bool = Field(
+        False, description="Refuse an output on S3 whose objects are not encrypted at rest."
+    )
+    controller: str | None = Field(None, description="Who is responsible for the images, for the record of processing.")
+    purpose: str | None = Field(None, description="What the images are processed for, for the record.")
+    retention_days: int | None = Field(None, ge=1, le=36_525, description="How long results are kept, for the record.")
+
+
+class LimitsConfig(Section):
+    """What a run may cost; one that would exceed or has exceeded a limit is stopped."""
+
+    max_cost: PositiveFloat | None = Field(None, description="US dollars for the instances of the cluster.")
+    max_hours: PositiveFloat | None = Field(None, description="Hours from start to end.")
+
+
+class Config(Section):
+    """A whole run: what to read, with which network, where, and what to keep."""
+
+    input: InputConfig
+    model: ModelConfig = ModelConfig()
+    cluster: ClusterConfig = LocalClusterConfig()
+    featurize: FeaturizeConfig = FeaturizeConfig()
+    reduce: ReduceConfig = ReduceConfig()
+    explore: ExploreConfig = ExploreConfig()
+    quality: QualityConfig = QualityConfig()
+    plots: PlotsConfig = PlotsConfig()
+    report: ReportConfig = ReportConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    limits: LimitsConfig = LimitsConfig()
+    output: OutputConfig
+
+    @model_validator(mode="after")
+    def _check_components(self) -> "Config":
+        n_components, shown = self.reduce.n_components, self.plots.components
+        # With one component there is no map, which is no mistake.
+        if isinstance(n_components, int) and 1 < n_components < max(shown):
+            raise ValueError(
+                f"plots.components names component {max(shown)}, but reduce.n_components is {n_components}"
+            )
+        return self

@@ -1,0 +1,296 @@
+"""The user's table of labels: read as people and their programs write it, and matched with the files that are listed."""
+
+import codecs
+import csv
+import gzip
+import io
+import os
+import posixpath
+import re
+import stat
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fruitdask.core.config import InputConfig
+from fruitdask.core.listing import compile_rule, digest_version, find_rows
+from fruitdask.core.storage import Location, explained
+from fruitdask.errors import CatalogError, ConfigError
+
+_GZIP, _PARQUET, _ZIP = b"\x1f\x8b", b"PAR1", b"PK\3\4"
+_DELIMITERS = ",;\t|"
+#: What Excel writes and reads before a header, to say which delimiter follows.
+_SEPARATOR_LINE = re.compile(rb"\"?sep=.\"?\r?\n", re.IGNORECASE)
+#: A step to the folder above, by which a table would name what is not in the input.
+_LEADS_OUT = r"(?:^|/)\.\.(?:/|$)"
+#: A path that begins at the root of a disk, or a URL.
+_ABSOLUTE = re.compile(r"/|\\\\|[A-Za-z]:[\\/]|[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def label_files(table: pd.DataFrame, files: pd.DataFrame, root: Location, config: InputConfig) -> pd.DataFrame:
+    """Join a table of labels with the files that are listed."""
+    relate = _make_relative(root)
+    places = _find_files(table["path"], files["path"], relate)
+    is_listed = places >= 0
+    paths = table["path"].where(~is_listed, files["path"].reindex(places).array)
+    paths = paths.where(is_listed, paths.map(relate))
+    duplicated = paths[paths.duplicated()]
+    if len(duplicated):
+        raise ConfigError(
+            f"{config.manifest}: expected each path once in input.manifest, found {duplicated.iloc[0]!r} twice; remove one"
+        )
+    for name in ("bytes", "version"):
+        table[name] = np.append(files[name], np.int64(0))[places]
+    table["path"] = paths
+    _describe_unlisted(table, is_listed, root)
+    _check_unlisted(table, files, root, config)
+    if config.split_from is not None:
+        table["split"] = [compile_rule(config.split_from)(path) or "" for path in paths]
+    named = [name for name in ("label", "split") if name in table]
+    return table.astype(dict.fromkeys(named, "category")).sort_values("path", ignore_index=True)
+
+
+def normalize_unique(names: Iterable[str]) -> dict[str, str]:
+    """Map names in Unicode's composed form (NFC) to themselves."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        key = unicodedata.normalize("NFC", name)
+        found[key] = None if key in found else name
+    return {key: name for key, name in found.items() if name is not None}
+
+
+def _find_files(paths: pd.Series, files: pd.Series, relate: Callable[[str], str]) -> npt.NDArray[np.int64]:
+    """Find files by their paths as they are written, as they are usually written, and in another form of Unicode; -1 for others."""
+    places = find_rows(paths, files)
+    for rewrite in (relate, _compose(files, relate)):
+        left = np.flatnonzero(places < 0)
+        if len(left):
+            places[left] = find_rows(paths.iloc[left].map(rewrite).astype("str"), files)
+    return places
+
+
+def _make_relative(root: Location) -> Callable[[str], str]:
+    """Make a function that writes a path as a listing does: relative to the input where it lies in it, without empty steps."""
+    folders = {root.url.rstrip("/"), root.path}
+    if root.is_local:
+        folders |= {os.path.realpath(root.path), f"file://{root.path}"}
+    tops = tuple(f"{folder}/" for folder in folders if folder)
+
+    def relate(path: str) -> str:
+        inner = next((path[len(top) :] for top in tops if path.startswith(top)), path)
+        return inner if _ABSOLUTE.match(inner) else "/".join(part for part in inner.split("/") if part not in ("", "."))
+
+    return relate
+
+
+def _compose(files: pd.Series, relate: Callable[[str], str]) -> Callable[[str], str]:
+    """Make a function that gives a path the form of Unicode of the file that is listed, where only one can be meant."""
+    known: dict[str, str] = {}
+
+    def rewrite(path: str) -> str:
+        if path.isascii():
+            return path
+        if not known:
+            known.update(normalize_unique(name for name in files if not name.isascii()))
+        key = unicodedata.normalize("NFC", relate(path))
+        return known.get(key, path)
+
+    return rewrite
+
+
+def _describe_unlisted(table: pd.DataFrame, is_listed: npt.NDArray[np.bool_], root: Location) -> None:
+    """Look at files on a disk that the listing has under another name, for a link leads to them."""
+    if not root.is_local:
+        return
+    for row in np.flatnonzero(~is_listed):
+        with suppress(OSError, ValueError):
+            status = os.stat(root.locate(table["path"].iloc[row]))
+            if stat.S_ISREG(status.st_mode):
+                table.loc[row, ["bytes", "version"]] = status.st_size, digest_version(str(status.st_mtime_ns))
+
+
+def _check_unlisted(table: pd.DataFrame, files: pd.DataFrame, root: Location, config: InputConfig) -> None:
+    """Refuse a table whose paths are written in a way that no file has, rather than call all of its images missing."""
+    unlisted = table.loc[(table["bytes"] == 0) & (table["version"] == 0), "path"]
+    if unlisted.empty:
+        return
+    where, first = f"{config.manifest}: expected paths of input.manifest relative to input.url {root.url}, ", unlisted.iloc[0]
+    outside = next((path for path in unlisted if _ABSOLUTE.match(path)), None)
+    if outside is not None:
+        raise ConfigError(f"{where}found {outside!r}, which is not inside it; write it as {files['path'].iloc[0]!r} is")
+    for advice, candidates, among in _list_mistakes(unlisted, files["path"], root):
+        places = find_rows(candidates, among)
+        if (places >= 0).any():
+            row = int((places >= 0).argmax())
+            raise ConfigError(f"{where}found {unlisted.iloc[row]!r} for {files['path'].iloc[places[row]]!r}; {advice}")
+    if len(unlisted) == len(table):
+        raise CatalogError(
+            f"{where}but none of its {len(table):,} is there: the first in the table is {first!r}, the first file there is "
+            f"{files['path'].iloc[0]!r}"
+        )
+
+
+def _list_mistakes(unlisted: pd.Series, files: pd.Series, root: Location) -> Iterable[tuple[str, pd.Series, pd.Series]]:
+    """List ways in which paths are often written otherwise than their files are called, as what to look for among what."""
+    yield "write / between folders", unlisted.str.replace("\\", "/").str.removeprefix("./"), files
+    top = posixpath.basename(root.path)
+    yield "leave out the name of the input's own folder", unlisted.str.removeprefix(f"{top}/"), files
+    yield "write the ending of the file too", unlisted, files.str.replace(r"\.\w+$", "", regex=True).drop_duplicates()
+    yield "write capital and small letters as the file does", unlisted.str.lower(), files.str.lower().drop_duplicates()
+
+
+def read_labels(config: InputConfig) -> pd.DataFrame:
+    """Read the table of labels."""
+    location = Location(str(config.manifest), config.storage_options if "://" in str(config.manifest) else {})
+    with explained(location, "read"):
+        data = bytes(location.fs.cat_file(location.path))
+    try:
+        if data.startswith(_GZIP):
+            data = gzip.decompress(data)
+        if data.startswith(_ZIP):
+            raise ValueError("an Excel workbook or another ZIP archive; save the table as CSV")
+        is_parquet = data.startswith(_PARQUET) or location.path.endswith((".parquet", ".pq"))
+        columns = _read_parquet(data) if is_parquet else _read_csv(data)
+    except (ValueError, OSError, EOFError, zlib.error, NotImplementedError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{config.manifest}: expected a CSV or Parquet table in input.manifest, found {cause}") from error
+    missing = {"path", "label"} - columns.keys()
+    if missing:
+        raise ConfigError(
+            f"{config.manifest}: expected the columns path and label in input.manifest, found {', '.join(columns) or 'none'}"
+        )
+    table = pd.DataFrame({name: columns[name] for name in ("path", "label", "split") if name in columns})
+    if table.empty:
+        raise CatalogError(f"{config.manifest}: expected images in input.manifest, found no row")
+    empty = (table[["path", "label"]] == "").any(axis=1)
+    if empty.any():
+        row = int(empty.argmax()) + 1
+        raise ConfigError(
+            f"{config.manifest}: expected a path and a label in each row of input.manifest, row {row} lacks one"
+        )
+    leading_out = table["path"][table["path"].str.contains(_LEADS_OUT)]
+    if len(leading_out):
+        raise ConfigError(
+            f"{config.manifest}: expected paths inside input.url in input.manifest, found {leading_out.iloc[0]!r}; write it without .."
+        )
+    return table
+
+
+def _read_parquet(data: bytes) -> dict[str, Any]:
+    """Read the columns of a Parquet file as text; an index that pandas has written is one of them."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(io.BytesIO(data)).read()
+    names = _name_columns(table.column_names)
+    wanted = {"path", "label", "split"}
+    return {
+        name: _write_out(table.column(place), name) if name in wanted else None for name, place in names.items()
+    }
+
+
+def _write_out(column: Any, name: str) -> pd.Series:
+    """Write a column out as text: whole numbers without a point, nothing where there is no value."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    if pa.types.is_nested(kind):
+        raise ValueError(f"the column {name} of type {kind}; expected text")
+    if pa.types.is_boolean(kind):
+        column = pc.if_else(column, "True", "False")
+    elif pa.types.is_floating(kind):
+        column = pc.if_else(pc.is_nan(column), None, column.cast(pa.float64()))
+    elif pa.types.is_decimal(kind):
+        column = column.cast(pa.float64())
+    return column.cast(pa.large_string()).fill_null("").to_pandas()  # type: ignore[no-any-return]
+
+
+def _read_csv(data: bytes) -> dict[str, Any]:
+    """Read the columns of a CSV file as text, whatever separates them."""
+    data = _decode(data)
+    data = data[match.end() :] if (match := _SEPARATOR_LINE.match(data)) else data
+    header, _, body = data.partition(b"\n")
+    delimiter, names = _read_header(header.decode().rstrip("\r"))
+    columns = _name_columns(names)
+    if not {"path", "label"} <= columns.keys():
+        return dict.fromkeys(columns)
+    wanted = {name: place for name, place in columns.items() if name in ("path", "label", "split")}
+    texts = _parse_csv(body, delimiter, len(names), wanted)
+    is_padded = any(name != name.strip() for name in names) or (len(texts["label"]) and texts["label"].str.startswith(" ").all())
+    if is_padded:
+        texts = {name: text.str.strip() for name, text in texts.items()}
+    # Spreadsheets write empty rows below a table.
+    is_row = (texts["path"] != "") | (texts["label"] != "")
+    return {name: text[is_row].reset_index(drop=True) for name, text in texts.items()}
+
+
+def _decode(data: bytes) -> bytes:
+    """Give text as UTF-8 without a mark, with line feeds."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        data = data.decode("utf-16").encode()
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if b"\0" in data[:4096]:
+        raise ValueError("zero bytes, which are in no text")
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        row = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"text that is not UTF-8 in line {row} (byte 0x{data[error.start]:02x}); save it as CSV UTF-8") from error
+    return data if b"\n" in data else data.replace(b"\r", b"\n")
+
+
+def _read_header(line: str) -> tuple[str, list[str]]:
+    """Read the names of the columns, and what separates them."""
+    found = {each: next(csv.reader([line], delimiter=each), []) for each in _DELIMITERS}
+    fitting = [each for each, names in found.items() if {"path", "label"} <= _name_columns(names).keys()]
+    delimiter = fitting[0] if fitting else max(_DELIMITERS, key=lambda each: len(found[each]))
+    return delimiter, found[delimiter]
+
+
+def _name_columns(names: Sequence[str]) -> dict[str, int]:
+    """Give the place of each column by its name; path, label and split may be written with capitals and spaces around."""
+    places = {name: place for place, name in enumerate(names)}
+    given = [name for name in names if name in ("path", "label", "split")]
+    if len(given) > len(set(given)):
+        raise ValueError(f"the columns {', '.join(names)}, one of which is there twice; keep one of them")
+    for place, name in enumerate(names):
+        if name.strip().lower() in ("path", "label", "split"):
+            places.setdefault(name.strip().lower(), place)
+    return places
+
+
+def _parse_csv(body: bytes, delimiter: str, n_columns: int, wanted: dict[str, int]) -> dict[str, pd.Series]:
+    """Parse the rows of a CSV file, all of which have as many columns as the header."""
+    import pyarrow.csv
+
+    ragged: list[Any] = []
+
+    def note(row: Any) -> str:
+        ragged.append(row)
+        return "error"
+
+    if not body.strip():
+        return {name: pd.Series([], dtype="str") for name in wanted}
+    names = [str(place) for place in range(n_columns)]
+    try:
+        table = pyarrow.csv.read_csv(
+            io.BytesIO(body),
+            read_options=pyarrow.csv.ReadOptions(column_names=names, use_threads=False),
+            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note),
+            convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.large_string()), strings_can_be_null=False),
+        )
+    except pa.ArrowInvalid as error:
+        if not ragged:
+            raise
+        row = ragged[0]
+        raise ValueError(
+            f"{row.actual_columns} columns in row {row.number} and {row.expected_columns} in the header: {row.text[:80]!r}"
+        ) from error
+    return {name: table.column(place).to_pandas() for name, place in wanted.items()}

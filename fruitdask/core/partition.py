@@ -1,0 +1,53 @@
+"""A partition: a range of the catalog that is computed, stored and retried as one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+#: What the catalog of a store says in ``bytes`` of an image that is not in the input any more.
+VANISHED_BYTES = -1
+#: What a catalog says in ``bytes`` and ``version`` of an image that the table of labels names and the input does not have.
+UNLISTED = (0, 0)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A contiguous range of catalog rows: the unit of scheduling, storage, commit and retry."""
+
+    #: Which chunk of the store this is, from 0.
+    index: int
+    #: The catalog row of its first image.
+    start: int
+    #: Paths of its images relative to the input URL.
+    paths: tuple[str, ...]
+    labels: tuple[str, ...]
+    #: What the catalog says of their files. Those that have vanished are not read.
+    bytes: tuple[int, ...] = ()
+    versions: tuple[int, ...] = ()
+    #: Places, from 0, of the images that are to be computed, where the others are in the store already; all by default.
+    rows: tuple[int, ...] | None = None
+    #: Places of images that are not to be opened: they kill the process that does.
+    avoided: frozenset[int] = frozenset()
+
+    @property
+    def places_to_read(self) -> tuple[int, ...]:
+        """Places of the images that are to be computed and have not vanished."""
+        places = range(len(self.paths)) if self.rows is None else self.rows
+        return tuple(place for place in places if not self.bytes or self.bytes[place] != VANISHED_BYTES)
+
+    @property
+    def unlisted_places(self) -> tuple[int, ...]:
+        """Places of the images that are not to be read, for the input does not have them."""
+        rows = zip(self.bytes, self.versions, strict=False)
+        return tuple(place for place, row in enumerate(rows) if row == UNLISTED)
+
+    def select(self, places: Sequence[int]) -> "Partition":
+        """Select some of the images."""
+        if len(places) == len(self.paths):
+            return self
+        columns = {name: getattr(self, name) for name in ("paths", "labels", "bytes", "versions")}
+        chosen: dict[str, Any] = {
+            name: tuple(column[place] for place in places) for name, column in columns.items() if column
+        }
+        avoided = frozenset(row for row, place in enumerate(places) if place in self.avoided)
+        return replace(self, **chosen, rows=None, avoided=avoided)

@@ -1,0 +1,299 @@
+"""Files behind URLs: open a file system, read, hash and write whole files; every failure is one sentence."""
+
+import errno
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import known_implementations
+
+from fruitdask.core.archives import PROTOCOLS, Archive
+from fruitdask.core.aws import explain_aws_error
+from fruitdask.errors import DamageError, FruitdaskError, StorageError
+
+_HASH_BLOCK_BYTES = 1 << 20
+
+#: Defaults for S3, beside those of s3fs (5 seconds to connect, 15 between bytes). Others write to the same folders, so listings are not
+#: kept. One transfer a file: s3fs asks for the size of each file before it reads, only to split those above 50 MB.
+_S3_OPTIONS: Mapping[str, Any] = {"use_listings_cache": False, "max_concurrency": 1}
+#: Connections for all threads of a process, where botocore has 10.
+_S3_CONFIG: Mapping[str, Any] = {"max_pool_connections": 256}
+#: How often a request to S3 is sent, unless the configuration says otherwise.
+_ATTEMPTS = 5
+#: What to do where the system says that writing is not possible, by its number; else paths and permissions are the usual cause.
+_ADVICE: Mapping[int | None, str] = {
+    errno.ENOSPC: "make room there and run again",
+    errno.EDQUOT: "make room there and run again",
+    errno.EROFS: "make it writable and run again",
+}
+_USUAL_ADVICE = "check the path and the permissions"
+#: Modules of clients whose errors do not derive from OSError.
+_FOREIGN_ERRORS = ("botocore", "aiobotocore", "aiohttp", "azure", "google")
+#: Modules of decoders whose errors do derive from OSError: Zarr misses what it does not recognize.
+_DECODERS = ("zarr",)
+#: A folder in an archive, such as zip://Test::s3://bucket/x.zip: protocol, folder, archive.
+_ARCHIVE = re.compile(rf"({'|'.join(PROTOCOLS)})://(.*?)::(.+)", re.DOTALL)
+_PROTOCOL = re.compile(r"(?:^|(?<=::))[A-Za-z][A-Za-z0-9+.-]*(?=://)")
+#: Archives of which a process remembers what is in them.
+_MAX_ARCHIVES = 8
+#: Access keys of AWS, and signatures of its requests.
+_SECRETS = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?<=Signature=)[\w%/+=-]+|(?<=X-Amz-Credential=)[\w%/+=-]+")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder or file on any file system that fsspec knows; picklable."""
+
+    #: A local path or a URL such as ``s3://bucket/prefix``, without a slash at the end.
+    url: str
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
+    #: How often a request to S3 is sent before it has failed, with pauses that double and are drawn at random. Sooner,
+    #: where a server fails all the time.
+    attempts: int = _ATTEMPTS
+    #: Which version of an archive it is; a process that has another one in memory opens it anew.
+    stamp: str = ""
+
+    def __post_init__(self) -> None:
+        """Write the protocol in small letters, as file systems are known."""
+        object.__setattr__(self, "url", _PROTOCOL.sub(lambda match: match[0].lower(), self.url))
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        """The file system; fsspec keeps one instance for the same options."""
+        return _open_filesystem(self)[0]
+
+    @property
+    def path(self) -> str:
+        """The path inside the file system, without the protocol."""
+        return str(_open_filesystem(self)[1])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The storage options, with defaults where S3 is read and written by many at once."""
+        options = dict(self.storage_options)
+        if self.is_s3:
+            retries = {"mode": "standard", "total_max_attempts": self.attempts}
+            config = {**_S3_CONFIG, "retries": retries, **options.get("config_kwargs", {})}
+            options = {**_S3_OPTIONS, **options, "config_kwargs": config}
+        return options
+
+    @property
+    def is_s3(self) -> bool:
+        """Whether this is on S3, Amazon's or another."""
+        return self.url.startswith(("s3://", "s3a://"))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this is on a disk of this machine."""
+        return not self.is_archive and isinstance(self.fs, LocalFileSystem)
+
+    @property
+    def is_archive(self) -> bool:
+        """Whether this is a folder or file in an archive."""
+        return _ARCHIVE.fullmatch(self.url) is not None
+
+    @property
+    def base(self) -> "Location":
+        """The archive that this lies in, and if that lies in another one, the outermost; itself where there is none."""
+        match = _ARCHIVE.fullmatch(self.url)
+        return self if match is None else replace(self, url=match[3]).base
+
+    def locate(self, name: str) -> str:
+        """Name a file below this folder as its file system does."""
+        path = self.path
+        # The root of an archive has no name; that of a disk has an empty one before its slash.
+        return f"{path}/{name}" if path or "::" not in self.url else name
+
+    def child(self, *names: str) -> "Location":
+        """Name something inside this folder.
+
+        >>> Location("s3://bucket/run").child("partitions", "00000.parquet").url
+        's3://bucket/run/partitions/00000.parquet'
+        """
+        if match := _ARCHIVE.fullmatch(self.url):
+            inner = "/".join(part for part in (match[2].rstrip("/"), *names) if part)
+            return replace(self, url=f"{match[1]}://{inner}::{match[3]}")
+        return replace(self, url="/".join((self.url.rstrip("/"), *names)))
+
+
+def pin(location: Location) -> Location:
+    """Say of which version an archive is, for processes that may have an older one in memory."""
+    if not location.is_archive:
+        return location
+    with explained(location, "read"):
+        return replace(location, stamp=location.fs.read_version())
+
+
+def hide_secrets(text: str) -> str:
+    """Take user names, passwords and signatures out of a URL, or of a text that quotes one.
+
+    >>> hide_secrets("https://me:secret@example.org/fruits?sig=abc")
+    'https://***@example.org/fruits?***'
+    >>> hide_secrets("s3://AKIA:ab/cd@bucket/fruits"), hide_secrets("/home/me@work/fruits?")
+    ('s3://***@bucket/fruits', '/home/me@work/fruits?')
+    """
+    text = _SECRETS.sub("***", text)
+    if "://" not in text:
+        return text
+    # A password may hold slashes and at signs, as those of AWS do: up to the last one, where there is a colon before it.
+    hidden = re.sub(r"://(?:[^@\s:]*:\S*|[^/@\s]+)@", "://***@", text)
+    return re.sub(r"([?#])\S+", r"\1***", hidden)
+
+
+def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Open the file system of a location, naming the missing package where one is missing."""
+    protocol = location.url.split("://")[0] if "://" in location.url else "file"
+    if match := _ARCHIVE.fullmatch(location.url):
+        archive = replace(location, url=match[3])
+        return _open_archive(match[1], archive, archive.path), match[2].strip("/")
+    if protocol in PROTOCOLS:
+        raise StorageError(f"{location.url}: expected {protocol}://FOLDER::ARCHIVE, such as {protocol}://::photos.{protocol}")
+    if location.is_s3:
+        from fruitdask.core.s3 import S3
+
+        fs = S3(**{**S3._get_kwargs_from_urls(location.url), **location.options})
+        return fs, S3._strip_protocol(location.url).rstrip("/")
+    try:
+        fs, path = fsspec.core.url_to_fs(location.url, **location.options)
+    except ImportError as error:
+        hint = known_implementations.get(protocol, {}).get("err", str(error))
+        raise StorageError(
+            f"{location.url}: the protocol {protocol!r} needs a package that is not installed. {hint}"
+        ) from error
+    except (ValueError, TypeError) as error:
+        # File systems that need options to be opened raise a TypeError without them.
+        raise StorageError(
+            f"{location.url}: expected a local path or a URL that fsspec can open (s3://, abfs://, gs://, https:// ...), found {error}"
+        ) from error
+    return fs, path.rstrip("/")
+
+
+@lru_cache(_MAX_ARCHIVES)
+def _open_archive(protocol: str, archive: Location, path: str) -> Archive:
+    """Open an archive once; a relative path may lead to another one later."""
+    return Archive(protocol, archive.fs, path)
+
+
+@contextmanager
+def explained(location: Location, action: str, *, remedy: str | None = None) -> Iterator[None]:
+    """Turn whatever a file system raises, and a decoder where one is at work, into one sentence that names the URL."""
+    try:
+        yield
+    except FruitdaskError:
+        raise
+    except Exception as error:
+        # botocore's exceptions do not derive from OSError, and botocore is imported only where S3 is used.
+        is_expected = isinstance(error, OSError) or type(error).__module__.startswith(_FOREIGN_ERRORS)
+        # Clients are made on first use, and refuse options that they do not know only then.
+        is_option = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
+        if remedy is not None and (not is_expected or type(error).__module__.startswith(_DECODERS)):
+            raise DamageError(f"{location.url} is damaged ({describe_cause(error)}); {remedy}") from error
+        if not (is_expected or is_option):
+            raise
+        advice = "check storage_options" if is_option else _ADVICE.get(getattr(error, "errno", None), _USUAL_ADVICE)
+        cause = explain_aws_error(error) or f"{str(error) or type(error).__name__}; {advice}"
+        raise StorageError(hide_secrets(f"cannot {action} {location.url}: {cause}")) from error
+
+
+def describe_cause(error: BaseException) -> str:
+    """Say in a few words what a decoder did not like.
+
+    >>> describe_cause(ValueError("Stored and computed checksum do not match. Stored: b'ab'."))
+    'Stored and computed checksum do not match'
+    >>> describe_cause(KeyError("shape"))
+    "KeyError: 'shape'"
+    """
+    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return f"{type(error).__name__}: {text}".removesuffix(": ") if isinstance(error, LookupError) or not text else text
+
+
+def write_file(location: Location, data: bytes) -> None:
+    """Write a whole file so that a reader sees either all of it or none.
+
+    An object store commits an object when its upload ends. A local file is written under another name first and then
+    renamed.
+    """
+    fs, path = location.fs, location.path
+    with explained(location, "write"):
+        if not location.is_local:
+            fs.pipe_file(path, data)
+            return
+        with _beside(path, data) as temporary:
+            os.replace(temporary, path)
+
+
+def create_file(location: Location, data: bytes) -> None:
+    """Write a whole file where there is none, so that of several who try at once only one succeeds, and nobody sees half
+    of it.
+    """
+    fs, path = location.fs, location.path
+    if not location.is_local:
+        # Amazon's S3 promises that only one can do so; not all others do.
+        fs.pipe_file(path, data, mode="create")
+        return
+    with _beside(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:
+            # A file system without links, where a process that dies now leaves half of the file.
+            with open(path, "xb") as file:
+                file.write(data)
+
+
+@contextmanager
+def _beside(path: str, data: bytes) -> Iterator[str]:
+    """Write a file under another name beside the one it is to have; what is left of it at the end is deleted."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.part"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+        yield temporary
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def hash_file(location: Location) -> str:
+    """Hash the content of a file."""
+    digest = hashlib.sha256()
+    with explained(location, "read"), location.fs.open(location.path, "rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def exists(location: Location) -> bool:
+    """Tell whether something is at a location."""
+    with explained(location, "read"):
+        location.fs.invalidate_cache()
+        return bool(location.fs.exists(location.path))
+
+
+def check_bucket(location: Location) -> None:
+    """Refuse a bucket that does not exist or cannot be reached, which `exists` takes for a folder with nothing in it.
+    """
+    with explained(location, "read"):
+        bucket, key, _ = location.fs.split_path(location.path)
+        location.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", MaxKeys=1)
+
+
+def find_encryption(location: Location) -> str | None:
+    """Find how a file is encrypted where it is stored."""
+    if not location.is_s3:
+        return None
+    with explained(location, "read"):
+        bucket, key, _ = location.fs.split_path(location.path)
+        head = location.fs.call_s3("head_object", Bucket=bucket, Key=key)
+    encryption: str | None = head.get("ServerSideEncryption")
+    return encryption or ("SSE-C" if head.get("SSECustomerAlgorithm") else None)

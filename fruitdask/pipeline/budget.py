@@ -1,0 +1,135 @@
+"""What a run spends: seconds by stage; hours and dollars, noted and limited over all parts of a run that was interrupted."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fruitdask.cluster import list_usage, open_client
+from fruitdask.cluster.ec2.prices import PRICES_OF, Cost, Usage, compute_cost
+from fruitdask.core.config import ClusterConfig, EC2ClusterConfig, LimitsConfig
+from fruitdask.errors import ConfigError, LimitError
+from fruitdask.worker.fetch import Stopwatch
+
+_GO_ON = "what is stored stays; raise the limit and run again to go on"
+
+
+class Clock(Stopwatch):
+    """Seconds by stage of a run, as passed on the wall."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds so far, to the millisecond."""
+        return {stage: round(seconds, 3) for stage, seconds in super().seconds.items()}
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds since the run began."""
+        return round(time.perf_counter() - self._start, 3)
+
+
+class Budget:
+    """What a run may spend, and has spent."""
+
+    def __init__(
+        self,
+        limits: LimitsConfig,
+        cluster: ClusterConfig,
+        *,
+        region: str,
+        manifest: Mapping[str, Any] | None,
+        elapsed_seconds: float,
+    ) -> None:
+        self._limits, self._cluster = limits, cluster
+        self._before: Mapping[str, Any] = (manifest or {}).get("cost") or {"dollars": 0.0, "instances": {}}
+        self._start = time.monotonic() - elapsed_seconds
+        self._client: Any = None
+        self._hour = compute_cluster_cost(cluster, _list_hour(cluster, region))
+        if limits.max_cost is not None and self._hour.unpriced:
+            raise ConfigError(
+                f"limits.max_cost needs a price for {', '.join(self._hour.unpriced)}, and none is known; give it in US dollars an hour: "
+                "cluster.hourly_prices: {TYPE: PRICE}"
+            )
+
+    @property
+    def spent_dollars(self) -> float:
+        """US dollars so far, those of earlier parts too."""
+        return float(self._before["dollars"]) + compute_cluster_cost(self._cluster, self._list_usage()).dollars
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Seconds of this part so far."""
+        return time.monotonic() - self._start
+
+    @contextmanager
+    def open_client(self) -> Iterator[Any]:
+        """Open a client of the cluster, whose instances end by themselves when a limit is reached."""
+        self.check()
+        with open_client(self._limit_lifetime()) as self._client:
+            yield self._client
+
+    def check(self) -> None:
+        """End a run that has reached a limit."""
+        max_hours, max_cost = self._limits.max_hours, self._limits.max_cost
+        hours = self.elapsed_seconds / 3600
+        if max_hours is not None and hours >= max_hours:
+            raise LimitError(f"the run has taken {hours:.2g} hours, and limits.max_hours is {max_hours:g}; {_GO_ON}")
+        if max_cost is not None and self.spent_dollars >= max_cost:
+            raise LimitError(
+                f"the run's instances have cost ${self.spent_dollars:.2f}, and limits.max_cost is ${max_cost:g}; {_GO_ON}"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Describe what was spent, for the manifest."""
+        groups: dict[str, list[Usage]] = defaultdict(list)
+        for usage in self._list_usage():
+            groups[f"spot {usage.instance_type}" if usage.is_spot else usage.instance_type].append(usage)
+        instances = {name: dict(figures) for name, figures in self._before["instances"].items()}
+        for name, usages in groups.items():
+            figures = instances.setdefault(name, {"seconds": 0.0, "dollars": 0.0})
+            figures["seconds"] = round(figures["seconds"] + sum(usage.billed_seconds for usage in usages), 1)
+            figures["dollars"] = round(figures["dollars"] + compute_cluster_cost(self._cluster, usages).dollars, 6)
+        if not instances:
+            return {}
+        has_own_prices = isinstance(self._cluster, EC2ClusterConfig) and self._cluster.hourly_prices
+        prices_of = f"configuration, else {PRICES_OF}" if has_own_prices else PRICES_OF
+        cost = {"dollars": round(self.spent_dollars, 6), "instances": instances, "prices_of": prices_of}
+        return {"cost": cost | ({"without_price": self._hour.unpriced} if self._hour.unpriced else {})}
+
+    def _list_usage(self) -> list[Usage]:
+        """List the instances of this part, those that have ended too."""
+        return [] if self._client is None else list_usage(self._client)
+
+    def _limit_lifetime(self) -> ClusterConfig:
+        """Let instances end when a limit is reached, for a run may hang too; the cost is that of all of them from the first second."""
+        limits, cluster = self._limits, self._cluster
+        if not isinstance(cluster, EC2ClusterConfig):
+            return cluster
+        seconds = [cluster.max_lifetime]
+        if limits.max_hours is not None:
+            seconds.append(3600 * limits.max_hours - self.elapsed_seconds)
+        if limits.max_cost is not None:
+            seconds.append(3600 * (limits.max_cost - self.spent_dollars) / self._hour.dollars)
+        return cluster.model_copy(update={"max_lifetime": min(seconds)})
+
+
+def compute_cluster_cost(cluster: ClusterConfig, usages: Iterable[Usage]) -> Cost:
+    """Compute what the instances of a cluster cost, with their volumes and public addresses."""
+    if not isinstance(cluster, EC2ClusterConfig):
+        return Cost(0.0)
+    has_address = not cluster.use_private_ip
+    return compute_cost(usages, cluster.hourly_prices, volume_gb=cluster.filesystem_size, has_address=has_address)
+
+
+def _list_hour(cluster: ClusterConfig, region: str) -> list[Usage]:
+    """List what all instances of a cluster are used in an hour."""
+    if not isinstance(cluster, EC2ClusterConfig):
+        return []
+    scheduler_type, worker_type = cluster.types
+    workers = [Usage(worker_type, cluster.spot, region, 3600)] * cluster.max_workers
+    return [Usage(scheduler_type, False, region, 3600), *workers]

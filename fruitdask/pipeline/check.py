@@ -1,0 +1,219 @@
+"""Checking the stored parts of a run against each other, partition by partition."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from fruitdask import report, store
+from fruitdask.core.config import ReduceConfig
+from fruitdask.core.progress import RunProgress
+from fruitdask.core.storage import Location
+from fruitdask.errors import DamageError
+from fruitdask.pipeline.reduce import BLOCK_BYTES, COMPONENT_ARRAYS, fit_components
+from fruitdask.pipeline.results import PCA, open_features
+from fruitdask.store import Fault
+
+if TYPE_CHECKING:
+    from fruitdask.analysis.reduction import PrincipalComponents
+
+#: Partitions whose outcomes are in memory together, where no part of the results says how many.
+_PARTITIONS_AT_ONCE = 256
+#: Partitions that are read at once, each of which has its features in memory.
+_N_THREADS = 4
+#: Rounding of coordinates, stored as float32, relative to the spread along the first component.
+_SCORE_TOLERANCE = 1e-5
+#: Rounding of components, relative to the largest variance; those of the randomized solver depend on it more.
+_TOLERANCES = {"exact": 1e-6, "randomized": 1e-3}
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run whose features can be opened."""
+
+    output: Location
+    manifest: Mapping[str, Any]
+    arrays: Mapping[str, store.StoredArray]
+    committed: frozenset[int]
+    #: Its principal components; None where there are none, or none that can be read.
+    components: "PrincipalComponents | None"
+    #: Which image each row is of; None where nothing says it but the outcomes.
+    catalog: pd.DataFrame | None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has results."""
+        return bool(self.manifest["status"] == "complete")
+
+    @property
+    def has_components(self) -> bool:
+        """Whether it has principal components, be they damaged."""
+        return "pca" in self.manifest
+
+    @property
+    def n_images(self) -> int:
+        """Images of the run."""
+        return int(self.manifest["n_images"])
+
+    @property
+    def size(self) -> int:
+        """Images a partition."""
+        return int(self.manifest["images_per_partition"])
+
+    @property
+    def n_partitions(self) -> int:
+        """Partitions of the run."""
+        return -(-self.n_images // self.size)
+
+    def count_images(self, index: int) -> int:
+        """Count the images of a partition."""
+        return max(0, min(self.size, self.n_images - index * self.size))
+
+
+@dataclass
+class Tally:
+    """What the partitions hold together."""
+
+    faults: list[Fault] = field(default_factory=list)
+    counts: report.Counts = field(default_factory=report.Counts)
+    failures: list[pd.DataFrame] = field(default_factory=list)
+    n_images: int = 0
+
+    def add(self, index: int, outcomes: pd.DataFrame | None, faults: Iterable[Fault]) -> None:
+        """Add the next partition."""
+        self.faults += faults
+        if outcomes is None or outcomes.empty:
+            return
+        self.counts.add(outcomes)
+        self.failures.append(outcomes[outcomes["status"] != "ok"])
+        self.n_images += len(outcomes)
+
+
+def check_partitions(run: StoredRun, progress: RunProgress) -> Tally:
+    """Check all partitions that are done, and the tables that were made of them."""
+    tally, csv = Tally(), report.CsvComparison(run.output, n_images=run.n_images) if run.is_complete else None
+    progress.begin("Verifying partitions")
+    progress.begin_images(run.n_images, n_done=run.n_images - sum(map(run.count_images, run.committed)))
+    with ThreadPoolExecutor(_N_THREADS) as pool:
+        for first, indices, part in _list_pieces(run, tally.faults):
+            if csv is not None and part is not None:
+                csv.add(part)
+            check = partial(_check_partition, run, part, first)
+            for index, (outcomes, faults) in zip(indices, pool.map(check, indices), strict=True):
+                tally.add(index, outcomes, faults)
+                n_images = run.count_images(index)
+                progress.advance(n_images, n_failed=n_images if faults else 0)
+    if csv is not None and (what := csv.finish()) and not _are_results_wrong(tally):
+        tally.faults.append(Fault("results.csv", what, "reduce"))
+    if run.is_complete and tally.n_images == run.n_images:
+        tally.faults += _check_counts(run, tally)
+    return tally
+
+
+def _list_pieces(run: StoredRun, faults: list[Fault]) -> Iterator[tuple[int, list[int], pd.DataFrame | None]]:
+    """List pieces of the run: the first partition, those that are done, and the part of the results that holds them, if there is one."""
+    first = 0
+    for name in report.list_parts(run.output) if run.is_complete else []:
+        try:
+            part = store.read_table(run.output, report.RESULTS, name)
+        except DamageError as error:
+            faults.append(Fault(f"{report.RESULTS}/{name}", store.describe_damage(error), "reduce"))
+            break
+        end = first + -(-len(part) // run.size)
+        yield first, [index for index in range(first, end) if index in run.committed], part
+        first = end
+    else:
+        if run.is_complete and first != run.n_partitions:
+            faults.append(Fault(report.RESULTS, "it does not have a row for each image", "reduce"))
+    for start in range(first, run.n_partitions, _PARTITIONS_AT_ONCE):
+        end = min(start + _PARTITIONS_AT_ONCE, run.n_partitions)
+        yield start, [index for index in range(start, end) if index in run.committed], None
+
+
+def _check_partition(
+    run: StoredRun, part: pd.DataFrame | None, first: int, index: int
+) -> tuple[pd.DataFrame | None, list[Fault]]:
+    """Check a partition and its rows of the results; gives its outcomes too, but not its features, which would fill the memory."""
+    checked = store.check_partition(run.output, run.arrays, index, may_grow=not run.is_complete)
+    faults, outcomes = list(checked.faults), checked.outcomes
+    if run.catalog is not None and outcomes is not None:
+        expected = run.catalog.iloc[index * run.size :].iloc[: len(outcomes)]
+        # Classes that have changed are no fault before they are computed again.
+        for name in ("path", "label") if run.is_complete else ("path",):
+            if not np.array_equal(expected[name].astype(str), outcomes[name].astype(str)):
+                what = f"its {name}s are not those in {store.CATALOG}"
+                faults.append(Fault(f"partition {index}", what, "compute", index))
+    if part is not None and outcomes is not None:
+        start = (index - first) * run.size
+        # Without components there must be no coordinates either.
+        scores, tolerance = None if run.has_components else np.empty((len(outcomes), 0)), 0.0
+        if run.components is not None and checked.features is not None:
+            scores = run.components.transform(checked.features)
+            tolerance = _SCORE_TOLERANCE * float(np.sqrt(run.components.explained_variance[0]))
+        rows = part.iloc[start : start + run.size]
+        if run.catalog is not None and not _are_splits_equal(rows, run.catalog.iloc[index * run.size :]):
+            faults.append(Fault(f"{report.RESULTS}, partition {index}", f"split is not that in {store.CATALOG}", "reduce"))
+        for what in report.compare_rows(rows, outcomes, scores, tolerance=tolerance):
+            faults.append(Fault(f"{report.RESULTS}, partition {index}", what, "reduce"))
+    return outcomes, faults
+
+
+def _are_splits_equal(rows: pd.DataFrame, images: pd.DataFrame) -> bool:
+    """Tell whether rows of the results have the splits of the first of some images, or both have none."""
+    if "split" not in rows or "split" not in images:
+        return "split" not in rows and "split" not in images
+    return np.array_equal(rows["split"].to_numpy(), images["split"].iloc[: len(rows)].to_numpy())
+
+
+def _are_results_wrong(tally: Tally) -> bool:
+    """Tell whether the results are wrong, so that nothing follows from a difference to them."""
+    return any(fault.where.startswith(report.RESULTS) for fault in tally.faults)
+
+
+def _check_counts(run: StoredRun, tally: Tally) -> Iterator[Fault]:
+    """Check what the manifest and the table of failures say about all outcomes."""
+    counts = {"by_status": dict(tally.counts.by_status), "by_class": tally.counts.by_class()}
+    for name, found in counts.items():
+        if run.manifest["counts"][name] != found:
+            what = f"counts.{name} is not what the outcomes say: expected {found}, found {run.manifest['counts'][name]}"
+            yield Fault(store.MANIFEST, what, "reduce")
+    if what := report.check_failures(run.output, pd.concat(tally.failures)):
+        yield Fault("failures.csv", what, "reduce")
+
+
+def read_components(output: Location, *, n_features: int) -> "tuple[PrincipalComponents | None, list[Fault]]":
+    """Read the principal components of a run, and check that they can be used."""
+    from fruitdask.analysis.reduction import PrincipalComponents
+
+    faults = list(store.check_arrays(output, PCA, COMPONENT_ARRAYS, "reduce"))
+    if faults:
+        return None, faults
+    found = PrincipalComponents(**store.read_arrays(output.child(PCA)))
+    if found.components.shape[1:] != (n_features,) or found.mean.shape != (n_features,):
+        return None, [Fault(PCA, f"expected components of {n_features} features, found others", "reduce")]
+    return found, []
+
+
+def check_components(run: StoredRun) -> Iterator[Fault]:
+    """Fit the principal components of a complete run again, and compare."""
+    import dask
+
+    from fruitdask.analysis.reduction import compare_components
+
+    if run.components is None:
+        return
+    settings = ReduceConfig.model_validate(run.manifest["config"]["reduce"])
+    features, is_ok = open_features(run.output, block_bytes=BLOCK_BYTES)
+    with dask.config.set(scheduler="threads"):
+        found = fit_components(settings, features if is_ok.all() else features[np.flatnonzero(is_ok)])
+    for what in compare_components(run.components, found, tolerance=_TOLERANCES[settings.solver]):
+        yield Fault(PCA, what, "reduce")
+    said, ratios = run.manifest["pca"], run.components.explained_variance_ratio
+    if said["n_components"] != len(ratios) or not np.allclose(
+        said["explained_variance_ratio"], ratios, rtol=0, atol=1e-6
+    ):
+        yield Fault(store.MANIFEST, f"pca is not what {PCA} says", "reduce")

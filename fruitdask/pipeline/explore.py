@@ -1,0 +1,179 @@
+"""An exploration: by itself, or along with a run, whose tasks look at the images while they have them."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from datetime import UTC, datetime
+from typing import Any
+
+from fruitdask import store
+from fruitdask.analysis.exploration import Measured, Tally, measure_partition, summarize_findings
+from fruitdask.cluster import open_client
+from fruitdask.cluster.scheduling import map_partitions
+from fruitdask.core.config import Config
+from fruitdask.core.guard import leave_imported_script
+from fruitdask.core.partition import Partition
+from fruitdask.core.progress import RunProgress
+from fruitdask.core.storage import exists
+from fruitdask.core.version import __version__
+from fruitdask.errors import OutputError
+from fruitdask.pipeline.inputs import Inputs, prepare_inputs, settle_erasure
+from fruitdask.pipeline.record import describe_processing, describe_protection
+from fruitdask.pipeline.report import present
+from fruitdask.store.catalog import choose_partition_size, split_catalog
+from fruitdask.store.exploration import Exploration, read_exploration, write_exploration
+from fruitdask.worker.explore import ExploreJob, Findings, explore_partition, probe_exploration
+from fruitdask.worker.models import choose_input_px
+
+
+def explore(config: Config, *, client: Any = None, progress: RunProgress | None = None) -> Exploration:
+    """
+    Find out what the images are like, before any network looks at them; figures and a page are written too.
+
+    Parameters
+    ----------
+    config : Config
+        What to look at, from `fruitdask.load_config`.
+    client : distributed.Client, optional
+        A cluster to use instead of the one that the configuration describes; it is left open.
+    progress : RunProgress, optional
+        Where to show progress; nowhere by default.
+
+    Returns
+    -------
+    Exploration
+        Tables of images and classes, and thumbnails. What an earlier exploration or run has found about the same images is read.
+
+    Raises
+    ------
+    FruitdaskError
+        If something is wrong; the subclasses in `fruitdask.errors` tell what.
+    """
+    leave_imported_script()
+    progress = progress or RunProgress()
+    with progress, ExitStack() as stack:
+        progress.begin("Listing images")
+        inputs = prepare_inputs(config, client=client)
+        for note in inputs.notes:
+            progress.say(f"Note: {note}.")
+        stack.enter_context(store.locked(inputs.output))
+        settle_erasure(inputs, progress)
+        # Other images in the folder of a run: its report would mix them up.
+        store.check_output(inputs.output, inputs.fingerprint, overwrite=config.output.overwrite)
+        survey = Survey(inputs, images_per_partition=choose_partition_size(len(inputs.catalog)))
+        if config.output.overwrite or not survey.is_done:
+            progress.begin("Starting the cluster")
+            with nullcontext(client) if client is not None else open_client(config.cluster) as client:
+                if config.output.overwrite:
+                    store.clear_output(inputs.output)
+                survey.complete(client, progress)
+        else:
+            survey.renew_record()
+        progress.begin("Drawing")
+        present(config, inputs.output)
+    found = read_exploration(inputs.output)
+    if found is None:
+        raise OutputError(f"{inputs.output.url}: the exploration was deleted as soon as it was written; explore again")
+    return found
+
+
+class Survey:
+    """The exploration of some images: what it is, whether it is done, and how it gets done."""
+
+    def __init__(self, inputs: Inputs, *, images_per_partition: int) -> None:
+        self._inputs = inputs
+        self._images_per_partition = images_per_partition
+        self._tally = Tally()
+        self._has_begun = False
+        settings = inputs.config.explore
+        self._job = ExploreJob(
+            source=inputs.source,
+            output=inputs.output,
+            input_px=settings.input_px or choose_input_px(inputs.config.model),
+            thumbnail_px=settings.thumbnail_px,
+        )
+        self._described = {
+            "fruitdask": __version__,
+            "fingerprint": inputs.fingerprint
+            | {
+                "exploration": settings.model_copy(update={"input_px": self._job.input_px}).model_dump_json(
+                    exclude={"enabled"}
+                )
+            },
+            "input_px": self._job.input_px,
+            "regions": inputs.regions,
+            "left_out": dict(inputs.left_out),
+        }
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the output folder holds this exploration."""
+        found = store.read_manifest(self._inputs.output, name=store.EXPLORATION) or {}
+        is_same = found.get("fingerprint") == self._described["fingerprint"] and found["status"] == "complete"
+        return is_same and all(exists(self._inputs.output.child(name)) for name in ("explore.parquet", "explore.zarr"))
+
+    def begin(self) -> ExploreJob:
+        """Make the output folder ready, for tasks that look at images before the survey is completed."""
+        output, self._has_begun = self._inputs.output, True
+        store.write_manifest(output, self._described | {"status": "running"}, name=store.EXPLORATION)
+        store.create_thumbnails(
+            output,
+            n_images=len(self._inputs.catalog),
+            thumbnail_px=self._job.thumbnail_px,
+            images_per_partition=self._images_per_partition,
+        )
+        return self._job
+
+    def add(self, findings: Findings) -> None:
+        """Take what the task of a run has found."""
+        self._tally.add(findings)
+
+    def complete(self, client: Any, progress: RunProgress) -> None:
+        """Look at the images that were not looked at, put everything together and write it."""
+        if not self._has_begun:
+            self.begin()
+        config, written = self._inputs.config, self._inputs.output.child(store.EXPLORATION)
+        protection = describe_protection(config, written, client)
+        self._look(client, progress)
+        progress.begin("Comparing images")
+        settings, images, measured = self._inputs.config.explore, self._tally.images, list[Measured]()
+        yardstick = self._tally.build_yardstick(images, settings, self._inputs.output)
+        map_partitions(client, measure_partition, self._split(), delivered=yardstick, on_result=measured.append)
+        described = self._described | {
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "processing": describe_processing(config) | protection,
+        }
+        exploration = summarize_findings(
+            self._tally, images, measured, yardstick=yardstick, config=settings, described=described
+        )
+        write_exploration(self._inputs.output, exploration)
+        store.delete_thumbnails(self._inputs.output)
+
+    def renew_record(self) -> None:
+        """Say in a complete exploration what is left out now, and what the configuration says of purpose, controller and
+        retention.
+        """
+        output, found = self._inputs.output, store.read_manifest(self._inputs.output, name=store.EXPLORATION) or {}
+        record = found.get("processing", {}) | describe_processing(self._inputs.config, since=found["finished"])
+        renewed = found | {"processing": record, "left_out": self._described["left_out"]}
+        if renewed != found:
+            store.write_manifest(output, renewed, name=store.EXPLORATION)
+
+    def _look(self, client: Any, progress: RunProgress) -> None:
+        """Look at the images that no task of a run has looked at."""
+        todo = [partition for partition in self._split() if partition not in self._tally]
+        if not todo:
+            return
+        progress.begin("Exploring")
+        n_todo = sum(len(partition.paths) for partition in todo)
+        progress.begin_images(len(self._inputs.catalog), n_done=len(self._inputs.catalog) - n_todo)
+
+        def note(findings: Findings) -> None:
+            self._tally.add(findings)
+            n_failed = int((findings.images["status"] != "ok").sum())
+            progress.advance(len(findings.images), n_failed=n_failed)
+
+        map_partitions(client, explore_partition, todo, delivered=self._job, on_result=note, probe=probe_exploration)
+
+    def _split(self) -> Iterator[Partition]:
+        """Split the catalog into partitions."""
+        return split_catalog(self._inputs.catalog, self._images_per_partition)

@@ -1,0 +1,420 @@
+"""What a run will take: time, memory, machines and money, as far as that can be known before."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fruitdask.cluster import choose_workers, open_client
+from fruitdask.cluster.ec2.machines import InstanceType, describe_types
+from fruitdask.cluster.ec2.policies import list_actions
+from fruitdask.cluster.ec2.prices import (
+    PRICES_OF,
+    Usage,
+    compute_request_cost,
+    compute_transfer_cost,
+    find_hourly_price,
+)
+from fruitdask.cluster.regions import LOCAL, UNKNOWN
+from fruitdask.core.config import Config, EC2ClusterConfig
+from fruitdask.core.progress import RunProgress
+from fruitdask.core.storage import Location
+from fruitdask.errors import ClusterStartError
+from fruitdask.pipeline.budget import compute_cluster_cost
+from fruitdask.pipeline.inputs import Inputs
+from fruitdask.pipeline.trial import Sample, try_images
+from fruitdask.worker.models import settle_engine, start_building
+
+#: An instance needs this many times the memory that was measured: the system takes some, and images differ.
+_MEMORY_RESERVE = 1.5
+#: From the launch of an instance until Dask runs on it: it boots, installs Docker and pulls an image of 2 to 3 GB. Assumed.
+_BOOT_SECONDS = 150.0
+#: How much longer an image takes on a thread whose neighbours work too, than alone: measured with two workers on two cores.
+_CROWDED = 1.25
+#: What a run takes at its end, whatever the images, and each section of the configuration besides; measured on 846 photographs.
+_FINISH_SECONDS = 0.5
+_SECTION_SECONDS = {"explore": 1.0, "quality": 1.5, "plots": 1.5, "report": 0.5}
+#: Multiplications for principal components, a second and core: 1,000,000 images of 1280 features took two cores 68 s.
+_REDUCE_RATE = 1_000_000 * 1280**2 / (2 * 68)
+#: How often features are read to be reduced: to fit the components, to project on them, to judge.
+_N_FEATURE_READS = 3
+#: Requests of S3 a partition, about: chunks and an outcome file; looks at what is there, and reading it all again.
+_WRITES_PER_PARTITION, _READS_PER_PARTITION = 5, 20
+#: Keys that a listing gives at once: https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
+_KEYS_PER_LISTING = 1000
+#: Taken for the vCPUs of an instance where AWS could not be asked.
+_FEWEST_CPUS = 2
+#: Features of up to this size are reduced on the client: 26,000 images of 1280 features, which take it some seconds and 0.4 GB.
+LOCAL_REDUCE_BYTES = 128 * 1024**2
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Instances of one kind that a run starts."""
+
+    role: str
+    instance_type: str
+    n_instances: int
+    is_spot: bool
+    region: str
+    seconds: float
+    #: What each costs an hour; None where no price is known.
+    hourly_dollars: float | None
+    #: The memory of each; None where AWS could not be asked.
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Movement:
+    """Bytes that go from one place to another."""
+
+    what: str
+    #: The region they come from, ``local`` or ``unknown``.
+    source: str
+    target: str
+    n_bytes: int
+    dollars: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What a run would do and take.
+
+    Parameters
+    ----------
+    n_images : int
+        Images.
+    n_left : int
+        Those of them that an earlier run has not done.
+    n_bytes : int
+        Bytes of all their files.
+    n_classes : int
+        Their classes.
+    images_per_partition : int
+        Images a partition.
+    n_features : int
+        Features an image.
+    n_workers : int
+        Worker processes.
+    threads_per_worker : int
+        Threads of each.
+    sample : Sample or None
+        What was measured on some images; None where nothing is left to be done.
+    seconds : dict[str, float]
+        Expected seconds by stage.
+    machines : tuple[Machine, ...]
+        Instances to be started.
+    regions : dict[str, str]
+        Where everything is; it may be there.
+    movements : tuple[Movement, ...]
+        What goes from place to place.
+    costs : dict[str, float]
+        Expected US dollars by what they are for.
+    actions : tuple[str, ...]
+        What must be allowed on AWS.
+    exceeded : tuple[str, ...]
+        Limits that the run would exceed, in words.
+    assumptions : tuple[str, ...]
+        What all this rests on.
+    warnings : tuple[str, ...]
+        What to see to before.
+    """
+
+    n_images: int
+    n_left: int
+    n_bytes: int
+    n_classes: int
+    images_per_partition: int
+    n_features: int
+    n_workers: int
+    threads_per_worker: int
+    sample: Sample | None
+    seconds: dict[str, float]
+    machines: tuple[Machine, ...]
+    regions: dict[str, str]
+    movements: tuple[Movement, ...]
+    costs: dict[str, float]
+    actions: tuple[str, ...]
+    exceeded: tuple[str, ...]
+    assumptions: tuple[str, ...] = field(repr=False)
+    warnings: tuple[str, ...]
+
+    @property
+    def n_partitions(self) -> int:
+        """Partitions."""
+        return -(-self.n_images // self.images_per_partition)
+
+    @property
+    def features_bytes(self) -> int:
+        """Bytes of all features, at most: the store compresses them."""
+        return 4 * self.n_features * self.n_images
+
+    @property
+    def worker_bytes(self) -> int | None:
+        """Memory that a worker needs; None where nothing was measured."""
+        return None if self.sample is None else self.sample.count_bytes(self.threads_per_worker)
+
+    @property
+    def total_seconds(self) -> float:
+        """Expected seconds from start to end."""
+        return sum(self.seconds.values())
+
+    @property
+    def dollars(self) -> float:
+        """Expected cost in US dollars."""
+        return sum(self.costs.values())
+
+    def describe(self) -> dict[str, Any]:
+        """
+        Write the plan out.
+
+        Returns
+        -------
+        dict[str, Any]
+            All that it says, as JSON.
+        """
+        names = ("n_partitions", "features_bytes", "worker_bytes", "total_seconds", "dollars")
+        return asdict(self) | {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run has to do."""
+
+    inputs: Inputs
+    images_per_partition: int
+    #: Images that an earlier run has not done.
+    n_left: int
+    list_seconds: float
+    #: What earlier parts of the run have cost.
+    spent_dollars: float
+    #: A cluster to use instead of the one that the configuration describes.
+    client: Any = None
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.inputs.config
+
+    @property
+    def ec2(self) -> EC2ClusterConfig | None:
+        """The cluster on EC2 that is to be started, if one is."""
+        cluster = self.config.cluster
+        return cluster if cluster.kind == "ec2" and self.client is None else None
+
+
+def estimate(work: Work, progress: RunProgress) -> Plan:
+    """Estimate what a run takes, from some of its images that are fetched, decoded and predicted on this machine."""
+    progress.begin("Trying some images here")
+    with start_building(settle_engine(work.config)) as wait_for_artifact:
+        artifact = wait_for_artifact()
+    sample = try_images(work.inputs, artifact) if work.n_left else None
+    return Estimator(work, sample, n_features=artifact.n_features, input_px=artifact.input_px).build_plan()
+
+
+class Estimator:
+    """Puts a plan together."""
+
+    def __init__(self, work: Work, sample: Sample | None, *, n_features: int, input_px: int) -> None:
+        self._work = work
+        self._config = work.config
+        self._sample = sample
+        self._n_features = n_features
+        explore = work.config.explore
+        self._n_reads = 2 if explore.enabled and explore.input_px not in (None, input_px) else 1
+        self._n_left_partitions = -(-work.n_left // work.images_per_partition)
+        self._warnings: list[str] = []
+
+    def build_plan(self) -> Plan:
+        """Build the plan."""
+        work, catalog = self._work, self._work.inputs.catalog
+        types = self._describe_types()
+        n_workers, n_threads = self._count_workers(types)
+        seconds = self._estimate_seconds(n_workers * n_threads)
+        machines = tuple(self._list_machines(types, sum(seconds.values()) - work.list_seconds))
+        movements = tuple(self._list_movements())
+        costs = self._price(machines, movements)
+        self._check_memory(machines, n_threads)
+        return Plan(
+            n_images=len(catalog),
+            n_left=work.n_left,
+            n_bytes=int(catalog["bytes"].sum()),
+            n_classes=catalog["label"].nunique(),
+            images_per_partition=work.images_per_partition,
+            n_features=self._n_features,
+            n_workers=n_workers,
+            threads_per_worker=n_threads,
+            sample=self._sample,
+            seconds=seconds,
+            machines=machines,
+            regions=work.inputs.regions,
+            movements=movements,
+            costs=costs,
+            actions=tuple(sorted({permission.action for permission in list_actions(self._config)})),
+            exceeded=tuple(self._list_exceeded(seconds, costs)),
+            assumptions=tuple(self._list_assumptions(types, costs)),
+            warnings=tuple(self._warnings),
+        )
+
+    def _describe_types(self) -> Mapping[str, InstanceType]:
+        """Ask AWS what the instances have; a plan is of use without an answer too."""
+        ec2 = self._work.ec2
+        if ec2 is None:
+            return {}
+        try:
+            return describe_types(ec2.region, ec2.types)
+        except ClusterStartError as error:
+            self._warnings.append(f"{error}; so the memory of the instances was not checked")
+            return {}
+
+    def _count_workers(self, types: Mapping[str, InstanceType]) -> tuple[int, int]:
+        """Count workers and the threads of each."""
+        cluster, ec2 = self._config.cluster, self._work.ec2
+        if ec2 is not None:
+            worker_type = types.get(ec2.types[1])
+            n_cpus = worker_type.n_cpus if worker_type else _FEWEST_CPUS
+            return ec2.max_workers, int(ec2.worker_options.get("nthreads", n_cpus))
+        if cluster.kind == "local" and self._work.client is None:
+            from dask.system import CPU_COUNT
+            from distributed.system import MEMORY_LIMIT
+
+            return choose_workers(cluster, n_cores=CPU_COUNT, memory_bytes=MEMORY_LIMIT)
+        with nullcontext(self._work.client) if self._work.client is not None else open_client(cluster) as client:
+            threads = client.nthreads().values()
+        return len(threads), max(threads)
+
+    def _estimate_seconds(self, n_slots: int) -> dict[str, float]:
+        """Estimate the seconds of the stages, on so many threads in all."""
+        sample, work = self._sample, self._work
+        if sample is None:
+            return {"list": work.list_seconds, "start": 0.0, "featurize": 0.0, "finish": 0.0}
+        boots = 2 * _BOOT_SECONDS if work.ec2 else 0.0
+        again = sample.image_seconds["fetch"] + sample.image_seconds["decode"] if self._n_reads > 1 else 0.0
+        image_seconds = (_CROWDED if n_slots > 1 else 1.0) * (sum(sample.image_seconds.values()) + again)
+        n_images = len(work.inputs.catalog)
+        # Where threads are many and partitions few, the last ones keep some threads busy while others wait.
+        n_rounds = -(-self._n_left_partitions // n_slots)
+        per_round = min(work.images_per_partition, work.n_left) * image_seconds + sample.partition_seconds
+        sections = sum(each for name, each in _SECTION_SECONDS.items() if getattr(work.config, name).enabled)
+        components = n_images * self._n_features * min(self._n_features, n_images) / _REDUCE_RATE / n_slots
+        return {
+            "list": work.list_seconds,
+            "start": boots + sample.start_seconds,
+            "featurize": n_rounds * per_round,
+            "finish": components + _FINISH_SECONDS + sections,
+        }
+
+    def _list_machines(self, types: Mapping[str, InstanceType], seconds: float) -> Iterator[Machine]:
+        """List the instances; workers are launched when the scheduler is there."""
+        ec2 = self._work.ec2
+        if ec2 is None or self._sample is None:
+            return
+        region = self._work.inputs.regions["cluster"]
+        counts = {"scheduler": (1, False, seconds), "worker": (ec2.max_workers, ec2.spot, seconds - _BOOT_SECONDS)}
+        for name, (role, (n_instances, is_spot, each_seconds)) in zip(ec2.types, counts.items(), strict=True):
+            price = find_hourly_price(name, region=region, is_spot=is_spot, hourly_prices=ec2.hourly_prices)
+            memory_bytes = types[name].memory_bytes if name in types else None
+            yield Machine(role, name, n_instances, is_spot, region, each_seconds, price, memory_bytes)
+
+    def _check_memory(self, machines: tuple[Machine, ...], n_threads: int) -> None:
+        """Warn of workers that are too small."""
+        needed = _MEMORY_RESERVE * (self._sample.count_bytes(n_threads) if self._sample else 0)
+        for machine in machines:
+            if machine.role == "worker" and machine.memory_bytes is not None and machine.memory_bytes < needed:
+                self._warnings.append(
+                    f"{machine.instance_type} has {machine.memory_bytes / 1e9:.1f} GB of memory, and a worker of {n_threads} threads needs "
+                    f"about {needed / 1e9:.1f} GB with a reserve; take a larger cluster.worker_instance_type, or fewer threads "
+                    "(cluster.worker_options: {nthreads: ...})"
+                )
+
+    def _list_movements(self) -> Iterator[Movement]:
+        """List what goes from place to place."""
+        work = self._work
+        n_images = len(work.inputs.catalog)
+        n_bytes = int(work.inputs.catalog["bytes"].sum() * work.n_left / n_images)
+        left_bytes, all_bytes = (4 * self._n_features * n for n in (work.n_left, n_images))
+        yield self._move("images", "input", "cluster", self._n_reads * n_bytes)
+        yield self._move("features", "cluster", "output", left_bytes)
+        client_reduces = all_bytes <= LOCAL_REDUCE_BYTES
+        yield self._move(
+            "features, to be reduced", "output", "client" if client_reduces else "cluster", _N_FEATURE_READS * all_bytes
+        )
+
+    def _move(self, what: str, source: str, target: str, n_bytes: int) -> Movement:
+        """Say what moving costs; only what leaves a region of AWS does."""
+        regions = {"client": LOCAL} | self._work.inputs.regions
+        source_region, target_region = (self._find_aws_region(place) for place in (source, target))
+        dollars = compute_transfer_cost(n_bytes, source=source_region, target=target_region)
+        return Movement(what, regions[source], regions[target], n_bytes, dollars)
+
+    def _find_aws_region(self, place: str) -> str | None:
+        """Find the region of AWS where something is; None for anywhere else."""
+        region = self._work.inputs.regions.get(place)
+        if place in ("input", "output"):
+            is_aws = self._is_on_s3(place)
+        else:
+            is_aws = place == "cluster" and self._work.ec2 is not None
+        return region if is_aws and region not in (LOCAL, UNKNOWN) else None
+
+    def _is_on_s3(self, place: str) -> bool:
+        """Whether a place is on Amazon's S3, as far as the configuration says."""
+        section = self._config.input if place == "input" else self._config.output
+        options = section.storage_options
+        is_elsewhere = "endpoint_url" in options or "endpoint_url" in options.get("client_kwargs", {})
+        return Location(section.url).base.is_s3 and not is_elsewhere
+
+    def _price(self, machines: tuple[Machine, ...], movements: tuple[Movement, ...]) -> dict[str, float]:
+        """Add up what everything costs."""
+        n_left, n_parts = self._work.n_left, self._n_left_partitions
+        usages = [
+            Usage(machine.instance_type, machine.is_spot, machine.region, machine.seconds)
+            for machine in machines
+            for _ in range(machine.n_instances)
+        ]
+        cost = compute_cluster_cost(self._config.cluster, usages)
+        if cost.unpriced:
+            names = ", ".join(cost.unpriced)
+            self._warnings.append(f"no price is known of {names}, which counts as nothing; give cluster.hourly_prices")
+        reads = (
+            self._is_on_s3("input") * n_left * self._n_reads + self._is_on_s3("output") * n_parts * _READS_PER_PARTITION
+        )
+        listings = self._is_on_s3("input") * -(-len(self._work.inputs.catalog) // _KEYS_PER_LISTING)
+        writes = self._is_on_s3("output") * n_parts * _WRITES_PER_PARTITION
+        return {
+            "instances": cost.instances,
+            "volumes": cost.volumes,
+            "addresses": cost.addresses,
+            "transfer": sum(movement.dollars for movement in movements),
+            "requests": compute_request_cost(n_reads=reads, n_writes=listings + writes),
+        }
+
+    def _list_exceeded(self, seconds: dict[str, float], costs: dict[str, float]) -> Iterator[str]:
+        """List the limits that would be exceeded."""
+        limits, spent = self._config.limits, self._work.spent_dollars
+        hours = sum(seconds.values()) / 3600
+        if limits.max_hours is not None and hours > limits.max_hours:
+            yield f"it would take about {hours:.2g} hours, and limits.max_hours is {limits.max_hours:g}"
+        dollars = costs["instances"] + costs["volumes"] + costs["addresses"]
+        if limits.max_cost is not None and dollars and spent + dollars > limits.max_cost:
+            before = f" after the ${spent:.2f} that were spent before" if spent else ""
+            yield f"its instances would cost about ${dollars:.2f}{before}, and limits.max_cost is ${limits.max_cost:g}"
+
+    def _list_assumptions(self, types: Mapping[str, InstanceType], costs: dict[str, float]) -> Iterator[str]:
+        """List what the estimate rests on."""
+        ec2, config = self._work.ec2, self._config
+        if self._sample is not None:
+            yield "a thread there computes as fast as a core here, a quarter slower beside others, and files come as fast as here"
+        if any(instance_type.has_gpu for instance_type in types.values()):
+            yield "a GPU is no faster than a core here, though it is"
+        if ec2 is not None:
+            yield f"an instance is ready {_BOOT_SECONDS:g} s after its launch, and workers are launched when the scheduler is ready"
+            yield f"prices are those of cluster.hourly_prices, else of {PRICES_OF}, without taxes, free tiers and t3's surplus credits"
+            if ec2.spot and not any(name.startswith("spot:") for name in ec2.hourly_prices):
+                yield "spot instances cost what others cost, which is the most they do"
+            if ec2.adaptive:
+                yield "all workers are there all the time"
+        if costs["transfer"]:
+            yield "this machine is not on AWS"
+        if config.reduce.enabled and config.reduce.tsne.enabled:
+            yield "the time of t-SNE is not in it"

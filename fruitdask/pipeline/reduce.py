@@ -1,0 +1,197 @@
+"""From stored features to a few numbers an image."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fruitdask import store
+from fruitdask.core.config import Config, QualityConfig, ReduceConfig
+from fruitdask.core.storage import Location, exists
+from fruitdask.core.version import __version__
+from fruitdask.errors import NoVarianceError
+from fruitdask.pipeline.results import PCA, open_features
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+    from fruitdask.analysis.reduction import PrincipalComponents
+
+Scores = npt.NDArray[np.float32]
+
+#: What is stored of principal components, and the dimensions.
+COMPONENT_ARRAYS = {
+    "mean": ("feature",),
+    "components": ("component", "feature"),
+    "explained_variance": ("component",),
+    "explained_variance_ratio": ("component",),
+    "singular_values": ("component",),
+}
+#: Features are reduced in blocks of about this size, several chunks of the store: matrix products of small blocks cost half as much again.
+BLOCK_BYTES = 20 * 1024**2
+#: Rows that are projected at once, at most.
+_PROJECTED_ROWS = 4096
+#: Where more images than this fraction of those of the fit have changed, it is fitted anew.
+_REFIT_FRACTION = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """What became of the features of a run."""
+
+    #: The principal components that are kept; None where there are none.
+    components: "PrincipalComponents | None"
+    #: Coordinates along them (image, component), float32; NaN for images that failed. Without components it has no
+    #: columns.
+    scores: Scores
+    #: Coordinates on the map of t-SNE (image, 2), float32; NaN for images that failed or were not sampled.
+    tsne: Scores | None
+    #: How well the features separate the classes; None where that was not asked for.
+    quality: dict[str, Any] | None
+    #: How many images the fit of the components saw, how many have changed since, and its settings; JSON.
+    fit: dict[str, Any]
+    #: Whether the components are those of an earlier run.
+    is_kept: bool
+    #: Why components that are wanted are impossible, as a sentence for the user; empty where they are not.
+    problem: str = ""
+
+
+def choose_components(config: Config, output: Location, fit: dict[str, Any] | None) -> "PrincipalComponents | None":
+    """Choose whether the components of an earlier run are kept."""
+    from fruitdask.analysis.reduction import PrincipalComponents
+
+    refit, location = config.reduce.refit, output.child(PCA)
+    if (
+        fit is None
+        or not config.reduce.enabled
+        or refit == "always"
+        or not fit.items() >= _describe_settings(config).items()
+        or not exists(location)
+    ):
+        return None
+    if refit == "auto" and fit["n_changed"] > _REFIT_FRACTION * fit["n_images"]:
+        return None
+    return PrincipalComponents(**store.read_arrays(location))
+
+
+def reduce_features(
+    config: Config,
+    output: Location,
+    labels: npt.NDArray[Any],
+    *,
+    kept: "PrincipalComponents | None",
+    fit: dict[str, Any] | None,
+) -> Reduction:
+    """Fit and apply the reductions to the images that have features, and judge these.
+
+    labels: numpy.ndarray, the classes of all images.
+    """
+    from fruitdask.analysis.reduction import MIN_IMAGES, TSNE_COMPONENTS, embed_tsne, sample_rows
+
+    settings = config.reduce
+    features, is_ok = open_features(output, block_bytes=BLOCK_BYTES)
+    rows = np.flatnonzero(is_ok)
+    ok = features if is_ok.all() else features[rows]
+    if len(rows) < MIN_IMAGES:
+        kept = None
+    # Components that are kept are not all that there are.
+    needs_fit = kept is None or settings.tsne.enabled or config.quality.enabled
+    found, problem = _find_components(settings, ok) if needs_fit else (kept, "")
+    quality = _judge(config.quality, ok, labels[rows], found)
+    if found is None:
+        scores = np.empty((len(is_ok), 0), np.float32)
+        return Reduction(None, scores, None, quality, {}, is_kept=False, problem=problem)
+    fitted = found.truncate(settings.n_components) if kept is None else kept
+    scores = _project(features, fitted)
+    tsne = None
+    if settings.tsne.enabled:
+        sampled = sample_rows(len(rows), max_rows=settings.tsne.max_rows, seed=settings.tsne.seed)
+        tsne_scores = found.truncate(TSNE_COMPONENTS).transform(ok[sampled]).compute()
+        embedding = embed_tsne(tsne_scores, perplexity=settings.tsne.perplexity, seed=settings.tsne.seed)
+        tsne = _spread(embedding, rows[sampled], len(is_ok))
+    if kept is None or fit is None:
+        fit = {"n_images": len(rows), "n_changed": 0} | _describe_settings(config)
+    return Reduction(fitted, scores, tsne, quality, fit, is_kept=kept is not None)
+
+
+def _describe_settings(config: Config) -> dict[str, Any]:
+    """Say which settings a fit depends on."""
+    return config.reduce.model_dump(include={"n_components", "solver", "seed"})
+
+
+def _project(features: "da.Array", fitted: "PrincipalComponents") -> Scores:
+    """
+    Project all images onto components; those without features come out as NaN.
+
+    In blocks of the same shape, filled up at the end, in which an image has the same place however many follow: so matrix products give
+    it the same numbers to the last bit.
+    """
+    import dask.array as da
+
+    n_images, n_features = features.shape
+    n_rows = min(_PROJECTED_ROWS, max(1, BLOCK_BYTES // (features.dtype.itemsize * n_features)))
+    padded = da.pad(features, ((0, -n_images % n_rows), (0, 0))).rechunk((n_rows, n_features))
+    scores: Scores = fitted.transform(padded)[:n_images].astype(np.float32).compute()
+    return scores
+
+
+def _find_components(settings: ReduceConfig, features: "da.Array") -> "tuple[PrincipalComponents | None, str]":
+    """Fit the components that are wanted; where there can be none, say why."""
+    from fruitdask.analysis.reduction import MIN_IMAGES, check_n_components
+
+    if not settings.enabled:
+        return None, ""
+    n_images, n_features = features.shape
+    if n_images < MIN_IMAGES:
+        return None, f"Principal components need at least 2 images with features, found {n_images}: none were computed."
+    check_n_components(settings.n_components, n_images=n_images, n_features=n_features)
+    try:
+        return fit_components(settings, features), ""
+    except NoVarianceError as error:
+        return None, f"No principal components were computed: {error}."
+
+
+def fit_components(settings: ReduceConfig, features: "da.Array") -> "PrincipalComponents":
+    """Fit as many principal components as are of use."""
+    from fruitdask.analysis.reduction import TSNE_COMPONENTS, fit_pca
+
+    largest = min(features.shape)
+    n_for_tsne = min(TSNE_COMPONENTS, largest) if settings.tsne.enabled else 0
+    # The exact solver finds all components anyhow.
+    is_estimate = settings.solver == "randomized" and isinstance(settings.n_components, int)
+    most = max(int(settings.n_components), n_for_tsne) if is_estimate else largest
+    return fit_pca(features, n_components=most, solver=settings.solver, seed=settings.seed)
+
+
+def _judge(
+    settings: QualityConfig, features: "da.Array", labels: npt.NDArray[Any], found: "PrincipalComponents | None"
+) -> dict[str, Any] | None:
+    """Say in numbers how well the features separate the classes, on a sample of the images."""
+    from fruitdask.analysis.neighbors import explain_variance, summarize_quality
+    from fruitdask.analysis.reduction import sample_rows
+
+    if not settings.enabled:
+        return None
+    sampled = sample_rows(len(labels), max_rows=settings.max_rows, seed=settings.seed)
+    chosen = (features if len(sampled) == len(labels) else features[sampled]).compute()
+    return {
+        "n_images": len(sampled),
+        "n_images_with_features": len(labels),
+        "metric": settings.metric,
+        **summarize_quality(chosen, labels[sampled], n_neighbors=settings.n_neighbors, metric=settings.metric),
+        **({"explained_variance": explain_variance(found.explained_variance_ratio.tolist())} if found else {}),
+    }
+
+
+def _spread(values: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], n_rows: int) -> npt.NDArray[np.float32]:
+    """Lay rows at their places in a table that is NaN elsewhere."""
+    spread = np.full((n_rows, values.shape[1]), np.nan, np.float32)
+    spread[rows] = values
+    return spread
+
+
+def write_components(output: Location, fitted: "PrincipalComponents") -> None:
+    """Store principal components."""
+    arrays = {name: (getattr(fitted, name), dimensions) for name, dimensions in COMPONENT_ARRAYS.items()}
+    store.write_arrays(output.child(PCA), arrays, {"fruitdask": __version__})

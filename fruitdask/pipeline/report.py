@@ -1,0 +1,141 @@
+"""Figures and the page, from what is stored: no cluster and no image is needed."""
+
+import html
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from fruitdask import report, store
+from fruitdask.core.config import Config
+from fruitdask.core.storage import Location, explained
+from fruitdask.errors import OutputError
+from fruitdask.pipeline.inputs import dump_config, open_output
+from fruitdask.report import PAGE, ReportData
+from fruitdask.store.exploration import Exploration, read_exploration
+
+_FRAME_HEIGHT_PX = 800
+#: The sections of a configuration that say what figures and page look like, and what the record of processing on the page says.
+_SECTIONS = ("plots", "report", "privacy")
+
+
+@dataclass(frozen=True)
+class Report:
+    """
+    A rendered page; a notebook shows it in place.
+
+    Parameters
+    ----------
+    location : Location
+        The HTML file.
+    """
+
+    location: Location
+
+    def read(self) -> str:
+        """
+        Read the page.
+
+        Returns
+        -------
+        str
+            HTML that needs no other file.
+
+        Raises
+        ------
+        StorageError
+            If it cannot be read.
+        """
+        with explained(self.location, "read"):
+            content: bytes = self.location.fs.cat_file(self.location.path)
+        return content.decode()
+
+    def _repr_html_(self) -> str:
+        """Show the page in a frame of its own."""
+        page = html.escape(self.read(), quote=True)
+        return f'<iframe title="fruitdask report" srcdoc="{page}" style="width: 100%; height: {_FRAME_HEIGHT_PX}px; border: 0"></iframe>'
+
+
+def render_report(config: Config) -> Report:
+    """
+    Render the figures and the page of a finished run or exploration again, from what it has stored.
+
+    Parameters
+    ----------
+    config : Config
+        Names the output folder, and says what figures and page shall look like.
+
+    Returns
+    -------
+    Report
+        The page.
+
+    Raises
+    ------
+    OutputError
+        If nothing was finished there.
+    """
+    output = open_output(config)
+    with store.locked(output) if store.has_begun(output) else nullcontext():
+        store.finish_erasing(output)
+        present(config.model_copy(update={"report": config.report.model_copy(update={"enabled": True})}), output)
+    return Report(output.child(PAGE))
+
+
+def describe_presentation(config: Config, output: Location) -> dict[str, Any]:
+    """Say what the figures and the page depend on, besides the run."""
+    exploration = store.read_manifest(output, name=store.EXPLORATION) or {}
+    sections = dump_config(config)
+    return {name: sections[name] for name in _SECTIONS} | {"exploration": exploration.get("finished")}
+
+
+def present(config: Config, output: Location) -> dict[str, Any] | None:
+    """Write the figures and the page, as far as the configuration asks for them, and mark in the run's manifest that they
+    are drawn.
+    """
+    manifest = _read_complete(output)
+    if manifest is not None and "presented" in manifest:
+        del manifest["presented"]
+        store.write_manifest(output, manifest)
+    if config.plots.enabled or config.report.enabled:
+        data = _read_data(config, output, manifest)
+        if config.plots.enabled:
+            report.write_figures(output, data)
+        if config.report.enabled:
+            report.write_page(output, data)
+    if manifest is not None:
+        mark = describe_presentation(config, output)
+        manifest |= {"presented": mark, "config": manifest["config"] | {name: mark[name] for name in _SECTIONS}}
+        store.write_manifest(output, manifest)
+    return manifest
+
+
+def _read_complete(output: Location) -> dict[str, Any] | None:
+    """Read the manifest of a run that was completed."""
+    manifest = store.read_manifest(output)
+    return manifest if manifest is not None and manifest["status"] == "complete" else None
+
+
+def _read_data(config: Config, output: Location, manifest: dict[str, Any] | None) -> ReportData:
+    """Read whatever a run or an exploration has left."""
+    is_run = manifest is not None
+    exploration = read_exploration(output)
+    if not is_run and exploration is None:
+        raise OutputError(
+            f"{output.url}: expected a finished run or exploration, found none; use fruitdask run or fruitdask explore first"
+        )
+    return ReportData(
+        config=config,
+        manifest=manifest,
+        exploration=exploration,
+        results=report.read_results(output) if is_run else None,
+        failures=report.read_failures(output) if exploration is None or is_run else _list_unreadable(exploration),
+        quality=store.read_quality(output) if is_run else None,
+    )
+
+
+def _list_unreadable(exploration: Exploration) -> pd.DataFrame:
+    """List the images that an exploration could not read, as a run lists its failures."""
+    images = exploration.images
+    return images.loc[images["status"] != "ok", ["path", "label", "status", "error"]]

@@ -1,0 +1,243 @@
+"""A run, from its configuration to its results."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from fruitdask import report, store
+from fruitdask.core.config import Config
+from fruitdask.core.guard import leave_imported_script
+from fruitdask.core.progress import RunProgress
+from fruitdask.errors import FruitdaskError, LimitError
+from fruitdask.pipeline.changes import format_changes
+from fruitdask.pipeline.explore import Survey
+from fruitdask.pipeline.featurize import check_failures, compute_features, record_vanished
+from fruitdask.pipeline.inputs import dump_config
+from fruitdask.pipeline.plan import LOCAL_REDUCE_BYTES, Plan, Work, estimate
+from fruitdask.pipeline.preparation import Task, prepare
+from fruitdask.pipeline.record import describe_processing
+from fruitdask.pipeline.reduce import Reduction, choose_components, reduce_features, write_components
+from fruitdask.pipeline.report import present
+from fruitdask.pipeline.results import PCA, RunResult, open_features
+from fruitdask.store.catalog import SPLIT
+
+if TYPE_CHECKING:
+    from fruitdask.analysis.reduction import PrincipalComponents
+
+
+def run(
+    config: Config, *, retry_failed: bool = False, client: Any = None, progress: RunProgress | None = None
+) -> RunResult:
+    """
+    Run the whole pipeline: list, featurize, reduce, write. What an earlier run has done is not done again.
+
+    Where the input has changed since, images that are new or changed are computed, and those that are gone are recorded as missing.
+
+    Parameters
+    ----------
+    config : Config
+        What to do, from `fruitdask.load_config`.
+    retry_failed : bool
+        Whether images that have failed in an earlier run are computed again.
+    client : distributed.Client, optional
+        A cluster to use instead of the one that the configuration describes; it is left open.
+    progress : RunProgress, optional
+        Where to show progress; nowhere by default.
+
+    Returns
+    -------
+    RunResult
+        The results.
+
+    Raises
+    ------
+    FruitdaskError
+        If something is wrong; the subclasses in `fruitdask.errors` tell what.
+    """
+    leave_imported_script()
+    progress = progress or RunProgress()
+    with progress, ExitStack() as locks:
+        task = prepare(config, progress, client=client, locks=locks, retry_failed=retry_failed)
+        check_failures(task, task.backlog.n_failed)
+        if config.model.weights == "random":
+            progress.say("Warning: model.weights is random; features of an untrained network say little about images.")
+        survey = _plan_survey(task)
+        if task.manifest is not None and task.is_reduced and task.is_presented and survey is None:
+            return RunResult(task.output, task.manifest, n_computed=0)
+        store.delete_strays(task.output)
+        _check_limits(task, client, progress)
+        changes = task.changes
+        if changes:
+            progress.say(f"Since the last run: {format_changes(changes)}.")
+        with _cost_noted(task), ExitStack() as stack:
+            manifest = task.manifest
+            if manifest is None or task.backlog.n_images:
+                client, manifest = compute_features(task, progress, client=client, stack=stack, survey=survey)
+            elif not task.has_features:
+                manifest = record_vanished(task, manifest, progress)
+            if survey is not None:
+                client = client or stack.enter_context(task.budget.open_client())
+                with task.clock.measure("explore"):
+                    survey.complete(client, progress)
+            if not task.is_reduced:
+                manifest = _reduce_features(task, manifest, client, stack, progress)
+            progress.begin("Closing the cluster")
+        n_computed = task.backlog.n_images
+        # Seconds of stages that were done before are those of the run that did them; so is the total, if that computed the features.
+        manifest["seconds"] |= task.clock.seconds | ({"total": task.clock.total_seconds} if n_computed else {})
+        manifest |= {"config": dump_config(config)} | ({"n_computed": n_computed} if n_computed else {})
+        record = describe_processing(config, since=manifest["finished"])
+        manifest |= {"regions": task.inputs.regions, "processing": manifest.get("processing", {}) | record}
+        manifest |= {"left_out": dict(task.inputs.left_out)}
+        manifest |= task.budget.describe()
+        store.write_manifest(task.output, manifest)
+        progress.begin("Drawing")
+        manifest = present(config, task.output) or manifest
+    return RunResult(task.output, manifest, n_computed=n_computed, changes=changes)
+
+
+def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
+    """
+    Plan a run: what there is to do, how long it takes, on which machines, at what cost. A few images are tried on this machine.
+
+    Parameters
+    ----------
+    config : Config
+        The run, from `fruitdask.load_config`.
+    progress : RunProgress, optional
+        Where to show progress; nowhere by default.
+
+    Returns
+    -------
+    Plan
+        The plan. Nothing was written to the output, and nothing was started that costs.
+
+    Raises
+    ------
+    FruitdaskError
+        If the run would end with an error before it starts.
+    """
+    leave_imported_script()
+    progress = progress or RunProgress()
+    with progress:
+        return estimate(_describe_work(prepare(config, progress), None), progress)
+
+
+def _describe_work(task: Task, client: Any) -> Work:
+    """Describe what there is to do."""
+    return Work(
+        task.inputs,
+        images_per_partition=task.images_per_partition,
+        n_left=task.backlog.n_images,
+        list_seconds=task.clock.seconds["list"],
+        spent_dollars=task.budget.spent_dollars,
+        client=client,
+    )
+
+
+def _plan_survey(task: Task) -> Survey | None:
+    """Plan the exploration that is to be done; None where it is not wanted, or done."""
+    if task.config.explore.enabled:
+        survey = Survey(task.inputs, images_per_partition=task.images_per_partition)
+        if task.config.output.overwrite or not survey.is_done:
+            return survey
+    # An interrupted exploration may have left those of all images.
+    store.delete_thumbnails(task.output)
+    return None
+
+
+def _check_limits(task: Task, client: Any, progress: RunProgress) -> None:
+    """Refuse a run that would exceed a limit, before anything is started."""
+    limits = task.config.limits
+    costs = limits.max_cost is not None and client is None and task.config.cluster.kind == "ec2"
+    if not (task.backlog.n_images and (costs or limits.max_hours is not None)):
+        return
+    exceeded = estimate(_describe_work(task, client), progress).exceeded
+    if exceeded:
+        raise LimitError(f"the run was not started: {'; '.join(exceeded)}; fruitdask plan says why")
+
+
+@contextmanager
+def _cost_noted(task: Task) -> Iterator[None]:
+    """Note in the manifest what a run has cost that is interrupted, or fails."""
+    try:
+        yield
+    except BaseException:
+        with suppress(FruitdaskError):
+            cost, manifest = task.budget.describe(), store.read_manifest(task.output)
+            if cost and manifest is not None:
+                store.write_manifest(task.output, manifest | cost)
+        raise
+
+
+def _reduce_features(
+    task: Task, manifest: dict[str, Any], client: Any, stack: ExitStack, progress: RunProgress
+) -> dict[str, Any]:
+    """Reduce the features and write the tables; gives the manifest of the complete run."""
+    progress.begin("Reducing")
+    with task.clock.measure("reduce"), _choose_scheduler(task, client, stack):
+        fit = manifest.get("pca", {}).get("fit")
+        kept = choose_components(task.config, task.output, fit)
+        labels = task.rows.catalog["label"].to_numpy()
+        reduction = reduce_features(task.config, task.output, labels, kept=kept, fit=fit)
+    if reduction.problem:
+        progress.say(reduction.problem)
+    progress.begin("Writing results")
+    with task.clock.measure("write"):
+        # Should this be interrupted, the next run must not take a mixture of old and new tables for results.
+        manifest = manifest | {"status": "running"}
+        if not reduction.is_kept:
+            # Nor old and new components for those of a fit.
+            manifest.pop("pca", None)
+            if reduction.components is None:
+                store.delete_result(task.output, PCA)
+        store.write_manifest(task.output, manifest)
+        # They show other numbers; whether they are drawn again is for the configuration to say.
+        for name in (report.PAGE, *(f"{store.FIGURES}/{figure}.png" for figure in store.FIGURE_NAMES)):
+            store.delete_result(task.output, name)
+        if task.rows.changes and manifest.get("split") != task.split_hash:
+            # Splits may change while nothing does that is computed.
+            store.write_catalog(task.output, task.rows.catalog)
+        outcomes, splits = store.read_outcomes(task.output, range(task.n_partitions)), task.rows.catalog.get(SPLIT)
+        counts = report.write_results(task.output, outcomes, pca=reduction.scores, tsne=reduction.tsne, splits=splits)
+        if reduction.components is not None and not reduction.is_kept:
+            write_components(task.output, reduction.components)
+        store.delete_result(task.output, store.QUALITY)
+        if reduction.quality is not None:
+            store.write_json(task.output.child(store.QUALITY), reduction.quality)
+    return manifest | _describe_results(task, reduction, counts)
+
+
+def _choose_scheduler(task: Task, client: Any, stack: ExitStack) -> AbstractContextManager[Any]:
+    """Reduce few features here, on threads, which takes no cluster and no imports on its workers; many on the cluster."""
+    import dask
+
+    if open_features(task.output)[0].nbytes <= LOCAL_REDUCE_BYTES:
+        # Instances would cost money for nothing meanwhile.
+        stack.close()
+        return dask.config.set(scheduler="threads")
+    client = client or stack.enter_context(task.budget.open_client())
+    return client.as_current()  # type: ignore[no-any-return]
+
+
+def _describe_results(task: Task, reduction: Reduction, counts: report.Counts) -> dict[str, Any]:
+    """Say in the manifest what came out."""
+    n_vanished = len(task.rows.catalog) - task.n_listed
+    return {
+        "status": "complete",
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "split": task.split_hash,
+        "config": dump_config(task.config),
+        "counts": {"by_status": dict(counts.by_status), "by_class": counts.by_class(), "vanished": n_vanished},
+    } | ({} if reduction.components is None else {"pca": _describe_fit(reduction, reduction.components)})
+
+
+def _describe_fit(reduction: Reduction, fitted: "PrincipalComponents") -> dict[str, Any]:
+    """Say in the manifest what the principal components are."""
+    return {
+        "is_kept": reduction.is_kept,
+        "fit": reduction.fit,
+        "n_components": fitted.n_components,
+        "explained_variance_ratio": [round(float(ratio), 6) for ratio in fitted.explained_variance_ratio],
+    }

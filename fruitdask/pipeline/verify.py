@@ -1,0 +1,322 @@
+"""Verifying what a run or an exploration has left: all of it is read again, and compared with all else that says the same.
+
+Nothing but the output folder is read. So two things are taken as they are: that the images are those that the fingerprint stands for (its
+hash is of sizes and versions, which only a listing of the input knows), and that features are those of their images.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from fruitdask import report, store
+from fruitdask.core.progress import RunProgress
+from fruitdask.core.storage import Location, exists
+from fruitdask.errors import DamageError, OutputError
+from fruitdask.pipeline.check import StoredRun, Tally, check_components, check_partitions, read_components
+from fruitdask.pipeline.repair import repair_faults, restore_manifest, shape_store
+from fruitdask.pipeline.results import PCA
+from fruitdask.store import Fault
+from fruitdask.store.exploration import check_exploration
+
+#: What the features and the manifest must say alike of the network; its engine and bytes may be others after an interruption.
+_SAME_OF_MODEL = ("name", "preprocessing", "input_px", "n_features")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """
+    What is wrong with an output folder, and what is not there yet.
+
+    Parameters
+    ----------
+    output : Location
+        The output folder.
+    faults : tuple[Fault, ...]
+        What is wrong.
+    notes : tuple[str, ...]
+        What is not done yet, or could not be checked; no fault.
+    n_images : int
+        Images whose features and outcomes were read.
+    n_partitions : int
+        Their partitions.
+    is_repaired : bool
+        Whether the folder was prepared for the next run.
+    """
+
+    output: Location
+    faults: tuple[Fault, ...]
+    notes: tuple[str, ...] = field(repr=False)
+    n_images: int
+    n_partitions: int
+    is_repaired: bool
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+    @property
+    def can_be_mended(self) -> bool:
+        """Whether a repair and the next run mend everything."""
+        return all(fault.remedy != "none" for fault in self.faults)
+
+
+@dataclass
+class _Ledger:
+    """What was found so far."""
+
+    faults: list[Fault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    catalog: pd.DataFrame | None = None
+    n_images: int = 0
+    n_partitions: int = 0
+
+
+def verify(
+    output_url: str,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    repair: bool = False,
+    progress: RunProgress | None = None,
+) -> Verification:
+    """
+    Read everything in an output folder again, and say what is damaged or does not agree.
+
+    Parameters
+    ----------
+    output_url : str
+        Folder or URL of the results.
+    storage_options : Mapping[str, Any], optional
+        Options of the fsspec file system.
+    repair : bool
+        Take away or restore what is damaged, so that the next run makes it again and nothing else.
+    progress : RunProgress, optional
+        Where to show progress; nowhere by default.
+
+    Returns
+    -------
+    Verification
+        What is wrong; of a run that is not finished, that of what is done.
+
+    Raises
+    ------
+    OutputError
+        If there are no results, or a run is at work in the folder that is to be repaired.
+    StorageError
+        If the storage fails.
+    """
+    output, progress = Location(str(output_url).rstrip("/") or "/", storage_options or {}), progress or RunProgress()
+    with progress, store.locked(output) if repair and store.has_begun(output) else nullcontext():
+        ledger = _verify(output, progress)
+        faults = list(ledger.faults)
+        if repair:
+            repair_faults(output, faults)
+            if any(fault.remedy == "restore" for fault in faults):
+                # What was restored says where to look for more.
+                more = [fault for fault in _verify(output, progress).faults if fault not in faults]
+                repair_faults(output, more)
+                faults += more
+    return Verification(output, tuple(faults), tuple(ledger.notes), ledger.n_images, ledger.n_partitions, repair)
+
+
+def _verify(output: Location, progress: RunProgress) -> _Ledger:
+    """Check the run and the exploration, as far as they are there."""
+    ledger = _Ledger()
+    progress.begin("Verifying")
+    has_run = any(exists(output.child(name)) for name in (store.MANIFEST, store.FEATURES))
+    has_exploration = any(exists(output.child(name)) for name in (store.EXPLORATION, "explore.zarr"))
+    if not (has_run or has_exploration):
+        raise OutputError(
+            f"{output.url}: expected the results of a run or an exploration, found none; check the folder"
+        )
+    ledger.faults += store.find_strays(output)
+    manifest = _read_manifest(output, ledger) if has_run else None
+    if manifest is not None and manifest["status"] == store.ERASING:
+        ledger.notes.append("images are being erased; run again to finish that, then verify")
+        return ledger
+    if exists(output.child(store.STAGING)):
+        ledger.faults.append(Fault(store.STAGING, "it is left from an erasure that was interrupted", "delete"))
+    if manifest is not None:
+        _check_run(output, manifest, ledger, progress)
+    if has_exploration or manifest is not None and _expects_exploration(manifest):
+        progress.begin("Verifying the exploration")
+        ledger.faults += _check_exploration(output, manifest, ledger)
+    return ledger
+
+
+def _read_manifest(output: Location, ledger: _Ledger) -> dict[str, Any] | None:
+    """Read the manifest of the run, or make one of what the features say."""
+    faults = list(store.check_json(output, store.MANIFEST, "restore"))
+    if not (faults or exists(output.child(store.MANIFEST))):
+        faults = [Fault(store.MANIFEST, "it is missing", "restore")]
+    if not faults:
+        return store.read_manifest(output)
+    manifest = restore_manifest(output)
+    if manifest is None:
+        faults = [Fault(fault.where, fault.what, "none") for fault in faults]
+    ledger.faults += faults
+    return manifest
+
+
+def _check_run(output: Location, manifest: dict[str, Any], ledger: _Ledger, progress: RunProgress) -> None:
+    """Check a run from its description to its results."""
+    is_complete, committed = manifest["status"] == "complete", store.list_committed(output)
+    if not (is_complete or committed):
+        ledger.notes.append("the run is not finished: no partition is done")
+        return
+    faults = list(store.check_store(output, **shape_store(manifest), can_restore=True, may_grow=not is_complete))
+    ledger.faults += faults
+    if faults:
+        ledger.notes.append("features, outcomes and results were not read, for what describes them is damaged")
+        return
+    group: Any = store.open_store(output)
+    is_sealed = store.has_checksums(group["features"])
+    ledger.faults += _compare_descriptions(manifest, dict(group.attrs), must_be_sealed=is_sealed)
+    arrays = {name: store.StoredArray(group[name], output) for name in ("features", "status")}
+    components, faults = None, []
+    if is_complete and "pca" in manifest:
+        components, faults = read_components(output, n_features=arrays["features"].shape[1])
+    ledger.faults += faults
+    catalog = _read_catalog(output, manifest, ledger)
+    run = StoredRun(output, manifest, arrays, frozenset(committed), components, catalog)
+    ledger.faults += _check_marks(run, ledger.notes)
+    tally = check_partitions(run, progress)
+    ledger.faults += tally.faults
+    ledger.n_images, ledger.n_partitions = tally.n_images, len(committed)
+    if not is_sealed:
+        ledger.notes.append("the features were stored without checksums, by an earlier version: not every damage shows")
+    if is_complete:
+        _check_results(run, tally, ledger, progress)
+
+
+def _read_catalog(output: Location, manifest: dict[str, Any], ledger: _Ledger) -> pd.DataFrame | None:
+    """Read which image each row is of; outcomes of all images say it too."""
+    remedy: store.Remedy = "restore" if manifest["status"] == "complete" else "none"
+    try:
+        catalog = store.read_catalog(output)
+    except DamageError as error:
+        ledger.faults.append(Fault(store.CATALOG, store.describe_damage(error), remedy))
+        return None
+    if catalog is None and _knows_versions(output):
+        ledger.faults.append(Fault(store.CATALOG, "it is missing", remedy))
+    # A run that was interrupted while it began may have written its manifest, but not yet its catalog.
+    if catalog is not None and len(catalog) < manifest["n_images"] and manifest["status"] == "complete":
+        what = f"expected {manifest['n_images']:,} images, found {len(catalog):,}"
+        ledger.faults.append(Fault(store.CATALOG, what, remedy))
+        return None
+    return catalog
+
+
+def _knows_versions(output: Location) -> bool:
+    """Tell whether the outcomes say of which versions of files they are, as those of stores with a catalog do."""
+    first = sorted(store.list_committed(output))[:1]
+    try:
+        return any(len(table) for table in store.read_outcomes(output, first, columns=store.VERSION_COLUMNS))
+    except DamageError:
+        return False
+
+
+def _compare_descriptions(
+    manifest: dict[str, Any], attributes: dict[str, Any], *, must_be_sealed: bool
+) -> Iterator[Fault]:
+    """Compare what the manifest and the features say of the run."""
+    where = f"{store.FEATURES}/zarr.json"
+    if must_be_sealed and store.CHECKSUM not in attributes:
+        yield Fault(where, "its attributes have no checksum", "restore")
+    for name, theirs in attributes["fingerprint"].items():
+        # Where images were erased, the manifest follows the input; a run writes it before the attributes.
+        is_settled = name == "catalog" and (manifest.get("erasures") or manifest["status"] != "complete")
+        if manifest["fingerprint"].get(name) != theirs and not is_settled:
+            yield Fault(where, f"its {name} has another fingerprint than that in {store.MANIFEST}", "none")
+    for name in _SAME_OF_MODEL:
+        if manifest["model"][name] != attributes["model"][name]:
+            yield Fault(where, f"{name} of its model is not that in {store.MANIFEST}", "none")
+
+
+def _check_marks(run: StoredRun, notes: list[str]) -> Iterator[Fault]:
+    """Check that there are outcomes of all partitions of the run and of no others."""
+    missing = sorted(set(range(run.n_partitions)) - run.committed)
+    if run.is_complete:
+        for index in missing:
+            yield Fault(f"{store.PARTITIONS}/{index:05d}.parquet", "it is missing", "compute", index)
+    else:
+        todo = f"{len(missing):,} of {run.n_partitions:,} partitions and the results" if missing else "the results"
+        notes.append(f"the run is not finished: {todo} are still to be computed")
+    for index in sorted(run.committed - set(range(run.n_partitions))):
+        yield Fault(f"{store.PARTITIONS}/{index:05d}.parquet", "the run has no such partition", "delete")
+
+
+def _check_results(run: StoredRun, tally: Tally, ledger: _Ledger, progress: RunProgress) -> None:
+    """Check what was made of all partitions together."""
+    output, manifest = run.output, run.manifest
+    if tally.n_images == run.n_images:
+        ledger.catalog = run.catalog
+    if manifest["config"]["quality"]["enabled"] and not exists(output.child(store.QUALITY)):
+        ledger.faults.append(Fault(store.QUALITY, "it is missing", "reduce"))
+    ledger.faults += store.check_json(output, store.QUALITY, "reduce")
+    ledger.faults += _check_drawings(run)
+    if not run.has_components:
+        if exists(output.child(PCA)):
+            ledger.faults.append(Fault(PCA, f"{store.MANIFEST} says nothing of it", "delete"))
+        return
+    if any(fault.remedy == "compute" for fault in ledger.faults):
+        ledger.notes.append(f"{PCA} was not compared with the features, some of which are damaged")
+        return
+    if manifest["pca"].get("fit", {}).get("n_changed"):
+        ledger.notes.append(f"{PCA} was not compared with the features, some of which came after it was fitted")
+        return
+    progress.begin("Verifying principal components")
+    ledger.faults += check_components(run)
+
+
+def _check_drawings(run: StoredRun) -> Iterator[Fault]:
+    """Check that the page and the figures are there that were drawn; what they show is not compared."""
+    manifest = run.manifest
+    drawn = manifest.get("presented")
+    if drawn is None:
+        return
+    names = [report.PAGE] if drawn["report"]["enabled"] else []
+    if drawn["plots"]["enabled"]:
+        figures = report.list_figures(
+            n_components=manifest.get("pca", {}).get("n_components", 0),
+            has_tsne="pca" in manifest and manifest["config"]["reduce"]["tsne"]["enabled"],
+            has_exploration=drawn["exploration"] is not None,
+            has_quality=manifest["config"]["quality"]["enabled"],
+        )
+        names += [f"{store.FIGURES}/{name}.png" for name in figures]
+    for name in names:
+        if not exists(run.output.child(name)):
+            yield Fault(name, "it is missing", "draw")
+
+
+def _expects_exploration(manifest: dict[str, Any]) -> bool:
+    """Tell whether a run has explored its images too."""
+    return bool(manifest["status"] == "complete" and manifest["config"]["explore"]["enabled"])
+
+
+def _check_exploration(output: Location, manifest: dict[str, Any] | None, ledger: _Ledger) -> Iterator[Fault]:
+    """Check an exploration, and compare its images with those of the run beside it, where both are of the same input."""
+    faults = list(store.check_json(output, store.EXPLORATION, "explore"))
+    if not (faults or exists(output.child(store.EXPLORATION))):
+        faults = [Fault(store.EXPLORATION, "it is missing", "explore")]
+    yield from faults
+    summary = None if faults else store.read_manifest(output, name=store.EXPLORATION)
+    if summary is None:
+        return
+    if summary["status"] != "complete":
+        ledger.notes.append("the exploration is not finished: the next run looks at all images")
+        return
+    is_same = manifest is not None and manifest["fingerprint"]["catalog"] == summary["fingerprint"]["catalog"]
+    if manifest is not None and not is_same:
+        if _expects_exploration(manifest):
+            yield Fault(store.EXPLORATION, "it is of other images than the run", "explore")
+        elif manifest["status"] == "complete":
+            ledger.notes.append(
+                "the exploration is of the images before the last run; a run with explore.enabled looks at all images again"
+            )
+    yield from check_exploration(output, summary, ledger.catalog if is_same else None)
+    if exists(output.child(store.THUMBNAILS)):
+        yield Fault(store.THUMBNAILS, "it is left from an exploration that is finished", "delete")

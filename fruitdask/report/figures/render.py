@@ -1,0 +1,95 @@
+"""Figures as files: PNG for people's slides, SVG for a page."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+from xml.dom import minidom
+
+from fruitdask.report.figures.canvas import INK, standard_settings, tidy_label
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: matplotlib refuses images of 65,536 pixels or more in either direction.
+_MAX_PX = 65_000
+#: Dots per inch of what is an image inside an SVG.
+_IMAGE_DPI = 144
+_MAX_LABEL = 1000
+_PX_PER_POINT = 96 / 72
+#: How one part of an SVG refers to another.
+_REFERENCE = re.compile(r"(url\(#|^#)([^)]+)")
+_USED = re.compile(r'(?:xlink:href="#|url\(#)([^")]+)')
+_FAMILY = re.compile(r"font-family:[^;]*;?\s*")
+
+
+@standard_settings()
+def render_png(figure: Figure, *, dpi: int) -> bytes:
+    """Draw a figure as an image."""
+    buffer = io.BytesIO()
+    dpi = min(dpi, int(_MAX_PX / max(figure.get_size_inches())))
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+@standard_settings()
+def render_svg(figure: Figure, *, label: str = "") -> str:
+    """Draw a figure as a part of an HTML page."""
+    from matplotlib import rc_context
+
+    label = tidy_label(label or str(figure.get_label()), n_characters=_MAX_LABEL)
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fruitdask", "svg.image_inline": True}):
+        figure.savefig(buffer, format="svg", transparent=True, dpi=_IMAGE_DPI, metadata=metadata)
+    text = buffer.getvalue()
+    with minidom.parseString(text.encode()) as document:
+        (root,) = document.getElementsByTagName("svg")
+        used = set(_USED.findall(text))
+        prefix = f"f{hashlib.sha256((label + text).encode()).hexdigest()[:10]}-"
+        for element in list(root.getElementsByTagName("*")):
+            _clean(element, names={name: prefix + name for name in used})
+        _frame(root, label=label)
+        return root.toxml()
+
+
+def _clean(element: minidom.Element, *, names: Mapping[str, str]) -> None:
+    """Rename what is referred to, and drop what would reach out of the figure or is of no use in it."""
+    parent = element.parentNode
+    if element.tagName in ("metadata", "style") and parent is not None:
+        parent.removeChild(element)
+        return
+    for name, value in element.attributes.items():
+        if name == "id" and value not in names:
+            element.removeAttribute(name)
+        else:
+            element.setAttribute(name, _clean_attribute(name, value, names=names))
+    if element.tagName != "text":
+        for child in [child for child in element.childNodes if child.nodeType != child.ELEMENT_NODE]:
+            element.removeChild(child)
+
+
+def _clean_attribute(name: str, value: str, *, names: Mapping[str, str]) -> str:
+    """Rewrite the value of an attribute."""
+    if name == "id":
+        return names[value]
+    if name == "xlink:href" and value.startswith("data:"):
+        return "".join(value.split())
+    if name == "style":
+        value = _FAMILY.sub("", value)
+    value = _REFERENCE.sub(lambda found: found[1] + names.get(found[2], found[2]), value)
+    return " ".join(value.split()).replace(INK, "currentColor")
+
+
+def _frame(root: minidom.Element, *, label: str) -> None:
+    """Say what the figure is, and how large it wants to be."""
+    width = float(root.getAttribute("viewBox").split()[2]) * _PX_PER_POINT
+    for name in ("height", "version"):
+        root.removeAttribute(name)
+    root.setAttribute("width", "100%")
+    root.setAttribute("role", "img")
+    root.setAttribute("aria-label", label)
+    root.setAttribute("style", f"max-width:{width:.0f}px;stroke-linejoin:round;stroke-linecap:butt")

