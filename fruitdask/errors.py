@@ -57,6 +57,10 @@ class OutputError(FruitdaskError, FileExistsError):
     """A place for results cannot be used, or would overwrite something."""
 
 
+class FormatError(OutputError):
+    """An output folder has a format that this version does not know: a later version wrote it."""
+
+
 class StoreMismatchError(FruitdaskError, ValueError):
     """A store holds the results of another run."""
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from fruitdask.cluster import list_usage, open_client
 from fruitdask.cluster.ec2.prices import PRICES_OF, Cost, Usage, compute_cost
 from fruitdask.core.config import ClusterConfig, EC2ClusterConfig, LimitsConfig
 from fruitdask.errors import ConfigError, LimitError
+from fruitdask.store.schema import CostRecord
 from fruitdask.worker.fetch import Stopwatch
 
 _GO_ON = "what is stored stays; raise the limit and run again to go on"
@@ -42,11 +43,11 @@ class Budget:
         cluster: ClusterConfig,
         *,
         region: str,
-        manifest: Mapping[str, Any] | None,
+        spent: CostRecord | None,
         elapsed_seconds: float,
     ) -> None:
         self._limits, self._cluster = limits, cluster
-        self._before: Mapping[str, Any] = (manifest or {}).get("cost") or {"dollars": 0.0, "instances": {}}
+        self._before = spent or CostRecord(dollars=0.0, instances={})
         self._start = time.monotonic() - elapsed_seconds
         self._client: Any = None
         self._hour = compute_cluster_cost(cluster, _list_hour(cluster, region))
@@ -59,7 +60,7 @@ class Budget:
     @property
     def spent_dollars(self) -> float:
         """US dollars so far, those of earlier parts too."""
-        return float(self._before["dollars"]) + compute_cluster_cost(self._cluster, self._list_usage()).dollars
+        return self._before.dollars + compute_cluster_cost(self._cluster, self._list_usage()).dollars
 
     @property
     def elapsed_seconds(self) -> float:
@@ -84,22 +85,24 @@ class Budget:
                 f"the run's instances have cost ${self.spent_dollars:.2f}, and limits.max_cost is ${max_cost:g}; {_GO_ON}"
             )
 
-    def describe(self) -> dict[str, Any]:
-        """Describe what was spent, for the manifest."""
+    def describe(self) -> CostRecord | None:
+        """Describe what was spent, for the manifest; None where nothing costs."""
         groups: dict[str, list[Usage]] = defaultdict(list)
         for usage in self._list_usage():
             groups[f"spot {usage.instance_type}" if usage.is_spot else usage.instance_type].append(usage)
-        instances = {name: dict(figures) for name, figures in self._before["instances"].items()}
+        instances = {name: dict(figures) for name, figures in self._before.instances.items()}
         for name, usages in groups.items():
             figures = instances.setdefault(name, {"seconds": 0.0, "dollars": 0.0})
             figures["seconds"] = round(figures["seconds"] + sum(usage.billed_seconds for usage in usages), 1)
             figures["dollars"] = round(figures["dollars"] + compute_cluster_cost(self._cluster, usages).dollars, 6)
         if not instances:
-            return {}
+            return None
         has_own_prices = isinstance(self._cluster, EC2ClusterConfig) and self._cluster.hourly_prices
         prices_of = f"configuration, else {PRICES_OF}" if has_own_prices else PRICES_OF
-        cost = {"dollars": round(self.spent_dollars, 6), "instances": instances, "prices_of": prices_of}
-        return {"cost": cost | ({"without_price": self._hour.unpriced} if self._hour.unpriced else {})}
+        unpriced: dict[str, Any] = {"without_price": self._hour.unpriced} if self._hour.unpriced else {}
+        return CostRecord(
+            dollars=round(self.spent_dollars, 6), instances=instances, prices_of=prices_of, **unpriced
+        )
 
     def _list_usage(self) -> list[Usage]:
         """List the instances of this part, those that have ended too."""

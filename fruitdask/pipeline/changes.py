@@ -1,12 +1,11 @@
 """An output whose input has changed since: which rows stay as they are, and which are computed.
 
 What is done is told by the outcome files alone: each says of which version of its files it is, and what the catalog has otherwise is
-computed again. So a run that is interrupted at any point is gone on with by the next one, whatever the input has become meanwhile.
+computed again. So the next run resumes one that was interrupted at any point, whatever has become of the input meanwhile.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ from fruitdask.core.storage import Location
 from fruitdask.errors import StoreMismatchError
 from fruitdask.pipeline.inputs import Inputs
 from fruitdask.store.catalog import merge_listing
+from fruitdask.store.schema import ComponentsRecord
 
 #: What counts of changes are called in words, in this order.
 _WORDS = {"added": "new", "changed": "changed", "vanished": "vanished", "retried": "tried again", "kept": "kept"}
@@ -80,7 +80,6 @@ def find_backlog(
     catalog, n_images = rows.catalog, len(rows.catalog)
     is_present = (catalog["bytes"] != VANISHED_BYTES).to_numpy()
     is_done, is_failed, is_out_of_reach = (np.zeros(n_images, bool) for _ in range(3))
-    # Stores without a catalog are of the images that are listed, or are refused.
     versions = store.VERSION_COLUMNS if rows.changes else ()
     tables = store.read_rows(
         output,
@@ -116,12 +115,12 @@ def format_changes(changes: Mapping[str, int]) -> str:
     return ", ".join(f"{changes[name]:,} {word}" for name, word in _WORDS.items() if changes.get(name))
 
 
-def describe_fit(manifest: Mapping[str, Any] | None, n_changed: int) -> dict[str, Any]:
-    """Carry on in the manifest what is known of the fit of the principal components."""
-    pca = (manifest or {}).get("pca", {})
-    if "fit" not in pca:
-        return {}
-    return {"pca": pca | {"fit": pca["fit"] | {"n_changed": pca["fit"]["n_changed"] + n_changed}}}
+def carry_components(manifest: store.RunManifest | None, n_changed: int) -> ComponentsRecord | None:
+    """Return the record of the principal components of an earlier run, with so many more images changed since they were fitted."""
+    if manifest is None or manifest.pca is None:
+        return None
+    fit = manifest.pca.fit
+    return manifest.pca.change(fit=fit.change(n_changed=fit.n_changed + n_changed))
 
 
 def _count_changes(stored: pd.DataFrame, catalog: pd.DataFrame) -> dict[str, int]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location
 from fruitdask.errors import DamageError
 from fruitdask.pipeline.reduce import BLOCK_BYTES, COMPONENT_ARRAYS, fit_components
-from fruitdask.pipeline.results import PCA, open_features
+from fruitdask.pipeline.results import open_features
 from fruitdask.store import Fault
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class StoredRun:
     """A run whose features can be opened."""
 
     output: Location
-    manifest: Mapping[str, Any]
+    manifest: store.RunManifest
     arrays: Mapping[str, store.StoredArray]
     committed: frozenset[int]
     #: Its principal components; None where there are none, or none that can be read.
@@ -47,27 +47,27 @@ class StoredRun:
     @property
     def is_complete(self) -> bool:
         """Whether it has results."""
-        return bool(self.manifest["status"] == "complete")
+        return self.manifest.is_complete
 
     @property
     def has_components(self) -> bool:
         """Whether it has principal components, be they damaged."""
-        return "pca" in self.manifest
+        return self.manifest.pca is not None
 
     @property
     def n_images(self) -> int:
         """Images of the run."""
-        return int(self.manifest["n_images"])
+        return self.manifest.n_images
 
     @property
     def size(self) -> int:
         """Images a partition."""
-        return int(self.manifest["images_per_partition"])
+        return self.manifest.images_per_partition
 
     @property
     def n_partitions(self) -> int:
         """Partitions of the run."""
-        return -(-self.n_images // self.size)
+        return self.manifest.n_partitions
 
     def count_images(self, index: int) -> int:
         """Count the images of a partition."""
@@ -108,7 +108,7 @@ def check_partitions(run: StoredRun, progress: RunProgress) -> Tally:
                 n_images = run.count_images(index)
                 progress.advance(n_images, n_failed=n_images if faults else 0)
     if csv is not None and (what := csv.finish()) and not _are_results_wrong(tally):
-        tally.faults.append(Fault("results.csv", what, "reduce"))
+        tally.faults.append(Fault(store.RESULTS_CSV, what, "reduce"))
     if run.is_complete and tally.n_images == run.n_images:
         tally.faults += _check_counts(run, tally)
     return tally
@@ -119,16 +119,16 @@ def _list_pieces(run: StoredRun, faults: list[Fault]) -> Iterator[tuple[int, lis
     first = 0
     for name in report.list_parts(run.output) if run.is_complete else []:
         try:
-            part = store.read_table(run.output, report.RESULTS, name)
+            part = store.read_table(run.output, store.RESULTS, name)
         except DamageError as error:
-            faults.append(Fault(f"{report.RESULTS}/{name}", store.describe_damage(error), "reduce"))
+            faults.append(Fault(f"{store.RESULTS}/{name}", store.describe_damage(error), "reduce"))
             break
         end = first + -(-len(part) // run.size)
         yield first, [index for index in range(first, end) if index in run.committed], part
         first = end
     else:
         if run.is_complete and first != run.n_partitions:
-            faults.append(Fault(report.RESULTS, "it does not have a row for each image", "reduce"))
+            faults.append(Fault(store.RESULTS, "it does not have a row for each image", "reduce"))
     for start in range(first, run.n_partitions, _PARTITIONS_AT_ONCE):
         end = min(start + _PARTITIONS_AT_ONCE, run.n_partitions)
         yield start, [index for index in range(start, end) if index in run.committed], None
@@ -156,9 +156,9 @@ def _check_partition(
             tolerance = _SCORE_TOLERANCE * float(np.sqrt(run.components.explained_variance[0]))
         rows = part.iloc[start : start + run.size]
         if run.catalog is not None and not _are_splits_equal(rows, run.catalog.iloc[index * run.size :]):
-            faults.append(Fault(f"{report.RESULTS}, partition {index}", f"split is not that in {store.CATALOG}", "reduce"))
+            faults.append(Fault(f"{store.RESULTS}, partition {index}", f"split is not that in {store.CATALOG}", "reduce"))
         for what in report.compare_rows(rows, outcomes, scores, tolerance=tolerance):
-            faults.append(Fault(f"{report.RESULTS}, partition {index}", what, "reduce"))
+            faults.append(Fault(f"{store.RESULTS}, partition {index}", what, "reduce"))
     return outcomes, faults
 
 
@@ -171,30 +171,30 @@ def _are_splits_equal(rows: pd.DataFrame, images: pd.DataFrame) -> bool:
 
 def _are_results_wrong(tally: Tally) -> bool:
     """Tell whether the results are wrong, so that nothing follows from a difference to them."""
-    return any(fault.where.startswith(report.RESULTS) for fault in tally.faults)
+    return any(fault.where.startswith(store.RESULTS) for fault in tally.faults)
 
 
 def _check_counts(run: StoredRun, tally: Tally) -> Iterator[Fault]:
     """Check what the manifest and the table of failures say about all outcomes."""
     counts = {"by_status": dict(tally.counts.by_status), "by_class": tally.counts.by_class()}
     for name, found in counts.items():
-        if run.manifest["counts"][name] != found:
-            what = f"counts.{name} is not what the outcomes say: expected {found}, found {run.manifest['counts'][name]}"
+        if (said := getattr(run.manifest.counts, name)) != found:
+            what = f"counts.{name} is not what the outcomes say: expected {found}, found {said}"
             yield Fault(store.MANIFEST, what, "reduce")
     if what := report.check_failures(run.output, pd.concat(tally.failures)):
-        yield Fault("failures.csv", what, "reduce")
+        yield Fault(store.FAILURES, what, "reduce")
 
 
 def read_components(output: Location, *, n_features: int) -> "tuple[PrincipalComponents | None, list[Fault]]":
     """Read the principal components of a run, and check that they can be used."""
     from fruitdask.analysis.reduction import PrincipalComponents
 
-    faults = list(store.check_arrays(output, PCA, COMPONENT_ARRAYS, "reduce"))
+    faults = list(store.check_arrays(output, store.COMPONENTS, COMPONENT_ARRAYS, "reduce"))
     if faults:
         return None, faults
-    found = PrincipalComponents(**store.read_arrays(output.child(PCA)))
+    found = PrincipalComponents(**store.read_arrays(output.child(store.COMPONENTS)))
     if found.components.shape[1:] != (n_features,) or found.mean.shape != (n_features,):
-        return None, [Fault(PCA, f"expected components of {n_features} features, found others", "reduce")]
+        return None, [Fault(store.COMPONENTS, f"expected components of {n_features} features, found others", "reduce")]
     return found, []
 
 
@@ -206,14 +206,16 @@ def check_components(run: StoredRun) -> Iterator[Fault]:
 
     if run.components is None:
         return
-    settings = ReduceConfig.model_validate(run.manifest["config"]["reduce"])
+    settings = run.manifest.read_settings("reduce", ReduceConfig)
     features, is_ok = open_features(run.output, block_bytes=BLOCK_BYTES)
     with dask.config.set(scheduler="threads"):
         found = fit_components(settings, features if is_ok.all() else features[np.flatnonzero(is_ok)])
     for what in compare_components(run.components, found, tolerance=_TOLERANCES[settings.solver]):
-        yield Fault(PCA, what, "reduce")
-    said, ratios = run.manifest["pca"], run.components.explained_variance_ratio
-    if said["n_components"] != len(ratios) or not np.allclose(
-        said["explained_variance_ratio"], ratios, rtol=0, atol=1e-6
+        yield Fault(store.COMPONENTS, what, "reduce")
+    said, ratios = run.manifest.pca, run.components.explained_variance_ratio
+    if said is not None and (
+        said.n_components != len(ratios)
+        or len(said.explained_variance_ratio) != len(ratios)
+        or not np.allclose(said.explained_variance_ratio, ratios, rtol=0, atol=1e-6)
     ):
-        yield Fault(store.MANIFEST, f"pca is not what {PCA} says", "reduce")
+        yield Fault(store.MANIFEST, f"pca is not what {store.COMPONENTS} says", "reduce")

@@ -22,15 +22,12 @@ from fruitdask.errors import (
     FruitdaskError,
     OutputError,
     StorageError,
-    StoreMismatchError,
 )
-from fruitdask.pipeline.inputs import hash_names, open_output
+from fruitdask.pipeline.inputs import open_output
 from fruitdask.pipeline.results import RunResult
 from fruitdask.pipeline.run import run
 from fruitdask.store.catalog import hash_catalog, list_images, match_paths, take_listing
-
-#: What a manifest says about results, which are deleted.
-_RESULT_KEYS = ("counts", "pca", "split", "presented", "finished")
+from fruitdask.store.schema import ErasureRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +36,7 @@ class ErasurePlan:
 
     config: Config
     patterns: tuple[str, ...] = field(repr=False)
-    #: All images of the run, ``path`` and ``label``, in their order, and ``bytes`` and ``version`` where the store has
-    #: a catalog.
+    #: All images of the run, in the order of its rows.
     images: pd.DataFrame = field(repr=False)
     is_erased: npt.NDArray[np.bool_] = field(repr=False)
     #: The catalog of the input as it is now; None where it cannot be listed.
@@ -130,13 +126,10 @@ def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
         store.finish_erasing(output)
     manifest = _read_run(output)
     listing = _list_input(config)
-    size, catalog = manifest["images_per_partition"], store.read_catalog(output)
-    n_images = manifest["n_images"] if catalog is None else len(catalog)
-    is_complete = store.list_committed(output).issuperset(range(-(-n_images // size)))
-    if catalog is not None:
-        images = catalog
-    else:
-        images = _read_names(output) if is_complete else _take_listing(listing, manifest, output)
+    size, images = manifest.images_per_partition, store.read_catalog(output)
+    if images is None:
+        raise OutputError(f"{output.url}: the run ended before it stored anything, so there is nothing to erase; delete the folder")
+    is_complete = store.list_committed(output).issuperset(range(-(-len(images) // size)))
     is_erased = match_paths(images["path"], patterns)
     if not is_erased.any():
         raise ConfigError(
@@ -171,30 +164,28 @@ def remove_images(plan: ErasurePlan) -> None:
     """Remove images from what a run has stored, and delete all that was made of it."""
     output = open_output(plan.config)
     manifest, kept = _read_run(output), plan.images[~plan.is_erased]
-    fingerprint = manifest["fingerprint"] | {"catalog": _hash_kept(plan, manifest["fingerprint"]["catalog"])}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    erasing = manifest.begin_erasing(
+        n_kept=len(kept),
+        catalog=hash_catalog(take_listing(kept)),
+        erasure=ErasureRecord(at=now, n_images=plan.n_erased),
+    )
     store.stage_rows(
         output,
         np.flatnonzero(~plan.is_erased),
         images_per_partition=plan.images_per_partition,
-        attributes={"fingerprint": fingerprint, "class_names": sorted(set(kept["label"]))},
+        attributes={"fingerprint": erasing.fingerprint, "class_names": sorted(set(kept["label"]))},
     )
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    described = {key: value for key, value in manifest.items() if key not in _RESULT_KEYS} | {
-        "status": store.ERASING,
-        "n_images": len(kept),
-        "fingerprint": fingerprint,
-        "erasures": [*manifest.get("erasures", []), {"at": now, "n_images": plan.n_erased}],
-    }
-    store.write_manifest(output, described)
+    store.write_manifest(output, erasing)
     store.finish_erasing(output)
 
 
-def _read_run(output: Location) -> dict[str, Any]:
+def _read_run(output: Location) -> store.RunManifest:
     """Read the manifest of a run, or say what there is instead."""
-    manifest = store.read_manifest(output)
+    manifest = store.read_run(output)
     if manifest is not None:
         return manifest
-    if store.read_manifest(output, name=store.EXPLORATION) is not None:
+    if store.read_exploration_manifest(output) is not None:
         raise OutputError(
             f"{output.url}: expected the results of a run, found an exploration alone, all of which is made of the images again: "
             "delete them from the input, or name them in input.exclude, and use fruitdask explore with --overwrite"
@@ -207,38 +198,6 @@ def _list_input(config: Config) -> pd.DataFrame | None:
     with suppress(CatalogError, StorageError):
         return list_images(config.input)
     return None
-
-
-def _read_names(output: Location) -> pd.DataFrame:
-    """Read the names of all images of a run whose partitions are all there."""
-    tables = store.read_outcomes(output, sorted(store.list_committed(output)))
-    return pd.concat([table[["path", "label"]] for table in tables], ignore_index=True)
-
-
-def _take_listing(listing: pd.DataFrame | None, manifest: dict[str, Any], output: Location) -> pd.DataFrame:
-    """Take the listing for the images of a run that has not stored the names of all, if it is of the same images."""
-    if listing is None or manifest["fingerprint"]["catalog"] not in (hash_catalog(listing), hash_names(listing)):
-        raise StoreMismatchError(
-            f"{output.url}: expected a complete run, or one whose input is what it was when it began, found neither; "
-            "nothing was erased: complete the run first, or delete what it has done with fruitdask run and --overwrite"
-        )
-    return listing[["path", "label"]]
-
-
-def _hash_kept(plan: ErasurePlan, recorded: str) -> str:
-    """
-    Find what the fingerprint of the next listing will be.
-
-    In a store without a catalog, sizes and versions are known from a listing of all images alone. Where some are gone already, names must
-    do; where one was changed, the fingerprint stays that of other images.
-    """
-    if "version" in plan.images:
-        return hash_catalog(take_listing(plan.images[~plan.is_erased]))
-    listing = plan.listing
-    if listing is None or hash_names(listing) != hash_names(plan.images):
-        return hash_names(plan.images[~plan.is_erased])
-    is_same = recorded in (hash_catalog(listing), hash_names(listing))
-    return hash_catalog(listing[~plan.is_erased]) if is_same else recorded
 
 
 def _run_without(plan: ErasurePlan, client: Any, progress: RunProgress) -> RunResult:

@@ -10,15 +10,16 @@ from fruitdask.analysis.exploration import Measured, Tally, measure_partition, s
 from fruitdask.cluster import open_client
 from fruitdask.cluster.scheduling import map_partitions
 from fruitdask.core.config import Config
+from fruitdask.core.fingerprint import EXPLORATION, describe_settings
 from fruitdask.core.guard import leave_imported_script
 from fruitdask.core.partition import Partition
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import exists
 from fruitdask.core.version import __version__
 from fruitdask.errors import OutputError
-from fruitdask.pipeline.inputs import Inputs, prepare_inputs, settle_erasure
+from fruitdask.pipeline.inputs import Inputs, prepare_inputs, resolve_erasure
 from fruitdask.pipeline.record import describe_processing, describe_protection
-from fruitdask.pipeline.report import present
+from fruitdask.pipeline.report import render
 from fruitdask.store.catalog import choose_partition_size, split_catalog
 from fruitdask.store.exploration import Exploration, read_exploration, write_exploration
 from fruitdask.worker.explore import ExploreJob, Findings, explore_partition, probe_exploration
@@ -56,7 +57,7 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | None 
         for note in inputs.notes:
             progress.say(f"Note: {note}.")
         stack.enter_context(store.locked(inputs.output))
-        settle_erasure(inputs, progress)
+        resolve_erasure(inputs, progress)
         # Other images in the folder of a run: its report would mix them up.
         store.check_output(inputs.output, inputs.fingerprint, overwrite=config.output.overwrite)
         survey = Survey(inputs, images_per_partition=choose_partition_size(len(inputs.catalog)))
@@ -69,7 +70,7 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | None 
         else:
             survey.renew_record()
         progress.begin("Drawing")
-        present(config, inputs.output)
+        render(config, inputs.output)
     found = read_exploration(inputs.output)
     if found is None:
         raise OutputError(f"{inputs.output.url}: the exploration was deleted as soon as it was written; explore again")
@@ -91,30 +92,29 @@ class Survey:
             input_px=settings.input_px or choose_input_px(inputs.config.model),
             thumbnail_px=settings.thumbnail_px,
         )
-        self._described = {
-            "fruitdask": __version__,
-            "fingerprint": inputs.fingerprint
-            | {
-                "exploration": settings.model_copy(update={"input_px": self._job.input_px}).model_dump_json(
-                    exclude={"enabled"}
-                )
-            },
-            "input_px": self._job.input_px,
-            "regions": inputs.regions,
-            "left_out": dict(inputs.left_out),
-        }
+        explored = settings.model_copy(update={"input_px": self._job.input_px})
+        self._manifest = store.ExplorationManifest(
+            fruitdask=__version__,
+            status="running",
+            fingerprint=inputs.fingerprint | {"exploration": describe_settings("explore", explored, EXPLORATION)},
+            input_px=self._job.input_px,
+            regions=inputs.regions,
+            left_out=dict(inputs.left_out),
+        )
 
     @property
     def is_done(self) -> bool:
         """Whether the output folder holds this exploration."""
-        found = store.read_manifest(self._inputs.output, name=store.EXPLORATION) or {}
-        is_same = found.get("fingerprint") == self._described["fingerprint"] and found["status"] == "complete"
-        return is_same and all(exists(self._inputs.output.child(name)) for name in ("explore.parquet", "explore.zarr"))
+        found = store.read_exploration_manifest(self._inputs.output)
+        if found is None or not found.is_complete or found.fingerprint != self._manifest.fingerprint:
+            return False
+        names = (f"{store.EXPLORED_IMAGES}.parquet", store.EXPLORED_ARRAYS)
+        return all(exists(self._inputs.output.child(name)) for name in names)
 
     def begin(self) -> ExploreJob:
         """Make the output folder ready, for tasks that look at images before the survey is completed."""
         output, self._has_begun = self._inputs.output, True
-        store.write_manifest(output, self._described | {"status": "running"}, name=store.EXPLORATION)
+        store.write_manifest(output, self._manifest)
         store.create_thumbnails(
             output,
             n_images=len(self._inputs.catalog),
@@ -138,7 +138,7 @@ class Survey:
         settings, images, measured = self._inputs.config.explore, self._tally.images, list[Measured]()
         yardstick = self._tally.build_yardstick(images, settings, self._inputs.output)
         map_partitions(client, measure_partition, self._split(), delivered=yardstick, on_result=measured.append)
-        described = self._described | {
+        described = self._manifest.dump() | {
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "processing": describe_processing(config) | protection,
         }
@@ -152,11 +152,13 @@ class Survey:
         """Say in a complete exploration what is left out now, and what the configuration says of purpose, controller and
         retention.
         """
-        output, found = self._inputs.output, store.read_manifest(self._inputs.output, name=store.EXPLORATION) or {}
-        record = found.get("processing", {}) | describe_processing(self._inputs.config, since=found["finished"])
-        renewed = found | {"processing": record, "left_out": self._described["left_out"]}
+        found = store.read_exploration_manifest(self._inputs.output)
+        if found is None:
+            return
+        record = found.processing | describe_processing(self._inputs.config, since=found.finished)
+        renewed = found.renew(processing=record, left_out=self._manifest.left_out)
         if renewed != found:
-            store.write_manifest(output, renewed, name=store.EXPLORATION)
+            store.write_manifest(self._inputs.output, renewed)
 
     def _look(self, client: Any, progress: RunProgress) -> None:
         """Look at the images that no task of a run has looked at."""

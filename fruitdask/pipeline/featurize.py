@@ -21,11 +21,11 @@ from fruitdask.core.partition import Partition
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.version import __version__
 from fruitdask.errors import PartitionError, TooManyFailuresError
-from fruitdask.pipeline.changes import describe_fit
+from fruitdask.pipeline.changes import carry_components
 from fruitdask.pipeline.explore import Survey
 from fruitdask.pipeline.inputs import dump_config
-from fruitdask.pipeline.preparation import Task
 from fruitdask.pipeline.record import describe_processing, describe_protection
+from fruitdask.pipeline.state import RunState
 from fruitdask.store.catalog import split_catalog
 from fruitdask.worker.models import ModelArtifact, settle_engine, start_building
 
@@ -39,61 +39,61 @@ _N_MARKED_AT_ONCE = 16
 
 
 def compute_features(
-    task: Task, progress: RunProgress, *, client: Any, stack: ExitStack, survey: Survey | None
-) -> tuple[Any, dict[str, Any]]:
-    """Start what is needed and featurize."""
+    state: RunState, progress: RunProgress, *, client: Any, stack: ExitStack, survey: Survey | None
+) -> tuple[Any, store.RunManifest]:
+    """Start what is needed and featurize; returns the client and the manifest of a run that has all features."""
     progress.begin("Starting the cluster and building the network")
-    with task.clock.measure("start"):
-        client, artifact = _start(task, client, stack)
+    with state.clock.measure("start"):
+        client, artifact = _start(state, client, stack)
     # Dask serves its health and metrics there where no dashboard is wanted.
-    is_wanted = getattr(task.config.cluster, "dashboard_address", "") is not None
+    is_wanted = getattr(state.config.cluster, "dashboard_address", "") is not None
     if is_wanted and "dashboard" in client.scheduler_info()["services"]:
         progress.say(f"Dask dashboard: {client.dashboard_link}")
-    manifest = _begin_output(task, _describe_computation(task, artifact, client), client)
-    with task.clock.measure("featurize"):
-        manifest["seconds"]["worker"] = _featurize(task, artifact, client, survey, progress)
-    return client, manifest
+    manifest = _begin_output(state, _describe_computation(state, artifact, client), client)
+    with state.clock.measure("featurize"):
+        seconds = _featurize(state, artifact, client, survey, progress)
+    return client, manifest.change(seconds={"worker": seconds})
 
 
-def record_vanished(task: Task, manifest: dict[str, Any], progress: RunProgress) -> dict[str, Any]:
+def record_vanished(state: RunState, manifest: store.RunManifest, progress: RunProgress) -> store.RunManifest:
     """Record images that have vanished, where nothing is to be computed: without a cluster, and without a network."""
     from fruitdask.worker.featurize import mark_vanished
 
     progress.begin("Recording images that are gone")
-    manifest = _begin_output(task, manifest)
-    mark = partial(mark_vanished, output=task.output, n_features=manifest["model"]["n_features"])
-    todo = _list_todo(task)
+    manifest = _begin_output(state, manifest.dump())
+    mark = partial(mark_vanished, output=state.output, n_features=manifest.model.n_features)
+    todo = _list_todo(state)
     with ThreadPoolExecutor(_N_MARKED_AT_ONCE) as pool:
         while parts := list(islice(todo, _N_MARKED_AT_ONCE)):
             list(pool.map(mark, parts))
-            if task.lock is not None:
-                task.lock.check()
+            if state.lock is not None:
+                state.lock.check()
     return manifest
 
 
-def check_failures(task: Task, n_failed: int) -> None:
+def check_failures(state: RunState, n_failed: int) -> None:
     """End a run in which too many images of the input have failed, and write down which."""
-    limit = task.config.featurize.max_failed_fraction
-    if n_failed <= limit * task.n_listed:
+    limit = state.config.featurize.max_failed_fraction
+    if n_failed <= limit * state.n_listed:
         return
-    tables = store.read_outcomes(task.output, sorted(task.backlog.done))
+    tables = store.read_outcomes(state.output, sorted(state.backlog.done))
     failures = [table[table["status"] != "ok"] for table in tables]
-    report.write_failures(task.output, pd.concat(failures))
+    report.write_failures(state.output, pd.concat(failures))
     raise TooManyFailuresError(
-        f"{n_failed:,} of {task.n_listed:,} images failed, more than featurize.max_failed_fraction ({limit:g}) allows; see "
-        f"{task.output.child('failures.csv').url} for the reasons; "
+        f"{n_failed:,} of {state.n_listed:,} images failed, more than featurize.max_failed_fraction ({limit:g}) allows; see "
+        f"{state.output.child(store.FAILURES).url} for the reasons; "
         "mend the images or raise the limit, and run again to go on"
     )
 
 
-def _start(task: Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifact]:
+def _start(state: RunState, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifact]:
     """Start the cluster while a child process builds the network."""
     from fruitdask.worker.featurize import prepare_workers
 
-    _check_reduction(task)
-    model = settle_engine(task.config)
+    _check_reduction(state)
+    model = settle_engine(state.config)
     with start_building(model) as wait_for_artifact:
-        client = client or stack.enter_context(task.budget.open_client())
+        client = client or stack.enter_context(state.budget.open_client())
         preparing = prepare_workers(client, model.engine)
         # The workers and the child are busy for seconds: time to import what reducing will need.
         import_module("dask.array")
@@ -105,11 +105,11 @@ def _start(task: Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifac
     return client, artifact
 
 
-def _check_reduction(task: Task, n_features: int | None = None) -> None:
+def _check_reduction(state: RunState, n_features: int | None = None) -> None:
     """Refuse before anything is computed what the reduction would refuse; too few images for any components are no error."""
     from fruitdask.analysis.reduction import MIN_IMAGES, check_n_components, check_solver
 
-    settings, n_images = task.config.reduce, task.n_listed
+    settings, n_images = state.config.reduce, state.n_listed
     if not settings.enabled or n_images < MIN_IMAGES:
         return
     check_n_components(settings.n_components, n_images=n_images, n_features=n_features)
@@ -117,55 +117,53 @@ def _check_reduction(task: Task, n_features: int | None = None) -> None:
         check_solver(settings.solver, n_images=n_images, n_features=n_features)
 
 
-def _begin_output(task: Task, computation: dict[str, Any], client: Any = None) -> dict[str, Any]:
-    """Write the manifest of a run that begins, and make room; how features are computed, the caller says."""
+def _begin_output(state: RunState, computation: dict[str, Any], client: Any = None) -> store.RunManifest:
+    """Write the manifest of a run that begins, and make room; `computation` says how features are computed."""
     n_features = computation["model"]["n_features"]
-    _check_reduction(task, n_features)
-    if task.config.output.overwrite:
-        store.clear_output(task.output)
-    before, changes = task.manifest or {}, task.changes
+    _check_reduction(state, n_features)
+    if state.config.output.overwrite:
+        store.clear_output(state.output)
+    before, changes = state.manifest, state.changes
     n_changed = sum(changes.values()) - changes.get("kept", 0)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    manifest = (
-        computation
-        | {
-            "fruitdask": __version__,
-            "status": "running",
-            "started": started,
-            "fingerprint": task.fingerprint,
-            "n_images": len(task.rows.catalog),
-            "images_per_partition": task.images_per_partition,
-            "history": before.get("history", []) + ([{"at": started} | changes] if changes else []),
-            "erasures": before.get("erasures", []),
-            "config": dump_config(task.config),
-            "regions": task.inputs.regions,
-            "left_out": dict(task.inputs.left_out),
-            "processing": computation.get("processing", {}) | describe_processing(task.config),
-        }
-        | task.budget.describe()
-    )
-    manifest |= describe_fit(task.manifest, n_changed)
-    store.write_manifest(task.output, manifest)
-    manifest["processing"] |= describe_protection(task.config, task.output.child(store.MANIFEST), client)
+    begun = {
+        "fruitdask": __version__,
+        "status": "running",
+        "started": started,
+        "fingerprint": state.fingerprint,
+        "n_images": len(state.rows.catalog),
+        "images_per_partition": state.images_per_partition,
+        "history": [*(before.history if before else ()), *([{"at": started} | changes] if changes else [])],
+        "erasures": before.erasures if before else (),
+        "config": dump_config(state.config),
+        "regions": state.inputs.regions,
+        "left_out": dict(state.inputs.left_out),
+        "processing": computation.get("processing", {}) | describe_processing(state.config),
+        "pca": carry_components(before, n_changed),
+        "cost": state.budget.describe(),
+    }
+    manifest = store.RunManifest.model_validate(computation | begun)
+    store.write_manifest(state.output, manifest)
+    protection = describe_protection(state.config, state.output.child(store.MANIFEST), client)
     attributes = {
         "fruitdask": __version__,
-        "fingerprint": task.fingerprint,
-        "model": manifest["model"],
-        "class_names": sorted(set(task.rows.catalog["label"])),
+        "fingerprint": state.fingerprint,
+        "model": manifest.model.dump(),
+        "class_names": sorted(set(state.rows.catalog["label"])),
     }
-    _make_room(task, n_features, attributes)
-    return manifest
+    _make_room(state, n_features, attributes)
+    return manifest.change(processing=manifest.processing | protection)
 
 
-def _make_room(task: Task, n_features: int, attributes: dict[str, Any]) -> None:
+def _make_room(state: RunState, n_features: int, attributes: dict[str, Any]) -> None:
     """Make the store ready for all images: an empty one where nothing is committed, else the one that is there, where it has to grow."""
-    catalog, output, changes = task.rows.catalog, task.output, task.rows.changes
-    if not task.committed:
+    catalog, output, changes = state.rows.catalog, state.output, state.rows.changes
+    if not state.committed:
         store.create_store(
             output,
             n_images=len(catalog),
             n_features=n_features,
-            images_per_partition=task.images_per_partition,
+            images_per_partition=state.images_per_partition,
             attributes=attributes,
         )
         store.write_catalog(output, catalog)
@@ -176,20 +174,20 @@ def _make_room(task: Task, n_features: int, attributes: dict[str, Any]) -> None:
 
 
 def _featurize(
-    task: Task, artifact: ModelArtifact, client: Any, survey: Survey | None, progress: RunProgress
+    state: RunState, artifact: ModelArtifact, client: Any, survey: Survey | None, progress: RunProgress
 ) -> dict[str, float]:
     """Featurize what has no commit mark, and look at the images meanwhile; gives the seconds of all workers by stage."""
     from fruitdask.worker.featurize import FeaturizeJob, featurize_partition, probe_partition
 
     explore_job = survey.begin() if survey is not None else None
-    is_in_order = task.rows.catalog["path"].equals(task.inputs.catalog["path"])
+    is_in_order = state.rows.catalog["path"].equals(state.inputs.catalog["path"])
     if explore_job is not None and (explore_job.input_px != artifact.input_px or not is_in_order):
         explore_job = None
-    job = FeaturizeJob(task.inputs.source, task.output, explore_job)
+    job = FeaturizeJob(state.inputs.source, state.output, explore_job)
     seconds: Counter[str] = Counter()
-    backlog, n_failed = task.backlog, task.backlog.n_failed
+    backlog, n_failed = state.backlog, state.backlog.n_failed
     progress.begin("Featurizing")
-    progress.begin_images(task.n_listed, n_done=task.n_listed - backlog.n_images)
+    progress.begin_images(state.n_listed, n_done=state.n_listed - backlog.n_images)
 
     def note(summary: "PartitionSummary") -> None:
         nonlocal n_failed
@@ -199,31 +197,31 @@ def _featurize(
         if survey is not None and summary.findings is not None:
             survey.add(summary.findings)
         progress.advance(summary.n_images, n_failed=summary.n_failed)
-        check_failures(task, n_failed)
-        task.budget.check()
-        if task.lock is not None:
-            task.lock.check()
+        check_failures(state, n_failed)
+        state.budget.check()
+        if state.lock is not None:
+            state.lock.check()
 
-    todo = _list_todo(task)
+    todo = _list_todo(state)
     try:
         map_partitions(
             client, featurize_partition, todo, job, delivered=artifact, on_result=note, probe=probe_partition
         )
     except PartitionError:
         # A cluster that is lost may have ended because a limit was reached.
-        task.budget.check()
+        state.budget.check()
         raise
     return {stage: round(value, 3) for stage, value in seconds.items()}
 
 
-def _list_todo(task: Task) -> Iterator[Partition]:
+def _list_todo(state: RunState) -> Iterator[Partition]:
     """List the partitions that are to be written, with what is to be computed of each."""
-    todo = task.backlog.todo
-    parts = split_catalog(task.rows.catalog, task.images_per_partition)
+    todo = state.backlog.todo
+    parts = split_catalog(state.rows.catalog, state.images_per_partition)
     return (replace(part, rows=todo[part.index]) for part in parts if part.index in todo)
 
 
-def _describe_computation(task: Task, artifact: ModelArtifact, client: Any) -> dict[str, Any]:
+def _describe_computation(state: RunState, artifact: ModelArtifact, client: Any) -> dict[str, Any]:
     """Say in the manifest what computes the features: which network, on which cluster."""
     return {
         "model": {
@@ -236,7 +234,7 @@ def _describe_computation(task: Task, artifact: ModelArtifact, client: Any) -> d
             "sha256": artifact.sha256,
         },
         "cluster": {
-            "kind": task.config.cluster.kind,
+            "kind": state.config.cluster.kind,
             "n_workers": len(client.nthreads()),
             "n_threads": sum(client.nthreads().values()),
         },

@@ -12,6 +12,7 @@ import pandas as pd
 from fruitdask import store
 from fruitdask.cluster.regions import check_regions, find_regions
 from fruitdask.core.config import URL_KEYS, Config
+from fruitdask.core.fingerprint import DECODING, describe_settings
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.sample import draw_sample
 from fruitdask.core.storage import Location, check_bucket, exists, hide_secrets, pin
@@ -38,11 +39,11 @@ class Inputs:
     notes: tuple[str, ...] = ()
 
     @cached_property
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self) -> dict[str, Any]:
         """What determines the pixels: the images, and how they are decoded."""
         return {
             "catalog": hash_catalog(self.catalog),
-            "decoding": f"{self.config.featurize.decode}, max_pixels {self.config.featurize.max_pixels}",
+            "decoding": describe_settings("featurize", self.config.featurize, DECODING),
         }
 
 
@@ -75,25 +76,15 @@ def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
     return Inputs(config, images, output, listing.files, regions, listing.left_out, listing.notes)
 
 
-def settle_erasure(inputs: Inputs, progress: RunProgress) -> None:
-    """Finish an erasure that was interrupted, and take the images of the input for those that one has left, if they are.
-    """
-    output = inputs.output
-    store.finish_erasing(output)
-    manifest = store.read_manifest(output) or {"status": "new"}
-    if manifest["status"] == store.ERASED and manifest["fingerprint"]["catalog"] == hash_names(inputs.catalog):
-        fingerprint = manifest["fingerprint"] | {"catalog": inputs.fingerprint["catalog"]}
-        store.write_manifest(output, manifest | {"fingerprint": fingerprint})
-    if manifest.get("erasures") and inputs.config.output.overwrite:
+def resolve_erasure(inputs: Inputs, progress: RunProgress) -> None:
+    """Finish an erasure that was interrupted, and warn where erased images may come back."""
+    store.finish_erasing(inputs.output)
+    manifest = store.read_run(inputs.output)
+    if manifest is not None and manifest.erasures and inputs.config.output.overwrite:
         progress.say(
             "Warning: images were erased from the results that are overwritten; those that are still in the input come back, "
             "but for what input.exclude names."
         )
-
-
-def hash_names(catalog: pd.DataFrame) -> str:
-    """Hash the names of images whose sizes and versions are not known."""
-    return hash_catalog(catalog.assign(bytes=0, version=""))
 
 
 def open_output(config: Config) -> Location:

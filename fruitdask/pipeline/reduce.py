@@ -11,7 +11,7 @@ from fruitdask.core.config import Config, QualityConfig, ReduceConfig
 from fruitdask.core.storage import Location, exists
 from fruitdask.core.version import __version__
 from fruitdask.errors import NoVarianceError
-from fruitdask.pipeline.results import PCA, open_features
+from fruitdask.pipeline.results import open_features
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -61,7 +61,7 @@ def choose_components(config: Config, output: Location, fit: dict[str, Any] | No
     """Choose whether the components of an earlier run are kept."""
     from fruitdask.analysis.reduction import PrincipalComponents
 
-    refit, location = config.reduce.refit, output.child(PCA)
+    refit, location = config.reduce.refit, output.child(store.COMPONENTS)
     if (
         fit is None
         or not config.reduce.enabled
@@ -194,4 +194,4 @@ def _spread(values: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], n_rows
 def write_components(output: Location, fitted: "PrincipalComponents") -> None:
     """Store principal components."""
     arrays = {name: (getattr(fitted, name), dimensions) for name, dimensions in COMPONENT_ARRAYS.items()}
-    store.write_arrays(output.child(PCA), arrays, {"fruitdask": __version__})
+    store.write_arrays(output.child(store.COMPONENTS), arrays, {"fruitdask": __version__})

@@ -1,23 +1,23 @@
 """Preparing a damaged output folder for the next run, which computes what is damaged again and nothing else."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
 import pandas as pd
+from pydantic import ValidationError
 
 from fruitdask import store
 from fruitdask.core.storage import Location
 from fruitdask.core.version import __version__
 from fruitdask.errors import DamageError
-from fruitdask.pipeline.results import PCA
 from fruitdask.store import Fault, Remedy
 
 #: What a manifest is made of again; the rest of it (counts, versions, times) was known to the run alone, and the next one says it anew.
 _KNOWN = ("fruitdask", "fingerprint", "model")
 
 
-def restore_manifest(output: Location) -> dict[str, Any] | None:
+def restore_manifest(output: Location) -> store.RunManifest | None:
     """Make a manifest of what the features say about themselves."""
     try:
         group = store.open_store(output)
@@ -27,8 +27,15 @@ def restore_manifest(output: Location) -> dict[str, Any] | None:
     if group is None or not store.is_intact(attributes) or not set(_KNOWN) <= set(attributes):
         return None
     features: Any = group["features"]
-    shape = {"n_images": features.shape[0], "images_per_partition": features.chunks[0]}
-    return {"status": "running", "erasures": [], "seconds": {}} | shape | {name: attributes[name] for name in _KNOWN}
+    try:
+        return store.RunManifest(
+            status="running",
+            n_images=features.shape[0],
+            images_per_partition=features.chunks[0],
+            **{name: attributes[name] for name in _KNOWN},
+        )
+    except ValidationError:
+        return None
 
 
 def repair_faults(output: Location, faults: Iterable[Fault]) -> None:
@@ -37,23 +44,24 @@ def repair_faults(output: Location, faults: Iterable[Fault]) -> None:
     for fault in faults:
         by_remedy.setdefault(fault.remedy, []).append(fault)
     names = [fault.where for fault in by_remedy.get("restore", ())]
-    if store.MANIFEST in names:
-        store.write_manifest(output, restore_manifest(output) or {})
+    restored = restore_manifest(output) if store.MANIFEST in names else None
+    if restored is not None:
+        store.write_manifest(output, restored)
     if store.CATALOG in names:
         _restore_catalog(output)
     _restore_store(output, [name for name in names if name not in (store.MANIFEST, store.CATALOG)])
     if {"compute", "reduce"} & set(by_remedy):
         # Nobody must take the results for good until they are made again.
-        _change_manifest(output, status="running")
-    if any(fault.where.startswith(PCA) for fault in by_remedy.get("reduce", ())):
+        _change_manifest(output, store.RunManifest.reopen)
+    if any(fault.where.startswith(store.COMPONENTS) for fault in by_remedy.get("reduce", ())):
         # Otherwise the next run might keep the components that are there.
-        store.delete_result(output, PCA)
+        store.delete_result(output, store.COMPONENTS)
     for fault in by_remedy.get("compute", ()):
-        store.delete_result(output, f"{store.PARTITIONS}/{fault.partition:05d}.parquet")
+        store.delete_result(output, fault.where if fault.partition is None else store.name_outcomes(fault.partition))
     if "explore" in by_remedy:
         _reset_exploration(output)
     if "draw" in by_remedy:
-        _change_manifest(output, presented=None)
+        _change_manifest(output, store.RunManifest.begin_rendering)
     for fault in by_remedy.get("delete", ()):
         store.delete_result(output, fault.where)
 
@@ -66,37 +74,41 @@ def _restore_catalog(output: Location) -> None:
         tables = list(store.read_outcomes(output, sorted(store.list_committed(output)), columns=columns))
         store.write_catalog(output, pd.concat(tables, ignore_index=True))
     # Outcomes do not know the splits; the next run writes them again.
-    _change_manifest(output, split=None)
+    _change_manifest(output, store.RunManifest.drop_split)
 
 
 def _restore_store(output: Location, names: list[str]) -> None:
     """Write again what describes features and statuses."""
-    manifest = store.read_manifest(output) if names else None
+    manifest = store.read_run(output) if names else None
     if manifest is None:
         return
-    labels = set(manifest.get("counts", {}).get("by_class", ()))
+    labels = set(manifest.counts.by_class if manifest.counts is not None else ())
     for index in sorted(store.list_committed(output)):
         with suppress(DamageError):
             labels |= set(next(store.read_outcomes(output, [index]))["label"])
-    attributes = {name: manifest[name] for name in _KNOWN} | {"class_names": sorted(labels)}
+    described = manifest.dump()
+    attributes = {name: described[name] for name in _KNOWN} | {"class_names": sorted(labels)}
     store.restore_store(output, names, **shape_store(manifest), attributes=attributes)
 
 
-def shape_store(manifest: Mapping[str, Any]) -> dict[str, int]:
-    """Say what shape the features of a run have."""
-    names = ("n_images", "images_per_partition")
-    return {name: manifest[name] for name in names} | {"n_features": manifest["model"]["n_features"]}
+def shape_store(manifest: store.RunManifest) -> dict[str, int]:
+    """Return the shape of the features of a run."""
+    return {
+        "n_images": manifest.n_images,
+        "images_per_partition": manifest.images_per_partition,
+        "n_features": manifest.model.n_features,
+    }
 
 
-def _change_manifest(output: Location, **changes: Any) -> None:
-    """Change some entries of the manifest, if there is one."""
-    manifest = store.read_manifest(output)
+def _change_manifest(output: Location, transition: Callable[[store.RunManifest], store.RunManifest]) -> None:
+    """Change the manifest, if there is one."""
+    manifest = store.read_run(output)
     if manifest is not None:
-        store.write_manifest(output, manifest | changes)
+        store.write_manifest(output, transition(manifest))
 
 
 def _reset_exploration(output: Location) -> None:
     """Say that the exploration is not finished; what else its manifest says may be damaged, and is written anew."""
     store.write_manifest(
-        output, {"fruitdask": __version__, "status": "running", "fingerprint": {}}, name=store.EXPLORATION
+        output, store.ExplorationManifest(fruitdask=__version__, status="running", fingerprint={})
     )

@@ -79,24 +79,23 @@ def render_report(config: Config) -> Report:
     output = open_output(config)
     with store.locked(output) if store.has_begun(output) else nullcontext():
         store.finish_erasing(output)
-        present(config.model_copy(update={"report": config.report.model_copy(update={"enabled": True})}), output)
+        render(config.model_copy(update={"report": config.report.model_copy(update={"enabled": True})}), output)
     return Report(output.child(PAGE))
 
 
-def describe_presentation(config: Config, output: Location) -> dict[str, Any]:
+def describe_rendering(config: Config, output: Location) -> dict[str, Any]:
     """Say what the figures and the page depend on, besides the run."""
-    exploration = store.read_manifest(output, name=store.EXPLORATION) or {}
+    exploration = store.read_exploration_manifest(output)
     sections = dump_config(config)
-    return {name: sections[name] for name in _SECTIONS} | {"exploration": exploration.get("finished")}
+    finished = exploration.finished if exploration is not None else None
+    return {name: sections[name] for name in _SECTIONS} | {"exploration": finished}
 
 
-def present(config: Config, output: Location) -> dict[str, Any] | None:
-    """Write the figures and the page, as far as the configuration asks for them, and mark in the run's manifest that they
-    are drawn.
-    """
+def render(config: Config, output: Location) -> store.RunManifest | None:
+    """Write the figures and the page that the configuration asks for, and mark in the run's manifest that they are there."""
     manifest = _read_complete(output)
-    if manifest is not None and "presented" in manifest:
-        del manifest["presented"]
+    if manifest is not None and manifest.presented is not None:
+        manifest = manifest.begin_rendering()
         store.write_manifest(output, manifest)
     if config.plots.enabled or config.report.enabled:
         data = _read_data(config, output, manifest)
@@ -105,19 +104,19 @@ def present(config: Config, output: Location) -> dict[str, Any] | None:
         if config.report.enabled:
             report.write_page(output, data)
     if manifest is not None:
-        mark = describe_presentation(config, output)
-        manifest |= {"presented": mark, "config": manifest["config"] | {name: mark[name] for name in _SECTIONS}}
+        mark = describe_rendering(config, output)
+        manifest = manifest.end_rendering(mark, {name: mark[name] for name in _SECTIONS})
         store.write_manifest(output, manifest)
     return manifest
 
 
-def _read_complete(output: Location) -> dict[str, Any] | None:
+def _read_complete(output: Location) -> store.RunManifest | None:
     """Read the manifest of a run that was completed."""
-    manifest = store.read_manifest(output)
-    return manifest if manifest is not None and manifest["status"] == "complete" else None
+    manifest = store.read_run(output)
+    return manifest if manifest is not None and manifest.is_complete else None
 
 
-def _read_data(config: Config, output: Location, manifest: dict[str, Any] | None) -> ReportData:
+def _read_data(config: Config, output: Location, manifest: store.RunManifest | None) -> ReportData:
     """Read whatever a run or an exploration has left."""
     is_run = manifest is not None
     exploration = read_exploration(output)
@@ -127,7 +126,7 @@ def _read_data(config: Config, output: Location, manifest: dict[str, Any] | None
         )
     return ReportData(
         config=config,
-        manifest=manifest,
+        manifest=manifest.dump() if manifest is not None else None,
         exploration=exploration,
         results=report.read_results(output) if is_run else None,
         failures=report.read_failures(output) if exploration is None or is_run else _list_unreadable(exploration),

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from fruitdask.analysis.reduction import PrincipalComponents
 
-PCA = "pca.zarr"
-
 
 @dataclass(frozen=True)
 class RunResult:
@@ -60,7 +58,7 @@ class RunResult:
         """The fitted principal components; None where ``reduce.enabled`` is false, or none are possible."""
         from fruitdask.analysis.reduction import PrincipalComponents
 
-        location = self.output.child(PCA)
+        location = self.output.child(store.COMPONENTS)
         if not exists(location):
             return None
         return PrincipalComponents(**store.read_arrays(location))
@@ -78,7 +76,7 @@ class RunResult:
     @property
     def report(self) -> Report:
         """The page; a notebook shows it in place."""
-        return Report(self.output.child(report.PAGE))
+        return Report(self.output.child(store.PAGE))
 
     def _repr_html_(self) -> str:
         """Show counts and places in a notebook."""

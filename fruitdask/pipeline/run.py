@@ -15,11 +15,11 @@ from fruitdask.pipeline.explore import Survey
 from fruitdask.pipeline.featurize import check_failures, compute_features, record_vanished
 from fruitdask.pipeline.inputs import dump_config
 from fruitdask.pipeline.plan import LOCAL_REDUCE_BYTES, Plan, Work, estimate
-from fruitdask.pipeline.preparation import Task, prepare
 from fruitdask.pipeline.record import describe_processing
 from fruitdask.pipeline.reduce import Reduction, choose_components, reduce_features, write_components
-from fruitdask.pipeline.report import present
-from fruitdask.pipeline.results import PCA, RunResult, open_features
+from fruitdask.pipeline.report import render
+from fruitdask.pipeline.results import RunResult, open_features
+from fruitdask.pipeline.state import RunState, prepare
 from fruitdask.store.catalog import SPLIT
 
 if TYPE_CHECKING:
@@ -58,43 +58,47 @@ def run(
     leave_imported_script()
     progress = progress or RunProgress()
     with progress, ExitStack() as locks:
-        task = prepare(config, progress, client=client, locks=locks, retry_failed=retry_failed)
-        check_failures(task, task.backlog.n_failed)
+        state = prepare(config, progress, client=client, locks=locks, retry_failed=retry_failed)
+        check_failures(state, state.backlog.n_failed)
         if config.model.weights == "random":
             progress.say("Warning: model.weights is random; features of an untrained network say little about images.")
-        survey = _plan_survey(task)
-        if task.manifest is not None and task.is_reduced and task.is_presented and survey is None:
-            return RunResult(task.output, task.manifest, n_computed=0)
-        store.delete_strays(task.output)
-        _check_limits(task, client, progress)
-        changes = task.changes
+        survey = _plan_survey(state)
+        if state.manifest is not None and state.is_reduced and state.is_rendered and survey is None:
+            return RunResult(state.output, state.manifest.dump(), n_computed=0)
+        store.delete_strays(state.output)
+        _check_limits(state, client, progress)
+        changes = state.changes
         if changes:
             progress.say(f"Since the last run: {format_changes(changes)}.")
-        with _cost_noted(task), ExitStack() as stack:
-            manifest = task.manifest
-            if manifest is None or task.backlog.n_images:
-                client, manifest = compute_features(task, progress, client=client, stack=stack, survey=survey)
-            elif not task.has_features:
-                manifest = record_vanished(task, manifest, progress)
+        with _cost_noted(state), ExitStack() as stack:
+            manifest = state.manifest
+            if manifest is None or state.backlog.n_images:
+                client, manifest = compute_features(state, progress, client=client, stack=stack, survey=survey)
+            elif not state.has_features:
+                manifest = record_vanished(state, manifest, progress)
             if survey is not None:
-                client = client or stack.enter_context(task.budget.open_client())
-                with task.clock.measure("explore"):
+                client = client or stack.enter_context(state.budget.open_client())
+                with state.clock.measure("explore"):
                     survey.complete(client, progress)
-            if not task.is_reduced:
-                manifest = _reduce_features(task, manifest, client, stack, progress)
+            if not state.is_reduced:
+                manifest = _reduce_features(state, manifest, client, stack, progress)
             progress.begin("Closing the cluster")
-        n_computed = task.backlog.n_images
+        n_computed = state.backlog.n_images
         # Seconds of stages that were done before are those of the run that did them; so is the total, if that computed the features.
-        manifest["seconds"] |= task.clock.seconds | ({"total": task.clock.total_seconds} if n_computed else {})
-        manifest |= {"config": dump_config(config)} | ({"n_computed": n_computed} if n_computed else {})
-        record = describe_processing(config, since=manifest["finished"])
-        manifest |= {"regions": task.inputs.regions, "processing": manifest.get("processing", {}) | record}
-        manifest |= {"left_out": dict(task.inputs.left_out)}
-        manifest |= task.budget.describe()
-        store.write_manifest(task.output, manifest)
+        seconds = state.clock.seconds | ({"total": state.clock.total_seconds} if n_computed else {})
+        manifest = manifest.change(
+            seconds=manifest.seconds | seconds,
+            config=dump_config(config),
+            n_computed=n_computed or manifest.n_computed,
+            regions=state.inputs.regions,
+            processing=manifest.processing | describe_processing(config, since=manifest.finished),
+            left_out=dict(state.inputs.left_out),
+            cost=state.budget.describe() or manifest.cost,
+        )
+        store.write_manifest(state.output, manifest)
         progress.begin("Drawing")
-        manifest = present(config, task.output) or manifest
-    return RunResult(task.output, manifest, n_computed=n_computed, changes=changes)
+        manifest = render(config, state.output) or manifest
+    return RunResult(state.output, manifest.dump(), n_computed=n_computed, changes=changes)
 
 
 def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
@@ -124,113 +128,112 @@ def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
         return estimate(_describe_work(prepare(config, progress), None), progress)
 
 
-def _describe_work(task: Task, client: Any) -> Work:
+def _describe_work(state: RunState, client: Any) -> Work:
     """Describe what there is to do."""
     return Work(
-        task.inputs,
-        images_per_partition=task.images_per_partition,
-        n_left=task.backlog.n_images,
-        list_seconds=task.clock.seconds["list"],
-        spent_dollars=task.budget.spent_dollars,
+        state.inputs,
+        images_per_partition=state.images_per_partition,
+        n_left=state.backlog.n_images,
+        list_seconds=state.clock.seconds["list"],
+        spent_dollars=state.budget.spent_dollars,
         client=client,
     )
 
 
-def _plan_survey(task: Task) -> Survey | None:
+def _plan_survey(state: RunState) -> Survey | None:
     """Plan the exploration that is to be done; None where it is not wanted, or done."""
-    if task.config.explore.enabled:
-        survey = Survey(task.inputs, images_per_partition=task.images_per_partition)
-        if task.config.output.overwrite or not survey.is_done:
+    if state.config.explore.enabled:
+        survey = Survey(state.inputs, images_per_partition=state.images_per_partition)
+        if state.config.output.overwrite or not survey.is_done:
             return survey
     # An interrupted exploration may have left those of all images.
-    store.delete_thumbnails(task.output)
+    store.delete_thumbnails(state.output)
     return None
 
 
-def _check_limits(task: Task, client: Any, progress: RunProgress) -> None:
+def _check_limits(state: RunState, client: Any, progress: RunProgress) -> None:
     """Refuse a run that would exceed a limit, before anything is started."""
-    limits = task.config.limits
-    costs = limits.max_cost is not None and client is None and task.config.cluster.kind == "ec2"
-    if not (task.backlog.n_images and (costs or limits.max_hours is not None)):
+    limits = state.config.limits
+    costs = limits.max_cost is not None and client is None and state.config.cluster.kind == "ec2"
+    if not (state.backlog.n_images and (costs or limits.max_hours is not None)):
         return
-    exceeded = estimate(_describe_work(task, client), progress).exceeded
+    exceeded = estimate(_describe_work(state, client), progress).exceeded
     if exceeded:
         raise LimitError(f"the run was not started: {'; '.join(exceeded)}; fruitdask plan says why")
 
 
 @contextmanager
-def _cost_noted(task: Task) -> Iterator[None]:
+def _cost_noted(state: RunState) -> Iterator[None]:
     """Note in the manifest what a run has cost that is interrupted, or fails."""
     try:
         yield
     except BaseException:
         with suppress(FruitdaskError):
-            cost, manifest = task.budget.describe(), store.read_manifest(task.output)
-            if cost and manifest is not None:
-                store.write_manifest(task.output, manifest | cost)
+            cost, manifest = state.budget.describe(), store.read_run(state.output)
+            if cost is not None and manifest is not None:
+                store.write_manifest(state.output, manifest.change(cost=cost))
         raise
 
 
 def _reduce_features(
-    task: Task, manifest: dict[str, Any], client: Any, stack: ExitStack, progress: RunProgress
-) -> dict[str, Any]:
+    state: RunState, manifest: store.RunManifest, client: Any, stack: ExitStack, progress: RunProgress
+) -> store.RunManifest:
     """Reduce the features and write the tables; gives the manifest of the complete run."""
     progress.begin("Reducing")
-    with task.clock.measure("reduce"), _choose_scheduler(task, client, stack):
-        fit = manifest.get("pca", {}).get("fit")
-        kept = choose_components(task.config, task.output, fit)
-        labels = task.rows.catalog["label"].to_numpy()
-        reduction = reduce_features(task.config, task.output, labels, kept=kept, fit=fit)
+    with state.clock.measure("reduce"), _choose_scheduler(state, client, stack):
+        fit = manifest.pca.fit.dump() if manifest.pca is not None else None
+        kept = choose_components(state.config, state.output, fit)
+        labels = state.rows.catalog["label"].to_numpy()
+        reduction = reduce_features(state.config, state.output, labels, kept=kept, fit=fit)
     if reduction.problem:
         progress.say(reduction.problem)
     progress.begin("Writing results")
-    with task.clock.measure("write"):
+    with state.clock.measure("write"):
         # Should this be interrupted, the next run must not take a mixture of old and new tables for results.
-        manifest = manifest | {"status": "running"}
+        manifest = manifest.reopen()
         if not reduction.is_kept:
             # Nor old and new components for those of a fit.
-            manifest.pop("pca", None)
+            manifest = manifest.drop_components()
             if reduction.components is None:
-                store.delete_result(task.output, PCA)
-        store.write_manifest(task.output, manifest)
+                store.delete_result(state.output, store.COMPONENTS)
+        store.write_manifest(state.output, manifest)
         # They show other numbers; whether they are drawn again is for the configuration to say.
-        for name in (report.PAGE, *(f"{store.FIGURES}/{figure}.png" for figure in store.FIGURE_NAMES)):
-            store.delete_result(task.output, name)
-        if task.rows.changes and manifest.get("split") != task.split_hash:
+        for name in (store.PAGE, *map(store.name_figure, store.FIGURE_NAMES)):
+            store.delete_result(state.output, name)
+        if state.rows.changes and manifest.split != state.split_hash:
             # Splits may change while nothing does that is computed.
-            store.write_catalog(task.output, task.rows.catalog)
-        outcomes, splits = store.read_outcomes(task.output, range(task.n_partitions)), task.rows.catalog.get(SPLIT)
-        counts = report.write_results(task.output, outcomes, pca=reduction.scores, tsne=reduction.tsne, splits=splits)
+            store.write_catalog(state.output, state.rows.catalog)
+        outcomes, splits = store.read_outcomes(state.output, range(state.n_partitions)), state.rows.catalog.get(SPLIT)
+        counts = report.write_results(state.output, outcomes, pca=reduction.scores, tsne=reduction.tsne, splits=splits)
         if reduction.components is not None and not reduction.is_kept:
-            write_components(task.output, reduction.components)
-        store.delete_result(task.output, store.QUALITY)
+            write_components(state.output, reduction.components)
+        store.delete_result(state.output, store.QUALITY)
         if reduction.quality is not None:
-            store.write_json(task.output.child(store.QUALITY), reduction.quality)
-    return manifest | _describe_results(task, reduction, counts)
+            store.write_json(state.output.child(store.QUALITY), reduction.quality)
+    return manifest.complete(**_describe_results(state, reduction, counts))
 
 
-def _choose_scheduler(task: Task, client: Any, stack: ExitStack) -> AbstractContextManager[Any]:
+def _choose_scheduler(state: RunState, client: Any, stack: ExitStack) -> AbstractContextManager[Any]:
     """Reduce few features here, on threads, which takes no cluster and no imports on its workers; many on the cluster."""
     import dask
 
-    if open_features(task.output)[0].nbytes <= LOCAL_REDUCE_BYTES:
+    if open_features(state.output)[0].nbytes <= LOCAL_REDUCE_BYTES:
         # Instances would cost money for nothing meanwhile.
         stack.close()
         return dask.config.set(scheduler="threads")
-    client = client or stack.enter_context(task.budget.open_client())
+    client = client or stack.enter_context(state.budget.open_client())
     return client.as_current()  # type: ignore[no-any-return]
 
 
-def _describe_results(task: Task, reduction: Reduction, counts: report.Counts) -> dict[str, Any]:
+def _describe_results(state: RunState, reduction: Reduction, counts: report.Counts) -> dict[str, Any]:
     """Say in the manifest what came out."""
-    n_vanished = len(task.rows.catalog) - task.n_listed
+    n_vanished = len(state.rows.catalog) - state.n_listed
     return {
-        "status": "complete",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "split": task.split_hash,
-        "config": dump_config(task.config),
+        "split": state.split_hash,
+        "config": dump_config(state.config),
         "counts": {"by_status": dict(counts.by_status), "by_class": counts.by_class(), "vanished": n_vanished},
-    } | ({} if reduction.components is None else {"pca": _describe_fit(reduction, reduction.components)})
+    } | {"pca": _describe_fit(reduction, reduction.components) if reduction.components is not None else None}
 
 
 def _describe_fit(reduction: Reduction, fitted: "PrincipalComponents") -> dict[str, Any]:

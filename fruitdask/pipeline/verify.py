@@ -12,12 +12,12 @@ from typing import Any
 import pandas as pd
 
 from fruitdask import report, store
+from fruitdask.core.config import ExploreConfig, QualityConfig, ReduceConfig
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location, exists
 from fruitdask.errors import DamageError, OutputError
 from fruitdask.pipeline.check import StoredRun, Tally, check_components, check_partitions, read_components
 from fruitdask.pipeline.repair import repair_faults, restore_manifest, shape_store
-from fruitdask.pipeline.results import PCA
 from fruitdask.store import Fault
 from fruitdask.store.exploration import check_exploration
 
@@ -127,14 +127,14 @@ def _verify(output: Location, progress: RunProgress) -> _Ledger:
     ledger = _Ledger()
     progress.begin("Verifying")
     has_run = any(exists(output.child(name)) for name in (store.MANIFEST, store.FEATURES))
-    has_exploration = any(exists(output.child(name)) for name in (store.EXPLORATION, "explore.zarr"))
+    has_exploration = any(exists(output.child(name)) for name in (store.EXPLORATION, store.EXPLORED_ARRAYS))
     if not (has_run or has_exploration):
         raise OutputError(
             f"{output.url}: expected the results of a run or an exploration, found none; check the folder"
         )
     ledger.faults += store.find_strays(output)
     manifest = _read_manifest(output, ledger) if has_run else None
-    if manifest is not None and manifest["status"] == store.ERASING:
+    if manifest is not None and manifest.status == "erasing":
         ledger.notes.append("images are being erased; run again to finish that, then verify")
         return ledger
     if exists(output.child(store.STAGING)):
@@ -147,13 +147,13 @@ def _verify(output: Location, progress: RunProgress) -> _Ledger:
     return ledger
 
 
-def _read_manifest(output: Location, ledger: _Ledger) -> dict[str, Any] | None:
+def _read_manifest(output: Location, ledger: _Ledger) -> store.RunManifest | None:
     """Read the manifest of the run, or make one of what the features say."""
     faults = list(store.check_json(output, store.MANIFEST, "restore"))
     if not (faults or exists(output.child(store.MANIFEST))):
         faults = [Fault(store.MANIFEST, "it is missing", "restore")]
     if not faults:
-        return store.read_manifest(output)
+        return store.read_run(output)
     manifest = restore_manifest(output)
     if manifest is None:
         faults = [Fault(fault.where, fault.what, "none") for fault in faults]
@@ -161,9 +161,9 @@ def _read_manifest(output: Location, ledger: _Ledger) -> dict[str, Any] | None:
     return manifest
 
 
-def _check_run(output: Location, manifest: dict[str, Any], ledger: _Ledger, progress: RunProgress) -> None:
+def _check_run(output: Location, manifest: store.RunManifest, ledger: _Ledger, progress: RunProgress) -> None:
     """Check a run from its description to its results."""
-    is_complete, committed = manifest["status"] == "complete", store.list_committed(output)
+    is_complete, committed = manifest.is_complete, store.list_committed(output)
     if not (is_complete or committed):
         ledger.notes.append("the run is not finished: no partition is done")
         return
@@ -173,11 +173,10 @@ def _check_run(output: Location, manifest: dict[str, Any], ledger: _Ledger, prog
         ledger.notes.append("features, outcomes and results were not read, for what describes them is damaged")
         return
     group: Any = store.open_store(output)
-    is_sealed = store.has_checksums(group["features"])
-    ledger.faults += _compare_descriptions(manifest, dict(group.attrs), must_be_sealed=is_sealed)
+    ledger.faults += _compare_descriptions(manifest, dict(group.attrs))
     arrays = {name: store.StoredArray(group[name], output) for name in ("features", "status")}
     components, faults = None, []
-    if is_complete and "pca" in manifest:
+    if is_complete and manifest.pca is not None:
         components, faults = read_components(output, n_features=arrays["features"].shape[1])
     ledger.faults += faults
     catalog = _read_catalog(output, manifest, ledger)
@@ -186,53 +185,38 @@ def _check_run(output: Location, manifest: dict[str, Any], ledger: _Ledger, prog
     tally = check_partitions(run, progress)
     ledger.faults += tally.faults
     ledger.n_images, ledger.n_partitions = tally.n_images, len(committed)
-    if not is_sealed:
-        ledger.notes.append("the features were stored without checksums, by an earlier version: not every damage shows")
     if is_complete:
         _check_results(run, tally, ledger, progress)
 
 
-def _read_catalog(output: Location, manifest: dict[str, Any], ledger: _Ledger) -> pd.DataFrame | None:
+def _read_catalog(output: Location, manifest: store.RunManifest, ledger: _Ledger) -> pd.DataFrame | None:
     """Read which image each row is of; outcomes of all images say it too."""
-    remedy: store.Remedy = "restore" if manifest["status"] == "complete" else "none"
+    remedy: store.Remedy = "restore" if manifest.is_complete else "none"
     try:
         catalog = store.read_catalog(output)
     except DamageError as error:
         ledger.faults.append(Fault(store.CATALOG, store.describe_damage(error), remedy))
         return None
-    if catalog is None and _knows_versions(output):
+    if catalog is None:
         ledger.faults.append(Fault(store.CATALOG, "it is missing", remedy))
     # A run that was interrupted while it began may have written its manifest, but not yet its catalog.
-    if catalog is not None and len(catalog) < manifest["n_images"] and manifest["status"] == "complete":
-        what = f"expected {manifest['n_images']:,} images, found {len(catalog):,}"
+    if catalog is not None and len(catalog) < manifest.n_images and manifest.is_complete:
+        what = f"expected {manifest.n_images:,} images, found {len(catalog):,}"
         ledger.faults.append(Fault(store.CATALOG, what, remedy))
         return None
     return catalog
 
 
-def _knows_versions(output: Location) -> bool:
-    """Tell whether the outcomes say of which versions of files they are, as those of stores with a catalog do."""
-    first = sorted(store.list_committed(output))[:1]
-    try:
-        return any(len(table) for table in store.read_outcomes(output, first, columns=store.VERSION_COLUMNS))
-    except DamageError:
-        return False
-
-
-def _compare_descriptions(
-    manifest: dict[str, Any], attributes: dict[str, Any], *, must_be_sealed: bool
-) -> Iterator[Fault]:
+def _compare_descriptions(manifest: store.RunManifest, attributes: dict[str, Any]) -> Iterator[Fault]:
     """Compare what the manifest and the features say of the run."""
     where = f"{store.FEATURES}/zarr.json"
-    if must_be_sealed and store.CHECKSUM not in attributes:
-        yield Fault(where, "its attributes have no checksum", "restore")
     for name, theirs in attributes["fingerprint"].items():
         # Where images were erased, the manifest follows the input; a run writes it before the attributes.
-        is_settled = name == "catalog" and (manifest.get("erasures") or manifest["status"] != "complete")
-        if manifest["fingerprint"].get(name) != theirs and not is_settled:
+        is_settled = name == "catalog" and (manifest.erasures or not manifest.is_complete)
+        if manifest.fingerprint.get(name) != theirs and not is_settled:
             yield Fault(where, f"its {name} has another fingerprint than that in {store.MANIFEST}", "none")
     for name in _SAME_OF_MODEL:
-        if manifest["model"][name] != attributes["model"][name]:
+        if getattr(manifest.model, name) != attributes["model"].get(name):
             yield Fault(where, f"{name} of its model is not that in {store.MANIFEST}", "none")
 
 
@@ -241,12 +225,12 @@ def _check_marks(run: StoredRun, notes: list[str]) -> Iterator[Fault]:
     missing = sorted(set(range(run.n_partitions)) - run.committed)
     if run.is_complete:
         for index in missing:
-            yield Fault(f"{store.PARTITIONS}/{index:05d}.parquet", "it is missing", "compute", index)
+            yield Fault(store.name_outcomes(index), "it is missing", "compute", index)
     else:
         todo = f"{len(missing):,} of {run.n_partitions:,} partitions and the results" if missing else "the results"
         notes.append(f"the run is not finished: {todo} are still to be computed")
     for index in sorted(run.committed - set(range(run.n_partitions))):
-        yield Fault(f"{store.PARTITIONS}/{index:05d}.parquet", "the run has no such partition", "delete")
+        yield Fault(store.name_outcomes(index), "the run has no such partition", "delete")
 
 
 def _check_results(run: StoredRun, tally: Tally, ledger: _Ledger, progress: RunProgress) -> None:
@@ -254,19 +238,19 @@ def _check_results(run: StoredRun, tally: Tally, ledger: _Ledger, progress: RunP
     output, manifest = run.output, run.manifest
     if tally.n_images == run.n_images:
         ledger.catalog = run.catalog
-    if manifest["config"]["quality"]["enabled"] and not exists(output.child(store.QUALITY)):
+    if manifest.read_settings("quality", QualityConfig).enabled and not exists(output.child(store.QUALITY)):
         ledger.faults.append(Fault(store.QUALITY, "it is missing", "reduce"))
     ledger.faults += store.check_json(output, store.QUALITY, "reduce")
     ledger.faults += _check_drawings(run)
     if not run.has_components:
-        if exists(output.child(PCA)):
-            ledger.faults.append(Fault(PCA, f"{store.MANIFEST} says nothing of it", "delete"))
+        if exists(output.child(store.COMPONENTS)):
+            ledger.faults.append(Fault(store.COMPONENTS, f"{store.MANIFEST} says nothing of it", "delete"))
         return
     if any(fault.remedy == "compute" for fault in ledger.faults):
-        ledger.notes.append(f"{PCA} was not compared with the features, some of which are damaged")
+        ledger.notes.append(f"{store.COMPONENTS} was not compared with the features, some of which are damaged")
         return
-    if manifest["pca"].get("fit", {}).get("n_changed"):
-        ledger.notes.append(f"{PCA} was not compared with the features, some of which came after it was fitted")
+    if manifest.pca is not None and manifest.pca.fit.n_changed:
+        ledger.notes.append(f"{store.COMPONENTS} was not compared with the features, some of which came after it was fitted")
         return
     progress.begin("Verifying principal components")
     ledger.faults += check_components(run)
@@ -275,45 +259,46 @@ def _check_results(run: StoredRun, tally: Tally, ledger: _Ledger, progress: RunP
 def _check_drawings(run: StoredRun) -> Iterator[Fault]:
     """Check that the page and the figures are there that were drawn; what they show is not compared."""
     manifest = run.manifest
-    drawn = manifest.get("presented")
+    drawn = manifest.presented
     if drawn is None:
         return
-    names = [report.PAGE] if drawn["report"]["enabled"] else []
-    if drawn["plots"]["enabled"]:
+    names = [store.PAGE] if drawn.get("report", {}).get("enabled") else []
+    if drawn.get("plots", {}).get("enabled"):
+        has_components = manifest.pca is not None
         figures = report.list_figures(
-            n_components=manifest.get("pca", {}).get("n_components", 0),
-            has_tsne="pca" in manifest and manifest["config"]["reduce"]["tsne"]["enabled"],
-            has_exploration=drawn["exploration"] is not None,
-            has_quality=manifest["config"]["quality"]["enabled"],
+            n_components=manifest.pca.n_components if manifest.pca is not None else 0,
+            has_tsne=has_components and manifest.read_settings("reduce", ReduceConfig).tsne.enabled,
+            has_exploration=drawn.get("exploration") is not None,
+            has_quality=manifest.read_settings("quality", QualityConfig).enabled,
         )
-        names += [f"{store.FIGURES}/{name}.png" for name in figures]
+        names += map(store.name_figure, figures)
     for name in names:
         if not exists(run.output.child(name)):
             yield Fault(name, "it is missing", "draw")
 
 
-def _expects_exploration(manifest: dict[str, Any]) -> bool:
+def _expects_exploration(manifest: store.RunManifest) -> bool:
     """Tell whether a run has explored its images too."""
-    return bool(manifest["status"] == "complete" and manifest["config"]["explore"]["enabled"])
+    return manifest.is_complete and manifest.read_settings("explore", ExploreConfig).enabled
 
 
-def _check_exploration(output: Location, manifest: dict[str, Any] | None, ledger: _Ledger) -> Iterator[Fault]:
+def _check_exploration(output: Location, manifest: store.RunManifest | None, ledger: _Ledger) -> Iterator[Fault]:
     """Check an exploration, and compare its images with those of the run beside it, where both are of the same input."""
     faults = list(store.check_json(output, store.EXPLORATION, "explore"))
     if not (faults or exists(output.child(store.EXPLORATION))):
         faults = [Fault(store.EXPLORATION, "it is missing", "explore")]
     yield from faults
-    summary = None if faults else store.read_manifest(output, name=store.EXPLORATION)
+    summary = None if faults else store.read_exploration_manifest(output)
     if summary is None:
         return
-    if summary["status"] != "complete":
+    if not summary.is_complete:
         ledger.notes.append("the exploration is not finished: the next run looks at all images")
         return
-    is_same = manifest is not None and manifest["fingerprint"]["catalog"] == summary["fingerprint"]["catalog"]
+    is_same = manifest is not None and manifest.fingerprint.get("catalog") == summary.fingerprint["catalog"]
     if manifest is not None and not is_same:
         if _expects_exploration(manifest):
             yield Fault(store.EXPLORATION, "it is of other images than the run", "explore")
-        elif manifest["status"] == "complete":
+        elif manifest.is_complete:
             ledger.notes.append(
                 "the exploration is of the images before the last run; a run with explore.enabled looks at all images again"
             )

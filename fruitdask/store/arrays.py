@@ -13,8 +13,9 @@ from zarr.storage import FsspecStore
 
 from fruitdask.core.storage import Location, exists, explained
 from fruitdask.errors import StorageError
-from fruitdask.store.layout import FEATURES, PARTITIONS, RUN_NAMES, STATUSES, THUMBNAILS
-from fruitdask.store.manifests import advise_repair, delete_result, seal
+from fruitdask.store.layout import FEATURES, RUN_NAMES, STATUSES, THUMBNAILS, name_outcomes
+from fruitdask.store.manifests import advise_repair, delete_result
+from fruitdask.store.schema import check_format, seal
 from fruitdask.store.tables import read_table, write_table
 
 #: How chunks are stored: compressed as Zarr does by default, then with a checksum, by which a reader of any language finds damage.
@@ -111,7 +112,8 @@ def open_store(output: Location) -> zarr.Group | None:
         group = zarr.open_group(**name_store(location), mode="r")
         for name in ("features", "status"):
             group[name]
-        return group
+    check_format(group.attrs, location.url)
+    return group
 
 
 def resize_store(output: Location, *, n_images: int, attributes: Mapping[str, Any]) -> None:
@@ -130,9 +132,9 @@ def read_partition(output: Location, *, index: int, start: int) -> tuple[npt.NDA
     Returns tuple[numpy.ndarray, pandas.DataFrame] or None: features, float32, and outcomes of its images; None where it
     is not committed.
     """
-    if not exists(output.child(*_name_mark(index))):
+    if not exists(output.child(name_outcomes(index))):
         return None
-    outcomes, group = read_table(output, *_name_mark(index)), open_store(output)
+    outcomes, group = read_table(output, name_outcomes(index)), open_store(output)
     if group is None:
         return None
     return np.asarray(StoredArray(group["features"], output)[start : start + len(outcomes)]), outcomes
@@ -153,7 +155,7 @@ def write_partition(
     """
     location = output.child(FEATURES)
     if is_committed:
-        delete_result(output, "/".join(_name_mark(index)))
+        delete_result(output, name_outcomes(index))
     rows = slice(start, start + len(features))
     with explained(location, "write"):
         try:
@@ -164,7 +166,7 @@ def write_partition(
             ) from error
         group["features"][rows] = features
         group["status"][rows] = outcomes["status"].map(STATUSES.index).to_numpy(np.uint8)
-    write_table(output.child(*_name_mark(index)), outcomes)
+    write_table(output.child(name_outcomes(index)), outcomes)
 
 
 def create_thumbnails(output: Location, *, n_images: int, thumbnail_px: int, images_per_partition: int) -> None:
@@ -230,16 +232,12 @@ def read_arrays(location: Location) -> dict[str, npt.NDArray[Any]]:
     remedy = advise_repair(Location(location.url.rpartition("/")[0], location.storage_options))
     with explained(location, "read", remedy=remedy):
         group = zarr.open_group(**name_store(location), mode="r")
+        check_format(group.attrs, location.url)
         arrays = dict(group.arrays())
         for name, array in arrays.items():
-            if has_checksums(array) and array.nchunks_initialized < array.nchunks:
+            if array.nchunks_initialized < array.nchunks:
                 raise ValueError(f"chunks of {name} are missing")
         return {name: np.asarray(array[...]) for name, array in arrays.items()}
-
-
-def has_checksums(array: Any) -> bool:
-    """Tell whether the chunks of an array carry checksums; stores of earlier versions have none."""
-    return any(isinstance(codec, Crc32cCodec) for codec in array.compressors)
 
 
 def name_store(location: Location) -> dict[str, Any]:
@@ -251,8 +249,3 @@ def name_store(location: Location) -> dict[str, Any]:
         fs = type(location.fs)(asynchronous=True, **location.options)
         return {"store": FsspecStore(fs, path=location.path)}
     return {"store": location.url, "storage_options": location.options}
-
-
-def _name_mark(index: int) -> tuple[str, str]:
-    """Name the outcome file of a partition."""
-    return PARTITIONS, f"{index:05d}.parquet"

@@ -13,11 +13,12 @@ import pandas as pd
 import zarr
 
 from fruitdask.core.storage import Location, describe_cause, exists, explained, write_file
-from fruitdask.errors import DamageError, OutputError
-from fruitdask.store.arrays import StoredArray, create_store, has_checksums, name_store, read_arrays
-from fruitdask.store.layout import CHECKSUM, EXPLORATION, FEATURES, MANIFEST, PARTITIONS, STATUSES
-from fruitdask.store.manifests import advise_repair, is_intact, read_json, read_manifest
+from fruitdask.errors import DamageError, FormatError, OutputError
+from fruitdask.store.arrays import StoredArray, create_store, name_store, read_arrays
+from fruitdask.store.layout import EXPLORATION, FEATURES, MANIFEST, STATUSES, name_outcomes
+from fruitdask.store.manifests import advise_repair, read_exploration_manifest, read_json, read_run
 from fruitdask.store.outcomes import read_outcomes
+from fruitdask.store.schema import check_format, is_intact
 
 #: What a process leaves that was killed while it wrote a file: fruitdask's own files, and Zarr's.
 _LEFTOVER = re.compile(r".+\.[0-9a-f]{32}\.part(ial)?")
@@ -85,7 +86,7 @@ def check_partition(
         try:
             found[name] = next(read_outcomes(output, [index])) if name == "outcomes" else arrays[name][rows]
         except DamageError as error:
-            where = f"{PARTITIONS}/{index:05d}.parquet" if name == "outcomes" else f"{FEATURES}/{name}, chunk {index}"
+            where = name_outcomes(index) if name == "outcomes" else f"{FEATURES}/{name}, chunk {index}"
             faults.append(Fault(where, describe_damage(error), "compute", index))
     if len(found) == 3:
         if may_grow:
@@ -118,10 +119,14 @@ def _compare_parts(
 def check_json(output: Location, name: str, remedy: Remedy) -> Iterator[Fault]:
     """Check a JSON file, if it is there."""
     try:
-        if name in (MANIFEST, EXPLORATION):
-            read_manifest(output, name=name)
+        if name == MANIFEST:
+            read_run(output)
+        elif name == EXPLORATION:
+            read_exploration_manifest(output)
         else:
             read_json(output.child(name))
+    except FormatError:
+        raise
     except (DamageError, OutputError, ValueError) as error:
         yield Fault(name, describe_damage(error), remedy)
 
@@ -224,8 +229,8 @@ def check_arrays(
     except DamageError as error:
         yield Fault(name, describe_damage(error), remedy)
         return
-    must_be_sealed = any(has_checksums(array) for array in arrays.values())
-    if not is_intact(attributes) or must_be_sealed and CHECKSUM not in attributes:
+    check_format(attributes, location.url)
+    if not is_intact(attributes):
         yield Fault(f"{name}/zarr.json", "its attributes are not what was written", remedy)
     try:
         read_arrays(location)

@@ -16,8 +16,6 @@ from fruitdask.store.arrays import StoredArray, create_store, open_store, write_
 from fruitdask.store.catalog import read_catalog, write_catalog
 from fruitdask.store.checks import find_strays
 from fruitdask.store.layout import (
-    ERASED,
-    ERASING,
     EXPLORATION_NAMES,
     FEATURES,
     MANIFEST,
@@ -27,7 +25,7 @@ from fruitdask.store.layout import (
     STAGING,
     VERSION_COLUMNS,
 )
-from fruitdask.store.manifests import delete_result, read_manifest, write_manifest
+from fruitdask.store.manifests import delete_result, read_run, write_manifest
 from fruitdask.store.outcomes import list_committed, read_rows
 
 
@@ -45,7 +43,9 @@ def stage_rows(
     if store is None:
         return
     features, committed, catalog = StoredArray(store["features"], output), list_committed(output), read_catalog(output)
-    columns = OUTCOME_COLUMNS if catalog is None else OUTCOME_COLUMNS + VERSION_COLUMNS
+    if catalog is None:
+        return
+    columns = OUTCOME_COLUMNS + VERSION_COLUMNS
     create_store(
         staging,
         n_images=len(rows),
@@ -64,18 +64,17 @@ def stage_rows(
         if np.isin(chosen, outcomes.index).all():
             kept = features[chosen, :]
             write_partition(staging, index=index, start=start, features=kept, outcomes=outcomes.loc[chosen])
-    if catalog is not None:
-        write_catalog(staging, catalog.iloc[rows])
+    write_catalog(staging, catalog.iloc[rows])
 
 
 def finish_erasing(output: Location) -> None:
     """Finish an erasure that the manifest says has begun: delete all results, and put the rows that were staged in their
     place.
     """
-    manifest = read_manifest(output)
+    manifest = read_run(output)
     if manifest is None:
         return
-    if manifest["status"] == ERASING:
+    if manifest.status == "erasing":
         for name in EXPLORATION_NAMES + RUN_NAMES:
             if name not in (STAGING, MANIFEST):
                 delete_result(output, name)
@@ -83,7 +82,7 @@ def finish_erasing(output: Location) -> None:
         for name in (FEATURES, PARTITIONS):
             _copy_folder(output.child(STAGING, name), output.child(name))
         _copy_catalog(output)
-        write_manifest(output, manifest | {"status": ERASED})
+        write_manifest(output, manifest.end_erasing())
     delete_result(output, STAGING)
 
 

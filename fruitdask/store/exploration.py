@@ -1,6 +1,6 @@
 """What an exploration leaves in the output folder."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +15,13 @@ from fruitdask.core.storage import Location, exists, explained, write_file
 from fruitdask.errors import DamageError
 from fruitdask.store.arrays import read_arrays, write_arrays
 from fruitdask.store.checks import Fault, check_arrays, describe_damage
-from fruitdask.store.layout import EXPLORATION
-from fruitdask.store.manifests import advise_repair, delete_result, read_manifest, write_manifest
+from fruitdask.store.layout import EXPLORED_ARRAYS, EXPLORED_CLASSES, EXPLORED_IMAGES
+from fruitdask.store.manifests import advise_repair, delete_result, read_exploration_manifest, write_manifest
+from fruitdask.store.schema import ExplorationManifest
 from fruitdask.store.tables import read_table, write_table
 
 #: A spreadsheet holds no more rows than about a million (Excel: 1,048,576).
 _MAX_CSV_ROWS = 1_000_000
-_IMAGES, _CLASSES, _ARRAYS = "explore", "explore_classes", "explore.zarr"
 #: Its arrays, and their dimensions.
 _DIMENSIONS = {
     "thumbnail_rows": ("thumbnail",),
@@ -74,48 +74,48 @@ class Exploration:
 
 def write_exploration(output: Location, exploration: Exploration) -> None:
     """Write what an exploration found; its summary, written last, says that it is complete."""
-    for name, table in ((_IMAGES, exploration.images), (_CLASSES, exploration.classes.reset_index())):
+    for name, table in ((EXPLORED_IMAGES, exploration.images), (EXPLORED_CLASSES, exploration.classes.reset_index())):
         write_table(output.child(f"{name}.parquet"), table)
         delete_result(output, f"{name}.csv")
         if len(table) <= _MAX_CSV_ROWS:
             write_file(output.child(f"{name}.csv"), format_csv(table).encode())
     arrays = {name: (getattr(exploration, name), dimensions) for name, dimensions in _DIMENSIONS.items()}
-    write_arrays(output.child(_ARRAYS), arrays, {"class_names": list(exploration.classes.index)})
-    write_manifest(output, exploration.summary | {"status": "complete"}, name=EXPLORATION)
+    write_arrays(output.child(EXPLORED_ARRAYS), arrays, {"class_names": list(exploration.classes.index)})
+    write_manifest(output, ExplorationManifest.model_validate(exploration.summary | {"status": "complete"}))
 
 
 def read_exploration(output: Location) -> Exploration | None:
     """Read what an exploration found."""
-    summary = read_manifest(output, name=EXPLORATION)
-    if summary is None or summary["status"] != "complete":
+    manifest = read_exploration_manifest(output)
+    if manifest is None or not manifest.is_complete:
         return None
-    images = read_table(output, f"{_IMAGES}.parquet")
-    classes = read_table(output, f"{_CLASSES}.parquet").set_index("label")
-    arrays = read_arrays(output.child(_ARRAYS))
+    images = read_table(output, f"{EXPLORED_IMAGES}.parquet")
+    classes = read_table(output, f"{EXPLORED_CLASSES}.parquet").set_index("label")
+    arrays = read_arrays(output.child(EXPLORED_ARRAYS))
     missing = sorted(set(_DIMENSIONS) - set(arrays))
     if missing:
         raise DamageError(
-            f"{output.child(_ARRAYS).url} is damaged ({missing[0]} is missing); {advise_repair(output)}"
+            f"{output.child(EXPLORED_ARRAYS).url} is damaged ({missing[0]} is missing); {advise_repair(output)}"
         )
-    return Exploration(images, classes, summary=summary, **arrays)
+    return Exploration(images, classes, summary=manifest.dump(), **arrays)
 
 
 def check_exploration(
-    output: Location, summary: Mapping[str, Any], catalog: pd.DataFrame | None
+    output: Location, manifest: ExplorationManifest, catalog: pd.DataFrame | None
 ) -> Iterator[Fault]:
     """Check what an exploration has left."""
-    images, faults = _check_table(output, _IMAGES)
-    classes, more = _check_table(output, _CLASSES)
+    images, faults = _check_table(output, EXPLORED_IMAGES)
+    classes, more = _check_table(output, EXPLORED_CLASSES)
     yield from faults + more
     if images is not None and (
-        len(images) != summary["n_images"] or (catalog is not None and not _has_same_images(images, catalog))
+        len(images) != manifest.n_images or (catalog is not None and not _has_same_images(images, catalog))
     ):
-        yield _fault(f"{_IMAGES}.parquet", "its rows are not those of the images")
+        yield _fault(f"{EXPLORED_IMAGES}.parquet", "its rows are not those of the images")
     if images is not None and classes is not None:
         counts = images["label"].astype(str).value_counts().to_dict()
         if counts != dict(zip(classes["label"].astype(str), classes["n_images"], strict=True)):
-            yield _fault(f"{_CLASSES}.parquet", f"it does not count the images of {_IMAGES}.parquet")
-    yield from check_arrays(output, _ARRAYS, _DIMENSIONS, "explore")
+            yield _fault(f"{EXPLORED_CLASSES}.parquet", f"it does not count the images of {EXPLORED_IMAGES}.parquet")
+    yield from check_arrays(output, EXPLORED_ARRAYS, _DIMENSIONS, "explore")
 
 
 def _has_same_images(images: pd.DataFrame, catalog: pd.DataFrame) -> bool:

@@ -11,10 +11,10 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from fruitdask.core.storage import Location, create_file, explained, write_file
+from fruitdask.core.storage import Location, create_file, exists, explained, write_file
 from fruitdask.errors import DamageError, FruitdaskError, OutageError, OutputError, StorageError
 from fruitdask.store.layout import LOCK
-from fruitdask.store.manifests import delete_result, read_json
+from fruitdask.store.manifests import delete_result
 
 #: How often an owner shows that it lives, and how long it may be silent: clocks of two machines differ, and a laptop sleeps a while.
 _SECONDS_BETWEEN_SIGNS = 20.0
@@ -109,11 +109,15 @@ class OutputLock:
 
     def _read(self) -> dict[str, Any] | None:
         """Read whose the lock is; nothing is known of one that is damaged."""
+        with explained(self._location, "read"):
+            if not exists(self._location):
+                return None
+            data = self._location.fs.cat_file(self._location.path)
         try:
-            found = read_json(self._location)
+            found = json.loads(data)
         except ValueError:
-            found = {}
-        return found if found is None or isinstance(found, dict) else {}
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 @contextmanager

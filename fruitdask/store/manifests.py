@@ -1,25 +1,39 @@
-"""The manifests, which say whose an output folder is, other small JSON files, and what may be deleted."""
+"""The JSON files of an output folder: who may write there, what was run, and what may be deleted."""
 
 import errno
-import hashlib
 import json
 import shlex
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
+from fruitdask.core.fingerprint import compare_fingerprints
 from fruitdask.core.storage import Location, exists, explained, write_file
 from fruitdask.errors import DamageError, OutputError, StorageError, StoreMismatchError
 from fruitdask.store.layout import CATALOG, CHECKSUM, EXPLORATION, EXPLORATION_NAMES, MANIFEST, QUALITY, RUN_NAMES
+from fruitdask.store.schema import (
+    ExplorationManifest,
+    Manifest,
+    RunManifest,
+    check_format,
+    describe_invalid,
+    is_intact,
+    seal,
+)
+
+AnyManifest = TypeVar("AnyManifest", bound=Manifest)
 
 _DELETE_ATTEMPTS, _DELETE_PAUSE_SECONDS = 5, 0.2
+_FILES: Mapping[type[Manifest], str] = {RunManifest: MANIFEST, ExplorationManifest: EXPLORATION}
 
 
 def check_output(
-    output: Location, fingerprint: Mapping[str, str], *, overwrite: bool, may_grow: bool = False
-) -> dict[str, Any] | None:
-    """Decide whether a run may use an output folder."""
-    manifest, exploration = read_manifest(output), read_manifest(output, name=EXPLORATION)
+    output: Location, fingerprint: Mapping[str, Any], *, overwrite: bool, may_grow: bool = False
+) -> RunManifest | None:
+    """Decide whether a run may use an output folder; returns the manifest of the run that it continues."""
+    manifest, exploration = read_run(output), read_exploration_manifest(output)
     if manifest is None:
         names = EXPLORATION_NAMES + RUN_NAMES if exploration is None else RUN_NAMES
         foreign = [name for name in names if exists(output.child(name))]
@@ -30,23 +44,27 @@ def check_output(
             )
     if overwrite:
         return None
-    found = manifest or exploration or {"fingerprint": {}}
-    for name in set(fingerprint) & set(found["fingerprint"]):
-        theirs, ours = found["fingerprint"][name], fingerprint[name]
-        if theirs != ours and name == "catalog" and found.get("erasures"):
-            n_erased = sum(erasure["n_images"] for erasure in found["erasures"])
-            raise StoreMismatchError(
-                f"{output.url}: the input has other images than those that are left here after some were erased ({n_erased:,} in all); "
-                "delete the erased ones from the input too or name them in input.exclude, or begin again with --overwrite"
-            )
-        if theirs != ours:
-            can_grow = name == "catalog" and manifest is not None and exists(output.child(CATALOG))
-            if can_grow and may_grow:
-                continue
-            difference = f"its {name} has the fingerprint {_shorten(theirs)}, this run's is {_shorten(ours)}"
-            advice = "; use fruitdask run to bring its results up to date with the input" if can_grow else ""
-            raise StoreMismatchError(describe_mismatch(output, difference + advice))
+    theirs = (manifest or exploration or ExplorationManifest(fruitdask="", status="running", fingerprint={})).fingerprint
+    differences = list(compare_fingerprints(theirs, fingerprint))
+    if differences:
+        raise StoreMismatchError(describe_mismatch(output, "; ".join(differences)))
+    if "catalog" in theirs and "catalog" in fingerprint and theirs["catalog"] != fingerprint["catalog"]:
+        _check_other_images(output, manifest, may_grow=may_grow)
     return manifest
+
+
+def _check_other_images(output: Location, manifest: RunManifest | None, *, may_grow: bool) -> None:
+    """Refuse an input that has other images than the results, unless a run may bring these up to date."""
+    if manifest is not None and manifest.erasures:
+        n_erased = sum(erasure.n_images for erasure in manifest.erasures)
+        raise StoreMismatchError(
+            f"{output.url}: the input has other images than the results have since {n_erased:,} were erased; delete the erased ones "
+            "from the input too or name them in input.exclude, or begin again with --overwrite"
+        )
+    can_grow = manifest is not None and exists(output.child(CATALOG))
+    if not (can_grow and may_grow):
+        advice = "; fruitdask run brings its results up to date with the input" if can_grow else ""
+        raise StoreMismatchError(describe_mismatch(output, f"the input had other images or other versions of them{advice}"))
 
 
 def describe_mismatch(output: Location, difference: str) -> str:
@@ -54,77 +72,71 @@ def describe_mismatch(output: Location, difference: str) -> str:
     return f"{output.url} belongs to another run: {difference}; choose another output.url, or --overwrite to delete those results"
 
 
-def read_manifest(output: Location, *, name: str = MANIFEST) -> dict[str, Any] | None:
-    """Read the manifest of a run or of an exploration."""
-    location = output.child(name)
+def read_run(output: Location) -> RunManifest | None:
+    """Read the manifest of a run; None where there is none."""
+    return _read_manifest(output, RunManifest)
+
+
+def read_exploration_manifest(output: Location) -> ExplorationManifest | None:
+    """Read the manifest of an exploration; None where there is none."""
+    return _read_manifest(output, ExplorationManifest)
+
+
+def _read_manifest(output: Location, kind: type[AnyManifest]) -> AnyManifest | None:
+    """Read and parse a manifest."""
+    location = output.child(_FILES[kind])
     try:
-        manifest = read_json(location)
-        if manifest is None:
-            return None
-        texts = manifest["fruitdask"], manifest["status"]
-        is_ours = all(isinstance(text, str) for text in texts) and isinstance(manifest["fingerprint"], dict)
-    except (ValueError, KeyError, TypeError):
-        is_ours = False
-    if not is_ours:
-        raise OutputError(
-            f"{location.url}: expected the manifest of a fruitdask run, found something else; choose another output.url, "
-            f"or if it is that of a run, {advise_repair(output)}"
-        )
-    return dict(manifest)
+        tree = read_json(location)
+        return None if tree is None else kind.model_validate(tree)
+    except ValidationError as error:
+        found = describe_invalid(error)
+    except (ValueError, RecursionError):
+        found = "something else"
+    raise OutputError(
+        f"{location.url}: expected the manifest of a fruitdask run, found {found}; choose another output.url, "
+        f"or if it is that of a run, {advise_repair(output)}"
+    )
 
 
 def has_begun(output: Location) -> bool:
-    """Tell whether a run or an exploration has begun in an output folder."""
-    return any(exists(output.child(name)) for name in (MANIFEST, EXPLORATION))
+    """Whether a run or an exploration has begun in an output folder."""
+    return any(exists(output.child(name)) for name in _FILES.values())
 
 
-def write_manifest(output: Location, manifest: Mapping[str, Any], *, name: str = MANIFEST) -> None:
+def write_manifest(output: Location, manifest: Manifest) -> None:
     """Write the manifest of a run or of an exploration."""
-    write_json(output.child(name), manifest)
+    write_json(output.child(_FILES[type(manifest)]), manifest.dump())
 
 
 def read_json(location: Location) -> Any:
-    """Read a JSON file."""
+    """Read a JSON file; None where there is none."""
     with explained(location, "read"):
         if not exists(location):
             return None
         tree = json.loads(location.fs.cat_file(location.path))
+    check_format(tree, location.url)
+    if not isinstance(tree, dict) or CHECKSUM not in tree:
+        raise ValueError("it has no checksum")
     if not is_intact(tree):
         folder = Location(location.url.rpartition("/")[0], location.storage_options)
-        raise DamageError(
-            f"{location.url} is damaged (its checksum is another than when it was written); {advise_repair(folder)}"
-        )
-    if isinstance(tree, dict):
-        tree.pop(CHECKSUM, None)
+        raise DamageError(f"{location.url} is damaged (its checksum does not match its content); {advise_repair(folder)}")
+    tree.pop(CHECKSUM)
     return tree
 
 
 def read_quality(output: Location) -> dict[str, Any] | None:
-    """Read how well the features of a run keep the classes apart."""
+    """Read how well the features of a run separate the classes."""
     location = output.child(QUALITY)
     try:
         quality: dict[str, Any] | None = read_json(location)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamageError(f"{location.url} is damaged ({error}); {advise_repair(output)}") from error
     return quality
 
 
 def write_json(location: Location, tree: Mapping[str, Any]) -> None:
-    """Write a JSON file."""
+    """Write a JSON file with its format and checksum."""
     write_file(location, json.dumps(seal(tree), indent=2, allow_nan=False).encode() + b"\n")
-
-
-def seal(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Add a checksum to a tree of JSON."""
-    bare = {name: value for name, value in tree.items() if name != CHECKSUM}
-    # Names of entries that are numbers are texts once they are read again.
-    text = json.dumps(json.loads(json.dumps(bare)), sort_keys=True)
-    return bare | {CHECKSUM: f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"}
-
-
-def is_intact(tree: Any) -> bool:
-    """Tell whether a tree of JSON is what was sealed."""
-    return not isinstance(tree, dict) or CHECKSUM not in tree or seal(tree)[CHECKSUM] == tree[CHECKSUM]
 
 
 def advise_repair(output: Location) -> str:
@@ -134,11 +146,9 @@ def advise_repair(output: Location) -> str:
 
 def clear_output(output: Location) -> None:
     """Delete the results of a run and of an exploration, and nothing else that lies in the folder."""
-    for name in (MANIFEST, EXPLORATION):
-        # Should this be interrupted, what is left must not be taken for results.
-        manifest = read_manifest(output, name=name)
+    for manifest in (read_run(output), read_exploration_manifest(output)):
         if manifest is not None:
-            write_manifest(output, manifest | {"status": "deleting"}, name=name)
+            write_manifest(output, manifest.mark_deleting())
     for name in EXPLORATION_NAMES + RUN_NAMES:
         delete_result(output, name)
 
@@ -166,8 +176,3 @@ def _remove(location: Location) -> None:
             if error.errno != errno.ENOTEMPTY or attempt == _DELETE_ATTEMPTS - 1:
                 raise
             time.sleep(_DELETE_PAUSE_SECONDS)
-
-
-def _shorten(fingerprint: Any) -> str:
-    """Shorten a hash; other fingerprints are words."""
-    return fingerprint[:12] if isinstance(fingerprint, str) and len(fingerprint) == 64 else str(fingerprint)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from fruitdask.core.storage import Location, explained
-from fruitdask.store.layout import OUTCOME_COLUMNS, PARTITIONS, VERSION_COLUMNS
+from fruitdask.store.layout import OUTCOME_COLUMNS, PARTITIONS, VERSION_COLUMNS, name_outcomes
 from fruitdask.store.tables import decode_table, decoded
 
 _COMMIT_MARK = re.compile(r"(\d{5,})\.parquet")
@@ -59,7 +59,7 @@ def read_rows(
 def _read_files(output: Location, indices: Sequence[int], columns: Sequence[str]) -> list[Any]:
     """Read some outcome files at once."""
     folder = output.child(PARTITIONS)
-    files = [folder.child(f"{index:05d}.parquet") for index in indices]
+    files = [output.child(name_outcomes(index)) for index in indices]
     with explained(folder, "read"):
         contents = folder.fs.cat_ranges([file.path for file in files], None, None, on_error="raise")
     return [_decode_outcomes(file, data, output, columns) for file, data in zip(files, contents, strict=True)]

@@ -1,7 +1,6 @@
 """The client's face of a model: build a Keras network, check it, pack it into an artifact."""
 
 import hashlib
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fruitdask.core.config import ModelConfig
+from fruitdask.core.fingerprint import MODEL, describe_settings
 from fruitdask.core.storage import Location, explained, hash_file
 from fruitdask.errors import ModelError, WeightsUnavailableError
 from fruitdask.worker.models.artifact import ModelArtifact
@@ -33,18 +33,18 @@ _N_CHECKED, _MAX_DIFFERENCE = 2, 0.05
 Preprocess = Callable[[Any], Any]
 
 
-def fingerprint_model(config: ModelConfig) -> str:
-    """Name a network and its preprocessing without building it.
+def fingerprint_model(config: ModelConfig) -> dict[str, Any]:
+    """Describe a network and its preprocessing without building it.
 
-    The engine does not belong to the name, as versions of packages do not: features of the two engines agree to 1e-5
+    The engine is not part of it, as versions of packages do not: features of the two engines agree to 1e-5
     relative, and a store can be resumed where the other one is installed. The manifest says which engine ran.
     """
-    settings = config.model_dump(exclude={"engine", "storage_options", "region", "allow_code"})
+    settings = describe_settings("model", config, MODEL)
     if config.weights in _WORDS or not examine_file(config).is_own_network(config):
         check_name(config)
     if config.weights not in _WORDS:
-        settings["weights"] = _hash_weights(locate_weights(config))
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        settings["weights"] = f"sha256:{_hash_weights(locate_weights(config))}"
+    return settings
 
 
 def choose_input_px(config: ModelConfig) -> int:

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fruitdask import report, store
+from fruitdask import store
 from fruitdask.core.config import Config, LocalClusterConfig
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location, exists
 from fruitdask.pipeline.budget import Budget, Clock
 from fruitdask.pipeline.changes import Backlog, Rows, find_backlog, order_images
-from fruitdask.pipeline.inputs import Inputs, prepare_inputs, settle_erasure
-from fruitdask.pipeline.report import describe_presentation
-from fruitdask.pipeline.results import PCA
+from fruitdask.pipeline.inputs import Inputs, prepare_inputs, resolve_erasure
+from fruitdask.pipeline.report import describe_rendering
 from fruitdask.store.catalog import SPLIT, choose_partition_size, hash_split
 from fruitdask.worker.models import fingerprint_model
 
@@ -22,15 +21,15 @@ _REDUCING = ("reduce", "quality")
 
 
 @dataclass(frozen=True)
-class Task:
+class RunState:
     """A run that has been checked: what there is to do, and what is done."""
 
     #: The images of the input, and the output folder.
     inputs: Inputs
-    fingerprint: dict[str, str]
+    fingerprint: dict[str, Any]
     images_per_partition: int
     #: The manifest of the run before; None where there is none, or its results are overwritten.
-    manifest: dict[str, Any] | None
+    manifest: store.RunManifest | None
     committed: frozenset[int]
     #: What the run may spend, and has spent.
     budget: Budget
@@ -63,10 +62,10 @@ class Task:
     @cached_property
     def backlog(self) -> Backlog:
         """What is to be computed; of a complete run it is known without a look at outcomes."""
-        if self._is_settled and self.manifest is not None:
-            counts = self.manifest["counts"]
-            n_failed = sum(counts["by_status"].values()) - counts["by_status"].get("ok", 0) - counts.get("vanished", 0)
-            is_out_of_reach = "unreachable" in counts["by_status"]
+        if self._is_settled and self.manifest is not None and self.manifest.counts is not None:
+            counts, vanished = self.manifest.counts.by_status, self.manifest.counts.vanished
+            n_failed = sum(counts.values()) - counts.get("ok", 0) - vanished
+            is_out_of_reach = "unreachable" in counts
             if not (is_out_of_reach or (n_failed and self.retry_failed)):
                 return Backlog({}, n_images=0, n_failed=n_failed, n_retried=0, done=set(self.committed))
         return find_backlog(
@@ -100,16 +99,14 @@ class Task:
         """Whether the input is not what it was in the run before."""
         if self.manifest is None:
             return False
-        theirs = self.manifest["fingerprint"]["catalog"]
-        return bool(theirs != self.fingerprint.get("catalog", theirs))
+        return bool(self.manifest.fingerprint["catalog"] != self.fingerprint["catalog"])
 
     @property
     def _is_settled(self) -> bool:
         """Whether the run before is complete, and was of the images of this one."""
-        if self.manifest is None or self.manifest["status"] != "complete" or self.has_other_images:
+        if self.manifest is None or not self.manifest.is_complete or self.has_other_images:
             return False
-        n_images: int = self.manifest["n_images"]
-        return len(self.committed) == -(-n_images // self.images_per_partition)
+        return len(self.committed) == self.manifest.n_partitions
 
     @property
     def has_features(self) -> bool:
@@ -124,25 +121,25 @@ class Task:
     @property
     def is_reduced(self) -> bool:
         """Whether it holds the tables that the configuration asks for."""
-        manifest = self.manifest or {"status": "new"}
-        if manifest["status"] != "complete" or not self.has_features:
+        manifest = self.manifest
+        if manifest is None or not manifest.is_complete or not self.has_features:
             return False
-        names = [report.RESULTS] + [PCA] * ("pca" in manifest) + [store.QUALITY] * self.config.quality.enabled
+        has_components = manifest.pca is not None
+        names = [store.RESULTS] + [store.COMPONENTS] * has_components + [store.QUALITY] * self.config.quality.enabled
         if not all(exists(self.output.child(name)) for name in names):
             return False
-        if manifest.get("split") != self.split_hash:
+        if manifest.split != self.split_hash:
             return False
-        # A setting that an earlier version did not have had its default.
-        sections = ((getattr(self.config, name), manifest["config"].get(name, {})) for name in _REDUCING)
-        return all(type(ours)().model_dump(mode="json") | theirs == ours.model_dump(mode="json") for ours, theirs in sections)
+        sections = ((name, getattr(self.config, name)) for name in _REDUCING)
+        return all(manifest.read_settings(name, type(ours)) == ours for name, ours in sections)
 
     @property
-    def is_presented(self) -> bool:
+    def is_rendered(self) -> bool:
         """Whether it holds the figures and the page that the configuration asks for."""
-        names = [report.PAGE] * self.config.report.enabled + [store.FIGURES] * self.config.plots.enabled
-        manifest = self.manifest or {}
-        is_same = manifest.get("presented") == describe_presentation(self.config, self.output)
-        is_same &= manifest.get("left_out", {}) == self.inputs.left_out
+        if self.manifest is None or self.manifest.left_out != self.inputs.left_out:
+            return False
+        names = [store.PAGE] * self.config.report.enabled + [store.FIGURES] * self.config.plots.enabled
+        is_same = self.manifest.presented == describe_rendering(self.config, self.output)
         return is_same and all(exists(self.output.child(name)) for name in names)
 
 
@@ -153,7 +150,7 @@ def prepare(
     client: Any = None,
     locks: ExitStack | None = None,
     retry_failed: bool = False,
-) -> Task:
+) -> RunState:
     """Check all that can be checked before anything is started."""
     progress.begin("Listing images")
     clock = Clock()
@@ -166,18 +163,15 @@ def prepare(
     lock = None
     if locks is not None:
         lock = locks.enter_context(store.locked(output))
-        settle_erasure(inputs, progress)
-    elif (store.read_manifest(output) or {}).get("status") == store.ERASED:
-        # Which images are left, the run will find out.
-        del fingerprint["catalog"]
+        resolve_erasure(inputs, progress)
     manifest = store.check_output(output, fingerprint, overwrite=config.output.overwrite, may_grow=True)
     has_store = manifest is not None and store.open_store(output) is not None
-    return Task(
+    return RunState(
         inputs=inputs,
         fingerprint=fingerprint,
         images_per_partition=(
-            manifest["images_per_partition"]
-            if manifest
+            manifest.images_per_partition
+            if manifest is not None
             else config.featurize.images_per_partition or choose_partition_size(len(catalog))
         ),
         manifest=manifest,
@@ -187,7 +181,7 @@ def prepare(
             # A cluster of somebody else's costs this run nothing.
             config.cluster if client is None else LocalClusterConfig(),
             region=inputs.regions["cluster"],
-            manifest=manifest,
+            spent=manifest.cost if manifest is not None else None,
             elapsed_seconds=clock.total_seconds,
         ),
         clock=clock,
