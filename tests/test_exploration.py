@@ -337,7 +337,7 @@ def test_labels_in_any_order_give_the_same_classes(sample_folder: Path, tmp_path
 def test_explore_refuses_the_folder_of_another_exploration(sample_folder: Path, tmp_path: Path, client: Any) -> None:
     fruitdask.explore(make_config(sample_folder, tmp_path / "out"), client=client)
     other = make_config(sample_folder, tmp_path / "out", **{"input.limit": 7})
-    with pytest.raises(StoreMismatchError, match="its catalog has the fingerprint .* or --overwrite to delete those"):
+    with pytest.raises(StoreMismatchError, match="the input had other images.* or --overwrite to delete those"):
         fruitdask.explore(other, client=client)
     again = make_config(sample_folder, tmp_path / "out", **{"input.limit": 7, "output.overwrite": True})
     assert len(fruitdask.explore(again, client=client).images) == 7

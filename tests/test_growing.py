@@ -302,7 +302,7 @@ def test_store_without_a_catalog_is_refused(make_config: MakeConfig, client: Any
     fruitdask.run(make_config(), client=client)
     (tmp_path / "out" / "catalog.parquet").unlink()
     draw(source, "ananas/0.png")
-    with pytest.raises(StoreMismatchError, match="its catalog has the fingerprint .*, this run's is .*--overwrite"):
+    with pytest.raises(StoreMismatchError, match="the input had other images.*--overwrite"):
         fruitdask.run(make_config(), client=client)
     (source / "ananas" / "0.png").unlink()
     assert fruitdask.run(make_config(), client=client).n_computed == 0

@@ -342,7 +342,7 @@ def test_run_refuses_the_results_of_another_run(make_config: MakeConfig, client:
         match="belongs to another run: only 10 of its 24 images are in this run's input; .* or --overwrite to delete",
     ):
         fruitdask.run(make_config(input={"limit": 10}), client=client)
-    with pytest.raises(StoreMismatchError, match="its model has the fingerprint"):
+    with pytest.raises(StoreMismatchError, match="model.input_px was 32, is"):
         fruitdask.run(make_config(model={"preprocessing": "tf"}), client=client)
     pd.testing.assert_frame_equal(result.table, before)
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -521,11 +521,10 @@ def test_settings_that_an_earlier_version_did_not_have_reduce_nothing_again(
     make_config: MakeConfig, client: Any
 ) -> None:
     result = fruitdask.run(make_config(), client=client)
-    manifest = store.read_manifest(result.output) or {}
-    del manifest["config"]["reduce"]["enabled"]
+    manifest = store.RunManifest.model_validate(result.manifest)
+    del manifest.config["reduce"]["enabled"]
     store.write_manifest(result.output, manifest)
     assert fruitdask.run(make_config()).manifest["finished"] == result.manifest["finished"]
-    assert "enabled" not in (store.read_manifest(result.output) or {})["config"]["reduce"]
 
 
 def test_reduction_can_be_turned_off_and_on(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
@@ -560,7 +559,7 @@ def test_other_decoding_is_refused_with_both_values(make_config: MakeConfig, cli
     fruitdask.run(make_config(), client=client)
     with pytest.raises(
         StoreMismatchError,
-        match="its decoding has the fingerprint exact, max_pixels 50000000, this run's is exact, max_pixels 9999; ",
+        match="featurize.max_pixels was 50000000, is 9999; ",
     ):
         fruitdask.run(make_config(featurize={"max_pixels": 9999}), client=client)
 
@@ -668,7 +667,7 @@ def test_render_report_needs_results(make_config: MakeConfig) -> None:
 def test_explore_refuses_the_folder_of_a_run_on_other_images(make_config: MakeConfig, client: Any) -> None:
     fruitdask.run(make_config(), client=client)
     with pytest.raises(
-        StoreMismatchError, match="its catalog has the fingerprint .*; use fruitdask run to bring its results"
+        StoreMismatchError, match="the input had other images or other versions of them; fruitdask run brings its results"
     ):
         fruitdask.explore(make_config(input={"limit": 10}), client=client)
 
@@ -676,7 +675,7 @@ def test_explore_refuses_the_folder_of_a_run_on_other_images(make_config: MakeCo
 def test_run_refuses_the_exploration_of_other_images(make_config: MakeConfig, client: Any) -> None:
     fruitdask.explore(make_config(), client=client)
     other = {"input": {"limit": 10}, "explore": {"enabled": False}}
-    with pytest.raises(StoreMismatchError, match="belongs to another run: its catalog has the fingerprint"):
+    with pytest.raises(StoreMismatchError, match="belongs to another run: the input had other images"):
         fruitdask.run(make_config(**other), client=client)
     result = fruitdask.run(make_config(**other | {"output": {"overwrite": True}}), client=client)
     assert result.exploration is None and len(result.table) == 10
@@ -697,7 +696,7 @@ def test_interrupted_drawing_is_made_up_for(
             fruitdask.render_report(make_config(**shown | {"report": {"title": "Orchard"}}))
     assert "Orchard" not in (tmp_path / "out" / "report.html").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(explore_module, "present", interrupt)
+        patch.setattr(explore_module, "render", interrupt)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
             fruitdask.explore(make_config(**shown, explore={"input_px": 24}), client=client)
     result = fruitdask.run(make_config(**shown, explore={"input_px": 24}))

@@ -28,6 +28,7 @@ from fruitdask.pipeline.budget import Budget
 from fruitdask.pipeline.inputs import Inputs
 from fruitdask.pipeline.plan import Estimator, Plan, Work
 from fruitdask.pipeline.trial import Sample
+from fruitdask.store.schema import CostRecord
 from fruitdask.worker.fetch import ImageSource
 
 needs_loopback = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc")
@@ -366,8 +367,8 @@ def test_cost_of_a_run_on_ec2_is_in_the_manifest_with_that_of_its_interrupted_pa
     # Whatever ran for less than a minute is billed for one.
     each = 60 / 3600 * 0.005 + 0.0952 * 10 * 60 / (30 * 86400)
     paid = 60 / 3600 * (0.0456 + 2 * 0.36) + 3 * each
-    interrupted = store.read_manifest(Location(output["url"]))
-    assert interrupted is not None and interrupted["cost"]["dollars"] == pytest.approx(paid, abs=1e-5)
+    interrupted = store.read_run(Location(output["url"]))
+    assert interrupted is not None and interrupted.cost is not None and interrupted.cost.dollars == pytest.approx(paid, abs=1e-5)
     result = fruitdask.run(second)
     assert cloud.wait_until_quiet(60)
     cost = result.manifest["cost"]
@@ -387,8 +388,8 @@ def test_cost_of_a_run_on_ec2_is_in_the_manifest_with_that_of_its_interrupted_pa
 def configure_budget(cost: float, **limits: float) -> Budget:
     """Configure a budget of a cluster on EC2 of which so much is spent."""
     cluster = EC2ClusterConfig(kind="ec2", docker_image="any")
-    manifest = {"cost": {"dollars": cost, "instances": {"m6i.large": {"seconds": 3600, "dollars": cost}}}}
-    return Budget(LimitsConfig(**limits), cluster, region="eu-west-1", manifest=manifest, elapsed_seconds=7200)
+    spent = CostRecord(dollars=cost, instances={"m6i.large": {"seconds": 3600, "dollars": cost}})
+    return Budget(LimitsConfig(**limits), cluster, region="eu-west-1", spent=spent, elapsed_seconds=7200)
 
 
 @pytest.mark.parametrize(
@@ -403,7 +404,8 @@ def test_used_up_budget_opens_no_cluster(limits: dict[str, float], expected: str
     budget = configure_budget(2.5, **limits)
     with pytest.raises(LimitError, match=expected), budget.open_client():
         pass
-    assert budget.describe()["cost"]["dollars"] == 2.5
+    spent = budget.describe()
+    assert spent is not None and spent.dollars == 2.5
 
 
 def test_budget_within_its_limits_lets_a_run_go_on() -> None:

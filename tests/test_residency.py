@@ -419,8 +419,8 @@ def test_exploration_of_allowed_places_records_them(make_config: MakeConfig, ser
     later = config.model_copy(update={"privacy": config.privacy.model_copy(update={"purpose": "selling apples"})})
     server.requests.clear()
     fruitdask.explore(later, client=client)
-    changed = store.read_manifest(Location(**output), name=store.EXPLORATION)
-    assert changed == found | {"processing": record | {"purpose": "selling apples"}}
+    changed = store.read_exploration_manifest(Location(**output))
+    assert changed is not None and changed.dump() == found | {"processing": record | {"purpose": "selling apples"}}
     assert not [request for request in server.requests if ".jpg" in request]
     page = Location(f"{output['url']}/report.html", options["storage_options"])
     text = page.fs.cat_file(page.path).decode()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import dask.array as da
 import numpy as np
@@ -10,14 +11,12 @@ import pytest
 import xarray
 import zarr
 from hypothesis import given, settings, strategies as st
-from zarr.codecs import ZstdCodec
 
 from fruitdask import store
 from fruitdask.core.storage import Location, exists
 from fruitdask.errors import DamageError, OutputError, StoreMismatchError
-from fruitdask.store import arrays
 
-FINGERPRINT = {"catalog": "a" * 64, "model": "b" * 64}
+FINGERPRINT = {"catalog": "a" * 64, "decoding": {}, "model": {"pooling": "avg", "weights": "imagenet"}}
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -31,13 +30,20 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
 
 def make_outcomes(statuses: list[str]) -> pd.DataFrame:
     """Make outcome rows."""
-    rows = [[f"a/{n}.jpg", "a", status, "", 1] for n, status in enumerate(statuses)]
-    return pd.DataFrame(rows, columns=list(store.OUTCOME_COLUMNS))
+    rows = [[f"a/{n}.jpg", "a", status, "", 1, 9, 0] for n, status in enumerate(statuses)]
+    return pd.DataFrame(rows, columns=[*store.OUTCOME_COLUMNS, *store.VERSION_COLUMNS])
+
+
+def make_manifest(**changes: Any) -> store.RunManifest:
+    """Make the manifest of a run that has begun."""
+    model = {"name": "N", "layer": "l", "engine": "e", "preprocessing": "tf", "input_px": 8, "n_features": 3, "sha256": "0"}
+    begun = {"fruitdask": "0", "status": "running", "fingerprint": FINGERPRINT, "n_images": 5, "images_per_partition": 2}
+    return store.RunManifest.model_validate(begun | {"model": model} | changes)
 
 
 def fill(output: Location) -> np.ndarray:
     """Create a store of 5 images in partitions of 2, write the last two partitions, and return all features."""
-    store.write_manifest(output, {"fruitdask": "0", "status": "running", "fingerprint": FINGERPRINT})
+    store.write_manifest(output, make_manifest())
     store.create_store(output, n_images=5, n_features=3, images_per_partition=2, attributes={"class_names": ["a"]})
     features = np.arange(15, dtype=np.float32).reshape(5, 3)
     features[[0, 1, 3]] = np.nan
@@ -83,10 +89,10 @@ def test_check_output_accepts_the_same_run_and_refuses_another(output: Location)
     assert store.check_output(output, FINGERPRINT, overwrite=False) is None
     fill(output)
     manifest = store.check_output(output, FINGERPRINT, overwrite=False)
-    assert manifest is not None and manifest["fingerprint"] == FINGERPRINT
-    other = FINGERPRINT | {"model": "c" * 64}
+    assert manifest is not None and manifest.fingerprint == FINGERPRINT
+    other = FINGERPRINT | {"model": {"pooling": "max", "weights": "sha256:0123456789abcdef"}}
     with pytest.raises(
-        StoreMismatchError, match="its model has the fingerprint bbbbbbbbbbbb, this run's is cccccccccccc"
+        StoreMismatchError, match="model.pooling was avg, is max; model.weights was imagenet, is sha256:0123456789ab..."
     ):
         store.check_output(output, other, overwrite=False)
     assert store.check_output(output, other, overwrite=True) is None
@@ -103,7 +109,7 @@ def test_check_output_refuses_files_that_no_run_wrote(tmp_path: Path, overwrite:
 def test_read_manifest_refuses_what_is_not_ours(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(OutputError, match="expected the manifest of a fruitdask run, found something else"):
-        store.read_manifest(Location(str(tmp_path)))
+        store.read_run(Location(str(tmp_path)))
 
 
 def test_clear_output_deletes_results_and_nothing_else(output: Location) -> None:
@@ -126,19 +132,20 @@ def test_arrays_read_back(output: Location) -> None:
 
 
 def test_write_manifest_is_readable_json(tmp_path: Path) -> None:
-    store.write_manifest(Location(str(tmp_path)), {"fruitdask": "0", "fingerprint": {}})
+    store.write_manifest(Location(str(tmp_path)), make_manifest(unknown=[1]))
     written = json.loads((tmp_path / "manifest.json").read_text())
-    assert list(written) == ["fruitdask", "fingerprint", "checksum"] and written["fruitdask"] == "0"
+    assert list(written)[:3] == ["format", "fruitdask", "status"] and list(written)[-1] == "checksum"
+    assert written["format"] == 1 and written["unknown"] == [1] and "finished" not in written
 
 
 def test_read_json_finds_what_was_changed(output: Location) -> None:
     # Numbers that name entries are texts once they were read.
     location, tree = output.child("quality.json"), {"b": 0.1, "a": {10: None, 9: [1, "é"]}}
     store.write_json(location, tree)
-    assert store.read_json(location) == json.loads(json.dumps(tree))
+    assert store.read_json(location) == {"format": 1} | json.loads(json.dumps(tree))
     location.fs.pipe_file(location.path, location.fs.cat_file(location.path).replace(b"0.1", b"0.2"))
     with pytest.raises(
-        DamageError, match="quality.json is damaged .its checksum is another.*use fruitdask verify .*/out --repair"
+        DamageError, match="quality.json is damaged .its checksum does not match.*use fruitdask verify .*/out --repair"
     ):
         store.read_quality(output)
 
@@ -180,18 +187,6 @@ def test_flipped_byte_of_a_chunk_is_one_sentence(tmp_path: Path, name: str) -> N
     # A chunk that is written anew need not be read before, though it is not whole.
     store.write_partition(output, index=2, start=4, features=features[4:], outcomes=make_outcomes(["ok"]))
     np.testing.assert_array_equal(store.open_store(output)["features"][:], features)
-
-
-def test_arrays_without_checksums_are_read_and_written_on(output: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(arrays, "_COMPRESSORS", (ZstdCodec(),))
-        features = fill(output)
-        store.write_arrays(output.child("pca.zarr"), {"mean": (np.zeros(3), ["feature"])}, {})
-    features[:2] = 7
-    store.write_partition(output, index=0, start=0, features=features[:2], outcomes=make_outcomes(["ok", "ok"]))
-    group = store.open_store(output)
-    np.testing.assert_array_equal(store.StoredArray(group["features"], output)[:], features)
-    np.testing.assert_array_equal(store.read_arrays(output.child("pca.zarr"))["mean"], np.zeros(3))
 
 
 def test_read_arrays_misses_a_chunk_of_zeros(tmp_path: Path) -> None:
@@ -240,6 +235,7 @@ def test_stage_rows_keeps_whole_partitions_of_what_is_there(
         store.write_partition(
             output, index=index, start=rows.start, features=features[rows], outcomes=outcomes.iloc[rows]
         )
+    store.write_catalog(output, outcomes[["path", "label", "bytes", "version"]])
     rows = np.flatnonzero(random.random(n_images) < 0.7)
     store.stage_rows(output, rows, images_per_partition=size, attributes={"b": 3})
     staged = output.child("erasing")
@@ -259,11 +255,13 @@ def test_stage_rows_keeps_whole_partitions_of_what_is_there(
         chosen = rows[index * size : index * size + size]
         np.testing.assert_array_equal(group["features"][index * size : index * size + size], features[chosen])
         read = next(store.read_outcomes(staged, [index]))
-        pd.testing.assert_frame_equal(read, outcomes.iloc[chosen].reset_index(drop=True))
+        expected = outcomes.iloc[chosen].reset_index(drop=True)[list(store.OUTCOME_COLUMNS)]
+        pd.testing.assert_frame_equal(read, expected)
 
 
 def test_finish_erasing_begins_again_where_it_was_interrupted(output: Location) -> None:
     fill(output)
+    store.write_catalog(output, make_outcomes(["ok"] * 5)[["path", "label", "bytes", "version"]])
     for name in ("results.csv", "explore.parquet"):
         location = output.child(name)
         location.fs.pipe_file(location.path, b"names")
@@ -272,9 +270,7 @@ def test_finish_erasing_begins_again_where_it_was_interrupted(output: Location) 
     assert store.list_committed(output) == {1, 2} and not exists(output.child("erasing"))
 
     store.stage_rows(output, np.array([2, 4]), images_per_partition=2, attributes={})
-    manifest = store.read_manifest(output)
-    assert manifest is not None
-    store.write_manifest(output, manifest | {"status": store.ERASING})
+    store.write_manifest(output, make_manifest(status="erasing"))
     # Some was deleted already, some copied.
     store.delete_result(output, "features.zarr/features/c/1")
     copied = output.child("partitions", "00000.parquet")
@@ -285,8 +281,9 @@ def test_finish_erasing_begins_again_where_it_was_interrupted(output: Location) 
     np.testing.assert_array_equal(group["features"][:], [[6, 7, 8], [12, 13, 14]])
     assert [list(table["path"]) for table in store.read_outcomes(output, [0])] == [["a/0.jpg", "a/0.jpg"]]
     names = {path[len(output.path) + 1 :].split("/")[0] for path in output.fs.find(output.path)}
-    assert names == {"features.zarr", "manifest.json", "partitions"}
-    assert (store.read_manifest(output) or {})["status"] == store.ERASED
+    assert names == {"catalog.parquet", "features.zarr", "manifest.json", "partitions"}
+    manifest = store.read_run(output)
+    assert manifest is not None and manifest.status == "erased"
 
 
 def test_resized_store_keeps_what_it_has_and_knows_rows_of_a_partition_that_is_not_full(output: Location) -> None:

@@ -128,7 +128,10 @@ def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
     listing = _list_input(config)
     size, images = manifest.images_per_partition, store.read_catalog(output)
     if images is None:
-        raise OutputError(f"{output.url}: the run ended before it stored anything, so there is nothing to erase; delete the folder")
+        raise OutputError(
+            f"{output.child(store.CATALOG).url}: expected the catalog of a run, found none, so nothing was erased; "
+            f"{store.advise_repair(output)} first"
+        )
     is_complete = store.list_committed(output).issuperset(range(-(-len(images) // size)))
     is_erased = match_paths(images["path"], patterns)
     if not is_erased.any():
@@ -182,10 +185,10 @@ def remove_images(plan: ErasurePlan) -> None:
 
 def _read_run(output: Location) -> store.RunManifest:
     """Read the manifest of a run, or say what there is instead."""
-    manifest = store.read_run(output)
+    manifest, exploration = store.read_run(output), store.read_exploration_manifest(output)
     if manifest is not None:
         return manifest
-    if store.read_exploration_manifest(output) is not None:
+    if exploration is not None:
         raise OutputError(
             f"{output.url}: expected the results of a run, found an exploration alone, all of which is made of the images again: "
             "delete them from the input, or name them in input.exclude, and use fruitdask explore with --overwrite"

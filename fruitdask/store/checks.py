@@ -16,7 +16,7 @@ from fruitdask.core.storage import Location, describe_cause, exists, explained, 
 from fruitdask.errors import DamageError, FormatError, OutputError
 from fruitdask.store.arrays import StoredArray, create_store, name_store, read_arrays
 from fruitdask.store.layout import EXPLORATION, FEATURES, MANIFEST, STATUSES, name_outcomes
-from fruitdask.store.manifests import advise_repair, read_exploration_manifest, read_json, read_run
+from fruitdask.store.manifests import advise_repair, read_exploration_manifest, read_quality, read_run
 from fruitdask.store.outcomes import read_outcomes
 from fruitdask.store.schema import check_format, is_intact
 
@@ -124,7 +124,7 @@ def check_json(output: Location, name: str, remedy: Remedy) -> Iterator[Fault]:
         elif name == EXPLORATION:
             read_exploration_manifest(output)
         else:
-            read_json(output.child(name))
+            read_quality(output)
     except FormatError:
         raise
     except (DamageError, OutputError, ValueError) as error:
@@ -255,4 +255,4 @@ def describe_damage(error: Exception) -> str:
     """Say what a decoder, or a comparison with a checksum, has found."""
     if error.__cause__ is not None:
         return f"it is damaged ({describe_cause(error.__cause__)})"
-    return "its checksum is another than when it was written" if isinstance(error, DamageError) else "it is damaged"
+    return "its checksum does not match its content" if isinstance(error, DamageError) else "it is damaged"

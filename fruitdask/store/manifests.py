@@ -16,6 +16,7 @@ from fruitdask.store.layout import CATALOG, CHECKSUM, EXPLORATION, EXPLORATION_N
 from fruitdask.store.schema import (
     ExplorationManifest,
     Manifest,
+    Quality,
     RunManifest,
     check_format,
     describe_invalid,
@@ -128,10 +129,13 @@ def read_quality(output: Location) -> dict[str, Any] | None:
     """Read how well the features of a run separate the classes."""
     location = output.child(QUALITY)
     try:
-        quality: dict[str, Any] | None = read_json(location)
+        tree = read_json(location)
+        return None if tree is None else Quality.model_validate(tree).dump()
+    except ValidationError as error:
+        found = describe_invalid(error)
     except (ValueError, RecursionError) as error:
-        raise DamageError(f"{location.url} is damaged ({error}); {advise_repair(output)}") from error
-    return quality
+        found = str(error)
+    raise DamageError(f"{location.url} is damaged (found {found}); {advise_repair(output)}")
 
 
 def write_json(location: Location, tree: Mapping[str, Any]) -> None:

@@ -74,6 +74,14 @@ class CountsRecord(Record):
     vanished: int = 0
 
 
+class ClusterRecord(Record):
+    """The cluster that computed the features."""
+
+    kind: str
+    n_workers: int
+    n_threads: int
+
+
 class ErasureRecord(Record):
     """An erasure: when, and how many images."""
 
@@ -86,6 +94,55 @@ class CostRecord(Record):
 
     dollars: float
     instances: dict[str, dict[str, float]]
+
+
+class DuplicatesRecord(Record):
+    """Groups of images that are the same, or nearly."""
+
+    n_groups: int
+    n_images: int
+    n_groups_across_classes: int
+
+
+class SilhouetteRecord(Record):
+    """Mean silhouettes; None where a class has too few images."""
+
+    mean: float | None
+    by_class: dict[str, float | None]
+
+
+class ConfusionRecord(Record):
+    """Shares of nearest neighbours by class of an image (rows) and of its neighbours (columns)."""
+
+    labels: tuple[str, ...]
+    share: tuple[tuple[float, ...], ...]
+
+
+class NeighborsRecord(Record):
+    """How often the nearest neighbours of an image are of its class."""
+
+    k: int
+    agreement: float | None
+    by_class: dict[str, float | None]
+    confusion: ConfusionRecord
+
+
+class VarianceRecord(Record):
+    """Explained variance ratios, and how many components reach a share of the variance."""
+
+    ratio: tuple[float, ...]
+    n_components: dict[str, int | None]
+
+
+class Quality(Record):
+    """`quality.json`: how well the features separate the classes."""
+
+    n_images: int
+    n_images_with_features: int
+    metric: str
+    silhouette: SilhouetteRecord
+    neighbors: NeighborsRecord
+    explained_variance: VarianceRecord | None = None
 
 
 class Manifest(Record):
@@ -117,9 +174,9 @@ class RunManifest(Manifest):
     images_per_partition: int = Field(ge=1)
     model: ModelRecord
     started: str | None = None
-    cluster: dict[str, Any] = {}
-    versions: dict[str, Any] = {}
-    seconds: dict[str, Any] = {}
+    cluster: ClusterRecord | None = None
+    versions: dict[str, Any] | None = None
+    seconds: dict[str, float | dict[str, float]] = {}
     config: dict[str, dict[str, Any]] = {}
     history: tuple[dict[str, Any], ...] = ()
     erasures: tuple[ErasureRecord, ...] = ()
@@ -138,6 +195,7 @@ class RunManifest(Manifest):
                 raise ValueError(f"no entry 'fingerprint.{part}'")
         if self.is_complete:
             missing = [name for name in ("finished", "counts") if getattr(self, name) is None]
+            missing += [f"config.{name}" for name in ("input", "output", "report") if name not in self.config]
             if missing:
                 raise ValueError(f"no entry {missing[0]!r}")
             self.read_settings("reduce", ReduceConfig)
@@ -204,12 +262,19 @@ class ExplorationManifest(Manifest):
 
     n_images: int | None = None
     n_ok: int | None = None
+    input_px: int | None = None
+    scale: str | None = None
+    near_duplicate_bits: int | None = None
+    duplicates: DuplicatesRecord | None = None
+    near_duplicates: DuplicatesRecord | None = None
+    metadata: dict[str, int] | None = None
 
     @model_validator(mode="after")
     def _check_complete(self) -> Self:
         """Require what every complete exploration writes."""
         if self.is_complete:
-            missing = [name for name in ("finished", "n_images", "n_ok") if getattr(self, name) is None]
+            own = [name for name in ExplorationManifest.model_fields if name not in Manifest.model_fields]
+            missing = [name for name in ("finished", *own) if getattr(self, name) is None]
             if missing or "catalog" not in self.fingerprint:
                 raise ValueError(f"no entry {(missing or ['fingerprint.catalog'])[0]!r}")
         return self
