@@ -1,6 +1,6 @@
-"""The stages in their order: a module for each verb of the API, and those that they share.
+"""The verbs of the API, one module each (`run`, `explore`, `plan`, `report`, `erase`, `verify`), and what they share.
 
-Verbs: `run`, `explore`, `plan`, `report`, `erase`, `verify`. Shared: what is read first (`inputs`), what there is to do (`preparation`,
-`changes`), the stages of a run (`featurize`, `reduce`, `results`), its cost (`budget`, `trial`), the record of processing (`record`), and
-what `verify` compares and mends (`check`, `repair`).
+Shared: the checked input (`inputs`), the pending work (`state`, `changes`), the stages of a run (`featurize`, `reduce`,
+`results`), its cost (`budget`, `trial`), the record of processing (`record`), and the halves of `verify` (`check`,
+`repair`).
 """

@@ -1,4 +1,4 @@
-"""What a run spends: seconds by stage; hours and dollars, noted and limited over all parts of a run that was interrupted."""
+"""Time and money: seconds per stage, and the limits on hours and dollars, which count across interruptions."""
 
 import time
 from collections import defaultdict
@@ -13,11 +13,11 @@ from fruitdask.errors import ConfigError, LimitError
 from fruitdask.store.schema import CostRecord
 from fruitdask.worker.fetch import Stopwatch
 
-_GO_ON = "what is stored stays; raise the limit and run again to go on"
+_GO_ON = "results so far are kept; raise the limit and run again to resume"
 
 
 class Clock(Stopwatch):
-    """Seconds by stage of a run, as passed on the wall."""
+    """Wall-clock seconds per stage of a run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Clock(Stopwatch):
 
 
 class Budget:
-    """What a run may spend, and has spent."""
+    """The limits of a run, and what it has spent."""
 
     def __init__(
         self,
@@ -53,40 +53,42 @@ class Budget:
         self._hour = compute_cluster_cost(cluster, _list_hour(cluster, region))
         if limits.max_cost is not None and self._hour.unpriced:
             raise ConfigError(
-                f"limits.max_cost needs a price for {', '.join(self._hour.unpriced)}, and none is known; give it in US dollars an hour: "
+                f"limits.max_cost needs a price for {', '.join(self._hour.unpriced)}, and none is known; set it in US "
+                "dollars per hour: "
                 "cluster.hourly_prices: {TYPE: PRICE}"
             )
 
     @property
     def spent_dollars(self) -> float:
-        """US dollars so far, those of earlier parts too."""
+        """US dollars spent so far, before interruptions too."""
         return self._before.dollars + compute_cluster_cost(self._cluster, self._list_usage()).dollars
 
     @property
     def elapsed_seconds(self) -> float:
-        """Seconds of this part so far."""
+        """Seconds since this command started."""
         return time.monotonic() - self._start
 
     @contextmanager
     def open_client(self) -> Iterator[Any]:
-        """Open a client of the cluster, whose instances end by themselves when a limit is reached."""
+        """Open a client of the cluster; its instances terminate themselves when a limit is reached."""
         self.check()
         with open_client(self._limit_lifetime()) as self._client:
             yield self._client
 
     def check(self) -> None:
-        """End a run that has reached a limit."""
+        """Stop a run that has reached a limit."""
         max_hours, max_cost = self._limits.max_hours, self._limits.max_cost
         hours = self.elapsed_seconds / 3600
         if max_hours is not None and hours >= max_hours:
             raise LimitError(f"the run has taken {hours:.2g} hours, and limits.max_hours is {max_hours:g}; {_GO_ON}")
         if max_cost is not None and self.spent_dollars >= max_cost:
             raise LimitError(
-                f"the run's instances have cost ${self.spent_dollars:.2f}, and limits.max_cost is ${max_cost:g}; {_GO_ON}"
+                f"the run's instances have cost ${self.spent_dollars:.2f}, and limits.max_cost is ${max_cost:g}; "
+                f"{_GO_ON}"
             )
 
     def describe(self) -> CostRecord | None:
-        """Describe what was spent, for the manifest; None where nothing costs."""
+        """Return the cost record of the manifest; None for a cluster that costs nothing."""
         groups: dict[str, list[Usage]] = defaultdict(list)
         for usage in self._list_usage():
             groups[f"spot {usage.instance_type}" if usage.is_spot else usage.instance_type].append(usage)
@@ -100,16 +102,16 @@ class Budget:
         has_own_prices = isinstance(self._cluster, EC2ClusterConfig) and self._cluster.hourly_prices
         prices_of = f"configuration, else {PRICES_OF}" if has_own_prices else PRICES_OF
         unpriced: dict[str, Any] = {"without_price": self._hour.unpriced} if self._hour.unpriced else {}
-        return CostRecord(
-            dollars=round(self.spent_dollars, 6), instances=instances, prices_of=prices_of, **unpriced
-        )
+        return CostRecord(dollars=round(self.spent_dollars, 6), instances=instances, prices_of=prices_of, **unpriced)
 
     def _list_usage(self) -> list[Usage]:
-        """List the instances of this part, those that have ended too."""
+        """List the instances of this command, terminated ones included."""
         return [] if self._client is None else list_usage(self._client)
 
     def _limit_lifetime(self) -> ClusterConfig:
-        """Let instances end when a limit is reached, for a run may hang too; the cost is that of all of them from the first second."""
+        """Limit the lifetime of instances, because a run may hang; all of them are assumed to cost from the first
+        second.
+        """
         limits, cluster = self._limits, self._cluster
         if not isinstance(cluster, EC2ClusterConfig):
             return cluster
@@ -130,7 +132,7 @@ def compute_cluster_cost(cluster: ClusterConfig, usages: Iterable[Usage]) -> Cos
 
 
 def _list_hour(cluster: ClusterConfig, region: str) -> list[Usage]:
-    """List what all instances of a cluster are used in an hour."""
+    """List one hour of use of all instances of a cluster."""
     if not isinstance(cluster, EC2ClusterConfig):
         return []
     scheduler_type, worker_type = cluster.types

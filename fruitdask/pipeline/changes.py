@@ -1,7 +1,7 @@
-"""An output whose input has changed since: which rows stay as they are, and which are computed.
+"""Compares an output with its input, which may have changed: which rows are kept, and which are computed.
 
-What is done is told by the outcome files alone: each says of which version of its files it is, and what the catalog has otherwise is
-computed again. So the next run resumes one that was interrupted at any point, whatever has become of the input meanwhile.
+Only the outcome files say what is done. Each names the versions of its image files, and a row with another version in
+the catalog is computed again. So a run resumes from any interruption, even if the input has changed meanwhile.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ from fruitdask.pipeline.inputs import Inputs
 from fruitdask.store.catalog import merge_listing
 from fruitdask.store.schema import ComponentsRecord
 
-#: What counts of changes are called in words, in this order.
-_WORDS = {"added": "new", "changed": "changed", "vanished": "vanished", "retried": "tried again", "kept": "kept"}
+#: Kinds of changes and their words, in the order in which they are shown.
+_WORDS = {"added": "new", "changed": "changed", "vanished": "vanished", "retried": "retried", "kept": "kept"}
 
 #: Rows compared at once.
 _ROWS_AT_ONCE = 65_536
@@ -28,33 +28,33 @@ _ROWS_AT_ONCE = 65_536
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The images of an output, in the order of its rows."""
+    """The images of an output in the order of its rows."""
 
-    #: The images; those that have vanished from the input are marked.
+    #: The catalog; images that are missing from the input are marked.
     catalog: pd.DataFrame
-    #: Images ``added``, ``changed``, ``vanished`` and ``kept`` since the store's own catalog was written; empty where
-    #: it has none.
+    #: Number of images ``added``, ``changed``, ``vanished`` and ``kept`` since the stored catalog was written; empty
+    #: without one.
     changes: dict[str, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Backlog:
+class PendingWork:
     """What a run has to compute."""
 
-    #: Partitions to compute, and the places in them; None stands for all.
+    #: Partitions to compute, each with the positions of its images to compute; None stands for all.
     todo: dict[int, tuple[int, ...] | None]
-    #: Images to read; those that have vanished are not read.
+    #: Number of images to read; missing ones are not read.
     n_images: int
-    #: Images that have failed and are not computed again; those that have vanished do not count.
+    #: Number of failed images that are not retried; missing ones do not count.
     n_failed: int
-    #: Images that had failed and are computed again because that was asked for, or because they were out of reach.
+    #: Number of failed images that are retried: on request, or because they could not be reached.
     n_retried: int
-    #: Partitions whose outcomes no task will change any more; those that are completed join them.
+    #: Partitions that are final; completed ones are added.
     done: set[int]
 
 
 def order_images(inputs: Inputs, *, has_commits: bool) -> Rows:
-    """Bring the images of the input into the order of the output's rows."""
+    """Order the images of the input like the rows of the output."""
     stored = store.read_catalog(inputs.output) if has_commits else None
     if stored is None:
         return Rows(inputs.catalog, {})
@@ -65,17 +65,17 @@ def order_images(inputs: Inputs, *, has_commits: bool) -> Rows:
     if 2 * n_left < n_before:
         raise StoreMismatchError(
             store.describe_mismatch(
-                inputs.output, f"only {n_left:,} of its {n_before:,} images are in this run's input"
+                inputs.output, f"only {n_left:,} of its {n_before:,} images are in the input of this run"
             )
         )
     return Rows(catalog, changes)
 
 
-def find_backlog(
+def find_pending(
     output: Location, rows: Rows, committed: frozenset[int], *, images_per_partition: int, retry_failed: bool
-) -> Backlog:
-    """Find what to compute: what is not committed, is of another version of the file, was out of reach, or failed where
-    that is asked for.
+) -> PendingWork:
+    """Find the rows to compute: not committed, of another version of the file, unreachable before, or failed and to be
+    retried.
     """
     catalog, n_images = rows.catalog, len(rows.catalog)
     is_present = (catalog["bytes"] != VANISHED_BYTES).to_numpy()
@@ -93,11 +93,11 @@ def find_backlog(
         is_failed[read.index] = read["status"] != "ok"
         is_out_of_reach[read.index] = read["status"] == "unreachable"
     is_failed &= is_done & is_present
-    # An image that could not be reached may be within reach by now.
+    # An image that could not be reached may be reachable now.
     is_retried = is_failed & (retry_failed | is_out_of_reach)
     is_done &= ~is_retried
     todo = _group(np.flatnonzero(~is_done), committed, images_per_partition)
-    return Backlog(
+    return PendingWork(
         todo,
         n_images=int((is_present & ~is_done).sum()),
         n_failed=int((is_failed & is_done).sum()),
@@ -107,7 +107,7 @@ def find_backlog(
 
 
 def format_changes(changes: Mapping[str, int]) -> str:
-    """Say in words what has changed.
+    """Describe changes in words.
 
     >>> format_changes({"added": 12, "changed": 0, "vanished": 1, "kept": 842})
     '12 new, 1 vanished, 842 kept'
@@ -116,7 +116,7 @@ def format_changes(changes: Mapping[str, int]) -> str:
 
 
 def carry_components(manifest: store.RunManifest | None, n_changed: int) -> ComponentsRecord | None:
-    """Return the record of the principal components of an earlier run, with so many more images changed since they were fitted."""
+    """Return the record of earlier principal components, with the changes since they were fitted."""
     if manifest is None or manifest.pca is None:
         return None
     fit = manifest.pca.fit
@@ -124,7 +124,7 @@ def carry_components(manifest: store.RunManifest | None, n_changed: int) -> Comp
 
 
 def _count_changes(stored: pd.DataFrame, catalog: pd.DataFrame) -> dict[str, int]:
-    """Count what is different in a catalog that goes on from another one."""
+    """Count the differences between a stored catalog and the one that extends it."""
     same = catalog.iloc[: len(stored)]
     was, is_there = ((table["bytes"] != VANISHED_BYTES).to_numpy() for table in (stored, same))
     is_equal = _equal(stored, same, ("label", *store.VERSION_COLUMNS))
@@ -137,14 +137,16 @@ def _count_changes(stored: pd.DataFrame, catalog: pd.DataFrame) -> dict[str, int
 
 
 def _equal(table: pd.DataFrame, other: pd.DataFrame, columns: tuple[str, ...]) -> npt.NDArray[np.bool_]:
-    """Tell in which rows some columns of two tables are equal, some at a time: classes are words in one and categories in the other."""
+    """Return a mask of rows that are equal in some columns; read in blocks, as classes are text in one table and
+    categories in the other.
+    """
     blocks = [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(table), _ROWS_AT_ONCE)]
     equal = [_equal_block(table.iloc[block], other.iloc[block], columns) for block in blocks]
     return np.concatenate([np.empty(0, bool), *equal])
 
 
 def _equal_block(table: pd.DataFrame, other: pd.DataFrame, columns: tuple[str, ...]) -> npt.NDArray[np.bool_]:
-    """Tell in which of few rows some columns are equal."""
+    """Return a mask of rows of a block that are equal in some columns."""
     pairs = (
         [each[name].astype("str") if name == "label" else each[name] for each in (table, other)] for name in columns
     )
@@ -155,7 +157,7 @@ def _equal_block(table: pd.DataFrame, other: pd.DataFrame, columns: tuple[str, .
 def _group(
     rows: npt.NDArray[np.int64], committed: frozenset[int], images_per_partition: int
 ) -> dict[int, tuple[int, ...] | None]:
-    """Group rows by partition; one that is not committed is computed as a whole."""
+    """Group rows by partition; a partition that is not committed is computed as a whole."""
     indices = rows // images_per_partition
     firsts = np.flatnonzero(np.diff(indices, prepend=-1))
     groups = np.split(rows, firsts[1:]) if len(rows) else []

@@ -1,4 +1,4 @@
-"""Checking the stored parts of a run against each other, partition by partition."""
+"""Checks the stored parts of a run against each other, partition by partition."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,27 +21,27 @@ from fruitdask.store import Fault
 if TYPE_CHECKING:
     from fruitdask.analysis.reduction import PrincipalComponents
 
-#: Partitions whose outcomes are in memory together, where no part of the results says how many.
+#: Partitions whose outcomes are held in memory at once, where the results do not determine it.
 _PARTITIONS_AT_ONCE = 256
-#: Partitions that are read at once, each of which has its features in memory.
+#: Partitions that are read at once; the features of each are in memory.
 _N_THREADS = 4
 #: Rounding of coordinates, stored as float32, relative to the spread along the first component.
 _SCORE_TOLERANCE = 1e-5
-#: Rounding of components, relative to the largest variance; those of the randomized solver depend on it more.
+#: Tolerance of components relative to the largest variance; the randomized solver is less exact.
 _TOLERANCES = {"exact": 1e-6, "randomized": 1e-3}
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run whose features can be opened."""
+    """A stored run whose features can be opened."""
 
     output: Location
     manifest: store.RunManifest
     arrays: Mapping[str, store.StoredArray]
     committed: frozenset[int]
-    #: Its principal components; None where there are none, or none that can be read.
+    #: Its principal components; None if it has none or they cannot be read.
     components: "PrincipalComponents | None"
-    #: Which image each row is of; None where nothing says it but the outcomes.
+    #: The catalog of its rows; None if that cannot be read.
     catalog: pd.DataFrame | None
 
     @property
@@ -51,7 +51,7 @@ class StoredRun:
 
     @property
     def has_components(self) -> bool:
-        """Whether it has principal components, be they damaged."""
+        """Whether it has principal components, even damaged ones."""
         return self.manifest.pca is not None
 
     @property
@@ -61,7 +61,7 @@ class StoredRun:
 
     @property
     def size(self) -> int:
-        """Images a partition."""
+        """Images per partition."""
         return self.manifest.images_per_partition
 
     @property
@@ -75,8 +75,8 @@ class StoredRun:
 
 
 @dataclass
-class Tally:
-    """What the partitions hold together."""
+class Totals:
+    """Sums over all partitions, and their faults."""
 
     faults: list[Fault] = field(default_factory=list)
     counts: report.Counts = field(default_factory=report.Counts)
@@ -93,29 +93,31 @@ class Tally:
         self.n_images += len(outcomes)
 
 
-def check_partitions(run: StoredRun, progress: RunProgress) -> Tally:
-    """Check all partitions that are done, and the tables that were made of them."""
-    tally, csv = Tally(), report.CsvComparison(run.output, n_images=run.n_images) if run.is_complete else None
+def check_partitions(run: StoredRun, progress: RunProgress) -> Totals:
+    """Check all committed partitions and the tables made from them."""
+    totals, csv = Totals(), report.CsvComparison(run.output, n_images=run.n_images) if run.is_complete else None
     progress.begin("Verifying partitions")
     progress.begin_images(run.n_images, n_done=run.n_images - sum(map(run.count_images, run.committed)))
     with ThreadPoolExecutor(_N_THREADS) as pool:
-        for first, indices, part in _list_pieces(run, tally.faults):
+        for first, indices, part in _list_pieces(run, totals.faults):
             if csv is not None and part is not None:
                 csv.add(part)
             check = partial(_check_partition, run, part, first)
             for index, (outcomes, faults) in zip(indices, pool.map(check, indices), strict=True):
-                tally.add(index, outcomes, faults)
+                totals.add(index, outcomes, faults)
                 n_images = run.count_images(index)
                 progress.advance(n_images, n_failed=n_images if faults else 0)
-    if csv is not None and (what := csv.finish()) and not _are_results_wrong(tally):
-        tally.faults.append(Fault(store.RESULTS_CSV, what, "reduce"))
-    if run.is_complete and tally.n_images == run.n_images:
-        tally.faults += _check_counts(run, tally)
-    return tally
+    if csv is not None and (what := csv.finish()) and not _are_results_wrong(totals):
+        totals.faults.append(Fault(store.RESULTS_CSV, what, "reduce"))
+    if run.is_complete and totals.n_images == run.n_images:
+        totals.faults += _check_counts(run, totals)
+    return totals
 
 
 def _list_pieces(run: StoredRun, faults: list[Fault]) -> Iterator[tuple[int, list[int], pd.DataFrame | None]]:
-    """List pieces of the run: the first partition, those that are done, and the part of the results that holds them, if there is one."""
+    """Yield groups of partitions: the first one, the committed ones, and the part of the results that holds them, if
+    any.
+    """
     first = 0
     for name in report.list_parts(run.output) if run.is_complete else []:
         try:
@@ -128,7 +130,7 @@ def _list_pieces(run: StoredRun, faults: list[Fault]) -> Iterator[tuple[int, lis
         first = end
     else:
         if run.is_complete and first != run.n_partitions:
-            faults.append(Fault(store.RESULTS, "it does not have a row for each image", "reduce"))
+            faults.append(Fault(store.RESULTS, "it does not have one row per image", "reduce"))
     for start in range(first, run.n_partitions, _PARTITIONS_AT_ONCE):
         end = min(start + _PARTITIONS_AT_ONCE, run.n_partitions)
         yield start, [index for index in range(start, end) if index in run.committed], None
@@ -137,56 +139,60 @@ def _list_pieces(run: StoredRun, faults: list[Fault]) -> Iterator[tuple[int, lis
 def _check_partition(
     run: StoredRun, part: pd.DataFrame | None, first: int, index: int
 ) -> tuple[pd.DataFrame | None, list[Fault]]:
-    """Check a partition and its rows of the results; gives its outcomes too, but not its features, which would fill the memory."""
+    """Check a partition and its rows of the results; returns its outcomes, but not its features, which would fill the
+    memory.
+    """
     checked = store.check_partition(run.output, run.arrays, index, may_grow=not run.is_complete)
     faults, outcomes = list(checked.faults), checked.outcomes
     if run.catalog is not None and outcomes is not None:
         expected = run.catalog.iloc[index * run.size :].iloc[: len(outcomes)]
-        # Classes that have changed are no fault before they are computed again.
+        # A changed class is not a fault until the run is complete.
         for name in ("path", "label") if run.is_complete else ("path",):
             if not np.array_equal(expected[name].astype(str), outcomes[name].astype(str)):
                 what = f"its {name}s are not those in {store.CATALOG}"
                 faults.append(Fault(f"partition {index}", what, "compute", index))
     if part is not None and outcomes is not None:
         start = (index - first) * run.size
-        # Without components there must be no coordinates either.
+        # Without components there must be no coordinates.
         scores, tolerance = None if run.has_components else np.empty((len(outcomes), 0)), 0.0
         if run.components is not None and checked.features is not None:
             scores = run.components.transform(checked.features)
             tolerance = _SCORE_TOLERANCE * float(np.sqrt(run.components.explained_variance[0]))
         rows = part.iloc[start : start + run.size]
         if run.catalog is not None and not _are_splits_equal(rows, run.catalog.iloc[index * run.size :]):
-            faults.append(Fault(f"{store.RESULTS}, partition {index}", f"split is not that in {store.CATALOG}", "reduce"))
+            faults.append(
+                Fault(f"{store.RESULTS}, partition {index}", f"split is not that in {store.CATALOG}", "reduce")
+            )
         for what in report.compare_rows(rows, outcomes, scores, tolerance=tolerance):
             faults.append(Fault(f"{store.RESULTS}, partition {index}", what, "reduce"))
     return outcomes, faults
 
 
 def _are_splits_equal(rows: pd.DataFrame, images: pd.DataFrame) -> bool:
-    """Tell whether rows of the results have the splits of the first of some images, or both have none."""
+    """Whether rows of the results have the splits of their images, or neither has any."""
     if "split" not in rows or "split" not in images:
         return "split" not in rows and "split" not in images
     return np.array_equal(rows["split"].to_numpy(), images["split"].iloc[: len(rows)].to_numpy())
 
 
-def _are_results_wrong(tally: Tally) -> bool:
-    """Tell whether the results are wrong, so that nothing follows from a difference to them."""
-    return any(fault.where.startswith(store.RESULTS) for fault in tally.faults)
+def _are_results_wrong(totals: Totals) -> bool:
+    """Whether the results themselves are wrong, so that a difference from them means nothing."""
+    return any(fault.where.startswith(store.RESULTS) for fault in totals.faults)
 
 
-def _check_counts(run: StoredRun, tally: Tally) -> Iterator[Fault]:
-    """Check what the manifest and the table of failures say about all outcomes."""
-    counts = {"by_status": dict(tally.counts.by_status), "by_class": tally.counts.by_class()}
+def _check_counts(run: StoredRun, totals: Totals) -> Iterator[Fault]:
+    """Compare the counts in the manifest and the table of failures with all outcomes."""
+    counts = {"by_status": dict(totals.counts.by_status), "by_class": totals.counts.by_class()}
     for name, found in counts.items():
         if (said := getattr(run.manifest.counts, name)) != found:
-            what = f"counts.{name} is not what the outcomes say: expected {found}, found {said}"
+            what = f"counts.{name} disagrees with the outcomes: expected {found}, found {said}"
             yield Fault(store.MANIFEST, what, "reduce")
-    if what := report.check_failures(run.output, pd.concat(tally.failures)):
+    if what := report.check_failures(run.output, pd.concat(totals.failures)):
         yield Fault(store.FAILURES, what, "reduce")
 
 
 def read_components(output: Location, *, n_features: int) -> "tuple[PrincipalComponents | None, list[Fault]]":
-    """Read the principal components of a run, and check that they can be used."""
+    """Read the principal components of a run and check their shapes."""
     from fruitdask.analysis.reduction import PrincipalComponents
 
     faults = list(store.check_arrays(output, store.COMPONENTS, COMPONENT_ARRAYS, "reduce"))
@@ -199,7 +205,7 @@ def read_components(output: Location, *, n_features: int) -> "tuple[PrincipalCom
 
 
 def check_components(run: StoredRun) -> Iterator[Fault]:
-    """Fit the principal components of a complete run again, and compare."""
+    """Fit the principal components of a complete run again and compare."""
     import dask
 
     from fruitdask.analysis.reduction import compare_components
@@ -218,4 +224,4 @@ def check_components(run: StoredRun) -> Iterator[Fault]:
         or len(said.explained_variance_ratio) != len(ratios)
         or not np.allclose(said.explained_variance_ratio, ratios, rtol=0, atol=1e-6)
     ):
-        yield Fault(store.MANIFEST, f"pca is not what {store.COMPONENTS} says", "reduce")
+        yield Fault(store.MANIFEST, f"pca disagrees with {store.COMPONENTS}", "reduce")

@@ -1,4 +1,4 @@
-"""Erasing images from the results of a run (GDPR, article 17)."""
+"""Erases images from the results of a run (GDPR, article 17)."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,7 +32,7 @@ from fruitdask.store.schema import ErasureRecord
 
 @dataclass(frozen=True, eq=False)
 class ErasurePlan:
-    """Which images of a run an erasure is about."""
+    """The images of a run, and which of them are to be erased."""
 
     config: Config
     patterns: tuple[str, ...] = field(repr=False)
@@ -47,32 +47,32 @@ class ErasurePlan:
 
     @property
     def n_erased(self) -> int:
-        """Images to erase."""
+        """Number of images to erase."""
         return int(self.is_erased.sum())
 
     @property
     def n_in_input(self) -> int | None:
-        """Images in the input that match; None where it cannot be listed."""
+        """Number of matching images in the input; None if that cannot be listed."""
         return None if self.listing is None else int(match_paths(self.listing["path"], self.patterns).sum())
 
 
 @dataclass(frozen=True)
 class Erasure:
     """
-    What was erased, in numbers.
+    Counts of an erasure, and the new results.
 
     Parameters
     ----------
     n_erased : int
         Images that were erased.
     n_images : int
-        Images that there were before.
+        Images before.
     n_in_input : int or None
-        Images that are still in the input and would be read by the next run; None where it cannot be listed.
+        Erased images that are still in the input, where the next run would read them; None if it cannot be listed.
     keeps_versions : bool
-        Whether the output is a bucket that keeps older versions of objects.
+        Whether the output is a bucket that keeps old versions of objects.
     result : RunResult or None
-        The results without them; None where the run was not complete, so that there were none.
+        The results without the erased images; None if the run was not complete.
     """
 
     n_erased: int
@@ -86,21 +86,21 @@ def erase(
     config: Config, patterns: Sequence[str], *, client: Any = None, progress: RunProgress | None = None
 ) -> Erasure:
     """
-    Erase images from the results of a run, and compute what depends on all images again without them.
+    Erase images from the results of a run, and compute everything that depends on all images again without them.
 
-    Their rows, names, features and thumbnails are deleted, not marked; the manifest keeps how many there were, and when. The images
-    themselves stay where they are.
+    Their rows, names, features and thumbnails are deleted, not marked as deleted. The manifest records their number and
+    the time. The image files themselves are not touched.
 
     Parameters
     ----------
     config : Config
         The configuration of the run.
     patterns : Sequence[str]
-        Patterns of paths relative to ``input.url``, as of Python's ``fnmatch.fnmatchcase``: ``*`` stands for slashes too.
+        Patterns of paths relative to ``input.url``, as for ``fnmatch.fnmatchcase``: ``*`` matches slashes too.
     client : distributed.Client, optional
-        A cluster to use instead of the one that the configuration describes; it is left open.
+        A cluster to use instead of the configured one; it is left open.
     progress : RunProgress, optional
-        Where to show progress; nowhere by default.
+        Shows progress; silent by default.
 
     Returns
     -------
@@ -110,14 +110,14 @@ def erase(
     Raises
     ------
     FruitdaskError
-        If nothing matches, or there is no run; or if the results cannot be computed again, which its message says.
+        If nothing matches, there is no run, or the results cannot be computed again.
     """
     leave_imported_script()
     return carry_out(plan_erasure(config, patterns), client=client, progress=progress)
 
 
 def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
-    """Find the images of a run that match patterns. An erasure that was interrupted is finished first."""
+    """Find the images of a run that match patterns, after finishing an interrupted erasure."""
     if config.privacy.allowed_regions is not None:
         check_regions(config)
     output = open_output(config)
@@ -136,18 +136,19 @@ def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
     is_erased = match_paths(images["path"], patterns)
     if not is_erased.any():
         raise ConfigError(
-            f"{output.url}: none of the {len(images):,} images there matches; expected patterns of paths relative to input.url, "
+            f"{output.url}: none of the {len(images):,} images matches; expected paths relative to input.url or "
+            "patterns of them, "
             "such as 'pear_1/r0_0.jpg' or '*/IMG_20*'"
         )
     if is_erased.all():
         raise ConfigError(
-            f"{output.url}: all {len(images):,} images there match, so that nothing would be left; delete the folder instead"
+            f"{output.url}: all {len(images):,} images match, so nothing would be left; delete the folder instead"
         )
     return ErasurePlan(config, tuple(patterns), images, is_erased, listing, is_complete, size)
 
 
 def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | None = None) -> Erasure:
-    """Erase what was planned, and compute the results again."""
+    """Erase the planned images, and compute the results again."""
     progress = progress or RunProgress()
     with progress:
         progress.begin("Erasing")
@@ -164,7 +165,7 @@ def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | 
 
 
 def remove_images(plan: ErasurePlan) -> None:
-    """Remove images from what a run has stored, and delete all that was made of it."""
+    """Remove images from the stored features and outcomes, and delete everything made from them."""
     output = open_output(plan.config)
     manifest, kept = _read_run(output), plan.images[~plan.is_erased]
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -184,27 +185,27 @@ def remove_images(plan: ErasurePlan) -> None:
 
 
 def _read_run(output: Location) -> store.RunManifest:
-    """Read the manifest of a run, or say what there is instead."""
+    """Read the manifest of a run, or raise an error that says what is there instead."""
     manifest, exploration = store.read_run(output), store.read_exploration_manifest(output)
     if manifest is not None:
         return manifest
     if exploration is not None:
         raise OutputError(
-            f"{output.url}: expected the results of a run, found an exploration alone, all of which is made of the images again: "
-            "delete them from the input, or name them in input.exclude, and use fruitdask explore with --overwrite"
+            f"{output.url}: expected the results of a run, found only an exploration; to erase images from it, "
+            "delete them from the input or name them in input.exclude, and use fruitdask explore with --overwrite"
         )
     raise OutputError(f"{output.url}: expected the results of a run, found none; check output.url")
 
 
 def _list_input(config: Config) -> pd.DataFrame | None:
-    """List the input, if that is possible."""
+    """List the input; None if that fails."""
     with suppress(CatalogError, StorageError):
         return list_images(config.input)
     return None
 
 
 def _run_without(plan: ErasurePlan, client: Any, progress: RunProgress) -> RunResult:
-    """Run again without the images, wherever they still are."""
+    """Run again without the erased images, even if they are still in the input."""
     config = plan.config
     without = config.input.model_copy(update={"exclude": (*config.input.exclude, *plan.patterns)})
     kept = config.output.model_copy(update={"overwrite": False})
@@ -212,13 +213,14 @@ def _run_without(plan: ErasurePlan, client: Any, progress: RunProgress) -> RunRe
         return run(config.model_copy(update={"input": without, "output": kept}), client=client, progress=progress)
     except FruitdaskError as error:
         raise type(error)(
-            f"{plan.n_erased:,} of {len(plan.images):,} images were erased; the results must still be computed without them, "
-            f"by fruitdask run: {error}"
+            f"{plan.n_erased:,} of {len(plan.images):,} images were erased, but the results could not be computed "
+            "without them; "
+            f"use fruitdask run: {error}"
         ) from error
 
 
 def _keeps_versions(output: Location) -> bool:
-    """Ask a bucket whether it keeps, or has kept, older versions of objects; a refusal counts as no."""
+    """Whether a bucket keeps, or has kept, old versions of objects; a refusal counts as no."""
     if not output.url.startswith(("s3://", "s3a://")):
         return False
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""An exploration: by itself, or along with a run, whose tasks look at the images while they have them."""
+"""Explores images: alone, or during a run, whose tasks have the images in memory anyway."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
@@ -28,26 +28,26 @@ from fruitdask.worker.models import choose_input_px
 
 def explore(config: Config, *, client: Any = None, progress: RunProgress | None = None) -> Exploration:
     """
-    Find out what the images are like, before any network looks at them; figures and a page are written too.
+    Describe the images without a network: sizes, colours, duplicates, metadata; write tables, figures and a page.
 
     Parameters
     ----------
     config : Config
-        What to look at, from `fruitdask.load_config`.
+        Names the images and the output, from `fruitdask.load_config`.
     client : distributed.Client, optional
-        A cluster to use instead of the one that the configuration describes; it is left open.
+        A cluster to use instead of the configured one; it is left open.
     progress : RunProgress, optional
-        Where to show progress; nowhere by default.
+        Shows progress; silent by default.
 
     Returns
     -------
     Exploration
-        Tables of images and classes, and thumbnails. What an earlier exploration or run has found about the same images is read.
+        Tables of images and classes, and thumbnails; read from the output if the same images were explored before.
 
     Raises
     ------
     FruitdaskError
-        If something is wrong; the subclasses in `fruitdask.errors` tell what.
+        If something is wrong; see the subclasses in `fruitdask.errors`.
     """
     leave_imported_script()
     progress = progress or RunProgress()
@@ -58,27 +58,27 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | None 
             progress.say(f"Note: {note}.")
         stack.enter_context(store.locked(inputs.output))
         resolve_erasure(inputs, progress)
-        # Other images in the folder of a run: its report would mix them up.
+        # The report of a run must not show other images.
         store.check_output(inputs.output, inputs.fingerprint, overwrite=config.output.overwrite)
-        survey = Survey(inputs, images_per_partition=choose_partition_size(len(inputs.catalog)))
-        if config.output.overwrite or not survey.is_done:
+        exploration = ImageExploration(inputs, images_per_partition=choose_partition_size(len(inputs.catalog)))
+        if config.output.overwrite or not exploration.is_done:
             progress.begin("Starting the cluster")
             with nullcontext(client) if client is not None else open_client(config.cluster) as client:
                 if config.output.overwrite:
                     store.clear_output(inputs.output)
-                survey.complete(client, progress)
+                exploration.complete(client, progress)
         else:
-            survey.renew_record()
+            exploration.renew_record()
         progress.begin("Drawing")
         render(config, inputs.output)
     found = read_exploration(inputs.output)
     if found is None:
-        raise OutputError(f"{inputs.output.url}: the exploration was deleted as soon as it was written; explore again")
+        raise OutputError(f"{inputs.output.url}: the exploration was deleted while it was written; explore again")
     return found
 
 
-class Survey:
-    """The exploration of some images: what it is, whether it is done, and how it gets done."""
+class ImageExploration:
+    """The exploration of the images of an input, and its state in the output folder."""
 
     def __init__(self, inputs: Inputs, *, images_per_partition: int) -> None:
         self._inputs = inputs
@@ -112,7 +112,7 @@ class Survey:
         return all(exists(self._inputs.output.child(name)) for name in names)
 
     def begin(self) -> ExploreJob:
-        """Make the output folder ready, for tasks that look at images before the survey is completed."""
+        """Prepare the output folder, so that tasks of a run can explore their images."""
         output, self._has_begun = self._inputs.output, True
         store.write_manifest(output, self._manifest)
         store.create_thumbnails(
@@ -124,11 +124,11 @@ class Survey:
         return self._job
 
     def add(self, findings: Findings) -> None:
-        """Take what the task of a run has found."""
+        """Add the findings of a task of a run."""
         self._tally.add(findings)
 
     def complete(self, client: Any, progress: RunProgress) -> None:
-        """Look at the images that were not looked at, put everything together and write it."""
+        """Explore the remaining images, combine all findings and write them."""
         if not self._has_begun:
             self.begin()
         config, written = self._inputs.config, self._inputs.output.child(store.EXPLORATION)
@@ -149,9 +149,7 @@ class Survey:
         store.delete_thumbnails(self._inputs.output)
 
     def renew_record(self) -> None:
-        """Say in a complete exploration what is left out now, and what the configuration says of purpose, controller and
-        retention.
-        """
+        """Update the record of processing and the counts of files left out in a complete exploration."""
         found = store.read_exploration_manifest(self._inputs.output)
         if found is None:
             return
@@ -161,7 +159,7 @@ class Survey:
             store.write_manifest(self._inputs.output, renewed)
 
     def _look(self, client: Any, progress: RunProgress) -> None:
-        """Look at the images that no task of a run has looked at."""
+        """Explore the images that no task of a run has explored."""
         todo = [partition for partition in self._split() if partition not in self._tally]
         if not todo:
             return

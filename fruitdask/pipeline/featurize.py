@@ -1,4 +1,4 @@
-"""The first stage of a run: images to features, on a cluster that is started for it, if there is anything to compute."""
+"""The first stage of a run: images to features. A cluster is started only if there is something to compute."""
 
 import platform
 from collections import Counter
@@ -22,7 +22,7 @@ from fruitdask.core.progress import RunProgress
 from fruitdask.core.version import __version__
 from fruitdask.errors import PartitionError, TooManyFailuresError
 from fruitdask.pipeline.changes import carry_components
-from fruitdask.pipeline.explore import Survey
+from fruitdask.pipeline.explore import ImageExploration
 from fruitdask.pipeline.inputs import dump_config
 from fruitdask.pipeline.record import describe_processing, describe_protection
 from fruitdask.pipeline.state import RunState
@@ -34,32 +34,34 @@ if TYPE_CHECKING:
 
 #: Packages whose versions can change what a run computes.
 _PACKAGES = ("dask", "distributed", "keras", "numpy", "pillow", "scikit-learn", "zarr")
-#: Partitions that the client writes at once; it waits for the storage most of the time.
+#: Partitions that the client writes concurrently; it mostly waits for the storage.
 _N_MARKED_AT_ONCE = 16
 
 
 def compute_features(
-    state: RunState, progress: RunProgress, *, client: Any, stack: ExitStack, survey: Survey | None
+    state: RunState, progress: RunProgress, *, client: Any, stack: ExitStack, exploration: ImageExploration | None
 ) -> tuple[Any, store.RunManifest]:
-    """Start what is needed and featurize; returns the client and the manifest of a run that has all features."""
+    """Start the cluster, build the network and featurize; returns the client and the manifest of a run that has all
+    features.
+    """
     progress.begin("Starting the cluster and building the network")
     with state.clock.measure("start"):
         client, artifact = _start(state, client, stack)
-    # Dask serves its health and metrics there where no dashboard is wanted.
+    # Without a dashboard, Dask still serves health and metrics at that address.
     is_wanted = getattr(state.config.cluster, "dashboard_address", "") is not None
     if is_wanted and "dashboard" in client.scheduler_info()["services"]:
         progress.say(f"Dask dashboard: {client.dashboard_link}")
     manifest = _begin_output(state, _describe_computation(state, artifact, client), client)
     with state.clock.measure("featurize"):
-        seconds = _featurize(state, artifact, client, survey, progress)
+        seconds = _featurize(state, artifact, client, exploration, progress)
     return client, manifest.change(seconds={"worker": seconds})
 
 
 def record_vanished(state: RunState, manifest: store.RunManifest, progress: RunProgress) -> store.RunManifest:
-    """Record images that have vanished, where nothing is to be computed: without a cluster, and without a network."""
+    """Record missing images if nothing else is pending; needs neither a cluster nor a network."""
     from fruitdask.worker.featurize import mark_vanished
 
-    progress.begin("Recording images that are gone")
+    progress.begin("Recording missing images")
     manifest = _begin_output(state, manifest.dump())
     mark = partial(mark_vanished, output=state.output, n_features=manifest.model.n_features)
     todo = _list_todo(state)
@@ -72,17 +74,18 @@ def record_vanished(state: RunState, manifest: store.RunManifest, progress: RunP
 
 
 def check_failures(state: RunState, n_failed: int) -> None:
-    """End a run in which too many images of the input have failed, and write down which."""
+    """Stop a run in which too many images have failed, and write the table of failures."""
     limit = state.config.featurize.max_failed_fraction
     if n_failed <= limit * state.n_listed:
         return
-    tables = store.read_outcomes(state.output, sorted(state.backlog.done))
+    tables = store.read_outcomes(state.output, sorted(state.pending.done))
     failures = [table[table["status"] != "ok"] for table in tables]
     report.write_failures(state.output, pd.concat(failures))
     raise TooManyFailuresError(
-        f"{n_failed:,} of {state.n_listed:,} images failed, more than featurize.max_failed_fraction ({limit:g}) allows; see "
+        f"{n_failed:,} of {state.n_listed:,} images failed, more than featurize.max_failed_fraction ({limit:g}) "
+        "allows; see "
         f"{state.output.child(store.FAILURES).url} for the reasons; "
-        "mend the images or raise the limit, and run again to go on"
+        "repair the images or raise the limit, and run again to resume"
     )
 
 
@@ -95,18 +98,18 @@ def _start(state: RunState, client: Any, stack: ExitStack) -> tuple[Any, ModelAr
     with start_building(model) as wait_for_artifact:
         client = client or stack.enter_context(state.budget.open_client())
         preparing = prepare_workers(client, model.engine)
-        # The workers and the child are busy for seconds: time to import what reducing will need.
+        # The workers and the child take seconds, in which the client imports what reducing needs.
         import_module("dask.array")
         artifact = wait_for_artifact()
     for future in preparing:
-        # A worker without the engine would fail with each task; better now, before anything is written.
+        # A worker without the engine would fail every task: fail now, before anything is written.
         if future.status == "error":
             future.result()
     return client, artifact
 
 
 def _check_reduction(state: RunState, n_features: int | None = None) -> None:
-    """Refuse before anything is computed what the reduction would refuse; too few images for any components are no error."""
+    """Refuse impossible settings of the reduction before anything is computed; too few images are not an error."""
     from fruitdask.analysis.reduction import MIN_IMAGES, check_n_components, check_solver
 
     settings, n_images = state.config.reduce, state.n_listed
@@ -118,7 +121,7 @@ def _check_reduction(state: RunState, n_features: int | None = None) -> None:
 
 
 def _begin_output(state: RunState, computation: dict[str, Any], client: Any = None) -> store.RunManifest:
-    """Write the manifest of a run that begins, and make room; `computation` says how features are computed."""
+    """Write the manifest of a run that begins and prepare the store; `computation` says how features are computed."""
     n_features = computation["model"]["n_features"]
     _check_reduction(state, n_features)
     if state.config.output.overwrite:
@@ -156,7 +159,7 @@ def _begin_output(state: RunState, computation: dict[str, Any], client: Any = No
 
 
 def _make_room(state: RunState, n_features: int, attributes: dict[str, Any]) -> None:
-    """Make the store ready for all images: an empty one where nothing is committed, else the one that is there, where it has to grow."""
+    """Create the store if nothing is committed; otherwise extend it for new images."""
     catalog, output, changes = state.rows.catalog, state.output, state.rows.changes
     if not state.committed:
         store.create_store(
@@ -169,33 +172,33 @@ def _make_room(state: RunState, n_features: int, attributes: dict[str, Any]) -> 
         store.write_catalog(output, catalog)
     elif changes:
         store.write_catalog(output, catalog)
-        # Also where the catalog says so already: a run that was interrupted may have come so far and no further.
+        # Even if the catalog is up to date: an interrupted run may have written the catalog only.
         store.resize_store(output, n_images=len(catalog), attributes=attributes)
 
 
 def _featurize(
-    state: RunState, artifact: ModelArtifact, client: Any, survey: Survey | None, progress: RunProgress
+    state: RunState, artifact: ModelArtifact, client: Any, exploration: ImageExploration | None, progress: RunProgress
 ) -> dict[str, float]:
-    """Featurize what has no commit mark, and look at the images meanwhile; gives the seconds of all workers by stage."""
+    """Featurize the pending partitions, exploring their images too; returns the seconds of all workers per stage."""
     from fruitdask.worker.featurize import FeaturizeJob, featurize_partition, probe_partition
 
-    explore_job = survey.begin() if survey is not None else None
+    explore_job = exploration.begin() if exploration is not None else None
     is_in_order = state.rows.catalog["path"].equals(state.inputs.catalog["path"])
     if explore_job is not None and (explore_job.input_px != artifact.input_px or not is_in_order):
         explore_job = None
     job = FeaturizeJob(state.inputs.source, state.output, explore_job)
     seconds: Counter[str] = Counter()
-    backlog, n_failed = state.backlog, state.backlog.n_failed
+    pending, n_failed = state.pending, state.pending.n_failed
     progress.begin("Featurizing")
-    progress.begin_images(state.n_listed, n_done=state.n_listed - backlog.n_images)
+    progress.begin_images(state.n_listed, n_done=state.n_listed - pending.n_images)
 
     def note(summary: "PartitionSummary") -> None:
         nonlocal n_failed
         n_failed += summary.n_failed
-        backlog.done.add(summary.index)
+        pending.done.add(summary.index)
         seconds.update(summary.seconds)
-        if survey is not None and summary.findings is not None:
-            survey.add(summary.findings)
+        if exploration is not None and summary.findings is not None:
+            exploration.add(summary.findings)
         progress.advance(summary.n_images, n_failed=summary.n_failed)
         check_failures(state, n_failed)
         state.budget.check()
@@ -208,21 +211,21 @@ def _featurize(
             client, featurize_partition, todo, job, delivered=artifact, on_result=note, probe=probe_partition
         )
     except PartitionError:
-        # A cluster that is lost may have ended because a limit was reached.
+        # The cluster may have terminated because a limit was reached.
         state.budget.check()
         raise
     return {stage: round(value, 3) for stage, value in seconds.items()}
 
 
 def _list_todo(state: RunState) -> Iterator[Partition]:
-    """List the partitions that are to be written, with what is to be computed of each."""
-    todo = state.backlog.todo
+    """Yield the pending partitions, with the positions to compute in each."""
+    todo = state.pending.todo
     parts = split_catalog(state.rows.catalog, state.images_per_partition)
     return (replace(part, rows=todo[part.index]) for part in parts if part.index in todo)
 
 
 def _describe_computation(state: RunState, artifact: ModelArtifact, client: Any) -> dict[str, Any]:
-    """Say in the manifest what computes the features: which network, on which cluster."""
+    """Return the entries of the manifest on the network, the cluster and the versions."""
     return {
         "model": {
             "name": artifact.name,

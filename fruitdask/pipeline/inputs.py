@@ -1,4 +1,4 @@
-"""What every command begins with: places that can be used, and the images that are there."""
+"""The first step of most commands: check input and output, and list the images."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from fruitdask.worker.models import choose_batch_size
 
 @dataclass(frozen=True)
 class Inputs:
-    """A configuration whose places were checked, and the images that it names."""
+    """A configuration whose input and output were checked, and its images."""
 
     config: Config
     #: Where the images are and how to read them.
@@ -33,14 +33,14 @@ class Inputs:
     catalog: pd.DataFrame
     #: The regions of the input, the output and the cluster, from `fruitdask.cluster.regions`.
     regions: dict[str, str]
-    #: Files of the input that are not taken, by kind.
+    #: Number of files of the input that are left out, by kind.
     left_out: Mapping[str, int] = field(default_factory=dict)
-    #: What the user is told about how the images were listed.
+    #: Notes for the user on how the images were listed.
     notes: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What determines the pixels: the images, and how they are decoded."""
+        """What determines the pixels: the versions of the images, and how they are decoded."""
         return {
             "catalog": hash_catalog(self.catalog),
             "decoding": describe_settings("featurize", self.config.featurize, DECODING),
@@ -48,7 +48,7 @@ class Inputs:
 
 
 def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
-    """Check the places of a configuration, draw the sample where it asks for one, and list the images."""
+    """Check input and output, draw the sample if one is configured, and list the images."""
     source = Location(config.input.url, config.input.storage_options)
     output = open_output(config)
     _check_places(source, output)
@@ -58,7 +58,8 @@ def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
     regions = check_regions(config, scheduler=scheduler) if config.privacy.allowed_regions is not None else None
     if config.input.sample is not None and not source.is_local:
         raise ConfigError(
-            f"input.sample draws into a local folder, but input.url is {source.url}; draw with: fruitdask sample FOLDER"
+            f"input.sample: expected input.url to be a local folder, found {source.url}; draw one with: fruitdask "
+            "sample FOLDER"
         )
     if config.input.sample is not None and not exists(source):
         sample = config.input.sample
@@ -69,9 +70,9 @@ def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
     if output.is_s3:
         check_bucket(output)
     if regions is None:
-        # For the record alone, so whatever is wrong with the input was said before.
+        # Only for the record: problems of the input were reported above.
         regions = find_regions(config, scheduler=scheduler)
-    # Reading an image is tried again here and counted; the client must not multiply that.
+    # Reads of images are retried and counted elsewhere; the storage must not retry them too.
     images = ImageSource(replace(pin(source), attempts=1), **options)
     return Inputs(config, images, output, listing.files, regions, listing.left_out, listing.notes)
 
@@ -82,22 +83,21 @@ def resolve_erasure(inputs: Inputs, progress: RunProgress) -> None:
     manifest = store.read_run(inputs.output)
     if manifest is not None and manifest.erasures and inputs.config.output.overwrite:
         progress.say(
-            "Warning: images were erased from the results that are overwritten; those that are still in the input come back, "
-            "but for what input.exclude names."
+            "Warning: images were erased from the results that are overwritten; those that are still in the input will "
+            "be "
+            "included again unless input.exclude names them."
         )
 
 
 def open_output(config: Config) -> Location:
-    """Name the output folder of a configuration."""
+    """Return the output folder of a configuration."""
     return Location(config.output.url, config.output.storage_options, config.output.attempts)
 
 
 def dump_config(config: Config) -> dict[str, Any]:
-    """Write a configuration out without storage options, without what may be secret in URLs, and without the names of
-    excluded images.
-    """
+    """Return a configuration as JSON, without storage options, secrets in URLs and the names of excluded images."""
     options = {"storage_options"}
-    # What is handed to containers and shells may hold secrets, against all advice.
+    # Settings for containers and shells may hold secrets, although they should not.
     cluster = {"env_vars", "docker_args", "extra_bootstrap", "worker_options", "scheduler_options"}
     exclude = {"input": options | {"exclude"}, "model": options, "output": options, "cluster": cluster}
     dumped: dict[str, Any] = json.loads(config.model_dump_json(exclude=exclude))
@@ -108,9 +108,9 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 def _check_places(source: Location, output: Location) -> None:
-    """Refuse an output that would be listed as input the next time, or that cannot be a folder."""
+    """Refuse an output inside the input, which would be listed as input next time, or one that cannot be a folder."""
     if output.is_archive:
-        raise ConfigError(f"output.url {output.url}: expected a folder, found a place in an archive; choose another one")
+        raise ConfigError(f"output.url {output.url}: expected a folder, found an archive; choose another one")
     inner, outer = (os.path.realpath(place.path) if place.is_local else place.path for place in (output, source))
     if f"{inner}/".startswith(f"{outer}/") and type(output.fs) is type(source.fs):
         raise ConfigError(f"output.url {output.url} lies inside input.url {source.url}; choose a folder outside it")
@@ -119,16 +119,17 @@ def _check_places(source: Location, output: Location) -> None:
 
 
 def _check_reach(source: Location, output: Location) -> None:
-    """Refuse folders of this machine for instances elsewhere."""
+    """Refuse local folders for instances on EC2."""
     for key, place in (("input.url", source), ("output.url", output)):
         if place.base.is_local:
             raise ConfigError(
-                f"{key} {place.url} is on this machine, where instances of cluster.kind: ec2 cannot reach it; put it on s3://"
+                f"{key} {place.url} is on this machine, which the instances of cluster.kind: ec2 cannot read; put it "
+                "on s3://"
             )
 
 
 def _check_writable(output: Location) -> None:
-    """Refuse a local folder that cannot be made or written, before anything is."""
+    """Refuse a local folder that cannot be created or written."""
     path = output.path
     while not os.path.lexists(path):
         path = os.path.dirname(path)

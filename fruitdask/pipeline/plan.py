@@ -1,4 +1,4 @@
-"""What a run will take: time, memory, machines and money, as far as that can be known before."""
+"""Estimates a run before it starts: time, memory, machines and money."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -25,26 +25,28 @@ from fruitdask.pipeline.inputs import Inputs
 from fruitdask.pipeline.trial import Sample, try_images
 from fruitdask.worker.models import settle_engine, start_building
 
-#: An instance needs this many times the memory that was measured: the system takes some, and images differ.
+#: Instances need this many times the measured memory: the system takes some, and images differ.
 _MEMORY_RESERVE = 1.5
-#: From the launch of an instance until Dask runs on it: it boots, installs Docker and pulls an image of 2 to 3 GB. Assumed.
+#: From the launch of an instance until Dask runs on it: it boots, installs Docker and pulls an image of 2 to 3 GB.
+#: Assumed.
 _BOOT_SECONDS = 150.0
-#: How much longer an image takes on a thread whose neighbours work too, than alone: measured with two workers on two cores.
+#: Slowdown of a thread whose neighbours are busy, measured with two workers on two cores.
 _CROWDED = 1.25
-#: What a run takes at its end, whatever the images, and each section of the configuration besides; measured on 846 photographs.
+#: Seconds at the end of a run, in all cases and for each optional section; measured on 846 photographs.
 _FINISH_SECONDS = 0.5
 _SECTION_SECONDS = {"explore": 1.0, "quality": 1.5, "plots": 1.5, "report": 0.5}
-#: Multiplications for principal components, a second and core: 1,000,000 images of 1280 features took two cores 68 s.
+#: Multiplications per second and core for principal components: 1,000,000 images of 1280 features took two cores 68 s.
 _REDUCE_RATE = 1_000_000 * 1280**2 / (2 * 68)
-#: How often features are read to be reduced: to fit the components, to project on them, to judge.
+#: How often the reduction reads the features: to fit, to project and to evaluate.
 _N_FEATURE_READS = 3
-#: Requests of S3 a partition, about: chunks and an outcome file; looks at what is there, and reading it all again.
+#: Requests to S3 per partition, about: chunks and an outcome file, checks whether they exist, and reading them again.
 _WRITES_PER_PARTITION, _READS_PER_PARTITION = 5, 20
-#: Keys that a listing gives at once: https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
+#: Keys per page of a listing: https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
 _KEYS_PER_LISTING = 1000
-#: Taken for the vCPUs of an instance where AWS could not be asked.
+#: vCPUs assumed for an instance if AWS could not be asked.
 _FEWEST_CPUS = 2
-#: Features of up to this size are reduced on the client: 26,000 images of 1280 features, which take it some seconds and 0.4 GB.
+#: Features of up to this size are reduced on the client: 26,000 images of 1280 features, which takes seconds and 0.4
+#: GB.
 LOCAL_REDUCE_BYTES = 128 * 1024**2
 
 
@@ -58,15 +60,15 @@ class Machine:
     is_spot: bool
     region: str
     seconds: float
-    #: What each costs an hour; None where no price is known.
+    #: US dollars per hour of each; None if no price is known.
     hourly_dollars: float | None
-    #: The memory of each; None where AWS could not be asked.
+    #: Memory of each; None if AWS could not be asked.
     memory_bytes: int | None
 
 
 @dataclass(frozen=True)
 class Movement:
-    """Bytes that go from one place to another."""
+    """Bytes that move from one place to another."""
 
     what: str
     #: The region they come from, ``local`` or ``unknown``.
@@ -79,46 +81,46 @@ class Movement:
 @dataclass(frozen=True)
 class Plan:
     """
-    What a run would do and take.
+    What a run would compute, take and cost.
 
     Parameters
     ----------
     n_images : int
         Images.
     n_left : int
-        Those of them that an earlier run has not done.
+        Images that no earlier run has computed.
     n_bytes : int
-        Bytes of all their files.
+        Bytes of all image files.
     n_classes : int
-        Their classes.
+        Classes.
     images_per_partition : int
-        Images a partition.
+        Images per partition.
     n_features : int
-        Features an image.
+        Features per image.
     n_workers : int
         Worker processes.
     threads_per_worker : int
         Threads of each.
     sample : Sample or None
-        What was measured on some images; None where nothing is left to be done.
+        Measurements on some images; None if nothing is left to compute.
     seconds : dict[str, float]
-        Expected seconds by stage.
+        Expected seconds per stage.
     machines : tuple[Machine, ...]
         Instances to be started.
     regions : dict[str, str]
-        Where everything is; it may be there.
+        Regions of input, output and cluster; all of them are allowed.
     movements : tuple[Movement, ...]
-        What goes from place to place.
+        Transfers between places.
     costs : dict[str, float]
-        Expected US dollars by what they are for.
+        Expected US dollars by purpose.
     actions : tuple[str, ...]
-        What must be allowed on AWS.
+        AWS actions that must be allowed.
     exceeded : tuple[str, ...]
         Limits that the run would exceed, in words.
     assumptions : tuple[str, ...]
-        What all this rests on.
+        Assumptions behind the estimate.
     warnings : tuple[str, ...]
-        What to see to before.
+        Things to check before the run.
     """
 
     n_images: int
@@ -152,7 +154,7 @@ class Plan:
 
     @property
     def worker_bytes(self) -> int | None:
-        """Memory that a worker needs; None where nothing was measured."""
+        """Memory that a worker needs; None if nothing was measured."""
         return None if self.sample is None else self.sample.count_bytes(self.threads_per_worker)
 
     @property
@@ -167,12 +169,12 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """
-        Write the plan out.
+        Return the plan as JSON.
 
         Returns
         -------
         dict[str, Any]
-            All that it says, as JSON.
+            All of its values.
         """
         names = ("n_partitions", "features_bytes", "worker_bytes", "total_seconds", "dollars")
         return asdict(self) | {name: getattr(self, name) for name in names}
@@ -180,14 +182,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Work:
-    """What a run has to do."""
+    """The work of a run."""
 
     inputs: Inputs
     images_per_partition: int
-    #: Images that an earlier run has not done.
+    #: Images that no earlier run has computed.
     n_left: int
     list_seconds: float
-    #: What earlier parts of the run have cost.
+    #: US dollars spent before interruptions.
     spent_dollars: float
     #: A cluster to use instead of the one that the configuration describes.
     client: Any = None
@@ -199,14 +201,14 @@ class Work:
 
     @property
     def ec2(self) -> EC2ClusterConfig | None:
-        """The cluster on EC2 that is to be started, if one is."""
+        """The cluster on EC2 that would be started, if any."""
         cluster = self.config.cluster
         return cluster if cluster.kind == "ec2" and self.client is None else None
 
 
 def estimate(work: Work, progress: RunProgress) -> Plan:
-    """Estimate what a run takes, from some of its images that are fetched, decoded and predicted on this machine."""
-    progress.begin("Trying some images here")
+    """Estimate a run from some of its images, which are fetched, decoded and predicted on this machine."""
+    progress.begin("Measuring some images on this machine")
     with start_building(settle_engine(work.config)) as wait_for_artifact:
         artifact = wait_for_artifact()
     sample = try_images(work.inputs, artifact) if work.n_left else None
@@ -214,7 +216,7 @@ def estimate(work: Work, progress: RunProgress) -> Plan:
 
 
 class Estimator:
-    """Puts a plan together."""
+    """Builds a plan."""
 
     def __init__(self, work: Work, sample: Sample | None, *, n_features: int, input_px: int) -> None:
         self._work = work
@@ -258,7 +260,7 @@ class Estimator:
         )
 
     def _describe_types(self) -> Mapping[str, InstanceType]:
-        """Ask AWS what the instances have; a plan is of use without an answer too."""
+        """Ask AWS for the memory and cores of the instances; a plan is useful without an answer too."""
         ec2 = self._work.ec2
         if ec2 is None:
             return {}
@@ -293,7 +295,7 @@ class Estimator:
         again = sample.image_seconds["fetch"] + sample.image_seconds["decode"] if self._n_reads > 1 else 0.0
         image_seconds = (_CROWDED if n_slots > 1 else 1.0) * (sum(sample.image_seconds.values()) + again)
         n_images = len(work.inputs.catalog)
-        # Where threads are many and partitions few, the last ones keep some threads busy while others wait.
+        # With many threads and few partitions, some threads wait while others work on the last partitions.
         n_rounds = -(-self._n_left_partitions // n_slots)
         per_round = min(work.images_per_partition, work.n_left) * image_seconds + sample.partition_seconds
         sections = sum(each for name, each in _SECTION_SECONDS.items() if getattr(work.config, name).enabled)
@@ -306,7 +308,7 @@ class Estimator:
         }
 
     def _list_machines(self, types: Mapping[str, InstanceType], seconds: float) -> Iterator[Machine]:
-        """List the instances; workers are launched when the scheduler is there."""
+        """List the instances; workers are launched once the scheduler runs."""
         ec2 = self._work.ec2
         if ec2 is None or self._sample is None:
             return
@@ -323,13 +325,15 @@ class Estimator:
         for machine in machines:
             if machine.role == "worker" and machine.memory_bytes is not None and machine.memory_bytes < needed:
                 self._warnings.append(
-                    f"{machine.instance_type} has {machine.memory_bytes / 1e9:.1f} GB of memory, and a worker of {n_threads} threads needs "
-                    f"about {needed / 1e9:.1f} GB with a reserve; take a larger cluster.worker_instance_type, or fewer threads "
+                    f"{machine.instance_type} has {machine.memory_bytes / 1e9:.1f} GB of memory, and a worker of "
+                    f"{n_threads} threads needs "
+                    f"about {needed / 1e9:.1f} GB with a reserve; take a larger cluster.worker_instance_type, or fewer "
+                    "threads "
                     "(cluster.worker_options: {nthreads: ...})"
                 )
 
     def _list_movements(self) -> Iterator[Movement]:
-        """List what goes from place to place."""
+        """List the transfers between places."""
         work = self._work
         n_images = len(work.inputs.catalog)
         n_bytes = int(work.inputs.catalog["bytes"].sum() * work.n_left / n_images)
@@ -342,14 +346,14 @@ class Estimator:
         )
 
     def _move(self, what: str, source: str, target: str, n_bytes: int) -> Movement:
-        """Say what moving costs; only what leaves a region of AWS does."""
+        """Return the cost of transfers; only those that leave a region of AWS cost."""
         regions = {"client": LOCAL} | self._work.inputs.regions
         source_region, target_region = (self._find_aws_region(place) for place in (source, target))
         dollars = compute_transfer_cost(n_bytes, source=source_region, target=target_region)
         return Movement(what, regions[source], regions[target], n_bytes, dollars)
 
     def _find_aws_region(self, place: str) -> str | None:
-        """Find the region of AWS where something is; None for anywhere else."""
+        """Return the region of AWS of a place; None for anywhere else."""
         region = self._work.inputs.regions.get(place)
         if place in ("input", "output"):
             is_aws = self._is_on_s3(place)
@@ -358,7 +362,7 @@ class Estimator:
         return region if is_aws and region not in (LOCAL, UNKNOWN) else None
 
     def _is_on_s3(self, place: str) -> bool:
-        """Whether a place is on Amazon's S3, as far as the configuration says."""
+        """Whether a place is on Amazon S3, according to the configuration."""
         section = self._config.input if place == "input" else self._config.output
         options = section.storage_options
         is_elsewhere = "endpoint_url" in options or "endpoint_url" in options.get("client_kwargs", {})
@@ -375,7 +379,7 @@ class Estimator:
         cost = compute_cluster_cost(self._config.cluster, usages)
         if cost.unpriced:
             names = ", ".join(cost.unpriced)
-            self._warnings.append(f"no price is known of {names}, which counts as nothing; give cluster.hourly_prices")
+            self._warnings.append(f"no price of {names} is known, so it counts as 0; set cluster.hourly_prices")
         reads = (
             self._is_on_s3("input") * n_left * self._n_reads + self._is_on_s3("output") * n_parts * _READS_PER_PARTITION
         )
@@ -394,27 +398,36 @@ class Estimator:
         limits, spent = self._config.limits, self._work.spent_dollars
         hours = sum(seconds.values()) / 3600
         if limits.max_hours is not None and hours > limits.max_hours:
-            yield f"it would take about {hours:.2g} hours, and limits.max_hours is {limits.max_hours:g}"
+            yield f"the run would take about {hours:.2g} hours, and limits.max_hours is {limits.max_hours:g}"
         dollars = costs["instances"] + costs["volumes"] + costs["addresses"]
         if limits.max_cost is not None and dollars and spent + dollars > limits.max_cost:
-            before = f" after the ${spent:.2f} that were spent before" if spent else ""
+            before = f" after ${spent:.2f} already spent" if spent else ""
             yield f"its instances would cost about ${dollars:.2f}{before}, and limits.max_cost is ${limits.max_cost:g}"
 
     def _list_assumptions(self, types: Mapping[str, InstanceType], costs: dict[str, float]) -> Iterator[str]:
-        """List what the estimate rests on."""
+        """List the assumptions behind the estimate."""
         ec2, config = self._work.ec2, self._config
         if self._sample is not None:
-            yield "a thread there computes as fast as a core here, a quarter slower beside others, and files come as fast as here"
+            yield (
+                "a thread there is as fast as a core here, a quarter slower when all are busy, and files arrive as "
+                "fast as here"
+            )
         if any(instance_type.has_gpu for instance_type in types.values()):
-            yield "a GPU is no faster than a core here, though it is"
+            yield "GPUs count as cores of this machine, although they are faster"
         if ec2 is not None:
-            yield f"an instance is ready {_BOOT_SECONDS:g} s after its launch, and workers are launched when the scheduler is ready"
-            yield f"prices are those of cluster.hourly_prices, else of {PRICES_OF}, without taxes, free tiers and t3's surplus credits"
+            yield (
+                f"an instance is ready {_BOOT_SECONDS:g} s after its launch, and workers are launched when the "
+                "scheduler is ready"
+            )
+            yield (
+                f"prices are those of cluster.hourly_prices, else of {PRICES_OF}, without taxes, free tiers and t3's "
+                "surplus credits"
+            )
             if ec2.spot and not any(name.startswith("spot:") for name in ec2.hourly_prices):
-                yield "spot instances cost what others cost, which is the most they do"
+                yield "spot instances cost as much as on-demand ones, which is their maximum"
             if ec2.adaptive:
-                yield "all workers are there all the time"
+                yield "all workers run all the time"
         if costs["transfer"]:
             yield "this machine is not on AWS"
         if config.reduce.enabled and config.reduce.tsne.enabled:
-            yield "the time of t-SNE is not in it"
+            yield "the time of t-SNE is not included"

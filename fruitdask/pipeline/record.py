@@ -1,4 +1,6 @@
-"""The record of processing (GDPR, article 30): what was done with photographs, for whom, how protected, and how long it is kept."""
+"""The record of processing (GDPR, article 30): what is done with photographs, for whom, how protected and how long
+kept.
+"""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -10,13 +12,13 @@ from fruitdask.errors import ResidencyError
 
 
 def describe_processing(config: Config, *, since: str | None = None) -> dict[str, Any]:
-    """Describe a processing as its configuration does; `describe_protection` adds what is found out."""
+    """Return the configured part of the record; `describe_protection` adds what is found."""
     privacy = config.privacy
     days = privacy.retention_days
     begin = datetime.fromisoformat(since) if since else datetime.now(UTC)
     return {
-        "data": "photographs; features, small pictures, paths and classes made from them",
-        "metadata": "counted, never kept",
+        "data": "photographs; features, thumbnails, paths and classes derived from them",
+        "metadata": "counted, never stored",
         "purpose": privacy.purpose,
         "controller": privacy.controller,
         "retention_days": days,
@@ -25,12 +27,13 @@ def describe_processing(config: Config, *, since: str | None = None) -> dict[str
 
 
 def describe_protection(config: Config, written: Location, client: Any = None) -> dict[str, str | None]:
-    """Describe how data are encrypted, as found on what was written first and on the cluster."""
+    """Return how data are encrypted, at rest (found on the first file written) and in transit."""
     at_rest = find_encryption(written)
     if config.privacy.require_encryption and at_rest is None and not written.is_local:
         raise ResidencyError(
-            f"output: {hide_secrets(written.url)} was stored without encryption, which privacy.require_encryption asks for; turn "
-            "on the default encryption of the bucket, or ask for it by output.storage_options: "
+            f"output: {hide_secrets(written.url)} was stored without encryption, but privacy.require_encryption is "
+            "set; turn "
+            "on default encryption for the bucket, or set output.storage_options: "
             "{s3_additional_kwargs: {ServerSideEncryption: AES256}}"
         )
     in_transit = {} if client is None else {"in_transit": _describe_transport(client.scheduler.address)}
@@ -38,7 +41,7 @@ def describe_protection(config: Config, written: Location, client: Any = None) -
 
 
 def _describe_transport(address: str) -> str:
-    """Say how the processes of a cluster talk with each other."""
+    """Return how the processes of a cluster communicate."""
     if address.startswith(("tls://", "wss://")):
         return "TLS"
     return "one machine" if is_loopback(address) else "none"

@@ -1,4 +1,4 @@
-"""From stored features to a few numbers an image."""
+"""Reduces stored features to a few numbers per image."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Scores = npt.NDArray[np.float32]
 
-#: What is stored of principal components, and the dimensions.
+#: Stored arrays of the principal components, and their dimensions.
 COMPONENT_ARRAYS = {
     "mean": ("feature",),
     "components": ("component", "feature"),
@@ -28,37 +28,36 @@ COMPONENT_ARRAYS = {
     "explained_variance_ratio": ("component",),
     "singular_values": ("component",),
 }
-#: Features are reduced in blocks of about this size, several chunks of the store: matrix products of small blocks cost half as much again.
+#: Features are reduced in blocks of about this size, several chunks each: smaller blocks take half as much time again.
 BLOCK_BYTES = 20 * 1024**2
-#: Rows that are projected at once, at most.
+#: Maximum number of rows projected at once.
 _PROJECTED_ROWS = 4096
-#: Where more images than this fraction of those of the fit have changed, it is fitted anew.
+#: Components are fitted again once more than this fraction of the fitted images has changed.
 _REFIT_FRACTION = 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
-    """What became of the features of a run."""
+    """The reduced features of a run."""
 
-    #: The principal components that are kept; None where there are none.
+    #: The principal components; None if there are none.
     components: "PrincipalComponents | None"
-    #: Coordinates along them (image, component), float32; NaN for images that failed. Without components it has no
-    #: columns.
+    #: Scores (image, component), float32; NaN for failed images. Without components there are no columns.
     scores: Scores
-    #: Coordinates on the map of t-SNE (image, 2), float32; NaN for images that failed or were not sampled.
+    #: Coordinates of t-SNE (image, 2), float32; NaN for images that failed or were not sampled.
     tsne: Scores | None
-    #: How well the features separate the classes; None where that was not asked for.
+    #: How well the features separate the classes; None if not configured.
     quality: dict[str, Any] | None
-    #: How many images the fit of the components saw, how many have changed since, and its settings; JSON.
+    #: Number of fitted images, number changed since, and the settings of the fit; JSON.
     fit: dict[str, Any]
     #: Whether the components are those of an earlier run.
     is_kept: bool
-    #: Why components that are wanted are impossible, as a sentence for the user; empty where they are not.
+    #: Why components are impossible, as a sentence for the user; empty if they are possible.
     problem: str = ""
 
 
 def choose_components(config: Config, output: Location, fit: dict[str, Any] | None) -> "PrincipalComponents | None":
-    """Choose whether the components of an earlier run are kept."""
+    """Return the components of an earlier run if they are to be kept."""
     from fruitdask.analysis.reduction import PrincipalComponents
 
     refit, location = config.reduce.refit, output.child(store.COMPONENTS)
@@ -83,9 +82,9 @@ def reduce_features(
     kept: "PrincipalComponents | None",
     fit: dict[str, Any] | None,
 ) -> Reduction:
-    """Fit and apply the reductions to the images that have features, and judge these.
+    """Fit and apply the reductions to the images with features, and evaluate the features.
 
-    labels: numpy.ndarray, the classes of all images.
+    `labels` are the classes of all images.
     """
     from fruitdask.analysis.reduction import MIN_IMAGES, TSNE_COMPONENTS, embed_tsne, sample_rows
 
@@ -95,7 +94,7 @@ def reduce_features(
     ok = features if is_ok.all() else features[rows]
     if len(rows) < MIN_IMAGES:
         kept = None
-    # Components that are kept are not all that there are.
+    # Kept components are truncated; t-SNE and quality need more of them.
     needs_fit = kept is None or settings.tsne.enabled or config.quality.enabled
     found, problem = _find_components(settings, ok) if needs_fit else (kept, "")
     quality = _judge(config.quality, ok, labels[rows], found)
@@ -116,16 +115,16 @@ def reduce_features(
 
 
 def _describe_settings(config: Config) -> dict[str, Any]:
-    """Say which settings a fit depends on."""
+    """Return the settings that a fit depends on."""
     return config.reduce.model_dump(include={"n_components", "solver", "seed"})
 
 
 def _project(features: "da.Array", fitted: "PrincipalComponents") -> Scores:
     """
-    Project all images onto components; those without features come out as NaN.
+    Project all images onto components; images without features give NaN.
 
-    In blocks of the same shape, filled up at the end, in which an image has the same place however many follow: so matrix products give
-    it the same numbers to the last bit.
+    All blocks have the same shape, padded at the end, so an image has the same position in its block however many
+    images follow, and the matrix product gives it bit for bit the same scores.
     """
     import dask.array as da
 
@@ -137,7 +136,7 @@ def _project(features: "da.Array", fitted: "PrincipalComponents") -> Scores:
 
 
 def _find_components(settings: ReduceConfig, features: "da.Array") -> "tuple[PrincipalComponents | None, str]":
-    """Fit the components that are wanted; where there can be none, say why."""
+    """Fit the components; if that is impossible, return None and the reason."""
     from fruitdask.analysis.reduction import MIN_IMAGES, check_n_components
 
     if not settings.enabled:
@@ -153,12 +152,12 @@ def _find_components(settings: ReduceConfig, features: "da.Array") -> "tuple[Pri
 
 
 def fit_components(settings: ReduceConfig, features: "da.Array") -> "PrincipalComponents":
-    """Fit as many principal components as are of use."""
+    """Fit all principal components, or with an estimating solver as many as are used."""
     from fruitdask.analysis.reduction import TSNE_COMPONENTS, fit_pca
 
     largest = min(features.shape)
     n_for_tsne = min(TSNE_COMPONENTS, largest) if settings.tsne.enabled else 0
-    # The exact solver finds all components anyhow.
+    # The exact solver finds all components anyway.
     is_estimate = settings.solver == "randomized" and isinstance(settings.n_components, int)
     most = max(int(settings.n_components), n_for_tsne) if is_estimate else largest
     return fit_pca(features, n_components=most, solver=settings.solver, seed=settings.seed)
@@ -167,7 +166,7 @@ def fit_components(settings: ReduceConfig, features: "da.Array") -> "PrincipalCo
 def _judge(
     settings: QualityConfig, features: "da.Array", labels: npt.NDArray[Any], found: "PrincipalComponents | None"
 ) -> dict[str, Any] | None:
-    """Say in numbers how well the features separate the classes, on a sample of the images."""
+    """Measure on a sample of the images how well the features separate the classes."""
     from fruitdask.analysis.neighbors import explain_variance, summarize_quality
     from fruitdask.analysis.reduction import sample_rows
 
@@ -185,7 +184,7 @@ def _judge(
 
 
 def _spread(values: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], n_rows: int) -> npt.NDArray[np.float32]:
-    """Lay rows at their places in a table that is NaN elsewhere."""
+    """Put rows at their positions in a table that is NaN elsewhere."""
     spread = np.full((n_rows, values.shape[1]), np.nan, np.float32)
     spread[rows] = values
     return spread

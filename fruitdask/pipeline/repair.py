@@ -1,4 +1,4 @@
-"""Preparing a damaged output folder for the next run, which computes what is damaged again and nothing else."""
+"""Prepares a damaged output folder for the next run, which then computes only the damaged parts again."""
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -13,12 +13,12 @@ from fruitdask.core.version import __version__
 from fruitdask.errors import DamageError
 from fruitdask.store import Fault, Remedy
 
-#: What a manifest is made of again; the rest of it (counts, versions, times) was known to the run alone, and the next one says it anew.
+#: Entries from which a manifest is restored; the next run writes the others (counts, versions, times) again.
 _KNOWN = ("fruitdask", "fingerprint", "model")
 
 
 def restore_manifest(output: Location) -> store.RunManifest | None:
-    """Make a manifest of what the features say about themselves."""
+    """Restore a manifest from the attributes of the features; None if these are damaged too."""
     try:
         group = store.open_store(output)
     except DamageError:
@@ -39,7 +39,7 @@ def restore_manifest(output: Location) -> store.RunManifest | None:
 
 
 def repair_faults(output: Location, faults: Iterable[Fault]) -> None:
-    """Take away or restore what is damaged, so that the next run makes it again."""
+    """Delete or restore what is damaged, so that the next run computes it again."""
     by_remedy: dict[Remedy, list[Fault]] = {}
     for fault in faults:
         by_remedy.setdefault(fault.remedy, []).append(fault)
@@ -51,10 +51,10 @@ def repair_faults(output: Location, faults: Iterable[Fault]) -> None:
         _restore_catalog(output)
     _restore_store(output, [name for name in names if name not in (store.MANIFEST, store.CATALOG)])
     if {"compute", "reduce"} & set(by_remedy):
-        # Nobody must take the results for good until they are made again.
+        # The results are not valid until they are computed again.
         _change_manifest(output, store.RunManifest.reopen)
     if any(fault.where.startswith(store.COMPONENTS) for fault in by_remedy.get("reduce", ())):
-        # Otherwise the next run might keep the components that are there.
+        # Otherwise the next run might keep the damaged components.
         store.delete_result(output, store.COMPONENTS)
     for fault in by_remedy.get("compute", ()):
         store.delete_result(output, fault.where if fault.partition is None else store.name_outcomes(fault.partition))
@@ -67,18 +67,18 @@ def repair_faults(output: Location, faults: Iterable[Fault]) -> None:
 
 
 def _restore_catalog(output: Location) -> None:
-    """Write again which image each row is of, by the outcomes of all images; it is deleted where these do not know sizes and versions."""
+    """Restore the catalog from the outcomes of all images."""
     store.delete_result(output, store.CATALOG)
     columns = ("path", "label", *store.VERSION_COLUMNS)
     with suppress(DamageError):
         tables = list(store.read_outcomes(output, sorted(store.list_committed(output)), columns=columns))
         store.write_catalog(output, pd.concat(tables, ignore_index=True))
-    # Outcomes do not know the splits; the next run writes them again.
+    # Outcomes hold no splits; the next run writes them again.
     _change_manifest(output, store.RunManifest.drop_split)
 
 
 def _restore_store(output: Location, names: list[str]) -> None:
-    """Write again what describes features and statuses."""
+    """Restore the metadata of the arrays of features and statuses."""
     manifest = store.read_run(output) if names else None
     if manifest is None:
         return
@@ -108,7 +108,5 @@ def _change_manifest(output: Location, transition: Callable[[store.RunManifest],
 
 
 def _reset_exploration(output: Location) -> None:
-    """Say that the exploration is not finished; what else its manifest says may be damaged, and is written anew."""
-    store.write_manifest(
-        output, store.ExplorationManifest(fruitdask=__version__, status="running", fingerprint={})
-    )
+    """Mark the exploration as unfinished, with a new manifest, because the old one may be damaged."""
+    store.write_manifest(output, store.ExplorationManifest(fruitdask=__version__, status="running", fingerprint={}))

@@ -1,4 +1,4 @@
-"""Figures and the page, from what is stored: no cluster and no image is needed."""
+"""Renders figures and the page from stored results; needs neither a cluster nor images."""
 
 import html
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from fruitdask.report import PAGE, ReportData
 from fruitdask.store.exploration import Exploration, read_exploration
 
 _FRAME_HEIGHT_PX = 800
-#: The sections of a configuration that say what figures and page look like, and what the record of processing on the page says.
+#: The sections of the configuration that determine figures, page and the record of processing on it.
 _SECTIONS = ("plots", "report", "privacy")
 
 
@@ -52,9 +52,10 @@ class Report:
         return content.decode()
 
     def _repr_html_(self) -> str:
-        """Show the page in a frame of its own."""
+        """Show the page in a frame."""
         page = html.escape(self.read(), quote=True)
-        return f'<iframe title="fruitdask report" srcdoc="{page}" style="width: 100%; height: {_FRAME_HEIGHT_PX}px; border: 0"></iframe>'
+        style = f"width: 100%; height: {_FRAME_HEIGHT_PX}px; border: 0"
+        return f'<iframe title="fruitdask report" srcdoc="{page}" style="{style}"></iframe>'
 
 
 def render_report(config: Config) -> Report:
@@ -64,7 +65,7 @@ def render_report(config: Config) -> Report:
     Parameters
     ----------
     config : Config
-        Names the output folder, and says what figures and page shall look like.
+        Names the output folder, and determines how figures and page look.
 
     Returns
     -------
@@ -74,7 +75,7 @@ def render_report(config: Config) -> Report:
     Raises
     ------
     OutputError
-        If nothing was finished there.
+        If there is no finished run or exploration.
     """
     output = open_output(config)
     with store.locked(output) if store.has_begun(output) else nullcontext():
@@ -84,7 +85,7 @@ def render_report(config: Config) -> Report:
 
 
 def describe_rendering(config: Config, output: Location) -> dict[str, Any]:
-    """Say what the figures and the page depend on, besides the run."""
+    """Return what the figures and the page depend on, besides the run."""
     exploration = store.read_exploration_manifest(output)
     sections = dump_config(config)
     finished = exploration.finished if exploration is not None else None
@@ -92,7 +93,9 @@ def describe_rendering(config: Config, output: Location) -> dict[str, Any]:
 
 
 def render(config: Config, output: Location) -> store.RunManifest | None:
-    """Write the figures and the page that the configuration asks for, and mark in the run's manifest that they are there."""
+    """Write the figures and the page that the configuration asks for, and mark in the run's manifest that they are
+    there.
+    """
     manifest = _read_complete(output)
     if manifest is not None and manifest.presented is not None:
         manifest = manifest.begin_rendering()
@@ -117,12 +120,13 @@ def _read_complete(output: Location) -> store.RunManifest | None:
 
 
 def _read_data(config: Config, output: Location, manifest: store.RunManifest | None) -> ReportData:
-    """Read whatever a run or an exploration has left."""
+    """Read the stored results of a run, an exploration, or both."""
     is_run = manifest is not None
     exploration = read_exploration(output)
     if not is_run and exploration is None:
         raise OutputError(
-            f"{output.url}: expected a finished run or exploration, found none; use fruitdask run or fruitdask explore first"
+            f"{output.url}: expected a finished run or exploration, found none; use fruitdask run or fruitdask explore "
+            "first"
         )
     return ReportData(
         config=config,
@@ -135,6 +139,6 @@ def _read_data(config: Config, output: Location, manifest: store.RunManifest | N
 
 
 def _list_unreadable(exploration: Exploration) -> pd.DataFrame:
-    """List the images that an exploration could not read, as a run lists its failures."""
+    """List the images that an exploration could not read, like the failures of a run."""
     images = exploration.images
     return images.loc[images["status"] != "ok", ["path", "label", "status", "error"]]

@@ -1,4 +1,4 @@
-"""What a finished run has left: read when it is asked for."""
+"""The results of a finished run, read on demand."""
 
 import html
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class RunResult:
     """
-    What a finished run has left in its output folder; everything is read when it is asked for.
+    The results of a finished run in its output folder; everything is read on demand.
 
     Parameters
     ----------
@@ -33,9 +33,9 @@ class RunResult:
     manifest : dict[str, Any]
         What was run, on what, when, and the counts.
     n_computed : int
-        Images that this run computed; the others were done before.
+        Images that this run computed; the others were computed before.
     changes : Mapping[str, int]
-        Images ``added``, ``changed``, ``vanished``, ``retried`` and ``kept``, where there were results before that this run has changed.
+        Images ``added``, ``changed``, ``vanished``, ``retried`` and ``kept``, if this run has changed earlier results.
     """
 
     output: Location
@@ -45,7 +45,7 @@ class RunResult:
 
     @property
     def table(self) -> pd.DataFrame:
-        """All images: path, label, status, split where it is configured, pca_1, pca_2 ... (tsne_1, tsne_2)."""
+        """All images: path, label, status, split if configured, pca_1, pca_2 ... (tsne_1, tsne_2)."""
         return report.read_results(self.output)
 
     @property
@@ -55,7 +55,7 @@ class RunResult:
 
     @property
     def pca(self) -> "PrincipalComponents | None":
-        """The fitted principal components; None where ``reduce.enabled`` is false, or none are possible."""
+        """The fitted principal components; None if ``reduce.enabled`` is false or none are possible."""
         from fruitdask.analysis.reduction import PrincipalComponents
 
         location = self.output.child(store.COMPONENTS)
@@ -65,12 +65,12 @@ class RunResult:
 
     @property
     def exploration(self) -> Exploration | None:
-        """What the images are like; None where that was not asked for."""
+        """What the images are like; None if they were not explored."""
         return read_exploration(self.output)
 
     @property
     def quality(self) -> dict[str, Any] | None:
-        """How well the features separate the classes; None where that was not asked for."""
+        """How well the features separate the classes; None if not configured."""
         return store.read_quality(self.output)
 
     @property
@@ -92,10 +92,9 @@ class RunResult:
 
 
 def open_features(output: Location, *, block_bytes: int = 0) -> tuple["da.Array", npt.NDArray[np.bool_]]:
-    """Open the features of a run, and read which images have some.
+    """Open the features of a run, and read which images have features.
 
-    Returns tuple[dask.array.Array, numpy.ndarray]: features (image, feature) float32, lazy, and which rows are well,
-    bool.
+    Returns the features (image, feature), float32, lazy, and a boolean mask of the images that have some.
     """
     import dask.array as da
 

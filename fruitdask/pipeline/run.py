@@ -1,4 +1,4 @@
-"""A run, from its configuration to its results."""
+"""Runs the whole pipeline, from a configuration to results."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -11,7 +11,7 @@ from fruitdask.core.guard import leave_imported_script
 from fruitdask.core.progress import RunProgress
 from fruitdask.errors import FruitdaskError, LimitError
 from fruitdask.pipeline.changes import format_changes
-from fruitdask.pipeline.explore import Survey
+from fruitdask.pipeline.explore import ImageExploration
 from fruitdask.pipeline.featurize import check_failures, compute_features, record_vanished
 from fruitdask.pipeline.inputs import dump_config
 from fruitdask.pipeline.plan import LOCAL_REDUCE_BYTES, Plan, Work, estimate
@@ -30,20 +30,20 @@ def run(
     config: Config, *, retry_failed: bool = False, client: Any = None, progress: RunProgress | None = None
 ) -> RunResult:
     """
-    Run the whole pipeline: list, featurize, reduce, write. What an earlier run has done is not done again.
+    Run the whole pipeline: list, featurize, reduce, write. Work that an earlier run has done is not repeated.
 
-    Where the input has changed since, images that are new or changed are computed, and those that are gone are recorded as missing.
+    If the input has changed, new and changed images are computed, and images that are gone are recorded as missing.
 
     Parameters
     ----------
     config : Config
-        What to do, from `fruitdask.load_config`.
+        The run, from `fruitdask.load_config`.
     retry_failed : bool
-        Whether images that have failed in an earlier run are computed again.
+        Whether to compute images again that failed in an earlier run.
     client : distributed.Client, optional
-        A cluster to use instead of the one that the configuration describes; it is left open.
+        A cluster to use instead of the configured one; it is left open.
     progress : RunProgress, optional
-        Where to show progress; nowhere by default.
+        Shows progress; silent by default.
 
     Returns
     -------
@@ -53,17 +53,17 @@ def run(
     Raises
     ------
     FruitdaskError
-        If something is wrong; the subclasses in `fruitdask.errors` tell what.
+        If something is wrong; see the subclasses in `fruitdask.errors`.
     """
     leave_imported_script()
     progress = progress or RunProgress()
     with progress, ExitStack() as locks:
         state = prepare(config, progress, client=client, locks=locks, retry_failed=retry_failed)
-        check_failures(state, state.backlog.n_failed)
+        check_failures(state, state.pending.n_failed)
         if config.model.weights == "random":
             progress.say("Warning: model.weights is random; features of an untrained network say little about images.")
-        survey = _plan_survey(state)
-        if state.manifest is not None and state.is_reduced and state.is_rendered and survey is None:
+        exploration = _plan_exploration(state)
+        if state.manifest is not None and state.is_reduced and state.is_rendered and exploration is None:
             return RunResult(state.output, state.manifest.dump(), n_computed=0)
         store.delete_strays(state.output)
         _check_limits(state, client, progress)
@@ -72,19 +72,22 @@ def run(
             progress.say(f"Since the last run: {format_changes(changes)}.")
         with _cost_noted(state), ExitStack() as stack:
             manifest = state.manifest
-            if manifest is None or state.backlog.n_images:
-                client, manifest = compute_features(state, progress, client=client, stack=stack, survey=survey)
+            if manifest is None or state.pending.n_images:
+                client, manifest = compute_features(
+                    state, progress, client=client, stack=stack, exploration=exploration
+                )
             elif not state.has_features:
                 manifest = record_vanished(state, manifest, progress)
-            if survey is not None:
+            if exploration is not None:
                 client = client or stack.enter_context(state.budget.open_client())
                 with state.clock.measure("explore"):
-                    survey.complete(client, progress)
+                    exploration.complete(client, progress)
             if not state.is_reduced:
                 manifest = _reduce_features(state, manifest, client, stack, progress)
             progress.begin("Closing the cluster")
-        n_computed = state.backlog.n_images
-        # Seconds of stages that were done before are those of the run that did them; so is the total, if that computed the features.
+        n_computed = state.pending.n_images
+        # A stage that an earlier run did keeps the seconds of that run; so does the total, if that run computed the
+        # features.
         seconds = state.clock.seconds | ({"total": state.clock.total_seconds} if n_computed else {})
         manifest = manifest.change(
             seconds=manifest.seconds | seconds,
@@ -103,24 +106,24 @@ def run(
 
 def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
     """
-    Plan a run: what there is to do, how long it takes, on which machines, at what cost. A few images are tried on this machine.
+    Plan a run: its work, time, machines and cost, estimated from a few images that are computed on this machine.
 
     Parameters
     ----------
     config : Config
         The run, from `fruitdask.load_config`.
     progress : RunProgress, optional
-        Where to show progress; nowhere by default.
+        Shows progress; silent by default.
 
     Returns
     -------
     Plan
-        The plan. Nothing was written to the output, and nothing was started that costs.
+        The plan. Nothing is written to the output, and nothing is started that costs.
 
     Raises
     ------
     FruitdaskError
-        If the run would end with an error before it starts.
+        If the run would fail before it starts.
     """
     leave_imported_script()
     progress = progress or RunProgress()
@@ -129,42 +132,42 @@ def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
 
 
 def _describe_work(state: RunState, client: Any) -> Work:
-    """Describe what there is to do."""
+    """Describe the pending work."""
     return Work(
         state.inputs,
         images_per_partition=state.images_per_partition,
-        n_left=state.backlog.n_images,
+        n_left=state.pending.n_images,
         list_seconds=state.clock.seconds["list"],
         spent_dollars=state.budget.spent_dollars,
         client=client,
     )
 
 
-def _plan_survey(state: RunState) -> Survey | None:
-    """Plan the exploration that is to be done; None where it is not wanted, or done."""
+def _plan_exploration(state: RunState) -> ImageExploration | None:
+    """Return the exploration to be done; None if it is not configured or already done."""
     if state.config.explore.enabled:
-        survey = Survey(state.inputs, images_per_partition=state.images_per_partition)
-        if state.config.output.overwrite or not survey.is_done:
-            return survey
-    # An interrupted exploration may have left those of all images.
+        exploration = ImageExploration(state.inputs, images_per_partition=state.images_per_partition)
+        if state.config.output.overwrite or not exploration.is_done:
+            return exploration
+    # An interrupted exploration may have left the thumbnails of all images.
     store.delete_thumbnails(state.output)
     return None
 
 
 def _check_limits(state: RunState, client: Any, progress: RunProgress) -> None:
-    """Refuse a run that would exceed a limit, before anything is started."""
+    """Refuse a run that would exceed a limit before anything is started."""
     limits = state.config.limits
     costs = limits.max_cost is not None and client is None and state.config.cluster.kind == "ec2"
-    if not (state.backlog.n_images and (costs or limits.max_hours is not None)):
+    if not (state.pending.n_images and (costs or limits.max_hours is not None)):
         return
     exceeded = estimate(_describe_work(state, client), progress).exceeded
     if exceeded:
-        raise LimitError(f"the run was not started: {'; '.join(exceeded)}; fruitdask plan says why")
+        raise LimitError(f"the run was not started: {'; '.join(exceeded)}; see fruitdask plan")
 
 
 @contextmanager
 def _cost_noted(state: RunState) -> Iterator[None]:
-    """Note in the manifest what a run has cost that is interrupted, or fails."""
+    """Record in the manifest what a run has cost even if it fails or is interrupted."""
     try:
         yield
     except BaseException:
@@ -178,7 +181,7 @@ def _cost_noted(state: RunState) -> Iterator[None]:
 def _reduce_features(
     state: RunState, manifest: store.RunManifest, client: Any, stack: ExitStack, progress: RunProgress
 ) -> store.RunManifest:
-    """Reduce the features and write the tables; gives the manifest of the complete run."""
+    """Reduce the features and write the tables; returns the manifest of the complete run."""
     progress.begin("Reducing")
     with state.clock.measure("reduce"), _choose_scheduler(state, client, stack):
         fit = manifest.pca.fit.dump() if manifest.pca is not None else None
@@ -189,19 +192,19 @@ def _reduce_features(
         progress.say(reduction.problem)
     progress.begin("Writing results")
     with state.clock.measure("write"):
-        # Should this be interrupted, the next run must not take a mixture of old and new tables for results.
+        # After an interruption here the next run must not take a mixture of old and new tables for results,
         manifest = manifest.reopen()
         if not reduction.is_kept:
-            # Nor old and new components for those of a fit.
+            # nor a mixture of old and new components.
             manifest = manifest.drop_components()
             if reduction.components is None:
                 store.delete_result(state.output, store.COMPONENTS)
         store.write_manifest(state.output, manifest)
-        # They show other numbers; whether they are drawn again is for the configuration to say.
+        # They show the old results; the configuration decides whether they are rendered again.
         for name in (store.PAGE, *map(store.name_figure, store.FIGURE_NAMES)):
             store.delete_result(state.output, name)
         if state.rows.changes and manifest.split != state.split_hash:
-            # Splits may change while nothing does that is computed.
+            # Splits may change without anything to compute.
             store.write_catalog(state.output, state.rows.catalog)
         outcomes, splits = store.read_outcomes(state.output, range(state.n_partitions)), state.rows.catalog.get(SPLIT)
         counts = report.write_results(state.output, outcomes, pca=reduction.scores, tsne=reduction.tsne, splits=splits)
@@ -214,11 +217,11 @@ def _reduce_features(
 
 
 def _choose_scheduler(state: RunState, client: Any, stack: ExitStack) -> AbstractContextManager[Any]:
-    """Reduce few features here, on threads, which takes no cluster and no imports on its workers; many on the cluster."""
+    """Choose where to reduce: few features on threads of the client, many on the cluster."""
     import dask
 
     if open_features(state.output)[0].nbytes <= LOCAL_REDUCE_BYTES:
-        # Instances would cost money for nothing meanwhile.
+        # Idle instances would cost money.
         stack.close()
         return dask.config.set(scheduler="threads")
     client = client or stack.enter_context(state.budget.open_client())
@@ -226,7 +229,7 @@ def _choose_scheduler(state: RunState, client: Any, stack: ExitStack) -> Abstrac
 
 
 def _describe_results(state: RunState, reduction: Reduction, counts: report.Counts) -> dict[str, Any]:
-    """Say in the manifest what came out."""
+    """Return the entries of the manifest on the results."""
     n_vanished = len(state.rows.catalog) - state.n_listed
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -237,7 +240,7 @@ def _describe_results(state: RunState, reduction: Reduction, counts: report.Coun
 
 
 def _describe_fit(reduction: Reduction, fitted: "PrincipalComponents") -> dict[str, Any]:
-    """Say in the manifest what the principal components are."""
+    """Return the entries of the manifest on the principal components."""
     return {
         "is_kept": reduction.is_kept,
         "fit": reduction.fit,

@@ -1,4 +1,4 @@
-"""What there is to do in a run, and what is done: all that is found out before anything is started."""
+"""The state of a run before anything is started: what is configured, what is done, and what is pending."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from fruitdask.core.config import Config, LocalClusterConfig
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location, exists
 from fruitdask.pipeline.budget import Budget, Clock
-from fruitdask.pipeline.changes import Backlog, Rows, find_backlog, order_images
+from fruitdask.pipeline.changes import PendingWork, Rows, find_pending, order_images
 from fruitdask.pipeline.inputs import Inputs, prepare_inputs, resolve_erasure
 from fruitdask.pipeline.report import describe_rendering
 from fruitdask.store.catalog import SPLIT, choose_partition_size, hash_split
@@ -22,21 +22,21 @@ _REDUCING = ("reduce", "quality")
 
 @dataclass(frozen=True)
 class RunState:
-    """A run that has been checked: what there is to do, and what is done."""
+    """A checked run: everything resolved from its configuration, and its pending work."""
 
     #: The images of the input, and the output folder.
     inputs: Inputs
     fingerprint: dict[str, Any]
     images_per_partition: int
-    #: The manifest of the run before; None where there is none, or its results are overwritten.
+    #: The manifest of the earlier run; None without one, or if its results are overwritten.
     manifest: store.RunManifest | None
     committed: frozenset[int]
-    #: What the run may spend, and has spent.
+    #: Its limits, and what it has spent.
     budget: Budget
     clock: Clock
-    #: What keeps other runs out of the output folder; None where nothing is written to it.
+    #: Keeps other runs out of the output folder; None if nothing is written.
     lock: store.OutputLock | None
-    #: Whether images that have failed in an earlier run are computed again.
+    #: Whether failed images are computed again.
     retry_failed: bool
 
     @property
@@ -51,24 +51,24 @@ class RunState:
 
     @property
     def n_listed(self) -> int:
-        """Images in the input."""
+        """Number of images in the input."""
         return len(self.inputs.catalog)
 
     @cached_property
     def rows(self) -> Rows:
-        """The images in the order of the store's rows."""
+        """The images in the order of the rows of the store."""
         return order_images(self.inputs, has_commits=bool(self.committed))
 
     @cached_property
-    def backlog(self) -> Backlog:
-        """What is to be computed; of a complete run it is known without a look at outcomes."""
+    def pending(self) -> PendingWork:
+        """What is to be computed; for a complete run this is known without reading outcomes."""
         if self._is_settled and self.manifest is not None and self.manifest.counts is not None:
             counts, vanished = self.manifest.counts.by_status, self.manifest.counts.vanished
             n_failed = sum(counts.values()) - counts.get("ok", 0) - vanished
             is_out_of_reach = "unreachable" in counts
             if not (is_out_of_reach or (n_failed and self.retry_failed)):
-                return Backlog({}, n_images=0, n_failed=n_failed, n_retried=0, done=set(self.committed))
-        return find_backlog(
+                return PendingWork({}, n_images=0, n_failed=n_failed, n_retried=0, done=set(self.committed))
+        return find_pending(
             self.output,
             self.rows,
             self.committed,
@@ -78,17 +78,17 @@ class RunState:
 
     @property
     def n_partitions(self) -> int:
-        """Partitions of the store."""
+        """Number of partitions of the store."""
         return -(-len(self.rows.catalog) // self.images_per_partition)
 
     @property
     def changes(self) -> dict[str, int]:
         """
-        Counts of what the run changes in results that were there.
+        Number of images by kind of change to earlier results.
 
-        Nothing where it goes on with what an earlier one has begun to change.
+        Empty when it resumes changes that an earlier run has begun.
         """
-        n_retried = self.backlog.n_retried
+        n_retried = self.pending.n_retried
         if not (self.committed and (self.has_other_images or n_retried)):
             return {}
         kept = {"added": 0, "changed": 0, "vanished": 0, "kept": self.n_listed} | self.rows.changes
@@ -96,14 +96,14 @@ class RunState:
 
     @property
     def has_other_images(self) -> bool:
-        """Whether the input is not what it was in the run before."""
+        """Whether the input differs from that of the earlier run."""
         if self.manifest is None:
             return False
         return bool(self.manifest.fingerprint["catalog"] != self.fingerprint["catalog"])
 
     @property
     def _is_settled(self) -> bool:
-        """Whether the run before is complete, and was of the images of this one."""
+        """Whether the earlier run is complete and has the same images."""
         if self.manifest is None or not self.manifest.is_complete or self.has_other_images:
             return False
         return len(self.committed) == self.manifest.n_partitions
@@ -111,11 +111,11 @@ class RunState:
     @property
     def has_features(self) -> bool:
         """Whether the output holds the features of these images."""
-        return self.manifest is not None and not self.backlog.todo and not self.has_other_images
+        return self.manifest is not None and not self.pending.todo and not self.has_other_images
 
     @property
     def split_hash(self) -> str | None:
-        """What tells the splits of the images from others; None where there are none."""
+        """Hash of the splits of the images; None without splits."""
         return hash_split(self.rows.catalog) if SPLIT in self.inputs.catalog else None
 
     @property
@@ -151,7 +151,7 @@ def prepare(
     locks: ExitStack | None = None,
     retry_failed: bool = False,
 ) -> RunState:
-    """Check all that can be checked before anything is started."""
+    """Check everything that can be checked before anything is started."""
     progress.begin("Listing images")
     clock = Clock()
     with clock.measure("list"):
@@ -178,7 +178,7 @@ def prepare(
         committed=frozenset(store.list_committed(output) if has_store else ()),
         budget=Budget(
             config.limits,
-            # A cluster of somebody else's costs this run nothing.
+            # The user's own cluster costs this run nothing.
             config.cluster if client is None else LocalClusterConfig(),
             region=inputs.regions["cluster"],
             spent=manifest.cost if manifest is not None else None,

@@ -1,4 +1,4 @@
-"""Trying some images of a run on this machine, for what a run of all of them will take."""
+"""Measures some images of a run on this machine, to estimate a run of all of them."""
 
 import re
 import time
@@ -22,38 +22,38 @@ from fruitdask.worker.models import ModelArtifact, load_predictor
 if TYPE_CHECKING:
     from fruitdask.worker.featurize import FeaturizeJob, PartitionSummary
 
-#: Images that are tried: the first partition warms up, the others are measured.
+#: Images that are measured; the first partition only warms up.
 _N_PARTITIONS, _IMAGES_PER_PARTITION = 3, 16
-#: Stages of a task that take as long as its images do; the others take their time once a partition.
+#: Stages of a task whose time grows with its images; the others take their time once per partition.
 _IMAGE_STAGES = ("fetch", "decode", "predict", "explore")
 _ONE_WORKER = LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What trying some images has shown, in one process of one thread."""
+    """Measurements on some images, in one process with one thread."""
 
     n_images: int
-    #: Images without features, of these and of those that warmed up.
+    #: Images without features, warm-up included.
     n_failed: int
-    #: Seconds an image by stage: ``fetch``, ``decode``, ``predict``, ``explore``.
+    #: Seconds per image by stage: ``fetch``, ``decode``, ``predict``, ``explore``.
     image_seconds: dict[str, float]
-    #: Seconds a partition takes besides, to write it above all.
+    #: Further seconds per partition, mostly to write it.
     partition_seconds: float
-    #: Seconds until the process was there and had the network.
+    #: Seconds to start the process and load the network.
     start_seconds: float
     #: Memory of the process with the network.
     base_bytes: int
     thread_bytes: int
 
     def count_bytes(self, n_threads: int) -> int:
-        """Count the memory of a process of so many threads."""
+        """Return the memory of a process with that many threads, in bytes."""
         return self.base_bytes + n_threads * self.thread_bytes
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """A partition that was tried."""
+    """A measured partition."""
 
     summary: "PartitionSummary"
     load_seconds: float
@@ -73,14 +73,14 @@ def try_images(inputs: Inputs, artifact: ModelArtifact) -> Sample:
         open_seconds = time.perf_counter() - start
         explore = _prepare_output(inputs, artifact, Location(folder), n_images=len(chosen))
         job = FeaturizeJob(inputs.source, Location(folder), explore)
-        # One after the other, for partitions that overlap cannot be measured.
+        # One after the other, because overlapping partitions cannot be measured.
         for partition in split_catalog(chosen, _IMAGES_PER_PARTITION):
             map_partitions(client, _try_partition, [partition], job, delivered=artifact, on_result=trials.append)
     return _summarize(trials, open_seconds)
 
 
 def _prepare_output(inputs: Inputs, artifact: ModelArtifact, output: Location, *, n_images: int) -> ExploreJob | None:
-    """Prepare a folder for results, and say what is to be explored."""
+    """Prepare a folder for results, and return the exploration job."""
     shape = {"n_images": n_images, "images_per_partition": _IMAGES_PER_PARTITION}
     store.create_store(output, n_features=artifact.n_features, attributes={}, **shape)
     settings = inputs.config.explore
@@ -91,7 +91,7 @@ def _prepare_output(inputs: Inputs, artifact: ModelArtifact, output: Location, *
 
 
 def _try_partition(partition: Partition, artifact: ModelArtifact, job: "FeaturizeJob") -> _Trial:
-    """Featurize a partition on the worker and measure that."""
+    """Featurize a partition on the worker and measure it."""
     from fruitdask.worker.featurize import featurize_partition
 
     start = time.perf_counter()
@@ -102,7 +102,7 @@ def _try_partition(partition: Partition, artifact: ModelArtifact, job: "Featuriz
 
 
 def _summarize(trials: list[_Trial], open_seconds: float) -> Sample:
-    """Put trials together; where there is but one, it must do without another that warms up."""
+    """Combine trials; the first only warms up, unless it is the only one."""
     first, measured = trials[0], trials[1:] or trials
     n_images = sum(trial.summary.n_images for trial in measured)
     stages: Counter[str] = Counter()
@@ -121,7 +121,9 @@ def _summarize(trials: list[_Trial], open_seconds: float) -> Sample:
 
 
 def _read_memory(field: str) -> int:
-    """Read the memory of this process, now (VmRSS) or at most so far (VmHWM); elsewhere than on Linux, now in either case."""
+    """Read the memory of this process, now (VmRSS) or at most so far (VmHWM); elsewhere than on Linux, now in either
+    case.
+    """
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

@@ -1,7 +1,7 @@
-"""Verifying what a run or an exploration has left: all of it is read again, and compared with all else that says the same.
+"""Verifies an output folder: everything is read again, and what is stored twice is compared.
 
-Nothing but the output folder is read. So two things are taken as they are: that the images are those that the fingerprint stands for (its
-hash is of sizes and versions, which only a listing of the input knows), and that features are those of their images.
+Only the output folder is read. So two things cannot be checked: that the fingerprint is that of the input (it hashes
+sizes and versions of files), and that features belong to their images.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,19 +16,19 @@ from fruitdask.core.config import ExploreConfig, QualityConfig, ReduceConfig
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location, exists
 from fruitdask.errors import DamageError, OutputError
-from fruitdask.pipeline.check import StoredRun, Tally, check_components, check_partitions, read_components
+from fruitdask.pipeline.check import StoredRun, Totals, check_components, check_partitions, read_components
 from fruitdask.pipeline.repair import repair_faults, restore_manifest, shape_store
 from fruitdask.store import Fault
 from fruitdask.store.exploration import check_exploration
 
-#: What the features and the manifest must say alike of the network; its engine and bytes may be others after an interruption.
+#: Entries on the network that must agree in manifest and features; the engine may change after an interruption.
 _SAME_OF_MODEL = ("name", "preprocessing", "input_px", "n_features")
 
 
 @dataclass(frozen=True)
 class Verification:
     """
-    What is wrong with an output folder, and what is not there yet.
+    What is wrong with an output folder, and what is not done yet.
 
     Parameters
     ----------
@@ -37,11 +37,11 @@ class Verification:
     faults : tuple[Fault, ...]
         What is wrong.
     notes : tuple[str, ...]
-        What is not done yet, or could not be checked; no fault.
+        What is not done yet or could not be checked.
     n_images : int
-        Images whose features and outcomes were read.
+        Images whose features and outcomes were verified.
     n_partitions : int
-        Their partitions.
+        Verified partitions.
     is_repaired : bool
         Whether the folder was prepared for the next run.
     """
@@ -60,12 +60,12 @@ class Verification:
 
     @property
     def can_be_mended(self) -> bool:
-        """Whether a repair and the next run mend everything."""
+        """Whether a repair and the next run would fix everything."""
         return all(fault.remedy != "none" for fault in self.faults)
 
 
 @dataclass
-class _Ledger:
+class _Findings:
     """What was found so far."""
 
     faults: list[Fault] = field(default_factory=list)
@@ -83,7 +83,7 @@ def verify(
     progress: RunProgress | None = None,
 ) -> Verification:
     """
-    Read everything in an output folder again, and say what is damaged or does not agree.
+    Read everything in an output folder again, and report what is damaged or inconsistent.
 
     Parameters
     ----------
@@ -92,39 +92,39 @@ def verify(
     storage_options : Mapping[str, Any], optional
         Options of the fsspec file system.
     repair : bool
-        Take away or restore what is damaged, so that the next run makes it again and nothing else.
+        Delete or restore what is damaged, so that the next run computes that, and only that, again.
     progress : RunProgress, optional
-        Where to show progress; nowhere by default.
+        Shows progress; silent by default.
 
     Returns
     -------
     Verification
-        What is wrong; of a run that is not finished, that of what is done.
+        What is wrong; for an unfinished run, in the finished part.
 
     Raises
     ------
     OutputError
-        If there are no results, or a run is at work in the folder that is to be repaired.
+        If there are no results, or another run is using the folder to be repaired.
     StorageError
         If the storage fails.
     """
     output, progress = Location(str(output_url).rstrip("/") or "/", storage_options or {}), progress or RunProgress()
     with progress, store.locked(output) if repair and store.has_begun(output) else nullcontext():
-        ledger = _verify(output, progress)
-        faults = list(ledger.faults)
+        found = _verify(output, progress)
+        faults = list(found.faults)
         if repair:
             repair_faults(output, faults)
             if any(fault.remedy == "restore" for fault in faults):
-                # What was restored says where to look for more.
+                # What was restored may reveal more faults.
                 more = [fault for fault in _verify(output, progress).faults if fault not in faults]
                 repair_faults(output, more)
                 faults += more
-    return Verification(output, tuple(faults), tuple(ledger.notes), ledger.n_images, ledger.n_partitions, repair)
+    return Verification(output, tuple(faults), tuple(found.notes), found.n_images, found.n_partitions, repair)
 
 
-def _verify(output: Location, progress: RunProgress) -> _Ledger:
-    """Check the run and the exploration, as far as they are there."""
-    ledger = _Ledger()
+def _verify(output: Location, progress: RunProgress) -> _Findings:
+    """Check the run and the exploration, if they exist."""
+    found = _Findings()
     progress.begin("Verifying")
     has_run = any(exists(output.child(name)) for name in (store.MANIFEST, store.FEATURES))
     has_exploration = any(exists(output.child(name)) for name in (store.EXPLORATION, store.EXPLORED_ARRAYS))
@@ -132,23 +132,23 @@ def _verify(output: Location, progress: RunProgress) -> _Ledger:
         raise OutputError(
             f"{output.url}: expected the results of a run or an exploration, found none; check the folder"
         )
-    ledger.faults += store.find_strays(output)
-    manifest = _read_manifest(output, ledger) if has_run else None
+    found.faults += store.find_strays(output)
+    manifest = _read_manifest(output, found) if has_run else None
     if manifest is not None and manifest.status == "erasing":
-        ledger.notes.append("images are being erased; run again to finish that, then verify")
-        return ledger
+        found.notes.append("an erasure was interrupted; run again to finish it, then verify")
+        return found
     if exists(output.child(store.STAGING)):
-        ledger.faults.append(Fault(store.STAGING, "it is left from an erasure that was interrupted", "delete"))
+        found.faults.append(Fault(store.STAGING, "it is left over from an interrupted erasure", "delete"))
     if manifest is not None:
-        _check_run(output, manifest, ledger, progress)
+        _check_run(output, manifest, found, progress)
     if has_exploration or manifest is not None and _expects_exploration(manifest):
         progress.begin("Verifying the exploration")
-        ledger.faults += _check_exploration(output, manifest, ledger)
-    return ledger
+        found.faults += _check_exploration(output, manifest, found)
+    return found
 
 
-def _read_manifest(output: Location, ledger: _Ledger) -> store.RunManifest | None:
-    """Read the manifest of the run, or make one of what the features say."""
+def _read_manifest(output: Location, found: _Findings) -> store.RunManifest | None:
+    """Read the manifest of the run, or restore it from the features."""
     faults = list(store.check_json(output, store.MANIFEST, "restore"))
     if not (faults or exists(output.child(store.MANIFEST))):
         faults = [Fault(store.MANIFEST, "it is missing", "restore")]
@@ -157,71 +157,71 @@ def _read_manifest(output: Location, ledger: _Ledger) -> store.RunManifest | Non
     manifest = restore_manifest(output)
     if manifest is None:
         faults = [Fault(fault.where, fault.what, "none") for fault in faults]
-    ledger.faults += faults
+    found.faults += faults
     return manifest
 
 
-def _check_run(output: Location, manifest: store.RunManifest, ledger: _Ledger, progress: RunProgress) -> None:
-    """Check a run from its description to its results."""
+def _check_run(output: Location, manifest: store.RunManifest, found: _Findings, progress: RunProgress) -> None:
+    """Check a run, from its metadata to its results."""
     is_complete, committed = manifest.is_complete, store.list_committed(output)
     if not (is_complete or committed):
-        ledger.notes.append("the run is not finished: no partition is done")
+        found.notes.append("the run is not finished: no partition is done")
         return
     faults = list(store.check_store(output, **shape_store(manifest), can_restore=True, may_grow=not is_complete))
-    ledger.faults += faults
+    found.faults += faults
     if faults:
-        ledger.notes.append("features, outcomes and results were not read, for what describes them is damaged")
+        found.notes.append("features, outcomes and results were not read, because their metadata is damaged")
         return
     group: Any = store.open_store(output)
-    ledger.faults += _compare_descriptions(manifest, dict(group.attrs))
+    found.faults += _compare_descriptions(manifest, dict(group.attrs))
     arrays = {name: store.StoredArray(group[name], output) for name in ("features", "status")}
     components, faults = None, []
     if is_complete and manifest.pca is not None:
         components, faults = read_components(output, n_features=arrays["features"].shape[1])
-    ledger.faults += faults
-    catalog = _read_catalog(output, manifest, ledger)
+    found.faults += faults
+    catalog = _read_catalog(output, manifest, found)
     run = StoredRun(output, manifest, arrays, frozenset(committed), components, catalog)
-    ledger.faults += _check_marks(run, ledger.notes)
-    tally = check_partitions(run, progress)
-    ledger.faults += tally.faults
-    ledger.n_images, ledger.n_partitions = tally.n_images, len(committed)
+    found.faults += _check_marks(run, found.notes)
+    totals = check_partitions(run, progress)
+    found.faults += totals.faults
+    found.n_images, found.n_partitions = totals.n_images, len(committed)
     if is_complete:
-        _check_results(run, tally, ledger, progress)
+        _check_results(run, totals, found, progress)
 
 
-def _read_catalog(output: Location, manifest: store.RunManifest, ledger: _Ledger) -> pd.DataFrame | None:
-    """Read which image each row is of; outcomes of all images say it too."""
+def _read_catalog(output: Location, manifest: store.RunManifest, found: _Findings) -> pd.DataFrame | None:
+    """Read the catalog; the outcomes of all images can restore it."""
     remedy: store.Remedy = "restore" if manifest.is_complete else "none"
     try:
         catalog = store.read_catalog(output)
     except DamageError as error:
-        ledger.faults.append(Fault(store.CATALOG, store.describe_damage(error), remedy))
+        found.faults.append(Fault(store.CATALOG, store.describe_damage(error), remedy))
         return None
     if catalog is None:
-        ledger.faults.append(Fault(store.CATALOG, "it is missing", remedy))
-    # A run that was interrupted while it began may have written its manifest, but not yet its catalog.
+        found.faults.append(Fault(store.CATALOG, "it is missing", remedy))
+    # An interrupted run may have written its manifest, but not yet its catalog.
     if catalog is not None and len(catalog) < manifest.n_images and manifest.is_complete:
         what = f"expected {manifest.n_images:,} images, found {len(catalog):,}"
-        ledger.faults.append(Fault(store.CATALOG, what, remedy))
+        found.faults.append(Fault(store.CATALOG, what, remedy))
         return None
     return catalog
 
 
 def _compare_descriptions(manifest: store.RunManifest, attributes: dict[str, Any]) -> Iterator[Fault]:
-    """Compare what the manifest and the features say of the run."""
+    """Compare the manifest with the attributes of the features."""
     where = f"{store.FEATURES}/zarr.json"
     for name, theirs in attributes["fingerprint"].items():
-        # Where images were erased, the manifest follows the input; a run writes it before the attributes.
+        # After an erasure the manifest follows the input, and an interrupted run may have written the manifest only.
         is_settled = name == "catalog" and (manifest.erasures or not manifest.is_complete)
         if manifest.fingerprint.get(name) != theirs and not is_settled:
-            yield Fault(where, f"its {name} has another fingerprint than that in {store.MANIFEST}", "none")
+            yield Fault(where, f"the fingerprint of its {name} differs from {store.MANIFEST}", "none")
     for name in _SAME_OF_MODEL:
         if getattr(manifest.model, name) != attributes["model"].get(name):
-            yield Fault(where, f"{name} of its model is not that in {store.MANIFEST}", "none")
+            yield Fault(where, f"the {name} of its model differs from {store.MANIFEST}", "none")
 
 
 def _check_marks(run: StoredRun, notes: list[str]) -> Iterator[Fault]:
-    """Check that there are outcomes of all partitions of the run and of no others."""
+    """Check that exactly the partitions of the run have outcomes."""
     missing = sorted(set(range(run.n_partitions)) - run.committed)
     if run.is_complete:
         for index in missing:
@@ -233,31 +233,33 @@ def _check_marks(run: StoredRun, notes: list[str]) -> Iterator[Fault]:
         yield Fault(store.name_outcomes(index), "the run has no such partition", "delete")
 
 
-def _check_results(run: StoredRun, tally: Tally, ledger: _Ledger, progress: RunProgress) -> None:
-    """Check what was made of all partitions together."""
+def _check_results(run: StoredRun, totals: Totals, found: _Findings, progress: RunProgress) -> None:
+    """Check what was computed from all partitions together."""
     output, manifest = run.output, run.manifest
-    if tally.n_images == run.n_images:
-        ledger.catalog = run.catalog
+    if totals.n_images == run.n_images:
+        found.catalog = run.catalog
     if manifest.read_settings("quality", QualityConfig).enabled and not exists(output.child(store.QUALITY)):
-        ledger.faults.append(Fault(store.QUALITY, "it is missing", "reduce"))
-    ledger.faults += store.check_json(output, store.QUALITY, "reduce")
-    ledger.faults += _check_drawings(run)
+        found.faults.append(Fault(store.QUALITY, "it is missing", "reduce"))
+    found.faults += store.check_json(output, store.QUALITY, "reduce")
+    found.faults += _check_drawings(run)
     if not run.has_components:
         if exists(output.child(store.COMPONENTS)):
-            ledger.faults.append(Fault(store.COMPONENTS, f"{store.MANIFEST} says nothing of it", "delete"))
+            found.faults.append(Fault(store.COMPONENTS, f"{store.MANIFEST} does not mention it", "delete"))
         return
-    if any(fault.remedy == "compute" for fault in ledger.faults):
-        ledger.notes.append(f"{store.COMPONENTS} was not compared with the features, some of which are damaged")
+    if any(fault.remedy == "compute" for fault in found.faults):
+        found.notes.append(f"{store.COMPONENTS} was not compared with the features, because some are damaged")
         return
     if manifest.pca is not None and manifest.pca.fit.n_changed:
-        ledger.notes.append(f"{store.COMPONENTS} was not compared with the features, some of which came after it was fitted")
+        found.notes.append(
+            f"{store.COMPONENTS} was not compared with the features, because some were computed after it was fitted"
+        )
         return
     progress.begin("Verifying principal components")
-    ledger.faults += check_components(run)
+    found.faults += check_components(run)
 
 
 def _check_drawings(run: StoredRun) -> Iterator[Fault]:
-    """Check that the page and the figures are there that were drawn; what they show is not compared."""
+    """Check that the rendered page and figures exist; their content is not compared."""
     manifest = run.manifest
     drawn = manifest.presented
     if drawn is None:
@@ -278,12 +280,12 @@ def _check_drawings(run: StoredRun) -> Iterator[Fault]:
 
 
 def _expects_exploration(manifest: store.RunManifest) -> bool:
-    """Tell whether a run has explored its images too."""
+    """Whether a run has explored its images too."""
     return manifest.is_complete and manifest.read_settings("explore", ExploreConfig).enabled
 
 
-def _check_exploration(output: Location, manifest: store.RunManifest | None, ledger: _Ledger) -> Iterator[Fault]:
-    """Check an exploration, and compare its images with those of the run beside it, where both are of the same input."""
+def _check_exploration(output: Location, manifest: store.RunManifest | None, found: _Findings) -> Iterator[Fault]:
+    """Check an exploration, and compare its images with those of the run, if both have the same input."""
     faults = list(store.check_json(output, store.EXPLORATION, "explore"))
     if not (faults or exists(output.child(store.EXPLORATION))):
         faults = [Fault(store.EXPLORATION, "it is missing", "explore")]
@@ -292,16 +294,17 @@ def _check_exploration(output: Location, manifest: store.RunManifest | None, led
     if summary is None:
         return
     if not summary.is_complete:
-        ledger.notes.append("the exploration is not finished: the next run looks at all images")
+        found.notes.append("the exploration is not finished: the next run explores all images")
         return
     is_same = manifest is not None and manifest.fingerprint.get("catalog") == summary.fingerprint["catalog"]
     if manifest is not None and not is_same:
         if _expects_exploration(manifest):
-            yield Fault(store.EXPLORATION, "it is of other images than the run", "explore")
+            yield Fault(store.EXPLORATION, "its images are not those of the run", "explore")
         elif manifest.is_complete:
-            ledger.notes.append(
-                "the exploration is of the images before the last run; a run with explore.enabled looks at all images again"
+            found.notes.append(
+                "the exploration is older than the last change of the images; a run with explore.enabled explores all "
+                "images again"
             )
-    yield from check_exploration(output, summary, ledger.catalog if is_same else None)
+    yield from check_exploration(output, summary, found.catalog if is_same else None)
     if exists(output.child(store.THUMBNAILS)):
-        yield Fault(store.THUMBNAILS, "it is left from an exploration that is finished", "delete")
+        yield Fault(store.THUMBNAILS, "it is left over from a finished exploration", "delete")

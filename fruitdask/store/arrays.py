@@ -18,7 +18,8 @@ from fruitdask.store.manifests import advise_repair, delete_result
 from fruitdask.store.schema import check_format, seal
 from fruitdask.store.tables import read_table, write_table
 
-#: How chunks are stored: compressed as Zarr does by default, then with a checksum, by which a reader of any language finds damage.
+#: How chunks are stored: compressed as Zarr does by default, then with a checksum, by which a reader of any language
+#: finds damage.
 _COMPRESSORS = (ZstdCodec(), Crc32cCodec())
 
 
@@ -162,7 +163,8 @@ def write_partition(
             group: Any = zarr.open_group(**name_store(location), mode="r+")
         except FileNotFoundError as error:
             raise StorageError(
-                f"cannot write {location.url}: it is not there any more, so it or its bucket was deleted; run again to begin anew"
+                f"cannot write {location.url}: it is not there any more, so it or its bucket was deleted; run again to "
+                "begin anew"
             ) from error
         group["features"][rows] = features
         group["status"][rows] = outcomes["status"].map(STATUSES.index).to_numpy(np.uint8)

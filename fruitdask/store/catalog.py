@@ -34,9 +34,11 @@ _ARCHIVE_ENDINGS = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar
 _SHOWN_ENDINGS = (".jpg", ".png", ".webp", ".tif", ".bmp", ".gif", ".avif", ".jp2 ...")
 _WILDCARDS = re.compile(r"[*?\[]")
 
-#: Where ``featurize.images_per_partition`` is not given: about this many partitions, so that a few workers finish together ...
+#: Where ``featurize.images_per_partition`` is not given: about this many partitions, so that a few workers finish
+#: together ...
 _PARTITIONS_WANTED = 16
-#: ... but a chunk neither so small that tasks and files cost more than the work, nor so large that an interruption loses minutes.
+#: ... but a chunk neither so small that tasks and files cost more than the work, nor so large that an interruption
+#: loses minutes.
 _IMAGES_PER_PARTITION_RANGE = (32, 512)
 
 
@@ -52,9 +54,10 @@ def list_images(config: InputConfig) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row an image, sorted by ``path``, with the columns ``path`` (str, relative to the input URL), ``label`` (category, the folder
-        that ``input.label_from`` chooses, or the word in the table of labels), ``bytes`` (int64), ``version`` (int64, a hash of an object
-        store's ETag, of a checksum in an archive, else of the time of modification), and where it is configured ``split`` (category).
+        One row an image, sorted by ``path``, with the columns ``path`` (str, relative to the input URL), ``label``
+        (category, the folder that ``input.label_from`` chooses, or the word in the table of labels), ``bytes`` (int64),
+        ``version`` (int64, a hash of an object store's ETag, of a checksum in an archive, else of the time of
+        modification), and where it is configured ``split`` (category).
 
     Raises
     ------
@@ -199,7 +202,9 @@ def _hash_rows(column: pd.Series) -> Iterator[npt.NDArray[np.integer]]:
 def _merge_words(
     stored: pd.Series | None, listed: pd.Series, places: npt.NDArray[np.int64], is_new: npt.NDArray[np.bool_]
 ) -> pd.Categorical:
-    """Take words from the listing; those of images that it does not have stay as they were, and are empty where there were none."""
+    """Take words from the listing; those of images that it does not have stay as they were, and are empty where there
+    were none.
+    """
     if stored is None:
         stored = pd.Series([""] * len(places), dtype="str")
     words = pd.api.types.union_categoricals([each.astype("category") for each in (stored, listed)])
@@ -249,7 +254,8 @@ def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str
             if _WILDCARDS.search(config.url) and not root.is_archive:
                 folder = _WILDCARDS.split(config.url)[0].rpartition("/")[0]
                 return (
-                    f"{config.url}: expected a folder in input.url, found a pattern; write {folder or '.'}, all of which is searched, "
+                    f"{config.url}: expected a folder in input.url, found a pattern; write {folder or '.'}, all of "
+                    "which is searched, "
                     "and choose among files by input.extensions, input.classes and input.exclude"
                 )
             return f"{config.url}: there is no such folder; check input.url"
@@ -272,7 +278,8 @@ def read_catalog(output: Location) -> pd.DataFrame | None:
 def write_catalog(output: Location, catalog: pd.DataFrame) -> None:
     """Write the catalog of a store, all of it or none."""
     buffer = io.BytesIO()
-    # Categories would keep the names of classes of which no image is left, and a dictionary of paths would hold each of them.
+    # Categories would keep the names of classes of which no image is left, and a dictionary of paths would hold each of
+    # them.
     words = [name for name in ("label", "split") if name in catalog]
     table = catalog.astype(dict.fromkeys(words, "str"))
     table.to_parquet(buffer, index=False, compression="zstd", use_dictionary=words, write_page_checksum=True)

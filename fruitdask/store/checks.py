@@ -1,4 +1,4 @@
-"""What can be wrong with what is stored, part by part, and what mends it."""
+"""Faults of stored parts, and what repairs them."""
 
 import json
 import re
@@ -20,66 +20,65 @@ from fruitdask.store.manifests import advise_repair, read_exploration_manifest, 
 from fruitdask.store.outcomes import read_outcomes
 from fruitdask.store.schema import check_format, is_intact
 
-#: What a process leaves that was killed while it wrote a file: fruitdask's own files, and Zarr's.
+#: Names of partial files that a killed process leaves: those of fruitdask, and those of Zarr.
 _LEFTOVER = re.compile(r".+\.[0-9a-f]{32}\.part(ial)?")
-#: Entries of ``zarr.json`` (Zarr v3, sections 4 and 5), and of the objects in it. Zarr passes over others, and takes defaults instead.
+#: Entries of ``zarr.json`` (Zarr v3, sections 4 and 5), and of the objects in it. Zarr ignores others and uses
+#: defaults.
 _ZARR_KEYS = frozenset(
-    "zarr_format node_type attributes consolidated_metadata shape data_type chunk_grid chunk_key_encoding fill_value codecs "
+    "zarr_format node_type attributes consolidated_metadata shape data_type chunk_grid chunk_key_encoding fill_value "
+    "codecs "
     "dimension_names storage_transformers".split()
 )
 _EXTENSION_KEYS = frozenset({"name", "configuration"})
-#: What describes features and statuses.
+#: Metadata files of features and statuses.
 _DESCRIPTIONS = ("zarr.json", "features/zarr.json", "status/zarr.json")
 
 
-#: What mends a fault, and what a repair and the next run do about it.
+#: What repairs a fault: the next run, or `verify --repair`.
 Remedy = Literal["compute", "reduce", "explore", "draw", "restore", "delete", "none"]
 _REMEDIES: Mapping[Remedy, str] = {
     "compute": "the next run computes the partition again",
     "reduce": "the next run reduces the features and writes the tables again",
-    "explore": "the next run looks at all images again",
-    "draw": "the next run draws figures and page again",
-    "restore": "it is written again from what else is stored",
-    "delete": "it is deleted",
-    "none": "nothing that is stored says what it should be; begin again with --overwrite",
+    "explore": "the next run explores all images again",
+    "draw": "the next run renders figures and page again",
+    "restore": "a repair restores it from other stored parts",
+    "delete": "a repair deletes it",
+    "none": "it cannot be restored; start again with --overwrite",
 }
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something in an output folder that is not as it should be."""
+    """A fault in an output folder."""
 
     #: The file, array or partition, below the output folder.
     where: str
     what: str
-    #: What mends it: the next run computes the partition again (``compute``), reduces (``reduce``), explores
-    #: (``explore``) or draws (``draw``), a repair restores it from what else is stored (``restore``) or deletes it
-    #: (``delete``), or nothing does (``none``).
     remedy: Remedy
-    #: Which partition it belongs to, if to one.
+    #: The partition it belongs to, if any.
     partition: int | None = None
 
     def __str__(self) -> str:
-        """Say it in one sentence."""
+        """Return one sentence."""
         return f"{self.where}: {self.what}; {_REMEDIES[self.remedy]}"
 
 
 @dataclass(frozen=True, eq=False)
 class CheckedPartition:
-    """What a partition holds, and what is wrong with it."""
+    """The content of a partition, and its faults."""
 
     index: int
     faults: tuple[Fault, ...]
-    #: Its outcomes; None where they are damaged.
+    #: None if damaged.
     outcomes: pd.DataFrame | None
-    #: Its features; None where they are damaged.
+    #: None if damaged.
     features: npt.NDArray[np.float32] | None
 
 
 def check_partition(
     output: Location, arrays: Mapping[str, StoredArray], index: int, *, may_grow: bool = False
 ) -> CheckedPartition:
-    """Check a partition that is committed: all of it can be read, and its parts agree."""
+    """Check that a committed partition can be read, and that its parts agree."""
     size = arrays["features"].chunks[0]
     rows, faults, found = slice(index * size, (index + 1) * size), [], dict[str, Any]()
     for name in ("features", "status", "outcomes"):
@@ -99,7 +98,7 @@ def check_partition(
 def _compare_parts(
     outcomes: pd.DataFrame, features: npt.NDArray[np.float32], codes: npt.NDArray[np.uint8]
 ) -> Iterator[str]:
-    """Say in what the parts of a partition do not agree."""
+    """Describe how the parts of a partition disagree."""
     if len(outcomes) != len(codes):
         yield f"expected outcomes of {len(codes):,} images, found {len(outcomes):,}"
         return
@@ -108,9 +107,9 @@ def _compare_parts(
     is_ok = (outcomes["status"] == "ok").to_numpy()
     expected = outcomes["status"].map({status: code for code, status in enumerate(STATUSES) if code}).to_numpy()
     for what, is_wrong in (
-        ("the status is not that of its outcome", codes != expected),
-        ("the features are not finite, though the outcome is ok", is_ok & ~np.isfinite(features).all(axis=1)),
-        ("there are features, though the outcome is a failure", ~is_ok & ~np.isnan(features).all(axis=1)),
+        ("the status differs from the outcome", codes != expected),
+        ("the features are not finite, although the outcome is ok", is_ok & ~np.isfinite(features).all(axis=1)),
+        ("there are features, although the outcome is a failure", ~is_ok & ~np.isnan(features).all(axis=1)),
     ):
         if is_wrong.any():
             yield f"of {is_wrong.sum():,} images {what}, first of {outcomes['path'].iloc[int(is_wrong.argmax())]}"
@@ -140,8 +139,8 @@ def check_store(
     can_restore: bool,
     may_grow: bool = False,
 ) -> Iterator[Fault]:
-    """Check what describes features and statuses: the arrays have the shape of the run, and attributes are what was
-    written.
+    """Check the metadata of features and statuses: arrays have the shape of the run, and attributes match their
+    checksum.
     """
     with TemporaryDirectory() as folder:
         shape = {"n_images": n_images, "n_features": n_features, "images_per_partition": images_per_partition}
@@ -162,7 +161,7 @@ def restore_store(
     images_per_partition: int,
     attributes: Mapping[str, Any],
 ) -> None:
-    """Write again what describes features and statuses; chunks stay as they are."""
+    """Write the metadata of features and statuses again; chunks are kept."""
     with TemporaryDirectory() as folder:
         shape = {"n_images": n_images, "n_features": n_features, "images_per_partition": images_per_partition}
         create_store(Location(folder), **shape, attributes=attributes)
@@ -172,7 +171,7 @@ def restore_store(
 
 
 def _compare_descriptions(output: Location, model: Location, name: str, *, may_grow: bool) -> str:
-    """Say in what the description of the group or an array differs from a model; the group's attributes have a checksum instead."""
+    """Describe how metadata differs from a model; attributes of the group have a checksum instead."""
     if not exists(output.child(FEATURES, name)):
         return "it is missing"
     try:
@@ -181,7 +180,7 @@ def _compare_descriptions(output: Location, model: Location, name: str, *, may_g
         return describe_damage(error)
     if name == "zarr.json":
         is_whole = "fingerprint" in found["attributes"] and is_intact(found["attributes"])
-        return "" if is_whole else "its attributes are not what was written"
+        return "" if is_whole else "its attributes do not match their checksum"
     if may_grow and found["shape"][0] < expected["shape"][0]:
         found["shape"] = (expected["shape"][0], *found["shape"][1:])
     differing = [key for key in expected if found.get(key) != expected[key]]
@@ -189,7 +188,7 @@ def _compare_descriptions(output: Location, model: Location, name: str, *, may_g
 
 
 def _read_description(output: Location, name: str) -> dict[str, Any]:
-    """Read what describes the group or an array, as readers see it; chunks without checksums are as good."""
+    """Read the metadata of the group or an array, as readers see it."""
     location = output.child(FEATURES, *name.split("/")[:-1])
     _check_keys(location, output)
     with explained(location, "read", remedy=advise_repair(output)):
@@ -199,7 +198,7 @@ def _read_description(output: Location, name: str) -> dict[str, Any]:
 
 
 def _check_keys(location: Location, output: Location) -> None:
-    """Check that what describes a group or an array has no entries that Zarr does not know."""
+    """Check that metadata has no entries that Zarr does not know."""
     with explained(location, "read", remedy=advise_repair(output)):
         tree = json.loads(location.fs.cat_file(location.child("zarr.json").path))
         unknown = set(tree) - _ZARR_KEYS
@@ -212,7 +211,7 @@ def _check_keys(location: Location, output: Location) -> None:
 def check_arrays(
     output: Location, name: str, dimensions: Mapping[str, Sequence[str]], remedy: Remedy
 ) -> Iterator[Fault]:
-    """Check what describes a group of small arrays."""
+    """Check a group of small arrays and its metadata."""
     location = output.child(name)
     places = (location, *(location.child(array) for array in dimensions))
     missing = [place.child("zarr.json") for place in places if not exists(place.child("zarr.json"))]
@@ -231,7 +230,7 @@ def check_arrays(
         return
     check_format(attributes, location.url)
     if not is_intact(attributes):
-        yield Fault(f"{name}/zarr.json", "its attributes are not what was written", remedy)
+        yield Fault(f"{name}/zarr.json", "its attributes do not match their checksum", remedy)
     try:
         read_arrays(location)
     except DamageError as error:
@@ -242,17 +241,17 @@ def check_arrays(
 
 
 def find_strays(output: Location) -> Iterator[Fault]:
-    """Find what processes left that were killed while they wrote a file; an object store keeps no half of an object."""
+    """Find partial files of killed processes; object stores never keep partial objects."""
     with explained(output, "list"):
         paths = output.fs.find(output.path) if output.is_local else []
     for path in paths:
         if _LEFTOVER.fullmatch(path):
             where = path[len(output.path) + 1 :]
-            yield Fault(where, "it is half of a file, left by a process that was killed", "delete")
+            yield Fault(where, "it is a partial file of a killed process", "delete")
 
 
 def describe_damage(error: Exception) -> str:
-    """Say what a decoder, or a comparison with a checksum, has found."""
+    """Describe what a decoder or a checksum has found."""
     if error.__cause__ is not None:
         return f"it is damaged ({describe_cause(error.__cause__)})"
     return "its checksum does not match its content" if isinstance(error, DamageError) else "it is damaged"

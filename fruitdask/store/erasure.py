@@ -1,7 +1,7 @@
-"""Erasing images from a run: what is kept is copied aside, everything else is deleted, and the copy takes its place.
+"""Erases images from a run: the rows to keep are copied, everything else is deleted, and the copy takes its place.
 
-Until the manifest says ``ERASING`` nothing has changed; from then on nothing is needed to finish but what lies in the folder, so an
-interrupted erasure either has not happened or is finished by the next command.
+Until the status of the manifest is ``erasing`` nothing has changed. After that the folder holds everything needed to
+finish, so an interrupted erasure either has not happened or is finished by the next command.
 """
 
 from collections.abc import Mapping
@@ -32,10 +32,9 @@ from fruitdask.store.outcomes import list_committed, read_rows
 def stage_rows(
     output: Location, rows: npt.NDArray[np.int64], *, images_per_partition: int, attributes: Mapping[str, Any]
 ) -> None:
-    """Copy some rows of a run aside, as a store without gaps; a partition of which some row was not computed yet is left
-    out.
+    """Copy rows of a run to a staging store without gaps; partitions with a row that was not computed are left out.
 
-    rows: numpy.ndarray, the rows to keep, ascending, int64.
+    `rows` are ascending, int64.
     """
     staging = output.child(STAGING)
     delete_result(output, STAGING)
@@ -60,7 +59,7 @@ def stage_rows(
             continue
         read = read_rows(output, sources, images_per_partition=images_per_partition, columns=columns)
         outcomes = pd.concat(read)
-        # One that was the last before the input grew may not have been filled up.
+        # A partition that was the last before the input grew may lack rows.
         if np.isin(chosen, outcomes.index).all():
             kept = features[chosen, :]
             write_partition(staging, index=index, start=start, features=kept, outcomes=outcomes.loc[chosen])
@@ -68,9 +67,7 @@ def stage_rows(
 
 
 def finish_erasing(output: Location) -> None:
-    """Finish an erasure that the manifest says has begun: delete all results, and put the rows that were staged in their
-    place.
-    """
+    """Finish an erasure that has begun: delete all results, and move the staged rows in their place."""
     manifest = read_run(output)
     if manifest is None:
         return
@@ -87,13 +84,13 @@ def finish_erasing(output: Location) -> None:
 
 
 def delete_strays(output: Location) -> None:
-    """Delete what killed processes left of files that they were writing."""
+    """Delete partial files of killed processes."""
     for stray in find_strays(output):
         delete_result(output, stray.where)
 
 
 def _copy_folder(source: Location, target: Location) -> None:
-    """Copy a folder, if it is there, to a place where there is none."""
+    """Copy a folder, if it exists, to a place where there is none."""
     with explained(target, "write"):
         if exists(source):
             source.fs.copy(f"{source.path}/", f"{target.path}/", recursive=True)
@@ -101,7 +98,7 @@ def _copy_folder(source: Location, target: Location) -> None:
 
 
 def _copy_catalog(output: Location) -> None:
-    """Put the catalog that was staged, if any, in its place."""
+    """Copy the staged catalog, if any, to its place."""
     catalog = read_catalog(output.child(STAGING))
     if catalog is not None:
         write_catalog(output, catalog)

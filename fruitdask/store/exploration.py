@@ -1,4 +1,4 @@
-"""What an exploration leaves in the output folder."""
+"""Reads, writes and checks the findings of an exploration."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,19 +33,20 @@ _DIMENSIONS = {
 @dataclass(frozen=True, eq=False)
 class Exploration:
     """
-    What an exploration found.
+    The findings of an exploration.
 
     Parameters
     ----------
     images : pandas.DataFrame
-        One row an image, in the order of the catalog: ``path``, ``label``, ``status``, ``error``; ``bytes``, ``width_px``, ``height_px``,
-        ``format``;
-        ``content_hash`` (SHA-256), ``perceptual_hash`` (64 bits) and the groups ``duplicate_group`` and ``near_duplicate_group``;
-        ``has_exif``, ``has_gps``, ``has_serial``, ``has_name``; ``mean_red``, ``mean_green``, ``mean_blue`` (0 to 255);
-        ``distance_to_mean``, the mean squared difference from the mean image of the class.
+        One row per image, in the order of the catalog: ``path``, ``label``, ``status``, ``error``; ``bytes``,
+        ``width_px``, ``height_px``, ``format``;
+        ``content_hash`` (SHA-256), ``perceptual_hash`` (64 bits) and the groups ``duplicate_group`` and
+        ``near_duplicate_group``; ``has_exif``, ``has_gps``, ``has_serial``, ``has_name``; ``mean_red``, ``mean_green``,
+        ``mean_blue`` (0 to 255); ``distance_to_mean``, the mean squared difference from the mean image of the class.
     classes : pandas.DataFrame
-        One row a class, its label the index: counts, bytes, median sizes, colours, ``mean_squared_difference`` over all pairs of its
-        images with ``standard_error`` and quantiles over pairs, the ``most_typical`` and ``least_typical`` image.
+        One row per class, its label the index: counts, bytes, median sizes, colours, ``mean_squared_difference`` over
+        all pairs of its images with ``standard_error`` and quantiles over pairs, the ``most_typical`` and
+        ``least_typical`` image.
     thumbnail_rows : numpy.ndarray
         Rows of ``images`` that have a thumbnail, ascending, int64.
     thumbnails : numpy.ndarray
@@ -73,7 +74,7 @@ class Exploration:
 
 
 def write_exploration(output: Location, exploration: Exploration) -> None:
-    """Write what an exploration found; its summary, written last, says that it is complete."""
+    """Write the findings of an exploration; its manifest, written last, says that it is complete."""
     for name, table in ((EXPLORED_IMAGES, exploration.images), (EXPLORED_CLASSES, exploration.classes.reset_index())):
         write_table(output.child(f"{name}.parquet"), table)
         delete_result(output, f"{name}.csv")
@@ -85,7 +86,7 @@ def write_exploration(output: Location, exploration: Exploration) -> None:
 
 
 def read_exploration(output: Location) -> Exploration | None:
-    """Read what an exploration found."""
+    """Read the findings of a complete exploration; None without one."""
     manifest = read_exploration_manifest(output)
     if manifest is None or not manifest.is_complete:
         return None
@@ -100,17 +101,15 @@ def read_exploration(output: Location) -> Exploration | None:
     return Exploration(images, classes, summary=manifest.dump(), **arrays)
 
 
-def check_exploration(
-    output: Location, manifest: ExplorationManifest, catalog: pd.DataFrame | None
-) -> Iterator[Fault]:
-    """Check what an exploration has left."""
+def check_exploration(output: Location, manifest: ExplorationManifest, catalog: pd.DataFrame | None) -> Iterator[Fault]:
+    """Check the stored findings of an exploration."""
     images, faults = _check_table(output, EXPLORED_IMAGES)
     classes, more = _check_table(output, EXPLORED_CLASSES)
     yield from faults + more
     if images is not None and (
         len(images) != manifest.n_images or (catalog is not None and not _has_same_images(images, catalog))
     ):
-        yield _fault(f"{EXPLORED_IMAGES}.parquet", "its rows are not those of the images")
+        yield _fault(f"{EXPLORED_IMAGES}.parquet", "its rows are not those of the catalog")
     if images is not None and classes is not None:
         counts = images["label"].astype(str).value_counts().to_dict()
         if counts != dict(zip(classes["label"].astype(str), classes["n_images"], strict=True)):
@@ -119,7 +118,7 @@ def check_exploration(
 
 
 def _has_same_images(images: pd.DataFrame, catalog: pd.DataFrame) -> bool:
-    """Tell whether rows are of the images of a catalog that have not vanished, in whatever order, and of no others."""
+    """Whether rows are exactly the images of a catalog that are not missing, in any order."""
     rows = find_rows(images["path"], catalog["path"])
     if (rows < 0).any() or not images["path"].is_unique:
         return False
@@ -130,7 +129,7 @@ def _has_same_images(images: pd.DataFrame, catalog: pd.DataFrame) -> bool:
 
 
 def _check_table(output: Location, name: str) -> tuple[pd.DataFrame | None, list[Fault]]:
-    """Read a table, and say what is wrong with it and its copy for spreadsheets."""
+    """Read a table, and check it and its CSV copy."""
     where = f"{name}.parquet"
     if not exists(output.child(where)):
         return None, [_fault(where, "it is missing")]
@@ -147,5 +146,5 @@ def _check_table(output: Location, name: str) -> tuple[pd.DataFrame | None, list
 
 
 def _fault(where: str, what: str) -> Fault:
-    """Name a fault of an exploration."""
+    """Return a fault of an exploration."""
     return Fault(where, what, "explore")

@@ -1,16 +1,16 @@
-"""What is in the output folder, by name."""
+"""The names of everything in an output folder. No other module writes one."""
 
-#: What can become of an image; the position is its code in the store. ``pending`` is an image whose partition is not committed yet.
+#: Statuses of an image; the position is its code in the store. ``pending``: its partition is not committed yet.
 STATUSES = ("pending", "ok", "unreadable", "too_large", "missing", "unreachable", "not_finite", "crashed")
 OUTCOME_COLUMNS = ("path", "label", "status", "error", "attempts")
 #: Further columns of an outcome file: the version of the image's file, as the catalog has it.
 VERSION_COLUMNS = ("bytes", "version")
 
-#: The two manifests: each is written first and says whose the other files are, and when it says "complete" they are.
+#: The manifests of a run and of an exploration: written first, and complete last.
 MANIFEST, EXPLORATION = "manifest.json", "explore.json"
-#: Who works in the folder. It is no result, and nobody but its owner deletes it.
+#: The lock. It is not a result, and only its owner deletes it.
 LOCK = "run.lock"
-#: The entry of JSON files and of attributes by which damage shows; arrays and tables have checksums of their own.
+#: The checksum entry of JSON files and Zarr attributes; chunks and Parquet pages have their own.
 CHECKSUM = "checksum"
 QUALITY = "quality.json"
 FEATURES = "features.zarr"
@@ -20,7 +20,7 @@ COMPONENTS = "pca.zarr"
 RESULTS, RESULTS_CSV = "results.parquet", "results.csv"
 FAILURES = "failures.csv"
 THUMBNAILS = "thumbnails.zarr"
-#: What an exploration found: arrays, and tables as Parquet and as CSV.
+#: Findings of an exploration: arrays, and tables as Parquet and CSV.
 EXPLORED_ARRAYS = "explore.zarr"
 EXPLORED_IMAGES, EXPLORED_CLASSES = "explore", "explore_classes"
 PAGE = "report.html"
@@ -50,8 +50,9 @@ def name_outcomes(index: int) -> str:
     return f"{PARTITIONS}/{index:05d}.parquet"
 
 
-#: All that a run or an exploration may write into its output folder, and therefore all that it may delete there.
-#: Commit marks go before what they vouch for, a manifest last: it says that the others are fruitdask's.
+#: Everything that a run or an exploration writes, and may therefore delete. Deleted in this order: commit marks before
+#: their data, and a
+#: manifest last, because it says that the others are ours.
 RUN_NAMES = (
     STAGING,
     PARTITIONS,

@@ -1,4 +1,4 @@
-"""The lock of an output folder: two runs at once would mix their results."""
+"""The lock of an output folder, so that two runs never write to the same one."""
 
 import getpass
 import json
@@ -16,13 +16,13 @@ from fruitdask.errors import DamageError, FruitdaskError, OutageError, OutputErr
 from fruitdask.store.layout import LOCK
 from fruitdask.store.manifests import delete_result
 
-#: How often an owner shows that it lives, and how long it may be silent: clocks of two machines differ, and a laptop sleeps a while.
+#: Interval of heartbeats, and how long they may be missing: clocks differ, and laptops sleep.
 _SECONDS_BETWEEN_SIGNS = 20.0
 _SECONDS_OF_SILENCE = 300.0
 
 
 class OutputLock:
-    """The right to write into an output folder, taken by `locked`."""
+    """A lease on an output folder, renewed by a heartbeat; taken by `locked`."""
 
     def __init__(self, output: Location) -> None:
         self._output, self._location = output, output.child(LOCK)
@@ -38,15 +38,15 @@ class OutputLock:
         self._keeper = threading.Thread(target=self._keep, name=_name_keeper(self._owner), daemon=True)
 
     def check(self) -> None:
-        """End a run whose lock was taken by somebody else."""
+        """Stop a run that has lost its lock to another run."""
         if self._is_lost:
             raise OutputError(
-                f"{self._location.url}: another run has taken this output folder, believing that this one is dead; it goes on there, so "
-                "this one ends"
+                f"{self._location.url}: another run has taken over this output folder, because this run seemed dead; "
+                "this run ends, the other one continues"
             )
 
     def take(self) -> None:
-        """Take the lock; that of a run which is certainly dead is taken away first."""
+        """Take the lock, after deleting that of a dead run."""
         self._keeper.start()
         try:
             other = self._try_to_take()
@@ -60,7 +60,7 @@ class OutputLock:
             raise
 
     def show_life(self) -> None:
-        """Write that this run lives, unless the lock is somebody else's by now; where it cannot be written, the run will notice itself."""
+        """Write a heartbeat, unless another run has the lock; if the storage fails, the run will notice."""
         with suppress(FruitdaskError):
             found = self._read()
             if found is not None and found.get("id") != self._owner["id"]:
@@ -69,29 +69,29 @@ class OutputLock:
             write_file(self._location, self._dump())
 
     def release(self) -> None:
-        """Take the lock away, if it is ours and can be; one that stays is known to be dead, for its keeper is."""
+        """Delete the lock if it is ours; if that fails, its missing heartbeat shows that it is dead."""
         self._stop_keeper()
         with suppress(FruitdaskError):
             found = self._read()
             if found is not None and found.get("id") == self._owner["id"]:
                 delete_result(self._output, LOCK)
         if self._output.is_local:
-            # A run that was refused before it wrote anything leaves no empty folder.
+            # A run that was refused before it wrote anything must not leave an empty folder.
             with suppress(OSError):
                 os.rmdir(self._output.path)
 
     def _keep(self) -> None:
-        """Show life until it is over."""
+        """Write heartbeats until the lock is released."""
         while not self._is_over.wait(_SECONDS_BETWEEN_SIGNS):
             self.show_life()
 
     def _stop_keeper(self) -> None:
-        """Show no more life."""
+        """Stop the heartbeats."""
         self._is_over.set()
         self._keeper.join()
 
     def _try_to_take(self) -> dict[str, Any] | None:
-        """Take the lock, or say whose it is."""
+        """Take the lock; return its owner if it is taken."""
         with explained(self._location, "write"):
             try:
                 create_file(self._location, self._dump())
@@ -99,16 +99,16 @@ class OutputLock:
                 found = self._read()
                 if found is None:
                     raise
-                # It is ours where the answer to the request that wrote it was lost on its way.
+                # It is ours if only the response to our request was lost.
                 return found if found.get("id") != self._owner["id"] else None
         return None
 
     def _dump(self) -> bytes:
-        """Write out whose the lock is, and that its owner lives."""
+        """Return the owner and the time of the heartbeat as JSON."""
         return json.dumps(self._owner | {"seen": _now()}, indent=2).encode()
 
     def _read(self) -> dict[str, Any] | None:
-        """Read whose the lock is; nothing is known of one that is damaged."""
+        """Read the owner of the lock; an empty one if the file is damaged."""
         with explained(self._location, "read"):
             if not exists(self._location):
                 return None
@@ -136,10 +136,10 @@ def locked(output: Location) -> Iterator[OutputLock]:
 
 
 def _is_dead(found: dict[str, Any]) -> bool:
-    """Tell whether the owner of a lock is dead: its process, or its run in this one; elsewhere one that has been silent for long."""
+    """Whether the owner of a lock is dead: on this machine by its process, elsewhere by a missing heartbeat."""
     if found.get("host") == platform.node() and isinstance(found.get("pid"), int):
         if found["pid"] == os.getpid():
-            # A run of this process that could not take its lock away: the storage had failed.
+            # An earlier run of this process could not delete its lock, because the storage failed.
             return _name_keeper(found) not in {thread.name for thread in threading.enumerate()}
         return not _is_running(found["pid"])
     try:
@@ -150,12 +150,12 @@ def _is_dead(found: dict[str, Any]) -> bool:
 
 
 def _name_keeper(owner: dict[str, Any]) -> str:
-    """Name the thread that shows that the owner of a lock lives."""
+    """Return the name of the heartbeat thread of an owner."""
     return f"fruitdask-lock-{owner.get('id')}"
 
 
 def _is_running(pid: int) -> bool:
-    """Tell whether there is a process of this number."""
+    """Whether there is a process with this number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -166,26 +166,27 @@ def _is_running(pid: int) -> bool:
 
 
 def _explain(found: dict[str, Any], location: Location) -> str:
-    """Say who works in an output folder, and what to do about it."""
+    """Say who holds the lock, and what to do."""
     owner = (
-        f"process {found['pid']} of {found['user']} on {found['host']}, since {found['since']}, last seen {found['seen']}"
+        f"process {found['pid']} of {found['user']} on {found['host']}, since {found['since']}, last seen "
+        f"{found['seen']}"
         if {"pid", "user", "host", "since", "seen"} <= found.keys()
-        else "somebody"
+        else "unknown"
     )
     return (
-        f"another run works on this output folder ({owner}); wait for it or choose another output.url; "
+        f"another run is using this output folder ({owner}); wait for it or choose another output.url; "
         f"if it is dead, delete {location.url} and run again"
     )
 
 
 def _name_user() -> str:
-    """Name the user, as far as the system knows."""
+    """Return the name of the user, if the system knows it."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
-        return "somebody"
+        return "unknown"
 
 
 def _now() -> str:
-    """Give the time in UTC."""
+    """Return the time in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")

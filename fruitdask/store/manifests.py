@@ -40,12 +40,15 @@ def check_output(
         foreign = [name for name in names if exists(output.child(name))]
         if foreign:
             raise OutputError(
-                f"{output.url}: expected an empty or new folder for the results, found {foreign[0]}, which no fruitdask run wrote; "
+                f"{output.url}: expected an empty or new folder for the results, found {foreign[0]}, which no "
+                "fruitdask run wrote; "
                 "choose another output.url"
             )
     if overwrite:
         return None
-    theirs = (manifest or exploration or ExplorationManifest(fruitdask="", status="running", fingerprint={})).fingerprint
+    theirs = (
+        manifest or exploration or ExplorationManifest(fruitdask="", status="running", fingerprint={})
+    ).fingerprint
     differences = list(compare_fingerprints(theirs, fingerprint))
     if differences:
         raise StoreMismatchError(describe_mismatch(output, "; ".join(differences)))
@@ -59,18 +62,24 @@ def _check_other_images(output: Location, manifest: RunManifest | None, *, may_g
     if manifest is not None and manifest.erasures:
         n_erased = sum(erasure.n_images for erasure in manifest.erasures)
         raise StoreMismatchError(
-            f"{output.url}: the input has other images than the results have since {n_erased:,} were erased; delete the erased ones "
-            "from the input too or name them in input.exclude, or begin again with --overwrite"
+            f"{output.url}: the input has other images than the results have since {n_erased:,} were erased; delete "
+            "the erased ones "
+            "from the input too or name them in input.exclude, or start again with --overwrite"
         )
     can_grow = manifest is not None and exists(output.child(CATALOG))
     if not (can_grow and may_grow):
         advice = "; fruitdask run brings its results up to date with the input" if can_grow else ""
-        raise StoreMismatchError(describe_mismatch(output, f"the input had other images or other versions of them{advice}"))
+        raise StoreMismatchError(
+            describe_mismatch(output, f"the input had other images or other versions of them{advice}")
+        )
 
 
 def describe_mismatch(output: Location, difference: str) -> str:
     """Say that an output folder holds the results of another run."""
-    return f"{output.url} belongs to another run: {difference}; choose another output.url, or --overwrite to delete those results"
+    return (
+        f"{output.url} belongs to another run: {difference}; choose another output.url, or --overwrite to delete those "
+        "results"
+    )
 
 
 def read_run(output: Location) -> RunManifest | None:
@@ -120,7 +129,9 @@ def read_json(location: Location) -> Any:
         raise ValueError("it has no checksum")
     if not is_intact(tree):
         folder = Location(location.url.rpartition("/")[0], location.storage_options)
-        raise DamageError(f"{location.url} is damaged (its checksum does not match its content); {advise_repair(folder)}")
+        raise DamageError(
+            f"{location.url} is damaged (its checksum does not match its content); {advise_repair(folder)}"
+        )
     tree.pop(CHECKSUM)
     return tree
 
@@ -149,7 +160,7 @@ def advise_repair(output: Location) -> str:
 
 
 def clear_output(output: Location) -> None:
-    """Delete the results of a run and of an exploration, and nothing else that lies in the folder."""
+    """Delete the results of a run and of an exploration, and nothing else in the folder."""
     for manifest in (read_run(output), read_exploration_manifest(output)):
         if manifest is not None:
             write_manifest(output, manifest.mark_deleting())
@@ -158,20 +169,21 @@ def clear_output(output: Location) -> None:
 
 
 def delete_result(output: Location, name: str) -> None:
-    """Delete one of a run's results if it is there."""
+    """Delete a file or folder of the results, if it exists."""
     location = output.child(name)
     with explained(location, "delete"):
         if exists(location):
             _remove(location)
-            # s3fs passes over objects that S3 does not let it delete.
+            # s3fs ignores objects that S3 refuses to delete.
             if exists(location):
                 raise StorageError(
-                    f"cannot delete {location.url}: it is still there; check that you may delete it (s3:DeleteObject)"
+                    f"cannot delete {location.url}: it still exists; check the permission to delete it "
+                    "(s3:DeleteObject)"
                 )
 
 
 def _remove(location: Location) -> None:
-    """Delete a folder, again where a task that an interrupted run left on a user's cluster has just put a file into it."""
+    """Delete a file or folder; retry if a leftover task of an interrupted run has just written into it."""
     for attempt in range(_DELETE_ATTEMPTS):
         try:
             location.fs.rm(location.path, recursive=True)

@@ -1,4 +1,4 @@
-"""Outcomes: one Parquet file a partition, which is its commit mark."""
+"""Outcomes: one Parquet file per partition, which is its commit mark."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ _PARTITIONS_AT_ONCE = 256
 
 
 def list_committed(output: Location) -> set[int]:
-    """List the partitions that are done."""
+    """List the committed partitions."""
     folder = output.child(PARTITIONS)
     with explained(folder, "list"):
         folder.fs.invalidate_cache()
@@ -42,9 +42,7 @@ def read_outcomes(
 def read_rows(
     output: Location, indices: Sequence[int], *, images_per_partition: int, columns: Sequence[str]
 ) -> Iterator[pd.DataFrame]:
-    """Read outcome rows with the rows of the store that they belong to: a partition that was the last one may hold fewer
-    than others.
-    """
+    """Read outcome rows, indexed by their rows of the store; a partition that was once the last may be shorter."""
     import pyarrow
 
     for first in range(0, len(indices), _PARTITIONS_AT_ONCE):
@@ -57,7 +55,7 @@ def read_rows(
 
 
 def _read_files(output: Location, indices: Sequence[int], columns: Sequence[str]) -> list[Any]:
-    """Read some outcome files at once."""
+    """Read outcome files concurrently."""
     folder = output.child(PARTITIONS)
     files = [output.child(name_outcomes(index)) for index in indices]
     with explained(folder, "read"):
@@ -66,7 +64,7 @@ def _read_files(output: Location, indices: Sequence[int], columns: Sequence[str]
 
 
 def _decode_outcomes(file: Location, data: bytes, output: Location, columns: Sequence[str]) -> Any:
-    """Decode an outcome file; its columns are known, so that what pandas says about them is not needed."""
+    """Decode an outcome file; its columns are known, so the metadata of pandas is dropped."""
     with decoded(file, output):
         table = decode_table(data)
         if tuple(table.column_names) not in (OUTCOME_COLUMNS, OUTCOME_COLUMNS + VERSION_COLUMNS):

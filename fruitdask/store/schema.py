@@ -1,7 +1,7 @@
 """What an output folder says about itself: typed manifests, how they change, and how their JSON is read and written.
 
-Every JSON file and every Zarr group carries `format` and `checksum`. An object that was read keeps entries that this version does not
-know, so that nothing is lost when it is written again.
+Every JSON file and every Zarr group carries `format` and `checksum`. An object that was read keeps entries that this
+version does not know, so that nothing is lost when it is written again.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ from fruitdask.core.config import ExploreConfig, QualityConfig, ReduceConfig
 from fruitdask.errors import FormatError
 from fruitdask.store.layout import CHECKSUM
 
-#: The format of an output folder that this version writes. It grows when an earlier version could misread what a later one writes.
+#: The format of an output folder that this version writes. It grows when an earlier version could misread what a later
+#: one writes.
 FORMAT = 1
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -163,7 +164,9 @@ class Manifest(Record):
         return self.status == "complete"
 
     def mark_deleting(self) -> Self:
-        """Return the manifest of results that are being deleted: if that is interrupted, nobody takes the rest for results."""
+        """Return the manifest of results that are being deleted: if that is interrupted, nobody takes the rest for
+        results.
+        """
         return self.change(status="deleting")
 
 
@@ -209,7 +212,9 @@ class RunManifest(Manifest):
         return -(-self.n_images // self.images_per_partition)
 
     def read_settings(self, section: str, kind: type[Settings]) -> Settings:
-        """Read a section of the configuration that was run; unknown settings are of a later version, missing ones had their default."""
+        """Read a section of the configuration that was run; unknown settings are of a later version, missing ones had
+        their default.
+        """
         if section not in self.config:
             raise ValueError(f"no entry 'config.{section}'")
         known = {key: value for key, value in self.config[section].items() if key in kind.model_fields}

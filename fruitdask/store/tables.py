@@ -1,4 +1,4 @@
-"""Tables, in Parquet, whose pages carry checksums."""
+"""Parquet tables whose pages carry checksums."""
 
 import io
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def read_table(output: Location, *names: str) -> pd.DataFrame:
 
 
 def decode_table(data: bytes) -> Any:
-    """Decode a Parquet file, comparing the checksums of pages that have one."""
+    """Decode a Parquet file and verify the checksums of its pages."""
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read()
@@ -36,9 +36,9 @@ def decode_table(data: bytes) -> Any:
 
 @contextmanager
 def decoded(location: Location, output: Location) -> Iterator[None]:
-    """Turn whatever a decoder raises about bytes that were read into one sentence."""
+    """Turn any error of a decoder into one sentence."""
     try:
         yield
     except Exception as error:
-        # pyarrow raises OSError too, of which nothing can come from the storage here.
+        # pyarrow raises OSError too; here it cannot come from the storage.
         raise DamageError(f"{location.url} is damaged ({describe_cause(error)}); {advise_repair(output)}") from error
