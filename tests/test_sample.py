@@ -224,7 +224,8 @@ def test_draw_sample_on_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch:
 
 
 def test_draw_sample_leaves_nothing_when_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, saved = Image.Image.save, []
+    save = Image.Image.save
+    saved: list[Path] = []
 
     def save_a_few(self: Image.Image, path: Path, **options: Any) -> None:
         if len(saved) == 3:
