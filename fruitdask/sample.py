@@ -15,7 +15,6 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
-from scipy.interpolate import CubicSpline
 
 from fruitdask.errors import ConfigError, OutputError
 from fruitdask.guard import leave_imported_script
@@ -26,7 +25,7 @@ _Coat: TypeAlias = tuple[str, tuple[float, ...], str, float, float, float]
 _JPEG_QUALITY = 92
 _MIN_SIZE_PX = 16  # fruits drawn smaller can no longer be told apart
 _SUPERSAMPLING = 2  # drawn pixels along a pixel's side, for clean edges
-_MAX_DRAWN_PX = 800  # where a fruit has four million points; larger images are enlarged
+_MAX_DRAWN_PX = 640  # where building a fruit takes some 0.4 GB; larger images are enlarged
 _SPACING_PX = 0.7  # between points: a square lattice this fine leaves no pixel empty, however it is turned
 _SWELL = 1.1  # at most, by lobes and bumps
 _GAMMA = 2.2  # of sRGB, nearly
@@ -173,9 +172,14 @@ def _decode_colour(colour: str) -> Array:
 
 
 def _smooth_path(knots: npt.ArrayLike, step: float) -> Array:
-    """Lay a cubic spline through knots, shape (n, d), and cut it into equal steps."""
+    """Lay a Catmull-Rom spline through knots, shape (n, d), and cut it into equal steps."""
     points = np.array(knots, np.float64)
-    curve = CubicSpline(np.arange(len(points)), points)(np.linspace(0, len(points) - 1, 100 * len(points)))
+    padded = np.concatenate([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
+    at = np.linspace(0, len(points) - 1, 100 * len(points))
+    low = np.minimum(at.astype(int), len(points) - 2)
+    t = (at - low)[:, None]
+    a, b, c, d = (padded[low + k] for k in range(4))
+    curve = b + t * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a))) / 2
     length = np.append(0, np.cumsum(np.linalg.norm(np.diff(curve, axis=0), axis=1)))
     steps = np.linspace(0, length[-1], 3 + int(length[-1] / step))
     return np.stack([np.interp(steps, length, column) for column in curve.T], axis=1).astype(np.float32)
@@ -231,9 +235,11 @@ class _Turntable:
         outline = [(0, 0, axial, radial) for axial, radial in meridian]
         parts = [self._build_tube(outline, self._species.skin, self._species.coats)]
         for n, colour, knots in self._species.tubes:
-            for turn in np.exp(2j * math.pi * np.arange(n) / n):
-                turned = [(complex(x, y) * turn, z, radius) for x, y, z, radius in (*knots, (*knots[-1][:3], 0))]
-                parts.append(self._build_tube([(xy.real, xy.imag, z, radius) for xy, z, radius in turned], colour, ()))
+            closed = np.array([*knots, (*knots[-1][:3], 0)])
+            for angle in np.arange(n) * 2 * math.pi / n:
+                c, s = math.cos(angle), math.sin(angle)
+                turn = [[c, s, 0, 0], [-s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+                parts.append(self._build_tube(closed @ turn, colour, ()))
         self._fruit = np.concatenate(parts, axis=1)
 
     def _build_tube(self, knots: npt.ArrayLike, skin: str, coats: tuple[_Coat, ...]) -> Array:
@@ -246,7 +252,7 @@ class _Turntable:
     def photograph(self, angle_degrees: float) -> Image.Image:
         """Draw the fruit at an angle; exposure, position and angle vary a little, as in a real series."""
         rng = np.random.default_rng([*self._key, round(angle_degrees % 360 * 1000)])
-        exposure, wobble, right, up = rng.uniform(-1, 1, 4)
+        exposure, wobble, right, up = rng.uniform(-1, 1, 4).tolist()
         turn = _orient_fruit(self._species.is_lying, angle_degrees + wobble)
         facing = np.flatnonzero(_turn(turn[2:], self._fruit[3:6])[0] > 0)
         x, y, depth = _turn(turn, self._fruit[:3, facing])
