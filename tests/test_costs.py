@@ -27,8 +27,9 @@ REGIONS = ["us-east-1", "eu-west-1", "eu-west-3", "eu-central-1", "eu-north-1"]
         ("m6i.large", "ap-south-1", False, {}, None),
         ("p9.huge", "eu-west-3", False, {}, None),
         ("p9.huge", "eu-west-3", False, {"p9.huge": 99}, 99),
+        ("m6i.xlarge", "eu-west-3", False, {"m6i.large": 0.2}, 0.224),
     ],
-    ids=["table", "gpu", "spot", "own", "own spot", "spot by own", "not by spot", "region", "type", "own type"],
+    ids="table gpu spot own own-spot spot-by-own not-by-spot region type own-type own-size-alone".split(),
 )
 def test_find_hourly_price(
     name: str, region: str, is_spot: bool, own: dict[str, float], expected: float | None
@@ -36,18 +37,21 @@ def test_find_hourly_price(
     assert find_hourly_price(name, region=region, is_spot=is_spot, hourly_prices=own) == expected
 
 
-@pytest.mark.parametrize("region", REGIONS)
-def test_prices_double_with_the_size_of_instances(region: str) -> None:
-    def find(name: str) -> float | None:
-        return find_hourly_price(name, region=region, is_spot=False)
-
-    for family, sizes in {
-        "t3": "medium large xlarge",
-        "m6i": "large xlarge 2xlarge",
-        "c6i": "large xlarge 2xlarge",
-    }.items():
-        first, *others = (find(f"{family}.{size}") for size in sizes.split())
-        assert first is not None and others == pytest.approx([2 * first, 4 * first])
+@pytest.mark.parametrize(
+    ("name", "region", "expected"),
+    [
+        ("t3.medium", "us-east-1", 0.0416),
+        ("t3.medium", "eu-west-3", 0.0472),
+        ("t3.xlarge", "eu-central-1", 0.192),
+        ("m6i.xlarge", "eu-west-1", 0.214),
+        ("m6i.2xlarge", "eu-north-1", 0.408),
+        ("c6i.2xlarge", "eu-west-1", 0.3648),
+        ("t3.small", "us-east-1", None),
+        ("g5.2xlarge", "us-east-1", None),
+    ],
+)
+def test_sizes_of_a_family_cost_what_the_price_list_says(name: str, region: str, expected: float | None) -> None:
+    assert find_hourly_price(name, region=region, is_spot=False) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("region", REGIONS)

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 from PIL.JpegImagePlugin import JpegImageFile
 
-import fruitdask.core.sample
 from fruitdask.core.sample import CLASS_NAMES, draw_sample, render_fruit
 from fruitdask.errors import ConfigError, OutputError
 
@@ -60,9 +59,13 @@ def test_class_names_hold_the_promised_fruits() -> None:
 
 
 @pytest.mark.parametrize("size_px", [16, 33, 100], ids=["smallest", "odd", "like Fruits-360"])
-def test_render_fruit_returns_rgb_of_the_size_asked(size_px: int) -> None:
-    image = render_fruit("pear_1", angle_degrees=10, size_px=size_px)
+def test_render_fruit_returns_rgb_without_holes(size_px: int) -> None:
+    """A tomato is smooth: no pixel lets the white background through, which would be much bluer than its neighbours."""
+    image = render_fruit("tomato_1", angle_degrees=10, size_px=size_px)
     assert (image.mode, image.size) == ("RGB", (size_px, size_px))
+    blue, inside = image.getchannel("B"), image.convert("L").filter(ImageFilter.MaxFilter(5))
+    excess = read_pixels(blue) - read_pixels(blue.filter(ImageFilter.MedianFilter(3)))
+    assert excess[(read_pixels(inside) < 240) & (np.arange(size_px)[:, None] > size_px / 2)].max() < 20
 
 
 @pytest.mark.parametrize("class_name", CLASS_NAMES)
@@ -129,14 +132,10 @@ def test_render_fruit_refuses_a_number_that_is_too_small(argument: str, value: i
         render_fruit("pear_1", angle_degrees=0, **{argument: value})
 
 
-def test_draw_sample_names_files_like_fruits_360(sample: Path) -> None:
+def test_draw_sample_names_files_like_fruits_360(sample: Path, tmp_path: Path) -> None:
     expected = {f"{name}/r0_{k}.jpg" for name in CLASS_NAMES for k in range(PER_CLASS)}
     assert {path.relative_to(sample).as_posix() for path in sample.rglob("*") if path.is_file()} == expected
-
-
-def test_draw_sample_returns_the_number_of_images(tmp_path: Path) -> None:
-    assert draw_sample(tmp_path / "fruits", per_class=2, size_px=16) == 2 * len(CLASS_NAMES)
-    assert len(read_bytes(tmp_path / "fruits")) == 2 * len(CLASS_NAMES)
+    assert draw_sample(tmp_path / "fruits", per_class=1, size_px=16) == len(CLASS_NAMES)
 
 
 def test_draw_sample_writes_jpeg_of_quality_92_without_metadata(sample: Path, tmp_path: Path) -> None:
@@ -170,7 +169,7 @@ def test_draw_sample_draws_classes_that_can_be_told_apart(sample: Path) -> None:
     paths = sorted(sample.rglob("*.jpg"))
     labels = [path.parent.name for path in paths]
     features = np.array([average_colour(Image.open(path)) for path in paths])
-    unseen = [(name, 45 * k + 20, seed) for name in CLASS_NAMES for k in range(8) for seed in (1, 2)]
+    unseen = [(name, 90 * k + 20, seed) for name in CLASS_NAMES for k in range(4) for seed in (1, 2)]
     hits = 0
     for name, angle_degrees, seed in unseen:
         feature = average_colour(render_fruit(name, angle_degrees=angle_degrees, size_px=SIZE_PX, seed=seed))
@@ -225,16 +224,17 @@ def test_draw_sample_on_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch:
 
 
 def test_draw_sample_leaves_nothing_when_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[str] = []
+    save = Image.Image.save
+    saved: list[Path] = []
 
-    def render_a_few(class_name: str, *, angle_degrees: float, size_px: int, seed: int) -> Image.Image:
-        if len(drawn) == 3:
+    def save_a_few(self: Image.Image, path: Path, **options: Any) -> None:
+        if len(saved) == 3:
             raise KeyboardInterrupt("stopped by the test")
-        drawn.append(class_name)
-        return render_fruit(class_name, angle_degrees=angle_degrees, size_px=size_px, seed=seed)
+        saved.append(path)
+        save(self, path, **options)
 
-    monkeypatch.setattr(fruitdask.core.sample, "render_fruit", render_a_few)
+    monkeypatch.setattr(Image.Image, "save", save_a_few)
     with pytest.raises(KeyboardInterrupt, match="stopped by the test"):
         draw_sample(tmp_path / "fruits", per_class=2, size_px=16)
-    assert len(drawn) == 3
+    assert len(saved) == 3
     assert not list(tmp_path.iterdir())
