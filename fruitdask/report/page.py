@@ -11,6 +11,7 @@ import pandas as pd
 from fruitdask import plots
 from fruitdask.config import Config
 from fruitdask.exploration import Exploration
+from fruitdask.plots import styles
 from fruitdask.report import formats, sections
 from fruitdask.report.maps import Maps, build_maps, choose_axes
 from fruitdask.report.thumbnails import Thumbnails
@@ -75,7 +76,7 @@ def _build_context(data: ReportData) -> dict[str, Any]:
     return {
         "title": sections.choose_title(data.config),
         "toc": [(anchor, name) for anchor, name in _SECTIONS.items() if views[anchor]],
-        "css": _trust((_FOLDER / "page.css").read_text(encoding="utf-8")),
+        "palette": styles,
         "scripts": [_trust(script) for script in scripts],
         "script_hashes": [_hash_script(script) for script in scripts],
         **views,
