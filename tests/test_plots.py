@@ -135,10 +135,10 @@ def plot_all(n: int) -> dict[str, Figure]:
     table, classes = make_table(labels, 5 * n + 20), make_classes(labels)
     rng = np.random.default_rng(0)
     ratio = rng.dirichlet(np.ones(10 * n))
-    sides = rng.integers(200, 1500, (50, 2))
+    sides = rng.integers(12_345, 65_535, (50, 2))
     return {
         "map": plots.plot_map(table, x="pca_1", y="pca_2", title="Principal components"),
-        "tsne": plots.plot_map(table, x="tsne_1", y="tsne_2", title="t-SNE"),
+        "tsne": plots.plot_map(table, x="tsne_1", y="tsne_2", title=LONG + "果" * 9, x_label="W" * 99, y_label="W" * 99),
         "counts": plots.plot_class_counts(classes),
         "sizes": plots.plot_sizes(make_images(width=sides[:, 0], height=sides[:, 1], n_bytes=rng.lognormal(10, 1, 50))),
         "examples": plots.plot_examples(make_exploration(labels), per_class=3),

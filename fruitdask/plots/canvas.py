@@ -7,26 +7,21 @@ import sys
 import threading
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fruitdask.errors import ConfigError
-from fruitdask.plots.styles import INK
+from fruitdask.plots.styles import FAINT, HAIRLINE, INK, MUTED, SMALL_SIZE, TEXT_SIZE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-Colour: TypeAlias = str | tuple[str, float]
-
-MUTED: Colour = (INK, 0.68)
-FAINT: Colour = (INK, 0.28)
-#: Sizes of type in points: of names and of numbers.
-TEXT_SIZE, SMALL_SIZE = 9.0, 8.0
 #: In inches: around figures and between axes, and the height of title and note.
 _MARGIN, _HEADER = 0.12, 0.46
-_TICKS = {"color": FAINT, "labelcolor": MUTED, "labelsize": SMALL_SIZE, "major.size": 3, "major.width": 0.6, "minor.size": 0}
+_TICKS = {"color": FAINT, "labelcolor": MUTED, "labelsize": SMALL_SIZE}
+_TICKS |= {"major.size": 3, "major.width": 0.6, "minor.size": 0}
 #: A browser's fonts are seldom wider than matplotlib's own, but some are.
 _SLACK = 1.04
 #: Added to matplotlib's own defaults. Names of classes are plain text: no formula is read into them.
@@ -45,7 +40,7 @@ _STYLE: dict[str, Any] = {
     "axes.titlelocation": "left",
     "axes.titlesize": TEXT_SIZE,
     **{f"{axis}tick.{name}": value for axis in "xy" for name, value in _TICKS.items()},
-    "grid.color": (INK, 0.12),
+    "grid.color": HAIRLINE,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "legend.borderpad": 0,
@@ -99,13 +94,11 @@ def start_figure(title: str, note: str = "") -> Figure:
     title, note = tidy_label(title, n_characters=90), tidy_label(note, n_characters=200)
     figure = Figure(label=title)
     figure.set_layout_engine("constrained", w_pad=_MARGIN, h_pad=_MARGIN, wspace=0, hspace=0)
-    lines: list[tuple[float, str, dict[str, Any]]] = [
-        (0.24, title, {"size": 11, "weight": "bold"}),
-        (0.42, note, {"size": SMALL_SIZE, "color": MUTED}),
-    ]
-    for top, text, properties in lines:
-        corner = figure.transFigure + ScaledTranslation(_MARGIN, -top, figure.dpi_scale_trans)
-        figure.text(0, 1, text + pad_label(text), transform=corner, **properties)
+    upper, lower = (
+        figure.transFigure + ScaledTranslation(_MARGIN, -top, figure.dpi_scale_trans) for top in (0.24, 0.42)
+    )
+    figure.text(0, 1, title + pad_label(title), transform=upper, size=11, weight="bold")
+    figure.text(0, 1, note + pad_label(note), transform=lower, size=SMALL_SIZE, color=MUTED)
     return figure
 
 
@@ -145,6 +138,12 @@ def tidy_label(label: str, *, n_characters: int = 34) -> str:
         return text
     tail = _cut(text[::-1], n_characters // 2)[::-1].lstrip()
     return f"{_cut(text, n_characters - 1 - n_characters // 2).rstrip()}…{tail}"
+
+
+def name_rows(labels: Iterable[str], *, n_characters: int) -> list[str]:
+    """Make names for ticks, which end at the axes."""
+    names = [tidy_label(label, n_characters=n_characters) for label in labels]
+    return [pad_label(name) + name for name in names]
 
 
 def pad_label(text: str) -> str:

@@ -11,18 +11,16 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask.plots.canvas import (
-    FAINT,
-    SMALL_SIZE,
-    TEXT_SIZE,
     count_cells,
     fit_figure,
+    name_rows,
     pad_label,
     plot_nothing,
     standard_settings,
     start_figure,
     tidy_label,
 )
-from fruitdask.plots.styles import ACCENT, INK, MARKERS, ClassStyle, style_classes
+from fruitdask.plots.styles import ACCENT, FAINT, INK, MARKERS, SMALL_SIZE, TEXT_SIZE, ClassStyle, style_classes
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -73,7 +71,7 @@ def plot_map(
     points = table[["label", x, y]][np.isfinite(table[[x, y]].to_numpy(float)).all(axis=1)]
     if points.empty:
         return plot_nothing(title, "No image has a position.")
-    present = set(points["label"].unique())
+    present = {str(label) for label in points["label"].unique()}
     styles = {label: style for label, style in style_classes(labels).items() if label in present}
     n_without = len(table) - len(points)
     figure = start_figure(
@@ -84,8 +82,8 @@ def plot_map(
     spans = np.ptp([axes.get_xlim(), axes.get_ylim()], axis=1)
     if spans.max() <= _MAX_ASPECT * spans.min():
         axes.set_aspect("equal", adjustable="datalim")
-    axes.set_xlabel(tidy_label(x_label or _name_axis(x), n_characters=80))
-    axes.set_ylabel(tidy_label(y_label or _name_axis(y), n_characters=60))
+    axes.set_xlabel(tidy_label(x_label or _name_axis(x), n_characters=58))
+    axes.set_ylabel(tidy_label(y_label or _name_axis(y), n_characters=44))
     axes.locator_params(nbins=6)
     if x.startswith("tsne_"):
         # The numbers along t-SNE's axes mean nothing.
@@ -149,7 +147,7 @@ def plot_confusion(labels: Sequence[str], share: Sequence[Sequence[float]] | npt
     axes.imshow(_shade(shares), interpolation="none", aspect="auto")
     axes.spines[:].set_visible(True)
     step = math.ceil(size * 1.02 / (72 * cell))
-    names = [pad_label(name) + name for name in (tidy_label(label, n_characters=26) for label in labels)]
+    names = name_rows(labels, n_characters=26)
     for axis, rotation in ((axes.xaxis, 90), (axes.yaxis, 0)):
         # Anchored at their ends: in a page's font a name is not as long as in matplotlib's.
         anchor: dict[str, Any] = {"rotation": rotation, "rotation_mode": "anchor", "ha": "right", "va": "center"}

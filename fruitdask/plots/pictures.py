@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from fruitdask.plots.canvas import fit_figure, pad_label, plot_nothing, standard_settings, start_figure, tidy_label
-from fruitdask.plots.styles import ACCENT, INK
+from fruitdask.plots.canvas import fit_figure, name_rows, plot_nothing, standard_settings, start_figure
+from fruitdask.plots.styles import ACCENT, INK, TEXT_SIZE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: Classes at most, and those from which on the grid has two halves side by side.
 _MAX_CLASSES, _CLASSES_PER_BLOCK = 40, 20
-_CELL_INCHES, _HISTOGRAM_INCHES = 0.67, (2.75, 1.7)
+_CELL_INCHES, _HISTOGRAM_INCHES = 0.67, (3.0, 1.7)
 #: The part of a cell that its picture fills, at its lower and upper end.
 _PICTURE = np.array([0.04, 0.96])
 _HEADINGS = ("mean", "most\ntypical", "least\ntypical")
@@ -45,16 +45,16 @@ def plot_examples(exploration: Exploration, *, per_class: int) -> Figure:
     note = "The largest classes first" if len(classes) > 1 else ""
     if n_left_out := len(classes) - len(shown):
         note += f"; {n_left_out:,} smaller classes are not shown"
-    figure, pictures = start_figure(title, note), _Pictures(exploration)
+    figure = start_figure(title, note)
     for number, axes in enumerate(figure.subplots(1, n_blocks, squeeze=False)[0]):
         labels = shown[number * n_rows : (number + 1) * n_rows]
         for row, label in enumerate(labels):
-            for column, picture in pictures.choose(label, per_class=per_class):
+            for column, picture in _choose_pictures(exploration, label, per_class=per_class):
                 extent = (*(column + _PICTURE), *(row + _PICTURE[::-1]))
                 axes.imshow(picture, extent=extent, interpolation="bilinear", aspect="auto", clip_on=False)
         axes.set(xlim=(0, n_pictures), ylim=(n_rows, 0))
-        names = [tidy_label(label, n_characters=26) for label in labels]
-        axes.set_yticks(np.arange(len(labels)) + 0.5, [pad_label(name) + name for name in names], size=9, color=INK)
+        names = name_rows(labels, n_characters=26)
+        axes.set_yticks(np.arange(len(labels)) + 0.5, names, size=TEXT_SIZE, color=INK)
         headings = dict(zip(np.arange(len(_HEADINGS)) + 0.5, _HEADINGS, strict=True))
         headings |= {len(_HEADINGS) + per_class / 2: "others"} if per_class else {}
         axes.set_xticks(list(headings), list(headings.values()))
@@ -85,29 +85,21 @@ def plot_sizes(images: pd.DataFrame) -> Figure:
     return fit_figure(figure, width=2 * _HISTOGRAM_INCHES[0], height=_HISTOGRAM_INCHES[1])
 
 
-class _Pictures:
-    """Thumbnails by class and by path."""
-
-    def __init__(self, exploration: Exploration) -> None:
-        images = exploration.images.iloc[exploration.thumbnail_rows]
-        self._exploration = exploration
-        self._paths = {path: number for number, path in enumerate(images["path"])}
-        self._of_class = images.groupby("label", observed=True).indices
-
-    def choose(self, label: str, *, per_class: int) -> Iterator[tuple[int, Image]]:
-        """Choose the pictures of a class, each with its column."""
-        exploration = self._exploration
-        place = exploration.classes.index.get_loc(label)
-        chosen = [self._paths.get(exploration.classes[name].iloc[place]) for name in ("most_typical", "least_typical")]
-        if exploration.classes["n_ok"].iloc[place]:
-            yield 0, exploration.means[place]
-        for column, number in enumerate(chosen, start=1):
-            if number is not None:
-                yield column, exploration.thumbnails[number]
-        others = [number for number in self._of_class.get(label, ()) if number not in chosen]
-        evenly = np.linspace(0, len(others) - 1, min(per_class, len(others))).round().astype(int)
-        for column, number in enumerate(evenly, start=len(_HEADINGS)):
-            yield column, exploration.thumbnails[others[number]]
+def _choose_pictures(exploration: Exploration, label: str, *, per_class: int) -> Iterator[tuple[int, Image]]:
+    """Choose the pictures of a class, each with its column."""
+    place = exploration.classes.index.get_loc(label)
+    row = exploration.classes.iloc[place]
+    if row["n_ok"]:
+        yield 0, exploration.means[place]
+    images = exploration.images.iloc[exploration.thumbnail_rows]
+    numbers = np.flatnonzero(images["label"] == label)
+    paths = images["path"].iloc[numbers]
+    typical = [row["most_typical"], row["least_typical"]]
+    for column, path in enumerate(typical, start=1):
+        yield from ((column, exploration.thumbnails[number]) for number in numbers[paths == path])
+    others = numbers[~paths.isin(typical)]
+    evenly = np.linspace(0, len(others) - 1, min(per_class, len(others))).round().astype(int)
+    yield from enumerate(exploration.thumbnails[others[evenly]], start=len(_HEADINGS))
 
 
 def _draw_histogram(axes: Axes, values: npt.NDArray[np.float64], unit: Formatter, *, heading: str) -> None:
@@ -122,7 +114,10 @@ def _draw_histogram(axes: Axes, values: npt.NDArray[np.float64], unit: Formatter
         return
     low, high = values.min(), values.max()
     is_log = low > 0 and high > _LOG_SPAN * low
-    axes.hist(values, _choose_edges(low, high, is_log=is_log), histtype="stepfilled", color=ACCENT)
+    # Bins are at least one byte or pixel wide.
+    step = max(1, math.ceil((high - low + 1) / _N_BINS))
+    edges = np.geomspace(low, high * (1 + 1e-9), _N_BINS + 1) if is_log else np.arange(low - 0.5, high + step, step)
+    axes.hist(values, list(edges), histtype="stepfilled", color=ACCENT)
     axes.set_xscale("log" if is_log else "linear")
     subs = (1, 3) if high < 300 * low else (1,)
     axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=5) if is_log else MaxNLocator(4, integer=True))
@@ -132,14 +127,6 @@ def _draw_histogram(axes: Axes, values: npt.NDArray[np.float64], unit: Formatter
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.grid(axis="y")
-
-
-def _choose_edges(low: float, high: float, *, is_log: bool) -> list[float]:
-    """Choose the edges of bins, at least one unit wide."""
-    if is_log:
-        return list(np.geomspace(low, high * (1 + 1e-9), _N_BINS + 1))
-    step = max(1.0, math.ceil((high - low + 1) / _N_BINS))
-    return list(np.arange(low - 0.5, high + step, step))
 
 
 def _describe_bytes(n_bytes: npt.NDArray[np.float64]) -> str:

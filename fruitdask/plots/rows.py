@@ -10,18 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from fruitdask.plots.canvas import (
-    FAINT,
-    MUTED,
-    TEXT_SIZE,
-    fit_figure,
-    pad_label,
-    plot_nothing,
-    standard_settings,
-    start_figure,
-    tidy_label,
-)
-from fruitdask.plots.styles import ACCENT, ALARM, INK
+from fruitdask.plots.canvas import fit_figure, name_rows, plot_nothing, standard_settings, start_figure
+from fruitdask.plots.styles import ACCENT, ALARM, FAINT, INK, MUTED, TEXT_SIZE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,8 +134,8 @@ def _plot_rows(
     for number, axes in enumerate(figure.subplots(1, n_columns, squeeze=False)[0]):
         rows = shown.iloc[number * n_rows : (number + 1) * n_rows]
         draw(axes, rows)
-        names = [tidy_label(label, n_characters=34 if n_columns == 1 else 26) for label in rows.index]
-        axes.set_yticks(range(len(rows)), [pad_label(name) + name for name in names], size=size, color=INK)
+        names = name_rows(rows.index, n_characters=34 if n_columns == 1 else 26)
+        axes.set_yticks(range(len(rows)), names, size=size, color=INK)
         axes.set_ylim(n_rows - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)

@@ -4,8 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-#: Text and lines. ``render_svg`` turns it into the colour of the page's text, wherever it appears.
+#: Text and lines, also with some opacity. ``render_svg`` turns it into the colour of the page's text, wherever it appears.
 INK = "#1b1d21"
+MUTED, FAINT, HAIRLINE = (INK, 0.68), (INK, 0.28), (INK, 0.12)
+#: Sizes of type in points: of names and of numbers.
+TEXT_SIZE, SMALL_SIZE = 9.0, 8.0
 #: Of Okabe and Ito's colours: for what is shown, and for what went wrong. The accent's light form is for dark pages.
 ACCENT, LIGHT_ACCENT, ALARM = "#0072b2", "#56b4e9", "#d55e00"
 #: Colours of Okabe and Ito (2008), "Color Universal Design". A grey stands in for their black, which would vanish on a dark page, and a
