@@ -138,7 +138,9 @@ def plot_all(n: int) -> dict[str, Figure]:
     sides = rng.integers(12_345, 65_535, (50, 2))
     return {
         "map": plots.plot_map(table, x="pca_1", y="pca_2", title="Principal components"),
-        "tsne": plots.plot_map(table, x="tsne_1", y="tsne_2", title=LONG + "果" * 9, x_label="W" * 99, y_label="W" * 99),
+        "tsne": plots.plot_map(
+            table, x="tsne_1", y="tsne_2", title=LONG + "果" * 9, x_label="W" * 99, y_label="W" * 99
+        ),
         "counts": plots.plot_class_counts(classes),
         "sizes": plots.plot_sizes(make_images(width=sides[:, 0], height=sides[:, 1], n_bytes=rng.lognormal(10, 1, 50))),
         "examples": plots.plot_examples(make_exploration(labels), per_class=3),
@@ -439,7 +441,9 @@ def test_plot_examples_chooses_pictures() -> None:
 def test_plot_examples_shows_the_largest_classes_and_says_how_many_are_left_out() -> None:
     exploration = make_exploration([f"class {number:03d}" for number in range(130)], per_class=1)
     figure = plots.plot_examples(exploration, per_class=1)
-    assert get_rows(figure) == list(exploration.classes["n_images"].sort_values(ascending=False, kind="stable").index[:40])
+    assert get_rows(figure) == list(
+        exploration.classes["n_images"].sort_values(ascending=False, kind="stable").index[:40]
+    )
     assert "The largest classes first; 90 smaller classes are not shown" in list_texts(figure)
 
 
@@ -659,6 +663,8 @@ def test_matplotlib_loads_with_a_wrong_backend_and_keeps_a_right_one(tmp_path: P
 
 def test_matplotlibrc_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe")
-    code = "from fruitdask import plots\ntry: plots.load_matplotlib()\nexcept Exception as e: print(type(e).__name__, e)"
+    code = (
+        "from fruitdask import plots\ntry: plots.load_matplotlib()\nexcept Exception as e: print(type(e).__name__, e)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith("ConfigError matplotlib cannot be imported: 'utf-8' codec can't decode")

@@ -64,8 +64,8 @@ def load_matplotlib() -> None:
         import matplotlib
     except (ValueError, OSError) as error:
         raise ConfigError(
-            f"matplotlib cannot be imported: {error}; correct or delete the file matplotlibrc in this folder or in the folder of "
-            "matplotlib's settings"
+            f"matplotlib cannot be imported: {error}; correct or delete the file matplotlibrc in this folder or in the "
+            "folder of matplotlib's settings"
         ) from error
     finally:
         if backend is not None:

@@ -64,8 +64,8 @@ def plot_map(
     Returns
     -------
     matplotlib.figure.Figure
-        The map, with all classes beneath it; the map is as large whatever their number. Classes are drawn in turns, so that none is
-        hidden by those after it, and small ones above large ones.
+        The map, with all classes beneath it. Its size does not depend on their number. Classes are drawn in turns, so
+        that none hides another, and small ones above large ones.
     """
     labels = [str(label) for label in sorted(table["label"].unique())]
     points = table[["label", x, y]][np.isfinite(table[[x, y]].to_numpy(float)).all(axis=1)]

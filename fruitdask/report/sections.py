@@ -1,4 +1,7 @@
-"""What the sections of the page say, as plain data: every function gives the view of one section, or None where its data is not there."""
+"""What the sections of the page say, as plain data.
+
+Each function returns the view of one section, or None where its data is missing.
+"""
 
 import re
 from collections import Counter
@@ -31,7 +34,8 @@ _MAX_GROUPS, _MAX_GROUP_PICTURES = 6, 8
 _MAX_FAILURES = 50
 _MAX_CONFUSIONS = 10
 _MEANINGS = {
-    "unreadable": "The file is no image that can be decoded: it is damaged, cut short, or something else under an image's name.",
+    "unreadable": "The file is no image that can be decoded: it is damaged, cut short, or something else under an "
+    "image's name.",
     "too_large": "The image has more pixels than featurize.max_pixels allows, or a side of more than 65,535.",
     "missing": "The file was there when the images were listed, but not when it was read.",
     "unreachable": "The storage did not give the file out, however often it was asked.",
@@ -183,7 +187,7 @@ def describe_examples(exploration: Exploration, thumbnails: Thumbnails, *, per_c
 
 
 def _choose_examples(row: pd.Series, paths: list[str], n_examples: int) -> list[tuple[str, str]]:
-    """Choose images of a class, each with what it is an example of: the typical ones, and others evenly over the rest."""
+    """Choose images of a class, each with its caption: the typical ones, and some spread evenly over the rest."""
     most, least = row["most_typical"], row["least_typical"]
     others = [path for path in paths if path not in (most, least)]
     places = np.linspace(0, len(others) - 1, min(n_examples, len(others))).round().astype(int)
@@ -422,9 +426,7 @@ def _map_texts(change: Callable[[str], str], tree: Any) -> Any:
 
 
 def show_place(text: str) -> str:
-    """Show a path or URL on a page that is made to be handed on: without secrets, and without the name of the user's home
-    folder.
-    """
+    """Show a path or URL on a page that people pass on: without secrets and without the name of the home folder."""
     home = str(Path.home())
     # Of a folder in an archive, the archive has the path.
     chain, separator, place = hide_secrets(text).rpartition("::")
