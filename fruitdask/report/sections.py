@@ -38,8 +38,8 @@ _MEANINGS = {
     "image's name.",
     "too_large": "The image has more pixels than featurize.max_pixels allows, or a side of more than 65,535.",
     "missing": "The file was there when the images were listed, but not when it was read.",
-    "unreachable": "The storage did not give the file out, however often it was asked.",
-    "not_finite": "The network gave numbers for it that are none.",
+    "unreachable": "The storage did not deliver the file, even after several attempts.",
+    "not_finite": "The network returned NaN or infinity for it.",
     "crashed": "Each process that worked on it died: it needs too much memory, or crashes a decoder.",
 }
 _STAGES = {
