@@ -12,6 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
 from test_report_page import HOSTILE, HOSTILE_END, make_report_data
 
+from fruitdask.report.figures.styles import INK
 from fruitdask.report.page import render_page
 
 #: A browser of its own that asks nobody for anything.
@@ -282,8 +283,8 @@ def test_dark_mode_reaches_page_and_maps(opened: Watched) -> None:
         "(light) => Bokeh.documents[0].roots()[0].below[0].major_label_text_color !== light", arg=light[2]
     )
     dark = read_colours()
-    assert light == ["rgb(255, 255, 255)", "rgb(28, 33, 30)", "#1c211e"]
-    assert dark == ["rgb(20, 24, 22)", "rgb(230, 234, 231)", "#e6eae7"]
+    assert light == ["rgb(255, 255, 255)", "rgb(27, 29, 33)", INK]
+    assert dark == ["rgb(22, 24, 29)", "rgb(230, 232, 235)", "#e6e8eb"]
 
 
 @pytest.mark.parametrize("opened", [{"color_scheme": "dark"}], indirect=True)

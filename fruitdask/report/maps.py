@@ -136,7 +136,7 @@ def _describe_points(points: pd.DataFrame, labels: list[str], thumbnails: Thumbn
 def _build_document(
     points: pd.DataFrame, axes: Sequence[MapAxes], styles: Mapping[str, figures.ClassStyle]
 ) -> dict[str, Any]:
-    """Build the Bokeh document: one source for all maps, so that they share their selection, and one renderer a class."""
+    """Build the Bokeh document: one source for all maps, which thus share a selection, and one renderer per class."""
     from bokeh.document import Document
     from bokeh.models import ColumnDataSource, IndexFilter
 

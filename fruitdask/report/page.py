@@ -10,6 +10,7 @@ import pandas as pd
 
 from fruitdask.core.config import Config
 from fruitdask.report import figures, formats, sections
+from fruitdask.report.figures import styles
 from fruitdask.report.maps import Maps, build_maps, choose_axes
 from fruitdask.report.thumbnails import Thumbnails
 from fruitdask.store.exploration import Exploration
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FOLDER = Path(__file__).parent
-#: Characters of Base64 for pictures in the text and in the maps; with Bokeh's 1.3 MB, figures and points the page stays well under 10 MB.
+#: Characters of Base64 for pictures in the text and in the maps. With Bokeh's 1.3 MB, figures and points, the page stays
+#: well under 10 MB.
 _EXAMPLES_BYTES, _MAP_PICTURES_BYTES = 2_000_000, 3_000_000
 #: Sections by their anchor, in their order on the page.
 _SECTIONS = {
@@ -74,7 +76,7 @@ def _build_context(data: ReportData) -> dict[str, Any]:
     return {
         "title": sections.choose_title(data.config),
         "toc": [(anchor, name) for anchor, name in _SECTIONS.items() if views[anchor]],
-        "css": _trust((_FOLDER / "page.css").read_text(encoding="utf-8")),
+        "palette": styles,
         "scripts": [_trust(script) for script in scripts],
         "script_hashes": [_hash_script(script) for script in scripts],
         **views,

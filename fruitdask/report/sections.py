@@ -1,9 +1,13 @@
-"""What the sections of the page say, as plain data: every function gives the view of one section, or None where its data is not there."""
+"""What the sections of the page say, as plain data.
+
+Each function returns the view of one section, or None where its data is missing.
+"""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import date
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +21,7 @@ from fruitdask.core.config import Config
 from fruitdask.core.listing import format_left_out
 from fruitdask.core.storage import hide_secrets
 from fruitdask.report.formats import format_count, format_time
+from fruitdask.report.tables import Counts
 from fruitdask.report.thumbnails import Thumbnails
 from fruitdask.store.exploration import Exploration
 
@@ -29,11 +34,12 @@ _MAX_GROUPS, _MAX_GROUP_PICTURES = 6, 8
 _MAX_FAILURES = 50
 _MAX_CONFUSIONS = 10
 _MEANINGS = {
-    "unreadable": "The file is no image that can be decoded: it is damaged, cut short, or something else under an image's name.",
+    "unreadable": "The file is no image that can be decoded: it is damaged, cut short, or something else under an "
+    "image's name.",
     "too_large": "The image has more pixels than featurize.max_pixels allows, or a side of more than 65,535.",
     "missing": "The file was there when the images were listed, but not when it was read.",
-    "unreachable": "The storage did not give the file out, however often it was asked.",
-    "not_finite": "The network gave numbers for it that are none.",
+    "unreachable": "The storage did not deliver the file, even after several attempts.",
+    "not_finite": "The network returned NaN or infinity for it.",
     "crashed": "Each process that worked on it died: it needs too much memory, or crashes a decoder.",
 }
 _STAGES = {
@@ -80,36 +86,18 @@ _IN_TRANSIT = {
 }
 
 
-@dataclass(frozen=True)
-class Counts:
-    """How many images there are of each class."""
-
-    #: For each class, in alphabetical order: all its images, and those that could not be used.
-    by_class: dict[str, tuple[int, int]]
-
-    @property
-    def n_images(self) -> int:
-        """All images."""
-        return sum(n for n, _ in self.by_class.values())
-
-    @property
-    def n_failed(self) -> int:
-        """Images that could not be used."""
-        return sum(n for _, n in self.by_class.values())
-
-
 def count_images(
     manifest: Mapping[str, Any] | None, results: pd.DataFrame | None, exploration: Exploration | None
 ) -> Counts:
     """Count images by class, from the best source there is."""
-    by_class = (manifest or {}).get("counts", {}).get("by_class")
-    if by_class:
-        return Counts({label: (each["ok"] + each["failed"], each["failed"]) for label, each in by_class.items()})
-    table = results if results is not None else exploration.images if exploration is not None else None
-    if table is None:
-        return Counts({})
-    groups = (table["status"] != "ok").groupby(table["label"]).agg(["size", "sum"]).sort_index()
-    return Counts({str(label): (int(n), int(n_failed)) for label, n, n_failed in groups.itertuples()})
+    if by_class := (manifest or {}).get("counts", {}).get("by_class"):
+        ok, failed = (Counter({label: each[key] for label, each in by_class.items()}) for key in ("ok", "failed"))
+        return Counts(ok_by_class=ok, failed_by_class=failed)
+    counts = Counts()
+    table = results if results is not None else exploration.images if exploration else None
+    if table is not None:
+        counts.add(table)
+    return counts
 
 
 def describe_summary(
@@ -128,7 +116,7 @@ def describe_summary(
         "input": show_place(config.input.url),
         "output": show_place(config.output.url),
         "n_images": counts.n_images,
-        "n_classes": len(counts.by_class),
+        "n_classes": len(counts.by_class()),
         "n_failed": counts.n_failed,
         "left_out": _say_left_out(config, manifest, exploration),
         "finished": manifest.get("finished") or (exploration.summary.get("finished") if exploration else None),
@@ -159,31 +147,23 @@ def _share_near_duplicates(exploration: Exploration | None) -> float:
 
 def describe_data(counts: Counts, exploration: Exploration | None) -> View | None:
     """Describe the images: how many of each class, and their sizes."""
-    if not counts.by_class:
+    n_images = {label: each["ok"] + each["failed"] for label, each in counts.by_class().items()}
+    if not n_images:
         return None
-    most = max(n for n, _ in counts.by_class.values())
+    most = max(n_images.values())
     rows: list[View] = [
-        {"label": label, "n_images": n, "n_failed": n_failed, "share": n / most}
-        for label, (n, n_failed) in counts.by_class.items()
+        {"label": label, "n_images": n, "n_failed": counts.failed_by_class[label], "share": n / most}
+        for label, n in n_images.items()
     ]
     if exploration is None:
         return {"rows": rows, "has_sizes": False}
-    for row in rows:
-        row |= _describe_sizes(exploration.classes, row["label"])
+    medians = exploration.classes[["bytes_median", "width_px_median", "height_px_median"]].astype(object)
+    # A class without a readable image has no median, and one that is new since the exploration no row.
+    medians = medians.reindex(list(n_images)).where(lambda table: table.notna(), None)
+    medians.columns = medians.columns.str.removesuffix("_median")
+    for row, values in zip(rows, medians.to_numpy(), strict=True):
+        row |= dict(zip(medians.columns, values, strict=True))
     return {"rows": rows, "has_sizes": True, "bytes_total": int(exploration.classes["bytes_total"].sum())}
-
-
-def _describe_sizes(classes: pd.DataFrame, label: str) -> View:
-    """Give the median sizes of a class, None where they are not known."""
-    if label not in classes.index:
-        return {"bytes": None, "width_px": None, "height_px": None}
-    names = {"bytes": "bytes_median", "width_px": "width_px_median", "height_px": "height_px_median"}
-    return {key: _get_number(classes.at[label, name]) for key, name in names.items()}
-
-
-def _get_number(value: Any) -> float | None:
-    """Give a number, None for NaN and NA."""
-    return None if value is None or pd.isna(value) else float(value)
 
 
 def describe_examples(exploration: Exploration, thumbnails: Thumbnails, *, per_class: int) -> list[View]:
@@ -191,39 +171,27 @@ def describe_examples(exploration: Exploration, thumbnails: Thumbnails, *, per_c
     classes = exploration.classes
     per_class = min(per_class, max(0, _MAX_EXAMPLES // max(1, len(classes)) - 3))
     with_picture = exploration.images.iloc[exploration.thumbnail_rows].groupby("label")["path"].agg(list)
-    blocks = [_Block(label, classes.loc[label], with_picture.get(label, []), per_class) for label in classes.index]
-    has_mean = classes["mean_red"].notna()
-    for block, mean in zip(blocks, exploration.means, strict=True):
-        if has_mean[block.label]:
-            block.add("mean", thumbnails.encode_pixels(mean), "")
+    pictures: dict[str, list[View]] = {label: [] for label in classes.index}
+    for label, has_mean, mean in zip(classes.index, classes["mean_red"].notna(), exploration.means, strict=True):
+        if has_mean and (picture := thumbnails.encode_pixels(mean)):
+            pictures[label].append({"kind": "mean", "picture": picture, "path": ""})
+    chosen = [
+        [(label, *each) for each in _choose_examples(row, with_picture.get(label, []), per_class)]
+        for label, row in classes.iterrows()
+    ]
     # One picture of each class in turn: should the budget end, it ends for all of them alike.
-    for turn in range(2 + per_class):
-        for block in blocks:
-            block.add_turn(turn, thumbnails)
-    return [{"label": block.label, "pictures": block.pictures} for block in blocks if block.pictures]
+    for label, kind, path in filter(None, chain.from_iterable(zip_longest(*chosen))):
+        if picture := thumbnails.encode(path):
+            pictures[label].append({"kind": kind, "picture": picture, "path": path})
+    return [{"label": label, "pictures": shown} for label, shown in pictures.items() if shown]
 
 
-class _Block:
-    """The pictures of one class, as they are collected."""
-
-    def __init__(self, label: str, row: pd.Series, paths: list[str], n_examples: int) -> None:
-        self.label = label
-        self.pictures: list[View] = []
-        typical = [("most typical", row["most_typical"]), ("least typical", row["least_typical"])]
-        others = [path for path in paths if path not in (row["most_typical"], row["least_typical"])]
-        places = np.linspace(0, len(others) - 1, min(n_examples, len(others))).round().astype(int)
-        self._turns = [*typical, *(("", others[place]) for place in places)]
-
-    def add_turn(self, turn: int, thumbnails: Thumbnails) -> None:
-        """Add the picture whose turn it is."""
-        if turn < len(self._turns):
-            kind, path = self._turns[turn]
-            self.add(kind, thumbnails.encode(path), path)
-
-    def add(self, kind: str, picture: str | None, path: str) -> None:
-        """Add a picture, if there is one."""
-        if picture is not None:
-            self.pictures.append({"kind": kind, "picture": picture, "path": path})
+def _choose_examples(row: pd.Series, paths: list[str], n_examples: int) -> list[tuple[str, str]]:
+    """Choose images of a class, each with its caption: the typical ones, and some spread evenly over the rest."""
+    most, least = row["most_typical"], row["least_typical"]
+    others = [path for path in paths if path not in (most, least)]
+    places = np.linspace(0, len(others) - 1, min(n_examples, len(others))).round().astype(int)
+    return [("most typical", most), ("least typical", least), *(("", others[place]) for place in places)]
 
 
 def describe_colours(classes: pd.DataFrame) -> list[View]:
@@ -458,9 +426,7 @@ def _map_texts(change: Callable[[str], str], tree: Any) -> Any:
 
 
 def show_place(text: str) -> str:
-    """Show a path or URL on a page that is made to be handed on: without secrets, and without the name of the user's home
-    folder.
-    """
+    """Show a path or URL on a page that people pass on: without secrets and without the name of the home folder."""
     home = str(Path.home())
     # Of a folder in an archive, the archive has the path.
     chain, separator, place = hide_secrets(text).rpartition("::")

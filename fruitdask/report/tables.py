@@ -28,6 +28,11 @@ class Counts:
     failed_by_class: Counter[str] = field(default_factory=Counter)
 
     @property
+    def n_images(self) -> int:
+        """All images."""
+        return self.ok_by_class.total() + self.n_failed
+
+    @property
     def n_failed(self) -> int:
         """Images without features."""
         return self.failed_by_class.total()

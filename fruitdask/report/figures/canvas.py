@@ -1,4 +1,4 @@
-"""What all figures share: ink, type, axes, and a layout in inches that leaves nothing to chance."""
+"""What all figures share: one style, a title and a note, and a size that follows from what is in them."""
 
 from __future__ import annotations
 
@@ -9,41 +9,52 @@ import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, cast
 
 from fruitdask.errors import ConfigError
+from fruitdask.report.figures.styles import FAINT, HAIRLINE, INK, MUTED, SMALL_SIZE, TEXT_SIZE
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-Colour: TypeAlias = str | tuple[str, float]
-
-#: Text and lines. ``render_svg`` turns it into the colour of the page's text, wherever it appears.
-INK = "#1b1d21"
-MUTED: Colour = (INK, 0.68)
-FAINT: Colour = (INK, 0.28)
-HAIRLINE: Colour = (INK, 0.12)
-#: Of Okabe and Ito's colours: for what is shown, and for what went wrong.
-ACCENT, ALARM = "#0072b2", "#d55e00"
-#: Around each figure, in inches, and the height of title and note.
-MARGIN, HEADER = 0.12, 0.56
-#: Type sizes in points.
-TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 11.0, 9.0, 8.0
-_POINTS_PER_INCH = 72.0
+#: In inches: around figures and between axes, and the height of title and note.
+_MARGIN, _HEADER = 0.12, 0.46
+_TICKS = {"color": FAINT, "labelcolor": MUTED, "labelsize": SMALL_SIZE}
+_TICKS |= {"major.size": 3, "major.width": 0.6, "minor.size": 0}
 #: A browser's fonts are seldom wider than matplotlib's own, but some are.
 _SLACK = 1.04
+#: Added to matplotlib's own defaults. Names of classes are plain text: no formula is read into them.
+_STYLE: dict[str, Any] = {
+    "text.color": INK,
+    "text.parse_math": False,
+    "font.size": TEXT_SIZE,
+    "axes.facecolor": "none",
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": SMALL_SIZE,
+    "axes.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": TEXT_SIZE,
+    **{f"{axis}tick.{name}": value for axis in "xy" for name, value in _TICKS.items()},
+    "grid.color": HAIRLINE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.borderpad": 0,
+    "legend.borderaxespad": 1.0,
+    "legend.handlelength": 1.0,
+    "legend.handletextpad": 0.4,
+    "legend.columnspacing": 1.6,
+    # Unhinted text is as wide at all numbers of dots per inch.
+    "text.hinting": "no_hinting",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fruitdask",
+}
 #: Warning filters and the settings of matplotlib belong to the process; one thread at a time may change them.
 _LOCK = threading.RLock()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Measure or draw text, one thread at a time, without warnings of glyphs that a font lacks."""
-    with _LOCK, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph \d+ ")
-        yield
 
 
 def load_matplotlib() -> None:
@@ -53,8 +64,8 @@ def load_matplotlib() -> None:
         import matplotlib
     except (ValueError, OSError) as error:
         raise ConfigError(
-            f"matplotlib cannot be imported: {error}; correct or delete the file matplotlibrc in this folder or in the folder of "
-            "matplotlib's settings"
+            f"matplotlib cannot be imported: {error}; correct or delete the file matplotlibrc in this folder or in the "
+            "folder of matplotlib's settings"
         ) from error
     finally:
         if backend is not None:
@@ -66,98 +77,87 @@ def load_matplotlib() -> None:
 
 @contextmanager
 def standard_settings() -> Iterator[None]:
-    """Use matplotlib's own defaults, so that figures look the same whatever the user's matplotlibrc says."""
+    """Draw in one style whatever the user's matplotlibrc says, and without warnings of glyphs that a font lacks."""
     load_matplotlib()
     from matplotlib import style
 
-    with quiet(), style.context("default"):
+    with _LOCK, warnings.catch_warnings(), style.context(["default", _STYLE]):
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ ")
         yield
 
 
-def start_figure(width: float, height: float, *, title: str, note: str = "") -> Figure:
-    """Start a figure with a title and a line that says how to read it."""
+def start_figure(title: str, note: str = "") -> Figure:
+    """Start a figure with a title and a line that says how to read it; add axes, then ``fit_figure``."""
     from matplotlib.figure import Figure
+    from matplotlib.transforms import ScaledTranslation
 
     title, note = tidy_label(title, n_characters=90), tidy_label(note, n_characters=200)
-    needed = max(measure_width([title], size=TITLE_SIZE, weight="bold"), measure_width([note], size=SMALL_SIZE))
-    figure = Figure(figsize=(max(width, needed + 2 * MARGIN), height), label=title)
-    write(figure, MARGIN, 0.24, title, size=TITLE_SIZE, weight="bold")
-    write(figure, MARGIN, 0.42, note, size=SMALL_SIZE, color=MUTED)
+    figure = Figure(label=title)
+    figure.set_layout_engine("constrained", w_pad=_MARGIN, h_pad=_MARGIN, wspace=0, hspace=0)
+    upper, lower = (
+        figure.transFigure + ScaledTranslation(_MARGIN, -top, figure.dpi_scale_trans) for top in (0.24, 0.42)
+    )
+    figure.text(0, 1, title + pad_label(title), transform=upper, size=11, weight="bold")
+    figure.text(0, 1, note + pad_label(note), transform=lower, size=SMALL_SIZE, color=MUTED)
     return figure
 
 
-def add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Add axes with thin lines at the left and at the bottom."""
-    full_width, full_height = figure.get_size_inches()
-    bottom = full_height - top - height
-    axes = figure.add_axes(
-        (left / full_width, bottom / full_height, width / full_width, height / full_height), facecolor="none"
-    )
-    for side, spine in axes.spines.items():
-        spine.set(visible=side in ("left", "bottom"), edgecolor=FAINT, linewidth=0.6)
-    axes.tick_params(which="both", color=FAINT, labelcolor=MUTED, labelsize=SMALL_SIZE, length=3, width=0.6, pad=3)
-    axes.minorticks_off()
-    axes.grid(False)
-    axes.set_axisbelow(True)
-    return axes
+def fit_figure(figure: Figure, *, width: float = 0.0, height: float = 0.0) -> Figure:
+    """Give all axes of a row together a width and a height in inches; what is written around them comes on top."""
+    # In a figure with room enough, what is around the axes takes as many inches as in one that fits.
+    wide, high = width + 12.0, height + 20.0
+    _lay_out(figure, wide, high)
+    slots = [axes.get_position(original=True) for axes in figure.axes]
+    around = wide * (1 - sum(slot.width for slot in slots)) if slots else 0.0
+    above = high * (1 - max(slot.height for slot in slots)) if slots else _HEADER + _MARGIN
+    texts = [*figure.texts, *figure.legends]
+    widest = _SLACK * max(text.get_window_extent().width for text in texts) / figure.dpi
+    _lay_out(figure, max(width + around, widest + 2 * _MARGIN), height + above)
+    figure.set_layout_engine("none")
+    return figure
 
 
-def hide_axes(axes: Axes) -> None:
-    """Leave only what is drawn."""
-    axes.spines[:].set_visible(False)
-    axes.set(xticks=[], yticks=[])
+def _lay_out(figure: Figure, width: float, height: float) -> None:
+    """Lay a figure of so many inches out, below its title and note."""
+    figure.set_size_inches(width, height)
+    engine = cast("ConstrainedLayoutEngine", figure.get_layout_engine())
+    engine.set(rect=(0, 0, 1, 1 - _HEADER / height))
+    if figure.axes:
+        engine.execute(figure)
 
 
-def write(target: Figure | Axes, x: float, y: float, text: str, **properties: Any) -> Text:
-    """Write plain text: no formula is read into it."""
-    from matplotlib.figure import Figure
-
-    if isinstance(target, Figure):
-        width, height = target.get_size_inches()
-        x, y = x / width, 1 - y / height
-    style: dict[str, Any] = {"size": TEXT_SIZE, "color": INK, "parse_math": False}
-    return target.text(x, y, text, **style | properties)
+def plot_nothing(title: str, reason: str) -> Figure:
+    """Make a figure that says why there is nothing to see."""
+    return fit_figure(start_figure(title, reason))
 
 
 def tidy_label(label: str, *, n_characters: int = 34) -> str:
     """Make a name fit into a line."""
     text = "".join(character if character.isprintable() else " " for character in str(label))
-    if sum(map(_count_cells, text)) <= n_characters:
+    if count_cells(text) <= n_characters:
         return text
     tail = _cut(text[::-1], n_characters // 2)[::-1].lstrip()
     return f"{_cut(text, n_characters - 1 - n_characters // 2).rstrip()}…{tail}"
 
 
-def measure_width(texts: Iterable[str], *, size: float, weight: str = "normal") -> float:
-    """Measure how wide text will be."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    font = FontProperties(size=size, weight=weight)
-    widest = 0.0
-    with quiet():
-        for text in texts:
-            width, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
-            # The box drawn for a missing East Asian character is about half as wide as the character.
-            width += 0.5 * size * sum(_count_cells(character) - 1 for character in text)
-            widest = max(widest, width)
-    return widest * _SLACK / _POINTS_PER_INCH
+def name_rows(labels: Iterable[str], *, n_characters: int) -> list[str]:
+    """Make names for ticks, which end at the axes."""
+    names = [tidy_label(label, n_characters=n_characters) for label in labels]
+    return [pad_label(name) + name for name in names]
 
 
-def plot_nothing(title: str, reason: str) -> Figure:
-    """Make a figure that says why there is nothing to see."""
-    return start_figure(4.0, HEADER, title=title, note=reason)
+def pad_label(text: str) -> str:
+    """Make spaces for what wide characters take in a page beyond the boxes that matplotlib's font has for them."""
+    return "\u2002" * (count_cells(text) - len(text))
 
 
-def _count_cells(character: str) -> int:
-    """Count the cells that a character takes in a line: two where it is a wide East Asian one."""
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+def count_cells(text: str) -> int:
+    """Count the cells that a text takes in a line: two for each wide East Asian character."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def _cut(text: str, n_cells: int) -> str:
     """Cut text after so many cells."""
-    for end, character in enumerate(text):
-        n_cells -= _count_cells(character)
-        if n_cells < 0:
-            return text[:end]
+    while count_cells(text) > n_cells:
+        text = text[:-1]
     return text

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from xml.dom import minidom
 
-from fruitdask.report.figures.canvas import INK, standard_settings, tidy_label
+from fruitdask.report.figures.canvas import standard_settings, tidy_label
+from fruitdask.report.figures.styles import INK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,22 +38,24 @@ def render_png(figure: Figure, *, dpi: int) -> bytes:
 
 @standard_settings()
 def render_svg(figure: Figure, *, label: str = "") -> str:
-    """Draw a figure as a part of an HTML page."""
-    from matplotlib import rc_context
-
+    """Draw a figure as a part of an HTML page, where several may stand: its ids are its own."""
     label = tidy_label(label or str(figure.get_label()), n_characters=_MAX_LABEL)
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fruitdask", "svg.image_inline": True}):
-        figure.savefig(buffer, format="svg", transparent=True, dpi=_IMAGE_DPI, metadata=metadata)
+    figure.savefig(buffer, format="svg", transparent=True, dpi=_IMAGE_DPI, metadata=metadata)
     text = buffer.getvalue()
+    prefix = f"f{hashlib.sha256((label + text).encode()).hexdigest()[:10]}-"
+    names = {name: prefix + name for name in _USED.findall(text)}
     with minidom.parseString(text.encode()) as document:
         (root,) = document.getElementsByTagName("svg")
-        used = set(_USED.findall(text))
-        prefix = f"f{hashlib.sha256((label + text).encode()).hexdigest()[:10]}-"
         for element in list(root.getElementsByTagName("*")):
-            _clean(element, names={name: prefix + name for name in used})
-        _frame(root, label=label)
+            _clean(element, names=names)
+        width = float(root.getAttribute("viewBox").split()[2]) * _PX_PER_POINT
+        for name in ("height", "version"):
+            root.removeAttribute(name)
+        style = f"max-width:{width:.0f}px;stroke-linejoin:round;stroke-linecap:butt"
+        for name, value in {"width": "100%", "role": "img", "aria-label": label, "style": style}.items():
+            root.setAttribute(name, value)
         return root.toxml()
 
 
@@ -82,14 +85,3 @@ def _clean_attribute(name: str, value: str, *, names: Mapping[str, str]) -> str:
         value = _FAMILY.sub("", value)
     value = _REFERENCE.sub(lambda found: found[1] + names.get(found[2], found[2]), value)
     return " ".join(value.split()).replace(INK, "currentColor")
-
-
-def _frame(root: minidom.Element, *, label: str) -> None:
-    """Say what the figure is, and how large it wants to be."""
-    width = float(root.getAttribute("viewBox").split()[2]) * _PX_PER_POINT
-    for name in ("height", "version"):
-        root.removeAttribute(name)
-    root.setAttribute("width", "100%")
-    root.setAttribute("role", "img")
-    root.setAttribute("aria-label", label)
-    root.setAttribute("style", f"max-width:{width:.0f}px;stroke-linejoin:round;stroke-linecap:butt")

@@ -1,14 +1,22 @@
-"""How classes are told apart: by colour, by shape, and by filling where there are very many."""
+"""The one palette of figures, maps and page, and how classes are told apart: by colour, by shape, and by filling."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-#: Colours of Okabe and Ito (2008), "Color Universal Design". A grey stands in for their black, which would vanish on a dark page, and a
-#: darker yellow for theirs (#f0e442), which nearly vanishes on a white one: each has a contrast of at least 1.6 to both.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#777777", "#e0cc1a")
-#: Shapes with an inside, for they are used filled and open: Bokeh's name, and matplotlib's marker that looks the same. Their number has
-#: no factor in common with that of the colours, so that both change from class to class.
+#: Text and lines, also with some opacity. ``render_svg`` replaces it by the colour of the page's text.
+INK = "#1b1d21"
+MUTED, FAINT, HAIRLINE = (INK, 0.68), (INK, 0.28), (INK, 0.12)
+#: Sizes of type in points: of names and of numbers.
+TEXT_SIZE, SMALL_SIZE = 9.0, 8.0
+#: Of Okabe and Ito's colours: for what is shown, and for what went wrong. The accent's light form is for dark pages.
+ACCENT, LIGHT_ACCENT, ALARM = "#0072b2", "#56b4e9", "#d55e00"
+#: Colours of Okabe and Ito (2008), "Color Universal Design". A grey replaces their black, which would vanish on a dark
+#: page, and a darker yellow theirs (#f0e442), which nearly vanishes on a white one: each has a contrast of at least 1.6
+#: to both.
+COLOURS = (ACCENT, "#e69f00", "#009e73", "#cc79a7", LIGHT_ACCENT, ALARM, "#777777", "#e0cc1a")
+#: Shapes that can be filled or open: Bokeh's name, and matplotlib's marker that looks the same. Their number has no
+#: factor in common with that of the colours, so that both change from class to class.
 MARKERS: Mapping[str, str | tuple[int, int, float]] = MappingProxyType(
     {
         "circle": "o",
