@@ -215,7 +215,7 @@ def test_erased_images_do_not_come_back(make_config: MakeConfig, client: Any) ->
     for command in (fruitdask.run, fruitdask.explore):
         with pytest.raises(
             StoreMismatchError,
-            match="others? .*some were erased .3 in all.; .* or name them in input.exclude, or begin again with --overwrite",
+            match="others? .*some were erased .3 in all.; .* or name them in input.exclude, or start again with --overwrite",
         ):
             command(make_config(), client=client)
     again = fruitdask.run(make_config(output={"overwrite": True}), client=client, progress=Said())
@@ -337,9 +337,9 @@ def test_leftovers_of_killed_writers_go_too(make_config: MakeConfig, client: Any
 @pytest.mark.parametrize(
     ("patterns", "error", "message"),
     [
-        (["nobody/*"], ConfigError, "none of the 26 images there matches; expected patterns of paths relative to"),
-        (["PEAR_1/*"], ConfigError, "none of the 26 images there matches"),
-        (["*"], ConfigError, "all 26 images there match, so that nothing would be left; delete the folder instead"),
+        (["nobody/*"], ConfigError, "none of the 26 images matches; expected patterns of paths relative to"),
+        (["PEAR_1/*"], ConfigError, "none of the 26 images matches"),
+        (["*"], ConfigError, "all 26 images match, so that nothing would be left; delete the folder instead"),
     ],
     ids=["nothing", "another case", "everything"],
 )

@@ -178,7 +178,7 @@ def test_run_goes_on_after_too_many_failures(
     ):
         fruitdask.run(config, client=client)
     assert len(pd.read_csv(tmp_path / "out" / "failures.csv")) >= 3
-    with pytest.raises(TooManyFailuresError, match="run again to go on"):
+    with pytest.raises(TooManyFailuresError, match="run again to resume"):
         fruitdask.run(config, client=client)
     more = make_config(input={"url": str(source)}, featurize={"max_failed_fraction": 0.5, "images_per_partition": 3})
     result = fruitdask.run(more, client=client)

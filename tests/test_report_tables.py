@@ -24,7 +24,7 @@ TSNE = np.array([[1.0, 2.0], [np.nan, np.nan], [np.nan, np.nan]], np.float32)
 @pytest.mark.parametrize("tsne", [None, TSNE], ids=["pca", "pca and t-SNE"])
 def test_write_results_tables_agree(tmp_path: Path, tsne: np.ndarray | None) -> None:
     output = Location(str(tmp_path))
-    counts = report.write_results(output, make_outcomes(), pca=PCA, tsne=tsne)
+    counts, digests = report.write_results(output, make_outcomes(), pca=PCA, tsne=tsne)
     table = report.read_results(output)
     expected = ["path", "label", "status", "pca_1", "pca_2"] + (["tsne_1", "tsne_2"] if tsne is not None else [])
     assert list(table.columns) == expected

@@ -225,7 +225,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, int]] = {
     ),
     "results for spreadsheets": (
         lambda output: change_text(output / "results.csv", "pear_1/r0_1.jpg", "pear_1/r0_2.jpg"),
-        "results.csv: it differs from results.parquet",
+        "results.csv: it is not what was written",
         "reduce",
         0,
     ),
@@ -243,7 +243,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, int]] = {
     ),
     "exploration": (
         lambda output: change_text(output / "explore.csv", "pear_1/r0_1.jpg", "pear_1/r0_2.jpg"),
-        "explore.csv: it is not the same as explore.parquet; the next run looks at all images again",
+        "explore.csv: it is not what was written; the next run explores all images again",
         "explore",
         0,
     ),
@@ -261,7 +261,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, int]] = {
     ),
     "leftovers": (
         lambda output: (output / "features.zarr/status/c" / f"0.{'0' * 32}.partial").write_bytes(b"half"),
-        "0.0*.partial: it is half of a file, left by a process that was killed; it is deleted",
+        "0.0*.partial: it is a partial file of a killed process; a repair deletes it",
         "delete",
         0,
     ),
@@ -349,11 +349,11 @@ FIT = {
 ERRORS: dict[str, tuple[Callable[[Location], Any], str]] = {
     "status": (
         lambda output: rewrite_outcomes(output, 1, status="missing"),
-        "partition 1: of 5 images the status is not that of its outcome, first of apple_red_1/r0_1.jpg",
+        "partition 1: of 5 images the status differs from the outcome, first of apple_red_1/r0_1.jpg",
     ),
     "unknown status": (
         lambda output: rewrite_outcomes(output, 1, status="pending"),
-        "partition 1: of 5 images the status is not that of its outcome",
+        "partition 1: of 5 images the status differs from the outcome",
     ),
     "order": (
         lambda output: rewrite_outcomes(output, 1, path=list("edcba")),
@@ -361,28 +361,28 @@ ERRORS: dict[str, tuple[Callable[[Location], Any], str]] = {
     ),
     "label": (
         lambda output: rewrite_outcomes(output, 1, label="plum"),
-        "partition 1: label is not that of the outcomes",
+        "partition 1: its label differs from the outcomes",
     ),
-    "features": (rewrite_features, "partition 2: of 1 images there are features, though the outcome is a failure"),
+    "features": (rewrite_features, "partition 2: of 1 images there are features, although the outcome is a failure"),
     "counts": (
         lambda output: rewrite_manifest(output, counts={"by_status": {"ok": 24}, "by_class": {}}),
-        "manifest.json: counts.by_status is not what the outcomes say: expected .*'unreadable': 1",
+        "manifest.json: counts.by_status disagrees with the outcomes: expected .*'unreadable': 1",
     ),
     "explained variance": (
         lambda output: rewrite_manifest(output, pca=FIT | {"explained_variance_ratio": [0.5, 0.5]}),
-        "manifest.json: pca is not what pca.zarr says",
+        "manifest.json: pca disagrees with pca.zarr",
     ),
     "fingerprint": (
         lambda output: rewrite_manifest(output, fingerprint={"catalog": "a", "decoding": {}, "model": {}}),
-        "features.zarr/zarr.json: its catalog has another fingerprint than that in manifest.json; .* --overwrite",
+        "features.zarr/zarr.json: the fingerprint of its catalog differs from manifest.json; .* --overwrite",
     ),
     "scores": (
         lambda output: rewrite_results(output, pca_2=np.float32(0)),
-        "results.parquet, partition 0: pca_1, pca_2 ... are not what the features give",
+        "results.parquet, partition 0: pca_1, pca_2 ... disagree with the features",
     ),
     "columns": (
         lambda output: rewrite_results(output, pca_3=np.float32(0)),
-        "results.parquet, partition 0: pca_1, pca_2 ... are not what the features give",
+        "results.parquet, partition 0: pca_1, pca_2 ... disagree with the features",
     ),
     "mean": (lambda output: rewrite_components(output, "mean"), "pca.zarr: mean is not that of the features"),
     "directions": (
@@ -391,15 +391,15 @@ ERRORS: dict[str, tuple[Callable[[Location], Any], str]] = {
     ),
     "partitions": (
         lambda output: store.write_table(output.child("partitions", "00009.parquet"), pd.DataFrame()),
-        "partitions/00009.parquet: the run has no such partition; it is deleted",
+        "partitions/00009.parquet: the run has no such partition; a repair deletes it",
     ),
     "thumbnails": (
         lambda output: store.create_thumbnails(output, n_images=24, thumbnail_px=8, images_per_partition=5),
-        "thumbnails.zarr: it is left from an exploration that is finished",
+        "thumbnails.zarr: it is left over from a finished exploration",
     ),
     "erasure": (
         lambda output: store.write_table(output.child("erasing", "00000.parquet"), pd.DataFrame()),
-        "erasing: it is left from an erasure that was interrupted",
+        "erasing: it is left over from an interrupted erasure",
     ),
 }
 
@@ -437,14 +437,14 @@ def test_verify_of_an_exploration_alone(finished: Path, tmp_path: Path) -> None:
     flip(output / "explore.parquet", 50)
     found = fruitdask.verify(str(output), repair=True)
     assert {fault.remedy for fault in found.faults} == {"explore"}
-    assert fruitdask.verify(str(output)).notes == ("the exploration is not finished: the next run looks at all images",)
+    assert fruitdask.verify(str(output)).notes == ("the exploration is not finished: the next run explores all images",)
 
 
 def test_verify_leaves_an_erasure_that_was_interrupted_alone(finished: Path, tmp_path: Path) -> None:
     output = copy_output(finished, tmp_path)
     rewrite_manifest(Location(str(output)), status="erasing")
     found = fruitdask.verify(str(output), repair=True)
-    assert found.is_well and found.notes == ("images are being erased; run again to finish that, then verify",)
+    assert found.is_well and found.notes == ("an erasure was interrupted; run again to finish it, then verify",)
 
 
 def test_verify_knows_when_nothing_can_be_restored(finished: Path, tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_verify_knows_when_nothing_can_be_restored(finished: Path, tmp_path: Pat
     flip(output / "manifest.json", 30)
     flip(output / "features.zarr/zarr.json", 30)
     found = fruitdask.verify(str(output), repair=True)
-    assert not found.can_be_mended and "begin again with --overwrite" in str(found.faults[0])
+    assert not found.can_be_mended and "start again with --overwrite" in str(found.faults[0])
 
 
 def test_verify_refuses_a_folder_without_results(tmp_path: Path) -> None:
@@ -623,7 +623,7 @@ class History:
             store.write_table(Location(str(path)), make())
             (self.output / "explore.csv").write_bytes(format_csv(make()).encode())
             faults = [str(fault) for fault in fruitdask.verify(str(self.output)).faults]
-            assert any("its rows are not those of the images" in fault for fault in faults), (name, faults)
+            assert any("its rows are not those of the catalog" in fault for fault in faults), (name, faults)
         for name, data in saved.items():
             (self.output / name).write_bytes(data)
         flip(path, 50)

@@ -80,7 +80,6 @@ class Totals:
 
     faults: list[Fault] = field(default_factory=list)
     counts: report.Counts = field(default_factory=report.Counts)
-    failures: list[pd.DataFrame] = field(default_factory=list)
     n_images: int = 0
 
     def add(self, index: int, outcomes: pd.DataFrame | None, faults: Iterable[Fault]) -> None:
@@ -89,26 +88,24 @@ class Totals:
         if outcomes is None or outcomes.empty:
             return
         self.counts.add(outcomes)
-        self.failures.append(outcomes[outcomes["status"] != "ok"])
         self.n_images += len(outcomes)
 
 
 def check_partitions(run: StoredRun, progress: RunProgress) -> Totals:
     """Check all committed partitions and the tables made from them."""
-    totals, csv = Totals(), report.CsvComparison(run.output, n_images=run.n_images) if run.is_complete else None
+    totals = Totals()
     progress.begin("Verifying partitions")
     progress.begin_images(run.n_images, n_done=run.n_images - sum(map(run.count_images, run.committed)))
     with ThreadPoolExecutor(_N_THREADS) as pool:
         for first, indices, part in _list_pieces(run, totals.faults):
-            if csv is not None and part is not None:
-                csv.add(part)
             check = partial(_check_partition, run, part, first)
             for index, (outcomes, faults) in zip(indices, pool.map(check, indices), strict=True):
                 totals.add(index, outcomes, faults)
                 n_images = run.count_images(index)
                 progress.advance(n_images, n_failed=n_images if faults else 0)
-    if csv is not None and (what := csv.finish()) and not _are_results_wrong(totals):
-        totals.faults.append(Fault(store.RESULTS_CSV, what, "reduce"))
+    if run.is_complete:
+        names = (store.RESULTS_CSV, store.FAILURES)
+        totals.faults += store.check_digests(run.output, run.manifest.digests, names, "reduce")
     if run.is_complete and totals.n_images == run.n_images:
         totals.faults += _check_counts(run, totals)
     return totals
@@ -175,20 +172,13 @@ def _are_splits_equal(rows: pd.DataFrame, images: pd.DataFrame) -> bool:
     return np.array_equal(rows["split"].to_numpy(), images["split"].iloc[: len(rows)].to_numpy())
 
 
-def _are_results_wrong(totals: Totals) -> bool:
-    """Whether the results themselves are wrong, so that a difference from them means nothing."""
-    return any(fault.where.startswith(store.RESULTS) for fault in totals.faults)
-
-
 def _check_counts(run: StoredRun, totals: Totals) -> Iterator[Fault]:
-    """Compare the counts in the manifest and the table of failures with all outcomes."""
+    """Compare the counts in the manifest with all outcomes."""
     counts = {"by_status": dict(totals.counts.by_status), "by_class": totals.counts.by_class()}
     for name, found in counts.items():
         if (said := getattr(run.manifest.counts, name)) != found:
             what = f"counts.{name} disagrees with the outcomes: expected {found}, found {said}"
             yield Fault(store.MANIFEST, what, "reduce")
-    if what := report.check_failures(run.output, pd.concat(totals.failures)):
-        yield Fault(store.FAILURES, what, "reduce")
 
 
 def read_components(output: Location, *, n_features: int) -> "tuple[PrincipalComponents | None, list[Fault]]":

@@ -12,7 +12,7 @@ from fruitdask.core.config import Config
 from fruitdask.core.storage import Location, explained
 from fruitdask.errors import OutputError
 from fruitdask.pipeline.inputs import dump_config, open_output
-from fruitdask.report import PAGE, ReportData
+from fruitdask.report import ReportData
 from fruitdask.store.exploration import Exploration, read_exploration
 
 _FRAME_HEIGHT_PX = 800
@@ -81,7 +81,7 @@ def render_report(config: Config) -> Report:
     with store.locked(output) if store.has_begun(output) else nullcontext():
         store.finish_erasing(output)
         render(config.model_copy(update={"report": config.report.model_copy(update={"enabled": True})}), output)
-    return Report(output.child(PAGE))
+    return Report(output.child(store.PAGE))
 
 
 def describe_rendering(config: Config, output: Location) -> dict[str, Any]:

@@ -7,12 +7,11 @@ from fruitdask.core.storage import Location, write_file
 from fruitdask.report import figures
 from fruitdask.report.maps import choose_axes
 from fruitdask.report.page import ReportData, render_page
-from fruitdask.store import FIGURE_NAMES, FIGURES, delete_result
+from fruitdask.store import FIGURE_NAMES, PAGE, delete_result, name_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAGE = "report.html"
 #: Examples a class in the figure; the page has its own number.
 _EXAMPLES_PER_CLASS = 6
 
@@ -25,9 +24,9 @@ def write_page(output: Location, data: ReportData) -> None:
 def write_figures(output: Location, data: ReportData) -> None:
     """Write the figures that there are data for, and delete those of an earlier run."""
     for name in FIGURE_NAMES:
-        delete_result(output, f"{FIGURES}/{name}.png")
+        delete_result(output, name_figure(name))
     for name, figure in _plot_all(data):
-        write_file(output.child(FIGURES, f"{name}.png"), figures.render_png(figure, dpi=data.config.plots.dpi))
+        write_file(output.child(name_figure(name)), figures.render_png(figure, dpi=data.config.plots.dpi))
 
 
 def list_figures(*, n_components: int, has_tsne: bool, has_exploration: bool, has_quality: bool) -> list[str]:

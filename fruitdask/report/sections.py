@@ -23,6 +23,7 @@ from fruitdask.core.storage import hide_secrets
 from fruitdask.report.formats import format_count, format_time
 from fruitdask.report.tables import Counts
 from fruitdask.report.thumbnails import Thumbnails
+from fruitdask.store import EXPLORED_IMAGES, FAILURES
 from fruitdask.store.exploration import Exploration
 
 #: View of a section: what the template shows, under the names that it uses.
@@ -309,7 +310,7 @@ def describe_failures(failures: pd.DataFrame) -> View | None:
     return {
         "n_images": len(failures),
         # A run lists its failures; an exploration has them among its images.
-        "file": "failures.csv" if "attempts" in failures else "explore.csv",
+        "file": FAILURES if "attempts" in failures else f"{EXPLORED_IMAGES}.csv",
         "reasons": reasons,
         "rows": [
             _map_texts(hide_secrets, row) for row in rows[["path", "label", "status", "error"]].to_dict("records")

@@ -4,17 +4,25 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from fruitdask.core.escaping import format_csv, read_csv
-from fruitdask.core.storage import Location, exists, explained, write_file
-from fruitdask.store import OUTCOME_COLUMNS, advise_repair, delete_result, read_table, write_table
+from fruitdask.core.storage import Location, exists, explained
+from fruitdask.store import (
+    FAILURES,
+    OUTCOME_COLUMNS,
+    RESULTS,
+    RESULTS_CSV,
+    advise_repair,
+    delete_result,
+    read_table,
+    write_digested,
+    write_table,
+)
 
-RESULTS = "results.parquet"
 #: A spreadsheet holds no more rows than about a million (Excel: 1,048,576).
 _MAX_CSV_ROWS = 1_000_000
 
@@ -57,13 +65,12 @@ def write_results(
     pca: npt.NDArray[np.floating],
     tsne: npt.NDArray[np.floating] | None,
     splits: pd.Series | None = None,
-) -> Counts:
-    """Write the table of all images, and the table of those that failed.
+) -> tuple[Counts, dict[str, str]]:
+    """Write the table of all images and the table of failures; return the counts, and the digests of CSV files.
 
-    pca: numpy.ndarray, scores of all images, shape (n, k); NaN where an image failed. tsne: numpy.ndarray or None,
-    coordinates of all images, shape (n, 2); NaN where there are none.
+    `pca` are the scores of all images, shape (n, k), and `tsne` their coordinates, shape (n, 2); NaN without features.
     """
-    for name in (RESULTS, "results.csv", "failures.csv"):
+    for name in (RESULTS, RESULTS_CSV, FAILURES):
         delete_result(output, name)
     counts, failures, csv, start = Counts(), [], io.StringIO(), 0
     for number, piece in enumerate(outcomes):
@@ -78,21 +85,22 @@ def write_results(
         failures.append(piece[piece["status"] != "ok"])
         counts.add(piece)
         start = rows.stop
+    digests: dict[str, str] = {}
     if csv.tell():
-        write_file(output.child("results.csv"), csv.getvalue().encode())
+        digests |= write_digested(output, RESULTS_CSV, csv.getvalue().encode())
     if counts.n_failed:
-        write_failures(output, pd.concat(failures))
-    return counts
+        digests |= write_failures(output, pd.concat(failures))
+    return counts, digests
 
 
-def write_failures(output: Location, outcomes: pd.DataFrame) -> None:
-    """Write the table of the images that failed."""
-    write_file(output.child("failures.csv"), format_csv(outcomes).encode())
+def write_failures(output: Location, outcomes: pd.DataFrame) -> dict[str, str]:
+    """Write the table of failures; return its digest."""
+    return write_digested(output, FAILURES, format_csv(outcomes).encode())
 
 
 def read_failures(output: Location) -> pd.DataFrame:
     """Read the table of the images that failed."""
-    location = output.child("failures.csv")
+    location = output.child(FAILURES)
     if not exists(location):
         return pd.DataFrame(columns=list(OUTCOME_COLUMNS))
     with explained(location, "read", remedy=advise_repair(output)):
@@ -116,10 +124,9 @@ def list_parts(output: Location) -> list[str]:
 def compare_rows(
     rows: pd.DataFrame, outcomes: pd.DataFrame, scores: npt.NDArray[np.floating] | None, *, tolerance: float
 ) -> Iterator[str]:
-    """Say in what rows of the table of all images are not those of their outcomes and features.
+    """Describe how rows of the table of all images differ from their outcomes and features.
 
-    scores: numpy.ndarray or None, coordinates of these images along the components, shape (n, k); those of images that
-    failed do not count. None where they are not known.
+    `scores` are the coordinates of these images along the components, shape (n, k); None if they are not known.
     """
     names = ["path", "label", "status"]
     if len(rows) != len(outcomes) or list(rows.columns[:3]) != names:
@@ -127,62 +134,13 @@ def compare_rows(
         return
     for name in names:
         if not np.array_equal(rows[name].astype(object), outcomes[name].astype(object)):
-            yield f"{name} is not that of the outcomes"
+            yield f"its {name} differs from the outcomes"
     if scores is None:
         return
     found = rows.filter(regex=r"^pca_\d+$").to_numpy(np.float64)
     expected = np.where((outcomes["status"] == "ok").to_numpy()[:, np.newaxis], scores, np.nan)
     if not (found.shape == expected.shape and np.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)):
-        yield "pca_1, pca_2 ... are not what the features give"
-
-
-class CsvComparison:
-    """A comparison of ``results.csv`` with the table that it repeats, piece by piece."""
-
-    def __init__(self, output: Location, *, n_images: int) -> None:
-        self._location = output.child("results.csv")
-        self._file: Any = None
-        self._has_begun = False
-        #: What is wrong so far; empty where nothing is.
-        self.fault = ""
-        if exists(self._location):
-            with explained(self._location, "read"):
-                self._file = self._location.fs.open(self._location.path, "rb")
-        elif n_images <= _MAX_CSV_ROWS:
-            self.fault = "it is missing"
-
-    def add(self, piece: pd.DataFrame) -> None:
-        """Compare a piece."""
-        if self._file is None or self.fault:
-            return
-        expected = format_csv(piece, with_header=not self._has_begun).encode()
-        self._has_begun = True
-        if self._read(len(expected)) != expected:
-            self.fault = f"it differs from {RESULTS}"
-
-    def finish(self) -> str:
-        """Close the file, and say what is wrong."""
-        if self._file is not None:
-            if not self.fault and self._read(1):
-                self.fault = f"it has more rows than {RESULTS}"
-            self._file.close()
-        return self.fault
-
-    def _read(self, n_bytes: int) -> bytes:
-        """Read some bytes."""
-        with explained(self._location, "read"):
-            return bytes(self._file.read(n_bytes))
-
-
-def check_failures(output: Location, failures: pd.DataFrame) -> str:
-    """Check the table of the images that failed."""
-    location = output.child("failures.csv")
-    if not exists(location):
-        return "it is missing" if len(failures) else ""
-    with explained(location, "read"):
-        data = location.fs.cat_file(location.path)
-    is_same = len(failures) and data == format_csv(failures).encode()
-    return "" if is_same else "it does not list the failures of the outcomes"
+        yield "pca_1, pca_2 ... disagree with the features"
 
 
 def _add_columns(

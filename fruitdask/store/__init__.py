@@ -19,6 +19,7 @@ from fruitdask.store.checks import (
     Fault,
     Remedy,
     check_arrays,
+    check_digests,
     check_json,
     check_partition,
     check_store,
@@ -63,6 +64,7 @@ from fruitdask.store.manifests import (
     read_json,
     read_quality,
     read_run,
+    write_digested,
     write_json,
     write_manifest,
 )

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 import zarr
 
-from fruitdask.core.storage import Location, describe_cause, exists, explained, write_file
+from fruitdask.core.storage import Location, describe_cause, exists, explained, hash_file, write_file
 from fruitdask.errors import DamageError, FormatError, OutputError
 from fruitdask.store.arrays import StoredArray, create_store, name_store, read_arrays
 from fruitdask.store.layout import EXPLORATION, FEATURES, MANIFEST, STATUSES, name_outcomes
@@ -128,6 +128,17 @@ def check_json(output: Location, name: str, remedy: Remedy) -> Iterator[Fault]:
         raise
     except (DamageError, OutputError, ValueError) as error:
         yield Fault(name, describe_damage(error), remedy)
+
+
+def check_digests(output: Location, digests: Mapping[str, str], names: Sequence[str], remedy: Remedy) -> Iterator[Fault]:
+    """Check files against the digests in a manifest."""
+    for name in names:
+        location = output.child(name)
+        if not exists(location):
+            if name in digests:
+                yield Fault(name, "it is missing", remedy)
+        elif f"sha256:{hash_file(location)}" != digests.get(name):
+            yield Fault(name, "it is not what was written", remedy)
 
 
 def check_store(

@@ -1,6 +1,7 @@
 """The JSON files of an output folder: who may write there, what was run, and what may be deleted."""
 
 import errno
+import hashlib
 import json
 import shlex
 import time
@@ -152,6 +153,12 @@ def read_quality(output: Location) -> dict[str, Any] | None:
 def write_json(location: Location, tree: Mapping[str, Any]) -> None:
     """Write a JSON file with its format and checksum."""
     write_file(location, json.dumps(seal(tree), indent=2, allow_nan=False).encode() + b"\n")
+
+
+def write_digested(output: Location, name: str, data: bytes) -> dict[str, str]:
+    """Write a file and return its digest, which a manifest keeps."""
+    write_file(output.child(name), data)
+    return {name: f"sha256:{hashlib.sha256(data).hexdigest()}"}
 
 
 def advise_repair(output: Location) -> str:

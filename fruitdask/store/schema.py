@@ -157,6 +157,8 @@ class Manifest(Record):
     regions: dict[str, str] = {}
     left_out: dict[str, int] = {}
     processing: dict[str, Any] = {}
+    #: SHA-256 of files without checksums of their own, by name.
+    digests: dict[str, str] = {}
 
     @property
     def is_complete(self) -> bool:
@@ -254,6 +256,7 @@ class RunManifest(Manifest):
             n_images=n_kept,
             fingerprint=self.fingerprint | {"catalog": catalog},
             erasures=(*self.erasures, erasure),
+            digests={},
             **dict.fromkeys(("counts", "pca", "split", "presented", "finished")),
         )
 
