@@ -904,7 +904,7 @@ def test_load_config_refuses_keys_that_are_given_twice(tmp_path: Path) -> None:
 def test_load_config_explains_a_path_of_windows_in_double_quotes(tmp_path: Path, path: str) -> None:
     (line,) = explain(tmp_path, f'input:\n  url: "{path}"\noutput: {{url: y}}\n')
     assert line.startswith("run.yaml, line 2: ")
-    assert line.endswith("write paths of Windows in single quotes, or with forward slashes")
+    assert line.endswith("write Windows paths in single quotes or with forward slashes")
     doubled = path.replace("\\", "\\\\")
     for right in (f"'{path}'", path, f'"{doubled}"'):
         config = load_config(write(tmp_path, f"input:\n  url: {right}\noutput: {{url: y}}\n"))

@@ -41,8 +41,7 @@ import fruitdask
 from fruitdask.cli import cli
 from fruitdask.cluster import open_client
 from fruitdask.cluster.ec2.policies import ROLES, Permission, build_policies, list_actions
-from fruitdask.cluster.regions import EU_REGIONS
-from fruitdask.core import aws
+from fruitdask.cluster.regions import AWS_EU_REGIONS, EU_REGIONS
 from fruitdask.core.config import Config, ModelConfig
 from fruitdask.core.sample import draw_sample
 from fruitdask.core.storage import Location, hash_file
@@ -284,7 +283,7 @@ def test_partition_is_that_of_the_region(region: str) -> None:
 def test_regions_of_the_european_union_are_the_same_everywhere() -> None:
     session = botocore.session.Session()
     known = {region for part in ("aws", "aws-eusc") for region in session.get_available_regions("ec2", part)}
-    assert known & set(EU_REGIONS) == set(aws.AWS_EU_REGIONS)
+    assert known & set(EU_REGIONS) == set(AWS_EU_REGIONS)
 
 
 def test_public_and_local_places_need_nothing() -> None:
