@@ -273,8 +273,8 @@ def test_scheduler_that_never_comes_up(cloud: LoopbackEC2) -> None:
     """The start has a deadline, and the error says what to look at."""
     cloud.faults.never_boots = {"scheduler"}
     expected = (
-        r"scheduler did not come up within cluster.start_timeout \(2 s\): instance i-\w+ \(t3.medium, image any, ami-\w+\) is running.*"
-        r"its console ends: .*security groups sg-\w+ let this machine in \(port 8786\).*subnet-"
+        r"scheduler did not start within cluster.start_timeout \(2 s\): instance i-\w+ \(t3.medium, image any, ami-\w+\) is running.*"
+        r"its console ends: .*security groups sg-\w+ admit this machine \(port 8786\).*subnet-"
     )
     with pytest.raises(ClusterStartError, match=expected):
         with open_client(configure(start_timeout=2)):
@@ -285,7 +285,7 @@ def test_scheduler_that_never_comes_up(cloud: LoopbackEC2) -> None:
 def test_image_that_cannot_be_pulled(cloud: LoopbackEC2) -> None:
     """It is noticed by the end of the instance, long before the deadline."""
     cloud.faults.unpullable = {"nobody/nothing:1"}
-    expected = r"scheduler ended before it came up: instance i-\w+ .*nobody/nothing:1.* is \S+ \(.*Instance initiated shutdown\).*pull"
+    expected = r"scheduler ended before it started to listen: .*nobody/nothing:1.* is \S+ \(.*Instance initiated shutdown\).*pull"
     with pytest.raises(ClusterStartError, match=expected):
         with open_client(configure(docker_image="nobody/nothing:1")):
             pass
@@ -295,7 +295,7 @@ def test_workers_that_never_come_up(cloud: LoopbackEC2) -> None:
     """The same deadline holds for the first worker."""
     cloud.faults.never_boots = {"worker"}
     with pytest.raises(
-        ClusterStartError, match=r"no worker came up within .*\(5 s\): instance i-\w+ \(m6i.large.*is running"
+        ClusterStartError, match=r"no worker started within .*\(5 s\): instance i-\w+ \(m6i.large.*is running"
     ):
         with open_client(configure(start_timeout=5)):
             pass

@@ -72,7 +72,7 @@ def _build_cluster(config: EC2ClusterConfig, network: Network, stack: ExitStack)
         scheduler={"ami": scheduler_image.id, "gpu_instance": False},
         worker={"ami": worker_image.id, "gpu_instance": types[config.types[1]].has_gpu, **build_worker_options(config)},
     )
-    # As on this machine: a task's error comes back as its exception.
+    # A task's error returns as its exception, as with a local cluster.
     stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
     runner = LoopRunner()
     runner.start()

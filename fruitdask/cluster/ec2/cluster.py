@@ -246,14 +246,14 @@ class _RunScheduler(_RunInstance, EC2Scheduler):  # type: ignore[misc]
         arguments = dict(scheduler_options)
         has_dashboard = arguments.pop("dashboard", "dashboard_address" in arguments)
         if not has_dashboard:
-            # Its port would serve logs and metrics all the same.
+            # Its port would still serve logs and metrics.
             arguments["dashboard_address"] = "127.0.0.1:0"
         super().__init__(*args, scheduler_options=arguments, **options)
         if not has_dashboard:
             self.command += " --no-dashboard"
 
     async def configure_vm(self, client: Any) -> tuple[str, str | None]:
-        """Wait for the public address, which the client uses; workers use the private one, as the security group requires."""
+        """Wait for the public address, for the client; workers use the private one, as the security group requires."""
         private, _ = await super().configure_vm(client)
         if self.use_private_ip:
             return private, None
@@ -282,8 +282,8 @@ class _RunScheduler(_RunInstance, EC2Scheduler):  # type: ignore[misc]
             timeout = self.cluster.settings.start_timeout_seconds
             raise ClusterStartError(
                 f"the scheduler did not start within cluster.start_timeout ({timeout:g} s): {await self.describe()}; "
-                f"check that the security groups {', '.join(self.security_groups)} admit this machine (port {self.port}), "
-                f"and that the subnet {self.subnet_id} reaches the internet"
+                f"check that the security groups {', '.join(self.security_groups)} admit this machine (port "
+                f"{self.port}), and that the subnet {self.subnet_id} reaches the internet"
             )
 
 

@@ -68,6 +68,7 @@ _QUERIES = (
     ("ec2:DescribeSubnets", "finds the subnet"),
 )
 
+
 @dataclass(frozen=True)
 class Permission:
     """An action that a role needs."""
