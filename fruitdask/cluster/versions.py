@@ -19,10 +19,13 @@ def check_versions(client: Any, *, image: str | None = None) -> None:
     differences = _find_differences(client.get_versions(packages=[*_PACKAGES, *_ENGINES]))
     # Only after that: a function travels as bytecode, which needs the same version of Python.
     differences = differences or _find_fruitdask(client)
-    if differences:
-        raise ClusterStartError(
-            f"the cluster has other versions than this machine: {'; '.join(differences)}; {_advise(image)}"
-        )
+    if not differences:
+        return
+    remedy = "install the versions of this machine there"
+    if image is not None:
+        build = f"{sys.executable} configs/docker/build.py {image} (with --gpu for GPU instances)"
+        remedy = f"build its image again, in a clone of fruitdask, and push it: {build}"
+    raise ClusterStartError(f"the cluster has other versions than this machine: {'; '.join(differences)}; {remedy}")
 
 
 def _find_differences(versions: dict[str, Any]) -> list[str]:
@@ -82,13 +85,3 @@ def _join(places: Iterable[str]) -> str:
     """Name the first place, and count the others."""
     first, *others = places
     return f"{first} and {len(others)} more" if others else first
-
-
-def _advise(image: str | None) -> str:
-    """Describe what to do."""
-    if image is None:
-        return "install the versions of this machine there"
-    return (
-        f"build its image again, in a clone of fruitdask, and push it: {sys.executable} configs/docker/build.py "
-        f"{image} (with --gpu for GPU instances)"
-    )

@@ -135,7 +135,7 @@ def _choose_extensions(extensions: tuple[str, ...] | None) -> tuple[str, ...]:
     heic = [ending for ending in extensions if ending in HEIC_ENDINGS]
     if heic and not can_read_heic():
         raise ConfigError(
-            f"input.extensions has {heic[0]}, which needs a package that is not installed; run pip install "
+            f"input.extensions names {heic[0]}, which needs a package that is not installed; run pip install "
             "'fruitdask[heic]', here and on the workers"
         )
     return extensions

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fruitdask.cluster.ec2.instances import terminate_run
 from fruitdask.cluster.ec2.machines import describe_types, find_image
 from fruitdask.cluster.ec2.network import Network, find_network
-from fruitdask.cluster.ec2.options import build_options, build_worker_options, check_options
+from fruitdask.cluster.ec2.options import build_options, check_options
 from fruitdask.core.config import EC2ClusterConfig
 from fruitdask.errors import ClusterStartError, FruitdaskError
 
@@ -59,6 +59,8 @@ def _build_cluster(config: EC2ClusterConfig, network: Network, stack: ExitStack)
     from fruitdask.cluster.ec2.security import make_security, serialize_settings
 
     types = describe_types(network.region, config.types, zones=[network.zone])
+    # EC2Cluster documents this option for workers but does not accept it.
+    module = {"worker_module": config.worker_module, "worker_class": None} if config.worker_module else {}
     scheduler_image, worker_image = images = [
         find_image(network.region, architecture=one.architecture, has_gpu=one.has_gpu, ami=config.ami)
         for one in (types[name] for name in config.types)
@@ -70,7 +72,7 @@ def _build_cluster(config: EC2ClusterConfig, network: Network, stack: ExitStack)
         root_devices={image.id: image.root_device_name for image in images},
         inherited=serialize_settings(security, no_workers_timeout_seconds=config.start_timeout),
         scheduler={"ami": scheduler_image.id, "gpu_instance": False},
-        worker={"ami": worker_image.id, "gpu_instance": types[config.types[1]].has_gpu, **build_worker_options(config)},
+        worker={"ami": worker_image.id, "gpu_instance": types[config.types[1]].has_gpu, **module},
     )
     # A task's error returns as its exception, as with a local cluster.
     stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
@@ -117,7 +119,7 @@ def _connect(config: EC2ClusterConfig, cluster: "RunCluster", stack: ExitStack) 
 
 def _terminate(cluster: "RunCluster") -> None:
     """Terminate the instances of a run by their tag."""
-    if not cluster.has_asked:
+    if not cluster.fleet.has_asked:
         return
     try:
         ended = terminate_run(cluster.region, cluster.settings.run_id)
@@ -128,7 +130,8 @@ def _terminate(cluster: "RunCluster") -> None:
             f"{left} of run {cluster.settings.run_id} may still run, because they could not be terminated ({error}); "
             f"terminate them: fruitdask clusters cleanup --region {cluster.region}"
         ) from error
-    cluster.note_terminated()
+    for instance_id in cluster.list_running():
+        cluster.fleet.note_end(instance_id)
     logger.info("run %s has ended; terminated: %s", cluster.settings.run_id, ", ".join(ended) or "nothing was left")
 
 

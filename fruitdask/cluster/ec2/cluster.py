@@ -331,11 +331,6 @@ class RunCluster(EC2Cluster):  # type: ignore[misc]
         self._pause_seconds = _FIRST_PAUSE_SECONDS
         self._retry_at = 0.0
 
-    @property
-    def has_asked(self) -> bool:
-        """Whether EC2 was ever asked for an instance."""
-        return self.fleet.has_asked
-
     async def launch(self) -> None:
         """Launch the scheduler, then the workers, and wait for the first of them."""
         self._tasks = [asyncio.create_task(self._monitor()), asyncio.create_task(self._launch())]
@@ -362,11 +357,6 @@ class RunCluster(EC2Cluster):  # type: ignore[misc]
     def list_running(self) -> list[str]:
         """List the instances that have not ended, as far as is known."""
         return [instance_id for instance_id, launch in self.fleet.launches.items() if launch.ended is None]
-
-    def note_terminated(self) -> None:
-        """Record that all instances have ended."""
-        for instance_id in self.list_running():
-            self.fleet.note_end(instance_id)
 
     def check(self) -> None:
         """Raise the error that prevents monitoring, because nothing would end the wait for instances."""

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -76,11 +75,6 @@ def build_options(config: EC2ClusterConfig, *, run_id: str) -> dict[str, Any]:
         "worker_options": {"death_timeout": config.idle_timeout, **config.worker_options},
         "scheduler_options": {"idle_timeout": f"{config.idle_timeout}s", **config.scheduler_options},
     }
-
-
-def build_worker_options(config: EC2ClusterConfig) -> Mapping[str, Any]:
-    """Build the options for workers that EC2Cluster documents but does not accept."""
-    return {"worker_module": config.worker_module, "worker_class": None} if config.worker_module else {}
 
 
 def _build_bootstrap(config: EC2ClusterConfig) -> list[str]:

@@ -1,9 +1,9 @@
 """The base of all sections, and the type of a duration."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 _SECONDS_OF_UNIT = {"s": 1, "second": 1, "m": 60, "min": 60, "minute": 60}
 _SECONDS_OF_UNIT |= {"h": 3600, "hour": 3600, "d": 86400, "day": 86400}
@@ -15,6 +15,16 @@ class Section(BaseModel):
 
     # Values may be secrets, and a traceback quotes the error.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_booleans(cls, values: Any) -> Any:
+        """Turn booleans in place of numbers into text, so that pydantic refuses them: it would read them as 1 and 0."""
+        if not isinstance(values, dict):
+            return values
+        kinds = {name: {field.annotation, *get_args(field.annotation)} for name, field in cls.model_fields.items()}
+        wrong = [name for name in kinds if isinstance(values.get(name), bool) and kinds[name] & {int, float}]
+        return values | {name: str(values[name]).lower() for name in wrong}
 
 
 def _parse_duration(value: Any) -> Any:

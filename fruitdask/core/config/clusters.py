@@ -15,9 +15,7 @@ class LocalClusterConfig(Section):
     kind: Literal["local"] = "local"
     n_workers: int | None = Field(None, ge=1, description="Worker processes; null depends on cores and memory.")
     threads_per_worker: int | None = Field(None, ge=1, description="Threads per process; null depends on the cores.")
-    memory_limit: str | int | None = Field(
-        None, description="Memory per process, such as 4GiB; null shares the machine's memory."
-    )
+    memory_limit: str | int | None = Field(None, description="Memory per process, such as 4GiB; null: an equal share.")
     dashboard_address: str | None = Field(
         "127.0.0.1:8787", description="Address of the dashboard, on this machine only; null turns it off."
     )
@@ -78,9 +76,7 @@ class EC2ClusterConfig(Section):
 
     kind: Literal["ec2"]
     region: str | None = Field(None, description="Region; null takes that of the AWS profile or environment.")
-    availability_zone: str | list[str] | None = Field(
-        None, description="Zone, or several to choose from at random; null lets AWS choose."
-    )
+    availability_zone: str | list[str] | None = Field(None, description="Zone, or several; null lets AWS choose.")
     n_workers: int = Field(2, ge=1, description="Workers to start with.")
     docker_image: str = Field(
         min_length=1, description="Image with fruitdask that all instances run; see configs/docker/Dockerfile."
@@ -97,22 +93,14 @@ class EC2ClusterConfig(Section):
     bootstrap: bool | None = Field(
         None, description="Install Docker from docker.com on start, as EC2Cluster does; null installs it if missing."
     )
-    extra_bootstrap: list[str] = Field(
-        [], repr=False, description="Shell commands to run on each instance before its container."
-    )
+    extra_bootstrap: list[str] = Field([], repr=False, description="Shell commands before the container starts.")
     vpc: str | None = Field(None, description="VPC; null takes the default one.")
     subnet_id: str | None = Field(None, description="Subnet; null takes one of the VPC.")
-    security_groups: list[str] | None = Field(
-        None, description="Security groups; null finds or makes one that admits only this machine."
-    )
-    use_private_ip: bool = Field(
-        False, description="Reach the scheduler at its private address; instances get no public one."
-    )
+    security_groups: list[str] | None = Field(None, description="Security groups; null: one that admits this machine.")
+    use_private_ip: bool = Field(False, description="Use private addresses only; instances get no public ones.")
     filesystem_size: int = Field(40, ge=8, description="Size of each instance's encrypted volume, in GB.")
     key_name: str | None = Field(None, description="SSH key pair for the instances.")
-    env_vars: dict[str, str] = Field(
-        {}, repr=False, description="Environment variables of the containers; never credentials."
-    )
+    env_vars: dict[str, str] = Field({}, repr=False, description="Variables of the containers; never credentials.")
     worker_options: dict[str, Any] = Field({}, description="Options of the worker class, such as nthreads.")
     scheduler_options: dict[str, Any] = Field({}, description="Options of the scheduler.")
     worker_class: str = Field("dask.distributed.Nanny", description="Class of the workers, by its import path.")
@@ -129,8 +117,7 @@ class EC2ClusterConfig(Section):
     idle_timeout: Seconds = Field(1200, description="Instances end themselves after this time without work or client.")
     max_lifetime: Seconds = Field(43200, description="Instances end themselves after this time, whatever happens.")
     hourly_prices: dict[str, PositiveFloat] = Field(
-        {},
-        description="US dollars per hour by instance type (spot:TYPE for spot), instead of fruitdask's price table.",
+        {}, description="US dollars per hour by instance type (spot:TYPE for spot), instead of fruitdask's price table."
     )
 
     @model_validator(mode="after")

@@ -4,11 +4,11 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
-from fruitdask.core.config.messages import SECTIONS, explain, explain_override
+from fruitdask.core.config.messages import explain, explain_override
 from fruitdask.core.config.sections import Config
 from fruitdask.core.config.sources import Source, parse_file, parse_override
 from fruitdask.errors import ConfigError, SettingsError
@@ -62,7 +62,6 @@ def load_config(source: str | Path | Mapping[str, Any], *, overrides: Sequence[s
         raise ConfigError(f"{name}: expected sections of keys and values, found endless nesting") from error
     if isinstance(tree.get("cluster"), dict):
         tree["cluster"] = {"kind": "address" if "address" in tree["cluster"] else "local"} | tree["cluster"]
-    _spell_booleans(tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -144,20 +143,6 @@ def _expand_env(tree: Any, source: Source) -> Any:
     if mistakes:
         raise SettingsError("\n".join(mistakes))
     return expanded
-
-
-def _spell_booleans(tree: dict[str, Any]) -> None:
-    """Turn booleans in place of numbers into text, so that pydantic refuses them: it would read them as 1 and 0."""
-    for place, section in SECTIONS.items():
-        node: Any = tree
-        for key in place:
-            # In a place, the kind of a cluster follows the key cluster.
-            is_kind = isinstance(node, dict) and node.get("kind") == key
-            node = node if is_kind else node.get(key) if isinstance(node, dict) else None
-        for name, field in section.model_fields.items() if isinstance(node, dict) else ():
-            kinds = {*get_args(field.annotation), field.annotation}
-            if isinstance(node.get(name), bool) and kinds & {int, float}:
-                node[name] = str(node[name]).lower()
 
 
 def _resolve_paths(tree: dict[str, Any], base: Path, name: str) -> dict[str, Any]:

@@ -36,8 +36,7 @@ class InputConfig(Section):
         description="Options of the fsspec file system (of an archive: where it is), such as endpoint_url or anon.",
     )
     region: str | None = Field(
-        None,
-        description="Where it is, such as eu-west-3, for privacy.allowed_regions; required outside AWS.",
+        None, description="Its region, such as eu-west-3, for privacy.allowed_regions; required outside AWS."
     )
     label_from: str = Field(
         "parent",
@@ -48,9 +47,7 @@ class InputConfig(Section):
         description="Folder that names the split (train, test ...), as in label_from; null writes no column split.",
     )
     classes: tuple[str, ...] | None = Field(None, min_length=1, description="Classes to keep; null keeps all.")
-    exclude: tuple[str, ...] = Field(
-        (), description="Patterns of paths to skip, such as pear_1/* or */IMG_20*; see Python's fnmatch."
-    )
+    exclude: tuple[str, ...] = Field((), description="Patterns of paths to skip, such as pear_1/* or */IMG_20*.")
     extensions: tuple[str, ...] | None = Field(
         None,
         min_length=1,
@@ -60,16 +57,12 @@ class InputConfig(Section):
         False,
         description="Include files and folders whose names begin with a dot, and system folders such as __MACOSX.",
     )
-    limit: int | None = Field(
-        None, ge=1, description="Maximum number of images, spread evenly over the classes; null takes all."
-    )
+    limit: int | None = Field(None, ge=1, description="Maximum number of images, evenly from all classes; null: all.")
     manifest: str | None = Field(
         None,
         description="CSV or Parquet file with the columns path, label and optionally split, in place of class folders.",
     )
-    sample: SampleConfig | None = Field(
-        None, description="Draw a sample data set into url if that folder does not exist."
-    )
+    sample: SampleConfig | None = Field(None, description="Draw a sample data set into url if it does not exist.")
 
     @field_validator("url")
     @classmethod
@@ -113,8 +106,7 @@ class ModelConfig(Section):
     """Which network turns an image into features."""
 
     name: str = Field(
-        "MobileNetV2",
-        description="Network of keras.applications, or SqueezeNet. Ignored if weights are a whole model.",
+        "MobileNetV2", description="Network of keras.applications, or SqueezeNet. Ignored if weights are a whole model."
     )
     weights: str = Field(
         "imagenet",
@@ -177,32 +169,22 @@ class ModelConfig(Section):
 class FeaturizeConfig(Section):
     """How images become features."""
 
-    images_per_partition: int | None = Field(
-        None, ge=1, description="Images per task and Zarr chunk; null depends on the number of images."
-    )
+    images_per_partition: int | None = Field(None, ge=1, description="Images per task; null depends on their number.")
     batch_size: int | None = Field(None, ge=1, description="Images per batch; null takes 8 on CPUs and 32 on GPUs.")
-    max_failed_fraction: float = Field(
-        0.05, ge=0, le=1, description="The run fails if a larger fraction of the images fails."
-    )
-    max_pixels: int = Field(
-        50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="Images with more pixels are not decoded."
-    )
+    max_failed_fraction: float = Field(0.05, ge=0, le=1, description="The run fails if more of the images fail.")
+    max_pixels: int = Field(50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="Larger images are not decoded.")
     decode: Literal["exact", "fast"] = Field(
         "exact", description="fast lets the JPEG decoder shrink images that are at least twice the network's input."
     )
     fetch_attempts: int = Field(5, ge=1, description="Attempts to read an image.")
-    concurrent_reads: int = Field(
-        16, ge=1, description="Files that each worker thread reads at once from a remote input."
-    )
+    concurrent_reads: int = Field(16, ge=1, description="Files that a worker thread reads at once from a remote input.")
 
 
 class TsneConfig(Section):
     """A two-dimensional t-SNE map, in addition to the PCA."""
 
     enabled: bool = Field(False, description="Compute it.")
-    max_rows: int = Field(
-        5_000, ge=10, description="Maximum number of images, sampled at random: time grows with their number."
-    )
+    max_rows: int = Field(5_000, ge=10, description="Maximum number of images, drawn at random; time grows with it.")
     perplexity: float = Field(30.0, gt=0, description="About how many neighbours each image has.")
     seed: int = Field(0, ge=0, description="Seed of the sample and of the map.")
 
@@ -244,19 +226,15 @@ class ExploreConfig(Section):
     """What to find out about the images themselves, without a network."""
 
     enabled: bool = Field(True, description="Explore the images in the same pass that featurizes them.")
-    input_px: int | None = Field(
-        None, ge=16, description="Side of images for comparison, in pixels; null takes the network's input."
-    )
+    input_px: int | None = Field(None, ge=16, description="Side of compared images, in pixels; null: the network's.")
     scale: Literal["signed", "unit", "bytes"] = Field(
         "signed", description="Scale of pixel values in differences: signed is -1 to 1, unit 0 to 1, bytes 0 to 255."
     )
     near_duplicate_bits: int = Field(
-        2, ge=0, le=8, description="Maximum of different bits (of 64) in the perceptual hashes of near duplicates."
+        2, ge=0, le=8, description="Near duplicates differ in at most this many of the 64 bits of their hashes."
     )
     thumbnail_px: int = Field(64, ge=16, le=256, description="Side of the thumbnails, in pixels.")
-    max_thumbnails: int = Field(
-        2_000, ge=1, description="Maximum number of thumbnails to keep, spread evenly over the classes."
-    )
+    max_thumbnails: int = Field(2_000, ge=1, description="Maximum number of thumbnails, spread evenly over classes.")
 
 
 class QualityConfig(Section):
@@ -266,7 +244,7 @@ class QualityConfig(Section):
     n_neighbors: int = Field(5, ge=1, description="Nearest neighbours whose classes are compared with each image's.")
     metric: Literal["euclidean", "cosine"] = Field("euclidean", description="Distance between features.")
     max_rows: int = Field(
-        5_000, ge=10, description="Maximum number of images, sampled at random: time grows with their square."
+        5_000, ge=10, description="Maximum number of images, drawn at random; time grows with its square."
     )
     seed: int = Field(0, ge=0, description="Seed of the sample.")
 
@@ -293,9 +271,7 @@ class ReportConfig(Section):
 
     enabled: bool = Field(True, description="Write report.html.")
     title: str | None = Field(None, description="Its title; null takes the input's name.")
-    max_points: int = Field(
-        10_000, ge=10, description="Maximum number of images in interactive maps, sampled evenly over the classes."
-    )
+    max_points: int = Field(10_000, ge=10, description="Maximum number of images in maps, sampled evenly over classes.")
     examples_per_class: int = Field(6, ge=0, description="Thumbnails per class.")
 
 
@@ -316,9 +292,7 @@ class PrivacyConfig(Section):
         None,
         description="Regions for images, results and machines; eu means those of AWS and Azure in the European Union.",
     )
-    require_encryption: bool = Field(
-        False, description="Refuse an output on S3 whose objects are not encrypted at rest."
-    )
+    require_encryption: bool = Field(False, description="Refuse an output on S3 without encryption at rest.")
     controller: str | None = Field(None, description="Who is responsible for the images, for the record of processing.")
     purpose: str | None = Field(None, description="Why the images are processed, for the record.")
     retention_days: int | None = Field(None, ge=1, le=36_525, description="How long results are kept, for the record.")

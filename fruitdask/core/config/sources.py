@@ -180,8 +180,9 @@ def _find_faults(node: yaml.Node | None, path: tuple[str, ...], seen: set[int]) 
         return
     seen.add(id(node))
     if isinstance(node, yaml.ScalarNode):
-        if node.style == '"' and node.start_mark.buffer and _WINDOWS_PATH.match(_read_raw(node)):
-            yield node.start_mark.line + 1, f"{'.'.join(path)}: {_SLASHES}"
+        mark = node.start_mark
+        if node.style == '"' and mark.buffer and _WINDOWS_PATH.match(mark.buffer, mark.pointer):
+            yield mark.line + 1, f"{'.'.join(path)}: {_SLASHES}"
         return
     first: dict[str, int] = {}
     for key, line, value in _list_items(node):
@@ -190,9 +191,3 @@ def _find_faults(node: yaml.Node | None, path: tuple[str, ...], seen: set[int]) 
             yield line, f"the key {'.'.join(inner)} is given again, first in line {first[key]}; keep one of them"
         first.setdefault(key, line)
         yield from _find_faults(value, inner, seen)
-
-
-def _read_raw(node: yaml.Node) -> str:
-    """Read the first five characters of a value as written in the file."""
-    mark = node.start_mark
-    return mark.buffer[mark.pointer : mark.pointer + 5] if mark.buffer else ""
