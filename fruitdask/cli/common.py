@@ -6,14 +6,14 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from fruitdask import errors
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from fruitdask.core.config import Config
 
 _INTERRUPTED = 130
 #: Exit codes by class of error: the first match counts.
@@ -103,10 +103,21 @@ def _end(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
 
 
-def print_rows(rows: dict[str, str], console: "Console") -> None:
-    """Print names and values; skip empty values."""
+def load(config: str, overrides: tuple[str, ...]) -> "Config":
+    """Load the configuration of a command."""
+    from fruitdask.core.config import load_config
+
+    return load_config(config, overrides=overrides)
+
+
+def print_rows(rows: dict[str, str], *above: Any) -> None:
+    """Print what belongs above, then names and values; skip empty values."""
+    from rich.console import Console
     from rich.markup import escape
 
+    console = Console()
+    for each in above:
+        console.print(each)
     for name, value in rows.items():
         if value:
             row = f"[bold]{name:>18}[/bold]  {escape(show(value, keeps_lines=True))}"

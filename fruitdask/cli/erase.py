@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fruitdask.cli.common import config_argument, print_rows, reported, set_option, verbose_option
+from fruitdask.cli.common import config_argument, load, print_rows, reported, set_option, verbose_option
 
 if TYPE_CHECKING:
     from fruitdask.core.config import Config
@@ -29,21 +29,18 @@ def erase(config: str, patterns: tuple[str, ...], yes: bool, overrides: tuple[st
 
     The image files are not deleted: delete them, or add them to input.exclude.
     """
-    from rich.console import Console
-
-    from fruitdask.core.config import load_config
     from fruitdask.core.progress import choose_progress
 
     again = "run the same command again; if it finds no such image, they are erased, and fruitdask run resumes"
     with reported(verbose=verbose, again=again):
-        loaded = load_config(config, overrides=overrides)
+        loaded = load(config, overrides)
         from fruitdask.pipeline.erase import carry_out, plan_erasure
 
         plan = plan_erasure(loaded, patterns)
         question = f"Erase {plan.n_erased:,} of {len(plan.images):,} images from {loaded.output.url}?"
         if not yes:
             click.confirm(question, abort=True)
-        print_rows(_describe(carry_out(plan, progress=choose_progress()), loaded), Console())
+        print_rows(_describe(carry_out(plan, progress=choose_progress()), loaded))
 
 
 def _describe(erasure: "Erasure", config: "Config") -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fruitdask.cli.common import config_argument, print_rows, reported, set_option, verbose_option
+from fruitdask.cli.common import config_argument, load, print_rows, reported, set_option, verbose_option
 from fruitdask.errors import LimitError
 
 if TYPE_CHECKING:
@@ -29,20 +29,17 @@ def plan(config: str, is_json: bool, overrides: tuple[str, ...], verbose: bool) 
 
     Tries a few dozen images on this machine. The exit code is 4 if a policy or a limit would refuse the run.
     """
-    from rich.console import Console
-
-    from fruitdask.core.config import load_config
     from fruitdask.core.progress import choose_progress
 
     with reported(verbose=verbose):
-        loaded = load_config(config, overrides=overrides)
+        loaded = load(config, overrides)
         from fruitdask.pipeline.run import plan as plan_run
 
         found = plan_run(loaded, progress=choose_progress())
         if is_json:
             click.echo(json.dumps(found.describe(), indent=2))
         else:
-            print_rows(_describe(found, loaded, config), Console())
+            print_rows(_describe(found, loaded, config))
         if found.exceeded:
             raise LimitError(f"the run would not be started: {'; '.join(found.exceeded)}")
 

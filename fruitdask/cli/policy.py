@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from fruitdask.cli.common import config_argument, reported, set_option
+from fruitdask.cli.common import config_argument, load, reported, set_option
 
 if TYPE_CHECKING:
     from fruitdask.cluster.ec2.policies import Permission, Role
@@ -34,10 +34,9 @@ def iam_policy(
     aws iam put-role-policy --role-name ROLE --policy-name fruitdask --policy-document file://policy.json
     """
     from fruitdask.cluster.ec2.policies import ROLES, build_policies, list_actions
-    from fruitdask.core.config import load_config
 
     with reported():
-        loaded = load_config(config, overrides=overrides)
+        loaded = load(config, overrides)
         roles: tuple[Role, ...] = ROLES if role == "both" else (role,)
         policies = build_policies(loaded, role_name=role_name)
         if explain:

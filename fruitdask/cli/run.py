@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fruitdask.cli.common import (
-    config_argument, overwrite_option, print_rows, reported, set_option, show, verbose_option
+    config_argument, load, overwrite_option, print_rows, reported, set_option, show, verbose_option
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from fruitdask.core.config import Config
@@ -30,18 +29,16 @@ def run(config: str, overrides: tuple[str, ...], overwrite: bool, retry_failed: 
 
     Run it again after an interruption, or after images were added, changed or removed: it reuses stored results.
     """
-    from rich.console import Console
-
     from fruitdask.core.progress import choose_progress
 
     overrides += ("output.overwrite=true",) if overwrite else ()
     again = "stored results are kept, run the same command again to resume" + ", without --overwrite" * overwrite
     with reported(verbose=verbose, again=again):
-        loaded = _load(config, overrides)
+        loaded = _load_and_prepare(config, overrides)
         from fruitdask.pipeline.run import run as run_pipeline
 
         result = run_pipeline(loaded, retry_failed=retry_failed, progress=choose_progress())
-        _print_summary(result, Console())
+        _print_summary(result)
 
 
 @click.command()
@@ -54,16 +51,14 @@ def explore(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: b
 
     Images per class, sizes, colours, differences within classes, duplicates, and files that contain positions or names.
     """
-    from rich.console import Console
-
     from fruitdask.core.progress import choose_progress
 
     overrides += ("output.overwrite=true",) if overwrite else ()
     with reported(verbose=verbose):
-        loaded = _load(config, overrides)
+        loaded = _load_and_prepare(config, overrides)
         from fruitdask.pipeline.explore import explore as explore_images
 
-        _print_exploration(explore_images(loaded, progress=choose_progress()), loaded, Console())
+        _print_exploration(explore_images(loaded, progress=choose_progress()), loaded)
 
 
 @click.command()
@@ -74,36 +69,32 @@ def report(config: str, overrides: tuple[str, ...]) -> None:
 
     Needs no cluster and no images. Uses the settings in the sections plots and report.
     """
-    from fruitdask.core.config import load_config
-
     with reported():
-        loaded = load_config(config, overrides=overrides)
+        loaded = load(config, overrides)
         from fruitdask.pipeline.report import render_report
 
         click.echo(f"Wrote {render_report(loaded).location.url}")
 
 
-def _load(config: str, overrides: tuple[str, ...]) -> "Config":
+def _load_and_prepare(config: str, overrides: tuple[str, ...]) -> "Config":
     """Load the configuration of a command that uses a cluster, and prepare a local one while this process imports."""
     from fruitdask.cluster import prepare_local
-    from fruitdask.core.config import load_config
 
-    loaded = load_config(config, overrides=overrides)
+    loaded = load(config, overrides)
     if loaded.cluster.kind == "local":
         prepare_local()
     return loaded
 
 
-def _print_summary(result: "RunResult", console: "Console") -> None:
+def _print_summary(result: "RunResult") -> None:
     """Print the results of a run and their location."""
     from fruitdask.core.listing import format_left_out
     from fruitdask.pipeline.changes import format_changes
 
     manifest, counts = result.manifest, result.manifest["counts"]
     n_images, n_ok, n_vanished = manifest["n_images"], counts["by_status"].get("ok", 0), counts.get("vanished", 0)
-    if result.n_computed == 0 and not result.changes:
-        console.print(f"All {n_images:,} images were already done: nothing to compute.")
-    console.print(_build_class_table(counts["by_class"]))
+    is_done = result.n_computed == 0 and not result.changes
+    above = [f"All {n_images:,} images were already done: nothing to compute."] if is_done else []
     seconds, is_default = manifest["seconds"], manifest["config"]["input"].get("extensions") is None
     rows = {
         "images": f"{n_ok:,} ok, {n_images - n_ok:,} failed"
@@ -123,10 +114,10 @@ def _print_summary(result: "RunResult", console: "Console") -> None:
         "results": result.output.url,
         "report": result.report.location.url if manifest["config"]["report"]["enabled"] else "",
     }
-    print_rows(rows, console)
+    print_rows(rows, *above, _build_class_table(counts["by_class"]))
 
 
-def _print_exploration(found: "Exploration", config: "Config", console: "Console") -> None:
+def _print_exploration(found: "Exploration", config: "Config") -> None:
     """Print the results of an exploration and their location."""
     from rich.markup import escape
     from rich.table import Table
@@ -145,7 +136,6 @@ def _print_exploration(found: "Exploration", config: "Config", console: "Console
         )
     if len(found.classes) > _SHOWN_CLASSES:
         table.add_row(f"... and {len(found.classes) - _SHOWN_CLASSES} more classes")
-    console.print(table)
     summary = found.summary
     rows = {
         "images": f"{summary['n_ok']:,} readable, {summary['n_images'] - summary['n_ok']:,} not",
@@ -156,7 +146,7 @@ def _print_exploration(found: "Exploration", config: "Config", console: "Console
         "results": config.output.url,
         "report": f"{config.output.url.rstrip('/')}/report.html" if config.report.enabled else "",
     }
-    print_rows(rows, console)
+    print_rows(rows, table)
 
 
 def _format_groups(groups: dict[str, int]) -> str:

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from fruitdask.cli.common import config_argument, reported, set_option
+from fruitdask.cli.common import config_argument, load, reported, set_option
 
 
 @click.command()
@@ -12,11 +12,10 @@ from fruitdask.cli.common import config_argument, reported, set_option
 @set_option
 def validate(config: str, overrides: tuple[str, ...]) -> None:
     """Check CONFIG without reading the data."""
-    from fruitdask.core.config import load_config
     from fruitdask.worker.models import check_name
 
     with reported():
-        check_name(load_config(config, overrides=overrides).model)
+        check_name(load(config, overrides).model)
         click.echo(f"{config} is valid.")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fruitdask.cli.common import print_rows, reported, verbose_option
+from fruitdask.cli.common import load, print_rows, reported, verbose_option
 
 if TYPE_CHECKING:
     from fruitdask.pipeline.verify import Verification
@@ -26,8 +26,6 @@ def verify(output: str, repair: bool, verbose: bool) -> None:
 
     After --repair, the next fruitdask run computes only the damaged results again. No run may use OUTPUT meanwhile.
     """
-    from rich.console import Console
-
     from fruitdask.core.progress import choose_progress
 
     with reported(verbose=verbose):
@@ -35,7 +33,7 @@ def verify(output: str, repair: bool, verbose: bool) -> None:
         from fruitdask.pipeline.verify import verify as verify_output
 
         found = verify_output(url, storage_options=options, repair=repair, progress=choose_progress())
-        _print(found, output, Console())
+        _print(found, output)
     sys.exit(0 if found.is_well or found.is_repaired and found.can_be_mended else 1)
 
 
@@ -43,13 +41,11 @@ def _find_output(output: str) -> tuple[str, dict[str, Any]]:
     """Find the output folder and its storage options."""
     if not Path(output).is_file():
         return output, {}
-    from fruitdask.core.config import load_config
-
-    config = load_config(output)
+    config = load(output, ())
     return config.output.url, dict(config.output.storage_options)
 
 
-def _print(found: "Verification", output: str, console: Any) -> None:
+def _print(found: "Verification", output: str) -> None:
     """Print the faults, and what to do."""
     from fruitdask.core.storage import hide_secrets
 
@@ -62,7 +58,7 @@ def _print(found: "Verification", output: str, console: Any) -> None:
         "next": _advise(found, output),
         "results": hide_secrets(found.output.url),
     }
-    print_rows(rows, console)
+    print_rows(rows)
 
 
 def _advise(found: "Verification", output: str) -> str:

@@ -273,7 +273,8 @@ class _Broadcast:
                 if time.monotonic() > deadline:
                     raise PartitionError(
                         f"the cluster was lost: no worker started within {_WORKER_TIMEOUT_SECONDS} seconds; give "
-                        "workers more memory, or find the cause in their logs; stored results are kept, run again to resume"
+                        "workers more memory, or find the cause in their logs; stored results are kept, run again to "
+                        "resume"
                     ) from error
 
 

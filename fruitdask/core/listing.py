@@ -242,8 +242,8 @@ class _Columns:
             several = f"{len(self._other):,} classes come" if len(self._other) > 1 else "one class comes"
             yield (
                 f"{several} from several folders of the same name, such as {self._first[code] or '.'} and "
-                f"{other or '.'}; if another folder is the class, set input.label_from, and if the other folder tells train "
-                "from test, set input.split_from"
+                f"{other or '.'}; if another folder is the class, set input.label_from, and if the other folder tells "
+                "train from test, set input.split_from"
             )
 
     def to_frame(self) -> pd.DataFrame:

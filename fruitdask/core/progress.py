@@ -25,6 +25,9 @@ _SECONDS_BETWEEN_LINES = 5.0
 class RunProgress:
     """Progress of a run that shows nothing; a context manager around the run."""
 
+    _n_images = _n_done = _n_failed = _n_before = 0
+    _started = 0.0
+
     def __enter__(self) -> Self:
         """Start to show progress."""
         return self
@@ -39,34 +42,12 @@ class RunProgress:
 
     def begin(self, stage: str) -> None:
         """Show that a stage begins."""
-
-    def begin_images(self, n_images: int, *, n_done: int) -> None:
-        """Start to count images."""
-
-    def advance(self, n_images: int, *, n_failed: int) -> None:
-        """Count images."""
-
-
-class LineProgress(RunProgress):
-    """Plain lines every few seconds, for logs."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._n_images = self._n_done = self._n_failed = self._n_before = 0
-        self._started = self._written = time.monotonic()
-
-    def say(self, message: str) -> None:
-        """Write a line."""
-        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
-
-    def begin(self, stage: str) -> None:
-        """Write the name of the stage."""
         self.say(f"{stage} ...")
 
     def begin_images(self, n_images: int, *, n_done: int) -> None:
         """Start to count images, and their time."""
         self._n_images, self._n_done, self._n_before, self._n_failed = n_images, n_done, n_done, 0
-        self._started = self._written = time.monotonic()
+        self._started = time.monotonic()
 
     def advance(self, n_images: int, *, n_failed: int) -> None:
         """Count images, and show the counts."""
@@ -76,8 +57,23 @@ class LineProgress(RunProgress):
         self._show(now, (self._n_done - self._n_before) / max(now - self._started, 1e-9))
 
     def _show(self, now: float, rate: float) -> None:
+        """Show the counts, and the rate in images per second."""
+
+
+class LineProgress(RunProgress):
+    """Plain lines every few seconds, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._written = time.monotonic()
+
+    def say(self, message: str) -> None:
+        """Write a line."""
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def _show(self, now: float, rate: float) -> None:
         """Write a line if the last one is some seconds old, or if all images are done."""
-        if now - self._written < _SECONDS_BETWEEN_LINES and self._n_done < self._n_images:
+        if now - max(self._written, self._started) < _SECONDS_BETWEEN_LINES and self._n_done < self._n_images:
             return
         self._written = now
         remaining = (self._n_images - self._n_done) / rate if rate else 0

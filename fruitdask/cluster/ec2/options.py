@@ -40,8 +40,8 @@ def check_options(config: EC2ClusterConfig) -> None:
             )
         if _CREDENTIAL.search(name):
             raise ConfigError(
-                f"cluster.env_vars: {name} looks like a credential, and everybody who may describe instances could read "
-                "it; give workers a role instead: cluster.iam_instance_profile"
+                f"cluster.env_vars: {name} looks like a credential, and everybody who may describe instances could "
+                "read it; give workers a role instead: cluster.iam_instance_profile"
             )
         if _SPECIAL_IN_SHELL.search(value):
             raise ConfigError(
