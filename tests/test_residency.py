@@ -388,7 +388,7 @@ def test_scheduler_that_is_used_instead_is_checked(make_config: MakeConfig) -> N
         (["us-east1"], "did you mean us-east-1 by us-east1"),
         (["westeurop"], "did you mean westeurope by westeurop"),
         (["us-east-2"], "privacy.allowed_regions$"),
-        (["mars-north-1"], "has mars-north-1; take .* or change privacy.allowed_regions$"),
+        (["mars-north-1"], "has mars-north-1; choose .* or change privacy.allowed_regions$"),
         ([], "privacy.allowed_regions has none"),
     ],
     ids=["and eu", "outside", "azure", "a real one", "nothing near", "none"],

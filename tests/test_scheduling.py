@@ -45,15 +45,15 @@ def wait_for_next(partition: Partition, folder: Path, patience_seconds: float) -
 
 def die_of_some(partition: Partition, deadly: str) -> tuple[int, frozenset[int]]:
     """Kill the process where an image is opened that does so."""
-    opened = [path for place, path in enumerate(partition.paths) if place not in partition.avoided]
+    opened = [path for place, path in enumerate(partition.paths) if place not in partition.excluded]
     if set(deadly.split()).intersection(opened):
         os.kill(os.getpid(), signal.SIGKILL)
-    return partition.index, partition.avoided
+    return partition.index, partition.excluded
 
 
 def die_together(partition: Partition, size: int) -> int:
     """Kill the process where so many images are opened at once."""
-    if len(partition.paths) - len(partition.avoided) >= size:
+    if len(partition.paths) - len(partition.excluded) >= size:
         os.kill(os.getpid(), signal.SIGKILL)
     return partition.index
 

@@ -175,7 +175,7 @@ def _build_class_table(by_class: dict[str, dict[str, int]]) -> "Table":
 
 
 def _format_model(model: dict[str, Any]) -> str:
-    """Describe the network and the layer of the features; runs of earlier versions do not know the layer."""
+    """Describe the network and the layer of the features."""
     layer = f"layer {model['layer']}, " if model.get("layer") else ""
     return f"{model['name']}, {layer}{model['n_features']} features, {model['engine']}"
 

@@ -158,10 +158,10 @@ def _run_deadly(
         everything = frozenset(range(len(partition.paths)))
 
         def kills(places: Sequence[int]) -> bool:
-            return isinstance(tasks.run_alone(probe, replace(partition, avoided=everything.difference(places))), _Death)
+            return isinstance(tasks.run_alone(probe, replace(partition, excluded=everything.difference(places))), _Death)
 
-        found = frozenset(_find_deadly(sorted(everything - partition.avoided), kills))
-        result = tasks.run_alone(function, replace(partition, avoided=partition.avoided | found))
+        found = frozenset(_find_deadly(sorted(everything - partition.excluded), kills))
+        result = tasks.run_alone(function, replace(partition, excluded=partition.excluded | found))
     if isinstance(result, _Death):
         raise PartitionError(
             f"{_name(partition)} kills its workers, whichever images are excluded ({result.message}); give workers "

@@ -18,7 +18,7 @@ def format_csv(table: pd.DataFrame, *, with_header: bool = True) -> str:
     >>> format_csv(pd.DataFrame({"path": ["=1+1.jpg", "a.jpg"], "pca_1": [-1.5, 2.0]})).splitlines()
     ['path,pca_1', "'=1+1.jpg,-1.5", 'a.jpg,2.0']
     """
-    columns = {str(name): _quote_formulas(column) if _holds_text(column) else column for name, column in table.items()}
+    columns = {str(name): _quote_formulas(column) for name, column in table.items()}
     # With other line ends, Python before 3.13 does not quote a carriage return, which others read as the end of a row.
     return pd.DataFrame(columns, table.index).to_csv(index=False, header=with_header, lineterminator="\r\n")
 
@@ -49,12 +49,9 @@ def escape_controls(text: str, *, keeps_lines: bool = False) -> str:
     return _CONTROLS.sub(escape, text)
 
 
-def _holds_text(column: pd.Series) -> bool:
-    """Whether a column can hold text."""
-    return not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column))
-
-
 def _quote_formulas(column: pd.Series) -> pd.Series:
     """Put an apostrophe before texts that a spreadsheet would read as formulas."""
+    if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+        return column
     is_formula = column.map(lambda value: isinstance(value, str)).astype(bool) & column.astype(str).str.match(_FORMULA)
     return column.astype(object).mask(is_formula, "'" + column.astype(str)) if is_formula.any() else column

@@ -125,7 +125,7 @@ def list_files(
         for path, size, version in _list_rows(root, selection):
             _check_name(path, root)
             columns.append(path, size, version)
-    return Listing(columns.to_frame(), _sort_kinds(selection.left_out), tuple(columns.describe_merged()))
+    return Listing(columns.to_frame(), _sort_kinds(selection.left_out), columns.describe_merged())
 
 
 def _choose_extensions(extensions: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -235,16 +235,15 @@ class _Columns:
         names = self._names[name]
         return names.setdefault(chosen or self._top, len(names))
 
-    def describe_merged(self) -> Iterator[str]:
+    def describe_merged(self) -> tuple[str, ...]:
         """Describe the classes that combine several folders."""
-        if self._other:
-            code, other = next(iter(self._other.items()))
-            several = f"{len(self._other):,} classes come" if len(self._other) > 1 else "one class comes"
-            yield (
-                f"{several} from several folders of the same name, such as {self._first[code] or '.'} and "
-                f"{other or '.'}; if another folder is the class, set input.label_from, and if the other folder tells "
-                "train from test, set input.split_from"
-            )
+        if not self._other:
+            return ()
+        code, other = next(iter(self._other.items()))
+        several = f"{len(self._other):,} classes come" if len(self._other) > 1 else "one class comes"
+        example = f"such as {self._first[code] or '.'} and {other or '.'}"
+        remedy = "set input.label_from, and if the other folder tells train from test, set input.split_from"
+        return (f"{several} from several folders of one name, {example}; if another folder is the class, {remedy}",)
 
     def to_frame(self) -> pd.DataFrame:
         """Make a table that shares the columns' memory."""

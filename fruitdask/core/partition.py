@@ -27,7 +27,7 @@ class Partition:
     #: Places, from 0, of the images to compute if the store has the others already; all by default.
     rows: tuple[int, ...] | None = None
     #: Places of poison images, which kill the process that opens them.
-    avoided: frozenset[int] = frozenset()
+    excluded: frozenset[int] = frozenset()
 
     @property
     def places_to_read(self) -> tuple[int, ...]:
@@ -49,5 +49,5 @@ class Partition:
         chosen: dict[str, Any] = {
             name: tuple(column[place] for place in places) for name, column in columns.items() if column
         }
-        avoided = frozenset(row for row, place in enumerate(places) if place in self.avoided)
-        return replace(self, **chosen, rows=None, avoided=avoided)
+        excluded = frozenset(row for row, place in enumerate(places) if place in self.excluded)
+        return replace(self, **chosen, rows=None, excluded=excluded)
