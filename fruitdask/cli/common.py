@@ -17,16 +17,12 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130
 #: Exit codes by class of error: the first match counts.
-_EXIT_CODES: tuple[tuple[type[errors.FruitdaskError], int], ...] = (
+_EXIT_CODES: tuple[tuple[Any, int], ...] = (
     (errors.TooManyFailuresError, 3),
-    (errors.ResidencyError, 4),
-    (errors.LimitError, 4),
+    ((errors.ResidencyError, errors.LimitError), 4),
     (errors.ClusterStartError, 5),
-    (errors.DamageError, 1),
-    (errors.OutageError, 1),
-    (errors.PartitionError, 1),
-    (errors.WeightsUnavailableError, 1),
-    (errors.EngineError, 1),
+    ((errors.DamageError, errors.OutageError, errors.PartitionError), 1),
+    ((errors.WeightsUnavailableError, errors.EngineError), 1),
     (errors.FruitdaskError, 2),
 )
 _LOG_FORMAT = "%(asctime)s %(name)s: %(message)s"
@@ -63,7 +59,7 @@ def reported(*, verbose: bool = False, again: str = "run the same command again"
         sentences = str(error).split("\n") if isinstance(error, errors.SettingsError) else [str(error)]
         for sentence in sentences:
             click.echo(f"fruitdask: {show(_clean(sentence))}", err=True)
-        sys.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
+        sys.exit(next(code for kinds, code in _EXIT_CODES if isinstance(error, kinds)))
     except ValueError as error:
         # Dask reads its files when it is imported.
         if not str(error).startswith("A dask config file"):

@@ -22,9 +22,14 @@ class Section(BaseModel):
         """Turn booleans in place of numbers into text, so that pydantic refuses them: it would read them as 1 and 0."""
         if not isinstance(values, dict):
             return values
-        kinds = {name: {field.annotation, *get_args(field.annotation)} for name, field in cls.model_fields.items()}
-        wrong = [name for name in kinds if isinstance(values.get(name), bool) and kinds[name] & {int, float}]
-        return values | {name: str(values[name]).lower() for name in wrong}
+        spelled = {}
+        for name, field in cls.model_fields.items():
+            parts = (field.annotation, *get_args(field.annotation))
+            # The origin of an annotated type, such as that of positive numbers, is the type.
+            kinds = {getattr(part, "__origin__", part) for part in parts}
+            if isinstance(values.get(name), bool) and kinds & {int, float}:
+                spelled[name] = str(values[name]).lower()
+        return values | spelled
 
 
 def _parse_duration(value: Any) -> Any:
