@@ -849,7 +849,7 @@ def test_load_config_tells_all_mistakes_at_once_in_the_order_of_the_file(tmp_pat
         ),
         ("model: {engine: openvno}", "expected auto, tensorflow or openvino, found 'openvno'; did you mean openvino?"),
         ("featurize: {batch_size: yes}", "featurize.batch_size: expected an integer, found yes, which YAML reads as true"),
-        ("reduce: {n_components: true}", "reduce.n_components: expected a number, found 'true'"),
+        ("reduce: {n_components: true}", "reduce.n_components: expected a number, found true"),
         ("featurize: {max_failed_fraction: off}", "expected a number, found off, which YAML reads as false"),
         ("plots: {components: [1]}", "plots.components: expected a list of 2 values, found [1]"),
         ("plots: {components: [1, 2, 3]}", "plots.components: expected a list of at most 2, found [1, 2, 3]"),

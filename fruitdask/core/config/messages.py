@@ -158,9 +158,7 @@ def _show(value: Any, text: str | None) -> str:
     """Show a value as it is written in YAML."""
     if value is None:
         return "nothing"
-    if value in ("true", "false") and text not in (None, value):
-        return f"{text}, which YAML reads as {value}"
-    if isinstance(value, bool):
+    if isinstance(value, bool) or value in ("true", "false"):
         word = str(value).lower()
         return word if text is None or text.lower() == word else f"{text}, which YAML reads as {word}"
     shown = repr(value) if isinstance(value, str | list | dict) else text or str(value)
