@@ -52,8 +52,8 @@ def check_options(config: EC2ClusterConfig) -> None:
         text = json.dumps(getattr(config, option))
         if "'" in text or "\\n" in text:
             raise ConfigError(
-                f"cluster.{option}: has a single quote or a line break, which the shell of the instance would change; "
-                "remove it"
+                f"cluster.{option}: expected no single quote and no line break, which the shell of the instance would "
+                "change; remove it"
             )
 
 
