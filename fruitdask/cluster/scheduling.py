@@ -158,7 +158,8 @@ def _run_deadly(
         everything = frozenset(range(len(partition.paths)))
 
         def kills(places: Sequence[int]) -> bool:
-            return isinstance(tasks.run_alone(probe, replace(partition, excluded=everything.difference(places))), _Death)
+            others = everything.difference(places)
+            return isinstance(tasks.run_alone(probe, replace(partition, excluded=others)), _Death)
 
         found = frozenset(_find_deadly(sorted(everything - partition.excluded), kills))
         result = tasks.run_alone(function, replace(partition, excluded=partition.excluded | found))

@@ -47,7 +47,7 @@ class InputConfig(Section):
         description="Folder that names the split (train, test ...), as in label_from; null writes no column split.",
     )
     classes: tuple[str, ...] | None = Field(None, min_length=1, description="Classes to keep; null keeps all.")
-    exclude: tuple[str, ...] = Field((), description="Patterns of paths to skip, such as pear_1/* or */IMG_20*.")
+    exclude: tuple[str, ...] = Field((), description="Patterns (fnmatch) to skip, such as pear_1/* or */IMG_20*.")
     extensions: tuple[str, ...] | None = Field(
         None,
         min_length=1,
@@ -169,10 +169,10 @@ class ModelConfig(Section):
 class FeaturizeConfig(Section):
     """How images become features."""
 
-    images_per_partition: int | None = Field(None, ge=1, description="Images per task; null depends on their number.")
+    images_per_partition: int | None = Field(None, ge=1, description="Images per task and Zarr chunk; null: automatic.")
     batch_size: int | None = Field(None, ge=1, description="Images per batch; null takes 8 on CPUs and 32 on GPUs.")
-    max_failed_fraction: float = Field(0.05, ge=0, le=1, description="The run fails if more of the images fail.")
-    max_pixels: int = Field(50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="Larger images are not decoded.")
+    max_failed_fraction: float = Field(0.05, ge=0, le=1, description="The run fails above this fraction of failed images.")
+    max_pixels: int = Field(50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="Images with more pixels fail.")
     decode: Literal["exact", "fast"] = Field(
         "exact", description="fast lets the JPEG decoder shrink images that are at least twice the network's input."
     )
@@ -231,7 +231,7 @@ class ExploreConfig(Section):
         "signed", description="Scale of pixel values in differences: signed is -1 to 1, unit 0 to 1, bytes 0 to 255."
     )
     near_duplicate_bits: int = Field(
-        2, ge=0, le=8, description="Near duplicates differ in at most this many of the 64 bits of their hashes."
+        2, ge=0, le=8, description="Near duplicates differ in at most this many of 64 bits of their perceptual hashes."
     )
     thumbnail_px: int = Field(64, ge=16, le=256, description="Side of the thumbnails, in pixels.")
     max_thumbnails: int = Field(2_000, ge=1, description="Maximum number of thumbnails, spread evenly over classes.")
@@ -271,7 +271,7 @@ class ReportConfig(Section):
 
     enabled: bool = Field(True, description="Write report.html.")
     title: str | None = Field(None, description="Its title; null takes the input's name.")
-    max_points: int = Field(10_000, ge=10, description="Maximum number of images in maps, sampled evenly over classes.")
+    max_points: int = Field(10_000, ge=10, description="Images in the interactive maps, sampled evenly over classes.")
     examples_per_class: int = Field(6, ge=0, description="Thumbnails per class.")
 
 
