@@ -187,7 +187,7 @@ def test_encrypted_archive_is_told_before_anything_is_read(tmp_path: Path) -> No
 
 def test_zip_of_another_compression_is_told(tmp_path: Path) -> None:
     url = pack_zip(tmp_path / "photos", {"a/1.jpg": b"x"}, zipfile.ZIP_LZMA)
-    with pytest.raises(StorageError, match=r"a/1\.jpg in this archive is compressed by something else than deflate"):
+    with pytest.raises(StorageError, match=r"a/1\.jpg in this archive is compressed by another method than deflate"):
         list_images(InputConfig(url=url))
 
 

@@ -61,7 +61,7 @@ def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(config_p
     page = report.read_text()
     assert page.startswith("<!DOCTYPE html>") and ", layer colours)" in page
     second = run_in_process("run", str(config_path), "--set", "reduce.tsne.enabled=true")
-    assert second.returncode == 0 and "All 24 images were done before: nothing to compute." in second.stdout
+    assert second.returncode == 0 and "All 24 images were already done: nothing to compute." in second.stdout
 
 
 def test_names_that_an_output_cannot_print_are_replaced(
@@ -113,7 +113,7 @@ def test_interrupted_run_goes_on(config_path: Path, many_images: Path) -> None:
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     last_line = stderr.strip().splitlines()[-1]
-    assert last_line == "fruitdask: interrupted; what is stored stays, run the same command again to go on"
+    assert last_line == "fruitdask: interrupted; stored results are kept, run the same command again to resume"
     assert "Traceback" not in stderr
     committed = {path.name: path.stat().st_mtime_ns for path in marks.glob("*.parquet")}
     assert 0 < len(committed) < 240

@@ -273,8 +273,8 @@ def test_scheduler_that_never_comes_up(cloud: LoopbackEC2) -> None:
     """The start has a deadline, and the error says what to look at."""
     cloud.faults.never_boots = {"scheduler"}
     expected = (
-        r"scheduler did not come up within cluster.start_timeout \(2 s\): instance i-\w+ \(t3.medium, image any, ami-\w+\) is running.*"
-        r"its console ends: .*security groups sg-\w+ let this machine in \(port 8786\).*subnet-"
+        r"scheduler did not start within cluster.start_timeout \(2 s\): instance i-\w+ \(t3.medium, image any, ami-\w+\) is running.*"
+        r"its console ends: .*security groups sg-\w+ admit this machine \(port 8786\).*subnet-"
     )
     with pytest.raises(ClusterStartError, match=expected):
         with open_client(configure(start_timeout=2)):
@@ -285,7 +285,7 @@ def test_scheduler_that_never_comes_up(cloud: LoopbackEC2) -> None:
 def test_image_that_cannot_be_pulled(cloud: LoopbackEC2) -> None:
     """It is noticed by the end of the instance, long before the deadline."""
     cloud.faults.unpullable = {"nobody/nothing:1"}
-    expected = r"scheduler ended before it came up: instance i-\w+ .*nobody/nothing:1.* is \S+ \(.*Instance initiated shutdown\).*pull"
+    expected = r"scheduler ended before it started to listen: .*nobody/nothing:1.* is \S+ \(.*Instance initiated shutdown\).*pull"
     with pytest.raises(ClusterStartError, match=expected):
         with open_client(configure(docker_image="nobody/nothing:1")):
             pass
@@ -295,7 +295,7 @@ def test_workers_that_never_come_up(cloud: LoopbackEC2) -> None:
     """The same deadline holds for the first worker."""
     cloud.faults.never_boots = {"worker"}
     with pytest.raises(
-        ClusterStartError, match=r"no worker came up within .*\(5 s\): instance i-\w+ \(m6i.large.*is running"
+        ClusterStartError, match=r"no worker started within .*\(5 s\): instance i-\w+ \(m6i.large.*is running"
     ):
         with open_client(configure(start_timeout=5)):
             pass
@@ -305,11 +305,11 @@ def test_workers_that_never_come_up(cloud: LoopbackEC2) -> None:
     ("role", "code", "expected"),
     [
         pytest.param(
-            "scheduler", "InsufficientInstanceCapacity", "did not start: RunInstances: .*none left", id="capacity"
+            "scheduler", "InsufficientInstanceCapacity", "did not start: RunInstances: .*no capacity", id="capacity"
         ),
         pytest.param("scheduler", "UnauthorizedOperation", "did not start: RunInstances: .*iam-policy", id="denied"),
         pytest.param("worker", "VcpuLimitExceeded", "no worker could be started: RunInstances.*quota", id="quota"),
-        pytest.param("worker", "InsufficientInstanceCapacity", "no worker could be .*none left", id="worker-capacity"),
+        pytest.param("worker", "InsufficientInstanceCapacity", "no worker could be .*no capacity", id="worker-capacity"),
     ],
 )
 def test_refused_launches(cloud: LoopbackEC2, role: str, code: str, expected: str) -> None:
@@ -339,7 +339,7 @@ def test_refused_launches(cloud: LoopbackEC2, role: str, code: str, expected: st
             {"availability_zone": ["eu-west-1z"]}, {}, r"no subnet in eu-west-1z \(zones: eu-west-1a, ", id="nozone"
         ),
         pytest.param(
-            {"client_cidr": None}, {"https_proxy": "http://127.0.0.1:9"}, "give it by cluster.client_cidr", id="address"
+            {"client_cidr": None}, {"https_proxy": "http://127.0.0.1:9"}, "set cluster.client_cidr", id="address"
         ),
         pytest.param(
             {"env_vars": {f"X{n}": "x" * 500 for n in range(40)}},
@@ -383,13 +383,13 @@ def test_expired_credentials(cloud: LoopbackEC2) -> None:
         pytest.param({"env_vars": {"A": "$HOME"}}, "the value of A has", id="dollar"),
         pytest.param({"env_vars": {"A": "a\nb"}}, "the value of A has", id="newline"),
         pytest.param({"env_vars": {"A": "c:\\"}}, "the value of A has", id="backslash"),
-        pytest.param({"env_vars": {"A B": "1"}}, "'A B' is no name", id="name"),
+        pytest.param({"env_vars": {"A B": "1"}}, "'A B' is not a name", id="name"),
         pytest.param(
             {"env_vars": {"AWS_SECRET_ACCESS_KEY": "1"}}, "AWS_SECRET_ACCESS_KEY looks like.*iam_instance", id="key"
         ),
         pytest.param({"env_vars": {"AWS_SESSION_TOKEN": "1"}}, "iam_instance_profile", id="token"),
         pytest.param({"env_vars": {"db_password": "1"}}, "db_password looks like a credential", id="password"),
-        pytest.param({"docker_args": "-v '/a b:/a'"}, "cluster.docker_args: a single quote", id="arguments"),
+        pytest.param({"docker_args": "-v '/a b:/a'"}, "cluster.docker_args: expected no single quote", id="arguments"),
         pytest.param({"worker_options": {"preload": "a\nb"}}, "cluster.worker_options", id="line break"),
         pytest.param({"client_cidr": "127.0.0.1/8"}, "cluster.client_cidr: expected addresses", id="cidr"),
     ],

@@ -61,9 +61,9 @@ def test_describe_types_takes_several_at_once_in_zones_that_have_them(cloud: Loo
 @pytest.mark.parametrize(
     ("name", "zones", "message"),
     [
-        ("m6i.tiny", [], "EC2 has no instance type m6i.tiny in eu-west-1; take another one by cluster.worker_"),
+        ("m6i.tiny", [], "EC2 has no instance type m6i.tiny in eu-west-1; set another cluster.worker_"),
         ("g5g.xlarge", [], "EC2 has no instance type g5g.xlarge in eu-west-1"),
-        ("m6i.large", ["eu-west-1a", "eu-west-1z"], "eu-west-1z does not offer .* m6i.large; eu-west-1a, .* does: "),
+        ("m6i.large", ["eu-west-1a", "eu-west-1z"], "eu-west-1z does not offer .* m6i.large, but eu-west-1a, .* does; "),
     ],
     ids=["no such type", "not in the region", "not in the zone"],
 )
@@ -106,12 +106,12 @@ def test_find_image_looks_a_given_one_up(cloud: LoopbackEC2) -> None:
             "ami-0123456789abcdef0",
             "find the machine image ami-0123456789abcdef0: .*check cluster.ami, or",
         ),
-        ("eu-west-1", False, "ubuntu", "find the machine image ubuntu: .*check cluster.ami, or leave it out"),
+        ("eu-west-1", False, "ubuntu", "find the machine image ubuntu: .*check cluster.ami, or remove it"),
         (
             "eu-north-1",
             True,
             None,
-            "no machine image 'Deep .*' in eu-north-1; give .* by cluster.ami .*drivers of NVIDIA",
+            "no machine image 'Deep .*' in eu-north-1; set cluster.ami .* with NVIDIA's drivers",
         ),
     ],
     ids=["no such image", "no image id", "none with drivers"],

@@ -849,7 +849,7 @@ def test_load_config_tells_all_mistakes_at_once_in_the_order_of_the_file(tmp_pat
         ),
         ("model: {engine: openvno}", "expected auto, tensorflow or openvino, found 'openvno'; did you mean openvino?"),
         ("featurize: {batch_size: yes}", "featurize.batch_size: expected an integer, found yes, which YAML reads as true"),
-        ("reduce: {n_components: true}", "reduce.n_components: expected a number, found 'true'"),
+        ("reduce: {n_components: true}", "reduce.n_components: expected a number, found true"),
         ("featurize: {max_failed_fraction: off}", "expected a number, found off, which YAML reads as false"),
         ("plots: {components: [1]}", "plots.components: expected a list of 2 values, found [1]"),
         ("plots: {components: [1, 2, 3]}", "plots.components: expected a list of at most 2, found [1, 2, 3]"),
@@ -904,7 +904,7 @@ def test_load_config_refuses_keys_that_are_given_twice(tmp_path: Path) -> None:
 def test_load_config_explains_a_path_of_windows_in_double_quotes(tmp_path: Path, path: str) -> None:
     (line,) = explain(tmp_path, f'input:\n  url: "{path}"\noutput: {{url: y}}\n')
     assert line.startswith("run.yaml, line 2: ")
-    assert line.endswith("write paths of Windows in single quotes, or with forward slashes")
+    assert line.endswith("write Windows paths in single quotes or with forward slashes")
     doubled = path.replace("\\", "\\\\")
     for right in (f"'{path}'", path, f'"{doubled}"'):
         config = load_config(write(tmp_path, f"input:\n  url: {right}\noutput: {{url: y}}\n"))

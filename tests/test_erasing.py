@@ -390,7 +390,7 @@ def test_command_asks_and_names_nobody(
     done = CliRunner().invoke(cli, ["erase", str(tmp_path / "config.json"), *paths, *arguments], input=answer)
     assert done.exit_code == exit_code, done.output
     assert ("Erase 3 of 26 images from" in done.stdout) == (arguments == [])
-    texts = ["computed again from the 23 images left", "3 of them are still there"]
+    texts = ["computed again from the 23 remaining images", "3 of them are still there"]
     assert [text in done.stdout for text in texts] == [exit_code == 0] * 2
     assert not any(name in done.output for name in (*SECRETS, *PATTERNS, "jane_doe"))
     assert (find_texts(Location(str(tmp_path / "out")), "jane_doe") == set()) == (exit_code == 0)

@@ -239,7 +239,7 @@ def read(source: Location, *, fetch_attempts: int, n_images: int | None = None) 
 CAUSES = {
     "500": r"InternalError\): the server has failed",
     "503": r"SlowDown\): AWS asks for fewer",
-    "reset before": "the server broke off|nobody answers there",
+    "reset before": "the server closed the connection|no server answers there",
     "truncated": "the server broke off",
     "stall": "the server stopped answering",
 }
@@ -278,7 +278,7 @@ def test_request_is_sent_as_often_as_configured(
     with open_faulty_s3(s3_server, fraction=1, kinds=[kind]) as server:
         place = Location(f"s3://{s3_bucket[0]}/x", make_options(server.url), attempts=2)
         with pytest.raises(
-            StorageError, match=rf"^cannot {verb} {place.url}: .*(nobody answers|the server broke off|SlowDown|503).*$"
+            StorageError, match=rf"^cannot {verb} {place.url}: .*(no server answers|the server closed the connection|SlowDown|503).*$"
         ):
             operation(place)
     assert server.requests.total() == n_requests

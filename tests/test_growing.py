@@ -538,7 +538,7 @@ def test_command_says_what_has_changed(make_config: MakeConfig, client: Any, sou
     assert done.exit_code == 0, done.output
     assert "Since the last run: 1 new, 1 vanished, 11 kept." in done.stderr
     assert "since the last run  1 new, 1 vanished, 11 kept" in done.stdout
-    assert "11 ok, 2 failed, 1 of them not in the input any more" in done.stdout and "as fitted to" not in done.stdout
+    assert "11 ok, 2 failed, 1 of them no longer in the input" in done.stdout and "as fitted to" not in done.stdout
     again = CliRunner().invoke(
         cli, ["run", str(tmp_path / "config.json"), "--retry-failed", "--set", "reduce.refit=never"]
     )

@@ -41,7 +41,7 @@ import fruitdask
 from fruitdask.cli import cli
 from fruitdask.cluster import open_client
 from fruitdask.cluster.ec2.policies import ROLES, Permission, build_policies, list_actions
-from fruitdask.cluster.regions import EU_REGIONS
+from fruitdask.cluster.regions import AWS_EU_REGIONS, EU_REGIONS
 from fruitdask.core import aws
 from fruitdask.core.config import Config, ModelConfig
 from fruitdask.core.sample import draw_sample
@@ -284,7 +284,7 @@ def test_partition_is_that_of_the_region(region: str) -> None:
 def test_regions_of_the_european_union_are_the_same_everywhere() -> None:
     session = botocore.session.Session()
     known = {region for part in ("aws", "aws-eusc") for region in session.get_available_regions("ec2", part)}
-    assert known & set(EU_REGIONS) == set(aws.AWS_EU_REGIONS)
+    assert known & set(EU_REGIONS) == set(AWS_EU_REGIONS)
 
 
 def test_public_and_local_places_need_nothing() -> None:
@@ -408,12 +408,12 @@ def test_command_explains_each_action(tmp_path: Path) -> None:
 
 def test_command_says_what_it_takes_for_granted(tmp_path: Path) -> None:
     guessed, named = invoke(tmp_path, **EC2), invoke(tmp_path, "--role-name", "theirs", **EC2)
-    assert "give --role-name where it has another" in guessed.stderr
+    assert "if not, give --role-name" in guessed.stderr
     assert '"arn:aws:iam::*:role/fruits"' in guessed.stdout
     assert named.stderr == ""
     assert '"arn:aws:iam::*:role/theirs"' in named.stdout
     assert (
-        "needs nothing of AWS"
+        "needs no permission on AWS"
         in invoke(tmp_path, "--set", "input.url=/a", "--set", "output.url=/b", kind="local").stderr
     )
     assert "workers have no credentials" in invoke(tmp_path, **EC2 | {"iam_instance_profile": None}).stderr

@@ -81,10 +81,10 @@ def test_table_is_read_as_it_was_meant(folder: Path, data: bytes) -> None:
         ((CSV + "b/1.jpg,x,y\n").encode(), r"found 3 columns in row 5 and 2 in the header: 'b/1\.jpg,x,y'"),
         ((CSV + "b/1.jpg\n").encode(), r"found 1 columns in row 5 and 2 in the header"),
         (CSV.replace("NA", "").encode(), r"row 2 lacks one"),
-        (CSV.encode("utf-16-le"), r"found zero bytes, which are in no text"),
+        (CSV.encode("utf-16-le"), r"found null bytes, which no text contains"),
         (gzip.compress(CSV.encode())[:30], r"expected a CSV or Parquet table in input\.manifest, found Compressed file ended"),
         (b"PAR1 and nothing else", r"expected a CSV or Parquet table in input\.manifest, found "),
-        (CSV.replace("label", "label,label", 1).encode(), r"found the columns path, label, label, one of which is there twice"),
+        (CSV.replace("label", "label,label", 1).encode(), r"found the columns path, label, label with a duplicate"),
         (b"PK\3\4 and nothing else", r"found an Excel workbook or another ZIP archive; save the table as CSV"),
         ((CSV + './a//0.jpg,x\n').encode(), r"expected each path once in input\.manifest, found 'a/0\.jpg' twice"),
         ((CSV + "../in/a/0.jpg,x\n").encode(), r"found '\.\./in/a/0\.jpg'; write it without"),
@@ -105,12 +105,12 @@ def test_what_is_wrong_with_a_table_is_one_sentence(folder: Path, data: bytes, m
     [
         (lambda path: path.replace("/", "\\"), r"found 'a\\\\0\.jpg' for 'a/0\.jpg'; write / between folders"),
         (lambda path: f"in/{path}", r"found 'in/a/0\.jpg' for 'a/0\.jpg'; leave out the name of the input's own folder"),
-        (lambda path: path.removesuffix(".jpg"), r"found 'a/0' for 'a/0\.jpg'; write the ending"),
-        (lambda path: path.upper(), r"found 'A/0\.JPG' for 'a/0\.jpg'; write capital and small letters"),
+        (lambda path: path.removesuffix(".jpg"), r"found 'a/0' for 'a/0\.jpg'; add the file's extension"),
+        (lambda path: path.upper(), r"found 'A/0\.JPG' for 'a/0\.jpg'; use the upper and lower case"),
         (lambda path: f"/elsewhere/{path}", r"found '/elsewhere/a/0\.jpg', which is not inside it"),
         (lambda path: f"https://example.org/{path}", r"found 'https://example\.org/a/0\.jpg', which is not inside it"),
         (lambda path: f"C:\\photos\\{path}", r"found 'C:\\\\photos\\\\a/0\.jpg', which is not inside it"),
-        (lambda path: f"x{path}", r"none of its 4 is there: the first in the table is 'xa/0\.jpg', the first file there is 'a/0\.jpg'"),
+        (lambda path: f"x{path}", r"none of its 4 exists: the first path in the table is 'xa/0\.jpg', the first file is 'a/0\.jpg'"),
     ],
     ids=["backslashes", "own folder", "no ending", "capitals", "elsewhere", "URL", "Windows", "other names"],
 )
@@ -203,7 +203,7 @@ def test_labels_of_parquet_are_text(folder: Path, labels: Any, expected: list[st
 )
 def test_a_label_that_is_null_in_parquet_is_told(folder: Path, labels: Any) -> None:
     pd.DataFrame({"path": PATHS, "label": labels}).to_parquet(folder.parent / "labels.parquet")
-    with pytest.raises(ConfigError, match=r"expected a path and a label in each row of input\.manifest, row 3 lacks one"):
+    with pytest.raises(ConfigError, match=r"expected a path and a label in each row of input\.manifest, but row 3 lacks one"):
         look(folder, folder.parent / "labels.parquet")
 
 
@@ -219,7 +219,7 @@ def test_column_split_of_the_table_is_taken(folder: Path) -> None:
     catalog = look(folder, table)
     assert list(catalog["split"]) == ["train", "test", "", "train"] and str(catalog["split"].dtype) == "category"
     assert list(look(folder, table, split_from="first")["split"]) == ["a", "a", "b", "b"]
-    with pytest.raises(ValueError, match="label_from and manifest both say"):
+    with pytest.raises(ValueError, match="label_from and manifest both set"):
         look(folder, table, label_from="first")
 
 

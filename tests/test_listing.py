@@ -211,7 +211,7 @@ def test_a_pattern_that_does_not_match_a_path_is_told_with_that_path(tmp_path: P
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("(", r"expected parent, first, or a regular expression .*; found \(, which is none: missing"),
+        ("(", r"expected parent, first, or a regular expression .*; found \(, which is not valid: missing"),
         ("frist", r"expected parent, first, or a regular expression .*; found frist, which has 0 groups"),
         ("(a)(b)", r"expected parent, first, or a regular expression .*; found \(a\)\(b\), which has 2 groups"),
     ],

@@ -266,7 +266,7 @@ def test_plan_command_prints_rows_or_json(write_config: Callable[..., str], samp
         "1 of 2 threads",
         "input local, output local, cluster local; all allowed (eu)",
         "nothing to AWS",
-        "max_hours 10: the run stays within",
+        "max_hours 10: the run stays within them",
     ):
         assert expected in shown.stdout
     as_json = CliRunner().invoke(cli, ["plan", path, "--json"])

@@ -184,8 +184,8 @@ def test_bucket_elsewhere_is_refused_before_a_byte_is_read(server: Server, tmp_p
     result = CliRunner().invoke(cli, [command, str(tmp_path / "run.yaml")])
     assert result.exit_code == 4, result.output
     assert result.stderr.strip().splitlines()[-1] == (
-        f"fruitdask: input: the bucket {VIRGINIA} is in us-east-1, but privacy.allowed_regions has eu (the European Union); take one "
-        "that is, or say where it is by input.region if its server is mistaken, or change privacy.allowed_regions"
+        f"fruitdask: input: the bucket {VIRGINIA} is in us-east-1, but privacy.allowed_regions has eu (the European Union); choose one "
+        "that is, or set input.region if its server reports a wrong region, or change privacy.allowed_regions"
     )
     assert server.requests == [f"HEAD {server.url.removeprefix('http://')}/{VIRGINIA}"]
 
@@ -236,7 +236,7 @@ def test_other_servers_are_where_the_configuration_says(
 def test_server_that_says_nothing_is_refused(make_config: MakeConfig, server: Server) -> None:
     server.is_silent = True
     config = make_config(input={"url": f"s3://{VIRGINIA}/in"})
-    sentence = f"^input: privacy.allowed_regions needs the region of the bucket {VIRGINIA}, which nobody says; say .* by input.region$"
+    sentence = f"^input: privacy.allowed_regions needs the region of the bucket {VIRGINIA}, which is unknown; set input.region$"
     with pytest.raises(ResidencyError, match=sentence):
         check_regions(config)
     assert find_regions(config)["input"] == "unknown"
@@ -249,7 +249,7 @@ def test_server_that_says_nothing_is_refused(make_config: MakeConfig, server: Se
         (PARIS, "eu-west-3", None),
         (PARIS, "eu-west-1", f"the bucket {PARIS} is in eu-west-3, not in eu-west-1 as input.region says; correct"),
         (VIRGINIA, "eu-west-3", f"the bucket {VIRGINIA} is in us-east-1, not in eu-west-3"),
-        (VIRGINIA, None, f"the bucket {VIRGINIA} is in us-east-1, but .*; take one that is, or change privacy"),
+        (VIRGINIA, None, f"the bucket {VIRGINIA} is in us-east-1, but .*; choose one that is, or change privacy"),
         (LONDON, None, f"the bucket {LONDON} is in eu-west-2, but privacy.allowed_regions has eu"),
     ],
     ids=["found", "found as declared", "declared otherwise", "declared to be allowed", "elsewhere", "London"],
@@ -322,7 +322,7 @@ def test_bucket_that_cannot_be_asked_is_refused(
 
 @pytest.mark.parametrize("url", ["https://me:secret@example.org/fruits?sig=secret", "memory://fruits"])
 def test_other_protocols_need_a_declared_region(make_config: MakeConfig, url: str) -> None:
-    with pytest.raises(ResidencyError, match="^input: .*which nobody says; say where it is by input.region$") as caught:
+    with pytest.raises(ResidencyError, match="^input: .*which is unknown; set input.region$") as caught:
         check_regions(make_config(input={"url": url}))
     assert "secret" not in str(caught.value)
     assert check_regions(make_config(input={"url": url, "region": "westeurope"}))["input"] == "westeurope"
@@ -352,7 +352,7 @@ def test_cluster_that_is_allowed(
     [
         (
             {"address": "tls://10.0.0.5:8786"},
-            ".* the region of the cluster at tls://10.0.0.5:8786, which nobody says; add cluster.region$",
+            ".* the region of the cluster at tls://10.0.0.5:8786, which is unknown; add cluster.region$",
         ),
         ({"address": "127.0.0.1:8786", "region": "us-east-1"}, "the cluster at 127.0.0.1:8786 is in us-east-1, but"),
         ({"kind": "ec2", "docker_image": "i", "region": "us-east-1"}, "the cluster on EC2 is in us-east-1, but"),
@@ -388,7 +388,7 @@ def test_scheduler_that_is_used_instead_is_checked(make_config: MakeConfig) -> N
         (["us-east1"], "did you mean us-east-1 by us-east1"),
         (["westeurop"], "did you mean westeurope by westeurop"),
         (["us-east-2"], "privacy.allowed_regions$"),
-        (["mars-north-1"], "has mars-north-1; take .* or change privacy.allowed_regions$"),
+        (["mars-north-1"], "has mars-north-1; choose .* or change privacy.allowed_regions$"),
         ([], "privacy.allowed_regions has none"),
     ],
     ids=["and eu", "outside", "azure", "a real one", "nothing near", "none"],

@@ -45,15 +45,15 @@ def wait_for_next(partition: Partition, folder: Path, patience_seconds: float) -
 
 def die_of_some(partition: Partition, deadly: str) -> tuple[int, frozenset[int]]:
     """Kill the process where an image is opened that does so."""
-    opened = [path for place, path in enumerate(partition.paths) if place not in partition.avoided]
+    opened = [path for place, path in enumerate(partition.paths) if place not in partition.excluded]
     if set(deadly.split()).intersection(opened):
         os.kill(os.getpid(), signal.SIGKILL)
-    return partition.index, partition.avoided
+    return partition.index, partition.excluded
 
 
 def die_together(partition: Partition, size: int) -> int:
     """Kill the process where so many images are opened at once."""
-    if len(partition.paths) - len(partition.avoided) >= size:
+    if len(partition.paths) - len(partition.excluded) >= size:
         os.kill(os.getpid(), signal.SIGKILL)
     return partition.index
 
@@ -160,19 +160,19 @@ def test_map_partitions_delivers_again_when_a_worker_dies_of_receiving(tmp_path:
 
 
 def test_map_partitions_ends_when_every_worker_has_paused_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduling, "_LOOK_SECONDS", 1)
+    monkeypatch.setattr(scheduling, "_POLL_SECONDS", 1)
     done: list[int] = []
     with open_client(ONE_GIBIBYTE) as client:
         # Dask pauses at 80 %, and kills at 95 %.
         with pytest.raises(
-            PartitionError, match=r"every worker has paused.*\(9\d\d of 1,074 MB with.*cluster.memory_limit"
+            PartitionError, match=r"every worker is paused.*\(9\d\d of 1,074 MB with.*cluster.memory_limit"
         ):
             map_partitions(client, fill_memory, PARTITIONS * 10, 600, delivered=0.87, on_result=done.append)
     assert 0 < len(done) < 120
 
 
 def test_map_partitions_goes_on_where_workers_pause_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduling, "_LOOK_SECONDS", 2)
+    monkeypatch.setattr(scheduling, "_POLL_SECONDS", 2)
     done: list[int] = []
     with open_client(ONE_GIBIBYTE) as client:
         map_partitions(client, fill_memory, PARTITIONS[:6], 2, delivered=0.87, on_result=done.append)
@@ -223,7 +223,7 @@ def test_images_that_kill_workers_are_found_and_avoided(deadly: set[int], impati
 def test_partition_that_kills_workers_without_one_image_to_blame_is_named(impatient_client: Any) -> None:
     partition = Partition(3, 0, ("a/0.jpg", "a/1.jpg", "a/2.jpg"), ("a",) * 3)
     with pytest.raises(
-        PartitionError, match=r"partition 3 \(a/0.jpg to a/2.jpg\) kills its workers, whichever of its .*"
+        PartitionError, match=r"partition 3 \(a/0.jpg to a/2.jpg\) kills its workers, whichever images .*"
     ):
         map_partitions(
             impatient_client, die_together, [partition], delivered=2, on_result=lambda index: None, probe=die_together
@@ -241,7 +241,7 @@ def test_map_partitions_says_that_no_worker_comes(monkeypatch: pytest.MonkeyPatc
     with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster, Client(
         cluster
     ) as client:
-        with pytest.raises(PartitionError, match="no worker has come in 1 seconds; give workers more memory"):
+        with pytest.raises(PartitionError, match="no worker started within 1 seconds; give workers more memory"):
             map_partitions(client, write_note, PARTITIONS, "", delivered=tmp_path, on_result=lambda index: None)
 
 
@@ -259,5 +259,5 @@ def test_map_partitions_says_that_the_scheduler_is_gone(tmp_path: Path) -> None:
         def close(index: int) -> None:
             cluster.close()
 
-        with pytest.raises(PartitionError, match="the cluster was lost: .*; what is stored stays, run again to go on"):
+        with pytest.raises(PartitionError, match="the cluster was lost: .*; stored results are kept, run again to resume"):
             map_partitions(client, write_note, PARTITIONS, "", delivered=tmp_path, on_result=close)

@@ -253,7 +253,7 @@ def test_hash_file_explains_an_unreachable_server() -> None:
             "config_kwargs": {"retries": {"max_attempts": 0}},
         }
         with pytest.raises(
-            StorageError, match=r"cannot read s3://bucket/x\.bin: .*connect to.*: nobody answers there; check"
+            StorageError, match=r"cannot read s3://bucket/x\.bin: .*connect to.*: no server answers there; check"
         ):
             hash_file(Location("s3://bucket/x.bin", options))
 

@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, say in one sentence what went wrong."""
+"""The command line: parse, call one function, and explain errors in one sentence."""
 
 import atexit
 import gc
@@ -25,8 +25,9 @@ def cli() -> None:
 
     Start with:  fruitdask run configs/demo.yaml
 
-    Exit codes: 0 done, 1 the run failed, storage failed meanwhile, or results are damaged, 2 the configuration or the command line is wrong
-    or names a place that cannot be used, 3 too many images failed, 4 refused by policy, 5 the cluster did not start, 130 interrupted.
+    Exit codes: 0 success; 1 the run failed, storage failed during the run, or results are damaged; 2 the configuration
+    or the command line is wrong, or a place in it cannot be used; 3 too many images failed; 4 refused by a policy or a
+    limit; 5 the cluster did not start; 130 interrupted.
     """
 
 
@@ -36,14 +37,10 @@ for _command in (run, plan, explore, report, verify, erase, validate, schema, sa
 
 def main() -> NoReturn:
     """Run the command line."""
-    # Before it ends, Python looks for cycles among all objects, again and again: half a second after a run.
+    # At its end, Python would search all objects for cycles repeatedly: half a second after a run.
     atexit.register(gc.freeze)
-    _replace_what_cannot_be_printed()
-    cli()
-    raise SystemExit(0)
-
-
-def _replace_what_cannot_be_printed() -> None:
-    """Print a question mark for a character that the output's encoding does not have; Python itself escapes it on standard error."""
+    # Print a question mark for a character that the encoding lacks; on standard error, Python escapes it.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    cli()
+    raise SystemExit(0)

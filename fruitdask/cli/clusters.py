@@ -1,4 +1,4 @@
-"""Commands that find what runs on EC2, and end it."""
+"""Commands that find and terminate instances on EC2."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -19,23 +19,23 @@ _region_option = click.option(
     "--region",
     "regions",
     multiple=True,
-    help="Region of AWS; by default that of the profile or the environment. Repeatable.",
+    help="AWS region; by default that of the profile or the environment. Repeatable.",
 )
 _all_option = click.option("--all-regions", is_flag=True, help="All regions that the account can use.")
 
 
 @click.group()
 def clusters() -> None:
-    """Find instances on EC2 that fruitdask has started, and terminate them."""
+    """Find and terminate instances on EC2 that fruitdask has started."""
 
 
 @clusters.command("list")
 @_region_option
 @_all_option
 def list_(regions: tuple[str, ...], all_regions: bool) -> None:
-    """List runs that have instances, how old these are and what they have cost so far.
+    """List runs that have instances, with their age and their cost so far.
 
-    Instances that have ended are not counted. Prices are those of the table that fruitdask brings; spot instances cost less.
+    Instances that have ended are not counted. Prices are those of fruitdask's table; spot instances cost less.
     """
     with reported():
         _find(regions, all_regions=all_regions)
@@ -49,7 +49,7 @@ def list_(regions: tuple[str, ...], all_regions: bool) -> None:
 def cleanup(regions: tuple[str, ...], all_regions: bool, run_id: str | None, yes: bool) -> None:
     """Terminate instances that fruitdask has started.
 
-    Results that are stored stay; a run whose instances are gone ends with an error and can be run again.
+    Stored results are kept. A run whose instances are terminated ends with an error, and can be run again.
     """
     with reported():
         from fruitdask.cluster.ec2.instances import terminate_run
@@ -59,7 +59,7 @@ def cleanup(regions: tuple[str, ...], all_regions: bool, run_id: str | None, yes
             click.confirm(f"Terminate {len(found)} instance{'s' * (len(found) != 1)}?", abort=True)
         for region, run in dict.fromkeys((one.region, one.run_id) for one in found):
             ended = terminate_run(region, run)
-            click.echo(f"Terminated {', '.join(ended) or 'nothing, all had ended'} of run {run} in {region}.")
+            click.echo(f"Terminated {', '.join(ended) or 'nothing (all had ended)'} of run {run} in {region}.")
         for region in searched:
             _close_group(region)
 
@@ -67,7 +67,7 @@ def cleanup(regions: tuple[str, ...], all_regions: bool, run_id: str | None, yes
 def _find(
     regions: Sequence[str], *, all_regions: bool, run_id: str | None = None
 ) -> tuple[list["Instance"], list[str]]:
-    """Find and show the instances of runs that have not ended; gives them and the regions that were searched."""
+    """Find and print the instances that have not ended; return them and the searched regions."""
     from concurrent.futures import ThreadPoolExecutor
 
     from rich.console import Console
@@ -81,13 +81,13 @@ def _find(
     if found:
         Console().print(_build_table(found))
     else:
-        whose = f"run {run_id}" if run_id else "fruitdask"
-        click.echo(f"No instance of {whose} in {', '.join(searched)}.")
+        owner = f"run {run_id}" if run_id else "fruitdask"
+        click.echo(f"No instance of {owner} in {', '.join(searched)}.")
     return found, searched
 
 
 def _close_group(region: str) -> None:
-    """Take back what runs were allowed, where none is left."""
+    """Revoke the rules that runs have added to the security group, if no instance is left."""
     from fruitdask.cluster.ec2.instances import list_instances
     from fruitdask.cluster.ec2.network import withdraw_rules
 
@@ -96,7 +96,7 @@ def _close_group(region: str) -> None:
     try:
         n_ranges = withdraw_rules(region)
     except ClusterStartError as error:
-        # Nothing runs and nothing costs, so this is no reason to fail.
+        # No instance runs and costs money, so this is not a failure.
         click.echo(f"fruitdask: {error}", err=True)
         return
     if n_ranges:
@@ -104,7 +104,7 @@ def _close_group(region: str) -> None:
 
 
 def _choose_regions(regions: Sequence[str], *, all_regions: bool) -> list[str]:
-    """Say where to look."""
+    """Choose the regions to search."""
     from botocore.exceptions import InvalidRegionError, NoRegionError
     from botocore.utils import validate_region_name
 
@@ -117,16 +117,15 @@ def _choose_regions(regions: Sequence[str], *, all_regions: bool) -> list[str]:
             validate_region_name(region)
         if regions:
             return list(dict.fromkeys(regions))
-        with open_ec2(None, action="find out where to look") as client:
+        with open_ec2(None, action="find the default region") as client:
             return [client.meta.region_name]
     except InvalidRegionError as error:
         raise ConfigError(f"--region {region}: expected the name of a region such as eu-west-3") from error
     except ClusterStartError as error:
-        if isinstance(error.__cause__, NoRegionError):
-            raise ConfigError(
-                "no AWS region is set; give --region NAME or --all-regions, or set AWS_DEFAULT_REGION"
-            ) from error
-        raise
+        if not isinstance(error.__cause__, NoRegionError):
+            raise
+        remedy = "give --region NAME or --all-regions, or set AWS_DEFAULT_REGION"
+        raise ConfigError(f"no AWS region is set; {remedy}") from error
 
 
 def _build_table(found: Iterable["Instance"]) -> "Table":
@@ -148,7 +147,7 @@ def _build_table(found: Iterable["Instance"]) -> "Table":
 
 
 def _format_cost(instances: Iterable["Instance"]) -> str:
-    """Format what instances have cost so far; a dash where a price is unknown."""
+    """Format the cost of instances so far; a dash if a price is unknown."""
     from fruitdask.cluster.ec2.prices import Usage, compute_cost
 
     cost = compute_cost(Usage(one.instance_type, one.is_spot, one.region, one.age_seconds) for one in instances)

@@ -1,4 +1,4 @@
-"""What commands share: options, errors as sentences and exit codes, rows of names and values."""
+"""Shared parts of commands: options, errors as sentences and exit codes, rows of names and values."""
 
 import logging
 import signal
@@ -6,27 +6,23 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from fruitdask import errors
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from fruitdask.core.config import Config
 
 _INTERRUPTED = 130
-#: The exit code of the first class that an error belongs to; 1 for the others.
-_EXIT_CODES: tuple[tuple[type[errors.FruitdaskError], int], ...] = (
+#: Exit codes by class of error: the first match counts.
+_EXIT_CODES: tuple[tuple[Any, int], ...] = (
     (errors.TooManyFailuresError, 3),
-    (errors.ResidencyError, 4),
-    (errors.LimitError, 4),
+    ((errors.ResidencyError, errors.LimitError), 4),
     (errors.ClusterStartError, 5),
-    (errors.DamageError, 1),
-    (errors.OutageError, 1),
-    (errors.PartitionError, 1),
-    (errors.WeightsUnavailableError, 1),
-    (errors.EngineError, 1),
+    ((errors.DamageError, errors.OutageError, errors.PartitionError), 1),
+    ((errors.WeightsUnavailableError, errors.EngineError), 1),
     (errors.FruitdaskError, 2),
 )
 _LOG_FORMAT = "%(asctime)s %(name)s: %(message)s"
@@ -41,34 +37,34 @@ set_option = click.option(
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Delete earlier results in the output folder and start again."
 )
-verbose_option = click.option("--verbose", "-v", is_flag=True, help="Log what happens inside, and show tracebacks.")
+verbose_option = click.option("--verbose", "-v", is_flag=True, help="Log internal steps, and show tracebacks.")
 config_argument = click.argument("config", type=click.Path(dir_okay=False))
 
 
 @contextmanager
 def reported(*, verbose: bool = False, again: str = "run the same command again") -> Iterator[None]:
-    """Turn an error into one sentence and an exit code; an interruption is told how to go on."""
+    """Turn an error into one sentence and an exit code; after an interruption, advise how to resume."""
     if verbose:
         handler = logging.StreamHandler()
-        handler.setFormatter(_HarmlessFormatter(_LOG_FORMAT))
+        handler.setFormatter(_SafeFormatter(_LOG_FORMAT))
         logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # Where a terminal's Ctrl-C raises KeyboardInterrupt, a service manager's request to end would kill: clusters must be closed then too.
+    # Like Ctrl-C, the termination signal of a service manager must close clusters.
     previous = signal.signal(signal.SIGTERM, _end)
     try:
         yield
     except errors.FruitdaskError as error:
         if verbose:
-            click.echo(_make_harmless(traceback.format_exc()), err=True)
-        # Sentences about settings have a line each; of other messages a name of others may hold the line break.
+            click.echo(_clean(traceback.format_exc()), err=True)
+        # A SettingsError has one sentence per line; a line break in another message is part of a name.
         sentences = str(error).split("\n") if isinstance(error, errors.SettingsError) else [str(error)]
         for sentence in sentences:
-            click.echo(f"fruitdask: {show(_make_harmless(sentence))}", err=True)
-        sys.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
+            click.echo(f"fruitdask: {show(_clean(sentence))}", err=True)
+        sys.exit(next(code for kinds, code in _EXIT_CODES if isinstance(error, kinds)))
     except ValueError as error:
         # Dask reads its files when it is imported.
         if not str(error).startswith("A dask config file"):
             raise
-        click.echo(f"fruitdask: {show(_make_harmless(' '.join(str(error).split())))}; correct or delete it", err=True)
+        click.echo(f"fruitdask: {show(_clean(' '.join(str(error).split())))}; correct or delete it", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         click.echo(f"fruitdask: interrupted; {again}", err=True)
@@ -77,43 +73,48 @@ def reported(*, verbose: bool = False, again: str = "run the same command again"
         signal.signal(signal.SIGTERM, previous)
 
 
-class _HarmlessFormatter(logging.Formatter):
-    """Lines of a log without secrets and without commands to the terminal, whoever wrote them."""
+class _SafeFormatter(logging.Formatter):
+    """Log lines without secrets and control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return _make_harmless(super().format(record))
+        return _clean(super().format(record))
 
 
-def _make_harmless(text: str) -> str:
-    """Take secrets out of lines of text, and what a terminal would obey."""
-    from fruitdask.core.escaping import escape_controls
+def _clean(text: str) -> str:
+    """Hide secrets and escape control characters, except line breaks."""
     from fruitdask.core.storage import hide_secrets
 
-    return escape_controls(hide_secrets(text), keeps_lines=True)
+    return show(hide_secrets(text), keeps_lines=True)
 
 
-def show(text: str) -> str:
-    """Make a name or a message of others ready for the terminal."""
+def show(text: str, *, keeps_lines: bool = False) -> str:
+    """Escape the control characters of a text for the terminal."""
     from fruitdask.core.escaping import escape_controls
 
-    return escape_controls(text)
+    return escape_controls(text, keeps_lines=keeps_lines)
 
 
 def _end(signum: int, frame: object) -> NoReturn:
-    """Leave by an exception, which closes what is open on its way."""
+    """Exit by an exception, so that everything open is closed."""
     raise SystemExit(128 + signum)
 
 
-def print_rows(rows: dict[str, str], console: "Console") -> None:
-    """Print names and values, those that there are."""
+def load(config: str, overrides: tuple[str, ...]) -> "Config":
+    """Load the configuration of a command."""
+    from fruitdask.core.config import load_config
+
+    return load_config(config, overrides=overrides)
+
+
+def print_rows(rows: dict[str, str], *above: Any) -> None:
+    """Print what belongs above, then names and values; skip empty values."""
+    from rich.console import Console
     from rich.markup import escape
 
-    from fruitdask.core.escaping import escape_controls
-
+    console = Console()
+    for each in above:
+        console.print(each)
     for name, value in rows.items():
         if value:
-            console.print(
-                f"[bold]{name:>18}[/bold]  {escape(escape_controls(value, keeps_lines=True))}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            row = f"[bold]{name:>18}[/bold]  {escape(show(value, keeps_lines=True))}"
+            console.print(row, highlight=False, soft_wrap=True)

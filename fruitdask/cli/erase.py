@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fruitdask.cli.common import config_argument, print_rows, reported, set_option, verbose_option
+from fruitdask.cli.common import config_argument, load, print_rows, reported, set_option, verbose_option
 
 if TYPE_CHECKING:
     from fruitdask.core.config import Config
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     multiple=True,
     required=True,
     metavar="PATTERN",
-    help="Path of images, relative to input.url, or a pattern such as 'pear_1/*' or '*/IMG_20*'. Repeatable.",
+    help="Path of an image, relative to input.url, or a pattern such as 'pear_1/*' or '*/IMG_20*'. Repeatable.",
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @set_option
@@ -27,43 +27,36 @@ if TYPE_CHECKING:
 def erase(config: str, patterns: tuple[str, ...], yes: bool, overrides: tuple[str, ...], verbose: bool) -> None:
     """Erase images from the results of CONFIG: rows, names, features, thumbnails; then compute results without them.
 
-    The images themselves stay where they are: delete them, or name them in input.exclude.
+    The image files are not deleted: delete them, or add them to input.exclude.
     """
-    from rich.console import Console
-
-    from fruitdask.core.config import load_config
     from fruitdask.core.progress import choose_progress
 
-    again = "run the same command again; if it finds no such image, they are erased, and fruitdask run goes on"
+    again = "run the same command again; if it finds no such image, they are erased, and fruitdask run resumes"
     with reported(verbose=verbose, again=again):
-        loaded = load_config(config, overrides=overrides)
+        loaded = load(config, overrides)
         from fruitdask.pipeline.erase import carry_out, plan_erasure
 
         plan = plan_erasure(loaded, patterns)
         question = f"Erase {plan.n_erased:,} of {len(plan.images):,} images from {loaded.output.url}?"
         if not yes:
             click.confirm(question, abort=True)
-        print_rows(_describe(carry_out(plan, progress=choose_progress()), loaded), Console())
+        print_rows(_describe(carry_out(plan, progress=choose_progress()), loaded))
 
 
 def _describe(erasure: "Erasure", config: "Config") -> dict[str, str]:
-    """Say what was erased and what is left to do."""
-    n_left = erasure.n_images - erasure.n_erased
-    results = (
-        f"computed again from the {n_left:,} images left" if erasure.result else "fruitdask run goes on without them"
-    )
-    if erasure.n_in_input is None:
-        images = "could not be listed; if they are there, delete them, or name them in input.exclude"
-    else:
-        images = f"{erasure.n_in_input:,} of them are still there: delete them, or name them in input.exclude, before the next run"
-    return {
-        "erased": f"{erasure.n_erased:,} of {erasure.n_images:,} images",
-        "results": results,
-        "input": images if erasure.n_in_input != 0 else "",
-        "older versions": (
-            f"the bucket keeps them: delete those below {config.output.url} too (aws s3api delete-objects with their VersionId, or a "
-            "lifecycle rule with NoncurrentVersionExpiration)"
-            if erasure.keeps_versions
-            else ""
-        ),
-    }
+    """Describe what was erased and what is left to do."""
+    n_left, n_in_input = erasure.n_images - erasure.n_erased, erasure.n_in_input
+    remedy = "delete them, or add them to input.exclude"
+    rows = {"erased": f"{erasure.n_erased:,} of {erasure.n_images:,} images"}
+    again = f"computed again from the {n_left:,} remaining images"
+    rows["results"] = again if erasure.result else "fruitdask run resumes without them"
+    if n_in_input is None:
+        rows["input"] = f"could not be listed; if they are there, {remedy}"
+    elif n_in_input:
+        rows["input"] = f"{n_in_input:,} of them are still there; before the next run, {remedy}"
+    if erasure.keeps_versions:
+        rows["older versions"] = (
+            f"the bucket keeps them; also delete those below {config.output.url} (aws s3api delete-objects with their "
+            "VersionId, or a lifecycle rule with NoncurrentVersionExpiration)"
+        )
+    return rows

@@ -1,4 +1,4 @@
-"""The command that says what a run will take."""
+"""The command that estimates the time and cost of a run."""
 
 import json
 from collections.abc import Iterator
@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fruitdask.cli.common import config_argument, print_rows, reported, set_option, verbose_option
+from fruitdask.cli.common import config_argument, load, print_rows, reported, set_option, verbose_option
 from fruitdask.errors import LimitError
 
 if TYPE_CHECKING:
     from fruitdask.core.config import Config
     from fruitdask.pipeline.plan import Plan
 
-#: Where the second line of a value begins.
+#: A line break in a value, aligned with its first line.
 _NEXT_LINE = "\n" + " " * 20
-#: US dollars that are shown; less is not worth a word.
+#: US dollars below which a cost is not shown.
 _CENT = 0.005
 
 
@@ -25,24 +25,21 @@ _CENT = 0.005
 @set_option
 @verbose_option
 def plan(config: str, is_json: bool, overrides: tuple[str, ...], verbose: bool) -> None:
-    """Say what a run of CONFIG will do, take and cost, and start nothing that costs.
+    """Estimate what a run of CONFIG will do, how long it will take and what it will cost, without starting a cluster.
 
-    A few dozen images are tried on this machine. The exit code is 4 where a policy or a limit would refuse the run.
+    Tries a few dozen images on this machine. The exit code is 4 if a policy or a limit would refuse the run.
     """
-    from rich.console import Console
-
-    from fruitdask.core.config import load_config
     from fruitdask.core.progress import choose_progress
 
     with reported(verbose=verbose):
-        loaded = load_config(config, overrides=overrides)
+        loaded = load(config, overrides)
         from fruitdask.pipeline.run import plan as plan_run
 
         found = plan_run(loaded, progress=choose_progress())
         if is_json:
             click.echo(json.dumps(found.describe(), indent=2))
         else:
-            print_rows(_describe(found, loaded, config), Console())
+            print_rows(_describe(found, loaded, config))
         if found.exceeded:
             raise LimitError(f"the run would not be started: {'; '.join(found.exceeded)}")
 
@@ -55,23 +52,23 @@ def _describe(plan: "Plan", config: "Config", path: str) -> dict[str, str]:
     done = plan.n_images - plan.n_left
     tried, memory = "", ""
     if plan.sample is not None:
-        stages = ", ".join(
-            f"{stage} {1000 * value:.1f} ms" for stage, value in plan.sample.image_seconds.items() if value
-        )
-        failed = f"; {plan.sample.n_failed:,} could not be used" if plan.sample.n_failed else ""
-        tried = f"{plan.sample.n_images:,} images here: {stages} each, on one thread{failed}"
-        memory = f"{format_bytes(plan.worker_bytes)} a worker"
+        times = plan.sample.image_seconds.items()
+        stages = ", ".join(f"{stage} {1000 * value:.1f} ms" for stage, value in times if value)
+        failed = f"; {plan.sample.n_failed:,} failed" if plan.sample.n_failed else ""
+        tried = f"{plan.sample.n_images:,} images here: {stages} per image, on one thread{failed}"
+        memory = f"{format_bytes(plan.worker_bytes)} per worker"
     seconds = ", ".join(f"{stage} {format_seconds(value)}" for stage, value in plan.seconds.items())
+    regions = ", ".join(f"{place} {region}" for place, region in plan.regions.items())
     return {
         "images": f"{work}; {done:,} are done" if done else work,
         "partitions": f"{plan.n_partitions:,} of {plan.images_per_partition:,} images",
-        "features": f"{plan.n_features:,} an image, at most {format_bytes(plan.features_bytes)}",
+        "features": f"{plan.n_features:,} per image, at most {format_bytes(plan.features_bytes)}",
         "tried": tried,
         "workers": f"{plan.n_workers:,} of {plan.threads_per_worker:,} threads",
         "memory": memory,
         "time": f"about {format_seconds(plan.total_seconds)}: {seconds}",
         "instances": _NEXT_LINE.join(_list_machines(plan)),
-        "regions": f"{', '.join(f'{place} {region}' for place, region in plan.regions.items())}; {_judge_regions(config)}",
+        "regions": f"{regions}; {_describe_allowed(config)}",
         "bytes moved": _NEXT_LINE.join(
             f"{movement.what}: {format_bytes(movement.n_bytes)} from {movement.source} to {movement.target}"
             + (f", ${movement.dollars:.2f}" if movement.dollars >= _CENT else "")
@@ -79,41 +76,38 @@ def _describe(plan: "Plan", config: "Config", path: str) -> dict[str, str]:
             if movement.n_bytes and movement.source != movement.target
         ),
         "cost": _format_costs(plan),
-        "limits": _judge_limits(plan, config),
-        "AWS permissions": (
-            f"{len(plan.actions)} actions; fruitdask iam-policy {path} prints them" if plan.actions else ""
-        ),
+        "limits": _describe_limits(plan, config),
+        "AWS permissions": f"{len(plan.actions)} actions; see fruitdask iam-policy {path}" if plan.actions else "",
         "assumed": _NEXT_LINE.join(plan.assumptions),
         "warnings": _NEXT_LINE.join(plan.warnings),
     }
 
 
 def _list_machines(plan: "Plan") -> Iterator[str]:
-    """List the instances that would be started."""
+    """List the instances that a run would start."""
     from fruitdask.report.formats import format_bytes, format_seconds
 
     for machine in plan.machines:
         memory = "" if machine.memory_bytes is None else f" with {format_bytes(machine.memory_bytes)}"
-        price = "price unknown" if machine.hourly_dollars is None else f"${machine.hourly_dollars:g} an hour"
-        kind = f"{'spot ' * machine.is_spot}{machine.instance_type}{memory}, {price}, for {format_seconds(machine.seconds)}"
-        yield f"{machine.n_instances:,} {machine.role}{'s' * (machine.n_instances > 1)}: {kind}"
+        price = "price unknown" if machine.hourly_dollars is None else f"${machine.hourly_dollars:g} per hour"
+        kind = f"{'spot ' * machine.is_spot}{machine.instance_type}{memory}"
+        roles = f"{machine.role}{'s' * (machine.n_instances > 1)}"
+        yield f"{machine.n_instances:,} {roles}: {kind}, {price}, for {format_seconds(machine.seconds)}"
 
 
-def _judge_regions(config: "Config") -> str:
-    """Say what was checked; what is not allowed has ended the plan."""
+def _describe_allowed(config: "Config") -> str:
+    """Describe the allowed regions; a region that is not allowed has ended the plan."""
     allowed = config.privacy.allowed_regions
     if allowed is None:
         return "privacy.allowed_regions allows all"
     return f"all allowed ({allowed if isinstance(allowed, str) else ', '.join(allowed)})"
 
 
-def _judge_limits(plan: "Plan", config: "Config") -> str:
-    """Say whether the run stays within its limits."""
+def _describe_limits(plan: "Plan", config: "Config") -> str:
+    """Describe the limits, and whether the run exceeds them."""
     limits = config.limits.model_dump(exclude_none=True)
-    if not limits:
-        return ""
     named = ", ".join(f"{name} {value:g}" for name, value in limits.items())
-    return f"{named}: {'; '.join(plan.exceeded) or 'the run stays within'}"
+    return f"{named}: {'; '.join(plan.exceeded) or 'the run stays within them'}" if limits else ""
 
 
 def _format_costs(plan: "Plan") -> str:

@@ -1,4 +1,4 @@
-"""The command that prints policies of AWS."""
+"""The command that prints IAM policies."""
 
 import json
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from fruitdask.cli.common import config_argument, reported, set_option
+from fruitdask.cli.common import config_argument, load, reported, set_option
 
 if TYPE_CHECKING:
     from fruitdask.cluster.ec2.policies import Permission, Role
@@ -23,25 +23,20 @@ if TYPE_CHECKING:
     help="Whose policy: of the machine that runs fruitdask, or of the workers' instance profile.",
 )
 @click.option("--role-name", help="Name of the workers' role; by default that of their instance profile.")
-@click.option("--explain", is_flag=True, help="Say why each action is needed, instead of printing JSON.")
+@click.option("--explain", is_flag=True, help="Explain why each action is needed, instead of printing JSON.")
 @set_option
 def iam_policy(
-    config: str,
-    role: Literal["launcher", "workers", "both"],
-    role_name: str | None,
-    explain: bool,
-    overrides: tuple[str, ...],
+    config: str, role: 'Role | Literal["both"]', role_name: str | None, explain: bool, overrides: tuple[str, ...]
 ) -> None:
-    """Print the least that CONFIG needs to be allowed on AWS, as IAM policies; with --role one alone, ready for aws iam.
+    """Print the minimal permissions that CONFIG needs on AWS, as IAM policies; with --role a single one, for aws iam.
 
     fruitdask iam-policy CONFIG --role workers > policy.json;
     aws iam put-role-policy --role-name ROLE --policy-name fruitdask --policy-document file://policy.json
     """
     from fruitdask.cluster.ec2.policies import ROLES, build_policies, list_actions
-    from fruitdask.core.config import load_config
 
     with reported():
-        loaded = load_config(config, overrides=overrides)
+        loaded = load(config, overrides)
         roles: tuple[Role, ...] = ROLES if role == "both" else (role,)
         policies = build_policies(loaded, role_name=role_name)
         if explain:
@@ -50,7 +45,7 @@ def iam_policy(
         else:
             click.echo(json.dumps(policies if role == "both" else policies[role], indent=2))
         if not any(policies[one]["Statement"] for one in roles):
-            click.echo(f"fruitdask: {config} needs nothing of AWS here", err=True)
+            click.echo(f"fruitdask: {config} needs no permission on AWS here", err=True)
         for note in _list_notes(loaded, role_name):
             click.echo(f"fruitdask: {note}", err=True)
 
@@ -58,7 +53,7 @@ def iam_policy(
 def _explain(
     policies: "dict[Role, dict[str, Any]]", permissions: "list[Permission]", roles: "tuple[Role, ...]"
 ) -> Iterator[str]:
-    """Say what each action is for, by role and statement."""
+    """Explain each action, by role and statement."""
     reasons = {(need.role, need.statement, need.action): need.reason for need in permissions}
     for role, statement in ((role, statement) for role in roles for statement in policies[role]["Statement"]):
         is_denied = statement["Effect"] == "Deny"
@@ -72,10 +67,10 @@ def _explain(
 
 
 def _list_notes(config: "Config", role_name: str | None) -> Iterator[str]:
-    """Say what the configuration leaves open."""
+    """List problems that the policies cannot solve."""
     if config.cluster.kind != "ec2":
         return
     if not config.cluster.iam_instance_profile:
-        yield "cluster.iam_instance_profile is not given: without one, workers have no credentials, whatever their policy"
+        yield "without cluster.iam_instance_profile, workers have no credentials, whatever their policy; set it"
     elif role_name is None:
-        yield "the workers' role is taken to have the name of their instance profile; give --role-name where it has another"
+        yield "the workers' role is assumed to have the name of their instance profile; if not, give --role-name"

@@ -1,21 +1,14 @@
-"""Commands that work on images and results: run, explore, report."""
+"""Commands that compute results: run, explore, report."""
 
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fruitdask.cli.common import (
-    config_argument,
-    overwrite_option,
-    print_rows,
-    reported,
-    set_option,
-    show,
-    verbose_option,
+    config_argument, load, overwrite_option, print_rows, reported, set_option, show, verbose_option
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from fruitdask.core.config import Config
@@ -29,25 +22,23 @@ _SHOWN_CLASSES = 24
 @config_argument
 @set_option
 @overwrite_option
-@click.option("--retry-failed", is_flag=True, help="Take the images again that have failed in an earlier run.")
+@click.option("--retry-failed", is_flag=True, help="Retry images that failed in earlier runs.")
 @verbose_option
 def run(config: str, overrides: tuple[str, ...], overwrite: bool, retry_failed: bool, verbose: bool) -> None:
     """Run CONFIG: list the images, compute features, reduce them, write tables, figures and a report.
 
-    Run it again after an interruption, or when images were added, changed or removed: what is stored is not computed again.
+    Run it again after an interruption, or after images were added, changed or removed: it reuses stored results.
     """
-    from rich.console import Console
-
     from fruitdask.core.progress import choose_progress
 
     overrides += ("output.overwrite=true",) if overwrite else ()
-    again = "what is stored stays, run the same command again to go on" + (", without --overwrite" if overwrite else "")
+    again = "stored results are kept, run the same command again to resume" + ", without --overwrite" * overwrite
     with reported(verbose=verbose, again=again):
-        loaded = _load(config, overrides)
+        loaded = _load_and_prepare(config, overrides)
         from fruitdask.pipeline.run import run as run_pipeline
 
         result = run_pipeline(loaded, retry_failed=retry_failed, progress=choose_progress())
-        _print_summary(result, Console())
+        _print_summary(result)
 
 
 @click.command()
@@ -56,20 +47,18 @@ def run(config: str, overrides: tuple[str, ...], overwrite: bool, retry_failed: 
 @overwrite_option
 @verbose_option
 def explore(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool) -> None:
-    """Look at the images of CONFIG before any network does.
+    """Explore the images of CONFIG without a network.
 
-    Images per class, sizes, colours, differences within classes, duplicates, and which files carry positions or names.
+    Images per class, sizes, colours, differences within classes, duplicates, and files that contain positions or names.
     """
-    from rich.console import Console
-
     from fruitdask.core.progress import choose_progress
 
     overrides += ("output.overwrite=true",) if overwrite else ()
     with reported(verbose=verbose):
-        loaded = _load(config, overrides)
+        loaded = _load_and_prepare(config, overrides)
         from fruitdask.pipeline.explore import explore as explore_images
 
-        _print_exploration(explore_images(loaded, progress=choose_progress()), loaded, Console())
+        _print_exploration(explore_images(loaded, progress=choose_progress()), loaded)
 
 
 @click.command()
@@ -78,42 +67,38 @@ def explore(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: b
 def report(config: str, overrides: tuple[str, ...]) -> None:
     """Draw the figures and the page of CONFIG again, from stored results.
 
-    Needs no cluster and no images; settings of the sections plots and report apply.
+    Needs no cluster and no images. Uses the settings in the sections plots and report.
     """
-    from fruitdask.core.config import load_config
-
     with reported():
-        loaded = load_config(config, overrides=overrides)
+        loaded = load(config, overrides)
         from fruitdask.pipeline.report import render_report
 
         click.echo(f"Wrote {render_report(loaded).location.url}")
 
 
-def _load(config: str, overrides: tuple[str, ...]) -> "Config":
-    """Load the configuration of a command that works on a cluster, and let a local one prepare itself while this process imports."""
+def _load_and_prepare(config: str, overrides: tuple[str, ...]) -> "Config":
+    """Load the configuration of a command that uses a cluster, and prepare a local one while this process imports."""
     from fruitdask.cluster import prepare_local
-    from fruitdask.core.config import load_config
 
-    loaded = load_config(config, overrides=overrides)
+    loaded = load(config, overrides)
     if loaded.cluster.kind == "local":
         prepare_local()
     return loaded
 
 
-def _print_summary(result: "RunResult", console: "Console") -> None:
-    """Print what a run has done and where it is."""
+def _print_summary(result: "RunResult") -> None:
+    """Print the results of a run and their location."""
     from fruitdask.core.listing import format_left_out
     from fruitdask.pipeline.changes import format_changes
 
     manifest, counts = result.manifest, result.manifest["counts"]
     n_images, n_ok, n_vanished = manifest["n_images"], counts["by_status"].get("ok", 0), counts.get("vanished", 0)
-    if result.n_computed == 0 and not result.changes:
-        console.print(f"All {n_images:,} images were done before: nothing to compute.")
-    console.print(_build_class_table(counts["by_class"]))
+    is_done = result.n_computed == 0 and not result.changes
+    above = [f"All {n_images:,} images were already done: nothing to compute."] if is_done else []
     seconds, is_default = manifest["seconds"], manifest["config"]["input"].get("extensions") is None
     rows = {
         "images": f"{n_ok:,} ok, {n_images - n_ok:,} failed"
-        + (f", {n_vanished:,} of them not in the input any more" if n_vanished else ""),
+        + (f", {n_vanished:,} of them no longer in the input" if n_vanished else ""),
         "left out": format_left_out(manifest.get("left_out", {}), is_default=is_default),
         "since the last run": format_changes(result.changes),
         "model": _format_model(manifest["model"]),
@@ -129,11 +114,11 @@ def _print_summary(result: "RunResult", console: "Console") -> None:
         "results": result.output.url,
         "report": result.report.location.url if manifest["config"]["report"]["enabled"] else "",
     }
-    print_rows(rows, console)
+    print_rows(rows, *above, _build_class_table(counts["by_class"]))
 
 
-def _print_exploration(found: "Exploration", config: "Config", console: "Console") -> None:
-    """Print what an exploration has found and where it is."""
+def _print_exploration(found: "Exploration", config: "Config") -> None:
+    """Print the results of an exploration and their location."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -151,30 +136,28 @@ def _print_exploration(found: "Exploration", config: "Config", console: "Console
         )
     if len(found.classes) > _SHOWN_CLASSES:
         table.add_row(f"... and {len(found.classes) - _SHOWN_CLASSES} more classes")
-    console.print(table)
     summary = found.summary
     rows = {
         "images": f"{summary['n_ok']:,} readable, {summary['n_images'] - summary['n_ok']:,} not",
         "left out": format_left_out(summary.get("left_out", {}), is_default=config.input.extensions is None),
         "duplicates": _format_groups(summary["duplicates"]),
         "near duplicates": _format_groups(summary["near_duplicates"]),
-        "files that carry": ", ".join(f"{kind} {count:,}" for kind, count in summary["metadata"].items()),
+        "files that contain": ", ".join(f"{kind} {count:,}" for kind, count in summary["metadata"].items()),
         "results": config.output.url,
         "report": f"{config.output.url.rstrip('/')}/report.html" if config.report.enabled else "",
     }
-    print_rows(rows, console)
+    print_rows(rows, table)
 
 
 def _format_groups(groups: dict[str, int]) -> str:
-    """Say how many images are there more than once."""
-    across = (
-        f", {groups['n_groups_across_classes']:,} of them across classes" if groups["n_groups_across_classes"] else ""
-    )
+    """Describe the numbers of duplicate images and groups."""
+    n_across = groups["n_groups_across_classes"]
+    across = f", {n_across:,} of them across classes" if n_across else ""
     return f"{groups['n_images']:,} images in {groups['n_groups']:,} groups{across}"
 
 
 def _build_class_table(by_class: dict[str, dict[str, int]]) -> "Table":
-    """Build the table of images by class; of very many classes those with failures and the first."""
+    """Build the table of images by class; if there are many, prefer classes with failures."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -184,33 +167,32 @@ def _build_class_table(by_class: dict[str, dict[str, int]]) -> "Table":
     shown = sorted(by_class, key=lambda label: -by_class[label]["failed"])[:_SHOWN_CLASSES]
     for label in sorted(shown):
         counts = by_class[label]
-        table.add_row(
-            escape(show(label)), f"{counts['ok']:,}", f"{counts['failed']:,}", style="red" if counts["failed"] else None
-        )
+        style = "red" if counts["failed"] else None
+        table.add_row(escape(show(label)), f"{counts['ok']:,}", f"{counts['failed']:,}", style=style)
     if len(by_class) > len(shown):
         table.add_row(f"... and {len(by_class) - len(shown)} more classes", "", "")
     return table
 
 
-def _format_model(model: "dict[str, Any]") -> str:
-    """Say which network made the features, and which of its layers; runs of earlier versions do not know the layer."""
+def _format_model(model: dict[str, Any]) -> str:
+    """Describe the network and the layer of the features."""
     layer = f"layer {model['layer']}, " if model.get("layer") else ""
     return f"{model['name']}, {layer}{model['n_features']} features, {model['engine']}"
 
 
-def _format_shares(manifest: "dict[str, Any]") -> str:
-    """Say what workers have spent their time on, the most first: that is what limits them."""
+def _format_shares(manifest: dict[str, Any]) -> str:
+    """Describe how workers spent their time, the largest share first."""
     seconds = manifest["seconds"]
     spent = dict(seconds.get("worker", {}))
-    # Partitions overlap a little, so the stages may add up to more than has passed.
+    # Partitions overlap a little, so the sum of the stages may exceed the elapsed time.
     whole = max(seconds.get("featurize", 0.0) * manifest["cluster"]["n_threads"], sum(spent.values()))
     spent["idle"] = whole - sum(spent.values())
     shares = sorted(spent.items(), key=lambda item: -item[1])
     return ", ".join(f"{stage} {value / whole:.0%}" for stage, value in shares) if whole else ""
 
 
-def _format_cost(cost: "dict[str, Any] | None") -> str:
-    """Format what the instances of a run have cost, those of interrupted parts of it too."""
+def _format_cost(cost: dict[str, Any] | None) -> str:
+    """Format the cost of a run's instances, including those of interrupted attempts."""
     if cost is None:
         return ""
     hours = sum(figures["seconds"] for figures in cost["instances"].values()) / 3600
@@ -218,8 +200,8 @@ def _format_cost(cost: "dict[str, Any] | None") -> str:
     return f"${cost['dollars']:.2f} for {hours:.2f} hours of instances, by prices of {cost['prices_of']}{unknown}"
 
 
-def _format_explained(pca: "dict[str, Any] | None") -> str:
-    """Format the variance explained by the first components and by all; say so where an earlier run fitted them."""
+def _format_explained(pca: dict[str, Any] | None) -> str:
+    """Format the variance explained by the first components and by all, and the number of images of an earlier fit."""
     if pca is None:
         return ""
     ratios = pca["explained_variance_ratio"]

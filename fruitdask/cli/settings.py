@@ -1,22 +1,21 @@
-"""Commands around configurations and data: validate, schema, sample."""
+"""Commands for configurations and sample data: validate, schema, sample."""
 
 import json
 
 import click
 
-from fruitdask.cli.common import config_argument, reported, set_option
+from fruitdask.cli.common import config_argument, load, reported, set_option
 
 
 @click.command()
 @config_argument
 @set_option
 def validate(config: str, overrides: tuple[str, ...]) -> None:
-    """Check CONFIG without touching the data."""
-    from fruitdask.core.config import load_config
+    """Check CONFIG without reading the data."""
     from fruitdask.worker.models import check_name
 
     with reported():
-        check_name(load_config(config, overrides=overrides).model)
+        check_name(load(config, overrides).model)
         click.echo(f"{config} is valid.")
 
 
@@ -32,7 +31,7 @@ def schema() -> None:
 @click.argument("folder", type=click.Path())
 @click.option("--per-class", default=24, show_default=True, help="Images per class.")
 @click.option("--size", "size_px", default=160, show_default=True, help="Side of the images, in pixels.")
-@click.option("--seed", default=0, show_default=True, help="Another seed draws other fruits.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the differences between images.")
 def sample(folder: str, per_class: int, size_px: int, seed: int) -> None:
     """Draw a small data set of turning fruits into FOLDER, in the style of Fruits-360."""
     from fruitdask.core.sample import draw_sample

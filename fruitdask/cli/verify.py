@@ -1,4 +1,4 @@
-"""The command that reads results again and says what is damaged."""
+"""The command that verifies results and repairs damaged ones."""
 
 import shlex
 import sys
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fruitdask.cli.common import print_rows, reported, verbose_option
+from fruitdask.cli.common import load, print_rows, reported, verbose_option
 
 if TYPE_CHECKING:
     from fruitdask.pipeline.verify import Verification
@@ -15,18 +15,17 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("output")
-@click.option("--repair", is_flag=True, help="Take away or restore what is damaged, so that the next run mends it.")
+@click.option("--repair", is_flag=True, help="Delete or restore damaged results, so that the next run repairs them.")
 @verbose_option
 def verify(output: str, repair: bool, verbose: bool) -> None:
-    """Read all results in OUTPUT again and name everything that is damaged, missing, or does not agree.
+    """Read all results in OUTPUT and report everything that is damaged, missing or inconsistent.
 
-    OUTPUT is a folder or URL, or the configuration file that names it, for its storage options. No image is read, no cluster started; of a
-    run that is not finished, what is done is verified. The exit code is 0 where all is well, or was repaired, and 1 where it is not.
+    OUTPUT is a folder or URL, or the configuration file of the run, for its storage options. Reads no image and starts
+    no cluster. Verifies what an unfinished run has stored so far. The exit code is 0 if there is no fault, or all were
+    repaired, and 1 otherwise.
 
-    With --repair the next fruitdask run computes what is damaged again and nothing else. Let no run be at work in OUTPUT meanwhile.
+    After --repair, the next fruitdask run computes only the damaged results again. No run may use OUTPUT meanwhile.
     """
-    from rich.console import Console
-
     from fruitdask.core.progress import choose_progress
 
     with reported(verbose=verbose):
@@ -34,22 +33,20 @@ def verify(output: str, repair: bool, verbose: bool) -> None:
         from fruitdask.pipeline.verify import verify as verify_output
 
         found = verify_output(url, storage_options=options, repair=repair, progress=choose_progress())
-        _print(found, output, Console())
+        _print(found, output)
     sys.exit(0 if found.is_well or found.is_repaired and found.can_be_mended else 1)
 
 
 def _find_output(output: str) -> tuple[str, dict[str, Any]]:
-    """Find the folder, and the options to reach it."""
+    """Find the output folder and its storage options."""
     if not Path(output).is_file():
         return output, {}
-    from fruitdask.core.config import load_config
-
-    config = load_config(output)
+    config = load(output, ())
     return config.output.url, dict(config.output.storage_options)
 
 
-def _print(found: "Verification", output: str, console: Any) -> None:
-    """Print what was found, and what to do."""
+def _print(found: "Verification", output: str) -> None:
+    """Print the faults, and what to do."""
     from fruitdask.core.storage import hide_secrets
 
     for fault in found.faults:
@@ -61,14 +58,14 @@ def _print(found: "Verification", output: str, console: Any) -> None:
         "next": _advise(found, output),
         "results": hide_secrets(found.output.url),
     }
-    print_rows(rows, console)
+    print_rows(rows)
 
 
 def _advise(found: "Verification", output: str) -> str:
-    """Say what to do about faults."""
+    """Advise what to do about faults."""
     if found.is_well:
         return ""
     if not found.can_be_mended:
-        return "fruitdask run with --overwrite, or the folder from a backup"
+        return "fruitdask run with --overwrite, or restore the folder from a backup"
     run = "fruitdask run with its configuration"
     return run if found.is_repaired else f"fruitdask verify {shlex.quote(output)} --repair, then {run}"

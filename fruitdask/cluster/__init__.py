@@ -1,4 +1,4 @@
-"""Dask clusters: started or found, handed over as a client, and closed again."""
+"""Dask clusters: start or find one, hand over its client, and close both."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,6 +12,9 @@ from fruitdask.core.config import ClusterConfig
 from fruitdask.core.guard import leave_imported_script
 
 __all__ = ["choose_workers", "list_usage", "open_client", "prepare_local"]
+
+_OPENERS: dict[str, Callable[[Any], AbstractContextManager[Any]]]
+_OPENERS = {"local": open_local, "address": open_address, "ec2": open_ec2}
 
 
 def open_client(config: ClusterConfig) -> AbstractContextManager[Any]:
@@ -31,25 +34,19 @@ def open_client(config: ClusterConfig) -> AbstractContextManager[Any]:
     Raises
     ------
     ClusterStartError
-        On entering it, if the cluster does not start or cannot be reached in time; on leaving it, if instances cannot be terminated.
+        On entering it, if the cluster does not start or cannot be reached in time; on leaving it, if instances cannot
+        be terminated.
     ConfigError
         On entering it, if options cannot be passed on to instances.
     ScriptError
         On entering it, if it is opened by a script without the guard ``if __name__ == "__main__":``.
     """
     leave_imported_script()
-    openers: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
-        "local": open_local,
-        "address": open_address,
-        "ec2": open_ec2,
-    }
-    return openers[config.kind](config)
+    return _OPENERS[config.kind](config)
 
 
 def list_usage(client: Any) -> list[Usage]:
-    """List what ran how long for a client, also after it was closed."""
-    cluster = getattr(client, "cluster", None)
-    if cluster is None or not hasattr(cluster, "list_usage"):
-        return []
-    usage: list[Usage] = cluster.list_usage()
+    """List the running times of a client's instances, also after it was closed."""
+    list_usage_of = getattr(getattr(client, "cluster", None), "list_usage", list)
+    usage: list[Usage] = list_usage_of()
     return usage

@@ -1,4 +1,4 @@
-"""Clusters that run already."""
+"""Clusters that are already running."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,18 +15,17 @@ def open_address(config: AddressClusterConfig) -> Iterator[Any]:
 
     from fruitdask.cluster.versions import check_versions
 
+    where, timeout = f"cluster.address {config.address}", f"{config.timeout_seconds:g} s"
     try:
         client = Client(config.address, timeout=config.timeout_seconds)
     except (OSError, ValueError) as error:
-        raise ClusterStartError(
-            f"cluster.address {config.address}: no scheduler answered within {config.timeout_seconds:g} s; check that it runs there"
-        ) from error
+        raise ClusterStartError(f"{where}: no scheduler answered within {timeout}; check that it runs there") from error
     with client:
         try:
             client.wait_for_workers(1, timeout=config.timeout_seconds)
         except TimeoutError as error:
             raise ClusterStartError(
-                f"cluster.address {config.address}: no worker within {config.timeout_seconds:g} s; start one: dask worker {config.address}"
+                f"{where}: no worker within {timeout}; start one: dask worker {config.address}"
             ) from error
         check_versions(client)
         yield client

@@ -1,4 +1,4 @@
-"""Where images, results and machines are: asked before the first byte is read, and refused where they may not be."""
+"""Regions of images, results and machines: found, and checked against the allowed ones, before reading a byte."""
 
 import difflib
 import ipaddress
@@ -13,12 +13,11 @@ from fruitdask.core.config import ClusterConfig, Config
 from fruitdask.core.storage import Location, explained, hide_secrets
 from fruitdask.errors import ResidencyError, StorageError
 
-#: What stands for a region: this machine, whose place its user knows, and what nobody says.
+#: Instead of a region: this machine, whose place its user knows, and unknown places.
 LOCAL, UNKNOWN = "local", "unknown"
 
-#: Regions inside the European Union and where they are; PRIVACY.md names the sources. London, Zurich, Norway are outside.
-EU_REGIONS: Mapping[str, str] = {
-    # Amazon's
+#: Regions of AWS in the European Union and their places; PRIVACY.md names the sources. London and Zurich are outside.
+AWS_EU_REGIONS: Mapping[str, str] = {
     "eu-central-1": "Frankfurt, Germany",
     "eu-north-1": "Stockholm, Sweden",
     "eu-south-1": "Milan, Italy",
@@ -26,7 +25,10 @@ EU_REGIONS: Mapping[str, str] = {
     "eu-west-1": "Ireland",
     "eu-west-3": "Paris, France",
     "eusc-de-east-1": "European Sovereign Cloud, Germany",
-    # Microsoft's
+}
+#: Those of AWS and of Azure, where Norway is outside.
+EU_REGIONS: Mapping[str, str] = {
+    **AWS_EU_REGIONS,
     "austriaeast": "Vienna, Austria",
     "belgiumcentral": "Brussels, Belgium",
     "denmarkeast": "Denmark",
@@ -43,7 +45,7 @@ EU_REGIONS: Mapping[str, str] = {
     "westeurope": "Netherlands",
 }
 
-#: Amazon's own servers, of its commercial, Chinese and European sovereign clouds, by the end of their names.
+#: Domains of Amazon's servers: its commercial, Chinese and European sovereign clouds.
 _AMAZON = (".amazonaws.com", ".amazonaws.com.cn", ".amazonaws.eu")
 _REGION_HEADER = "x-amz-bucket-region"
 
@@ -52,22 +54,22 @@ _Allowed = Literal["eu"] | tuple[str, ...]
 
 @dataclass(frozen=True)
 class _Finding:
-    """What is known of where a place is; a problem ends a run for which that matters, whatever regions it allows."""
+    """The region of a place; a problem ends any run that restricts regions."""
 
     place: str
     name: str
     region: str = UNKNOWN
     problem: str = ""
-    advice: str = "take one that is"
+    advice: str = "choose one that is"
 
 
 def find_regions(config: Config, *, scheduler: str | None = None) -> dict[str, str]:
-    """Find the regions of everything a run reads, writes and computes on, as far as somebody says."""
+    """Find the regions of everything that a run reads, writes and computes on, as far as they are known."""
     return {finding.place: finding.region for finding in _find_all(config, scheduler)}
 
 
 def check_regions(config: Config, *, scheduler: str | None = None) -> dict[str, str]:
-    """Find the regions of a run, and refuse those that ``privacy.allowed_regions`` does not name."""
+    """Find the regions of a run, and refuse those that ``privacy.allowed_regions`` does not allow."""
     regions = {}
     for finding in _find_all(config, scheduler):
         if config.privacy.allowed_regions is not None:
@@ -77,12 +79,12 @@ def check_regions(config: Config, *, scheduler: str | None = None) -> dict[str, 
 
 
 def _find_all(config: Config, scheduler: str | None) -> Iterator[_Finding]:
-    """Find where everything is, one after the other."""
+    """Find where everything is, one place at a time."""
     source = Location(config.input.url, config.input.storage_options)
     yield _find_storage("input", source, config.input.region, key="input.region")
     if config.input.manifest is not None and "://" in config.input.manifest:
         manifest = Location(config.input.manifest, config.input.storage_options)
-        # What is declared of the images holds for a list on the same server.
+        # The declared region of the images applies to a manifest on the same server.
         declared = config.input.region if _have_same_host(manifest, source) else None
         yield _find_storage("manifest", manifest, declared)
     if "://" in config.model.weights:
@@ -94,7 +96,7 @@ def _find_all(config: Config, scheduler: str | None) -> Iterator[_Finding]:
 
 
 def _check(finding: _Finding, allowed: _Allowed) -> None:
-    """Refuse a place that is, or may be, elsewhere than allowed."""
+    """Refuse a place that is, or may be, in a region that is not allowed."""
     if finding.problem:
         raise ResidencyError(f"{finding.place}: {finding.problem}")
     names = (allowed,) if isinstance(allowed, str) else allowed
@@ -102,22 +104,18 @@ def _check(finding: _Finding, allowed: _Allowed) -> None:
         return
     shown = ", ".join("eu (the European Union)" if name == "eu" else name for name in names) or "none"
     raise ResidencyError(
-        f"{finding.place}: {finding.name} is in {finding.region}, but privacy.allowed_regions has {shown}; {finding.advice}, or change "
-        f"privacy.allowed_regions{_hint_at_typos(names)}"
+        f"{finding.place}: {finding.name} is in {finding.region}, but privacy.allowed_regions has {shown}; "
+        f"{finding.advice}, or change privacy.allowed_regions{_suggest_regions(names)}"
     )
 
 
-def _hint_at_typos(names: tuple[str, ...]) -> str:
-    """Say which region was probably meant by a name that Amazon and the list above do not know."""
+def _suggest_regions(names: tuple[str, ...]) -> str:
+    """Suggest regions for names that are probably misspelled."""
     import botocore.session
 
-    session = botocore.session.Session()
-    partitions = session.get_available_partitions()
-    known = {
-        "eu",
-        *EU_REGIONS,
-        *(region for each in partitions for region in session.get_available_regions("ec2", each)),
-    }
+    session, known = botocore.session.Session(), {"eu", *EU_REGIONS}
+    for partition in session.get_available_partitions():
+        known.update(session.get_available_regions("ec2", partition))
     near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in names if name not in known}
     return "".join(f"; did you mean {close[0]} by {name}?" for name, close in near.items() if close)
 
@@ -125,8 +123,8 @@ def _hint_at_typos(names: tuple[str, ...]) -> str:
 def _find_storage(place: str, location: Location, declared: str | None, *, key: str | None = None) -> _Finding:
     """Find where a folder or file is."""
     name, location = hide_secrets(location.url), location.base
-    say_it = f"say where it is by {key}" if key else "take one on the server of the images, or on this machine"
-    nobody = f"privacy.allowed_regions needs the region of {{}}, which nobody says; {say_it}"
+    remedy = f"set {key}" if key else "use one on the server of the images, or on this machine"
+    unknown = f"privacy.allowed_regions needs the region of {{}}, which is unknown; {remedy}"
     try:
         if location.is_local:
             return _Finding(place, name, declared or LOCAL)
@@ -134,19 +132,19 @@ def _find_storage(place: str, location: Location, declared: str | None, *, key: 
         if declared and not is_amazon:
             return _Finding(place, name, declared)
         if not location.is_s3:
-            return _Finding(place, name, problem=nobody.format(name))
+            return _Finding(place, name, problem=unknown.format(name))
         bucket = location.fs.split_path(location.path)[0]
         name = f"the bucket {bucket}"
         region = _ask_bucket(location, bucket, is_amazon=is_amazon)
     except StorageError as error:
         return _Finding(place, name, problem=f"{error}; privacy.allowed_regions needs to know the region")
     if region is None:
-        return _Finding(place, name, problem=nobody.format(name))
+        return _Finding(place, name, problem=unknown.format(name))
     if is_amazon:
         differs = declared and key and region != declared
         problem = f"{name} is in {region}, not in {declared} as {key} says; correct {key}" if differs else ""
         return _Finding(place, name, region, problem=problem)
-    return _Finding(place, name, region, advice=f"take one that is, or {say_it} if its server is mistaken")
+    return _Finding(place, name, region, advice=f"choose one that is, or {remedy} if its server reports a wrong region")
 
 
 def _have_same_host(one: Location, other: Location) -> bool:
@@ -156,7 +154,7 @@ def _have_same_host(one: Location, other: Location) -> bool:
 
 
 def _is_amazon(location: Location) -> bool:
-    """Whether it is on one of Amazon's own servers, which know where they are."""
+    """Whether it is on one of Amazon's servers, which report their regions reliably."""
     if not location.is_s3:
         return False
     with explained(location, "find the region of"):
@@ -165,7 +163,7 @@ def _is_amazon(location: Location) -> bool:
 
 
 def _ask_bucket(location: Location, bucket: str, *, is_amazon: bool) -> str | None:
-    """Ask for the region of a bucket, by the client that is to read or write it."""
+    """Ask for the region of a bucket, with the client that will read or write it."""
     fs = location.fs
     with explained(location, "find the region of"):
         region = _head_bucket(fs, bucket).get(_REGION_HEADER)
@@ -177,11 +175,11 @@ def _ask_bucket(location: Location, bucket: str, *, is_amazon: bool) -> str | No
 
 
 def _head_bucket(fs: Any, bucket: str) -> Mapping[str, str]:
-    """Get the headers of what a server says of a bucket; Amazon names the region even where it denies all else."""
+    """Get the headers of a server's response about a bucket; Amazon names the region even if it denies access."""
     try:
         response: Any = fs.call_s3("head_bucket", Bucket=bucket)
     except Exception as error:
-        # s3fs raises its own errors from those of botocore, which alone carry the headers.
+        # s3fs raises its own errors from those of botocore, and only the latter have the headers.
         response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
     headers: Mapping[str, str] = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     return headers
@@ -196,7 +194,7 @@ def _find_cluster(cluster: ClusterConfig, scheduler: str | None) -> _Finding:
     if address is None or (region is None and is_loopback(address)):
         return _Finding("cluster", "this machine", LOCAL)
     name = f"the cluster at {address}"
-    problem = f"privacy.allowed_regions needs the region of {name}, which nobody says; add cluster.region"
+    problem = f"privacy.allowed_regions needs the region of {name}, which is unknown; add cluster.region"
     if cluster.kind != "address":
         problem += " to a cluster of kind: address"
     return _Finding("cluster", name, region or UNKNOWN, problem="" if region else problem)
@@ -207,22 +205,18 @@ def _find_ec2(region: str | None, zones: str | list[str] | None) -> _Finding:
     name = "the cluster on EC2"
     if region is None:
         return _Finding("cluster", name, problem=f"no region is set for {name}; add cluster.region")
-    elsewhere = [
-        zone
-        for zone in ([zones] if isinstance(zones, str) else zones or [])
-        if not re.fullmatch(rf"{re.escape(region)}[a-z]", zone)
-    ]
-    problem = (
-        f"expected cluster.availability_zone to name a zone of {region} such as {region}a, found {elsewhere[0]}, which may be in another "
-        "country; take another zone"
-        if elsewhere
-        else ""
-    )
-    return _Finding("cluster", name, region, problem=problem)
+    for zone in [zones] if isinstance(zones, str) else zones or []:
+        if not re.fullmatch(rf"{re.escape(region)}[a-z]", zone):
+            problem = (
+                f"expected cluster.availability_zone to name a zone of {region} such as {region}a, found {zone}, "
+                "which may be in another country; choose another zone"
+            )
+            return _Finding("cluster", name, region, problem=problem)
+    return _Finding("cluster", name, region)
 
 
 def is_loopback(address: str) -> bool:
-    """Tell whether a Dask scheduler listens where this machine alone can reach it.
+    """Whether only this machine can reach a Dask scheduler.
 
     >>> is_loopback("tcp://127.0.0.1:8786"), is_loopback("localhost:8786"), is_loopback("tls://10.0.0.5:8786")
     (True, True, False)

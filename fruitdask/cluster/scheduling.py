@@ -1,4 +1,4 @@
-"""Mapping: a function over partitions on a cluster, a bounded number in flight, and a value that all tasks need delivered to it."""
+"""Scheduling: map a function over partitions on a cluster, a bounded number in flight, with a broadcast value."""
 
 import threading
 import time
@@ -16,21 +16,20 @@ from fruitdask.errors import FruitdaskError, PartitionError
 
 Result = TypeVar("Result")
 
-#: Partitions in flight for each thread of the cluster: one that ends, one in work, one waiting at the worker.
+#: Partitions in flight per thread of the cluster: one finishing, one running, one waiting at the worker.
 _PARTITIONS_PER_THREAD = 3
-#: How often a task that fails is tried again.
 _TASK_RETRIES = 2
-#: How often a partition may be lost with the last worker that held what tasks need, before it is suspected. Dask counts the deaths of
-#: workers that leave another one behind: more than ``distributed.scheduler.allowed-failures`` (3), and the task has failed.
+#: Losses of a partition with the last worker that holds the broadcast value, before it is suspected. If another worker
+#: remains, Dask counts: the task fails after ``distributed.scheduler.allowed-failures`` (3) deaths.
 _MAX_LOSSES = 3
-#: How often the value is delivered again without a single task being done: something must be wrong with all of them.
-_MAX_DELIVERIES_IN_VAIN = 60
-#: How long to wait for a worker after the last one died: a nanny starts another in seconds, a cloud in minutes.
+#: Broadcasts in a row without a finished task in between.
+_MAX_USELESS_BROADCASTS = 60
+#: Timeout for a new worker after the last one died: a nanny needs seconds, a cloud minutes.
 _WORKER_TIMEOUT_SECONDS = 600
-#: How often in a row it may break off.
-_MAX_BROKEN_DELIVERIES = 3
-#: How often to look whether all workers have paused, and how often in a row they may have, with nothing done meanwhile: half a minute.
-_LOOK_SECONDS, _MAX_PAUSES_SEEN = 10, 4
+#: Attempts of one broadcast whose connection breaks.
+_BROADCAST_ATTEMPTS = 3
+#: Interval of checks whether all workers are paused, and the number in a row, without a finished task, that ends a run.
+_POLL_SECONDS, _MAX_PAUSED_POLLS = 10, 4
 
 
 def map_partitions(
@@ -44,16 +43,16 @@ def map_partitions(
 ) -> None:
     """Call ``function(partition, delivered, *arguments)`` for each partition on a cluster, a bounded number at a time.
 
-    What all tasks need is scattered to all workers once. If the last worker that holds it dies, it is scattered again
-    and what was in flight is submitted again. A partition whose workers die again and again is put off until all others
-    are done; then halves of it are tried until the images are found that do it, and the function is called with a
-    partition that says to avoid them.
+    The value ``delivered`` is broadcast to all workers once. If the last worker that holds it dies, it is broadcast
+    again, and the partitions in flight are submitted again. A partition whose workers die repeatedly is postponed until
+    all others are done; then a bisection with ``probe`` finds its poison images, and the function is called with a
+    partition that excludes them.
     """
     tasks = _Tasks(client, delivered, arguments)
     deadly: list[Partition] = []
-    watch = _PauseWatch(client, tasks)
+    ended = threading.Event()
     try:
-        watch.start()
+        threading.Thread(target=_monitor_pauses, args=(client, tasks, ended), daemon=True).start()
         for partition, result in tasks.run(function, partitions):
             if isinstance(result, _Death):
                 deadly.append(partition)
@@ -65,43 +64,43 @@ def map_partitions(
         if isinstance(error, FruitdaskError):
             raise
         raise PartitionError(
-            f"the cluster was lost: {str(error) or type(error).__name__}; what is stored stays, run again to go on"
+            f"the cluster was lost: {str(error) or type(error).__name__}; stored results are kept, run again to resume"
         ) from error
     finally:
-        watch.stop()
+        ended.set()
         tasks.cancel()
 
 
 @dataclass(frozen=True)
 class _Death:
-    """Instead of a result: how the workers of a task have died."""
+    """In place of a result: how the workers of a task died."""
 
     message: str
 
 
 class _Tasks:
-    """Tasks on a cluster, and what all of them need."""
+    """Tasks on a cluster, and the value that all of them need."""
 
     def __init__(self, client: Any, delivered: Any, arguments: tuple[Any, ...]) -> None:
         self._client = client
         self._arguments = arguments
-        self._delivery = _Delivery(client, delivered, self._check)
+        self._broadcast = _Broadcast(client, delivered, self._check)
         self._in_flight: dict[Any, Partition] = {}
-        self._verdict = ""
+        self._reason = ""
         self.n_done = 0
 
     def run(
         self, function: Callable[..., Result], partitions: Iterable[Partition]
     ) -> Iterator[tuple[Partition, Result | _Death]]:
-        """Run a function over partitions, as many at a time as the cluster is large; gives results in the order of completion."""
+        """Run a function over partitions, a bounded number at a time, and yield results in the order of completion."""
         from distributed import as_completed
 
         queue, completed, n_losses = iter(partitions), as_completed(), Counter[int]()
-        self._delivery.renew()
+        self._broadcast.renew()
 
         def submit(partition: Partition) -> None:
             self._check()
-            arguments = (partition, self._delivery.future, *self._arguments)
+            arguments = (partition, self._broadcast.future, *self._arguments)
             key = f"{function.__name__}-{uuid.uuid4().hex}"
             future = self._client.submit(_call, function, *arguments, key=key, pure=False, retries=_TASK_RETRIES)
             self._in_flight[future] = partition
@@ -113,37 +112,37 @@ class _Tasks:
             partition = self._in_flight.pop(future)
             try:
                 result = _get_result(future, partition)
-                self._delivery.n_in_vain = 0
+                self._broadcast.n_useless = 0
                 self.n_done += 1
             except CancelledError:
                 self._check()
-                self._delivery.renew()
+                self._broadcast.renew()
                 n_losses[partition.index] += 1
                 if n_losses[partition.index] <= _MAX_LOSSES:
                     submit(partition)
                     continue
-                result = _Death(f"the last worker died {_MAX_LOSSES + 1} times over while it was in work")
+                result = _Death(f"the last worker died {_MAX_LOSSES + 1} times while it was running")
             yield partition, result
             for partition in islice(queue, max(0, _count_window(self._client) - len(self._in_flight))):
                 submit(partition)
 
     def run_alone(self, function: Callable[..., Result], partition: Partition) -> Result | _Death:
-        """Run a function on a partition while nothing else runs that could be to blame."""
+        """Run a function on a partition while no other task runs that could kill a worker."""
         ((_, result),) = self.run(function, [partition])
         return result
 
-    def give_up(self, verdict: str) -> None:
-        """Cancel what is in flight, from another thread, for a reason in words."""
-        self._verdict = verdict
+    def abort(self, reason: str) -> None:
+        """Cancel all tasks from another thread, and raise the reason in the thread that runs them."""
+        self._reason = reason
         self.cancel()
 
     def _check(self) -> None:
-        """End the work that was given up."""
-        if self._verdict:
-            raise PartitionError(self._verdict)
+        """Raise the reason if the tasks were aborted."""
+        if self._reason:
+            raise PartitionError(self._reason)
 
     def cancel(self) -> None:
-        """Cancel what is in flight; where the scheduler is gone there is nothing left to cancel."""
+        """Cancel the tasks in flight, unless the scheduler has ended."""
         from distributed.client import ClosedClientError
 
         with suppress(OSError, TimeoutError, ClosedClientError):
@@ -153,26 +152,27 @@ class _Tasks:
 def _run_deadly(
     tasks: _Tasks, function: Callable[..., Result], partition: Partition, probe: Callable[..., object] | None
 ) -> Result:
-    """Run a function on a partition that has killed workers, or was near one that did, without the images that do it."""
+    """Run a function on a partition that was running when workers died, excluding its poison images."""
     result = tasks.run_alone(function, partition)
     if isinstance(result, _Death) and probe is not None:
         everything = frozenset(range(len(partition.paths)))
 
         def kills(places: Sequence[int]) -> bool:
-            return isinstance(tasks.run_alone(probe, replace(partition, avoided=everything.difference(places))), _Death)
+            others = everything.difference(places)
+            return isinstance(tasks.run_alone(probe, replace(partition, excluded=others)), _Death)
 
-        found = frozenset(_find_deadly(sorted(everything - partition.avoided), kills))
-        result = tasks.run_alone(function, replace(partition, avoided=partition.avoided | found))
+        found = frozenset(_find_deadly(sorted(everything - partition.excluded), kills))
+        result = tasks.run_alone(function, replace(partition, excluded=partition.excluded | found))
     if isinstance(result, _Death):
         raise PartitionError(
-            f"{_name(partition)} kills its workers, whichever of its images is left out ({result.message}); give workers more memory, or "
-            "set a smaller featurize.max_pixels or featurize.images_per_partition"
+            f"{_name(partition)} kills its workers, whichever images are excluded ({result.message}); give workers "
+            "more memory, or set a smaller featurize.max_pixels or featurize.images_per_partition"
         )
     return result
 
 
 def _find_deadly(places: Sequence[int], kills: Callable[[Sequence[int]], bool]) -> list[int]:
-    """Find the images that kill workers by themselves, among some that do together."""
+    """Find the images that kill workers alone, by bisection of images that kill workers together."""
     if len(places) == 1:
         return list(places) if kills(places) else []
     left, right = places[: len(places) // 2], places[len(places) // 2 :]
@@ -182,11 +182,10 @@ def _find_deadly(places: Sequence[int], kills: Callable[[Sequence[int]], bool]) 
 
 
 def let_next_begin() -> None:
-    """
-    Let a worker begin its next partition while this one ends; to be called by a task when it has asked for all that it reads.
+    """Let the worker start its next partition; a task calls this once it has requested all files that it reads.
 
-    The next one's files arrive while this one computes, and it computes while this one writes. Where there is no worker, nothing
-    happens.
+    The files of the next partition then arrive while this one computes, and it computes while this one writes. Outside
+    a worker, nothing happens.
     """
     from distributed import get_worker, secede
 
@@ -197,38 +196,23 @@ def let_next_begin() -> None:
     secede()
 
 
-class _PauseWatch:
-    """Looks whether every worker has paused for want of memory with nothing in work, for then nothing will ever be: Dask waits."""
-
-    def __init__(self, client: Any, tasks: _Tasks) -> None:
-        self._client = client
-        self._tasks = tasks
-        self._end = threading.Event()
-
-    def start(self) -> None:
-        """Begin to look, in a thread."""
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def stop(self) -> None:
-        """Look no more."""
-        self._end.set()
-
-    def _watch(self) -> None:
-        n_seen, n_done = 0, 0
-        while not self._end.wait(_LOOK_SECONDS):
-            try:
-                finding = _find_pause(self._client)
-            except Exception:
-                # That the cluster is closed or lost, whoever waits for it will say.
-                continue
-            n_seen = n_seen + 1 if finding and n_done == self._tasks.n_done else bool(finding)
-            n_done = self._tasks.n_done
-            if n_seen == _MAX_PAUSES_SEEN:
-                return self._tasks.give_up(f"{finding}; what is stored stays, run again to go on")
+def _monitor_pauses(client: Any, tasks: _Tasks, ended: threading.Event) -> None:
+    """Abort the tasks if all workers stay paused for lack of memory: Dask would wait for ever."""
+    n_paused, n_done = 0, 0
+    while not ended.wait(_POLL_SECONDS):
+        try:
+            problem = _describe_pause(client)
+        except Exception:
+            # The thread that runs the tasks reports a closed or lost cluster.
+            continue
+        n_paused = n_paused + 1 if problem and n_done == tasks.n_done else bool(problem)
+        n_done = tasks.n_done
+        if n_paused == _MAX_PAUSED_POLLS:
+            return tasks.abort(f"{problem}; stored results are kept, run again to resume")
 
 
-def _find_pause(client: Any) -> str:
-    """Say that every worker has paused, if so, with nothing in work whose end could free memory."""
+def _describe_pause(client: Any) -> str:
+    """Describe that all workers are paused without a running task that could free memory; empty if not."""
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     busy = ("executing", "long-running", "cancelled")
     if not workers or any(
@@ -238,69 +222,71 @@ def _find_pause(client: Any) -> str:
         return ""
     used, limit = max((worker["metrics"]["memory"], worker["memory_limit"]) for worker in workers)
     return (
-        f"every worker has paused, for its memory is nearly full ({used / 1e6:,.0f} of {limit / 1e6:,.0f} MB with nothing in work); give "
-        "workers more memory (cluster.memory_limit) or have fewer of them"
+        f"every worker is paused because its memory is nearly full ({used / 1e6:,.0f} of {limit / 1e6:,.0f} MB without "
+        "a running task); give workers more memory (cluster.memory_limit), or use fewer workers"
     )
 
 
-class _Delivery:
-    """A value to scatter, and to scatter again."""
+class _Broadcast:
+    """A value on all workers, which is broadcast again when its last holder dies."""
 
     def __init__(self, client: Any, value: Any, check: Callable[[], None]) -> None:
         self._client = client
         self._value = value
         self._check = check
-        self.n_in_vain = 0
+        self.n_useless = 0
         self.future: Any = None
 
     def renew(self) -> None:
-        """Scatter the value where that was not done, or once for all the tasks that one loss has cancelled."""
+        """Broadcast the value if it is not on the cluster: only once for all tasks that one loss has cancelled."""
         if self.future is not None and self.future.status == "finished":
             return
-        if self.n_in_vain >= _MAX_DELIVERIES_IN_VAIN:
+        name = type(self._value).__name__
+        if self.n_useless >= _MAX_USELESS_BROADCASTS:
             raise PartitionError(
-                f"every worker that held the {type(self._value).__name__} of this run died, {self.n_in_vain} times over, and nothing was "
-                "done meanwhile; give workers more memory, or see their logs for why"
+                f"every worker that held the {name} of this run died, {self.n_useless} times, without a finished task; "
+                "give workers more memory, or find the cause in their logs"
             )
-        self.n_in_vain += self.future is not None
-        for _ in range(_MAX_BROKEN_DELIVERIES):
+        self.n_useless += self.future is not None
+        for _ in range(_BROADCAST_ATTEMPTS):
             self._wait_for_worker()
             try:
-                # To every worker, under a new key each time, for the scheduler remembers the lost one.
+                # Under a new key each time, because the scheduler remembers the lost one.
                 self.future = self._client.scatter(self._value, broadcast=True, hash=False)
                 return
             except OSError as error:
-                # One that dies while it receives it takes the connection to the scheduler along; the next attempt opens another.
+                # A worker that dies while receiving the value breaks this connection; the next attempt opens another.
                 if self._client.status != "running":
                     raise
                 cause = error
         raise PartitionError(
-            f"cannot deliver the {type(self._value).__name__} to the workers: {cause}; give them more memory, or see their logs for why"
+            f"cannot send the {name} to the workers: {cause}; give them more memory, or find the cause in their logs"
         ) from cause
 
     def _wait_for_worker(self) -> None:
-        """Wait until there is a worker, but not for ever: one that has died of its start is not started again."""
+        """Wait for a worker, up to a timeout: a worker that dies at its start is not started again."""
         deadline = time.monotonic() + _WORKER_TIMEOUT_SECONDS
         while True:
             self._check()
             try:
-                return self._client.wait_for_workers(1, timeout=_LOOK_SECONDS)  # type: ignore[no-any-return]
+                return self._client.wait_for_workers(1, timeout=_POLL_SECONDS)  # type: ignore[no-any-return]
             except TimeoutError as error:
                 if time.monotonic() > deadline:
                     raise PartitionError(
-                        f"the cluster was lost: no worker has come in {_WORKER_TIMEOUT_SECONDS} seconds; give workers more memory, or see "
-                        "their logs for why; what is stored stays, run again to go on"
+                        f"the cluster was lost: no worker started within {_WORKER_TIMEOUT_SECONDS} seconds; give "
+                        "workers more memory, or find the cause in their logs; stored results are kept, run again to "
+                        "resume"
                     ) from error
 
 
 def _count_window(client: Any) -> int:
-    """Count the partitions that may be in flight on the cluster as it is now."""
+    """Count the partitions that may be in flight on the cluster at its current size."""
     n_threads: int = sum(client.nthreads().values())
     return max(1, _PARTITIONS_PER_THREAD * n_threads)
 
 
 def _call(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function on a worker; its errors leave their causes behind, of which some cannot travel and would keep them from it."""
+    """Call a function on a worker, and drop the causes of its errors, of which some cannot be pickled."""
     try:
         return function(*arguments)
     except FruitdaskError as error:
@@ -309,7 +295,7 @@ def _call(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def _get_result(future: Any, partition: Partition) -> Any:
-    """Get a task's result, or say which images it stood for; raises CancelledError where it was lost with its worker."""
+    """Get a task's result, or name its images in the error; raises CancelledError if it was lost with its worker."""
     from distributed import KilledWorker
 
     try:
@@ -319,10 +305,8 @@ def _get_result(future: Any, partition: Partition) -> Any:
     except KilledWorker as error:
         return _Death(str(error))
     except Exception as error:
-        raise PartitionError(
-            f"{_name(partition)} failed: {str(error) or type(error).__name__}"
-            + ("" if isinstance(error, FruitdaskError) else f" ({type(error).__name__})")
-        ) from error
+        kind = "" if isinstance(error, FruitdaskError) else f" ({type(error).__name__})"
+        raise PartitionError(f"{_name(partition)} failed: {str(error) or type(error).__name__}{kind}") from error
 
 
 def _name(partition: Partition) -> str:

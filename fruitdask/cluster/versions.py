@@ -1,4 +1,4 @@
-"""Versions of what matters: the same on the client, the scheduler and all workers, or no work begins."""
+"""Versions of packages, which must match between the client, the scheduler and all workers."""
 
 import sys
 from collections import defaultdict
@@ -8,29 +8,28 @@ from typing import Any
 from fruitdask.core.version import __version__
 from fruitdask.errors import ClusterStartError
 
-#: Packages of one major and minor version everywhere: they carry tasks and data from one machine to the other, or make the numbers.
+#: Packages that transfer tasks and data, or compute numbers: they need equal major and minor versions everywhere.
 _PACKAGES = ("dask", "distributed", "cloudpickle", "msgpack", "numpy", "pandas", "pillow", "zarr")
-#: The same for engines, where both sides have them: a run needs one of them alone.
+#: The same for engines that both sides have: a run needs only one.
 _ENGINES = ("openvino", "tensorflow")
 
 
 def check_versions(client: Any, *, image: str | None = None) -> None:
-    """Check that scheduler and workers run the versions that the client runs.
-
-    fruitdask must be of the very same version; Python, Dask and what carries or computes the numbers, of the same major
-    and minor version. Patch releases may differ.
-    """
+    """Check the versions of scheduler and workers: of fruitdask exactly, of Python and packages major and minor."""
     differences = _find_differences(client.get_versions(packages=[*_PACKAGES, *_ENGINES]))
-    # A function travels as bytecode, which another Python must not be made to run.
+    # Only after that: a function travels as bytecode, which needs the same version of Python.
     differences = differences or _find_fruitdask(client)
-    if differences:
-        raise ClusterStartError(
-            f"the cluster is not of the versions of this machine: {'; '.join(differences)}; {_advise(image)}"
-        )
+    if not differences:
+        return
+    remedy = "install the versions of this machine there"
+    if image is not None:
+        build = f"{sys.executable} configs/docker/build.py {image} (with --gpu for GPU instances)"
+        remedy = f"build its image again, in a clone of fruitdask, and push it: {build}"
+    raise ClusterStartError(f"the cluster has other versions than this machine: {'; '.join(differences)}; {remedy}")
 
 
 def _find_differences(versions: dict[str, Any]) -> list[str]:
-    """Say which versions differ; the nodes look them up without importing anything."""
+    """Describe the versions that differ; the nodes look them up without imports."""
     here = versions["client"]["packages"]
     places = defaultdict(list)
     nodes = {"the scheduler": versions["scheduler"]} | versions["workers"]
@@ -47,9 +46,9 @@ def _find_differences(versions: dict[str, Any]) -> list[str]:
 
 
 def _find_fruitdask(client: Any) -> list[str]:
-    """Say where fruitdask is another one, or is none."""
+    """Describe where fruitdask has another version, or cannot be imported."""
 
-    # Defined here so that it travels by value: a function of a module would make the nodes import that module, of fruitdask.
+    # A nested function travels by value: for one of this module, the nodes would import fruitdask.
     def import_fruitdask() -> str:
         try:
             import fruitdask
@@ -58,19 +57,16 @@ def _find_fruitdask(client: Any) -> list[str]:
         return fruitdask.__version__
 
     places = defaultdict(list)
-    answers = {"the scheduler": client.run_on_scheduler(import_fruitdask)} | client.run(
-        import_fruitdask, on_error="return"
-    )
+    answers = {"the scheduler": client.run_on_scheduler(import_fruitdask)}
+    answers |= client.run(import_fruitdask, on_error="return")
     for place, answer in answers.items():
-        # A worker that has gone meanwhile answers with an exception.
+        # The answer of a worker that has ended meanwhile is an exception.
         if isinstance(answer, str) and answer != __version__:
             places[answer].append(place)
     return [
-        (
-            f"fruitdask cannot be imported on {_join(where)} ({answer})"
-            if "Error" in answer
-            else f"fruitdask {answer} on {_join(where)}, {__version__} here"
-        )
+        f"fruitdask cannot be imported on {_join(where)} ({answer})"
+        if "Error" in answer
+        else f"fruitdask {answer} on {_join(where)}, {__version__} here"
         for answer, where in places.items()
     ]
 
@@ -81,21 +77,11 @@ def _cut(version: str | None) -> list[str] | None:
 
 
 def _show(name: str, version: str | None) -> str:
-    """Show a version; Python's is followed by more than a person wants to know."""
+    """Show the first three parts of a version; Python's has more."""
     return f"{name} {'.'.join(version.split('.')[:3]) if version else 'missing'}".lstrip()
 
 
 def _join(places: Iterable[str]) -> str:
-    """Name some places, and count the others."""
+    """Name the first place, and count the others."""
     first, *others = places
     return f"{first} and {len(others)} more" if others else first
-
-
-def _advise(image: str | None) -> str:
-    """Say what to do."""
-    if image is None:
-        return "install the versions of this machine there"
-    return (
-        f"build its image again, in a clone of fruitdask, and push it: {sys.executable} configs/docker/build.py {image} "
-        "(with --gpu for GPU instances)"
-    )

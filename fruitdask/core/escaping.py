@@ -1,4 +1,4 @@
-"""Names of strangers, made harmless where they would be read as something else: formulas in a spreadsheet, commands to a terminal."""
+"""Escape untrusted names: formulas for spreadsheets, control characters for terminals."""
 
 import io
 import re
@@ -6,25 +6,25 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-#: What a cell begins with that a spreadsheet takes for a formula (OWASP, CSV Injection), after apostrophes that were there before.
+#: The start of a cell that a spreadsheet reads as a formula (OWASP, CSV Injection), after existing apostrophes.
 _FORMULA = r"'*[=+\-@\t\r\n]"
-#: Controls of C0 and C1, which terminals obey, line and paragraph separators, and marks that turn the direction of what follows.
+#: Control characters (C0 and C1), line and paragraph separators, and bidirectional controls.
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def format_csv(table: pd.DataFrame, *, with_header: bool = True) -> str:
-    """Format a table as CSV that a spreadsheet can open without running anything.
+    """Format a table as CSV without formulas for spreadsheets.
 
     >>> format_csv(pd.DataFrame({"path": ["=1+1.jpg", "a.jpg"], "pca_1": [-1.5, 2.0]})).splitlines()
     ['path,pca_1', "'=1+1.jpg,-1.5", 'a.jpg,2.0']
     """
-    columns = {str(name): _quote_formulas(column) if _holds_text(column) else column for name, column in table.items()}
-    # With another end of a line, Python before 3.13 leaves a carriage return within a text bare, which begins a new row for others.
+    columns = {str(name): _quote_formulas(column) for name, column in table.items()}
+    # With other line ends, Python before 3.13 does not quote a carriage return, which others read as the end of a row.
     return pd.DataFrame(columns, table.index).to_csv(index=False, header=with_header, lineterminator="\r\n")
 
 
 def read_csv(data: bytes, dtypes: Mapping[str, type]) -> pd.DataFrame:
-    """Read what `format_csv` gave.
+    """Read the output of `format_csv`.
 
     >>> read_csv(format_csv(pd.DataFrame({"path": ["=1", "'=1", "'a"]})).encode(), {"path": str})["path"].tolist()
     ['=1', "'=1", "'a"]
@@ -37,7 +37,7 @@ def read_csv(data: bytes, dtypes: Mapping[str, type]) -> pd.DataFrame:
 
 
 def escape_controls(text: str, *, keeps_lines: bool = False) -> str:
-    r"""Write characters that a terminal would obey as escapes.
+    r"""Escape the control characters in a text.
 
     >>> print(escape_controls("red\x1b[31m\napple"))
     red\x1b[31m\napple
@@ -49,12 +49,9 @@ def escape_controls(text: str, *, keeps_lines: bool = False) -> str:
     return _CONTROLS.sub(escape, text)
 
 
-def _holds_text(column: pd.Series) -> bool:
-    """Tell whether a column can hold text."""
-    return not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column))
-
-
 def _quote_formulas(column: pd.Series) -> pd.Series:
-    """Put an apostrophe before texts that a spreadsheet would take for formulas."""
+    """Put an apostrophe before texts that a spreadsheet would read as formulas."""
+    if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+        return column
     is_formula = column.map(lambda value: isinstance(value, str)).astype(bool) & column.astype(str).str.match(_FORMULA)
     return column.astype(object).mask(is_formula, "'" + column.astype(str)) if is_formula.any() else column

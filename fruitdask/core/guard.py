@@ -1,4 +1,4 @@
-"""The guard of scripts: without it, each process that is started for a script runs the script again before anything else."""
+"""The guard of scripts: without it, each new process runs the script again first."""
 
 import multiprocessing
 import os
@@ -8,19 +8,19 @@ from multiprocessing.context import BaseContext
 
 from fruitdask.errors import ScriptError
 
-#: How a process ends that found itself running the script of its parent again.
+#: Exit code of a process that was running its parent's script again.
 _EXIT_CODE = 77
 
 
 def leave_imported_script() -> None:
-    """End this process quietly if it was started for a script and is running that script again; the parent says why."""
-    # Python sets this while a new process imports the main module of its parent, and refuses to start further processes meanwhile.
+    """Exit quietly if this process is running its parent's script again; the parent reports it."""
+    # Python sets this while a new process imports its parent's main module, and refuses to start processes meanwhile.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.exit(_EXIT_CODE)
 
 
 def forget_missing_script() -> None:
-    """Take away the name of a script that is not a file, such as <stdin>, which each new process would try to import."""
+    """Forget the name of a script that is not a file, such as <stdin>, which each new process would try to import."""
     main = sys.modules["__main__"]
     script = getattr(main, "__file__", None)
     if script is not None and not os.path.exists(os.path.join(getattr(process, "ORIGINAL_DIR", None) or "", script)):
@@ -28,31 +28,25 @@ def forget_missing_script() -> None:
 
 
 def check_exit_code(exit_code: int | None) -> None:
-    """Find out whether a process ended because it was running the script again."""
+    """Raise an error if a process ended because it was running the script again."""
     if exit_code == _EXIT_CODE:
-        raise _describe_script()
+        script = getattr(sys.modules["__main__"], "__file__", "the script")
+        raise ScriptError(
+            f'{script}: put the calls of fruitdask below if __name__ == "__main__": '
+            "(each process that fruitdask starts imports this script first)"
+        )
 
 
 def check_script(method: str) -> None:
-    """Start a process that has nothing to do, to find out whether the script can be imported."""
+    """Start an empty process to check that the script can be imported."""
     if multiprocessing.current_process().daemon:
-        # Such a process may not start others.
+        # Daemons cannot start processes.
         return
     context: BaseContext = multiprocessing.get_context(method)
     probe = context.Process(target=_do_nothing)  # type: ignore[attr-defined]
     probe.start()
     probe.join()
-    if probe.exitcode > 0:
-        raise _describe_script()
-
-
-def _describe_script() -> ScriptError:
-    """Say what the script lacks."""
-    script = getattr(sys.modules["__main__"], "__file__", "the script")
-    return ScriptError(
-        f'{script}: put the calls of fruitdask below if __name__ == "__main__": '
-        "(each process that fruitdask starts imports this script first)"
-    )
+    check_exit_code(_EXIT_CODE if probe.exitcode > 0 else None)
 
 
 def _do_nothing() -> None:

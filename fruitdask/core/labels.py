@@ -1,4 +1,4 @@
-"""The user's table of labels: read as people and their programs write it, and matched with the files that are listed."""
+"""The user's table of labels: read it in the forms that programs write, and match it with the listed files."""
 
 import codecs
 import csv
@@ -27,16 +27,16 @@ from fruitdask.errors import CatalogError, ConfigError
 
 _GZIP, _PARQUET, _ZIP = b"\x1f\x8b", b"PAR1", b"PK\3\4"
 _DELIMITERS = ",;\t|"
-#: What Excel writes and reads before a header, to say which delimiter follows.
+#: The line before a header in which Excel names the delimiter.
 _SEPARATOR_LINE = re.compile(rb"\"?sep=.\"?\r?\n", re.IGNORECASE)
-#: A step to the folder above, by which a table would name what is not in the input.
+#: A step to the parent folder, which could lead outside the input.
 _LEADS_OUT = r"(?:^|/)\.\.(?:/|$)"
 #: A path that begins at the root of a disk, or a URL.
 _ABSOLUTE = re.compile(r"/|\\\\|[A-Za-z]:[\\/]|[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def label_files(table: pd.DataFrame, files: pd.DataFrame, root: Location, config: InputConfig) -> pd.DataFrame:
-    """Join a table of labels with the files that are listed."""
+    """Join a table of labels with the listed files."""
     relate = _make_relative(root)
     places = _find_files(table["path"], files["path"], relate)
     is_listed = places >= 0
@@ -45,7 +45,8 @@ def label_files(table: pd.DataFrame, files: pd.DataFrame, root: Location, config
     duplicated = paths[paths.duplicated()]
     if len(duplicated):
         raise ConfigError(
-            f"{config.manifest}: expected each path once in input.manifest, found {duplicated.iloc[0]!r} twice; remove one"
+            f"{config.manifest}: expected each path once in input.manifest, found {duplicated.iloc[0]!r} twice; "
+            "remove one"
         )
     for name in ("bytes", "version"):
         table[name] = np.append(files[name], np.int64(0))[places]
@@ -59,7 +60,7 @@ def label_files(table: pd.DataFrame, files: pd.DataFrame, root: Location, config
 
 
 def normalize_unique(names: Iterable[str]) -> dict[str, str]:
-    """Map names in Unicode's composed form (NFC) to themselves."""
+    """Map Unicode's composed form (NFC) of names to the names, where it is unique."""
     found: dict[str, str | None] = {}
     for name in names:
         key = unicodedata.normalize("NFC", name)
@@ -68,7 +69,7 @@ def normalize_unique(names: Iterable[str]) -> dict[str, str]:
 
 
 def _find_files(paths: pd.Series, files: pd.Series, relate: Callable[[str], str]) -> npt.NDArray[np.int64]:
-    """Find files by their paths as they are written, as they are usually written, and in another form of Unicode; -1 for others."""
+    """Find files by paths as given, as normalized, and in another Unicode form; -1 for others."""
     places = find_rows(paths, files)
     for rewrite in (relate, _compose(files, relate)):
         left = np.flatnonzero(places < 0)
@@ -78,7 +79,7 @@ def _find_files(paths: pd.Series, files: pd.Series, relate: Callable[[str], str]
 
 
 def _make_relative(root: Location) -> Callable[[str], str]:
-    """Make a function that writes a path as a listing does: relative to the input where it lies in it, without empty steps."""
+    """Make a function that normalizes a path as in a listing: relative to the input if inside, without empty steps."""
     folders = {root.url.rstrip("/"), root.path}
     if root.is_local:
         folders |= {os.path.realpath(root.path), f"file://{root.path}"}
@@ -92,7 +93,7 @@ def _make_relative(root: Location) -> Callable[[str], str]:
 
 
 def _compose(files: pd.Series, relate: Callable[[str], str]) -> Callable[[str], str]:
-    """Make a function that gives a path the form of Unicode of the file that is listed, where only one can be meant."""
+    """Make a function that gives a path the Unicode form of the listed file, where it is unique."""
     known: dict[str, str] = {}
 
     def rewrite(path: str) -> str:
@@ -107,7 +108,7 @@ def _compose(files: pd.Series, relate: Callable[[str], str]) -> Callable[[str], 
 
 
 def _describe_unlisted(table: pd.DataFrame, is_listed: npt.NDArray[np.bool_], root: Location) -> None:
-    """Look at files on a disk that the listing has under another name, for a link leads to them."""
+    """Find files on a disk that the listing has only under another name, by a link."""
     if not root.is_local:
         return
     for row in np.flatnonzero(~is_listed):
@@ -118,14 +119,14 @@ def _describe_unlisted(table: pd.DataFrame, is_listed: npt.NDArray[np.bool_], ro
 
 
 def _check_unlisted(table: pd.DataFrame, files: pd.DataFrame, root: Location, config: InputConfig) -> None:
-    """Refuse a table whose paths are written in a way that no file has, rather than call all of its images missing."""
+    """Refuse a table whose paths are in another form than those of the files, rather than report missing images."""
     unlisted = table.loc[(table["bytes"] == 0) & (table["version"] == 0), "path"]
     if unlisted.empty:
         return
-    where, first = f"{config.manifest}: expected paths of input.manifest relative to input.url {root.url}, ", unlisted.iloc[0]
+    where = f"{config.manifest}: expected paths of input.manifest relative to input.url {root.url}, "
     outside = next((path for path in unlisted if _ABSOLUTE.match(path)), None)
     if outside is not None:
-        raise ConfigError(f"{where}found {outside!r}, which is not inside it; write it as {files['path'].iloc[0]!r} is")
+        raise ConfigError(f"{where}found {outside!r}, which is not inside it; write it like {files['path'].iloc[0]!r}")
     for advice, candidates, among in _list_mistakes(unlisted, files["path"], root):
         places = find_rows(candidates, among)
         if (places >= 0).any():
@@ -133,18 +134,18 @@ def _check_unlisted(table: pd.DataFrame, files: pd.DataFrame, root: Location, co
             raise ConfigError(f"{where}found {unlisted.iloc[row]!r} for {files['path'].iloc[places[row]]!r}; {advice}")
     if len(unlisted) == len(table):
         raise CatalogError(
-            f"{where}but none of its {len(table):,} is there: the first in the table is {first!r}, the first file there is "
-            f"{files['path'].iloc[0]!r}"
+            f"{where}but none of its {len(table):,} exists: the first path in the table is {unlisted.iloc[0]!r}, the "
+            f"first file is {files['path'].iloc[0]!r}"
         )
 
 
 def _list_mistakes(unlisted: pd.Series, files: pd.Series, root: Location) -> Iterable[tuple[str, pd.Series, pd.Series]]:
-    """List ways in which paths are often written otherwise than their files are called, as what to look for among what."""
+    """List common mistakes in paths: the advice, the corrected paths, and the file names in the same form."""
     yield "write / between folders", unlisted.str.replace("\\", "/").str.removeprefix("./"), files
     top = posixpath.basename(root.path)
     yield "leave out the name of the input's own folder", unlisted.str.removeprefix(f"{top}/"), files
-    yield "write the ending of the file too", unlisted, files.str.replace(r"\.\w+$", "", regex=True).drop_duplicates()
-    yield "write capital and small letters as the file does", unlisted.str.lower(), files.str.lower().drop_duplicates()
+    yield "add the file's extension", unlisted, files.str.replace(r"\.\w+$", "", regex=True).drop_duplicates()
+    yield "use the upper and lower case of the file", unlisted.str.lower(), files.str.lower().drop_duplicates()
 
 
 def read_labels(config: InputConfig) -> pd.DataFrame:
@@ -161,11 +162,13 @@ def read_labels(config: InputConfig) -> pd.DataFrame:
         columns = _read_parquet(data) if is_parquet else _read_csv(data)
     except (ValueError, OSError, EOFError, zlib.error, NotImplementedError) as error:
         cause = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{config.manifest}: expected a CSV or Parquet table in input.manifest, found {cause}") from error
-    missing = {"path", "label"} - columns.keys()
-    if missing:
         raise ConfigError(
-            f"{config.manifest}: expected the columns path and label in input.manifest, found {', '.join(columns) or 'none'}"
+            f"{config.manifest}: expected a CSV or Parquet table in input.manifest, found {cause}"
+        ) from error
+    if {"path", "label"} - columns.keys():
+        raise ConfigError(
+            f"{config.manifest}: expected the columns path and label in input.manifest, found "
+            f"{', '.join(columns) or 'none'}"
         )
     table = pd.DataFrame({name: columns[name] for name in ("path", "label", "split") if name in columns})
     if table.empty:
@@ -174,30 +177,31 @@ def read_labels(config: InputConfig) -> pd.DataFrame:
     if empty.any():
         row = int(empty.argmax()) + 1
         raise ConfigError(
-            f"{config.manifest}: expected a path and a label in each row of input.manifest, row {row} lacks one"
+            f"{config.manifest}: expected a path and a label in each row of input.manifest, but row {row} lacks one"
         )
     leading_out = table["path"][table["path"].str.contains(_LEADS_OUT)]
     if len(leading_out):
         raise ConfigError(
-            f"{config.manifest}: expected paths inside input.url in input.manifest, found {leading_out.iloc[0]!r}; write it without .."
+            f"{config.manifest}: expected paths inside input.url in input.manifest, found {leading_out.iloc[0]!r}; "
+            "write it without .."
         )
     return table
 
 
 def _read_parquet(data: bytes) -> dict[str, Any]:
-    """Read the columns of a Parquet file as text; an index that pandas has written is one of them."""
+    """Read the columns of a Parquet file, including pandas' index, as text."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.ParquetFile(io.BytesIO(data)).read()
     names = _name_columns(table.column_names)
     wanted = {"path", "label", "split"}
     return {
-        name: _write_out(table.column(place), name) if name in wanted else None for name, place in names.items()
+        name: _convert_to_text(table.column(place), name) if name in wanted else None for name, place in names.items()
     }
 
 
-def _write_out(column: Any, name: str) -> pd.Series:
-    """Write a column out as text: whole numbers without a point, nothing where there is no value."""
+def _convert_to_text(column: Any, name: str) -> pd.Series:
+    """Convert a column to text: integers without a decimal point, missing values as empty text."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     kind = column.type
@@ -213,7 +217,7 @@ def _write_out(column: Any, name: str) -> pd.Series:
 
 
 def _read_csv(data: bytes) -> dict[str, Any]:
-    """Read the columns of a CSV file as text, whatever separates them."""
+    """Read the columns of a CSV file as text, with any of the usual delimiters."""
     data = _decode(data)
     data = data[match.end() :] if (match := _SEPARATOR_LINE.match(data)) else data
     header, _, body = data.partition(b"\n")
@@ -223,8 +227,8 @@ def _read_csv(data: bytes) -> dict[str, Any]:
         return dict.fromkeys(columns)
     wanted = {name: place for name, place in columns.items() if name in ("path", "label", "split")}
     texts = _parse_csv(body, delimiter, len(names), wanted)
-    is_padded = any(name != name.strip() for name in names) or (len(texts["label"]) and texts["label"].str.startswith(" ").all())
-    if is_padded:
+    labels = texts["label"]
+    if any(name != name.strip() for name in names) or (len(labels) and labels.str.startswith(" ").all()):
         texts = {name: text.str.strip() for name, text in texts.items()}
     # Spreadsheets write empty rows below a table.
     is_row = (texts["path"] != "") | (texts["label"] != "")
@@ -232,22 +236,24 @@ def _read_csv(data: bytes) -> dict[str, Any]:
 
 
 def _decode(data: bytes) -> bytes:
-    """Give text as UTF-8 without a mark, with line feeds."""
+    """Convert text to UTF-8 without a byte order mark, with line feeds."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = data.decode("utf-16").encode()
     data = data.removeprefix(codecs.BOM_UTF8)
     if b"\0" in data[:4096]:
-        raise ValueError("zero bytes, which are in no text")
+        raise ValueError("null bytes, which no text contains")
     try:
         data.decode()
     except UnicodeDecodeError as error:
         row = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"text that is not UTF-8 in line {row} (byte 0x{data[error.start]:02x}); save it as CSV UTF-8") from error
+        raise ValueError(
+            f"text that is not UTF-8 in line {row} (byte 0x{data[error.start]:02x}); save it as CSV UTF-8"
+        ) from error
     return data if b"\n" in data else data.replace(b"\r", b"\n")
 
 
 def _read_header(line: str) -> tuple[str, list[str]]:
-    """Read the names of the columns, and what separates them."""
+    """Read the delimiter and the names of the columns."""
     found = {each: next(csv.reader([line], delimiter=each), []) for each in _DELIMITERS}
     fitting = [each for each, names in found.items() if {"path", "label"} <= _name_columns(names).keys()]
     delimiter = fitting[0] if fitting else max(_DELIMITERS, key=lambda each: len(found[each]))
@@ -255,11 +261,11 @@ def _read_header(line: str) -> tuple[str, list[str]]:
 
 
 def _name_columns(names: Sequence[str]) -> dict[str, int]:
-    """Give the place of each column by its name; path, label and split may be written with capitals and spaces around."""
+    """Find the place of each column by its name; path, label and split in any case, with spaces around."""
     places = {name: place for place, name in enumerate(names)}
     given = [name for name in names if name in ("path", "label", "split")]
     if len(given) > len(set(given)):
-        raise ValueError(f"the columns {', '.join(names)}, one of which is there twice; keep one of them")
+        raise ValueError(f"the columns {', '.join(names)} with a duplicate; keep one of them")
     for place, name in enumerate(names):
         if name.strip().lower() in ("path", "label", "split"):
             places.setdefault(name.strip().lower(), place)
@@ -267,7 +273,7 @@ def _name_columns(names: Sequence[str]) -> dict[str, int]:
 
 
 def _parse_csv(body: bytes, delimiter: str, n_columns: int, wanted: dict[str, int]) -> dict[str, pd.Series]:
-    """Parse the rows of a CSV file, all of which have as many columns as the header."""
+    """Parse the rows of a CSV file, which must have as many columns as the header."""
     import pyarrow.csv
 
     ragged: list[Any] = []
@@ -279,18 +285,17 @@ def _parse_csv(body: bytes, delimiter: str, n_columns: int, wanted: dict[str, in
     if not body.strip():
         return {name: pd.Series([], dtype="str") for name in wanted}
     names = [str(place) for place in range(n_columns)]
+    read = pyarrow.csv.ReadOptions(column_names=names, use_threads=False)
+    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note)
+    types = dict.fromkeys(names, pa.large_string())
+    convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
     try:
-        table = pyarrow.csv.read_csv(
-            io.BytesIO(body),
-            read_options=pyarrow.csv.ReadOptions(column_names=names, use_threads=False),
-            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note),
-            convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.large_string()), strings_can_be_null=False),
-        )
+        table = pyarrow.csv.read_csv(io.BytesIO(body), read_options=read, parse_options=parse, convert_options=convert)
     except pa.ArrowInvalid as error:
         if not ragged:
             raise
-        row = ragged[0]
+        row, text = ragged[0], repr(ragged[0].text[:80])
         raise ValueError(
-            f"{row.actual_columns} columns in row {row.number} and {row.expected_columns} in the header: {row.text[:80]!r}"
+            f"{row.actual_columns} columns in row {row.number} and {row.expected_columns} in the header: {text}"
         ) from error
     return {name: table.column(place).to_pandas() for name, place in wanted.items()}

@@ -1,4 +1,4 @@
-"""Listing: which files lie below a folder on a disk, on S3, in an archive or elsewhere, and which of them are images."""
+"""Listing of the images below a folder on a disk, on S3, in an archive or elsewhere."""
 
 import hashlib
 import os
@@ -20,73 +20,68 @@ import pyarrow.compute as pc
 from fruitdask.core.storage import Location, explained
 from fruitdask.errors import CatalogError, ConfigError
 
-#: What ``input.extensions`` stands for by default: formats that are decoded, as cameras, browsers and download tools spell them.
+#: Default of ``input.extensions``: the formats that can be decoded, as cameras, browsers and download tools spell them.
 IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".avif"),
     *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
-    *(f".{kind}{mark}{size}" for kind in ("jpg", "jpeg", "png") for mark in "_-" for size in ("large", "orig", "small")),
+    *(f".{kind}{mark}{end}" for kind in ("jpg", "jpeg", "png") for mark in "_-" for end in ("large", "orig", "small")),
 )
 HEIC_ENDINGS = (".heic", ".heif", ".hif")
 
-#: Names that systems and devices give to what is not the user's, in any case: macOS, Windows, Synology, QNAP, ext4.
-_SYSTEM_NAMES = frozenset(
-    [
-        *("__macosx", "network trash folder", "temporary items", "icon\r"),
-        *("$recycle.bin", "recycler", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
-        *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "lost+found"),
-    ]
-)
+#: Names of files and folders of systems and devices, in any case: macOS, Windows, Synology, QNAP, ext4.
+_SYSTEM_NAMES = {
+    *("__macosx", "network trash folder", "temporary items", "icon\r"),
+    *("$recycle.bin", "recycler", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+    *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "lost+found"),
+}
 
-#: Kinds of what is left out, besides endings.
+#: Kinds of skipped files, in addition to endings.
 HIDDEN, NO_ENDING, OTHER_ENDINGS = "hidden", "without an ending", "with other endings"
 _SAME, _BROKEN = "links to what is listed already", "broken links"
-#: Endings that are told apart, while they are counted and in the end.
+#: Maximum of endings that are counted separately, and that are shown.
 _MAX_ENDINGS, _MAX_SHOWN = 1_000, 10
 _ENDING = re.compile(r"\.[\w+~-]{1,15}")
 
-#: A file while it is listed: path, bytes, and what changes when the file does.
+#: A listed file: path, bytes, and a text that changes when the file does.
 _Row = tuple[str, int, str]
-#: Chooses a name from a path; None where it finds none.
+#: Extracts a name from a path; None if there is none.
 Rule = Callable[[str], str | None]
 
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """The files that were found, and what is to be said about those that are left out."""
+    """The files that were found, and counts of those that were skipped."""
 
-    #: ``path``, ``label``, ``bytes``, ``version`` and where it is asked for ``split``, sorted by path.
+    #: ``path``, ``label``, ``bytes``, ``version`` and optionally ``split``, sorted by path.
     files: pd.DataFrame
-    #: Files and folders that are not taken, by kind: an ending, or words such as ``hidden``.
+    #: Number of skipped files and folders by kind: an ending, or words such as ``hidden``.
     left_out: Mapping[str, int]
-    #: What the user is told about how the files were taken.
+    #: Messages for the user.
     notes: tuple[str, ...] = ()
 
 
 class _Selection:
-    """What of a folder is taken; what is not is counted by kind."""
+    """Selects files by name, and counts the skipped ones by kind."""
 
     def __init__(self, extensions: tuple[str, ...], *, takes_hidden: bool) -> None:
         self._takes_hidden = takes_hidden
-        # One look into a set is faster than a comparison with each ending.
+        # A set is faster than a comparison with each ending.
         self._endings = frozenset(ending for ending in extensions if ending.rfind(".") == 0)
         self._longer = tuple(ending for ending in extensions if ending not in self._endings)
         self.left_out = Counter[str]()
         self._folder, self._is_hidden = "", False
 
     def hides(self, name: str) -> bool:
-        """Tell whether the name of a file or folder is hidden."""
-        if self._takes_hidden:
-            return False
-        # Names such as "..." are somebody's joke, and no system's.
-        return name[:1] == "." != name[1:2] or name.lower() in _SYSTEM_NAMES
+        """Whether the name of a file or folder is hidden; names such as "..." are not."""
+        return not self._takes_hidden and (name[:1] == "." != name[1:2] or name.lower() in _SYSTEM_NAMES)
 
     def has_ending(self, name: str) -> bool:
-        """Tell whether a name ends as that of an image."""
+        """Whether a name has the ending of an image."""
         lower = name.lower()
         return lower[lower.rfind(".") :] in self._endings or lower.endswith(self._longer)
 
     def takes(self, name: str) -> bool:
-        """Tell whether a file is taken by its name, in a folder that is not hidden, and count it if it is not."""
+        """Check the name of a file in a folder that is not hidden, and count it if it is skipped."""
         if self.hides(name):
             self.left_out[HIDDEN] += 1
         elif self.has_ending(name):
@@ -96,11 +91,11 @@ class _Selection:
         return False
 
     def takes_path(self, path: str) -> bool:
-        """Tell whether a file is taken by its path; a hidden folder counts once if its files come one after the other."""
+        """Check the path of a file, and count it if it is skipped; consecutive files of a hidden folder count once."""
         folder, _, name = path.rpartition("/")
         if folder != self._folder:
             hidden = next((n for n, part in enumerate(folder.split("/"), 1) if self.hides(part)), None)
-            # The part of the path that hides the rest counts, not what is below it.
+            # Count the topmost hidden folder, not those below it.
             top = "/".join(folder.split("/")[:hidden]) if hidden else ""
             if hidden and not (self._is_hidden and f"{self._folder}/".startswith(f"{top}/")):
                 self.left_out[HIDDEN] += 1
@@ -108,7 +103,7 @@ class _Selection:
         return not self._is_hidden and self.takes(name)
 
     def _count_ending(self, name: str) -> None:
-        """Count a file by its ending, as long as there are not too many of them."""
+        """Count a file by its ending, up to a number of different endings."""
         ending = "." + name.rpartition(".")[2].lower() if "." in name[1:] else NO_ENDING
         is_known = ending in self.left_out or len(self.left_out) < _MAX_ENDINGS
         is_kind = ending == NO_ENDING or (is_known and _ENDING.fullmatch(ending))
@@ -116,7 +111,7 @@ class _Selection:
 
 
 def can_read_heic() -> bool:
-    """Tell whether the package of the extra `heic`, which reads HEIC images, is installed; it is not imported."""
+    """Whether the package of the extra `heic`, which reads HEIC images, is installed; without importing it."""
     return find_spec("pillow_heif") is not None
 
 
@@ -130,25 +125,24 @@ def list_files(
         for path, size, version in _list_rows(root, selection):
             _check_name(path, root)
             columns.append(path, size, version)
-    return Listing(columns.to_frame(), _sort_kinds(selection.left_out), tuple(columns.describe_merged()))
+    return Listing(columns.to_frame(), _sort_kinds(selection.left_out), columns.describe_merged())
 
 
 def _choose_extensions(extensions: tuple[str, ...] | None) -> tuple[str, ...]:
     """Choose the endings of images, and refuse those that cannot be read here."""
-    can_heic = can_read_heic()
     if extensions is None:
-        return IMAGE_ENDINGS + HEIC_ENDINGS * can_heic
-    asked = [ending for ending in extensions if ending in HEIC_ENDINGS]
-    if asked and not can_heic:
+        return IMAGE_ENDINGS + HEIC_ENDINGS * can_read_heic()
+    heic = [ending for ending in extensions if ending in HEIC_ENDINGS]
+    if heic and not can_read_heic():
         raise ConfigError(
-            f"input.extensions names {asked[0]}, which needs a package that is not installed: pip install 'fruitdask[heic]', here and on "
-            "the workers"
+            f"input.extensions names {heic[0]}, which needs a package that is not installed; run pip install "
+            "'fruitdask[heic]', here and on the workers"
         )
     return extensions
 
 
 def _sort_kinds(left_out: Mapping[str, int]) -> dict[str, int]:
-    """Sort kinds of what is left out, the most frequent endings first; the rest of them counts together."""
+    """Sort kinds of skipped files, the most frequent endings first; combine the least frequent ones."""
     endings = sorted((kind for kind in left_out if kind[0] == "."), key=lambda kind: (-left_out[kind], kind))
     kinds = {kind: left_out[kind] for kind in endings[:_MAX_SHOWN]}
     n_others = left_out.get(OTHER_ENDINGS, 0) + sum(left_out[kind] for kind in endings[_MAX_SHOWN:])
@@ -157,7 +151,7 @@ def _sort_kinds(left_out: Mapping[str, int]) -> dict[str, int]:
 
 
 def format_left_out(left_out: Mapping[str, int], *, is_default: bool) -> str:
-    """Say in words what is left out.
+    """Describe the skipped files.
 
     >>> format_left_out({".heic": 60, ".mov": 2, "hidden": 3}, is_default=True)
     '60 .heic (install fruitdask[heic] to read them), 2 .mov, 3 hidden'
@@ -167,7 +161,7 @@ def format_left_out(left_out: Mapping[str, int], *, is_default: bool) -> str:
 
 
 def compile_rule(rule: str) -> Rule:
-    """Make a function that chooses a name from a path.
+    """Make a function that extracts a name from a path.
 
     >>> [compile_rule(rule)("train/pear/1.jpg") for rule in ("parent", "first", "^[^/]+/([^/]+)/")]
     ['pear', 'train', 'pear']
@@ -181,14 +175,12 @@ def compile_rule(rule: str) -> Rule:
 
 
 def digest_version(version: str) -> int:
-    """Shorten what changes when a file does to 64 bits."""
+    """Hash the version of a file to 64 bits."""
     return int.from_bytes(hashlib.blake2b(version.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def find_rows(paths: pd.Series, among: pd.Series) -> npt.NDArray[np.int64]:
-    """Find paths among others.
-
-    Returns numpy.ndarray: positions in ``among``, int64; -1 where it is not there.
+    """Find the positions of paths among others, int64; -1 for those that are not there.
 
     >>> find_rows(pd.Series(["b", "x"]), pd.Series(["a", "b"]))
     array([ 1, -1])
@@ -198,7 +190,7 @@ def find_rows(paths: pd.Series, among: pd.Series) -> npt.NDArray[np.int64]:
 
 
 class _Columns:
-    """Files as columns that grow: as Python objects they would take ten times the memory."""
+    """Growing columns of files: Python objects would take ten times the memory."""
 
     def __init__(self, top: str, label_from: str, split_from: str | None) -> None:
         self._top = top
@@ -209,9 +201,9 @@ class _Columns:
         self._codes = {name: array("i") for name in self._rules}
         self._sizes, self._versions = array("q"), array("q")
         self._last, self._is_sorted = b"", True
-        # Files of one folder have the same class, unless a pattern looks at their names.
+        # Files of one folder have the same class, unless a pattern depends on their names.
         self._is_by_folder = all(rule in ("parent", "first") for rule in self._rules.values())
-        # The first folder of each class, and of a class that has several, another one.
+        # The first folder of each class, and a second one of each class with several.
         self._folder, self._first, self._other = "", dict[int, str](), dict[int, str]()
 
     def append(self, path: str, size: int, version: str) -> None:
@@ -233,28 +225,28 @@ class _Columns:
         self._versions.append(digest_version(version))
 
     def _encode(self, name: str, path: str) -> int:
-        """Choose the class or the split of a path and give its number."""
+        """Extract the class or the split from a path, as a code."""
         chosen = self._choose[name](path)
         if chosen is None:
             raise ConfigError(
-                f"input.{name}_from: expected the group of {self._rules[name]} to find a name in each path, found none in {path!r}; "
-                "change the pattern"
+                f"input.{name}_from: expected the group of {self._rules[name]} to match a name in each path, found "
+                f"none in {path!r}; change the pattern"
             )
         names = self._names[name]
         return names.setdefault(chosen or self._top, len(names))
 
-    def describe_merged(self) -> Iterator[str]:
-        """Say which classes were put together from several folders."""
-        if self._other:
-            code, other = next(iter(self._other.items()))
-            several = f"{len(self._other):,} classes come" if len(self._other) > 1 else "one class comes"
-            yield (
-                f"{several} from several folders of the same name, such as {self._first[code] or '.'} and {other or '.'}; if another "
-                "folder is the class, set input.label_from, and if the other folder tells train from test, input.split_from"
-            )
+    def describe_merged(self) -> tuple[str, ...]:
+        """Describe the classes that combine several folders."""
+        if not self._other:
+            return ()
+        code, other = next(iter(self._other.items()))
+        several = f"{len(self._other):,} classes come" if len(self._other) > 1 else "one class comes"
+        example = f"such as {self._first[code] or '.'} and {other or '.'}"
+        remedy = "set input.label_from, and if the other folder tells train from test, set input.split_from"
+        return (f"{several} from several folders of one name, {example}; if another folder is the class, {remedy}",)
 
     def to_frame(self) -> pd.DataFrame:
-        """Make a table of the columns, of the same memory."""
+        """Make a table that shares the columns' memory."""
         n_files, buffers = len(self._sizes), [None, pa.py_buffer(self._ends), pa.py_buffer(self._paths)]
         named = {
             name: pd.Categorical.from_codes(
@@ -270,22 +262,22 @@ class _Columns:
             **named,
         }
         table = pd.DataFrame(columns, copy=False)
-        # Disks and S3 list in the order of paths, but for links; directory buckets and other stores need not.
+        # Disks (except links) and S3 list in the order of paths; directory buckets and other stores may not.
         return table if self._is_sorted else table.sort_values("path", ignore_index=True)
 
 
 def _check_name(path: str, root: Location) -> None:
     """Refuse a name that cannot be stored or read back."""
-    # Python carries bytes that are not UTF-8 as lone surrogates.
+    # Python represents bytes that are not UTF-8 as lone surrogates.
     if not path.isascii() and any("\ud800" <= character <= "\udfff" for character in path):
         raise CatalogError(f"{root.url}: found the file name {path!r}, expected names in UTF-8; rename that file")
-    # s3fs takes the rest for the version of an object.
+    # s3fs reads the rest as the version of an object.
     if root.is_s3 and "?versionId=" in path:
         raise CatalogError(f"{root.url}: found the object {path!r}, expected names without ?versionId=; rename it")
 
 
 def _list_rows(root: Location, selection: _Selection) -> Iterator[_Row]:
-    """List the files that are taken, whatever the file system."""
+    """List the selected files of any file system."""
     if root.is_local:
         return _Walk(root.path or os.sep, selection).list_rows()
     rows = _list_objects(root) if root.is_s3 else _find_files(root)
@@ -293,14 +285,14 @@ def _list_rows(root: Location, selection: _Selection) -> Iterator[_Row]:
 
 
 def _list_objects(root: Location) -> Iterator[_Row]:
-    """List the objects below a prefix on S3, page by page: s3fs would keep a dictionary for each of them."""
+    """List the objects below a prefix on S3, page by page: s3fs would keep a dictionary per object."""
     bucket, key, _ = root.fs.split_path(root.path)
     request = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
     skip = len(request["Prefix"])
     while True:
         page = root.fs.call_s3("list_objects_v2", **request)
         for entry in page.get("Contents", ()):
-            # A name that ends in a slash marks a folder for people.
+            # A name that ends in a slash marks a folder.
             if not entry["Key"].endswith("/"):
                 yield entry["Key"][skip:], entry["Size"], entry.get("ETag", "").strip('"')
         if not page.get("IsTruncated"):
@@ -313,13 +305,13 @@ def _find_files(root: Location) -> Iterator[_Row]:
     fs, top = root.fs, root.path
     fs.invalidate_cache()
     for path, info in fs.find(top, detail=True).items():
-        # A file with the name of the folder is none in it.
+        # Some stores have a file with the name of the folder.
         if info["type"] == "file" and path != top:
             yield (path[len(top) + 1 :] if top else path.lstrip("/")), int(info.get("size") or 0), _read_version(info)
 
 
 def _read_version(info: Mapping[str, object]) -> str:
-    """Read what changes when a file does: a checksum where there is one, else the time of modification."""
+    """Read a text that changes when a file does: its checksum if there is one, else its time of modification."""
     for key in ("version", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "created"):
         if info.get(key) is not None:
             return str(info[key]).strip('"')
@@ -327,10 +319,9 @@ def _read_version(info: Mapping[str, object]) -> str:
 
 
 class _Walk:
-    """
-    A walk over a local folder: what really lies there, then linked folders, then linked files, and nothing that is listed already.
+    """A walk over a local folder: first real files, then linked folders, then linked files, each file once.
 
-    Several links to one file that is not listed itself are several images: so git-annex and caches keep what is there more than once.
+    Several links to one file outside the folder are several images: git-annex and caches store duplicates like that.
     """
 
     def __init__(self, top: str, selection: _Selection) -> None:
@@ -341,7 +332,7 @@ class _Walk:
         self._listed = set[str]()
 
     def list_rows(self) -> Iterator[_Row]:
-        """List the files; those behind links come last, in the order of the links."""
+        """List the files; linked ones come last, in the order of the links."""
         yield from self._list_folder(self._top)
         while self._folder_links:
             links, self._folder_links = sorted(self._folder_links), []
@@ -355,10 +346,10 @@ class _Walk:
                 yield from self._follow(link)
 
     def _list_folder(self, top: str) -> Iterator[_Row]:
-        """List what really lies below a folder, in the order of paths; links are noted."""
+        """List the real files below a folder in the order of paths, and note links."""
         real, start = os.path.realpath(top), len(top)
         self._listed.add(real)
-        # The next one is the last one.
+        # A stack: the next entry is the last one.
         waiting = self._scan(top)
         while waiting:
             entry = waiting.pop()
@@ -370,7 +361,7 @@ class _Walk:
                     waiting += self._scan(entry.path)
 
     def _scan(self, folder: str) -> list[os.DirEntry[str]]:
-        """Scan a folder from behind, in the order of the paths of what is in it; that there is no top folder is said elsewhere."""
+        """Scan a folder, in reverse order of the paths below it; the caller reports a missing top folder."""
         takes, hides, found = self._selection.takes, self._selection.hides, []
         try:
             with os.scandir(folder) as entries:
@@ -395,22 +386,18 @@ class _Walk:
         elif os.path.isdir(entry.path):
             self._folder_links.append(entry.path)
         elif not os.path.exists(entry.path):
-            # To nothing, or to itself.
+            # Its target is missing, or itself.
             self._left_out[_BROKEN] += 1
         elif os.path.isfile(entry.path) and self._selection.takes(entry.name):
             self._file_links.append(entry.path)
 
     def _follow(self, link: str) -> Iterator[_Row]:
-        """List the file that a link leads to, unless it is listed already."""
+        """List the target of a link, unless it is listed already: in a listed folder, by a name that is selected."""
         folder, name = os.path.split(os.path.realpath(link))
-        if folder in self._listed and self._is_listed(name):
+        if folder in self._listed and not self._selection.hides(name) and self._selection.has_ending(name):
             self._left_out[_SAME] += 1
         else:
             yield self._describe(link, os.stat(link))
-
-    def _is_listed(self, name: str) -> bool:
-        """Tell whether a file of a folder that was listed is taken by its own name."""
-        return not self._selection.hides(name) and self._selection.has_ending(name)
 
     def _describe(self, path: str, status: os.stat_result) -> _Row:
         """Describe a file by its path below the top."""

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-#: What the catalog of a store says in ``bytes`` of an image that is not in the input any more.
+#: Value of the catalog's ``bytes`` for an image that is no longer in the input.
 VANISHED_BYTES = -1
-#: What a catalog says in ``bytes`` and ``version`` of an image that the table of labels names and the input does not have.
+#: Values of ``bytes`` and ``version`` for an image that the table of labels names and the input does not have.
 UNLISTED = (0, 0)
 
 
@@ -14,30 +14,30 @@ UNLISTED = (0, 0)
 class Partition:
     """A contiguous range of catalog rows: the unit of scheduling, storage, commit and retry."""
 
-    #: Which chunk of the store this is, from 0.
+    #: Index of its chunk in the store, from 0.
     index: int
-    #: The catalog row of its first image.
+    #: Catalog row of its first image.
     start: int
-    #: Paths of its images relative to the input URL.
+    #: Paths of its images, relative to the input URL.
     paths: tuple[str, ...]
     labels: tuple[str, ...]
-    #: What the catalog says of their files. Those that have vanished are not read.
+    #: Sizes and versions of the files in the catalog. Files that have vanished are not read.
     bytes: tuple[int, ...] = ()
     versions: tuple[int, ...] = ()
-    #: Places, from 0, of the images that are to be computed, where the others are in the store already; all by default.
+    #: Places, from 0, of the images to compute if the store has the others already; all by default.
     rows: tuple[int, ...] | None = None
-    #: Places of images that are not to be opened: they kill the process that does.
-    avoided: frozenset[int] = frozenset()
+    #: Places of poison images, which kill the process that opens them.
+    excluded: frozenset[int] = frozenset()
 
     @property
     def places_to_read(self) -> tuple[int, ...]:
-        """Places of the images that are to be computed and have not vanished."""
+        """Places of the images to compute that have not vanished."""
         places = range(len(self.paths)) if self.rows is None else self.rows
         return tuple(place for place in places if not self.bytes or self.bytes[place] != VANISHED_BYTES)
 
     @property
     def unlisted_places(self) -> tuple[int, ...]:
-        """Places of the images that are not to be read, for the input does not have them."""
+        """Places of the images that the input does not have."""
         rows = zip(self.bytes, self.versions, strict=False)
         return tuple(place for place, row in enumerate(rows) if row == UNLISTED)
 
@@ -49,5 +49,5 @@ class Partition:
         chosen: dict[str, Any] = {
             name: tuple(column[place] for place in places) for name, column in columns.items() if column
         }
-        avoided = frozenset(row for row, place in enumerate(places) if place in self.avoided)
-        return replace(self, **chosen, rows=None, avoided=avoided)
+        excluded = frozenset(row for row, place in enumerate(places) if place in self.excluded)
+        return replace(self, **chosen, rows=None, excluded=excluded)

@@ -1,54 +1,51 @@
-"""How a run shows that it moves: a live bar on a terminal or in a notebook, plain lines elsewhere."""
+"""Progress of a run: a live bar on a terminal or in a notebook, plain lines elsewhere."""
 
 import time
 from importlib.util import find_spec
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task
+from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 class RunProgress:
-    """
-    What a run tells about itself while it works; this one tells nothing.
+    """Progress of a run that shows nothing; a context manager around the run."""
 
-    Use it as a context manager around a run.
-    """
+    _n_images = _n_done = _n_failed = _n_before = 0
+    _started = 0.0
 
     def __enter__(self) -> Self:
-        """Begin to show."""
+        """Start to show progress."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop showing."""
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        """Stop showing progress."""
 
     def say(self, message: str) -> None:
-        """Tell something once."""
+        """Show a message."""
 
     def begin(self, stage: str) -> None:
-        """Tell that a stage begins."""
+        """Show that a stage begins."""
+        self.say(f"{stage} ...")
 
     def begin_images(self, n_images: int, *, n_done: int) -> None:
-        """Tell that images are going to be counted."""
+        """Start to count images, and their time."""
+        self._n_images, self._n_done, self._n_before, self._n_failed = n_images, n_done, n_done, 0
+        self._started = time.monotonic()
 
     def advance(self, n_images: int, *, n_failed: int) -> None:
-        """Count images."""
+        """Count images, and show the counts."""
+        self._n_done += n_images
+        self._n_failed += n_failed
+        now = time.monotonic()
+        self._show(now, (self._n_done - self._n_before) / max(now - self._started, 1e-9))
+
+    def _show(self, now: float, rate: float) -> None:
+        """Show the counts, and the rate in images per second."""
 
 
 class LineProgress(RunProgress):
@@ -56,34 +53,21 @@ class LineProgress(RunProgress):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._n_images = self._n_done = self._n_failed = self._n_before = 0
-        self._started = self._written = time.monotonic()
+        self._written = time.monotonic()
 
     def say(self, message: str) -> None:
         """Write a line."""
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    def begin(self, stage: str) -> None:
-        """Write which stage begins."""
-        self.say(f"{stage} ...")
-
-    def begin_images(self, n_images: int, *, n_done: int) -> None:
-        """Start the clock of the images."""
-        self._n_images, self._n_done, self._n_before, self._n_failed = n_images, n_done, n_done, 0
-        self._started = self._written = time.monotonic()
-
-    def advance(self, n_images: int, *, n_failed: int) -> None:
-        """Count images, and write a line if the last one is some seconds old or these are the last images."""
-        self._n_done += n_images
-        self._n_failed += n_failed
-        now = time.monotonic()
-        if now - self._written < _SECONDS_BETWEEN_LINES and self._n_done < self._n_images:
+    def _show(self, now: float, rate: float) -> None:
+        """Write a line if the last one is some seconds old, or if all images are done."""
+        if now - max(self._written, self._started) < _SECONDS_BETWEEN_LINES and self._n_done < self._n_images:
             return
         self._written = now
-        rate = (self._n_done - self._n_before) / max(now - self._started, 1e-9)
         remaining = (self._n_images - self._n_done) / rate if rate else 0
         self.say(
-            f"{self._n_done:,} of {self._n_images:,} images, {rate:.1f} images/s, {remaining:.0f} s remaining, {self._n_failed:,} failed"
+            f"{self._n_done:,} of {self._n_images:,} images, {rate:.1f} images/s, {remaining:.0f} s remaining, "
+            f"{self._n_failed:,} failed"
         )
 
 
@@ -110,20 +94,14 @@ class LiveProgress(LineProgress):
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         """Finish the last stage and stop drawing."""
         if kind is None:
             self._finish()
         self._bar.stop()
 
-    def say(self, message: str) -> None:
-        """Write a line above the bar."""
-        self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
-
     def begin(self, stage: str) -> None:
-        """Finish the stage before and draw a line for the next."""
+        """Finish the previous stage and draw a line for the next one."""
         self._finish()
         self._task = self._bar.add_task(stage, total=None)
 
@@ -132,22 +110,19 @@ class LiveProgress(LineProgress):
         super().begin_images(n_images, n_done=n_done)
         self._bar.update(self._task, total=n_images, completed=n_done, rate=0.0, failed=0, counts_images=True)
 
-    def advance(self, n_images: int, *, n_failed: int) -> None:
-        """Count images."""
-        self._n_done += n_images
-        self._n_failed += n_failed
-        rate = (self._n_done - self._n_before) / max(time.monotonic() - self._started, 1e-9)
+    def _show(self, now: float, rate: float) -> None:
+        """Update the bar."""
         self._bar.update(self._task, completed=self._n_done, rate=rate, failed=self._n_failed)
 
     def _finish(self) -> None:
-        """Tick the current stage off."""
+        """Mark the current stage as finished."""
         task = next(task for task in self._bar.tasks if task.id == self._task)
         total = task.total if task.total is not None else 1
         self._bar.update(self._task, total=total, completed=total)
 
 
 class _ForImages(ProgressColumn):
-    """A column that only the stage that counts images shows."""
+    """A column that is empty until a stage counts images."""
 
     def __init__(self, column: ProgressColumn) -> None:
         self._column = column
@@ -159,10 +134,10 @@ class _ForImages(ProgressColumn):
 
 
 class _RateColumn(ProgressColumn):
-    """Images per second and failures."""
+    """Images per second, and the number of failures if there are any."""
 
     def render(self, task: Task) -> Text:
-        """Render them; failures only where there are any."""
+        """Render both."""
         text = Text(f"{task.fields['rate']:.1f} images/s", style="cyan")
         if task.fields["failed"]:
             text.append(f"  {task.fields['failed']:,} failed", style="red")
@@ -184,6 +159,6 @@ def choose_progress(console: Console | None = None) -> RunProgress:
         A live bar on a terminal or in a notebook that has ipywidgets, lines elsewhere.
     """
     console = console or Console(stderr=True)
-    # In a notebook rich draws its bar with ipywidgets, and complains at each step where they are missing.
+    # In a notebook without ipywidgets, rich would warn at each update of its bar.
     is_live = console.is_terminal or console.is_jupyter and find_spec("ipywidgets") is not None
     return LiveProgress(console) if is_live else LineProgress(console)

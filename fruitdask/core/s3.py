@@ -1,4 +1,4 @@
-"""S3 by s3fs, with one layer that tries again: the client's, botocore."""
+"""S3 by s3fs, with retries in one layer only: botocore's client."""
 
 import io
 from typing import Any
@@ -9,12 +9,11 @@ from s3fs import S3FileSystem
 
 
 class S3(S3FileSystem):  # type: ignore[misc]
-    """The file system of s3fs, which leaves it to its client to send a request again.
+    """The file system of s3fs, with retries by its client alone.
 
-    s3fs tries again around its client, in reading a file twice over, which multiplies the attempts and their time; page
-    by page listings it does not cover. The client covers all requests, with pauses that double and are drawn at random,
-    up to a number of attempts and within a quota that is used up where a server fails all the time. Copies that are
-    unpickled on workers, or made for Zarr, do the same.
+    s3fs retries around its client, for reads twice over, which multiplies the attempts and their time, and does not
+    retry pages of listings. The client retries all requests, with backoff and jitter, up to a number of attempts and
+    within a quota that runs out if a server fails all the time. Copies that workers unpickle or Zarr makes do the same.
     """
 
     retries = 1
@@ -25,10 +24,10 @@ class S3(S3FileSystem):  # type: ignore[misc]
 
 
 class _WholeSession(AIOHTTPSession):  # type: ignore[misc]
-    """HTTP that hands a response on when all of it is there: one that breaks off is then a request that failed, and is sent again."""
+    """HTTP that returns a response once it is complete, so that the client retries one whose connection breaks."""
 
     async def send(self, request: Any) -> Any:
-        """Send a request and read the whole response; its body is in memory then."""
+        """Send a request and read the whole response into memory."""
         request.stream_output = False
         response = await super().send(request)
         response.raw = _Raw(await response.content)
@@ -36,7 +35,7 @@ class _WholeSession(AIOHTTPSession):  # type: ignore[misc]
 
 
 class _Raw:
-    """What the client takes for the response of its HTTP library, whose content it reads."""
+    """A response in memory, with the interface of the client's HTTP library."""
 
     def __init__(self, data: bytes) -> None:
         self._file = io.BytesIO(data)
@@ -47,8 +46,8 @@ class _Raw:
         return self._file.read(n_bytes)
 
     def close(self) -> None:
-        """Close nothing: the connection is back in the pool."""
+        """Do nothing: the connection is back in the pool."""
 
 
-# fsspec keeps what is registered to the end of the process. Clients that Zarr never closes complain of that if they are collected before.
+# fsspec keeps registered classes until the process ends. Collected earlier, clients that Zarr never closes would warn.
 register_implementation("fruitdask-s3", S3, clobber=True)

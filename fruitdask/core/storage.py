@@ -1,4 +1,4 @@
-"""Files behind URLs: open a file system, read, hash and write whole files; every failure is one sentence."""
+"""Files behind URLs: open a file system; read, hash and write whole files; explain every failure in one sentence."""
 
 import errno
 import hashlib
@@ -21,14 +21,12 @@ from fruitdask.errors import DamageError, FruitdaskError, StorageError
 
 _HASH_BLOCK_BYTES = 1 << 20
 
-#: Defaults for S3, beside those of s3fs (5 seconds to connect, 15 between bytes). Others write to the same folders, so listings are not
-#: kept. One transfer a file: s3fs asks for the size of each file before it reads, only to split those above 50 MB.
+#: Defaults for S3, in addition to those of s3fs (5 seconds to connect, 15 between bytes). Listings are not cached,
+#: because others write to the same folders. With one transfer per file, s3fs need not ask for its size before reading.
 _S3_OPTIONS: Mapping[str, Any] = {"use_listings_cache": False, "max_concurrency": 1}
-#: Connections for all threads of a process, where botocore has 10.
+#: Connections for all threads of a process; botocore's default is 10.
 _S3_CONFIG: Mapping[str, Any] = {"max_pool_connections": 256}
-#: How often a request to S3 is sent, unless the configuration says otherwise.
-_ATTEMPTS = 5
-#: What to do where the system says that writing is not possible, by its number; else paths and permissions are the usual cause.
+#: Advice by the system's error number.
 _ADVICE: Mapping[int | None, str] = {
     errno.ENOSPC: "make room there and run again",
     errno.EDQUOT: "make room there and run again",
@@ -37,12 +35,10 @@ _ADVICE: Mapping[int | None, str] = {
 _USUAL_ADVICE = "check the path and the permissions"
 #: Modules of clients whose errors do not derive from OSError.
 _FOREIGN_ERRORS = ("botocore", "aiobotocore", "aiohttp", "azure", "google")
-#: Modules of decoders whose errors do derive from OSError: Zarr misses what it does not recognize.
-_DECODERS = ("zarr",)
 #: A folder in an archive, such as zip://Test::s3://bucket/x.zip: protocol, folder, archive.
 _ARCHIVE = re.compile(rf"({'|'.join(PROTOCOLS)})://(.*?)::(.+)", re.DOTALL)
 _PROTOCOL = re.compile(r"(?:^|(?<=::))[A-Za-z][A-Za-z0-9+.-]*(?=://)")
-#: Archives of which a process remembers what is in them.
+#: Archives whose directories a process keeps in memory.
 _MAX_ARCHIVES = 8
 #: Access keys of AWS, and signatures of its requests.
 _SECRETS = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?<=Signature=)[\w%/+=-]+|(?<=X-Amz-Credential=)[\w%/+=-]+")
@@ -55,14 +51,13 @@ class Location:
     #: A local path or a URL such as ``s3://bucket/prefix``, without a slash at the end.
     url: str
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
-    #: How often a request to S3 is sent before it has failed, with pauses that double and are drawn at random. Sooner,
-    #: where a server fails all the time.
-    attempts: int = _ATTEMPTS
-    #: Which version of an archive it is; a process that has another one in memory opens it anew.
+    #: Attempts of each request to S3, with backoff and jitter; fewer if a server fails all the time.
+    attempts: int = 5
+    #: Version of an archive; a process that has another version in memory opens it again.
     stamp: str = ""
 
     def __post_init__(self) -> None:
-        """Write the protocol in small letters, as file systems are known."""
+        """Write the protocol in lower case, as fsspec knows it."""
         object.__setattr__(self, "url", _PROTOCOL.sub(lambda match: match[0].lower(), self.url))
 
     @property
@@ -77,7 +72,7 @@ class Location:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The storage options, with defaults where S3 is read and written by many at once."""
+        """The storage options, on S3 with our defaults for concurrent access."""
         options = dict(self.storage_options)
         if self.is_s3:
             retries = {"mode": "standard", "total_max_attempts": self.attempts}
@@ -87,7 +82,7 @@ class Location:
 
     @property
     def is_s3(self) -> bool:
-        """Whether this is on S3, Amazon's or another."""
+        """Whether this is on S3, from Amazon or another provider."""
         return self.url.startswith(("s3://", "s3a://"))
 
     @property
@@ -102,18 +97,18 @@ class Location:
 
     @property
     def base(self) -> "Location":
-        """The archive that this lies in, and if that lies in another one, the outermost; itself where there is none."""
+        """The outermost archive around this, or itself outside archives."""
         match = _ARCHIVE.fullmatch(self.url)
         return self if match is None else replace(self, url=match[3]).base
 
     def locate(self, name: str) -> str:
-        """Name a file below this folder as its file system does."""
+        """Find the path of a file below this folder in its file system."""
         path = self.path
-        # The root of an archive has no name; that of a disk has an empty one before its slash.
+        # The root of an archive is empty; that of a disk is empty before its slash.
         return f"{path}/{name}" if path or "::" not in self.url else name
 
     def child(self, *names: str) -> "Location":
-        """Name something inside this folder.
+        """Locate something inside this folder.
 
         >>> Location("s3://bucket/run").child("partitions", "00000.parquet").url
         's3://bucket/run/partitions/00000.parquet'
@@ -125,7 +120,7 @@ class Location:
 
 
 def pin(location: Location) -> Location:
-    """Say of which version an archive is, for processes that may have an older one in memory."""
+    """Add the version of an archive, for processes that may have an older one in memory."""
     if not location.is_archive:
         return location
     with explained(location, "read"):
@@ -133,7 +128,7 @@ def pin(location: Location) -> Location:
 
 
 def hide_secrets(text: str) -> str:
-    """Take user names, passwords and signatures out of a URL, or of a text that quotes one.
+    """Hide user names, passwords and signatures in a URL, or in a text that quotes one.
 
     >>> hide_secrets("https://me:secret@example.org/fruits?sig=abc")
     'https://***@example.org/fruits?***'
@@ -143,19 +138,21 @@ def hide_secrets(text: str) -> str:
     text = _SECRETS.sub("***", text)
     if "://" not in text:
         return text
-    # A password may hold slashes and at signs, as those of AWS do: up to the last one, where there is a colon before it.
+    # After a colon, a password may contain slashes and at signs, as those of AWS do: hide up to the last at sign.
     hidden = re.sub(r"://(?:[^@\s:]*:\S*|[^/@\s]+)@", "://***@", text)
     return re.sub(r"([?#])\S+", r"\1***", hidden)
 
 
 def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Open the file system of a location, naming the missing package where one is missing."""
+    """Open the file system of a location."""
     protocol = location.url.split("://")[0] if "://" in location.url else "file"
     if match := _ARCHIVE.fullmatch(location.url):
         archive = replace(location, url=match[3])
         return _open_archive(match[1], archive, archive.path), match[2].strip("/")
     if protocol in PROTOCOLS:
-        raise StorageError(f"{location.url}: expected {protocol}://FOLDER::ARCHIVE, such as {protocol}://::photos.{protocol}")
+        raise StorageError(
+            f"{location.url}: expected {protocol}://FOLDER::ARCHIVE, such as {protocol}://::photos.{protocol}"
+        )
     if location.is_s3:
         from fruitdask.core.s3 import S3
 
@@ -169,32 +166,34 @@ def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str
             f"{location.url}: the protocol {protocol!r} needs a package that is not installed. {hint}"
         ) from error
     except (ValueError, TypeError) as error:
-        # File systems that need options to be opened raise a TypeError without them.
+        # File systems raise a TypeError if a required option is missing.
         raise StorageError(
-            f"{location.url}: expected a local path or a URL that fsspec can open (s3://, abfs://, gs://, https:// ...), found {error}"
+            f"{location.url}: expected a local path or a URL that fsspec can open (s3://, abfs://, gs://, https:// "
+            f"...), found {error}"
         ) from error
     return fs, path.rstrip("/")
 
 
 @lru_cache(_MAX_ARCHIVES)
 def _open_archive(protocol: str, archive: Location, path: str) -> Archive:
-    """Open an archive once; a relative path may lead to another one later."""
+    """Open an archive once; the path is part of the key, as a relative URL may mean another archive later."""
     return Archive(protocol, archive.fs, path)
 
 
 @contextmanager
 def explained(location: Location, action: str, *, remedy: str | None = None) -> Iterator[None]:
-    """Turn whatever a file system raises, and a decoder where one is at work, into one sentence that names the URL."""
+    """Turn errors of a file system, and with a remedy those of a decoder, into one sentence that names the URL."""
     try:
         yield
     except FruitdaskError:
         raise
     except Exception as error:
-        # botocore's exceptions do not derive from OSError, and botocore is imported only where S3 is used.
-        is_expected = isinstance(error, OSError) or type(error).__module__.startswith(_FOREIGN_ERRORS)
-        # Clients are made on first use, and refuse options that they do not know only then.
+        module = type(error).__module__
+        is_expected = isinstance(error, OSError) or module.startswith(_FOREIGN_ERRORS)
+        # Clients are created on first use, and only then refuse unknown options.
         is_option = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
-        if remedy is not None and (not is_expected or type(error).__module__.startswith(_DECODERS)):
+        # Zarr's errors about content that it does not recognize derive from OSError.
+        if remedy is not None and (not is_expected or module.startswith("zarr")):
             raise DamageError(f"{location.url} is damaged ({describe_cause(error)}); {remedy}") from error
         if not (is_expected or is_option):
             raise
@@ -204,7 +203,7 @@ def explained(location: Location, action: str, *, remedy: str | None = None) -> 
 
 
 def describe_cause(error: BaseException) -> str:
-    """Say in a few words what a decoder did not like.
+    """Describe the error of a decoder in a few words.
 
     >>> describe_cause(ValueError("Stored and computed checksum do not match. Stored: b'ab'."))
     'Stored and computed checksum do not match'
@@ -216,43 +215,37 @@ def describe_cause(error: BaseException) -> str:
 
 
 def write_file(location: Location, data: bytes) -> None:
-    """Write a whole file so that a reader sees either all of it or none.
-
-    An object store commits an object when its upload ends. A local file is written under another name first and then
-    renamed.
-    """
+    """Write a whole file atomically: object stores commit at the end of an upload, local files are renamed."""
     fs, path = location.fs, location.path
     with explained(location, "write"):
         if not location.is_local:
             fs.pipe_file(path, data)
             return
-        with _beside(path, data) as temporary:
+        with _temporary_file(path, data) as temporary:
             os.replace(temporary, path)
 
 
 def create_file(location: Location, data: bytes) -> None:
-    """Write a whole file where there is none, so that of several who try at once only one succeeds, and nobody sees half
-    of it.
-    """
+    """Write a whole file atomically if it does not exist; of several concurrent writers, only one succeeds."""
     fs, path = location.fs, location.path
     if not location.is_local:
-        # Amazon's S3 promises that only one can do so; not all others do.
+        # Amazon's S3 guarantees this; not all others do.
         fs.pipe_file(path, data, mode="create")
         return
-    with _beside(path, data) as temporary:
+    with _temporary_file(path, data) as temporary:
         try:
             os.link(temporary, path)
         except FileExistsError:
             raise
         except OSError:
-            # A file system without links, where a process that dies now leaves half of the file.
+            # The file system has no links: a process that dies now leaves an incomplete file.
             with open(path, "xb") as file:
                 file.write(data)
 
 
 @contextmanager
-def _beside(path: str, data: bytes) -> Iterator[str]:
-    """Write a file under another name beside the one it is to have; what is left of it at the end is deleted."""
+def _temporary_file(path: str, data: bytes) -> Iterator[str]:
+    """Write a temporary file in the same folder, and delete it at the end if it is still there."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.part"
     try:
@@ -274,22 +267,21 @@ def hash_file(location: Location) -> str:
 
 
 def exists(location: Location) -> bool:
-    """Tell whether something is at a location."""
+    """Whether a file or folder exists."""
     with explained(location, "read"):
         location.fs.invalidate_cache()
         return bool(location.fs.exists(location.path))
 
 
 def check_bucket(location: Location) -> None:
-    """Refuse a bucket that does not exist or cannot be reached, which `exists` takes for a folder with nothing in it.
-    """
+    """Refuse a bucket that does not exist or cannot be reached, which `exists` does not tell from an empty folder."""
     with explained(location, "read"):
         bucket, key, _ = location.fs.split_path(location.path)
         location.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", MaxKeys=1)
 
 
 def find_encryption(location: Location) -> str | None:
-    """Find how a file is encrypted where it is stored."""
+    """Find how a file on S3 is encrypted at rest."""
     if not location.is_s3:
         return None
     with explained(location, "read"):

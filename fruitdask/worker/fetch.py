@@ -122,7 +122,7 @@ def read_batches(
             )
     for place in partition.unlisted_places:
         outcomes[place].fail("missing", "input.manifest names this file, but it is not in input.url")
-    for place in partition.avoided:
+    for place in partition.excluded:
         outcomes[place].fail(
             "crashed", "each process that worked on this image died: it needs too much memory or crashes a decoder"
         )

@@ -1,4 +1,4 @@
-"""Clusters on Amazon EC2 that are started for a run, and end with it."""
+"""Clusters on Amazon EC2 that start and end with a run."""
 
 import logging
 import threading
@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fruitdask.cluster.ec2.instances import terminate_run
-from fruitdask.cluster.ec2.machines import Image, InstanceType, describe_types, find_image
+from fruitdask.cluster.ec2.machines import describe_types, find_image
 from fruitdask.cluster.ec2.network import Network, find_network
-from fruitdask.cluster.ec2.options import build_options, build_worker_options, check_options
+from fruitdask.cluster.ec2.options import build_options, check_options
 from fruitdask.core.config import EC2ClusterConfig
 from fruitdask.errors import ClusterStartError, FruitdaskError
 
@@ -21,25 +21,24 @@ logger = logging.getLogger(__name__)
 
 _CLIENT_CLOSE_SECONDS = 5
 _END_SECONDS = 60
-#: A worker is given up after a minute without work: another one takes minutes to come up, and a minute is paid for in any case.
+#: A worker ends after a minute without work: a new one takes minutes to start, and AWS bills at least a minute.
 _ADAPT = {"interval": "5s", "wait_count": 12}
 
 
 @contextmanager
 def open_ec2(config: EC2ClusterConfig) -> Iterator[Any]:
-    """Start a scheduler and workers on EC2, and terminate them at the end, whatever that is."""
+    """Start a scheduler and workers on EC2, and terminate them at the end, whatever happens."""
     check_options(config)
     stack = ExitStack()
     try:
-        client = _start(config, stack)
-        yield client
+        yield _start(config, stack)
     finally:
-        _close_unhurried(stack)
+        _close_uninterrupted(stack)
 
 
 def _start(config: EC2ClusterConfig, stack: ExitStack) -> Any:
-    """Start a cluster; whatever there is to be undone is pushed on the stack before it can be needed."""
-    from fruitdask.cluster.ec2.cluster import put_into_words
+    """Start a cluster, and push each cleanup on the stack before it can be needed."""
+    from fruitdask.cluster.ec2.cluster import explain_cause
 
     network = find_network(config)
     stack.callback(_try, network.withdraw)
@@ -48,19 +47,24 @@ def _start(config: EC2ClusterConfig, stack: ExitStack) -> Any:
     except FruitdaskError:
         raise
     except Exception as error:
-        # Dask and dask-cloudprovider raise whatever they meet, mostly RuntimeError from the reason.
-        raise ClusterStartError(f"the cluster on EC2 did not start: {put_into_words(error)}") from error
+        # Dask and dask-cloudprovider raise any error, mostly a RuntimeError from the cause.
+        raise ClusterStartError(f"the cluster on EC2 did not start: {explain_cause(error)}") from error
 
 
 def _build_cluster(config: EC2ClusterConfig, network: Network, stack: ExitStack) -> "RunCluster":
-    """Build a cluster of which nothing is launched yet."""
+    """Build a cluster without launching anything."""
     from distributed.utils import LoopRunner, silence_logging_cmgr, sync
 
     from fruitdask.cluster.ec2.cluster import RunCluster, Settings
     from fruitdask.cluster.ec2.security import make_security, serialize_settings
 
     types = describe_types(network.region, config.types, zones=[network.zone])
-    scheduler_image, worker_image = images = [_find_image(config, network, types[name]) for name in config.types]
+    # EC2Cluster documents this option for workers but does not accept it.
+    module = {"worker_module": config.worker_module, "worker_class": None} if config.worker_module else {}
+    scheduler_image, worker_image = images = [
+        find_image(network.region, architecture=one.architecture, has_gpu=one.has_gpu, ami=config.ami)
+        for one in (types[name] for name in config.types)
+    ]
     security, run_id = make_security(lifetime_seconds=config.max_lifetime), uuid.uuid4().hex[:12]
     settings = Settings(
         run_id=run_id,
@@ -68,16 +72,16 @@ def _build_cluster(config: EC2ClusterConfig, network: Network, stack: ExitStack)
         root_devices={image.id: image.root_device_name for image in images},
         inherited=serialize_settings(security, no_workers_timeout_seconds=config.start_timeout),
         scheduler={"ami": scheduler_image.id, "gpu_instance": False},
-        worker={"ami": worker_image.id, "gpu_instance": types[config.types[1]].has_gpu, **build_worker_options(config)},
+        worker={"ami": worker_image.id, "gpu_instance": types[config.types[1]].has_gpu, **module},
     )
-    # As on this machine: a task's error comes back as its exception.
+    # A task's error returns as its exception, as with a local cluster.
     stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
     runner = LoopRunner()
     runner.start()
     stack.callback(runner.stop)
 
     async def build() -> RunCluster:
-        # On the loop itself Dask does not start a cluster by making it, so that there is something to end before there is anything.
+        # Constructed on the loop, a cluster does not start yet, so that its cleanup can be registered before.
         return RunCluster(
             settings=settings,
             loop=runner.loop,
@@ -113,39 +117,34 @@ def _connect(config: EC2ClusterConfig, cluster: "RunCluster", stack: ExitStack) 
     return client
 
 
-def _find_image(config: EC2ClusterConfig, network: Network, instance_type: InstanceType) -> Image:
-    """Find the machine image of a role."""
-    has_gpu, architecture = instance_type.has_gpu, instance_type.architecture
-    return find_image(network.region, architecture=architecture, has_gpu=has_gpu, ami=config.ami)
-
-
 def _terminate(cluster: "RunCluster") -> None:
     """Terminate the instances of a run by their tag."""
-    if not cluster.has_asked:
+    if not cluster.fleet.has_asked:
         return
     try:
         ended = terminate_run(cluster.region, cluster.settings.run_id)
     except Exception as error:
-        # Whatever it is, somebody pays for what still runs, and must know.
+        # Instances that still run cost money, so the user must know, whatever the error.
         left = ", ".join(cluster.list_running()) or "instances, if any,"
         raise ClusterStartError(
-            f"{left} of run {cluster.settings.run_id} may still run, for they could not be terminated ({error}); end them: "
-            f"fruitdask clusters cleanup --region {cluster.region}"
+            f"{left} of run {cluster.settings.run_id} may still run, because they could not be terminated ({error}); "
+            f"terminate them: fruitdask clusters cleanup --region {cluster.region}"
         ) from error
-    cluster.note_terminated()
+    for instance_id in cluster.list_running():
+        cluster.fleet.note_end(instance_id)
     logger.info("run %s has ended; terminated: %s", cluster.settings.run_id, ", ".join(ended) or "nothing was left")
 
 
 def _try(function: Callable[[], Any]) -> None:
-    """Do what is good to do at the end, and no reason to stop there."""
+    """Run a cleanup, and only log its failure."""
     try:
         function()
     except Exception as error:
         logger.warning("at the end of the cluster: %s", error)
 
 
-def _close_unhurried(stack: ExitStack) -> None:
-    """Undo everything in a thread of its own, which a second Ctrl-C does not reach; it is raised afterwards."""
+def _close_uninterrupted(stack: ExitStack) -> None:
+    """Run all cleanups in a thread that a second Ctrl-C does not interrupt; raise that interruption afterwards."""
     done = threading.Event()
     failures: list[BaseException] = []
     interruptions: list[BaseException] = []
@@ -165,6 +164,6 @@ def _close_unhurried(stack: ExitStack) -> None:
         except (KeyboardInterrupt, SystemExit) as error:
             logger.warning("instances are being terminated; please wait")
             interruptions.append(error)
-    # Instances that cannot be terminated cost money, so that comes first.
+    # Failures come first: instances that cannot be terminated cost money.
     if failures or interruptions:
         raise (failures + interruptions)[0]

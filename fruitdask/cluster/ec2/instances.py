@@ -1,4 +1,4 @@
-"""Instances of Amazon EC2 that belong to runs, found by their tag: whatever became of the process that started them."""
+"""Instances of runs on Amazon EC2, found by their tag: even if the process that started them has died."""
 
 import time
 from collections.abc import Iterator
@@ -13,14 +13,13 @@ from fruitdask.errors import ClusterStartError
 
 _TERMINATE_TIMEOUT_SECONDS = 60.0
 _POLL_SECONDS = 1.0
-#: More ids than this at once are refused: https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
-_IDS_PER_CALL = 1000
-_OVER = ("shutting-down", "terminated")
+#: https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
+_MAX_IDS_PER_CALL = 1000
 
 
 @dataclass(frozen=True)
 class Instance:
-    """An instance of a run, as it was when asked for."""
+    """An instance of a run, as EC2 described it."""
 
     id: str
     run_id: str
@@ -40,13 +39,13 @@ class Instance:
 
     @property
     def is_ending(self) -> bool:
-        """Whether it is on its way out, and costs nothing any more."""
-        return self.state in _OVER
+        """Whether it is ending or has ended, and no longer costs anything."""
+        return self.state in ("shutting-down", "terminated")
 
 
 @contextmanager
 def open_ec2(region: str | None, *, action: str) -> Iterator[Any]:
-    """Open a client of EC2 whose errors are sentences."""
+    """Open a client of EC2, and explain its errors."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
@@ -57,7 +56,7 @@ def open_ec2(region: str | None, *, action: str) -> Iterator[Any]:
 
 
 def list_instances(region: str | None, *, run_id: str | None = None) -> list[Instance]:
-    """List the instances that fruitdask has started and that are not terminated."""
+    """List the instances of fruitdask that are not terminated."""
     with open_ec2(region, action="list the instances of fruitdask") as client:
         return _list(client, run_id)
 
@@ -69,20 +68,20 @@ def list_regions() -> list[str]:
 
 
 def terminate_run(region: str | None, run_id: str) -> list[str]:
-    """Terminate all instances of a run, and look again until none is left."""
+    """Terminate all instances of a run, and list them again until none is left."""
     terminated: dict[str, None] = {}
     deadline = time.monotonic() + _TERMINATE_TIMEOUT_SECONDS
     with open_ec2(region, action=f"terminate the instances of run {run_id}, which may still be running") as client:
-        for n_looks in count(1):
+        for n_queries in count(1):
             left = _terminate_alive(client, run_id)
             terminated.update(dict.fromkeys(left))
-            # The first look proves nothing: EC2 shows an instance only some time after its launch.
-            if not left and n_looks > 1:
+            # One empty answer proves nothing: EC2 lists an instance only some time after its launch.
+            if not left and n_queries > 1:
                 break
             if time.monotonic() > deadline:
                 raise ClusterStartError(
-                    f"run {run_id}: {', '.join(left)} did not end within {_TERMINATE_TIMEOUT_SECONDS:g} s; look whether they still run: "
-                    "fruitdask clusters list"
+                    f"run {run_id}: {', '.join(left)} did not end within {_TERMINATE_TIMEOUT_SECONDS:g} s; check "
+                    "whether they still run: fruitdask clusters list"
                 )
             time.sleep(_POLL_SECONDS)
     return list(terminated)
@@ -102,7 +101,7 @@ def _list(client: Any, run_id: str | None) -> list[Instance]:
 
 
 def _describe(entry: dict[str, Any], region: str) -> Instance:
-    """Describe an instance from EC2's words."""
+    """Convert EC2's description of an instance."""
     tags = {tag["Key"]: tag["Value"] for tag in entry.get("Tags", ())}
     return Instance(
         id=entry["InstanceId"],
@@ -119,15 +118,15 @@ def _describe(entry: dict[str, Any], region: str) -> Instance:
 
 
 def _terminate_alive(client: Any, run_id: str) -> list[str]:
-    """Terminate the instances of a run that are not on their way out, and name them."""
+    """Terminate the instances of a run that are not ending, and return their ids."""
     from botocore.exceptions import ClientError
 
     alive = [one.id for one in _list(client, run_id) if not one.is_ending]
-    for start in range(0, len(alive), _IDS_PER_CALL):
+    for start in range(0, len(alive), _MAX_IDS_PER_CALL):
         try:
-            client.terminate_instances(InstanceIds=alive[start : start + _IDS_PER_CALL])
+            client.terminate_instances(InstanceIds=alive[start : start + _MAX_IDS_PER_CALL])
         except ClientError as error:
-            # One part of EC2 may not know yet what another has just listed: the next look tries again.
+            # EC2 is eventually consistent and may not yet know an instance that it has just listed: try again.
             if error.response["Error"]["Code"] != "InvalidInstanceID.NotFound":
                 raise
     return alive

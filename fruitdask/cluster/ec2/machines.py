@@ -1,4 +1,4 @@
-"""What instances are made of: instance types, where they are offered, and machine images."""
+"""Instance types, the zones that offer them, and machine images."""
 
 from collections import defaultdict
 from collections.abc import Collection
@@ -8,9 +8,9 @@ from typing import Any
 from fruitdask.cluster.ec2.instances import open_ec2
 from fruitdask.errors import ClusterStartError
 
-#: Owner and name of machine images, by whether they bring NVIDIA's drivers; ``*`` is the date of the build.
-#: Canonical's: https://documentation.ubuntu.com/aws/
-#: AWS's, which bring Docker too: https://docs.aws.amazon.com/dlami/latest/devguide/find-dlami-id.html
+#: Owner and name of machine images, by architecture and whether they have NVIDIA's drivers; ``*`` is the build date.
+#: From Canonical: https://documentation.ubuntu.com/aws/
+#: From AWS, with Docker: https://docs.aws.amazon.com/dlami/latest/devguide/find-dlami-id.html
 _IMAGES = {
     ("x86_64", False): ("099720109477", "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-amd64-server-*"),
     ("arm64", False): ("099720109477", "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-arm64-server-*"),
@@ -21,18 +21,18 @@ _IMAGES = {
 
 @dataclass(frozen=True)
 class InstanceType:
-    """What an instance of a type has."""
+    """An instance type."""
 
     name: str
     n_cpus: int
     memory_bytes: int
-    #: GPUs of NVIDIA; those of others cannot run networks here.
+    #: NVIDIA GPUs; others cannot run networks here.
     n_gpus: int
     architecture: str
 
     @property
     def has_gpu(self) -> bool:
-        """Whether it has a GPU of NVIDIA."""
+        """Whether it has an NVIDIA GPU."""
         return self.n_gpus > 0
 
 
@@ -41,20 +41,20 @@ class Image:
     """A machine image (AMI)."""
 
     id: str
-    #: Name of the root volume, such as ``/dev/sda1``: a volume by another name would be a second one.
+    #: Name of the root volume, such as ``/dev/sda1``: another name would add a second volume.
     root_device_name: str
-    #: Size of the root volume in GB; EC2 refuses a smaller one.
+    #: Minimum size of the root volume, in GB.
     root_volume_gb: int
 
 
 def describe_types(
     region: str | None, names: Collection[str], *, zones: Collection[str] = ()
 ) -> dict[str, InstanceType]:
-    """Look instance types up, and whether they are to be had."""
+    """Look up instance types, and check that they are available."""
     wanted = sorted(set(names))
     with open_ec2(region, action=f"look up the instance types {', '.join(wanted)}") as client:
         offered = defaultdict(set)
-        # Asked first: of a type that it does not offer, EC2 says in one region that there is none and in another that it is not supported.
+        # First, because the errors of EC2 about a type that it does not offer differ between regions.
         pages = client.get_paginator("describe_instance_type_offerings").paginate(
             LocationType="availability-zone", Filters=[{"Name": "instance-type", "Values": wanted}]
         )
@@ -68,16 +68,16 @@ def describe_types(
 
 
 def find_image(region: str | None, *, architecture: str, has_gpu: bool, ami: str | None = None) -> Image:
-    """Find a machine image: Ubuntu, for GPUs with NVIDIA's drivers and Docker."""
+    """Find the given machine image, by default Ubuntu, for GPUs with NVIDIA's drivers and Docker."""
     owner, name = _IMAGES[architecture, has_gpu]
     by_name = {"Owners": [owner], "Filters": [{"Name": "name", "Values": [name]}]}
     with open_ec2(region, action=f"find the machine image {ami or name}") as client:
         found = client.describe_images(**{"ImageIds": [ami]} if ami else by_name)["Images"]
         where = client.meta.region_name
     if not found:
+        drivers = " with NVIDIA's drivers" if has_gpu else ""
         raise ClusterStartError(
-            f"found no machine image {ami or repr(name)} in {where}; give the id of one that is there by cluster.ami (any Ubuntu will do"
-            f"{', with the drivers of NVIDIA' if has_gpu else ''})"
+            f"found no machine image {ami or repr(name)} in {where}; set cluster.ami to an Ubuntu image{drivers}"
         )
     newest = max(found, key=lambda entry: str(entry["CreationDate"]))
     root = newest["RootDeviceName"]
@@ -86,21 +86,21 @@ def find_image(region: str | None, *, architecture: str, has_gpu: bool, ami: str
 
 
 def _check_offer(name: str, offered: set[str], zones: Collection[str], region: str) -> None:
-    """Refuse a type that is not to be had in the region, or not in all zones that are wanted."""
+    """Refuse a type that is not available in the region, or not in all wanted zones."""
     if not offered:
         raise ClusterStartError(
-            f"EC2 has no instance type {name} in {region}; take another one by cluster.worker_instance_type and "
+            f"EC2 has no instance type {name} in {region}; set another cluster.worker_instance_type and "
             "cluster.scheduler_instance_type (or cluster.instance_type)"
         )
     if missing := sorted(set(zones) - offered):
         raise ClusterStartError(
-            f"{', '.join(missing)} does not offer the instance type {name}; {', '.join(sorted(offered))} does: take that one by "
-            "cluster.availability_zone (and cluster.subnet_id), or another type"
+            f"{', '.join(missing)} does not offer the instance type {name}, but {', '.join(sorted(offered))} does; "
+            "set cluster.availability_zone (and cluster.subnet_id), or another type"
         )
 
 
 def _describe_type(entry: dict[str, Any]) -> InstanceType:
-    """Describe an instance type from EC2's words."""
+    """Convert EC2's description of an instance type."""
     gpus = entry.get("GpuInfo", {}).get("Gpus", ())
     return InstanceType(
         name=entry["InstanceType"],

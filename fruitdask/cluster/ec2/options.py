@@ -1,9 +1,8 @@
-"""Options of EC2Cluster from the configuration: what cannot be passed on is refused, what is harmful is changed."""
+"""Options of EC2Cluster from the configuration: refuse those that cannot be passed on, and replace harmful defaults."""
 
 import json
 import math
 import re
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,64 +11,60 @@ from fruitdask.core.aws import RUN_TAG
 from fruitdask.core.config import EC2ClusterConfig
 from fruitdask.errors import ConfigError
 
-#: When a run was started, beside `RUN_TAG` on its instances and volumes.
-STARTED_TAG = "fruitdask:started"
+#: Tag of instances and volumes with the start of their run.
+_STARTED_TAG = "fruitdask:started"
 
 _VARIABLE_NAME = re.compile(r"[A-Za-z_]\w*")
-# Tokenizers are no tokens.
 _CREDENTIAL = re.compile(
     r"PASSWORD|PASSWD|SECRET|TOKEN(?!IZER)|CREDENTIAL|ACCESS_?KEY|API_?KEY|PRIVATE_?KEY", re.IGNORECASE
 )
 _SPECIAL_IN_SHELL = re.compile(r"[\"'`$\\\x00-\x1f]")
-#: Ubuntu's own package; machine images for GPUs have Docker already.
+#: Ubuntu's package; machine images for GPUs have Docker already.
 _INSTALL_DOCKER = (
     "command -v docker || (apt-get update -y && DEBIAN_FRONTEND=noninteractive apt-get install -y docker.io)"
 )
-_PASSED_ON = (
-    "n_workers docker_image spot iam_instance_profile key_name worker_class docker_args enable_detailed_monitoring use_private_ip"
-).split()
+#: Options that EC2Cluster takes unchanged, and those that reach an instance through its shell.
+_UNCHANGED = (
+    *("n_workers", "docker_image", "spot", "iam_instance_profile", "key_name", "worker_class", "docker_args"),
+    *("enable_detailed_monitoring", "use_private_ip"),
+)
+_SHELL = ("docker_image", "docker_args", "worker_module", "worker_class", "worker_options", "scheduler_options")
 
 
 def check_options(config: EC2ClusterConfig) -> None:
-    """Refuse options that would break on the way to an instance, or make a secret readable there."""
+    """Refuse options that the shell of an instance would break, and environment variables that look like secrets."""
     for name, value in config.env_vars.items():
         if not _VARIABLE_NAME.fullmatch(name):
             raise ConfigError(
-                f"cluster.env_vars: {name!r} is no name of an environment variable; take letters, digits and _"
+                f"cluster.env_vars: {name!r} is not a name of an environment variable; use letters, digits and _"
             )
         if _CREDENTIAL.search(name):
             raise ConfigError(
-                f"cluster.env_vars: {name} looks like a credential, and everybody who may describe instances could read it; let a role "
-                "hand out credentials: cluster.iam_instance_profile"
+                f"cluster.env_vars: {name} looks like a credential, and everybody who may describe instances could "
+                "read it; give workers a role instead: cluster.iam_instance_profile"
             )
         if _SPECIAL_IN_SHELL.search(value):
             raise ConfigError(
-                f"cluster.env_vars: the value of {name} has a quote, a backquote, a backslash, a $ or a line break, which do not survive "
-                "the shell of the instance; put it into cluster.docker_image"
+                f"cluster.env_vars: the value of {name} has a quote, a backquote, a backslash, a $ or a line break, "
+                "which the shell of the instance would change; put it into cluster.docker_image"
             )
-    for option in (
-        "docker_image",
-        "docker_args",
-        "worker_module",
-        "worker_class",
-        "worker_options",
-        "scheduler_options",
-    ):
+    for option in _SHELL:
         text = json.dumps(getattr(config, option))
         if "'" in text or "\\n" in text:
             raise ConfigError(
-                f"cluster.{option}: a single quote or a line break does not survive the shell of the instance; leave it out"
+                f"cluster.{option}: expected no single quote and no line break, which the shell of the instance would "
+                "change; remove it"
             )
 
 
 def build_options(config: EC2ClusterConfig, *, run_id: str) -> dict[str, Any]:
-    """Build those options of EC2Cluster that AWS need not be asked for."""
-    tags = {RUN_TAG: run_id, STARTED_TAG: datetime.now(UTC).isoformat(timespec="seconds")}
-    options = {name: getattr(config, name) for name in _PASSED_ON}
+    """Build the options of EC2Cluster that need no query of AWS."""
+    tags = {RUN_TAG: run_id, _STARTED_TAG: datetime.now(UTC).isoformat(timespec="seconds")}
+    options = {name: getattr(config, name) for name in _UNCHANGED}
     if config.adaptive:
         options["n_workers"] = max(1, config.adaptive.minimum, min(config.n_workers, config.adaptive.maximum))
     return options | {
-        # Of a container's variables Dask's own settings give way to those that are there.
+        # Variables of the container win over Dask's settings.
         "env_vars": MALLOC_VARIABLES | config.env_vars,
         "scheduler_instance_type": config.types[0],
         "worker_instance_type": config.types[1],
@@ -82,15 +77,10 @@ def build_options(config: EC2ClusterConfig, *, run_id: str) -> dict[str, Any]:
     }
 
 
-def build_worker_options(config: EC2ClusterConfig) -> Mapping[str, Any]:
-    """Build the options that EC2Cluster documents for workers, but does not take."""
-    return {"worker_module": config.worker_module, "worker_class": None} if config.worker_module else {}
-
-
 def _build_bootstrap(config: EC2ClusterConfig) -> list[str]:
-    """Build the commands before the container; the end of the instance comes first, whatever happens after it."""
+    """Build the commands before the container; first the shutdown after the lifetime, whatever fails later."""
     commands = [f"shutdown -h +{math.ceil(config.max_lifetime / 60)}"]
     if config.bootstrap is None:
         commands.append(_INSTALL_DOCKER)
-    # EC2Cluster writes them into YAML as they are, where a colon or a # changes their meaning; JSON's strings are YAML's.
+    # EC2Cluster writes them into YAML unquoted, where a colon or a # has a meaning; JSON strings are valid YAML.
     return [json.dumps(command) for command in [*commands, *config.extra_bootstrap]]

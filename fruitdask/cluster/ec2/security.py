@@ -1,4 +1,4 @@
-"""TLS of a cluster in the cloud: one key of the run, which its instances are told and nobody else."""
+"""TLS of a cluster in the cloud: one key per run, which only its instances receive."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-#: Clocks of instances and of this machine may differ.
+#: The clocks of instances and of this machine may differ.
 _MARGIN = timedelta(days=1)
 
 
@@ -29,7 +29,7 @@ def make_security(*, lifetime_seconds: float) -> Any:
     ).decode()
     roles = ("client", "scheduler", "worker")
     return Security(
-        # dask-cloudprovider would put the keys of one that requires encryption into the global configuration of Dask, and leave them there.
+        # With True, dask-cloudprovider would leave the keys in the global configuration of Dask.
         require_encryption=False,
         tls_ca_file=public,
         **{f"tls_{role}_cert": public for role in roles},
@@ -38,7 +38,7 @@ def make_security(*, lifetime_seconds: float) -> Any:
 
 
 def serialize_settings(security: Any, *, no_workers_timeout_seconds: float) -> str:
-    """Serialize the settings of Dask that instances need, and no others."""
+    """Serialize only those settings of Dask that instances need."""
     import dask.config
 
     tls = {"ca-file": security.tls_ca_file}

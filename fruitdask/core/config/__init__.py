@@ -1,53 +1,15 @@
 """The configuration: defaults, then a YAML file, then overrides, merged once into frozen, validated objects."""
 
 from fruitdask.core.config.clusters import (
-    AdaptiveConfig,
-    AddressClusterConfig,
-    ClusterConfig,
-    EC2ClusterConfig,
-    LocalClusterConfig,
+    AdaptiveConfig, AddressClusterConfig, ClusterConfig, EC2ClusterConfig, LocalClusterConfig
 )
 from fruitdask.core.config.loading import URL_KEYS, build_schema, load_config
 from fruitdask.core.config.sections import (
-    PILLOW_LIMIT_PIXELS,
-    Config,
-    ExploreConfig,
-    FeaturizeConfig,
-    InputConfig,
-    LimitsConfig,
-    ModelConfig,
-    OutputConfig,
-    PlotsConfig,
-    PrivacyConfig,
-    QualityConfig,
-    ReduceConfig,
-    ReportConfig,
-    SampleConfig,
-    TsneConfig,
+    PILLOW_LIMIT_PIXELS, Config, ExploreConfig, InputConfig, LimitsConfig, ModelConfig, QualityConfig, ReduceConfig
 )
 
 __all__ = [
-    "PILLOW_LIMIT_PIXELS",
-    "URL_KEYS",
-    "AdaptiveConfig",
-    "AddressClusterConfig",
-    "ClusterConfig",
-    "Config",
-    "EC2ClusterConfig",
-    "ExploreConfig",
-    "FeaturizeConfig",
-    "InputConfig",
-    "LimitsConfig",
-    "LocalClusterConfig",
-    "ModelConfig",
-    "OutputConfig",
-    "PlotsConfig",
-    "PrivacyConfig",
-    "QualityConfig",
-    "ReduceConfig",
-    "ReportConfig",
-    "SampleConfig",
-    "TsneConfig",
-    "build_schema",
-    "load_config",
+    "PILLOW_LIMIT_PIXELS", "URL_KEYS", "AdaptiveConfig", "AddressClusterConfig", "ClusterConfig", "Config",
+    "EC2ClusterConfig", "ExploreConfig", "InputConfig", "LimitsConfig", "LocalClusterConfig", "ModelConfig",
+    "QualityConfig", "ReduceConfig", "build_schema", "load_config",
 ]

@@ -13,15 +13,11 @@ class LocalClusterConfig(Section):
     """A Dask cluster on this machine."""
 
     kind: Literal["local"] = "local"
-    n_workers: int | None = Field(
-        None, ge=1, description="Worker processes; null chooses from the cores and the memory."
-    )
-    threads_per_worker: int | None = Field(None, ge=1, description="Threads a process; null chooses from the cores.")
-    memory_limit: str | int | None = Field(
-        None, description="Memory a process, such as 4GiB; null shares the machine's memory."
-    )
+    n_workers: int | None = Field(None, ge=1, description="Worker processes; null depends on cores and memory.")
+    threads_per_worker: int | None = Field(None, ge=1, description="Threads per process; null depends on the cores.")
+    memory_limit: str | int | None = Field(None, description="Memory per process, such as 4GiB; null: an equal share.")
     dashboard_address: str | None = Field(
-        "127.0.0.1:8787", description="Where the dashboard listens, on this machine alone; null turns it off."
+        "127.0.0.1:8787", description="Address of the dashboard, on this machine only; null turns it off."
     )
 
     @field_validator("memory_limit")
@@ -43,8 +39,8 @@ class LocalClusterConfig(Section):
             is_here = False
         if not is_here or not port.isdecimal() or int(port) > 65_535:
             raise ValueError(
-                f"expected an address that only this machine reaches, such as 127.0.0.1:8787, found {address!r}: the dashboard "
-                "asks nobody for a password; from elsewhere, reach it through ssh -L 8787:127.0.0.1:8787"
+                "expected an address that only this machine reaches, such as 127.0.0.1:8787, found "
+                f"{address!r}: the dashboard has no password; from elsewhere, use ssh -L 8787:127.0.0.1:8787"
             )
         return address
 
@@ -72,74 +68,56 @@ class AdaptiveConfig(Section):
 
 
 class EC2ClusterConfig(Section):
-    """
-    A Dask cluster on Amazon EC2 that is started for a run and never outlives it.
+    """A Dask cluster on Amazon EC2 that starts for a run and ends with it.
 
-    The options up to ``volume_tags`` are those of ``dask_cloudprovider.aws.EC2Cluster``, by their own names; where its defaults are
-    harmful, ours differ.
+    The options up to ``volume_tags`` have the names that ``dask_cloudprovider.aws.EC2Cluster`` gives them; where its
+    defaults are harmful, ours differ.
     """
 
     kind: Literal["ec2"]
-    region: str | None = Field(
-        None, description="Region of the cluster; null takes that of the AWS profile or environment."
-    )
-    availability_zone: str | list[str] | None = Field(
-        None, description="Zone, or several to choose from at random; null lets AWS choose."
-    )
+    region: str | None = Field(None, description="Region; null takes that of the AWS profile or environment.")
+    availability_zone: str | list[str] | None = Field(None, description="Zone, or several; null lets AWS choose.")
     n_workers: int = Field(2, ge=1, description="Workers to start with.")
     docker_image: str = Field(
-        min_length=1, description="Image that all instances run, with fruitdask in it; see configs/docker/Dockerfile."
+        min_length=1, description="Image with fruitdask that all instances run; see configs/docker/Dockerfile."
     )
     docker_args: str = Field("", repr=False, description="Further arguments of docker run.")
     instance_type: str | None = Field(None, description="Type of all instances, instead of the next two.")
-    scheduler_instance_type: str | None = Field(
-        None, description="Type of the scheduler's instance; null takes t3.medium."
-    )
-    worker_instance_type: str | None = Field(None, description="Type of the workers' instances; null takes m6i.large.")
-    spot: bool = Field(False, description="Workers are spot instances: cheaper, and replaced when AWS takes them back.")
+    scheduler_instance_type: str | None = Field(None, description="Type of the scheduler; null takes t3.medium.")
+    worker_instance_type: str | None = Field(None, description="Type of the workers; null takes m6i.large.")
+    spot: bool = Field(False, description="Run workers on spot instances: cheaper, and replaced when AWS ends them.")
     iam_instance_profile: dict[str, str] | None = Field(
-        None, description="Instance profile by which workers may read and write S3: {Name: ...} or {Arn: ...}."
+        None, description="Instance profile that lets workers read and write S3: {Name: ...} or {Arn: ...}."
     )
-    ami: str | None = Field(
-        None, description="Machine image; null finds Ubuntu (with NVIDIA drivers for GPU instances)."
-    )
+    ami: str | None = Field(None, description="Machine image; null finds Ubuntu (with NVIDIA drivers for GPUs).")
     bootstrap: bool | None = Field(
-        None, description="Install Docker from docker.com on start, as EC2Cluster does; null installs what is missing."
+        None, description="Install Docker from docker.com on start, as EC2Cluster does; null installs it if missing."
     )
-    extra_bootstrap: list[str] = Field(
-        [], repr=False, description="Shell commands run on each instance before its container."
-    )
+    extra_bootstrap: list[str] = Field([], repr=False, description="Shell commands before the container starts.")
     vpc: str | None = Field(None, description="VPC; null takes the default one.")
     subnet_id: str | None = Field(None, description="Subnet; null takes one of the VPC.")
-    security_groups: list[str] | None = Field(
-        None, description="Security groups; null finds or makes one that admits this machine alone."
-    )
-    use_private_ip: bool = Field(
-        False, description="Reach the scheduler at its private address; no public ones are given out."
-    )
+    security_groups: list[str] | None = Field(None, description="Security groups; null: one that admits this machine.")
+    use_private_ip: bool = Field(False, description="Use private addresses only; instances get no public ones.")
     filesystem_size: int = Field(40, ge=8, description="Size of each instance's encrypted volume, in GB.")
     key_name: str | None = Field(None, description="SSH key pair for the instances.")
-    env_vars: dict[str, str] = Field(
-        {}, repr=False, description="Environment variables of the containers; never credentials."
-    )
+    env_vars: dict[str, str] = Field({}, repr=False, description="Variables of the containers; never credentials.")
     worker_options: dict[str, Any] = Field({}, description="Options of the worker class, such as nthreads.")
     scheduler_options: dict[str, Any] = Field({}, description="Options of the scheduler.")
     worker_class: str = Field("dask.distributed.Nanny", description="Class of the workers, by its import path.")
     worker_module: str | None = Field(None, description="Module to run for workers instead of worker_class.")
     enable_detailed_monitoring: bool = Field(False, description="Detailed monitoring by CloudWatch, which costs extra.")
-    instance_tags: dict[str, str] = Field({}, description="Tags of the instances, beside those of fruitdask.")
-    volume_tags: dict[str, str] = Field({}, description="Tags of the volumes, beside those of fruitdask.")
+    instance_tags: dict[str, str] = Field({}, description="Tags of the instances, in addition to those of fruitdask.")
+    volume_tags: dict[str, str] = Field({}, description="Tags of the volumes, in addition to those of fruitdask.")
     client_cidr: str | None = Field(
         None,
-        description="Addresses that may reach the scheduler through the security group that is made; null asks AWS for this machine's.",
+        description="Addresses that the new security group admits to the scheduler; null asks AWS for this machine's.",
     )
     adaptive: AdaptiveConfig | None = Field(None, description="Grow and shrink between {minimum, maximum} workers.")
     start_timeout: Seconds = Field(600, description="How long to wait for the scheduler and the first worker.")
-    idle_timeout: Seconds = Field(1200, description="Instances end by themselves after so long without work or client.")
-    max_lifetime: Seconds = Field(43200, description="Instances end by themselves after so long, whatever happens.")
+    idle_timeout: Seconds = Field(1200, description="Instances end themselves after this time without work or client.")
+    max_lifetime: Seconds = Field(43200, description="Instances end themselves after this time, whatever happens.")
     hourly_prices: dict[str, PositiveFloat] = Field(
-        {},
-        description="US dollars an hour by instance type (spot:TYPE for spot ones), before the table that fruitdask brings.",
+        {}, description="US dollars per hour by instance type (spot:TYPE for spot), instead of fruitdask's price table."
     )
 
     @model_validator(mode="after")
@@ -158,12 +136,12 @@ class EC2ClusterConfig(Section):
 
     @property
     def has_gpu(self) -> bool:
-        """Whether the workers have a GPU of NVIDIA, by the name of their type; those of g4ad are AMD's."""
+        """Whether the workers have an NVIDIA GPU, by the name of their type; those of g4ad are AMD's."""
         return re.match(r"(?!g4ad)(g|gr|p)\d", self.types[1]) is not None
 
     @property
     def max_workers(self) -> int:
-        """The most workers that there can be at once."""
+        """The most workers at once."""
         return self.adaptive.maximum if self.adaptive else self.n_workers
 
 

@@ -1,70 +1,39 @@
-"""What is wrong with a configuration, in its own words: one sentence for each mistake, with its place and what to write instead."""
+"""Sentences about mistakes in a configuration: where each is, what was expected and found, and what to write."""
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from fruitdask.core.config.clusters import AdaptiveConfig, AddressClusterConfig, EC2ClusterConfig, LocalClusterConfig
-from fruitdask.core.config.sections import (
-    Config,
-    ExploreConfig,
-    FeaturizeConfig,
-    InputConfig,
-    LimitsConfig,
-    ModelConfig,
-    OutputConfig,
-    PlotsConfig,
-    PrivacyConfig,
-    QualityConfig,
-    ReduceConfig,
-    ReportConfig,
-    SampleConfig,
-    TsneConfig,
-)
+from fruitdask.core.config.base import Section
+from fruitdask.core.config.sections import Config
 from fruitdask.core.config.sources import Source
 
-#: The sections by their place, a cluster's kind standing for the alternative that pydantic took.
-SECTIONS: dict[tuple[int | str, ...], type[BaseModel]] = {
-    (): Config,
-    ("input",): InputConfig,
-    ("input", "sample"): SampleConfig,
-    ("model",): ModelConfig,
-    ("cluster", "local"): LocalClusterConfig,
-    ("cluster", "address"): AddressClusterConfig,
-    ("cluster", "ec2"): EC2ClusterConfig,
-    ("cluster", "ec2", "adaptive"): AdaptiveConfig,
-    ("featurize",): FeaturizeConfig,
-    ("reduce",): ReduceConfig,
-    ("reduce", "tsne"): TsneConfig,
-    ("explore",): ExploreConfig,
-    ("quality",): QualityConfig,
-    ("plots",): PlotsConfig,
-    ("report",): ReportConfig,
-    ("privacy",): PrivacyConfig,
-    ("limits",): LimitsConfig,
-    ("output",): OutputConfig,
-}
 
-#: What pydantic expected, by the type of its error: of values of the wrong type, and of those out of bounds.
+def _list_sections(section: type[Section], place: tuple[str, ...] = ()) -> Iterator[tuple[Any, type[Section]]]:
+    """List a section and those inside it by their place, in which the kind of a cluster follows the key cluster."""
+    yield place, section
+    for name, field in section.model_fields.items():
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, Section):
+                kinds = get_args(part.model_fields["kind"].annotation) if "kind" in part.model_fields else ()
+                yield from _list_sections(part, (*place, name, *kinds))
+
+
+#: The sections by their place.
+SECTIONS: dict[tuple[int | str, ...], type[Section]] = dict(_list_sections(Config))
+
+#: What pydantic expected, by the type of its error: first values of the wrong type, then values out of bounds.
 _TYPES = {
-    "bool_parsing": "true or false",
-    "bool_type": "true or false",
-    "dict_type": "keys and values",
-    "float_parsing": "a number",
-    "float_type": "a number",
-    "int_from_float": "an integer",
-    "int_parsing": "an integer",
-    "int_parsing_size": "an integer",
-    "int_type": "an integer",
-    "list_type": "a list",
-    "model_attributes_type": "keys and values",
-    "model_type": "keys and values",
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+    **dict.fromkeys(("dict_type", "model_attributes_type", "model_type"), "keys and values"),
+    **dict.fromkeys(("float_parsing", "float_type"), "a number"),
+    **dict.fromkeys(("int_from_float", "int_parsing", "int_parsing_size", "int_type"), "an integer"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
     "string_type": "text",
-    "tuple_type": "a list",
 }
 _BOUNDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "finite_number": lambda context: "a finite number",
@@ -79,20 +48,19 @@ _BOUNDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "union_tag_invalid": lambda context: " or ".join(str(context["expected_tags"]).replace("'", "").rsplit(", ", 1)),
 }
 _MAX_SHOWN = 100
-_CLUSTERS = (LocalClusterConfig, AddressClusterConfig, EC2ClusterConfig)
-#: The key that a section given as text probably means.
+#: The key that is probably meant if a section is given as text.
 _MAIN_KEYS = {"input": "url", "output": "url", "model": "name", "cluster": "kind"}
 
 
 def explain(error: ValidationError, sources: Sequence[Source]) -> str:
-    """Say everything that is wrong, a line for each mistake: where it is written and what would be right."""
+    """Describe all mistakes, one per line: where each is and what would be right."""
     mistakes: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for detail in error.errors():
         mistakes.setdefault(_locate(detail)[1], []).append(detail)
     suggested = {(*key[:-1], _find_key(details[0])) for key, details in mistakes.items()}
     found = []
     for key, details in mistakes.items():
-        # Of the alternatives that pydantic tried, the one that went deeper was meant.
+        # Of the alternatives that pydantic tried, the user meant the one that went deepest.
         is_superseded = any(key != other and key == other[: len(key)] for other in mistakes)
         if is_superseded or (details[0]["type"] == "missing" and key in suggested):
             continue
@@ -103,7 +71,7 @@ def explain(error: ValidationError, sources: Sequence[Source]) -> str:
 
 
 def explain_override(override: str) -> str:
-    """Say how an override is written."""
+    """Describe how to write an override that is not of the form section.key=value."""
     key, separator, value = (part.strip() for part in override.partition("="))
     meant = ""
     if separator and key in _MAIN_KEYS:
@@ -117,8 +85,8 @@ def explain_override(override: str) -> str:
     return _escape(f"--set {override}: expected section.key=value, for example model.pooling=max{hint}")
 
 
-def _locate(detail: ErrorDetails) -> tuple[type[BaseModel], tuple[str, ...]]:
-    """Find the section of an error and its key as the user wrote it; pydantic also names the alternatives that it tried."""
+def _locate(detail: ErrorDetails) -> tuple[type[Section], tuple[str, ...]]:
+    """Find the section of an error, and the key as the user wrote it: without the alternatives that pydantic tried."""
     loc = detail["loc"]
     depth = max(n for n in range(len(loc)) if loc[:n] in SECTIONS) if loc else 0
     section, rest = SECTIONS[loc[:depth]], loc[depth + 1 :]
@@ -154,11 +122,11 @@ def _describe(details: Sequence[ErrorDetails], source: Source) -> str:
 
 
 def _describe_value(
-    details: Sequence[ErrorDetails], section: type[BaseModel], key: tuple[str, ...], source: Source
+    details: Sequence[ErrorDetails], section: type[Section], key: tuple[str, ...], source: Source
 ) -> str:
     """Describe a value of the wrong type, or out of bounds."""
     types, value = {detail["type"] for detail in details}, details[0]["input"]
-    phrases = {_phrase(detail): None for detail in details}
+    phrases = {_describe_expected(detail): None for detail in details}
     if "a number" in phrases:
         phrases.pop("an integer", None)
     expected, text, hint = " or ".join(phrases), source.find_text(key), ""
@@ -174,15 +142,15 @@ def _describe_value(
     return f"expected {expected}, found {_show(value, text)}" + (f"; {hint}" if hint else "")
 
 
-def _phrase(detail: ErrorDetails) -> str:
-    """Say what pydantic expected."""
+def _describe_expected(detail: ErrorDetails) -> str:
+    """Describe what pydantic expected."""
     if detail["type"] in _BOUNDS:
         return _BOUNDS[detail["type"]](detail["ctx"] if "ctx" in detail else {})
     return _TYPES.get(detail["type"]) or detail["msg"].lower()
 
 
 def _trim(number: float) -> str:
-    """Write a number without decimals that are zero."""
+    """Write a number without trailing zeros."""
     return str(int(number) if number == int(number) else number)
 
 
@@ -190,9 +158,7 @@ def _show(value: Any, text: str | None) -> str:
     """Show a value as it is written in YAML."""
     if value is None:
         return "nothing"
-    if value in ("true", "false") and text not in (None, value):
-        return f"{text}, which YAML reads as {value}"
-    if isinstance(value, bool):
+    if isinstance(value, bool) or value in ("true", "false"):
         word = str(value).lower()
         return word if text is None or text.lower() == word else f"{text}, which YAML reads as {word}"
     shown = repr(value) if isinstance(value, str | list | dict) else text or str(value)
@@ -200,7 +166,7 @@ def _show(value: Any, text: str | None) -> str:
 
 
 def _suggest_value(types: set[str], key: tuple[str, ...], value: Any, text: str | None, *, is_override: bool) -> str:
-    """Say what to write instead of a value of the wrong type."""
+    """Suggest what to write instead of a value of the wrong type."""
     name = ".".join(key)
     if types & {"model_type", "model_attributes_type"}:
         return _suggest_section(key, value, is_override=is_override)
@@ -213,7 +179,7 @@ def _suggest_value(types: set[str], key: tuple[str, ...], value: Any, text: str 
 
 
 def _suggest_section(key: tuple[str, ...], value: Any, *, is_override: bool) -> str:
-    """Say what to write where a section is given as one value."""
+    """Suggest what to write instead of one value for a whole section."""
     name, section = ".".join(key), SECTIONS.get(key)
     if value is None:
         return "write its keys below it, or leave it out"
@@ -229,22 +195,22 @@ def _suggest_section(key: tuple[str, ...], value: Any, *, is_override: bool) -> 
     return f"its keys are {', '.join(sorted(section.model_fields))}" if section else ""
 
 
-def _suggest_key(section: type[BaseModel], name: str) -> str:
-    """Say which key an unknown one may stand for."""
+def _suggest_key(section: type[Section], name: str) -> str:
+    """Suggest a valid key for an unknown one."""
     parent, _, inner = name.partition(".")
     if inner and parent in section.model_fields:
         return f"write {parent}: {{{inner}: ...}}"
     if nearest := _find_nearest(name, section.model_fields):
         return f"did you mean {nearest}?"
     if homes := _find_homes(name):
-        if section in _CLUSTERS and homes[0].startswith("cluster."):
+        if "kind" in section.model_fields and homes[0].startswith("cluster."):
             return f"only a cluster with {homes[0].partition(' with ')[2]} has this key"
         return f"did you mean {' or '.join(homes)}?"
     return f"valid keys: {', '.join(sorted(section.model_fields))}"
 
 
 def _find_key(detail: ErrorDetails) -> str:
-    """Find the valid key that an unknown one stands for; nothing of other mistakes."""
+    """Find the valid key that an unknown one stands for; empty for other mistakes."""
     section, key = _locate(detail)
     if detail["type"] != "extra_forbidden":
         return ""
@@ -252,12 +218,12 @@ def _find_key(detail: ErrorDetails) -> str:
 
 
 def _find_nearest(word: str, words: Iterable[str]) -> str:
-    """Find the word that is most like another one, whatever its case; nothing where none is."""
+    """Find the most similar word, in any case; empty if none is similar."""
     return next(iter(difflib.get_close_matches(_normalize(word), list(words), n=1)), "")
 
 
 def _normalize(word: str) -> str:
-    """Write a key as keys are written."""
+    """Spell a word as keys are spelled."""
     return word.strip().lower().replace("-", "_")
 
 
@@ -273,7 +239,7 @@ def _find_homes(name: str) -> list[str]:
 
 
 def _escape(sentence: str) -> str:
-    """Write a sentence in one line that a terminal does not obey, whatever a key or a value holds."""
+    """Escape line breaks and terminal controls that a key or a value may hold."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in sentence
     )

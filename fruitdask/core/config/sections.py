@@ -8,12 +8,12 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from fruitdask.core.config.base import Section
 from fruitdask.core.config.clusters import ClusterConfig, LocalClusterConfig
 
-#: Pillow refuses an image of more than twice its own ``MAX_IMAGE_PIXELS`` (89,478,485), so no larger limit can be honoured.
+#: Pillow refuses images of more than twice its own ``MAX_IMAGE_PIXELS`` (89,478,485), so no higher limit works.
 PILLOW_LIMIT_PIXELS = 178_956_970
 
 
 class SampleConfig(Section):
-    """A small drawn data set that stands in for photographs."""
+    """A small drawn data set, in place of photographs."""
 
     per_class: int = Field(24, ge=1, description="Images per class.")
     size_px: int = Field(160, ge=16, description="Side of the square images, in pixels.")
@@ -25,48 +25,44 @@ class InputConfig(Section):
 
     url: str = Field(
         min_length=1,
-        description="Folder of images: a path, any fsspec URL (s3://bucket/prefix), or in an archive (zip://::s3://bucket/x.zip).",
+        description=(
+            "Folder of images: a path, any fsspec URL (s3://bucket/prefix), or a folder in an archive "
+            "(zip://::s3://bucket/x.zip)."
+        ),
     )
     storage_options: dict[str, Any] = Field(
         {},
         repr=False,
-        description="Options of the fsspec file system, such as endpoint_url or anon; of an archive, those of where it is.",
+        description="Options of the fsspec file system (of an archive: where it is), such as endpoint_url or anon.",
     )
     region: str | None = Field(
-        None,
-        description="Where it is, such as eu-west-3, for privacy.allowed_regions; needed where AWS cannot be asked.",
+        None, description="Its region, such as eu-west-3, for privacy.allowed_regions; required outside AWS."
     )
     label_from: str = Field(
         "parent",
-        description="The folder that is the class of an image: parent, first, or a regular expression on the path with one group.",
+        description="Folder that names the class: parent, first, or a regular expression on the path with one group.",
     )
     split_from: str | None = Field(
         None,
-        description="The folder that is the split (train, test ...), written as label_from is; null leaves the column split out.",
+        description="Folder that names the split (train, test ...), as in label_from; null writes no column split.",
     )
     classes: tuple[str, ...] | None = Field(None, min_length=1, description="Classes to keep; null keeps all.")
-    exclude: tuple[str, ...] = Field(
-        (), description="Patterns of paths to leave out, such as pear_1/* or */IMG_20*; see Python's fnmatch."
-    )
+    exclude: tuple[str, ...] = Field((), description="Patterns (fnmatch) to skip, such as pear_1/* or */IMG_20*.")
     extensions: tuple[str, ...] | None = Field(
         None,
         min_length=1,
-        description="File name endings of images, in any case; null takes those of all formats that fruitdask reads.",
+        description="File name extensions of images, in any case; null takes all formats that fruitdask reads.",
     )
     hidden: bool = Field(
         False,
-        description="Take files and folders whose names begin with a dot, or are those of system folders such as __MACOSX, too.",
+        description="Include files and folders whose names begin with a dot, and system folders such as __MACOSX.",
     )
-    limit: int | None = Field(
-        None, ge=1, description="At most so many images, spread evenly over the classes; null takes all."
-    )
+    limit: int | None = Field(None, ge=1, description="Maximum number of images, evenly from all classes; null: all.")
     manifest: str | None = Field(
         None,
-        description="CSV or Parquet file with the columns path and label, and if wanted split, instead of one class per folder.",
+        description="CSV or Parquet file with the columns path, label and optionally split, in place of class folders.",
     )
-    sample: SampleConfig | None = Field(
-        None, description="Draw a sample data set into url where that folder does not exist."
-    )
+    sample: SampleConfig | None = Field(None, description="Draw a sample data set into url if it does not exist.")
 
     @field_validator("url")
     @classmethod
@@ -89,7 +85,7 @@ class InputConfig(Section):
         try:
             n_groups = re.compile(str(rule)).groups
         except re.error as error:
-            raise ValueError(f"{wanted}; found {rule}, which is none: {error}") from error
+            raise ValueError(f"{wanted}; found {rule}, which is not valid: {error}") from error
         if n_groups != 1:
             raise ValueError(f"{wanted}; found {rule}, which has {n_groups} groups")
         return rule
@@ -102,7 +98,7 @@ class InputConfig(Section):
     @model_validator(mode="after")
     def _check_labels(self) -> "InputConfig":
         if self.manifest is not None and self.label_from != "parent":
-            raise ValueError("label_from and manifest both say which class an image has; leave one out")
+            raise ValueError("label_from and manifest both set the class of an image; remove one of them")
         return self
 
 
@@ -110,96 +106,85 @@ class ModelConfig(Section):
     """Which network turns an image into features."""
 
     name: str = Field(
-        "MobileNetV2",
-        description="A network of keras.applications, or SqueezeNet. Ignored for a whole model (.keras, or .h5 with preprocessing).",
+        "MobileNetV2", description="Network of keras.applications, or SqueezeNet. Ignored if weights are a whole model."
     )
     weights: str = Field(
         "imagenet",
-        description="imagenet, random, or a path or URL: weights of that network (.weights.h5, .h5), or a whole Keras model (.keras, .h5).",
+        description=(
+            "imagenet, random, or a path or URL: weights of that network (.weights.h5, .h5), or a whole Keras model "
+            "(.keras, or .h5 with preprocessing)."
+        ),
     )
     storage_options: dict[str, Any] = Field({}, repr=False, description="Options of the weights' fsspec file system.")
     region: str | None = Field(None, description="Where remote weights are, as input.region.")
     input_px: int | None = Field(
         None,
         ge=32,
-        description="Side of the square input, in pixels; null takes the network's own. Must be given for a model that takes any size.",
+        description="Side of the square input, in pixels; null takes the network's. Required for a model of any size.",
     )
     pooling: Literal["avg", "max", "flatten"] = Field("avg", description="How the last feature map becomes one vector.")
     layer: str | None = Field(
         None,
         description=(
-            "Layer whose output are the features, as layer or network/layer where networks are nested; null takes what flows into the "
-            "classifier: the last Dense, or 1 x 1 convolution before a global pooling, that is followed by softmax or sigmoid, was trained "
-            "with a cross-entropy or has fewer than 32 units; without a classifier, the output. Must be given where that is not clear."
+            "Layer whose output becomes the features: layer, or network/layer in nested networks; null takes the "
+            "input of the classifier, or without a classifier the output. The classifier is the last Dense layer, or "
+            "1 x 1 convolution before a global pooling, that is followed by softmax or sigmoid, was trained with a "
+            "cross-entropy, or has fewer than 32 units. Required where that is ambiguous."
         ),
     )
     preprocessing: Literal["tf", "caffe", "torch", "none"] | None = Field(
         None,
-        description=(
-            "How pixel values are scaled, in the words of Keras; null takes the network's own. Must be given for a whole model, "
-            "which does not say it."
-        ),
+        description="Scaling of pixel values, as Keras names it; null takes the network's. Required for a whole model.",
     )
     allow_code: bool = Field(
         False,
-        description="Run Python code that a .keras or .h5 file carries, such as that of Lambda layers; for files you trust.",
+        description="Run Python code in a .keras or .h5 file, such as that of Lambda layers; only for files you trust.",
     )
     engine: Literal["auto", "tensorflow", "openvino"] = Field(
         "auto",
-        description="What runs the network on the workers; auto takes openvino where it is installed and there is no GPU.",
+        description="What runs the network on the workers; auto takes openvino if it is installed and there is no GPU.",
     )
     precision: Literal["float32", "mixed_float16"] = Field(
         "float32",
-        description="mixed_float16 is faster on GPUs, by TensorFlow, and changes features by some hundredths.",
+        description="mixed_float16 is faster on GPUs with TensorFlow, and changes features by a few hundredths.",
     )
 
     @property
     def is_keras_file(self) -> bool:
-        """Whether the weights bring a network of their own along, by the name of their file."""
+        """Whether the weights are a whole Keras model, by the name of their file."""
         return self.weights.lower().endswith(".keras")
 
     @model_validator(mode="after")
     def _check_keras_file(self) -> "ModelConfig":
         if self.is_keras_file and self.preprocessing is None:
             raise ValueError(
-                "preprocessing must be given for a .keras file, which does not say how its pixels were scaled: tf, caffe, torch or none"
+                "preprocessing must be given for a .keras file, which does not record how its pixels were scaled: "
+                "tf, caffe, torch or none"
             )
         if self.is_keras_file and self.precision != "float32":
-            raise ValueError("precision cannot be chosen for a .keras file, which brings its own; leave it out")
+            raise ValueError("precision cannot be chosen for a .keras file, which has its own; leave it out")
         return self
 
 
 class FeaturizeConfig(Section):
     """How images become features."""
 
-    images_per_partition: int | None = Field(
-        None, ge=1, description="Images a task and a Zarr chunk; null chooses from the number of images."
-    )
-    batch_size: int | None = Field(
-        None, ge=1, description="Images a call of the network; null takes 8 on CPUs and 32 on GPUs."
-    )
-    max_failed_fraction: float = Field(
-        0.05, ge=0, le=1, description="The run fails when a larger fraction of the images does."
-    )
-    max_pixels: int = Field(
-        50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="Images with more pixels are not decoded."
-    )
+    images_per_partition: int | None = Field(None, ge=1, description="Images per task and Zarr chunk; null: automatic.")
+    batch_size: int | None = Field(None, ge=1, description="Images per batch; null takes 8 on CPUs and 32 on GPUs.")
+    max_failed_fraction: float = Field(0.05, ge=0, le=1, description="The run fails above this fraction of failed images.")
+    max_pixels: int = Field(50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="Images with more pixels fail.")
     decode: Literal["exact", "fast"] = Field(
-        "exact", description="fast lets the JPEG decoder shrink images of at least twice the network's input."
+        "exact", description="fast lets the JPEG decoder shrink images that are at least twice the network's input."
     )
-    fetch_attempts: int = Field(5, ge=1, description="How often reading an image is tried.")
-    concurrent_reads: int = Field(
-        16, ge=1, description="Files in flight at once in each worker thread, from a remote input."
-    )
+    fetch_attempts: int = Field(5, ge=1, description="Attempts to read an image.")
+    concurrent_reads: int = Field(16, ge=1, description="Files that a worker thread reads at once from a remote input.")
 
 
 class TsneConfig(Section):
-    """A two-dimensional t-SNE map beside the PCA."""
+    """A two-dimensional t-SNE map, in addition to the PCA."""
 
     enabled: bool = Field(False, description="Compute it.")
-    max_rows: int = Field(
-        5_000, ge=10, description="At most so many images, sampled at random: time grows with their number."
-    )
+    max_rows: int = Field(5_000, ge=10, description="Maximum number of images, drawn at random; time grows with it.")
     perplexity: float = Field(30.0, gt=0, description="About how many neighbours each image has.")
     seed: int = Field(0, ge=0, description="Seed of the sample and of the map.")
 
@@ -207,18 +192,21 @@ class TsneConfig(Section):
 class ReduceConfig(Section):
     """How features become a few numbers per image."""
 
-    enabled: bool = Field(True, description="Reduce the features, by t-SNE too; false stores them and leaves it at that.")
+    enabled: bool = Field(True, description="Reduce the features by PCA and t-SNE; false only stores them.")
     n_components: int | float = Field(
         2, gt=0, description="Principal components to keep, or the fraction (0 to 1) of the variance to keep."
     )
     solver: Literal["exact", "randomized"] = Field(
         "exact",
-        description="exact equals scikit-learn's full PCA; randomized estimates, for over 4096 features of over 4096 images.",
+        description="exact equals scikit-learn's full PCA; randomized estimates it, for over 4096 features and images.",
     )
     seed: int = Field(0, ge=0, description="Seed of the randomized solver.")
     refit: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Whether images that were added, changed or removed move the axes; auto: if over a tenth as many as were fitted.",
+        description=(
+            "Whether to fit the PCA again after images were added, changed or removed; auto: if they are more than "
+            "a tenth of the images it was fitted to."
+        ),
     )
     tsne: TsneConfig = TsneConfig()
 
@@ -238,32 +226,25 @@ class ExploreConfig(Section):
     """What to find out about the images themselves, without a network."""
 
     enabled: bool = Field(True, description="Explore the images in the same pass that featurizes them.")
-    input_px: int | None = Field(
-        None, ge=16, description="Side to which images are resized for comparing; null takes the network's input."
-    )
+    input_px: int | None = Field(None, ge=16, description="Side of compared images, in pixels; null: the network's.")
     scale: Literal["signed", "unit", "bytes"] = Field(
         "signed", description="Scale of pixel values in differences: signed is -1 to 1, unit 0 to 1, bytes 0 to 255."
     )
     near_duplicate_bits: int = Field(
-        2,
-        ge=0,
-        le=8,
-        description="Images whose perceptual hashes differ in at most so many of 64 bits are near duplicates.",
+        2, ge=0, le=8, description="Near duplicates differ in at most this many of 64 bits of their perceptual hashes."
     )
     thumbnail_px: int = Field(64, ge=16, le=256, description="Side of the thumbnails, in pixels.")
-    max_thumbnails: int = Field(
-        2_000, ge=1, description="Thumbnails that are kept, evenly over the classes: the report grows with them."
-    )
+    max_thumbnails: int = Field(2_000, ge=1, description="Maximum number of thumbnails, spread evenly over classes.")
 
 
 class QualityConfig(Section):
     """How well the features separate the classes, in numbers."""
 
     enabled: bool = Field(True, description="Compute silhouettes and the agreement of nearest neighbours.")
-    n_neighbors: int = Field(5, ge=1, description="Nearest neighbours of each image that are asked for their class.")
+    n_neighbors: int = Field(5, ge=1, description="Nearest neighbours whose classes are compared with each image's.")
     metric: Literal["euclidean", "cosine"] = Field("euclidean", description="Distance between features.")
     max_rows: int = Field(
-        5_000, ge=10, description="At most so many images, sampled at random: time grows with their square."
+        5_000, ge=10, description="Maximum number of images, drawn at random; time grows with its square."
     )
     seed: int = Field(0, ge=0, description="Seed of the sample.")
 
@@ -286,14 +267,12 @@ class PlotsConfig(Section):
 
 
 class ReportConfig(Section):
-    """The page that says what was found, for people who never open Python."""
+    """The page of results, for people who never open Python."""
 
     enabled: bool = Field(True, description="Write report.html.")
     title: str | None = Field(None, description="Its title; null takes the input's name.")
-    max_points: int = Field(
-        10_000, ge=10, description="At most so many images in the interactive maps, sampled evenly over the classes."
-    )
-    examples_per_class: int = Field(6, ge=0, description="Thumbnails shown of each class.")
+    max_points: int = Field(10_000, ge=10, description="Images in the interactive maps, sampled evenly over classes.")
+    examples_per_class: int = Field(6, ge=0, description="Thumbnails per class.")
 
 
 class OutputConfig(Section):
@@ -302,8 +281,8 @@ class OutputConfig(Section):
     url: str = Field(min_length=1, description="Folder for the results: a path or any fsspec URL.")
     storage_options: dict[str, Any] = Field({}, repr=False, description="Options of the fsspec file system.")
     region: str | None = Field(None, description="Where it is, as input.region.")
-    attempts: int = Field(5, ge=1, description="How often a request to an output on S3 is sent before it has failed.")
-    overwrite: bool = Field(False, description="Delete an earlier run's results there and start again.")
+    attempts: int = Field(5, ge=1, description="Attempts of each request to an output on S3.")
+    overwrite: bool = Field(False, description="Delete the results of earlier runs there and start again.")
 
 
 class PrivacyConfig(Section):
@@ -311,25 +290,23 @@ class PrivacyConfig(Section):
 
     allowed_regions: Literal["eu"] | tuple[str, ...] | None = Field(
         None,
-        description="Regions in which images, results and machines may be; eu stands for those of AWS and Azure in the European Union.",
+        description="Regions for images, results and machines; eu means those of AWS and Azure in the European Union.",
     )
-    require_encryption: bool = Field(
-        False, description="Refuse an output on S3 whose objects are not encrypted at rest."
-    )
+    require_encryption: bool = Field(False, description="Refuse an output on S3 without encryption at rest.")
     controller: str | None = Field(None, description="Who is responsible for the images, for the record of processing.")
-    purpose: str | None = Field(None, description="What the images are processed for, for the record.")
+    purpose: str | None = Field(None, description="Why the images are processed, for the record.")
     retention_days: int | None = Field(None, ge=1, le=36_525, description="How long results are kept, for the record.")
 
 
 class LimitsConfig(Section):
-    """What a run may cost; one that would exceed or has exceeded a limit is stopped."""
+    """Limits of a run; it does not start, or stops, if it exceeds one."""
 
     max_cost: PositiveFloat | None = Field(None, description="US dollars for the instances of the cluster.")
     max_hours: PositiveFloat | None = Field(None, description="Hours from start to end.")
 
 
 class Config(Section):
-    """A whole run: what to read, with which network, where, and what to keep."""
+    """A whole run: input, network, cluster and results."""
 
     input: InputConfig
     model: ModelConfig = ModelConfig()
@@ -347,7 +324,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_components(self) -> "Config":
         n_components, shown = self.reduce.n_components, self.plots.components
-        # With one component there is no map, which is no mistake.
+        # One component gives no map, and is allowed.
         if isinstance(n_components, int) and 1 < n_components < max(shown):
             raise ValueError(
                 f"plots.components names component {max(shown)}, but reduce.n_components is {n_components}"

@@ -1,4 +1,4 @@
-"""Where settings are written: YAML files and overrides, with the line of each key."""
+"""Sources of settings: YAML files and overrides, with the line of each key."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -9,17 +9,15 @@ import yaml
 
 from fruitdask.errors import ConfigError, SettingsError
 
-#: Values of a YAML file with its aliases written out, which can stand for billions in a few lines.
+#: Limit of values after aliases are expanded: a few lines of them can stand for billions.
 _MAX_VALUES = 100_000
-_SLASHES = (
-    "a backslash within double quotes begins an escape; write paths of Windows in single quotes, or with forward slashes"
-)
-#: A path of Windows in double quotes whose backslashes are not doubled.
+_SLASHES = "a backslash in double quotes begins an escape; write Windows paths in single quotes or with forward slashes"
+#: A Windows path in double quotes whose backslashes are not doubled.
 _WINDOWS_PATH = re.compile(r'"[A-Za-z]:\\(?!\\)')
-#: What to do, by a part of PyYAML's message.
+#: Advice by a part of PyYAML's message.
 _ADVICE = (
     ("'\\t'", "write spaces instead of tabs"),
-    ("mapping values are not allowed", "check the indentation, and put a value that holds a colon and a space in quotes"),
+    ("mapping values are not allowed", "check the indentation, and put a value with a colon and a space in quotes"),
     ("alias", "put a value that begins with * or & in quotes"),
     ("that cannot start any token", "put a value that begins with this character in quotes"),
     ("constructor for the tag", "put a value that begins with ! in quotes"),
@@ -34,34 +32,27 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class Source:
-    """One place where settings are written."""
+    """A file, a mapping or an override that holds settings."""
 
-    #: What to call it in a message.
+    #: Its name in messages.
     name: str
-    #: Its YAML; None for mappings of Python.
+    #: Its YAML; None for Python mappings.
     root: yaml.Node | None = None
     #: The key that an override sets; empty for others.
     path: tuple[str, ...] = ()
 
-    @property
-    def is_override(self) -> bool:
-        """Whether it comes from ``--set``."""
-        return bool(self.path)
-
     def sets(self, location: Sequence[str]) -> bool:
-        """Tell whether it is an override of a key, of its section, or of a part of it."""
+        """Whether it is an override of a key, of its section, or of a part of it."""
         n_common = min(len(self.path), len(location))
         return n_common > 0 and self.path[:n_common] == tuple(location[:n_common])
 
     def find_line(self, location: Sequence[str]) -> int | None:
-        """Find the line of the deepest key of a location that it holds; None for overrides and mappings of Python."""
+        """Find the line of the deepest key of a location that it holds; None for overrides and Python mappings."""
         lines = [line for line, _ in self._follow(location)]
-        return lines[-1] if lines and not self.is_override else None
+        return lines[-1] if lines and not self.path else None
 
     def find_text(self, location: Sequence[str]) -> str | None:
-        """Find the value of a key as it is written, before YAML reads a number or a date in it; None where it is no
-        scalar.
-        """
+        """Find the value of a key as written, before YAML reads it as a number or a date; None if it is no scalar."""
         if len(location) < len(self.path):
             return None
         rest = location[len(self.path) :]
@@ -70,7 +61,7 @@ class Source:
         return nodes[-1].value if is_whole and isinstance(nodes[-1], yaml.ScalarNode) else None
 
     def describe(self, location: Sequence[str]) -> str:
-        """Say where a key is written."""
+        """Describe where a key is written."""
         line = self.find_line(location)
         return self.name if line is None else f"{self.name}, line {line}"
 
@@ -86,7 +77,7 @@ class Source:
 
 
 def _list_items(node: yaml.Node | None) -> Iterator[tuple[str, int, yaml.Node]]:
-    """List the keys of a mapping, or the numbers of a list, each with its line and its value."""
+    """List the keys of a mapping, or the positions in a list, each with its line and its value."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             yield str(key.value), key.start_mark.line + 1, value
@@ -100,21 +91,22 @@ def parse_file(text: str, name: str) -> tuple[dict[str, Any], Source]:
     try:
         tree, root = _load_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
-        # PyYAML lets the ValueError of a date that does not exist through.
+        # PyYAML passes on the ValueError of a date that does not exist.
         raise SettingsError(_explain(error, name)) from error
     if tree is None:
-        raise ConfigError(f"{name}: the file is empty; it needs at least the sections input: and output:, each with a url:")
+        raise ConfigError(
+            f"{name}: the file is empty; it needs at least the sections input: and output:, each with a url:"
+        )
     if not isinstance(tree, dict):
         found = "a list; write the sections without the leading -" if isinstance(tree, list) else f"{tree!r}"
         raise ConfigError(f"{name}: expected sections such as input: and output:, found {found}")
-    faults = sorted(_find_faults(root, (), set()), key=lambda fault: fault[0])
-    if faults:
+    if faults := sorted(_find_faults(root, (), set()), key=lambda fault: fault[0]):
         raise SettingsError("\n".join(f"{name}, line {line}: {sentence}" for line, sentence in faults))
     return tree, Source(name, root)
 
 
 def parse_override(override: str) -> tuple[dict[str, Any], Source] | None:
-    """Turn ``a.b=value`` into nested mappings; the value is YAML. None where it is not written so."""
+    """Parse ``a.b=value``, whose value is YAML, into nested mappings; None if it does not have that form."""
     key, separator, value = override.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not separator or len(path) < 2 or not all(path):
@@ -131,10 +123,10 @@ def parse_override(override: str) -> tuple[dict[str, Any], Source] | None:
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """A loader of plain values only, that refuses aliases of aliases of aliases before they are written out."""
+    """A loader of plain values that refuses nested aliases before it expands them."""
 
     def get_single_node(self) -> yaml.Node | None:
-        """Read the document, and count."""
+        """Read the document, and count its values."""
         node = super().get_single_node()
         if node is not None and _count_values(node, {}) > _MAX_VALUES:
             raise yaml.YAMLError(f"expected at most {_MAX_VALUES:,} values, found aliases (*) that stand for more")
@@ -142,7 +134,7 @@ class _BoundedLoader(yaml.SafeLoader):
 
 
 def _load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
-    """Load YAML as plain values, and its nodes; tags that would run code are refused."""
+    """Load YAML as plain values and as nodes; refuse tags that would run code."""
     loader = _BoundedLoader(text)
     try:
         root = loader.get_single_node()
@@ -154,7 +146,7 @@ def _load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
 def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
     """Count the values below a node, each as often as it is used."""
     if id(node) not in counted:
-        # A node within itself is found out later.
+        # A node that contains itself fails later.
         counted[id(node)] = 1
         below = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
         if not isinstance(node, yaml.ScalarNode):
@@ -163,9 +155,9 @@ def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
 
 
 def _explain(error: Exception, name: str) -> str:
-    """Say what PyYAML did not understand, where, and what to do."""
+    """Explain what PyYAML did not understand, where, and what to do."""
     if not isinstance(error, yaml.YAMLError):
-        return f"{name}: not valid YAML: {error}; put what only looks like a date in quotes"
+        return f"{name}: not valid YAML: {error}; put text that looks like a date in quotes"
     if not isinstance(error, yaml.MarkedYAMLError):
         return f"{name}: not valid YAML: {' '.join(str(error).split())}"
     mark = error.problem_mark or error.context_mark
@@ -174,22 +166,23 @@ def _explain(error: Exception, name: str) -> str:
     if "double-quoted" in said and "escape" in said:
         return f"{where}: not valid YAML: {_SLASHES}"
     advice = next((advice for part, advice in _ADVICE if part in said), None)
-    begun, problem = error.context_mark, error.problem or error.context
+    start, problem = error.context_mark, error.problem or error.context
     if error.problem and error.problem.startswith("but "):
         problem = f"{error.context}, {error.problem}"
-    elif begun and mark and begun.line != mark.line:
-        problem = f"{problem} ({error.context}, line {begun.line + 1})"
+    elif start and mark and start.line != mark.line:
+        problem = f"{problem} ({error.context}, line {start.line + 1})"
     return f"{where}: not valid YAML: {problem}" + (f"; {advice}" if advice else "")
 
 
 def _find_faults(node: yaml.Node | None, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[int, str]]:
-    """Find what YAML takes without a word: keys that are given twice, and paths whose backslashes it takes for escapes."""
+    """Find mistakes that YAML accepts: duplicate keys, and Windows paths whose backslashes it reads as escapes."""
     if node is None or id(node) in seen:
         return
     seen.add(id(node))
     if isinstance(node, yaml.ScalarNode):
-        if node.style == '"' and node.start_mark.buffer and _WINDOWS_PATH.match(_read_raw(node)):
-            yield node.start_mark.line + 1, f"{'.'.join(path)}: {_SLASHES}"
+        mark = node.start_mark
+        if node.style == '"' and mark.buffer and _WINDOWS_PATH.match(mark.buffer, mark.pointer):
+            yield mark.line + 1, f"{'.'.join(path)}: {_SLASHES}"
         return
     first: dict[str, int] = {}
     for key, line, value in _list_items(node):
@@ -198,9 +191,3 @@ def _find_faults(node: yaml.Node | None, path: tuple[str, ...], seen: set[int]) 
             yield line, f"the key {'.'.join(inner)} is given again, first in line {first[key]}; keep one of them"
         first.setdefault(key, line)
         yield from _find_faults(value, inner, seen)
-
-
-def _read_raw(node: yaml.Node) -> str:
-    """Read the beginning of a value as it stands in the file."""
-    mark = node.start_mark
-    return mark.buffer[mark.pointer : mark.pointer + 5] if mark.buffer else ""
