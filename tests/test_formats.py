@@ -193,7 +193,7 @@ def test_avif_of_which_a_part_is_shown_is_refused() -> None:
     changed[at] |= 0x80
     shown_in_part = bytes(changed)
     assert read_header(shown_in_part) == ("AVIF", SIDE, SIDE)
-    with pytest.raises(ImageError, match="found an AVIF that shows only a part of its pixels"):
+    with pytest.raises(ImageError, match="found an AVIF that displays only part of its pixels"):
         decode(shown_in_part)
 
 
@@ -213,7 +213,7 @@ def test_heic_asks_for_its_extra_where_it_is_not_installed(monkeypatch: pytest.M
 
 def test_other_codings_in_heif_are_named() -> None:
     data = save(draw_scene(), "HEIC").replace(b"hvc1", b"vvc1")
-    with pytest.raises(ImageError, match="expected a HEIF image that is coded as HEVC, found 'vvc1'"):
+    with pytest.raises(ImageError, match="expected a HEIF image coded as HEVC, found 'vvc1'"):
         decode(data)
 
 

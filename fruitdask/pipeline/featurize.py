@@ -27,7 +27,7 @@ from fruitdask.pipeline.inputs import dump_config
 from fruitdask.pipeline.preparation import Task
 from fruitdask.pipeline.record import describe_processing, describe_protection
 from fruitdask.store.catalog import split_catalog
-from fruitdask.worker.models import ModelArtifact, settle_engine, start_building
+from fruitdask.worker.models import ModelArtifact, resolve_engine, start_building
 
 if TYPE_CHECKING:
     from fruitdask.worker.featurize import PartitionSummary
@@ -91,7 +91,7 @@ def _start(task: Task, client: Any, stack: ExitStack) -> tuple[Any, ModelArtifac
     from fruitdask.worker.featurize import prepare_workers
 
     _check_reduction(task)
-    model = settle_engine(task.config)
+    model = resolve_engine(task.config)
     with start_building(model) as wait_for_artifact:
         client = client or stack.enter_context(task.budget.open_client())
         preparing = prepare_workers(client, model.engine)
