@@ -15,9 +15,10 @@ import pytest
 from chaos.hostile_images import announce, build_gif, save_heic
 from PIL import Image, ImageDraw
 
+from fruitdask.core import listing
 from fruitdask.core.listing import can_read_heic
 from fruitdask.errors import ImageError, ImageTooLargeError
-from fruitdask.worker.images import decode_image, heic as heic_module, read_header
+from fruitdask.worker.images import decode_image, read_header
 
 Array = npt.NDArray[Any]
 
@@ -205,7 +206,7 @@ def test_announced_size_is_bounded(kind: str) -> None:
 
 def test_heic_asks_for_its_extra_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert can_read_heic()
-    monkeypatch.setattr(heic_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(listing, "find_spec", lambda name: None)
     assert not can_read_heic()
     with pytest.raises(ImageError, match=r"found HEIC; install fruitdask\[heic\]"):
         decode(save(draw_scene(), "HEIC"))

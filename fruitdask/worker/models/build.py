@@ -39,10 +39,10 @@ Preprocess = Callable[[Any], Any]
 
 
 def fingerprint_model(config: ModelConfig) -> str:
-    """Hash the settings that determine a network and its preprocessing, without building it.
+    """Name a network and its preprocessing without building it.
 
-    The hash excludes the engine: features of the two engines agree to 1e-5 relative, so that a run can resume with the
-    other one.
+    The engine does not belong to the name, as versions of packages do not: features of the two engines agree to 1e-5
+    relative, and a store can be resumed where the other one is installed. The manifest says which engine ran.
     """
     settings = config.model_dump(exclude={"engine", "storage_options", "region", "allow_code"})
     if config.weights in _WORDS or not examine_file(config).is_own_network(config):
