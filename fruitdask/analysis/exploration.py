@@ -204,8 +204,8 @@ def _count_files(group: pd.DataFrame) -> dict[str, Any]:
         "n_ok": int((group["perceptual_hash"] != "").sum()),
         "bytes_total": int(group["bytes"].sum()),
         "bytes_median": float(group["bytes"].median()),
-        "width_px_median": _find_median(group["width_px"]),
-        "height_px_median": _find_median(group["height_px"]),
+        "width_px_median": float(group["width_px"].astype(float).median()),
+        "height_px_median": float(group["height_px"].astype(float).median()),
         "n_duplicates": int(group["duplicate_group"].notna().sum()),
         "n_near_duplicates": int(group["near_duplicate_group"].notna().sum()),
         **{f"n_{kind}": int(group[f"has_{kind}"].sum()) for kind in KINDS},
@@ -230,12 +230,6 @@ def _describe_class(
         "most_typical": group.at[distances.idxmin(), "path"] if n else "",
         "least_typical": group.at[distances.idxmax(), "path"] if n else "",
     }
-
-
-def _find_median(sizes: pd.Series) -> float:
-    """Find the median of the known sizes."""
-    known = sizes.dropna()
-    return float(known.median()) if len(known) else float("nan")
 
 
 def _format_palette(colours: npt.NDArray[np.int64]) -> str:

@@ -14,7 +14,7 @@ from fruitdask.core.storage import Location
 from fruitdask.errors import StorageError
 from fruitdask.store import OUTCOME_COLUMNS, VERSION_COLUMNS, read_partition, write_partition
 from fruitdask.worker.explore import ExploreJob, Explorer, Findings
-from fruitdask.worker.fetch import Batch, ImageSource, Outcome, Stopwatch, read_batches
+from fruitdask.worker.fetch import Batch, ImageSource, Stopwatch, read_batches
 from fruitdask.worker.models import ModelArtifact, load_predictor, prepare_engine
 
 #: Features and outcomes of a committed partition.
@@ -57,15 +57,12 @@ def featurize_partition(partition: Partition, artifact: ModelArtifact, job: Feat
     features are NaN and its outcome says why. If only some images of a committed partition are pending, the rows of the
     others are written back unchanged.
     """
-    computed = _compute(partition, artifact, job)
-    rows = [[getattr(outcome, column) for column in OUTCOME_COLUMNS] for outcome in computed.outcomes]
-    table = pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS))
-    watch = computed.watch
-    with watch.measure("write"):
-        findings = computed.explorer.finish() if computed.explorer is not None else None
-        _store(computed.partition, job.output, computed.features, table, computed.before)
-    statuses = dict(Counter(table["status"]))
-    return PartitionSummary(partition.index, len(table), statuses, computed.bytes_read, watch.seconds, findings)
+    return _featurize(partition, artifact, job, is_stored=True)
+
+
+def probe_partition(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -> None:
+    """Compute the features of a partition without storing them, to test whether the process survives."""
+    _featurize(partition, artifact, job, is_stored=False)
 
 
 def mark_vanished(partition: Partition, output: Location, *, n_features: int) -> None:
@@ -79,31 +76,18 @@ def mark_vanished(partition: Partition, output: Location, *, n_features: int) ->
     _store(partition, output, np.empty((0, n_features), np.float32), nothing, before)
 
 
-def probe_partition(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -> None:
-    """Compute the features of a partition without storing them, to test whether the process survives."""
-    _compute(partition, artifact, job)
-
-
 def prepare_workers(client: Any, engine: str) -> list[Any]:
     """Let every worker import an engine in the background."""
-    return [client.submit(_prepare_worker, engine, workers=[worker], pure=False) for worker in client.nthreads()]
+    return [
+        client.submit(prepare_engine, engine, n_threads=n_threads, workers=[worker], pure=False)
+        for worker, n_threads in client.nthreads().items()
+    ]
 
 
-@dataclass(frozen=True, eq=False)
-class _Computed:
-    """What a task computed for the pending images of a partition, and what the store held before."""
-
-    partition: Partition
-    before: _Stored | None
-    features: npt.NDArray[np.float32]
-    outcomes: list[Outcome]
-    bytes_read: int
-    explorer: Explorer | None
-    watch: Stopwatch
-
-
-def _compute(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -> _Computed:
-    """Compute the features of a partition batch by batch."""
+def _featurize(
+    partition: Partition, artifact: ModelArtifact, job: FeaturizeJob, *, is_stored: bool
+) -> PartitionSummary:
+    """Compute the features of a partition batch by batch, and store them if asked to."""
     watch = Stopwatch()
     with watch.measure("load"):
         predict = load_predictor(artifact, n_threads=_count_threads())
@@ -111,7 +95,7 @@ def _compute(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -
     chosen = partition.select(partition.places_to_read)
     explorer = Explorer(partition, job.explore) if job.explore and chosen is partition else None
     features = np.full((len(chosen.paths), artifact.n_features), np.nan, np.float32)
-    outcomes, bytes_read = list[Outcome](), 0
+    rows, bytes_read = list[list[Any]](), 0
     batches = read_batches(chosen, job.source, input_px=artifact.input_px, watch=watch, on_asked=let_next_begin)
     for batch in batches:
         bytes_read += sum(len(outcome.data) for outcome in batch.outcomes)
@@ -121,8 +105,14 @@ def _compute(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -
         with watch.measure("predict"):
             if batch.rows:
                 features[batch.start + np.asarray(batch.rows)] = _check_finite(predict(batch.pixels), batch)
-        outcomes += batch.outcomes
-    return _Computed(partition, before, features, outcomes, bytes_read, explorer, watch)
+        rows += [[getattr(outcome, column) for column in OUTCOME_COLUMNS] for outcome in batch.outcomes]
+    table, findings = pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)), None
+    if is_stored:
+        with watch.measure("write"):
+            findings = explorer.finish() if explorer is not None else None
+            _store(partition, job.output, features, table, before)
+    statuses = dict(Counter(table["status"]))
+    return PartitionSummary(partition.index, len(table), statuses, bytes_read, watch.seconds, findings)
 
 
 def _read_before(partition: Partition, output: Location) -> tuple[Partition, _Stored | None]:
@@ -173,11 +163,6 @@ def _merge_rows(
     whole[outcomes.index] = features
     table.loc[outcomes.index] = outcomes
     return whole, table
-
-
-def _prepare_worker(engine: str) -> None:
-    """Import an engine on a worker."""
-    prepare_engine(engine, n_threads=_count_threads())
 
 
 def _count_threads() -> int:

@@ -5,6 +5,7 @@ import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Final
 
@@ -104,30 +105,13 @@ def find_metadata(data: bytes) -> frozenset[str]:
     ['exif', 'name']
     """
     found: set[str] = set()
-    for kind in _choose_search(data)(data):
+    by_head = (search for head, search in _SEARCHES.items() if data.startswith(head))
+    search = next(by_head, _search_items if list_brands(data) else None)
+    for kind in search(data) if search else ():
         found.add(kind)
         if len(found) == len(KINDS):
             break
     return frozenset(found)
-
-
-def _choose_search(data: bytes) -> Callable[[bytes], Iterator[str]]:
-    """Choose a search by the first bytes."""
-    if data.startswith(b"\xff\xd8"):
-        return _search_jpeg
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _search_png
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return _search_webp
-    if data.startswith(TIFF_HEADS):
-        return lambda data: _search_tiff(data, is_file=True)
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return _search_gif
-    if data.startswith(_JPEG2000_HEAD):
-        return _search_jpeg2000
-    if list_brands(data):
-        return _search_items
-    return lambda data: iter(())
 
 
 def _search_jpeg(data: bytes) -> Iterator[str]:
@@ -138,7 +122,8 @@ def _search_jpeg(data: bytes) -> Iterator[str]:
 
 def _search_webp(data: bytes) -> Iterator[str]:
     """Search the EXIF and XMP chunks."""
-    for _, chunk in islice(_list_chunks(data, (b"EXIF", b"XMP "), is_png=False), _MAX_BLOCKS):
+    names = (b"EXIF", b"XMP ") if data[8:12] == b"WEBP" else ()
+    for _, chunk in islice(_list_chunks(data, names, is_png=False), _MAX_BLOCKS):
         yield from _search_block(chunk)
 
 
@@ -343,3 +328,12 @@ def _search_xmp(packet: bytes) -> Iterator[str]:
 
 #: The search of each tag that holds another standard. None of them searches EXIF again, so blocks cannot nest forever.
 _BLOCK_TAGS = {0x02BC: _search_xmp, 0x83BB: _search_iptc, 0x8649: _search_photoshop}
+#: The search of each format, by its first bytes.
+_SEARCHES: dict[bytes | tuple[bytes, ...], Callable[[bytes], Iterator[str]]] = {
+    b"\xff\xd8": _search_jpeg,
+    b"\x89PNG\r\n\x1a\n": _search_png,
+    b"RIFF": _search_webp,
+    TIFF_HEADS: partial(_search_tiff, is_file=True),
+    (b"GIF87a", b"GIF89a"): _search_gif,
+    _JPEG2000_HEAD: _search_jpeg2000,
+}

@@ -52,12 +52,6 @@ class Items:
     #: Names of that picture's properties.
     properties: frozenset[bytes] = frozenset()
 
-    @property
-    def primary_kind(self) -> bytes:
-        """The kind of the displayed picture; empty if the file has none."""
-        item = self.by_number.get(self.primary)
-        return item.kind if item else b""
-
 
 def list_boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[Box]:
     """List the boxes from one offset to another."""

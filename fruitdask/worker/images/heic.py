@@ -34,9 +34,10 @@ def open_heic(data: bytes) -> Image.Image:
             "expected an image that this installation can read, found HEIC; install fruitdask[heic] on every worker, "
             "or convert the image to JPEG"
         )
-    kind = read_items(data).primary_kind
-    if not kind:
+    items = read_items(data)
+    if items.primary not in items.by_number:
         raise ImageError("the image is broken: HEIC without a picture; the file may be truncated, download it again")
+    kind = items.by_number[items.primary].kind
     if kind not in _KINDS:
         raise ImageError(f"expected a HEIF image coded as HEVC, found {kind.decode('latin-1')!r}; convert it to JPEG")
     import pillow_heif

@@ -74,7 +74,15 @@ _BEGINNINGS = {
     b"BZh": "a file compressed with bzip2; decompress it",
     **dict.fromkeys((b"PF\n", b"Pf\n"), "a PFM picture of floating-point numbers; convert it to 8 or 16 bits"),
 }
+#: Other ISO base media files by their major brand.
+_BRANDS = {
+    b"crx ": _RAW.format("Canon CR3"),
+    b"qt  ": "a QuickTime video (MOV); extract pictures from it",
+    **dict.fromkeys((b"M4A", b"M4B"), "a sound file (M4A)"),
+}
+_VIDEO = "a video (MP4); extract pictures from it"
 _PORTABLE = re.compile(rb"P[1-7][\s#]")
+_BMP_HEADER_BYTES = (12, 16, 40, 52, 56, 64, 108, 124)
 _S3_CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 #: Blanks, comments and declarations at the start of a text.
 _LEAD = re.compile(r"(?:\s|<!--.*?-->|<\?xml.*?\?>|<!DOCTYPE svg.*?>)+", re.DOTALL | re.IGNORECASE)
@@ -108,9 +116,9 @@ def _name_content(data: bytes) -> str:
     if data[257:262] == b"ustar":
         return "a tar archive; extract it"
     if brands := list_brands(data):
-        return _name_media(brands[0])
+        return next((name for brand, name in _BRANDS.items() if brands[0].startswith(brand)), _VIDEO)
     if data[4:8] in (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"):
-        return "a QuickTime video (MOV); extract pictures from it"
+        return _BRANDS[b"qt  "]
     if data.startswith(b"RIFF"):
         kind = {b"AVI ": "a video (AVI)", b"WAVE": "a sound file (WAV)"}.get(data[8:12])
         return kind or "a RIFF file other than WebP"
@@ -131,8 +139,9 @@ def _name_own(data: bytes) -> str | None:
     if is_heic(data):
         return "HEIC"
     name = next((name for begin, name in _OWN.items() if data.startswith(begin)), None)
-    # A text may begin like a BMP.
-    return None if name == "BMP" and not _is_bmp(data) else name
+    # A text may begin like a BMP, but without a BMP header.
+    is_text = name == "BMP" and len(data) >= 18 and struct.unpack_from("<I", data, 14)[0] not in _BMP_HEADER_BYTES
+    return None if is_text else name
 
 
 def _explain_own(data: bytes, name: str) -> str:
@@ -159,22 +168,6 @@ def _read_tags(data: bytes) -> Mapping[int, Any] | None:
     except Exception:
         # Broken bytes raise anything.
         return None
-
-
-def _is_bmp(data: bytes) -> bool:
-    """Whether a file that begins with BM has a BMP header."""
-    return len(data) < 18 or struct.unpack_from("<I", data, 14)[0] in (12, 16, 40, 52, 56, 64, 108, 124)
-
-
-def _name_media(brand: bytes) -> str:
-    """Name an ISO base media file by its major brand."""
-    if brand == b"crx ":
-        return _RAW.format("Canon CR3")
-    if brand == b"qt  ":
-        return "a QuickTime video (MOV); extract pictures from it"
-    if brand[:3] in (b"M4A", b"M4B"):
-        return "a sound file (M4A)"
-    return "a video (MP4); extract pictures from it"
 
 
 def _name_text(data: bytes) -> str | None:

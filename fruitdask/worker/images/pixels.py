@@ -67,22 +67,25 @@ def choose_narrowing(image: Image.Image, data: bytes) -> Narrow | None:
         return _choose_for_tiff(image, tags)
     if image.format == "PNG" and "transparency" in image.info:
         return _choose_for_png(image, data)
-    if image.format == "JPEG2000":
-        bits = read_jpeg2000(data).channels[0][0]
-        # Pillow shifts samples of fewer bits up, so white would be grey.
-        return _spread_bits(bits) if bits < 8 else None
+    if image.format == "JPEG2000" and (bits := read_jpeg2000(data).channels[0][0]) < 8:
+        # Pillow shifts samples of fewer bits up, so white would be grey: rescale them to 0 to 255.
+        table = [(value >> (8 - bits)) * 255 // ((1 << bits) - 1) for value in range(256)]
+        return lambda band: band.point(table * len(band.getbands())) if band.mode != "P" else band
     return _UNMULTIPLY if image.mode == "La" else None
 
 
 def convert_to_rgb(image: Image.Image, narrow: Narrow | None) -> Image.Image:
-    """Convert any mode to RGB band by band, so that memory holds only the image and the result at full size."""
+    """Convert any mode to RGB on white, in bands: memory holds only the image and the result at full size."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     rgb = Image.new("RGB", image.size)
     for top in range(0, image.height, _BAND_PX):
         box = (0, top, image.width, min(top + _BAND_PX, image.height))
         band = image.crop(box)
-        rgb.paste(_convert_band(narrow(band) if narrow else band), box)
+        band = narrow(band) if narrow else band
+        if band.has_transparency_data:
+            band = Image.alpha_composite(Image.new("RGBA", band.size, _WHITE), band.convert("RGBA"))
+        rgb.paste(band.convert("RGB"), box)
     return rgb
 
 
@@ -91,13 +94,6 @@ def lay_frame_on_white(rgb: Image.Image, box: tuple[int, int, int, int]) -> Imag
     screen = Image.new("RGB", rgb.size, _WHITE[:3])
     screen.paste(rgb.crop(box), box)
     return screen
-
-
-def _convert_band(band: Image.Image) -> Image.Image:
-    """Convert a band to RGB, blending transparent pixels with white."""
-    if band.has_transparency_data:
-        band = Image.alpha_composite(Image.new("RGBA", band.size, _WHITE), band.convert("RGBA"))
-    return band if band.mode == "RGB" else band.convert("RGB")
 
 
 def _choose_for_16_bits(image: Image.Image, tags: Mapping[int, Any]) -> Narrow:
@@ -165,10 +161,3 @@ def _refuse_key(band: Image.Image, key: tuple[int, ...]) -> Image.Image:
         )
     band.info.pop("transparency", None)
     return band
-
-
-def _spread_bits(bits: int) -> Narrow:
-    """Rescale samples, which lie in the upper bits, to 0 to 255."""
-    largest = (1 << bits) - 1
-    table = [(value >> (8 - bits)) * 255 // largest for value in range(256)]
-    return lambda band: band.point(table * len(band.getbands())) if band.mode != "P" else band

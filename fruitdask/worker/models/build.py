@@ -23,6 +23,7 @@ from fruitdask.worker.models.files import (
     examine_file,
     fetch_file,
     locate_weights,
+    read_input_shapes,
 )
 from fruitdask.worker.models.layers import cut_network, find_features, find_layer, has_foreign_layers
 from fruitdask.worker.models.networks import INPUT_PX, build_network, check_name, find_preprocessing
@@ -57,7 +58,7 @@ def choose_input_px(config: ModelConfig) -> int:
     if config.weights not in _WORDS:
         found = examine_file(config)
         if found.is_own_network(config):
-            shapes = found.read_input_shapes()
+            shapes = read_input_shapes(found.description)
             return _find_input_px(config, shapes) if shapes else _require_input_px(config)
     check_name(config)
     return config.input_px or INPUT_PX[config.name]

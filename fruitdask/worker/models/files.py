@@ -68,10 +68,6 @@ class ModelFile:
         """Whether to use the network in the file, not that of ``model.name``."""
         return self.kind == "keras" or (self.kind == "h5" and config.preprocessing is not None)
 
-    def read_input_shapes(self) -> list[tuple[int | None, ...]] | None:
-        """Read the shapes of the network's inputs from the description."""
-        return _read_input_shapes(self.description)
-
     def list_foreign(self) -> list[tuple[str, str]]:
         """List the classes and names of layers that are not Keras's."""
         layers = [(layer["class_name"], _name_layer(layer)) for layer in _walk(self.description) if _is_foreign(layer)]
@@ -109,7 +105,12 @@ def examine_file(config: ModelConfig) -> ModelFile:
     with explained(location, "read"), location.fs.open(location.path, "rb", block_size=_BLOCK_BYTES) as file:
         head = file.read(_HEAD_BYTES)
         file.seek(0)
-        found = _examine(config, file, head)
+        if head.startswith(b"\x89HDF\r\n\x1a\n"):
+            found = _examine_hdf5(config, file)
+        elif head.startswith(b"PK"):
+            found = _examine_zip(config, file)
+        else:
+            raise _refuse(config, *_describe_other(config.weights.lower(), head))
     if not has_ending:
         raise _refuse(config, "a Keras file", f"rename it to end in {found.ending}")
     if found.kind == "keras" and config.preprocessing is None:
@@ -149,15 +150,6 @@ def _refuse(config: ModelConfig, what: str = "", advice: str = "") -> ModelError
         expected = "expected imagenet, random, or a file ending in .weights.h5, .h5 or .keras"
         where = f"model.weights: {expected}, found {config.weights!r}" + (", " if what else "")
     return ModelError(f"{where}{what}{f'; {advice}' if advice else ''}")
-
-
-def _examine(config: ModelConfig, file: Any, head: bytes) -> ModelFile:
-    """Identify the content of an open file."""
-    if head.startswith(b"\x89HDF\r\n\x1a\n"):
-        return _examine_hdf5(config, file)
-    if head.startswith(b"PK"):
-        return _examine_zip(config, file)
-    raise _refuse(config, *_describe_other(config.weights.lower(), head))
 
 
 def _describe_other(name: str, head: bytes) -> tuple[str, str]:
@@ -268,22 +260,19 @@ def _is_lambda(layer: Mapping[str, Any]) -> bool:
     )
 
 
-def _read_input_shapes(tree: Mapping[str, Any]) -> list[tuple[int | None, ...]] | None:
+def read_input_shapes(tree: Mapping[str, Any]) -> list[tuple[int | None, ...]] | None:
     """Read the shapes of the inputs of a network or layer from its description."""
     config = tree.get("config")
     own = config if isinstance(config, Mapping) else {}
     layers = config if isinstance(config, list) else own.get("layers")
     if isinstance(own.get("input_layers"), list) and isinstance(layers, list):
-        found = [_read_input_shapes(layer) for layer in layers if _is_input(layer, own["input_layers"])]
+        # The names of input layers are in nested lists.
+        names = json.dumps(own["input_layers"])
+        found = [read_input_shapes(layer) for layer in layers if json.dumps(_name_layer(layer)) in names]
         return [shape for shapes in found for shape in shapes or ()] if found and None not in found else None
     build = tree.get("build_config") or {}
     named = (own.get(name) for name in ("batch_shape", "batch_input_shape", "build_input_shape"))
     shape = next((shape for shape in (*named, build.get("input_shape")) if isinstance(shape, list)), None)
     if shape is not None:
         return [tuple(shape)]
-    return _read_input_shapes(layers[0]) if isinstance(layers, list) and layers else None
-
-
-def _is_input(layer: Mapping[str, Any], inputs: list[Any]) -> bool:
-    """Whether a layer is among the inputs of a network, which are nested lists of names."""
-    return json.dumps(_name_layer(layer)) in json.dumps(inputs)
+    return read_input_shapes(layers[0]) if isinstance(layers, list) and layers else None

@@ -53,11 +53,6 @@ class Place:
         """The name of that layer after those of its enclosing networks, separated by slashes."""
         return "/".join(node.operation.name for node in (*self.calls, self.node))
 
-    @property
-    def rank(self) -> int:
-        """Dimensions of the tensor, including the batch."""
-        return len(self.tensor.shape)
-
     def list_inputs(self) -> "list[Place]":
         """List the inputs of the layer that outputs the tensor."""
         return [replace(self, tensor=tensor)._leave() for tensor in self.node.input_tensors]
@@ -115,7 +110,9 @@ def find_features(network: Any, file: ModelFile | None) -> Place:
     """
     places = [Place(tensor) for tensor in _list_outputs(network)]
     if file is None:
-        return _skip_pool(places[0])
+        # The pooling that model.pooling added comes last; the layer before it makes the map.
+        is_pool = _name_kinds(places[0].node.operation) & _POOLS and len(places[0].tensor.shape) == 2
+        return places[0].list_inputs()[0] if is_pool else places[0]
     findings = [_search(place, _Trail(is_classifier=file.is_classifier)) for place in places]
     if len(places) > 1:
         candidates = [found.features or place for found, place in zip(findings, places, strict=True)]
@@ -142,9 +139,7 @@ def find_layer(network: Any, name: str) -> Place:
     names = list(dict.fromkeys(place.name for place in found))
     if not found:
         last = [place.name for place in places if not place.node.is_input][-_LAST_LAYERS:]
-        raise ModelError(
-            f"model.layer: found no layer {name!r} in {network.name}; its last ones are {', '.join(last)}"
-        )
+        raise ModelError(f"model.layer: found no layer {name!r} in {network.name}; its last ones are {', '.join(last)}")
     if len(names) > 1:
         raise ModelError(
             f"model.layer: {network.name} has {len(names)} layers {name!r}; write {' or '.join(names[:_LAST_LAYERS])}"
@@ -218,11 +213,6 @@ def _list_places(ends: Sequence[Place]) -> Iterator[Place]:
             waiting += [(each, False) for each in ([inside] if inside else reversed(place.list_inputs()))]
 
 
-def _skip_pool(place: Place) -> Place:
-    """Return the input of a final pooling, or the place itself."""
-    return place.list_inputs()[0] if _name_kinds(place.node.operation) & _POOLS and place.rank == 2 else place
-
-
 def _skip_dropouts(place: Place) -> Place:
     """Walk back past dropout."""
     while _name_kinds(place.node.operation) & _DROPOUTS and place.list_inputs():
@@ -246,21 +236,14 @@ def _search(place: Place, trail: _Trail) -> _Finding:
             return _Finding()
         if kinds & _POOLS:
             trail = replace(trail, is_pooled=True)
-        elif kinds & {"Activation"} | kinds & _SCORES | kinds & _HIDDEN:
-            trail = _note_activation(operation, kinds, trail)
+        elif kinds & (_SCORES | _HIDDEN | {"Activation"}):
+            function = _name_activation(operation) if "Activation" in kinds else ""
+            is_classifier = trail.is_classifier or bool(kinds & _SCORES) or _is_scoring(function)
+            is_hidden = trail.is_hidden or bool(kinds & _HIDDEN) or _is_hidden(function)
+            trail = replace(trail, is_classifier=is_classifier, is_hidden=is_hidden)
         elif not kinds & (_DROPOUTS | _SHAPES | _ARITHMETIC | _NORMALIZATIONS):
             return _judge_unknown(place, inputs[0], trail)
         place = inputs[0]
-
-
-def _note_activation(operation: Any, kinds: frozenset[str], trail: _Trail) -> _Trail:
-    """Add an activation to the trail."""
-    function = _name_activation(operation) if "Activation" in kinds else ""
-    return replace(
-        trail,
-        is_classifier=trail.is_classifier or bool(kinds & _SCORES) or _is_scoring(function),
-        is_hidden=trail.is_hidden or bool(kinds & _HIDDEN) or _is_hidden(function),
-    )
 
 
 def _judge(place: Place, features: Place, kinds: frozenset[str], trail: _Trail) -> _Finding:
@@ -268,7 +251,7 @@ def _judge(place: Place, features: Place, kinds: frozenset[str], trail: _Trail) 
     layer = _unwrap(place.node.operation)
     function = _name_activation(layer)
     scores = trail.is_classifier or _is_scoring(function)
-    is_map = place.rank > 2 and any(size != 1 for size in place.tensor.shape[1:-1])
+    is_map = len(place.tensor.shape) > 2 and any(size != 1 for size in place.tensor.shape[1:-1])
     if is_map and not trail.is_pooled:
         if not scores:
             return _Finding()
@@ -291,7 +274,7 @@ def _judge_unknown(place: Place, features: Place, trail: _Trail) -> _Finding:
     operation = place.node.operation
     is_own = type(operation).__module__.startswith("keras.")
     matrices = [weight for weight in getattr(operation, "weights", []) if len(weight.shape) > 1]
-    if trail.is_classifier or (place.rank == 2 and matrices and not is_own):
+    if trail.is_classifier or (len(place.tensor.shape) == 2 and matrices and not is_own):
         reason = f"{place.name} ({type(operation).__name__}) could be a classifier or output the features"
         return _Finding(None, reason, (features, place))
     return _Finding()
@@ -317,7 +300,7 @@ def _makes_probabilities(operation: Any) -> bool:
 
 def _search_branches(place: Place, inputs: list[Place], kinds: frozenset[str], trail: _Trail) -> _Finding:
     """Search the branches that a layer merges."""
-    is_vector = place.rank == 2 and bool(kinds & _MERGES)
+    is_vector = len(place.tensor.shape) == 2 and bool(kinds & _MERGES)
     findings = [_search(branch, trail) for branch in inputs] if is_vector else []
     if not trail.is_classifier and not any(found.features or found.reason for found in findings):
         return _Finding()

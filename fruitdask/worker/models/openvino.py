@@ -93,8 +93,8 @@ def _import_openvino() -> Any:
         import openvino
     except ImportError as error:
         raise EngineError(
-            f"openvino cannot be imported on {platform.node()} ({_find_reason(error)}): install it on every worker with "
-            "pip install 'fruitdask[openvino]', or set model.engine: tensorflow"
+            f"openvino cannot be imported on {platform.node()} ({_find_reason(error)}): "
+            "install it on every worker with pip install 'fruitdask[openvino]', or set model.engine: tensorflow"
         ) from error
     return openvino
 
