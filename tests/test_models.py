@@ -188,7 +188,7 @@ def model_with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelCon
 
 
 def test_keras_file_with_code_is_refused_and_not_run(model_with_code: ModelConfig, tmp_path: Path) -> None:
-    message = r"own\.keras: expected a Keras model without code of its own, found .*Lambda.*; if you trust .* model\.allow_code: true$"
+    message = r"own\.keras: expected a Keras model without Python code, found .*Lambda.*; if you trust .* model\.allow_code: true$"
     with pytest.raises(ModelError, match=message):
         build_artifact(model_with_code)
     assert not (tmp_path / "mark").exists()
@@ -212,7 +212,7 @@ def test_model_built_with_its_code_does_not_slip_past_a_refusal(
     assert find_artifact(allowed) == built
     assert find_artifact(model_with_code) is None
     with start_building(model_with_code) as wait_for_artifact, pytest.raises(
-        ModelError, match="without code of its own"
+        ModelError, match="without Python code"
     ):
         wait_for_artifact()
     # A finished run is the same run, whoever looks at it.
@@ -221,7 +221,7 @@ def test_model_built_with_its_code_does_not_slip_past_a_refusal(
 
 def test_keras_file_that_is_none_gets_no_advice_to_allow_code(tmp_path: Path) -> None:
     (tmp_path / "own.keras").write_bytes(b"no model")
-    with pytest.raises(ModelError, match=r"own\.keras: expected a Keras model without code of its own, found [^;]+$"):
+    with pytest.raises(ModelError, match=r"own\.keras: expected a Keras model without Python code, found [^;]+$"):
         build_artifact(ModelConfig(weights=str(tmp_path / "own.keras"), preprocessing="none"))
 
 

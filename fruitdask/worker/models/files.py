@@ -84,7 +84,7 @@ class ModelFile:
 
 def describe_expected_model(config: ModelConfig) -> str:
     """Describe the models that a configuration allows."""
-    return f"expected a Keras model{'' if config.allow_code else ' without code of its own'}"
+    return f"expected a Keras model{'' if config.allow_code else ' without Python code'}"
 
 
 def locate_weights(config: ModelConfig) -> Location:
