@@ -15,7 +15,7 @@ import fruitdask
 from fruitdask import store
 from fruitdask.analysis.duplicates import group_duplicates, group_near_duplicates
 from fruitdask.analysis.exploration import (
-    Tally,
+    Accumulator,
     _describe_class,
     mean_squared_difference,
     measure_partition,
@@ -56,17 +56,17 @@ def explore_here(
         thumbnail_px=config.thumbnail_px,
         images_per_partition=images_per_partition,
     )
-    tally, partitions = Tally(), list(split_catalog(catalog, images_per_partition))
+    found, partitions = Accumulator(), list(split_catalog(catalog, images_per_partition))
     for partition in reversed(partitions):
-        tally.add(explore_partition(partition, job))
-    images = tally.images
-    yardstick = tally.build_yardstick(images, config, job.output)
-    measured = [measure_partition(partition, yardstick) for partition in reversed(partitions)]
+        found.add(explore_partition(partition, job))
+    images = found.images
+    reference = found.build_reference(images, config, job.output)
+    measured = [measure_partition(partition, reference) for partition in reversed(partitions)]
     return summarize_findings(
-        tally,
+        found,
         images,
         measured,
-        yardstick=yardstick,
+        reference=reference,
         config=config,
         described={"fruitdask": "test", "fingerprint": {}},
     )

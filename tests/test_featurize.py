@@ -26,7 +26,7 @@ from fruitdask.errors import PartitionError
 from fruitdask.store.catalog import list_images, split_catalog
 from fruitdask.worker.featurize import FeaturizeJob, PartitionSummary, featurize_partition
 from fruitdask.worker.fetch import ImageSource
-from fruitdask.worker.models import ModelArtifact, build_artifact, engines, load_predictor, predict
+from fruitdask.worker.models import ModelArtifact, build_artifact, engines, load_predictor
 
 
 def prepare(
@@ -199,7 +199,7 @@ def install_counter() -> None:
         os.environ["N_BUILDS"] = str(int(os.environ.get("N_BUILDS", 0)) + 1)
         return load(*arguments, **settings)
 
-    predict._predictors.clear()
+    engines._predictors.clear()
     for name, engine in engines.ENGINES.items():
         engines.ENGINES[name] = replace(engine, load_network=partial(count, engine.load_network))
 

@@ -15,9 +15,10 @@ import pytest
 from chaos.hostile_images import announce, build_gif, save_heic
 from PIL import Image, ImageDraw
 
+from fruitdask.core import listing
 from fruitdask.core.listing import can_read_heic
 from fruitdask.errors import ImageError, ImageTooLargeError
-from fruitdask.worker.images import decode_image, heic as heic_module, read_header
+from fruitdask.worker.images import decode_image, read_header
 
 Array = npt.NDArray[Any]
 
@@ -193,7 +194,7 @@ def test_avif_of_which_a_part_is_shown_is_refused() -> None:
     changed[at] |= 0x80
     shown_in_part = bytes(changed)
     assert read_header(shown_in_part) == ("AVIF", SIDE, SIDE)
-    with pytest.raises(ImageError, match="found an AVIF that shows only a part of its pixels"):
+    with pytest.raises(ImageError, match="found an AVIF that displays only part of its pixels"):
         decode(shown_in_part)
 
 
@@ -205,7 +206,7 @@ def test_announced_size_is_bounded(kind: str) -> None:
 
 def test_heic_asks_for_its_extra_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert can_read_heic()
-    monkeypatch.setattr(heic_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(listing, "find_spec", lambda name: None)
     assert not can_read_heic()
     with pytest.raises(ImageError, match=r"found HEIC; install fruitdask\[heic\]"):
         decode(save(draw_scene(), "HEIC"))
@@ -213,7 +214,7 @@ def test_heic_asks_for_its_extra_where_it_is_not_installed(monkeypatch: pytest.M
 
 def test_other_codings_in_heif_are_named() -> None:
     data = save(draw_scene(), "HEIC").replace(b"hvc1", b"vvc1")
-    with pytest.raises(ImageError, match="expected a HEIF image that is coded as HEVC, found 'vvc1'"):
+    with pytest.raises(ImageError, match="expected a HEIF image coded as HEVC, found 'vvc1'"):
         decode(data)
 
 

@@ -183,7 +183,7 @@ def test_vanished_image_is_recorded_and_comes_back(
     assert result.n_computed == 0 and result.changes["vanished"] == 1
     check(result, source, before)
     failures = pd.read_csv(tmp_path / "out" / "failures.csv")
-    assert list(failures["path"]) == ["pear/2.png"] and failures["error"][0] == "it is not in the input any more"
+    assert list(failures["path"]) == ["pear/2.png"] and failures["error"][0] == "the input no longer contains this image"
     with monkeypatch.context() as patch:
         patch.setattr(budget, "open_client", lambda config: pytest.fail("a cluster was started"))
         assert fruitdask.run(config).changes == fruitdask.run(config, retry_failed=True).changes == {}

@@ -253,7 +253,7 @@ def test_decode_image_converts_images_of_any_height(mode: str, height: int) -> N
 
 
 def test_large_image_is_not_overtaken_by_small_ones_for_ever() -> None:
-    in_work, order = decoding._InWork(), list[str]()
+    in_work, order = decoding._PixelBudget(), list[str]()
 
     def work(name: str, n_pixels: int) -> None:
         with in_work.hold(n_pixels, most=100):
@@ -406,8 +406,8 @@ def test_decode_image_reads_lossless_formats_exactly(kind: str) -> None:
     [
         (b"", "^expected an image, found an empty file$"),
         (b"I am not an image\n" * 50, "^expected a JPEG, PNG, .* or HEIC image, found plain text$"),
-        (b"\xff\xd8\xff", "the image is broken: the header of its JPEG cannot be read"),
-        (b"\x89PNG\r\n\x1a\n", "the image is broken: the header of its PNG cannot be read"),
+        (b"\xff\xd8\xff", "the image is broken: its JPEG header cannot be read"),
+        (b"\x89PNG\r\n\x1a\n", "the image is broken: its PNG header cannot be read"),
         (bytes(1000), r"found nothing but zeros \(1,000 bytes\)"),
     ],
     ids=["empty", "text named jpg", "start of jpeg", "start of png", "zeros"],
@@ -438,7 +438,7 @@ def test_decode_image_refuses_a_truncated_file(kind: str, fraction: float) -> No
 @pytest.mark.parametrize(
     ("side", "message"),
     [
-        (60_000, r"expected at most 50,000,000 pixels \(featurize\.max_pixels\), found more than Pillow opens"),
+        (60_000, r"expected at most 50,000,000 pixels \(featurize\.max_pixels\), found more than Pillow can open"),
         (10_000, r"expected at most 50,000,000 pixels \(featurize\.max_pixels\), found 10000 x 10000 = 100,000,000"),
         (7_072, r"expected at most 50,000,000 pixels \(featurize\.max_pixels\), found 7072 x 7072 = 50,013,184"),
     ],

@@ -149,7 +149,7 @@ def test_table_of_labels_notices_changed_and_missing_files(
     assert rows["status"].drop("train/apple/gone.png").eq("ok").all() and len(rows) == 7
     failures = pd.read_csv(tmp_path / "out" / "failures.csv")
     assert failures[["path", "status", "attempts"]].values.tolist() == [["train/apple/gone.png", "missing", 0]]
-    assert failures["error"].tolist() == ["input.manifest names this file, but it is not in input.url"]
+    assert failures["error"].tolist() == ["input.manifest lists this file, but input.url does not contain it"]
     assert dict(rows["split"])["train/apple/2.png"] == "s2" and dict(rows["label"])["train/apple/1.png"] == "1"
     assert fruitdask.run(config, client=client).n_computed == 0
     draw(source, "train/apple/1.png", seed=7)

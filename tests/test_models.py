@@ -32,9 +32,8 @@ from fruitdask.worker.models import (
     engines,
     fingerprint_model,
     load_predictor,
-    predict,
     prepare_engine,
-    settle_engine,
+    resolve_engine,
     start_building,
 )
 from fruitdask.worker.models.cache import find_artifact, keep_artifact
@@ -189,7 +188,7 @@ def model_with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelCon
 
 
 def test_keras_file_with_code_is_refused_and_not_run(model_with_code: ModelConfig, tmp_path: Path) -> None:
-    message = r"own\.keras: expected a Keras model without code of its own, found .*Lambda.*; if you trust .* model\.allow_code: true$"
+    message = r"own\.keras: expected a Keras model without Python code, found .*Lambda.*; if you trust .* model\.allow_code: true$"
     with pytest.raises(ModelError, match=message):
         build_artifact(model_with_code)
     assert not (tmp_path / "mark").exists()
@@ -213,7 +212,7 @@ def test_model_built_with_its_code_does_not_slip_past_a_refusal(
     assert find_artifact(allowed) == built
     assert find_artifact(model_with_code) is None
     with start_building(model_with_code) as wait_for_artifact, pytest.raises(
-        ModelError, match="without code of its own"
+        ModelError, match="without Python code"
     ):
         wait_for_artifact()
     # A finished run is the same run, whoever looks at it.
@@ -222,7 +221,7 @@ def test_model_built_with_its_code_does_not_slip_past_a_refusal(
 
 def test_keras_file_that_is_none_gets_no_advice_to_allow_code(tmp_path: Path) -> None:
     (tmp_path / "own.keras").write_bytes(b"no model")
-    with pytest.raises(ModelError, match=r"own\.keras: expected a Keras model without code of its own, found [^;]+$"):
+    with pytest.raises(ModelError, match=r"own\.keras: expected a Keras model without Python code, found [^;]+$"):
         build_artifact(ModelConfig(weights=str(tmp_path / "own.keras"), preprocessing="none"))
 
 
@@ -307,11 +306,11 @@ def test_load_predictor_builds_once_for_many_threads(
     built = []
     engine = ENGINES[tiny_artifact.engine]
 
-    def load(artifact: ModelArtifact, *, n_threads: int) -> predict.Predictor:
+    def load(artifact: ModelArtifact, *, n_threads: int) -> engines.Predictor:
         built.append(1)
         return engine.load_network(artifact, n_threads=n_threads)
 
-    monkeypatch.setattr(predict, "_predictors", {})
+    monkeypatch.setattr(engines, "_predictors", {})
     monkeypatch.setitem(ENGINES, tiny_artifact.engine, replace(engine, load_network=load))
     barrier = threading.Barrier(8)
     predictors = []
@@ -389,7 +388,7 @@ def test_fingerprint_model_changes_with_settings_and_content(tiny_model: ModelCo
 
 
 def test_input_size_that_a_network_refuses_is_not_blamed_on_the_network_connection() -> None:
-    with pytest.raises(ModelError, match="InceptionV3 cannot be built as configured: .*75x75.*; see the section model"):
+    with pytest.raises(ModelError, match="InceptionV3 cannot be built as configured: .*75x75.*; check the section model"):
         build_artifact(ModelConfig(name="InceptionV3", input_px=64))
 
 
@@ -438,7 +437,7 @@ def test_settle_engine_asks_for_the_gpus_of_workers(
 ) -> None:
     monkeypatch.setattr(engines, "_has_nvidia_gpu", lambda: client_has_gpu)
     config = load_config({"input": {"url": "x"}, "output": {"url": "y"}, "cluster": cluster})
-    assert settle_engine(config) == ModelConfig(engine=expected)
+    assert resolve_engine(config) == ModelConfig(engine=expected)
 
 
 def test_mixed_precision_takes_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -566,7 +565,7 @@ def test_kept_artifact_runs_without_tensorflow_and_without_telemetry(
 def test_worker_without_openvino_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     message = (
-        rf"openvino cannot be imported on {platform.node()} .* install it there with pip install 'fruitdask\[openvino"
+        rf"openvino cannot be imported on {platform.node()} .* install it on every worker with pip install 'fruitdask\[openvino"
     )
     with pytest.raises(EngineError, match=message):
         prepare_engine("openvino", n_threads=1)

@@ -74,7 +74,7 @@ def test_whole_h5_model_without_preprocessing_is_still_taken_for_weights(tmp_pat
     import keras
 
     build_network()[0].save(tmp_path / "own.h5")
-    message = r"own\.h5: expected weights of SqueezeNet .*, found a whole Keras model .*; set model\.preprocessing to take"
+    message = r"own\.h5: expected weights of SqueezeNet .*, found a whole Keras model .*; set model\.preprocessing to use"
     with pytest.raises(ModelError, match=message):
         build_artifact(configure(tmp_path / "own.h5", preprocessing=None, name="SqueezeNet"))
     keras.utils.set_random_seed(4)
@@ -104,7 +104,7 @@ def test_model_of_teachable_machine(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "converted_keras.zip", "w") as archive:
         archive.write(path, "keras_model.h5")
         archive.writestr("labels.txt", "0 pear")
-    with pytest.raises(ModelError, match=r"a ZIP archive with keras_model\.h5, as Teachable Machine .*; unpack it and set"):
+    with pytest.raises(ModelError, match=r"a ZIP archive with keras_model\.h5, an export of Teachable Machine; unpack it and set"):
         build_artifact(configure(tmp_path / "converted_keras.zip"))
 
 
@@ -125,8 +125,8 @@ def test_model_that_takes_any_size_takes_the_configured_one(ending: str, tmp_pat
     ("shape", "message"),
     [
         ((32, 24, 3), r"found \(None, 32, 24, 3\); put keras\.layers\.Resizing\(32, 24\) in front"),
-        ((32, 32, 1), r"found \(None, 32, 32, 1\); put layers in front that turn colour images"),
-        ((None, None, 4), r"found \(None, None, None, 4\); put layers in front"),
+        ((32, 32, 1), r"found \(None, 32, 32, 1\); put layers that convert RGB images in front"),
+        ((None, None, 4), r"found \(None, None, None, 4\); put layers that"),
     ],
     ids=["rectangular", "grey", "four channels"],
 )
@@ -145,7 +145,7 @@ def test_two_inputs_and_vectors_are_refused(tmp_path: Path) -> None:
     keras.Model([image, numbers], keras.layers.Dense(2)(both)).save(tmp_path / "two.keras")
     keras.Model(numbers, keras.layers.Dense(2)(numbers)).save(tmp_path / "vector.keras")
     for ask in (choose_input_px, build_artifact):
-        with pytest.raises(ModelError, match=r"found 2 inputs, \(None, 32, 32, 3\) and \(None, 4\); save a model of"):
+        with pytest.raises(ModelError, match=r"found 2 inputs, \(None, 32, 32, 3\) and \(None, 4\); save a model with"):
             ask(configure(tmp_path / "two.keras"))
         with pytest.raises(ModelError, match=r"found \(None, 4\); save a model that takes images"):
             ask(configure(tmp_path / "vector.keras"))
@@ -155,7 +155,7 @@ def test_input_of_whole_numbers_and_a_fixed_batch(tmp_path: Path) -> None:
     network, reference = build_network(dtype="uint8")
     network.save(tmp_path / "whole.keras")
     check_features(configure(tmp_path / "whole.keras"), reference)
-    with pytest.raises(ModelError, match=r"takes whole numbers \(uint8\), .*; set model\.preprocessing: none"):
+    with pytest.raises(ModelError, match=r"takes integers \(uint8\), .*; set model\.preprocessing: none"):
         build_artifact(configure(tmp_path / "whole.keras", preprocessing="tf"))
     network, reference = build_network(batch_size=2)
     network.save(tmp_path / "batch.keras")
@@ -165,11 +165,11 @@ def test_input_of_whole_numbers_and_a_fixed_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("net.onnx", b"\x08\x07", r"'.*net\.onnx', a network in the format ONNX; fruitdask runs networks of Keras"),
-        ("net.tflite", b"\x1c\0\0\0TFL3", "a network for TensorFlow Lite; .* the .keras or .h5 file"),
-        ("net.pb", b"\n\x10", "a graph of TensorFlow, .*save it with model.save"),
-        ("net.pt", b"PK\x03\x04", "cut off or damaged"),
-        ("net.pth", b"\x80\x02}", "a file of PyTorch; fruitdask runs networks of Keras"),
+        ("net.onnx", b"\x08\x07", r"'.*net\.onnx', an ONNX network; fruitdask runs Keras networks"),
+        ("net.tflite", b"\x1c\0\0\0TFL3", "a TensorFlow Lite network; .* the .keras or .h5 file"),
+        ("net.pb", b"\n\x10", "a TensorFlow graph, .*save it with model.save"),
+        ("net.pt", b"PK\x03\x04", "truncated or damaged"),
+        ("net.pth", b"\x80\x02}", "a PyTorch file; fruitdask runs Keras networks"),
         ("net.safetensors", b"\x10\0\0\0\0\0\0\0{}", "weights as safetensors; "),
         ("net.keras", b"", "found an empty file; copy or download it again"),
         ("net.h5", b"", "found an empty file; copy or download it again"),
@@ -177,7 +177,7 @@ def test_input_of_whole_numbers_and_a_fixed_batch(tmp_path: Path) -> None:
         ("net.weights.h5", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer .*; run git lfs pull"),
         ("net.h5", b"\n<!DOCTYPE html>", "found a web page or XML; download the file itself"),
         ("net.h5", b'{"class_name": "Model"}', "a JSON file, which holds no weights; "),
-        ("net.h5", b"\x89HDF\r\n\x1a\n\0\0", "found an HDF5 file that is cut off or damaged; copy"),
+        ("net.h5", b"\x89HDF\r\n\x1a\n\0\0", "found a truncated or damaged HDF5 file; copy"),
         ("net.keras", b"no network", "found something else or a damaged file$"),
         ("net", b"no network", "found '.*net', something else or a damaged file$"),
     ],
@@ -200,12 +200,12 @@ def test_other_archives_and_folders_are_told_what_they_are(tmp_path: Path) -> No
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "saved_model.pb").touch()
     cases = {
-        pack("net.pt", "archive/data.pkl"): "a file of PyTorch",
-        pack("saved.zip", "model/saved_model.pb"): "a ZIP archive with a SavedModel of TensorFlow; load it where",
+        pack("net.pt", "archive/data.pkl"): "a PyTorch file",
+        pack("saved.zip", "model/saved_model.pb"): "a ZIP archive with a TensorFlow SavedModel; load it with",
         pack("photos.keras", "1.jpg"): "a ZIP archive without a Keras model; unpack it",
-        pack("renamed.zip", "config.json", "metadata.json"): "a file of Keras; rename it to end in .keras",
-        tmp_path / "saved": "a folder with a SavedModel of TensorFlow; load it where it was made",
-        tmp_path: "a folder; name the file in it",
+        pack("renamed.zip", "config.json", "metadata.json"): "a Keras file; rename it to end in .keras",
+        tmp_path / "saved": "a folder with a TensorFlow SavedModel; load it with the software that made it",
+        tmp_path: "a folder; set model.weights to a file in it",
         tmp_path / "missing.onnx": "found '.*missing.onnx'$",
     }
     for path, message in cases.items():
@@ -219,7 +219,7 @@ def test_truncated_file(name: str, tmp_path: Path) -> None:
     network.save_weights(tmp_path / name) if "weights" in name else network.save(tmp_path / name)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ModelError, match=rf"{name}: expected .*, found .* cut off or damaged; copy or download it again$"):
+    with pytest.raises(ModelError, match=rf"{name}: expected .*, found .*truncated or damaged .*; copy or download it again$"):
         build_artifact(configure(tmp_path / name))
 
 
@@ -254,7 +254,7 @@ def test_h5_model_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: 
     keras.Model(image, keras.layers.GlobalAveragePooling2D()(x)).save("own.h5")
     Path("mark").unlink()
     config = configure(tmp_path / "own.h5")
-    message = r"own\.h5: .*found the layer double \(Lambda\), which carries Python code; if you trust .* model\.allow_code: true$"
+    message = r"own\.h5: .*found the layer double \(Lambda\), which carries Python code; if you .* set model\.allow_code: true$"
     with pytest.raises(ModelError, match=message):
         build_artifact(config)
 
@@ -288,7 +288,7 @@ def test_classes_that_keras_does_not_have_are_named(ending: str, tmp_path: Path,
     network = keras.Model(image, keras.layers.Dense(5)(pooled))
     network.save(tmp_path / f"own.{ending}")
     config = configure(tmp_path / f"own.{ending}")
-    message = r"found the layer gem of the class Gem, which Keras does not have; decorate the class .* or save the model without it"
+    message = r"found the layer gem of the class Gem, which Keras does not have; decorate the class .* or save the model without the layer"
     with pytest.raises(ModelError, match=message):
         build_artifact(config)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -358,7 +358,7 @@ def test_engine_that_computes_something_else_is_refused(tmp_path: Path) -> None:
         network.quantize("int8")
     network.save(tmp_path / "int8.keras")
     # OpenVINO 2026.4 leaves the scale out.
-    message = r"openvino computes other features of small than TensorFlow .*; set model\.engine: tensorflow$"
+    message = r"features of small from openvino and TensorFlow differ by .*; set model\.engine: tensorflow$"
     with pytest.raises(ModelError, match=message):
         build_artifact(configure(tmp_path / "int8.keras", engine="openvino"))
 

@@ -57,9 +57,9 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "html in utf-16": (lambda: "<html><body>Ä</body></html>".encode("utf-16"), "an HTML page"),
     "xhtml": (lambda: b"<?xml version='1.0'?><!DOCTYPE html PUBLIC ''><html/>", "an HTML page"),
     "git lfs": (POINTER.encode, "a Git LFS pointer .*run git lfs pull"),
-    "appledouble": (lambda: b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(4000), "an AppleDouble file of macOS"),
-    "ds_store": (lambda: b"\0\0\0\1Bud1" + bytes(4000), "a .DS_Store file of macOS"),
-    "icloud": (lambda: b"bplist00\xd1\1\2", "a property list of macOS"),
+    "appledouble": (lambda: b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(4000), "a macOS AppleDouble file"),
+    "ds_store": (lambda: b"\0\0\0\1Bud1" + bytes(4000), "a macOS .DS_Store file"),
+    "icloud": (lambda: b"bplist00\xd1\1\2", "a macOS property list"),
     "pdf": (lambda: save("PDF"), "a PDF document"),
     "mp4": (lambda: build_media(b"isom"), r"a video \(MP4\)"),
     "mov": (lambda: build_media(b"qt  "), r"a QuickTime video \(MOV\)"),
@@ -75,11 +75,11 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "rw2": (lambda: b"IIU\0\x18\0\0\0" + bytes(500), r"a camera's raw file \(Panasonic RW2\)"),
     "jpeg xl": (lambda: b"\xff\x0a" + bytes(range(200)), "a JPEG XL image"),
     "jpeg xl in boxes": (lambda: b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(200), "a JPEG XL image"),
-    "ico": (lambda: save("ICO"), r"an icon of Windows \(ICO\)"),
+    "ico": (lambda: save("ICO"), r"a Windows icon \(ICO\)"),
     "ppm": (lambda: save("PPM"), "a portable pixmap"),
-    "fits": (lambda: b"SIMPLE  =                    T" + b" " * 2850, "a FITS file"),
-    "dicom": (lambda: bytes(128) + b"DICM" + bytes(range(200)), "a DICOM file"),
-    "s3 error": (ERROR_PAGE.encode, r"an error of an object store .*\(AccessDenied\)"),
+    "fits": (lambda: b"SIMPLE  =                    T" + b" " * 2850, "an astronomical FITS file"),
+    "dicom": (lambda: bytes(128) + b"DICM" + bytes(range(200)), "a medical DICOM file"),
+    "s3 error": (ERROR_PAGE.encode, r"an object store's error .*\(AccessDenied\)"),
     "xml": (lambda: b"<?xml version='1.0'?><note/>", "an XML document"),
     "json": (lambda: json.dumps({"error": "not found"}).encode(), "JSON"),
     "json list": (lambda: b'[{"a": 1}]', "JSON"),
@@ -90,7 +90,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "webm": (lambda: b"\x1a\x45\xdf\xa3" + bytes(99), "a Matroska or WebM video"),
     "avi": (lambda: b"RIFF\x10\0\0\0AVI LIST", r"a video \(AVI\)"),
     "eps": (lambda: save("EPS"), "a PostScript file"),
-    "bytes": (lambda: b"\x17\xee\x01\x02<b>\n\x1b[31m" * 99, "bytes of no known format, which begin with 17 ee 01 02 3c 62 3e 0a$"),
+    "bytes": (lambda: b"\x17\xee\x01\x02<b>\n\x1b[31m" * 99, "an unknown format that begins with 17 ee 01 02 3c 62 3e 0a$"),
     "text that begins like a bmp": (lambda: b"BMW and other cars\n" * 9, "plain text"),
 }
 
@@ -116,10 +116,10 @@ LONG = 4
 def test_raw_photograph_does_not_become_its_thumbnail() -> None:
     # As in NEF, ARW and DNG: the first page says that it is a smaller copy, and others hang below it.
     thumbnail = build_tiff((0x00FE, LONG, 1, 1), (0x014A, LONG, 1, 8), side=160, data=bytes(160 * 160))
-    with pytest.raises(ImageError, match="found a TIFF of a thumbnail before the picture proper, as cameras' raw files"):
+    with pytest.raises(ImageError, match="found a TIFF of several pages whose first is a thumbnail, as in a camera's raw file"):
         decode_image(thumbnail, size_px=16, max_pixels=1_000_000)
     paged = build_tiff((0x00FE, LONG, 1, 1), side=160, data=bytes(160 * 160), following=8)
-    with pytest.raises(ImageError, match="found a TIFF of a thumbnail before the picture proper"):
+    with pytest.raises(ImageError, match="found a TIFF of several pages whose first is a thumbnail"):
         decode_image(paged, size_px=16, max_pixels=1_000_000)
 
 

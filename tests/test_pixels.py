@@ -152,11 +152,11 @@ def add_signed_tiffs() -> None:
             GOOD[f"tiff 8 bits {name}"] = tiff(small, order=order, tag_339=2, **options), grey(small * (255 / 127)), 0.7
             BAD[f"tiff 16 bits below zero {name}"] = (
                 tiff(positive - 1, order=order, tag_339=2, **options),
-                "found a TIFF of signed numbers below zero",
+                "found a TIFF with signed numbers below zero",
             )
             BAD[f"tiff 8 bits below zero {name}"] = (
                 tiff(small - 1, order=order, tag_339=2, **options),
-                "found a TIFF of signed numbers below zero",
+                "found a TIFF with signed numbers below zero",
             )
     BAD["tiff rgb signed"] = tiff(RGB8.astype(np.int8), tag_339=(2, 2, 2), tag_262=2), "found a TIFF of 3 channels of signed"
 
@@ -203,7 +203,7 @@ def add_colour_tiffs() -> None:
                 else:
                     GOOD[f"tiff rgb with a channel {name}"] = spare, RGB8, 0
                 if planar and packing == "deflated":
-                    BAD[f"tiff rgb with a nameless channel {name}"] = nameless, "found a TIFF of compressed planes of which"
+                    BAD[f"tiff rgb with a nameless channel {name}"] = nameless, "found a TIFF of compressed planes: the file"
                 else:
                     GOOD[f"tiff rgb with a nameless channel {name}"] = nameless, RGB8, 0
                 if not planar:
@@ -232,17 +232,17 @@ def add_other_tiffs() -> None:
         data = tiff(indices, bits=bits, tag_262=3, tag_320=tuple(palette.T.ravel().tolist()))
         GOOD[f"tiff palette {bits} bits"] = data, palette[indices] // 256, 0
     narrow = tuple((colours.T.ravel() // 256).tolist())
-    BAD["tiff palette of 8 bits"] = tiff(G8, tag_262=3, tag_320=narrow), "found a TIFF of a palette that is all but black"
+    BAD["tiff palette of 8 bits"] = tiff(G8, tag_262=3, tag_320=narrow), "found a TIFF of palette colours that are all but black"
     cmyk = draw(4)
     GOOD["tiff cmyk"] = tiff(cmyk, tag_262=5), ink(cmyk), 1
     GOOD["tiff cmyk planes"] = tiff(cmyk, tag_262=5, is_planar=True), ink(cmyk), 1
     GOOD["tiff cmyk 16 bits"] = tiff(cmyk.astype(np.uint16) << 8, tag_262=5), ink(cmyk), 1
-    BAD["tiff other inks"] = tiff(cmyk, tag_262=5, tag_332=2), "found a TIFF of inks that are not"
-    BAD["tiff inks upside down"] = tiff(cmyk, tag_262=5, tag_336=(255, 0)), "found a TIFF of inks that are not"
+    BAD["tiff other inks"] = tiff(cmyk, tag_262=5, tag_332=2), "found a TIFF of inks other than"
+    BAD["tiff inks upside down"] = tiff(cmyk, tag_262=5, tag_336=(255, 0)), "found a TIFF of inks other than"
     ycbcr = np.asarray(Image.fromarray(RGB8).convert("YCbCr"))
     back = np.asarray(Image.fromarray(ycbcr, "YCbCr").convert("RGB"))
     GOOD["tiff ycbcr"] = tiff(ycbcr, tag_262=6, tag_530=(1, 1)), back, 0
-    BAD["tiff ycbcr that is coarser"] = tiff(ycbcr, tag_262=6), "found a TIFF of uncompressed YCbCr in coarser channels"
+    BAD["tiff ycbcr that is coarser"] = tiff(ycbcr, tag_262=6), "found a TIFF of uncompressed YCbCr with subsampled channels"
     BAD["tiff ycbcr planes"] = tiff(ycbcr, tag_262=6, tag_530=(1, 1), is_planar=True), "uncompressed planes of 8 bits"
     GOOD["tiff ycbcr deflated"] = tiff(ycbcr, tag_262=6, tag_530=(1, 1), tag_259=DEFLATE), back, 2
     srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
@@ -252,8 +252,8 @@ def add_other_tiffs() -> None:
     GOOD["tiff lab"] = save(in_lab, "TIFF"), np.asarray(smooth), 3
     for code, name in ((4, "transparency masks"), (9, "ICC L"), (10, "ITU L"), (32803, "a camera's raw samples")):
         BAD[f"tiff photometric {code}"] = tiff(G8, tag_262=code), f"found a TIFF of {name}"
-    BAD["tiff without photometric"] = tiff(G8, tag_262=None), "found a TIFF of samples of which the file does not say"
-    BAD["tiff thumbnail of another page"] = tiff(RGB8, tag_262=2, tag_254=1, tag_330=8), "found a TIFF of a thumbnail"
+    BAD["tiff without photometric"] = tiff(G8, tag_262=None), "found a TIFF of samples without a photometric interpretation"
+    BAD["tiff thumbnail of another page"] = tiff(RGB8, tag_262=2, tag_254=1, tag_330=8), "found a TIFF of several pages"
     GOOD["tiff that only says that it is a thumbnail"] = tiff(RGB8, tag_262=2, tag_254=1), RGB8, 0
     BAD["tiff of a dng"] = tiff(RGB8, tag_262=2, tag_50706=(1, 4)), r"found a TIFF of a camera's raw file \(DNG\)"
 
@@ -314,7 +314,7 @@ def add_pngs() -> None:
     )
     BAD["png rgb 16 bits, a colour transparent"] = (
         png(RGB16, depth=16, colour=2, chunks=((b"tRNS", key),)),
-        "found a PNG of 16 bits with a transparent colour",
+        "found a PNG of 16 bits whose transparent colour",
     )
 
 
@@ -324,9 +324,9 @@ def add_jpegs() -> None:
     GOOD["jpeg cmyk of adobe"] = jpeg, ink(np.asarray(flat)), 3
     start = jpeg.index(b"\xff\xee")
     bare = jpeg[:start] + jpeg[start + 16 :]
-    BAD["jpeg cmyk without a word of adobe"] = bare, "found a JPEG of four channels that does not say"
+    BAD["jpeg cmyk without a word of adobe"] = bare, "found a JPEG with four channels that does not say"
     twelve = save(Image.fromarray(RGB8), "JPEG").replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c")
-    BAD["jpeg of 12 bits"] = twelve, "found a JPEG of 12 bits in 3"
+    BAD["jpeg of 12 bits"] = twelve, "found a JPEG with 3 of 12 bits"
 
 
 def jp2(samples: Array, *, colour: int | None = None, n_bits: int | None = None, alpha: bool = True) -> bytes:
@@ -358,13 +358,13 @@ def add_jpeg2000s() -> None:
     GOOD["jpeg 2000 cmyk"] = save(Image.fromarray(cmyk, "CMYK"), "JPEG2000"), ink(cmyk), 1
     ycbcr = Image.fromarray(RGB8).convert("YCbCr")
     GOOD["jpeg 2000 ycbcr"] = save(ycbcr, "JPEG2000"), np.asarray(ycbcr.convert("RGB")), 1
-    BAD["jpeg 2000 rgb 16 bits"] = jp2(RGB8, n_bits=15), "found one of 3 channels of 16 bits"
-    BAD["jpeg 2000 signed"] = jp2(G8, n_bits=0x87), "found one of signed numbers"
-    BAD["jpeg 2000 lab"] = jp2(RGB8, colour=14), "found one of colour space 14"
-    BAD["jpeg 2000 nameless fourth channel"] = jp2(rgba, alpha=False), "found one of 4 channels without a word"
+    BAD["jpeg 2000 rgb 16 bits"] = jp2(RGB8, n_bits=15), "found one with 3 channels of 16 bits"
+    BAD["jpeg 2000 signed"] = jp2(G8, n_bits=0x87), "found one with signed numbers"
+    BAD["jpeg 2000 lab"] = jp2(RGB8, colour=14), "found one with colour space 14"
+    BAD["jpeg 2000 nameless fourth channel"] = jp2(rgba, alpha=False), "found one with 4 channels .the file does not say"
     BAD["jpeg 2000 rgb with alpha, bare"] = (
         save(Image.fromarray(rgba), "JPEG2000", no_jp2=True),
-        "found one of 4 channels without a word",
+        "found one with 4 channels .the file does not say",
     )
 
 

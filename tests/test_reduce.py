@@ -261,7 +261,7 @@ def test_compare_components_takes_what_a_fit_may_turn(solver: str) -> None:
     assert list(compare_components(fitted.truncate(2), fitted)) == []
     wrong = turned[[0, 2, 1]]
     assert list(compare_components(replace(fitted, components=wrong), fitted)) == [
-        "components are not those of the features"
+        "components do not match the features"
     ]
 
 
@@ -269,7 +269,7 @@ def test_compare_components_takes_what_a_fit_may_turn(solver: str) -> None:
 def test_compare_components_names_what_differs(name: str) -> None:
     fitted = fit_pca(da.from_array(np.random.default_rng(0).normal(size=(40, 6)), chunks=(10, 6)), n_components=3)
     changed = replace(fitted, **{name: getattr(fitted, name) * 1.01 + 0.01})
-    assert f"{name} is not that of the features" in list(compare_components(changed, fitted))
+    assert f"{name} does not match the features" in list(compare_components(changed, fitted))
     short = replace(fitted, **{name: getattr(fitted, name)[:-1]})
     assert any("expected the shape" in what for what in compare_components(short, fitted))
 

@@ -384,10 +384,10 @@ ERRORS: dict[str, tuple[Callable[[Location], Any], str]] = {
         lambda output: rewrite_results(output, pca_3=np.float32(0)),
         "results.parquet, partition 0: pca_1, pca_2 ... disagree with the features",
     ),
-    "mean": (lambda output: rewrite_components(output, "mean"), "pca.zarr: mean is not that of the features"),
+    "mean": (lambda output: rewrite_components(output, "mean"), "pca.zarr: mean does not match the features"),
     "directions": (
         lambda output: rewrite_components(output, "components"),
-        "pca.zarr: components are not those of the features",
+        "pca.zarr: components do not match the features",
     ),
     "partitions": (
         lambda output: store.write_table(output.child("partitions", "00009.parquet"), pd.DataFrame()),

@@ -1,1 +1,1 @@
-"""What is made of stored features and findings: reduction, neighbours, quality, duplicates, differences."""
+"""Statistics of stored features and findings: reduction, neighbours, quality, duplicates, differences."""

@@ -1,4 +1,4 @@
-"""Images that are there more than once: equal files, and images of nearly equal look."""
+"""Duplicates: equal files, and images that look nearly equal."""
 
 from collections.abc import Iterator
 
@@ -7,12 +7,12 @@ import numpy.typing as npt
 import pandas as pd
 
 _HASH_BITS = 64
-#: Pairs whose bits are counted at once: 8 MB of differences.
+#: Pairs to compare at once: 8 MB of differences.
 _PAIRS_AT_ONCE = 1 << 20
 
 
 def group_duplicates(hashes: pd.Series) -> pd.Series:
-    """Number the groups of rows that have the same hash.
+    """Number the groups of rows with the same hash.
 
     >>> group_duplicates(pd.Series(["a", "b", "", "a", ""])).tolist()
     [0, <NA>, <NA>, 0, <NA>]
@@ -24,26 +24,26 @@ def group_duplicates(hashes: pd.Series) -> pd.Series:
 
 
 def group_near_duplicates(hashes: pd.Series, *, max_bits: int) -> pd.Series:
-    """Number the groups of rows whose 64-bit hashes differ in few bits, directly or by way of others.
+    """Number the groups of rows whose 64-bit hashes differ in at most so many bits, directly or through others.
 
-    Exact, and seldom all pairs: of two hashes that differ in at most ``max_bits`` bits at least one of ``max_bits + 1``
-    bands of bits is the same (the pigeonhole principle; Norouzi, Punjani and Fleet 2014, "Fast exact search in Hamming
-    space with multi-index hashing"), so only hashes that share a band are compared.
+    Exact without comparing all pairs: two hashes that differ in at most ``max_bits`` bits agree in at least one of
+    ``max_bits + 1`` bands of bits (the pigeonhole principle; Norouzi, Punjani and Fleet 2014, "Fast exact search in
+    Hamming space with multi-index hashing"), so only hashes that share a band are compared.
 
-    >>> group_near_duplicates(pd.Series(["00000000000000ff", "00000000000000fe", "ff00000000000000"]), max_bits=1).tolist()
+    >>> hashes = pd.Series(["00000000000000ff", "00000000000000fe", "ff00000000000000"])
+    >>> group_near_duplicates(hashes, max_bits=1).tolist()
     [0, 0, <NA>]
     """
     known = hashes[hashes != ""]
     codes, unique = pd.factorize(known)
     components = _connect(np.array([int(text, 16) for text in unique], np.uint64), max_bits)
-    # The number of a component is as good a hash as any.
-    return group_duplicates(
-        pd.Series(components[codes].astype(str), index=known.index).reindex(hashes.index, fill_value="")
-    )
+    # The number of a component serves as a hash.
+    numbers = pd.Series(components[codes].astype(str), index=known.index)
+    return group_duplicates(numbers.reindex(hashes.index, fill_value=""))
 
 
 def _connect(values: npt.NDArray[np.uint64], max_bits: int) -> npt.NDArray[np.int64]:
-    """Number the connected components of distinct hashes, holding no more than some of the pairs at a time."""
+    """Number the connected components of distinct hashes, holding a bounded number of pairs at a time."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -65,7 +65,7 @@ def _connect(values: npt.NDArray[np.uint64], max_bits: int) -> npt.NDArray[np.in
 
 
 def _find_close(values: npt.NDArray[np.uint64], max_bits: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Find the pairs of distinct hashes that differ in at most so many bits; a pair may come several times."""
+    """Find the pairs of distinct hashes that differ in at most so many bits; pairs may repeat."""
     edges = np.linspace(0, _HASH_BITS, max_bits + 2).astype(int) if len(values) else np.empty(0, int)
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         band = (values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
@@ -80,7 +80,7 @@ def _find_close(values: npt.NDArray[np.uint64], max_bits: int) -> Iterator[npt.N
 def _compare(
     values: npt.NDArray[np.uint64], members: npt.NDArray[np.int64], max_bits: int
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """Compare the members of a band with one another, some of them with all that follow at a time."""
+    """Compare all pairs of hashes that share a band, in blocks."""
     n_rows = max(1, _PAIRS_AT_ONCE // len(members))
     for start in range(0, len(members) - 1, n_rows):
         block, others = members[start : start + n_rows], members[start + 1 :]

@@ -1,4 +1,4 @@
-"""Putting together what tasks found: differences within classes, typical images, colours, duplicates, counts."""
+"""Combine the findings of tasks: differences within classes, typical images, colours, duplicates, counts."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,44 +18,45 @@ from fruitdask.store.exploration import Exploration
 from fruitdask.worker.explore import COLOUR_LEVELS, ClassSums, Findings, add_sums
 from fruitdask.worker.metadata import KINDS
 
-#: How many of the 256 steps of a byte make one unit of each scale.
-_STEPS_PER_UNIT = {"signed": 127.5, "unit": 255.0, "bytes": 1.0}
+#: Byte levels per unit of each scale.
+_LEVELS_PER_UNIT = {"signed": 127.5, "unit": 255.0, "bytes": 1.0}
 _QUANTILES = (0.05, 0.5, 0.95)
-#: Of fewer pairs there are no quantiles to speak of.
+#: Fewer pairs have no meaningful quantiles.
 _MIN_PAIRS = 10
-#: All pairs of so many images of a class make its quantiles: 19,900 pairs.
+#: Images per class whose pairs give the quantiles: 19,900 pairs.
 _MAX_PAIRED = 200
 _PALETTE_COLOURS = 6
+_COLOURS = ("red", "green", "blue")
 
 
 @dataclass(frozen=True, eq=False)
-class Yardstick:
-    """What distances from the mean image are measured with, in a second pass over the small thumbnails."""
+class Reference:
+    """The mean images from which a second pass, over the thumbnails, measures distances."""
 
     #: The output folder, which holds the thumbnails.
     output: Location
     #: Mean thumbnail of each class, float64, 0 to 255.
     means: Mapping[str, npt.NDArray[np.float64]]
-    #: Catalog rows whose thumbnails are kept, ascending, int64.
+    #: Catalog rows whose thumbnails to keep, ascending, int64.
     kept_rows: npt.NDArray[np.int64]
     unreadable_rows: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class Distances:
     """Distances of the images of a partition from the mean images of their classes."""
 
-    #: The catalog row of the first image.
+    #: Catalog row of the partition's first image.
     start: int
-    #: Mean squared differences, shape (n,), float64, in steps of a byte; NaN of an image that cannot be read.
+    #: Mean squared differences, shape (n,), float64, in byte levels; NaN for an unreadable image.
     distances: npt.NDArray[np.float64]
-    #: Catalog rows of this partition whose thumbnails are kept.
+    #: Catalog rows of the thumbnails.
     rows: npt.NDArray[np.int64]
     thumbnails: npt.NDArray[np.uint8]
 
 
-class Tally:
-    """Findings of tasks, put together as they come in, in any order."""
+class Accumulator:
+    """Accumulates the findings of tasks in any order."""
 
     def __init__(self) -> None:
         self._images: dict[int, pd.DataFrame] = {}
@@ -67,21 +68,21 @@ class Tally:
         add_sums(self.sums, findings.sums)
 
     def __contains__(self, partition: Partition) -> bool:
-        """Tell whether the findings of a partition are there."""
+        """Whether the findings of a partition have been added."""
         return partition.start in self._images
 
     @property
     def images(self) -> pd.DataFrame:
         """Rows of all images in the order of the catalog."""
         images = pd.concat([self._images[start] for start in sorted(self._images)], ignore_index=True)
-        means = dict.fromkeys(["mean_red", "mean_green", "mean_blue"], np.float32)
+        means = {f"mean_{colour}": np.float32 for colour in _COLOURS}
         return images.astype({"width_px": "Int32", "height_px": "Int32", **means})
 
-    def build_yardstick(self, images: pd.DataFrame, config: ExploreConfig, output: Location) -> Yardstick:
-        """Build what the second pass measures with."""
+    def build_reference(self, images: pd.DataFrame, config: ExploreConfig, output: Location) -> Reference:
+        """Build the reference for the second pass."""
         is_readable = (images["perceptual_hash"] != "").to_numpy()
         chosen = sample_evenly(images[is_readable], config.max_thumbnails)
-        return Yardstick(
+        return Reference(
             output,
             means={label: sums.thumbnails / sums.n_images for label, sums in self.sums.items()},
             kept_rows=np.flatnonzero(is_readable)[chosen],
@@ -89,52 +90,48 @@ class Tally:
         )
 
 
-def measure_partition(partition: Partition, yardstick: Yardstick) -> Measured:
-    """Measure how far the images of a partition are from the mean images of their classes."""
+def measure_partition(partition: Partition, reference: Reference) -> Distances:
+    """Measure the distances of a partition's images from the mean images of their classes."""
     rows = np.arange(partition.start, partition.start + len(partition.paths))
-    with explained(yardstick.output, "read thumbnails from", remedy="explore again"):
-        thumbnails = np.asarray(open_thumbnails(yardstick.output, mode="r")[rows[0] : rows[-1] + 1])
+    thumbnails = _read_thumbnails(reference.output, rows)
     distances = pd.Series(np.nan, index=rows)
-    for row in np.setdiff1d(rows, yardstick.unreadable_rows):
+    for row in np.setdiff1d(rows, reference.unreadable_rows):
         thumbnail, label = thumbnails[row - rows[0]], partition.labels[row - rows[0]]
-        distances[row] = np.mean((thumbnail - yardstick.means[label]) ** 2)
-    kept = np.intersect1d(rows, yardstick.kept_rows)
-    return Measured(partition.start, np.asarray(distances, np.float64), kept, thumbnails[kept - rows[0]])
+        distances[row] = np.mean((thumbnail - reference.means[label]) ** 2)
+    kept = np.intersect1d(rows, reference.kept_rows)
+    return Distances(partition.start, np.asarray(distances, np.float64), kept, thumbnails[kept - rows[0]])
 
 
 def mean_squared_difference(sums: ClassSums, *, scale: str = "signed") -> float:
-    """Compute how much the images of a class differ: the mean squared difference over all unordered pairs of them.
+    """Compute the mean squared difference over all unordered pairs of images of a class, without visiting the pairs.
 
-    No pair is visited. For vectors x_1 ... x_n,
+    For vectors x_1 ... x_n,
 
         sum over i < j of |x_i - x_j|^2  =  n * sum over i of |x_i|^2  -  |sum over i of x_i|^2,
 
-    which follows from writing out the square in the sum over all i and j, in which every unordered pair is there twice.
-    Both sums are kept as integers, so the result is exact up to one rounding. It is twice the unbiased variance,
-    averaged over pixels and channels.
+    because the square, written out over all i and j, contains each unordered pair twice. Both sums are integers, so the
+    result is exact up to one rounding. It is twice the unbiased variance, averaged over pixels and channels.
     """
     n, total = sums.n_images, sums.pixels.ravel().astype(object)
     if n < 2:
         return float("nan")
     over_pairs = n * sums.squares - int(total @ total)
-    return float(over_pairs / (n * (n - 1) // 2) / sums.pixels.size / _STEPS_PER_UNIT[scale] ** 2)
+    return float(over_pairs / (n * (n - 1) // 2) / sums.pixels.size / _LEVELS_PER_UNIT[scale] ** 2)
 
 
 def summarize_findings(
-    tally: Tally,
+    found: Accumulator,
     images: pd.DataFrame,
-    measured: Iterable[Measured],
+    measured: Iterable[Distances],
     *,
-    yardstick: Yardstick,
+    reference: Reference,
     config: ExploreConfig,
     described: dict[str, Any],
 ) -> Exploration:
-    """Put together what an exploration found."""
+    """Summarize the findings and distances of all partitions."""
     parts = sorted(measured, key=lambda part: part.start)
-    rows, thumbnails = np.concatenate([part.rows for part in parts]), np.concatenate(
-        [part.thumbnails for part in parts]
-    )
-    is_readable = images["perceptual_hash"] != ""
+    rows = np.concatenate([part.rows for part in parts])
+    thumbnails = np.concatenate([part.thumbnails for part in parts])
     images = images.assign(
         distance_to_mean=np.concatenate([part.distances for part in parts]),
         duplicate_group=group_duplicates(images["content_hash"]),
@@ -142,18 +139,17 @@ def summarize_findings(
     )
     described_classes, means = {}, []
     for label, group in images.groupby("label"):
-        name, sums = str(label), tally.sums.get(str(label))
-        steps = _scale_distances(group["distance_to_mean"], sums, scale=config.scale)
-        images.loc[group.index, "distance_to_mean"] *= steps
-        pairs = _measure_pairs(thumbnails[np.isin(rows, group.index)]) * steps
-        described_classes[name] = _count(group) | _describe_class(
-            images.loc[group.index], sums, pairs, scale=config.scale
-        )
+        name, sums = str(label), found.sums.get(str(label))
+        factor = _scale_distances(group["distance_to_mean"], sums, scale=config.scale)
+        images.loc[group.index, "distance_to_mean"] *= factor
+        pairs = _measure_pairs(thumbnails[np.isin(rows, group.index)]) * factor
+        group = images.loc[group.index]
+        described_classes[name] = _count_files(group) | _describe_class(group, sums, pairs, scale=config.scale)
         means.append(_round_mean(sums, thumbnails.shape[1:]))
     classes = pd.DataFrame.from_dict(described_classes, orient="index").rename_axis("label")
     summary = described | {
         "n_images": len(images),
-        "n_ok": int(is_readable.sum()),
+        "n_ok": int((images["perceptual_hash"] != "").sum()),
         "scale": config.scale,
         "near_duplicate_bits": config.near_duplicate_bits,
         "duplicates": _count_groups(images, "duplicate_group"),
@@ -162,52 +158,54 @@ def summarize_findings(
     }
     is_typical = images["path"].isin([*classes["most_typical"], *classes["least_typical"]])
     more = np.setdiff1d(np.flatnonzero(is_typical), rows)
-    with explained(yardstick.output, "read thumbnails from", remedy="explore again"):
-        more_thumbnails = np.asarray(open_thumbnails(yardstick.output, mode="r").oindex[more])
     order = np.argsort(np.concatenate([rows, more]))
     return Exploration(
         images=images.astype({"distance_to_mean": np.float32}),
         classes=classes,
         thumbnail_rows=np.concatenate([rows, more])[order],
-        thumbnails=np.concatenate([thumbnails, more_thumbnails])[order],
+        thumbnails=np.concatenate([thumbnails, _read_thumbnails(reference.output, more)])[order],
         means=np.stack(means),
         summary=summary,
     )
 
 
-def _scale_distances(distances: pd.Series, sums: ClassSums | None, *, scale: str) -> float:
-    """
-    Find what turns squared steps of thumbnails into the scale's unit at full size.
+def _read_thumbnails(output: Location, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """Read the thumbnails of some catalog rows."""
+    with explained(output, "read thumbnails from", remedy="explore again"):
+        return np.asarray(open_thumbnails(output, mode="r").oindex[rows], np.uint8)
 
-    Thumbnails are smooth, so their differences are smaller. One factor a class makes the mean over pairs what it exactly is: over all
-    pairs it is 2 / (n - 1) times the sum of the distances from the mean.
+
+def _scale_distances(distances: pd.Series, sums: ClassSums | None, *, scale: str) -> float:
+    """Find the factor from squared levels of thumbnails to the scale's unit at full size.
+
+    Thumbnails are smooth, so they differ less. The factor makes the mean over all pairs, which is 2 / (n - 1) times the
+    sum of the distances from the mean, equal to its exact value.
     """
     of_thumbnails = 2 * distances.sum() / max(1, distances.count() - 1)
     if sums is None or sums.n_images < 2 or of_thumbnails == 0:
-        return 1 / _STEPS_PER_UNIT[scale] ** 2
+        return 1 / _LEVELS_PER_UNIT[scale] ** 2
     return float(mean_squared_difference(sums, scale=scale) / of_thumbnails)
 
 
 def _measure_pairs(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """Measure the mean squared difference of each pair of some thumbnails, in steps of a byte."""
+    """Measure the mean squared difference, in byte levels, of each pair of a sample of thumbnails."""
     from scipy.spatial.distance import pdist
 
-    # Every so-manieth image, for those that follow one another are often alike.
-    chosen = thumbnails[:: max(1, -(-len(thumbnails) // _MAX_PAIRED))].reshape(
-        -1, max(1, thumbnails[0].size if len(thumbnails) else 1)
-    )
-    return np.asarray(pdist(chosen, "sqeuclidean") / chosen.shape[1])
+    # A regular sample, as consecutive images are often alike.
+    chosen = thumbnails[:: max(1, -(-len(thumbnails) // _MAX_PAIRED))]
+    flat = chosen.reshape(len(chosen), int(np.prod(thumbnails.shape[1:])))
+    return np.asarray(pdist(flat, "sqeuclidean") / flat.shape[1])
 
 
-def _count(group: pd.DataFrame) -> dict[str, Any]:
+def _count_files(group: pd.DataFrame) -> dict[str, Any]:
     """Count and measure the files of a class."""
     return {
         "n_images": len(group),
         "n_ok": int((group["perceptual_hash"] != "").sum()),
         "bytes_total": int(group["bytes"].sum()),
         "bytes_median": float(group["bytes"].median()),
-        "width_px_median": _find_median(group["width_px"]),
-        "height_px_median": _find_median(group["height_px"]),
+        "width_px_median": float(group["width_px"].astype(float).median()),
+        "height_px_median": float(group["height_px"].astype(float).median()),
         "n_duplicates": int(group["duplicate_group"].notna().sum()),
         "n_near_duplicates": int(group["near_duplicate_group"].notna().sum()),
         **{f"n_{kind}": int(group[f"has_{kind}"].sum()) for kind in KINDS},
@@ -217,16 +215,16 @@ def _count(group: pd.DataFrame) -> dict[str, Any]:
 def _describe_class(
     group: pd.DataFrame, sums: ClassSums | None, pairs: npt.NDArray[np.float64], *, scale: str
 ) -> dict[str, Any]:
-    """Say how the images of a class look and differ."""
+    """Describe how the images of a class look and differ."""
     distances = group["distance_to_mean"].dropna()
     quantiles = np.quantile(pairs, _QUANTILES) if len(pairs) >= _MIN_PAIRS else np.full(len(_QUANTILES), np.nan)
     n = len(distances)
     return {
-        **{f"mean_{colour}": float(group[f"mean_{colour}"].mean()) for colour in ("red", "green", "blue")},
+        **{f"mean_{colour}": float(group[f"mean_{colour}"].mean()) for colour in _COLOURS},
         "palette": "" if sums is None else _format_palette(sums.colours),
         "mean_squared_difference": float("nan") if sums is None else mean_squared_difference(sums, scale=scale),
-        # The mean over pairs is a U-statistic (Hoeffding 1948): its variance is 4 / n times that of an image's mean difference from
-        # the others, which is n / (n - 1) times its distance from the mean, and a constant.
+        # The mean over pairs is a U-statistic (Hoeffding 1948): its variance is 4 / n times that of an image's mean
+        # difference from the others, which is n / (n - 1) times its distance from the mean, plus a constant.
         "standard_error": float(2 * n / (n - 1) * distances.std() / np.sqrt(n)) if n > 1 else float("nan"),
         **{f"pair_q{quantile * 100:02.0f}": float(q) for quantile, q in zip(_QUANTILES, quantiles, strict=True)},
         "most_typical": group.at[distances.idxmin(), "path"] if n else "",
@@ -234,30 +232,24 @@ def _describe_class(
     }
 
 
-def _find_median(sizes: pd.Series) -> float:
-    """Find the median of what is known."""
-    known = sizes.dropna()
-    return float(known.median()) if len(known) else float("nan")
-
-
 def _format_palette(colours: npt.NDArray[np.int64]) -> str:
-    """Format the most frequent colours and their shares, each by the centre of its cube."""
+    """Format the centres and shares of the most frequent bins of colours."""
     step = 256 // COLOUR_LEVELS
-    most = [cube for cube in np.argsort(-colours, kind="stable")[:_PALETTE_COLOURS] if colours[cube]]
-    centres = [np.array(np.unravel_index(cube, (COLOUR_LEVELS,) * 3)) * step + step // 2 for cube in most]
+    most = [index for index in np.argsort(-colours, kind="stable")[:_PALETTE_COLOURS] if colours[index]]
+    centres = [np.array(np.unravel_index(index, (COLOUR_LEVELS,) * 3)) * step + step // 2 for index in most]
     shares = colours[most] / colours.sum()
     return ", ".join(f"#{r:02x}{g:02x}{b:02x} {share:.3f}" for (r, g, b), share in zip(centres, shares, strict=True))
 
 
 def _round_mean(sums: ClassSums | None, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """Round the mean thumbnail of a class to bytes; white where it has none."""
+    """Round the mean thumbnail of a class to bytes; white if the class has none."""
     if sums is None:
         return np.full(shape, 255, np.uint8)
     return np.asarray(np.rint(sums.thumbnails / sums.n_images), np.uint8)
 
 
 def _count_groups(images: pd.DataFrame, column: str) -> dict[str, int]:
-    """Count groups of duplicates, their images, and the groups that reach over several classes."""
+    """Count groups of duplicates, their images, and the groups across several classes."""
     grouped = images.dropna(subset=column).groupby(column)["label"]
     return {
         "n_groups": int(grouped.ngroups),

@@ -1,4 +1,4 @@
-"""Neighbours: how well the features keep the classes apart, in numbers."""
+"""Neighbours: how well features separate classes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from fruitdask.errors import ReduceError
 
-#: Fractions of the variance for which the number of components is told.
+#: Fractions of the variance for which to report the number of components.
 _FRACTIONS = (0.8, 0.9, 0.95, 0.99)
 
 
@@ -20,7 +20,7 @@ def summarize_quality(
     metric: str,
 ) -> dict[str, Any]:
     """
-    Summarize how well features keep classes apart.
+    Summarize how well features separate classes.
 
     Parameters
     ----------
@@ -29,43 +29,43 @@ def summarize_quality(
     labels : Sequence[str] or numpy.ndarray
         The class of each row.
     n_neighbors : int
-        Nearest neighbours of each image that are asked for their class, at least 1.
+        Nearest neighbours of each image to compare, at least 1.
     metric : str
-        ``euclidean``, ``cosine`` or another distance of scikit-learn.
+        ``euclidean``, ``cosine`` or another metric of scikit-learn.
 
     Returns
     -------
     dict[str, Any]
         Ready for JSON, classes sorted:
 
-        ``silhouette``: ``mean`` over the images and ``by_class``, each from -1 to 1, or None where silhouettes are undefined: with fewer
-        than two classes, or if no class has two images. A class of one image has 0.
+        ``silhouette``: ``mean`` over the images and ``by_class``, each from -1 to 1; 0 for a class of one image, and
+        None with fewer than two classes or if no class has two images.
 
-        ``neighbors``: ``k``, the neighbours that were asked, fewer than ``n_neighbors`` if there are not so many other images;
-        ``agreement``, the mean over the images of the fraction (0 to 1) of their neighbours that have their class, also ``by_class``;
-        ``confusion``, for each of its ``labels`` a row of ``share``: the fractions of the neighbours of its images that are of each
-        class, 1 in all. An image alone in its class has agreement 0. With fewer than two images the agreements are None and the
-        confusion is empty.
+        ``neighbors``: ``k``, the number of neighbours, fewer than ``n_neighbors`` if there are fewer other images;
+        ``agreement``, the mean fraction (0 to 1) of an image's neighbours that share its class, also ``by_class``;
+        ``confusion``, for each of its ``labels`` a row of ``share``, the fractions of its images' neighbours in each
+        class, which add up to 1. With fewer than two images the agreements are None and the confusion is empty.
 
     Raises
     ------
     ReduceError
-        If there is not one label a row.
+        If the numbers of labels and rows differ.
 
     Notes
     -----
-    Silhouettes (Rousseeuw 1987) are scikit-learn's ``silhouette_samples``; their mean over all images is its ``silhouette_score``. The
-    agreement is the leave-one-out accuracy of a classifier that draws one of the ``k`` neighbours; with ``k`` = 1 it is that of
-    scikit-learn's ``KNeighborsClassifier``. Time grows with n squared times d, memory with n times d.
+    Silhouettes (Rousseeuw 1987) are scikit-learn's ``silhouette_samples``; their mean is its ``silhouette_score``. The
+    agreement is the leave-one-out accuracy of a classifier that draws one of the ``k`` neighbours; with ``k`` = 1 it is
+    that of scikit-learn's ``KNeighborsClassifier``. Time grows with n squared times d, memory with n times d.
 
     Examples
     --------
-    >>> quality = summarize_quality(np.array([[0.0], [1.0], [8.0], [9.0]]), list("aabb"), n_neighbors=1, metric="euclidean")
+    >>> features = np.array([[0.0], [1.0], [8.0], [9.0]])
+    >>> quality = summarize_quality(features, list("aabb"), n_neighbors=1, metric="euclidean")
     >>> quality["neighbors"]["agreement"], quality["neighbors"]["confusion"]["share"]
     (1.0, [[1.0, 0.0], [0.0, 1.0]])
     """
     if len(features) != len(labels):
-        raise ReduceError(f"expected a label for each of {len(features)} rows of features, found {len(labels)} labels")
+        raise ReduceError(f"expected one label per row of features ({len(features)}), found {len(labels)} labels")
     classes, codes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
     neighbors = find_neighbors(features, n_neighbors=n_neighbors, metric=metric)
     return {
@@ -85,17 +85,17 @@ def find_neighbors(features: npt.NDArray[np.floating[Any]], *, n_neighbors: int,
     n_neighbors : int
         How many, at least 1.
     metric : str
-        ``euclidean``, ``cosine`` or another distance of scikit-learn.
+        ``euclidean``, ``cosine`` or another metric of scikit-learn.
 
     Returns
     -------
     numpy.ndarray
-        Row numbers of shape (n, k), nearest first, int64; k is ``n_neighbors``, or n - 1 where there are not so many others.
+        Row numbers of shape (n, k), nearest first, int64; k is ``n_neighbors``, or n - 1 if there are fewer others.
 
     Notes
     -----
-    scikit-learn's ``NearestNeighbors`` by brute force: exact, with distances in chunks. No image is its own neighbour, not even one that
-    has duplicates; which of several at the same distance is taken is not defined.
+    scikit-learn's ``NearestNeighbors`` by brute force: exact, with distances in chunks. No image is its own neighbour,
+    even if it has duplicates. The order of neighbours at the same distance is undefined.
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -103,12 +103,12 @@ def find_neighbors(features: npt.NDArray[np.floating[Any]], *, n_neighbors: int,
     if len(features) < 2:
         return np.empty((len(features), 0), np.int64)
     index = NearestNeighbors(n_neighbors=n_neighbors, metric=metric, algorithm="brute").fit(features)
-    # Asked without rows, it leaves out the row itself by its number.
+    # Without an argument, kneighbors excludes each row itself by its number.
     return np.asarray(index.kneighbors(return_distance=False), np.int64)
 
 
 def explain_variance(ratio: Sequence[float]) -> dict[str, Any]:
-    """Tell how many principal components explain most of the variance.
+    """Find how many principal components explain most of the variance.
 
     >>> explain_variance([0.5, 0.25, 0.125])["n_components"]
     {'0.8': 3, '0.9': None, '0.95': None, '0.99': None}
@@ -134,7 +134,7 @@ def _summarize_silhouettes(
 def _summarize_neighbors(
     neighbors: npt.NDArray[np.int64], classes: list[str], codes: npt.NDArray[np.int64]
 ) -> dict[str, Any]:
-    """Count the classes of neighbours."""
+    """Count the classes of the neighbours."""
     k, n_classes = neighbors.shape[1], len(classes)
     if k == 0:
         confusion: dict[str, Any] = {"labels": [], "share": []}

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fruitdask import store
-from fruitdask.analysis.exploration import Measured, Tally, measure_partition, summarize_findings
+from fruitdask.analysis.exploration import Accumulator, Distances, measure_partition, summarize_findings
 from fruitdask.cluster import open_client
 from fruitdask.cluster.scheduling import map_partitions
 from fruitdask.core.config import Config
@@ -83,7 +83,7 @@ class ImageExploration:
     def __init__(self, inputs: Inputs, *, images_per_partition: int) -> None:
         self._inputs = inputs
         self._images_per_partition = images_per_partition
-        self._tally = Tally()
+        self._accumulator = Accumulator()
         self._has_begun = False
         settings = inputs.config.explore
         self._job = ExploreJob(
@@ -125,7 +125,7 @@ class ImageExploration:
 
     def add(self, findings: Findings) -> None:
         """Add the findings of a task of a run."""
-        self._tally.add(findings)
+        self._accumulator.add(findings)
 
     def complete(self, client: Any, progress: RunProgress) -> None:
         """Explore the remaining images, combine all findings and write them."""
@@ -135,15 +135,15 @@ class ImageExploration:
         protection = describe_protection(config, written, client)
         self._look(client, progress)
         progress.begin("Comparing images")
-        settings, images, measured = self._inputs.config.explore, self._tally.images, list[Measured]()
-        yardstick = self._tally.build_yardstick(images, settings, self._inputs.output)
-        map_partitions(client, measure_partition, self._split(), delivered=yardstick, on_result=measured.append)
+        settings, images, measured = self._inputs.config.explore, self._accumulator.images, list[Distances]()
+        reference = self._accumulator.build_reference(images, settings, self._inputs.output)
+        map_partitions(client, measure_partition, self._split(), delivered=reference, on_result=measured.append)
         described = self._manifest.dump() | {
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "processing": describe_processing(config) | protection,
         }
         exploration = summarize_findings(
-            self._tally, images, measured, yardstick=yardstick, config=settings, described=described
+            self._accumulator, images, measured, reference=reference, config=settings, described=described
         )
         write_exploration(self._inputs.output, exploration)
         store.delete_thumbnails(self._inputs.output)
@@ -160,7 +160,7 @@ class ImageExploration:
 
     def _look(self, client: Any, progress: RunProgress) -> None:
         """Explore the images that no task of a run has explored."""
-        todo = [partition for partition in self._split() if partition not in self._tally]
+        todo = [partition for partition in self._split() if partition not in self._accumulator]
         if not todo:
             return
         progress.begin("Exploring")
@@ -168,7 +168,7 @@ class ImageExploration:
         progress.begin_images(len(self._inputs.catalog), n_done=len(self._inputs.catalog) - n_todo)
 
         def note(findings: Findings) -> None:
-            self._tally.add(findings)
+            self._accumulator.add(findings)
             n_failed = int((findings.images["status"] != "ok").sum())
             progress.advance(len(findings.images), n_failed=n_failed)
 

@@ -27,7 +27,7 @@ from fruitdask.pipeline.inputs import dump_config
 from fruitdask.pipeline.record import describe_processing, describe_protection
 from fruitdask.pipeline.state import RunState
 from fruitdask.store.catalog import split_catalog
-from fruitdask.worker.models import ModelArtifact, settle_engine, start_building
+from fruitdask.worker.models import ModelArtifact, resolve_engine, start_building
 
 if TYPE_CHECKING:
     from fruitdask.worker.featurize import PartitionSummary
@@ -94,7 +94,7 @@ def _start(state: RunState, client: Any, stack: ExitStack) -> tuple[Any, ModelAr
     from fruitdask.worker.featurize import prepare_workers
 
     _check_reduction(state)
-    model = settle_engine(state.config)
+    model = resolve_engine(state.config)
     with start_building(model) as wait_for_artifact:
         client = client or stack.enter_context(state.budget.open_client())
         preparing = prepare_workers(client, model.engine)

@@ -1,1 +1,1 @@
-"""What runs on a worker: images are fetched, decoded, explored and turned into features."""
+"""What runs on a worker: fetch, decode, explore and featurize images; models are built on the client."""

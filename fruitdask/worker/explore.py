@@ -1,4 +1,4 @@
-"""Looking at the images of one partition, on a worker: rows about each image, sums over each class, a thumbnail of each."""
+"""Explore the images of one partition on a worker: rows about each image, sums over each class, and thumbnails."""
 
 import hashlib
 from collections.abc import Mapping
@@ -18,53 +18,49 @@ from fruitdask.worker.fetch import Batch, ImageSource, Outcome, Stopwatch, read_
 from fruitdask.worker.images import read_header
 from fruitdask.worker.metadata import KINDS, find_metadata
 
-#: Colours are counted in cubes of 32 levels a channel: 8 x 8 x 8 of them.
+#: Colours are counted in 8 x 8 x 8 bins of 32 levels per channel.
 COLOUR_LEVELS = 8
 
 
 @dataclass(frozen=True)
 class ExploreJob:
-    """What a task needs to know besides its partition; picklable and small."""
+    """What a task needs besides its partition; picklable and small."""
 
-    #: Where images are and how to read them.
     source: ImageSource
-    #: The output folder, where the array of thumbnails exists.
+    #: The output folder, which already holds the array of thumbnails.
     output: Location
-    #: Side to which images are resized for comparing, in pixels.
+    #: Side to which images are resized for comparison.
     input_px: int
     thumbnail_px: int
 
 
 @dataclass(eq=False)
 class ClassSums:
-    """Sums over images of a class, exact integers; those of disjoint sets of images add up."""
+    """Exact integer sums over images of a class; those of disjoint sets of images add up."""
 
     n_images: int
-    #: Sum of their pixels, shape (px, px, 3), of values 0 to 255; uint32 of one batch, int64 once sums are added.
+    #: Sum of the pixels (0 to 255), shape (px, px, 3); uint32 for one batch, int64 after adding.
     pixels: npt.NDArray[np.integer[Any]]
-    #: Sum of the squares of all their values.
+    #: Sum of the squares of all pixel values.
     squares: int
-    #: Sum of their thumbnails, shape (thumbnail_px, thumbnail_px, 3), int64.
+    #: Sum of the thumbnails, shape (thumbnail_px, thumbnail_px, 3), int64.
     thumbnails: npt.NDArray[np.int64]
-    #: Pixels of the thumbnails in each cube of colours, shape (512,), int64; red is the slowest index.
+    #: Histogram of the thumbnails' colours, shape (512,), int64; red varies slowest.
     colours: npt.NDArray[np.int64]
 
     @classmethod
     def measure(cls, pixels: npt.NDArray[np.uint8], thumbnails: npt.NDArray[np.uint8]) -> Self:
-        """Sum some images.
-
-        pixels: numpy.ndarray, images of shape (n, px, px, 3), uint8. thumbnails: numpy.ndarray, their thumbnails.
-        """
-        cubes = (thumbnails // (256 // COLOUR_LEVELS)).reshape(-1, 3).astype(np.int64)
+        """Sum images of shape (n, px, px, 3) and their thumbnails."""
+        bins = (thumbnails // (256 // COLOUR_LEVELS)).reshape(-1, 3).astype(np.int64)
         flat = pixels.reshape(-1).astype(np.float64)
         return cls(
             n_images=len(pixels),
-            # Enough for a batch of 16 million images; the smaller type is half the size on its way to the client.
+            # Enough for 16 million images, at half the size for the way to the client.
             pixels=pixels.sum(axis=0, dtype=np.uint32),
             # Exact: a batch's sum of squares stays far below 2**53.
             squares=int(flat @ flat),
             thumbnails=thumbnails.sum(axis=0, dtype=np.int64),
-            colours=np.bincount(cubes @ [COLOUR_LEVELS**2, COLOUR_LEVELS, 1], minlength=COLOUR_LEVELS**3),
+            colours=np.bincount(bins @ [COLOUR_LEVELS**2, COLOUR_LEVELS, 1], minlength=COLOUR_LEVELS**3),
         )
 
     def add(self, other: "ClassSums") -> None:
@@ -87,17 +83,17 @@ def add_sums(total: dict[str, ClassSums], more: Mapping[str, ClassSums]) -> None
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What a task found; it goes to the client, so no pixels of single images are in it."""
+    """The results of a task, without pixels of single images, as they go to the client."""
 
-    #: The catalog row of the partition's first image.
+    #: Catalog row of the partition's first image.
     start: int
     images: pd.DataFrame
-    #: Sums over the images of each class.
+    #: Sums by class.
     sums: dict[str, ClassSums]
 
 
 class Explorer:
-    """Looks at the images of a partition, batch by batch."""
+    """Explores the images of a partition batch by batch."""
 
     def __init__(self, partition: Partition, job: ExploreJob) -> None:
         self._partition = partition
@@ -108,7 +104,7 @@ class Explorer:
         self._thumbnails = np.zeros((len(partition.paths), px, px, 3), np.uint8)
 
     def add(self, batch: Batch) -> None:
-        """Look at a batch."""
+        """Explore a batch."""
         described = [_describe_file(outcome) for outcome in batch.outcomes]
         thumbnails = self._thumbnails[batch.start : batch.start + len(batch.outcomes)]
         for row, pixels in zip(batch.rows, batch.pixels, strict=True):
@@ -123,7 +119,7 @@ class Explorer:
             add_sums(self._sums, {label: sums})
 
     def finish(self) -> Findings:
-        """Store the thumbnails and hand over the rest."""
+        """Store the thumbnails and return the findings."""
         rows = slice(self._partition.start, self._partition.start + len(self._thumbnails))
         with explained(self._job.output, "write thumbnails to"):
             open_thumbnails(self._job.output, mode="r+")[rows] = self._thumbnails
@@ -131,25 +127,24 @@ class Explorer:
 
 
 def explore_partition(partition: Partition, job: ExploreJob) -> Findings:
-    """Look at the images of a partition."""
-    return _look(partition, job).finish()
+    """Explore the images of a partition and store their thumbnails."""
+    return _explore(partition, job).finish()
 
 
 def probe_exploration(partition: Partition, job: ExploreJob) -> None:
-    """Do the same as `explore_partition` and store nothing, to see whether the process survives."""
-    _look(partition, job)
+    """Explore the images of a partition without storing anything, to test whether the process survives."""
+    _explore(partition, job)
 
 
-def _look(partition: Partition, job: ExploreJob) -> Explorer:
-    """Look at the images of a partition, batch by batch."""
-    explorer = Explorer(partition, job)
-    batches = read_batches(partition, job.source, input_px=job.input_px, watch=Stopwatch(), on_asked=let_next_begin)
-    for batch in batches:
+def _explore(partition: Partition, job: ExploreJob) -> Explorer:
+    """Explore the images of a partition batch by batch."""
+    explorer, watch = Explorer(partition, job), Stopwatch()
+    for batch in read_batches(partition, job.source, input_px=job.input_px, watch=watch, on_asked=let_next_begin):
         explorer.add(batch)
     return explorer
 
 
-#: A row about an image of which nothing is known but its name.
+#: The row of an image before anything is known about it.
 _EMPTY: dict[str, Any] = {
     "path": "",
     "label": "",
@@ -162,14 +157,12 @@ _EMPTY: dict[str, Any] = {
     "content_hash": "",
     "perceptual_hash": "",
     **{f"has_{kind}": False for kind in KINDS},
-    "mean_red": np.nan,
-    "mean_green": np.nan,
-    "mean_blue": np.nan,
+    **{f"mean_{colour}": np.nan for colour in ("red", "green", "blue")},
 }
 
 
 def _describe_file(outcome: Outcome) -> dict[str, Any]:
-    """Say what a file is without decoding it: sizes, format, content hash, kinds of metadata."""
+    """Describe a file without decoding it: sizes, format, content hash, kinds of metadata."""
     row = _EMPTY | {name: getattr(outcome, name) for name in ("path", "label", "status", "error")}
     row["bytes"] = len(outcome.data)
     if outcome.data:
@@ -181,7 +174,7 @@ def _describe_file(outcome: Outcome) -> dict[str, Any]:
 
 
 def _describe_look(image: Image.Image, thumbnail: npt.NDArray[np.uint8]) -> dict[str, Any]:
-    """Say what an image looks like: its perceptual hash (the discrete cosine transform's, by imagehash) and its mean colour."""
+    """Compute the perceptual hash (imagehash's, by discrete cosine transform) and the mean colour of an image."""
     import imagehash
 
     red, green, blue = thumbnail.reshape(-1, 3).mean(axis=0)

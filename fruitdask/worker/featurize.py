@@ -1,4 +1,4 @@
-"""Featurizing: one partition of images to features, on a worker."""
+"""Featurize the images of one partition on a worker."""
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -14,21 +14,20 @@ from fruitdask.core.storage import Location
 from fruitdask.errors import StorageError
 from fruitdask.store import OUTCOME_COLUMNS, VERSION_COLUMNS, read_partition, write_partition
 from fruitdask.worker.explore import ExploreJob, Explorer, Findings
-from fruitdask.worker.fetch import Batch, ImageSource, Outcome, Stopwatch, read_batches
+from fruitdask.worker.fetch import Batch, ImageSource, Stopwatch, read_batches
 from fruitdask.worker.models import ModelArtifact, load_predictor, prepare_engine
 
-#: Features and outcomes of a partition that is committed.
+#: Features and outcomes of a committed partition.
 _Stored = tuple[npt.NDArray[np.float32], pd.DataFrame]
 
 
 @dataclass(frozen=True)
 class FeaturizeJob:
-    """What a task needs to know besides its partition and its network; picklable and small."""
+    """What a task needs besides its partition and its network; picklable and small."""
 
-    #: Where images are and how to read them.
     source: ImageSource
     output: Location
-    #: Explore the images too, while they are there; its input size must be the network's.
+    #: Explores the images too, if given; its input size must be the network's.
     explore: ExploreJob | None = None
 
 
@@ -39,12 +38,10 @@ class PartitionSummary:
     index: int
     n_images: int
     statuses: dict[str, int]
-    #: Bytes of the files that were read.
     bytes_read: int
-    #: Seconds by stage: ``fetch``, ``decode``, ``predict``, ``write``, ``load`` (waiting for the network to be built)
-    #: and ``explore``.
+    #: Seconds by stage: ``fetch``, ``decode``, ``predict``, ``write``, ``load`` (of the network) and ``explore``.
     seconds: dict[str, float]
-    #: What exploring the images found, where that was asked for.
+    #: What exploring the images found, if the job asked for it.
     findings: Findings | None = field(default=None, repr=False)
 
     @property
@@ -54,55 +51,43 @@ class PartitionSummary:
 
 
 def featurize_partition(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -> PartitionSummary:
-    """Turn the images of a partition into features and store them.
+    """Compute the features of a partition's images and store them; runs without a cluster too.
 
-    Images are fetched, decoded and predicted in batches, so that of a partition only its features (and, where it is
-    explored too, small thumbnails) are held. An image that fails is data: its features are NaN and its outcome says
-    why. Of a partition that is committed and of which only some images are to be computed, the others are written again
-    as they are. The function runs without a cluster too.
+    Memory holds one batch of images and the features and thumbnails of the partition. A failed image is data: its
+    features are NaN and its outcome says why. If only some images of a committed partition are pending, the rows of the
+    others are written back unchanged.
     """
-    computed = _compute(partition, artifact, job)
-    table = pd.DataFrame(
-        [[getattr(outcome, column) for column in OUTCOME_COLUMNS] for outcome in computed.outcomes],
-        columns=list(OUTCOME_COLUMNS),
-    )
-    watch = computed.watch
-    with watch.measure("write"):
-        findings = computed.explorer.finish() if computed.explorer is not None else None
-        _store(computed.partition, job.output, computed.features, table, computed.before)
-    statuses = dict(Counter(table["status"]))
-    return PartitionSummary(partition.index, len(table), statuses, computed.bytes_read, watch.seconds, findings)
+    return _featurize(partition, artifact, job, is_stored=True)
+
+
+def probe_partition(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -> None:
+    """Compute the features of a partition without storing them, to test whether the process survives."""
+    _featurize(partition, artifact, job, is_stored=False)
 
 
 def mark_vanished(partition: Partition, output: Location, *, n_features: int) -> None:
-    """Record which images of a partition have vanished, where none is to be computed; that takes no network."""
+    """Record the vanished images of a partition without other pending work, which needs no network."""
     partition, before = _read_before(partition, output)
     if partition.places_to_read:
-        raise StorageError(f"partition {partition.index} of {output.url} is not committed any more; run again")
+        raise StorageError(
+            f"expected partition {partition.index} of {output.url} to be committed, found it incomplete; run again"
+        )
     nothing = pd.DataFrame(columns=list(OUTCOME_COLUMNS))
     _store(partition, output, np.empty((0, n_features), np.float32), nothing, before)
 
 
-def probe_partition(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -> None:
-    """Do the same as `featurize_partition` and store nothing, to see whether the process survives."""
-    _compute(partition, artifact, job)
+def prepare_workers(client: Any, engine: str) -> list[Any]:
+    """Let every worker import an engine in the background."""
+    return [
+        client.submit(prepare_engine, engine, n_threads=n_threads, workers=[worker], pure=False)
+        for worker, n_threads in client.nthreads().items()
+    ]
 
 
-@dataclass(frozen=True, eq=False)
-class _Computed:
-    """What was computed of the images of a partition that were to be read (features are NaN where one failed); what was there before."""
-
-    partition: Partition
-    before: _Stored | None
-    features: npt.NDArray[np.float32]
-    outcomes: list[Outcome]
-    bytes_read: int
-    explorer: Explorer | None
-    watch: Stopwatch
-
-
-def _compute(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -> _Computed:
-    """Compute the features of a partition, batch by batch."""
+def _featurize(
+    partition: Partition, artifact: ModelArtifact, job: FeaturizeJob, *, is_stored: bool
+) -> PartitionSummary:
+    """Compute the features of a partition batch by batch, and store them if asked to."""
     watch = Stopwatch()
     with watch.measure("load"):
         predict = load_predictor(artifact, n_threads=_count_threads())
@@ -110,7 +95,7 @@ def _compute(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -
     chosen = partition.select(partition.places_to_read)
     explorer = Explorer(partition, job.explore) if job.explore and chosen is partition else None
     features = np.full((len(chosen.paths), artifact.n_features), np.nan, np.float32)
-    outcomes, bytes_read = list[Outcome](), 0
+    rows, bytes_read = list[list[Any]](), 0
     batches = read_batches(chosen, job.source, input_px=artifact.input_px, watch=watch, on_asked=let_next_begin)
     for batch in batches:
         bytes_read += sum(len(outcome.data) for outcome in batch.outcomes)
@@ -120,21 +105,22 @@ def _compute(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -
         with watch.measure("predict"):
             if batch.rows:
                 features[batch.start + np.asarray(batch.rows)] = _check_finite(predict(batch.pixels), batch)
-        outcomes += batch.outcomes
-    return _Computed(partition, before, features, outcomes, bytes_read, explorer, watch)
-
-
-def prepare_workers(client: Any, engine: str) -> list[Any]:
-    """Let every worker import an engine while the client does something else."""
-    return [client.submit(_prepare_worker, engine, workers=[worker], pure=False) for worker in client.nthreads()]
+        rows += [[getattr(outcome, column) for column in OUTCOME_COLUMNS] for outcome in batch.outcomes]
+    table, findings = pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)), None
+    if is_stored:
+        with watch.measure("write"):
+            findings = explorer.finish() if explorer is not None else None
+            _store(partition, job.output, features, table, before)
+    statuses = dict(Counter(table["status"]))
+    return PartitionSummary(partition.index, len(table), statuses, bytes_read, watch.seconds, findings)
 
 
 def _read_before(partition: Partition, output: Location) -> tuple[Partition, _Stored | None]:
-    """Read what stays of a partition of which only some images are to be computed; gives what is to be computed, too."""
+    """Read the stored rows of a partition with pending rows; a partition without a commit is pending as a whole."""
     if partition.rows is None:
         return partition, None
     before = read_partition(output, index=partition.index, start=partition.start)
-    # A worker was killed while it wrote: there is nothing to keep.
+    # The commit is missing if a worker was killed while writing.
     return (partition if before is not None else replace(partition, rows=None)), before
 
 
@@ -145,10 +131,10 @@ def _store(
     outcomes: pd.DataFrame,
     before: _Stored | None,
 ) -> None:
-    """Lay what was computed of a partition beside what stays of it, say of which versions of the files it is, and write it."""
+    """Write computed rows together with the rows stored before, and the versions of the files."""
     places = np.asarray(partition.places_to_read, np.int64)
     if before is not None or len(places) < len(partition.paths):
-        features, outcomes = _spread(partition, features, outcomes.set_axis(places), before)
+        features, outcomes = _merge_rows(partition, features, outcomes.set_axis(places), before)
     versions = zip(VERSION_COLUMNS, (partition.bytes, partition.versions), strict=True)
     write_partition(
         output,
@@ -160,22 +146,18 @@ def _store(
     )
 
 
-def _spread(
-    partition: Partition,
-    features: npt.NDArray[np.float32],
-    outcomes: pd.DataFrame,
-    before: _Stored | None,
+def _merge_rows(
+    partition: Partition, features: npt.NDArray[np.float32], outcomes: pd.DataFrame, before: _Stored | None
 ) -> tuple[npt.NDArray[np.float32], pd.DataFrame]:
-    """Lay computed rows, by their places, over those of an earlier commit, if any; the rest has vanished."""
-    n_images = len(partition.paths)
-    whole = np.full((n_images, features.shape[1]), np.nan, np.float32)
-    vanished = {"status": "missing", "error": "it is not in the input any more", "attempts": 0}
+    """Merge computed rows, indexed by place, into those of an earlier commit; images in neither have vanished."""
+    whole = np.full((len(partition.paths), features.shape[1]), np.nan, np.float32)
+    vanished = {"status": "missing", "error": "the input no longer contains this image", "attempts": 0}
     table = pd.DataFrame({"path": partition.paths, "label": partition.labels, **vanished})
     if before is not None:
         kept = before[1].index.difference(list(partition.rows or ()))
         whole[kept] = before[0][kept]
         table.loc[kept] = before[1].loc[kept, list(OUTCOME_COLUMNS)]
-        # One that had failed is tried on.
+        # Attempts at an image that failed before add up.
         failed = before[1].loc[before[1]["status"] != "ok", "attempts"]
         outcomes["attempts"] = outcomes["attempts"].add(failed.reindex(outcomes.index), fill_value=0).astype(int)
     whole[outcomes.index] = features
@@ -183,13 +165,8 @@ def _spread(
     return whole, table
 
 
-def _prepare_worker(engine: str) -> None:
-    """Import an engine on a worker."""
-    prepare_engine(engine, n_threads=_count_threads())
-
-
 def _count_threads() -> int:
-    """Count the threads that this process may use: its worker's, or all cores where there is no worker."""
+    """Count the threads of this worker, or all cores outside a worker."""
     from dask.system import CPU_COUNT
     from distributed import get_worker
 
@@ -200,8 +177,8 @@ def _count_threads() -> int:
 
 
 def _check_finite(features: npt.NDArray[np.float32], batch: Batch) -> npt.NDArray[np.float32]:
-    """Fail the images for which the network gives infinity or no number, which would spoil the reduction of all others."""
+    """Fail the images whose features are NaN or infinite, which would spoil the reduction of all others."""
     is_finite = np.asarray(np.isfinite(features).all(axis=1))
     for row in np.flatnonzero(~is_finite):
-        batch.outcomes[batch.rows[row]].fail("not_finite", "the network gives features that are not finite numbers")
+        batch.outcomes[batch.rows[row]].fail("not_finite", "the network returned NaN or infinite features")
     return np.where(is_finite[:, np.newaxis], features, np.float32(np.nan))

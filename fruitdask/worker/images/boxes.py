@@ -1,4 +1,4 @@
-"""Boxes of ISO base media files (AVIF, HEIC, MP4) and of JPEG 2000: a reader that takes any bytes, in bounded time."""
+"""Boxes of ISO base media files (AVIF, HEIC, MP4) and JPEG 2000: a reader that accepts any bytes, in bounded time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,34 +10,30 @@ _MAX_EXTENTS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A box: its name, and where its content starts and ends."""
+    """A box: its four-byte name, and where its content starts and ends in the file."""
 
-    #: Four bytes that say what it is.
     name: bytes
     start: int
-    #: Where its content ends, within the file.
     end: int
 
 
 @dataclass(slots=True)
 class Item:
-    """An item of an AVIF or HEIC file: a picture, or its metadata; where its bytes lie."""
+    """A picture of an AVIF or HEIC file, or metadata."""
 
-    #: Four bytes that say what it is, ``hvc1`` or ``Exif`` for example.
+    #: Four bytes, for example ``hvc1`` or ``Exif``.
     kind: bytes
-    #: Its MIME type, where its kind is ``mime``.
-    content_type: bytes = b""
-    #: How it is compressed, where its kind is ``mime``.
+    #: The compression of an item whose kind is ``mime``.
     encoding: bytes = b""
     extents: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that it takes."""
+        """Size of the item."""
         return sum(end - start for start, end in self.extents)
 
     def read(self, data: bytes, most: int) -> bytes:
-        """Read its first bytes."""
+        """Read at most so many bytes of the item."""
         content = bytearray()
         for start, end in self.extents:
             content += data[start : min(end, start + most - len(content))]
@@ -48,30 +44,24 @@ class Item:
 
 @dataclass(slots=True)
 class Items:
-    """The items of an AVIF or HEIC file, which of them is the picture, and the names of properties that it has."""
+    """The items of an AVIF or HEIC file."""
 
     by_number: dict[int, Item] = field(default_factory=dict)
-    #: The number of the picture that is shown.
+    #: The number of the picture that is displayed.
     primary: int = 0
-    #: Names of the properties of that picture.
+    #: Names of that picture's properties.
     properties: frozenset[bytes] = frozenset()
-
-    @property
-    def primary_kind(self) -> bytes:
-        """The kind of the picture; empty where there is none."""
-        item = self.by_number.get(self.primary)
-        return item.kind if item else b""
 
 
 def list_boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[Box]:
-    """List the boxes that lie one behind the other."""
+    """List the boxes from one offset to another."""
     end = len(data) if end is None else end
     for _ in range(_MAX_BOXES):
         size, head = _read(data, start, 4), 8
         if size == 1:
             size, head = _read(data, start + 8, 8), 16
         elif size == 0:
-            # The last box may go to the end of the file.
+            # The last box may extend to the end of the file.
             size = end - start
         if size < head or start + head > end:
             return
@@ -80,7 +70,7 @@ def list_boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[
 
 
 def list_brands(data: bytes) -> tuple[bytes, ...]:
-    """List the brands of an ISO base media file, the major one first; none where it is no such file."""
+    """List the brands of an ISO base media file, the major one first; empty for any other file."""
     if data[4:8] != b"ftyp":
         return ()
     end = min(_read(data, 0, 4), len(data), 1 << 10)
@@ -88,7 +78,7 @@ def list_brands(data: bytes) -> tuple[bytes, ...]:
 
 
 def read_items(data: bytes) -> Items:
-    """Read what items an AVIF or HEIC file has (ISO/IEC 14496-12, section 8.11)."""
+    """Read the items of an AVIF or HEIC file (ISO/IEC 14496-12, section 8.11)."""
     items = Items()
     meta = next((box for box in list_boxes(data) if box.name == b"meta"), None)
     if meta is None:
@@ -107,26 +97,26 @@ def read_items(data: bytes) -> Items:
 
 
 def _read(data: bytes, at: int, n_bytes: int) -> int:
-    """Read a number; bytes behind the end are left out."""
+    """Read an integer; bytes beyond the end of the file are ignored."""
     return int.from_bytes(data[at : at + n_bytes])
 
 
 def _list_entries(data: bytes, iinf: Box) -> Iterator[tuple[int, Item]]:
-    """List the items by their numbers."""
+    """List the numbers of items and the items."""
     start = iinf.start + (6 if data[iinf.start : iinf.start + 1] == b"\0" else 8)
     for box in list_boxes(data, start, iinf.end):
         version = _read(data, box.start, 1)
         if box.name != b"infe" or version < 2:
             continue
         width = 2 if version == 2 else 4
-        # Number and protection lie before the kind; name, content type and encoding behind it.
+        # Number and protection precede the kind; name, content type and encoding follow it.
         at = box.start + 4 + width + 2
-        _, content_type, encoding, *_ = data[at + 4 : min(box.end, at + 1_000)].split(b"\0") + [b"", b"", b""]
-        yield _read(data, box.start + 4, width), Item(data[at : at + 4], content_type, encoding)
+        _, _, encoding, *_ = data[at + 4 : min(box.end, at + 1_000)].split(b"\0") + [b"", b"", b""]
+        yield _read(data, box.start + 4, width), Item(data[at : at + 4], encoding)
 
 
 def _add_extents(data: bytes, iloc: Box, idat: Box | None, items: dict[int, Item]) -> None:
-    """Add to the items where they lie."""
+    """Add the extents in the file to the items."""
     version = _read(data, iloc.start, 1)
     sizes = data[iloc.start + 4 : iloc.start + 6].ljust(2, b"\0")
     offset_bytes, length_bytes, base_bytes = sizes[0] >> 4, sizes[0] & 15, sizes[1] >> 4
@@ -149,16 +139,14 @@ def _add_extents(data: bytes, iloc: Box, idat: Box | None, items: dict[int, Item
             length = _read(data, at + index_bytes + offset_bytes, length_bytes)
             at += index_bytes + offset_bytes + length_bytes
             if item and start < len(data):
-                # A length of zero means all of the file.
+                # A length of zero means up to the end of the file.
                 item.extents.append((start, min(start + length, len(data)) if length else len(data)))
 
 
 def _list_properties(data: bytes, iprp: Box, number: int) -> Iterator[bytes]:
-    """List the names of the properties that an item has."""
+    """List the names of an item's properties."""
     boxes = list(list_boxes(data, iprp.start, iprp.end))
-    names = [
-        prop.name for box in boxes if box.name == b"ipco" for prop in list_boxes(data, box.start, box.end)
-    ]
+    names = [prop.name for box in boxes if box.name == b"ipco" for prop in list_boxes(data, box.start, box.end)]
     for box in (box for box in boxes if box.name == b"ipma"):
         version, flags = _read(data, box.start, 1), _read(data, box.start + 1, 3)
         number_bytes, index_bytes = 4 if version else 2, 2 if flags & 1 else 1
@@ -168,7 +156,7 @@ def _list_properties(data: bytes, iprp: Box, number: int) -> Iterator[bytes]:
             start = at + number_bytes + 1
             if _read(data, at, number_bytes) == number:
                 for place in range(start, start + n_properties * index_bytes, index_bytes):
-                    # The first bit says whether a reader must understand it.
+                    # The first bit marks essential properties.
                     index = _read(data, place, index_bytes) & (0x7FFF if index_bytes == 2 else 0x7F)
                     if 0 < index <= len(names):
                         yield names[index - 1]

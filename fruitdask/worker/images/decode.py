@@ -1,4 +1,4 @@
-"""Decoding: an image becomes a square of RGB, upright and without its metadata."""
+"""Decoding: from the bytes of an image to an upright RGB square without metadata."""
 
 import io
 import threading
@@ -21,13 +21,13 @@ from fruitdask.worker.images.pixels import (
     lay_frame_on_white,
 )
 
-#: What is decoded, by content; Pillow knows further formats, some of which start other programs.
+#: Formats to decode, told by content; Pillow knows more, some of which start other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")
-#: An MPO is a JPEG with further ones behind it.
+#: An MPO is a JPEG followed by others.
 _JPEGS = ("JPEG", "MPO")
-#: OpenJPEG holds a number of 4 bytes for each channel of a pixel, several times over.
-_WEIGHTS = {"JPEG2000": 3}
-#: What undoes each EXIF orientation (Exif 2.32, section 4.6.4 A, tag 0x0112).
+#: OpenJPEG holds 4 bytes per channel of a pixel, several times over.
+_MEMORY_FACTORS = {"JPEG2000": 3}
+#: The transposition that undoes each EXIF orientation (Exif 2.32, section 4.6.4 A, tag 0x0112).
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,13 +42,9 @@ _TURNS = {
 def decode_image(data: bytes, *, size_px: int, max_pixels: int, is_fast: bool = False) -> npt.NDArray[np.uint8]:
     """Decode an image and resize it to a square, upright and without its metadata.
 
-    The EXIF orientation is applied, then EXIF, GPS positions, serial numbers, comments and colour profiles are dropped:
-    an array has no place for them. Transparent pixels are laid on white. An animation gives its first frame.
-
-    Returns numpy.ndarray: RGB pixels of shape (size_px, size_px, 3), uint8, 0 to 255.
-
-    Resizing is Pillow's bicubic filter with antialiasing, over the whole image and without keeping its proportions, as
-    ``keras.utils.load_img(target_size=..., interpolation="bicubic")`` does.
+    Applies the EXIF orientation, blends transparent pixels with white, and takes the first frame of an animation.
+    Resizes like ``keras.utils.load_img(target_size=..., interpolation="bicubic")``: Pillow's bicubic filter with
+    antialiasing, ignoring the aspect ratio. Returns RGB pixels of shape (size_px, size_px, 3), uint8.
     """
     try:
         with _open(data) as image:
@@ -56,34 +52,34 @@ def decode_image(data: bytes, *, size_px: int, max_pixels: int, is_fast: bool = 
             check_meaning(image, data)
             if is_fast and image.format in _JPEGS:
                 image.draft(None, (size_px, size_px))
-            n_pixels = image.width * image.height * _WEIGHTS.get(image.format or "", 1)
-            # Closed within, for its pixels must go before another's come.
-            with _in_work.hold(n_pixels, most=max_pixels), closing(image):
+            n_pixels = image.width * image.height * _MEMORY_FACTORS.get(image.format or "", 1)
+            # Closed inside, so that its pixels are freed before those of another image are counted.
+            with _budget.hold(n_pixels, most=max_pixels), closing(image):
                 frame = find_frame(image)
                 _forget_xmp(image)
-                # Before the conversion, which has no EXIF any more; some formats have it behind the pixels.
+                # Before the conversion, which drops EXIF; some formats store it after the pixels.
                 image.load()
                 turn = _find_turn(image)
                 rgb = convert_to_rgb(image, choose_narrowing(image, data))
                 rgb = lay_frame_on_white(rgb, frame) if frame else rgb
                 pixels = rgb.resize((size_px, size_px), Image.Resampling.BICUBIC)
-            # A square is turned as well after it is resized, in a fraction of the time and without a second image of full size.
+            # Turning the small square costs a fraction of turning the image, and no second image at full size.
             return np.asarray(pixels if turn is None else pixels.transpose(turn))
     except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(
-            f"expected at most {max_pixels:,} pixels (featurize.max_pixels), found more than Pillow opens"
+            f"expected at most {max_pixels:,} pixels (featurize.max_pixels), found more than Pillow can open"
         ) from error
     except Exception as error:
-        # Decoders meet hostile bytes here and raise whatever they like: OSError, SyntaxError, struct.error, KeyError ...
+        # Hostile bytes make decoders raise anything: OSError, SyntaxError, struct.error, KeyError ...
         raise ImageError(explain(data, None if isinstance(error, UnidentifiedImageError) else error)) from error
 
 
 def decode_images(
     files: Sequence[bytes], *, size_px: int, max_pixels: int, is_fast: bool = False
 ) -> list[npt.NDArray[np.uint8] | ImageError]:
-    """Decode several images; one that cannot be decoded does not keep the others from it."""
+    """Decode several images, each independently of the others."""
     decoded: list[npt.NDArray[np.uint8] | ImageError] = []
     for data in files:
         try:
@@ -101,13 +97,13 @@ def read_header(data: bytes) -> tuple[str, int, int] | None:
     except MemoryError:
         raise
     except Exception:
-        # Whatever a decoder raises at hostile bytes.
+        # Hostile bytes make decoders raise anything.
         return None
 
 
 @contextmanager
 def _open(data: bytes) -> Iterator[Image.Image]:
-    """Open an image that does not ask for far more work than its pixels take."""
+    """Open an image after checking that it does not ask for far more work than its pixels take."""
     check_structure(data)
     if raw := name_raw(data):
         raise ImageError(raw)
@@ -122,18 +118,18 @@ def _open(data: bytes) -> Iterator[Image.Image]:
         yield image
 
 
-class _InWork:
-    """Counts the pixels that threads of this process decode at once."""
+class _PixelBudget:
+    """Limits the pixels that threads of this process decode at once."""
 
     def __init__(self) -> None:
         self._n_pixels = 0
         self._changed = threading.Condition()
-        # One after the other, or a large one would wait as long as small ones come.
+        # First come, first served: otherwise small images would starve a large one.
         self._turn = threading.Lock()
 
     @contextmanager
     def hold(self, n_pixels: int, *, most: int) -> Iterator[None]:
-        """Wait until there are no more than ``most`` with these; they are counted meanwhile."""
+        """Wait until these pixels fit within ``most``, and count them during the block."""
         with self._turn, self._changed:
             self._changed.wait_for(lambda: not self._n_pixels or self._n_pixels + n_pixels <= most)
             self._n_pixels += n_pixels
@@ -145,28 +141,28 @@ class _InWork:
                 self._changed.notify_all()
 
 
-_in_work = _InWork()
+_budget = _PixelBudget()
 
 
 def _forget_xmp(image: Image.Image) -> None:
-    """Forget XMP, of which Pillow takes an orientation where EXIF has none; viewers do not."""
+    """Forget XMP: Pillow takes its orientation if EXIF has none, which viewers do not."""
     for name in ("xmp", "XML:com.adobe.xmp"):
         image.info.pop(name, None)
 
 
 def _find_turn(image: Image.Image) -> Image.Transpose | None:
-    """Find what undoes the EXIF orientation; broken EXIF does not make the pixels unreadable."""
-    # A PNG may have it behind its pixels.
+    """Find the transposition that undoes the EXIF orientation; broken EXIF counts as none."""
+    # Again, as a PNG may store XMP after its pixels.
     _forget_xmp(image)
-    # ImageOps.exif_transpose also writes the other tags back, and gives up where one of them is broken.
+    # ImageOps.exif_transpose also rewrites the other tags, and fails if any of them is broken.
     try:
         if image.format in _JPEGS:
-            # Pillow has read EXIF and XMP of a JPEG already when it opened it.
+            # Opening a JPEG has already filled getexif() with the orientation from XMP.
             exif = Image.Exif()
             exif.load(image.info.get("exif", b""))
         else:
             exif = image.getexif()
         return _TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
     except Exception:
-        # Broken bytes again: struct.error, SyntaxError, ValueError ...
+        # Broken bytes: struct.error, SyntaxError, ValueError ...
         return None

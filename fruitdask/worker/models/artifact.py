@@ -8,26 +8,26 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-#: What an artifact becomes on a worker: from images, uint8 of shape (n, input_px, input_px, 3), to features, float32 (n, n_features).
+#: From images, uint8 of shape (n, input_px, input_px, 3), to features, float32 of shape (n, n_features).
 Predictor = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class ModelArtifact:
-    """A network that was built once, on the client, packed for the workers."""
+    """A network that the client built and packed for the workers."""
 
-    #: What the engine loads: a graph with the weights and the preprocessing inside.
+    #: What the engine loads: a graph that includes the weights and the preprocessing.
     payload: bytes = field(repr=False)
     engine: str
     name: str
     #: How the graph scales pixels: ``tf``, ``caffe``, ``torch``, ``none``, or ``own`` for the network's own.
     preprocessing: str
-    #: Side of the square input, in pixels.
+    #: Side of the square input.
     input_px: int
     n_features: int
-    #: The layer whose output are the features, after the names of the networks that it is nested in and slashes.
+    #: The layer whose output are the features, after the names of its enclosing networks and slashes.
     layer: str = ""
-    #: Whether classes that are neither Keras's nor fruitdask's may have taken part.
+    #: Whether layers may come from other code than Keras's and fruitdask's.
     has_foreign_code: bool = False
 
     @cached_property

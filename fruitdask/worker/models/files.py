@@ -1,4 +1,4 @@
-"""Files of networks and of weights: told by their content, since endings are wrong often enough."""
+"""Files of networks and weights, identified by content, since extensions are often wrong."""
 
 import json
 import shutil
@@ -14,68 +14,62 @@ from fruitdask.core.config import ModelConfig
 from fruitdask.core.storage import Location, explained
 from fruitdask.errors import ModelError
 
-#: What is read at once of a remote file, to find the few kilobytes that describe its network.
+#: Bytes per request to a remote file, of which only the few kilobytes that describe the network are read.
 _BLOCK_BYTES = 1 << 16
 _HEAD_BYTES = 256
 _ENDINGS = (".keras", ".h5", ".hdf5")
-_RESAVE = "load it where it was made, and save it with model.save('model.keras')"
-_NOT_KERAS = "fruitdask runs networks of Keras; take the same one by model.name, or a Keras version of it"
-#: Content by its first bytes: what it is, and what to do.
+_RESAVE = "load it with the software that made it, and save it with model.save('model.keras')"
+_NOT_KERAS = "fruitdask runs Keras networks; use the same network by model.name, or a Keras version of it"
+#: First bytes of other files, what they are, and what to do.
 _MAGIC = (
-    (b"version https://git-lfs", "a Git LFS pointer instead of the file it stands for", "run git lfs pull"),
+    (b"version https://git-lfs", "a Git LFS pointer in place of the file", "run git lfs pull"),
     (b"\x1f\x8b", "a gzip archive", "unpack it first"),
     (b"\x80", "a Python pickle, perhaps of PyTorch", _NOT_KERAS),
     (b"{", "a JSON file, which holds no weights", _RESAVE),
     (b"<", "a web page or XML", "download the file itself"),
 )
-#: The same by the file's ending, where the first bytes do not say it.
+#: The same by extension.
 _BY_ENDING = {
-    ".onnx": ("a network in the format ONNX", _NOT_KERAS),
-    ".tflite": ("a network for TensorFlow Lite", _NOT_KERAS + "; the .keras or .h5 file it was converted from is one"),
-    ".pb": ("a graph of TensorFlow, perhaps of a SavedModel", f"if Keras wrote it, {_RESAVE}"),
-    ".pt": ("a file of PyTorch", _NOT_KERAS),
-    ".pth": ("a file of PyTorch", _NOT_KERAS),
+    ".onnx": ("an ONNX network", _NOT_KERAS),
+    ".tflite": ("a TensorFlow Lite network", f"{_NOT_KERAS}, such as the .keras or .h5 file it was converted from"),
+    ".pb": ("a TensorFlow graph, perhaps of a SavedModel", f"if Keras wrote it, {_RESAVE}"),
+    **dict.fromkeys((".pt", ".pth"), ("a PyTorch file", _NOT_KERAS)),
     ".safetensors": ("weights as safetensors", _NOT_KERAS),
-    ".ckpt": ("a checkpoint of TensorFlow", f"if Keras wrote it, {_RESAVE}"),
-    ".index": ("a checkpoint of TensorFlow", f"if Keras wrote it, {_RESAVE}"),
+    **dict.fromkeys((".ckpt", ".index"), ("a TensorFlow checkpoint", f"if Keras wrote it, {_RESAVE}")),
 }
 _DAMAGED = "copy or download it again"
-#: Layers that carry code or load it from elsewhere, as Keras's own safe mode has them.
+#: Layers that carry code or load it from elsewhere, the same as in Keras's safe mode.
 _CODE_LAYERS = ("TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """What a file holds."""
+    """The content of a file."""
 
     #: ``keras`` or ``h5`` for a whole network, ``weights`` or ``legacy weights`` for weights alone.
     kind: str
-    #: The network's layers, as Keras writes them down; nothing for weights alone.
+    #: Keras's description of the network's layers; empty for weights alone.
     description: Mapping[str, Any] = field(default_factory=dict)
-    #: How it was trained, as Keras writes it down; None where the file does not say so.
+    #: Keras's description of the training, if the file has one.
     training: Any = None
 
     @property
     def ending(self) -> str:
-        """The ending by which Keras chooses the right reader."""
+        """The extension by which Keras chooses the right reader."""
         return {"keras": ".keras", "weights": ".weights.h5"}.get(self.kind, ".h5")
 
     @property
     def is_classifier(self) -> bool:
-        """Whether it was trained to tell classes apart."""
+        """Whether the network was trained with a cross-entropy."""
         loss = self.training.get("loss") if isinstance(self.training, Mapping) else None
         return "crossentropy" in json.dumps(loss).lower().replace("_", "")
 
     def is_own_network(self, config: ModelConfig) -> bool:
-        """Tell whether the network is the file's own, not the one of ``model.name``."""
+        """Whether to use the network in the file, not that of ``model.name``."""
         return self.kind == "keras" or (self.kind == "h5" and config.preprocessing is not None)
 
-    def read_input_shapes(self) -> list[tuple[int | None, ...]] | None:
-        """Read the shapes of the network's inputs from the description."""
-        return _read_input_shapes(self.description)
-
     def list_foreign(self) -> list[tuple[str, str]]:
-        """List layers whose classes are not Keras's."""
+        """List the classes and names of layers that are not Keras's."""
         layers = [(layer["class_name"], _name_layer(layer)) for layer in _walk(self.description) if _is_foreign(layer)]
         return list(dict.fromkeys(layers))
 
@@ -88,30 +82,40 @@ class ModelFile:
         return found or (["a Python lambda"] if "__lambda__" in json.dumps(self.description) else [])
 
 
+def describe_expected_model(config: ModelConfig) -> str:
+    """Describe the models that a configuration allows."""
+    return f"expected a Keras model{'' if config.allow_code else ' without Python code'}"
+
+
 def locate_weights(config: ModelConfig) -> Location:
-    """Name the file of the weights."""
+    """Locate the file of the weights."""
     return Location(config.weights, config.storage_options if "://" in config.weights else {})
 
 
 def examine_file(config: ModelConfig) -> ModelFile:
-    """Find out what the file of the weights holds, from the few kilobytes that say so."""
+    """Identify the content of the weights file from the few kilobytes that describe it."""
     location = locate_weights(config)
     has_ending = config.weights.lower().endswith(_ENDINGS)
     with explained(location, "read"):
         if not has_ending and not location.fs.exists(location.path):
             raise _refuse(config)
-        # In a bucket, to ask for folders may be forbidden where to read the file is not.
+        # In a bucket, listing may be forbidden while reading is allowed.
         if location.is_local and location.fs.isdir(location.path):
             raise _refuse(config, *_describe_folder(location))
     with explained(location, "read"), location.fs.open(location.path, "rb", block_size=_BLOCK_BYTES) as file:
         head = file.read(_HEAD_BYTES)
         file.seek(0)
-        found = _examine(config, file, head)
+        if head.startswith(b"\x89HDF\r\n\x1a\n"):
+            found = _examine_hdf5(config, file)
+        elif head.startswith(b"PK"):
+            found = _examine_zip(config, file)
+        else:
+            raise _refuse(config, *_describe_other(config.weights.lower(), head))
     if not has_ending:
-        raise _refuse(config, "a file of Keras", f"rename it to end in {found.ending}")
+        raise _refuse(config, "a Keras file", f"rename it to end in {found.ending}")
     if found.kind == "keras" and config.preprocessing is None:
         raise ModelError(
-            f"{config.weights}: this is a whole Keras model, which does not say how its pixels were scaled; "
+            f"{config.weights}: this is a whole Keras model, which does not store how to scale pixels; "
             "set model.preprocessing to tf, caffe, torch or none"
         )
     return found
@@ -119,12 +123,10 @@ def examine_file(config: ModelConfig) -> ModelFile:
 
 @contextmanager
 def fetch_file(config: ModelConfig, found: ModelFile) -> Iterator[str]:
-    """Give a file a local path with the ending that Keras expects; Keras reads local files only."""
+    """Yield a local path of the file with the extension that Keras expects."""
     location = locate_weights(config)
-    is_named_well = location.path.endswith(found.ending) and (
-        found.ending == ".weights.h5" or not location.path.endswith(".weights.h5")
-    )
-    if location.is_local and is_named_well:
+    ending = next((ending for ending in (".weights.h5", ".keras", ".h5") if location.path.endswith(ending)), None)
+    if location.is_local and ending == found.ending:
         yield location.path
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -138,29 +140,20 @@ def fetch_file(config: ModelConfig, found: ModelFile) -> Iterator[str]:
 
 
 def _refuse(config: ModelConfig, what: str = "", advice: str = "") -> ModelError:
-    """Say what a file is that Keras cannot read, and what to do."""
+    """Make the error for a file that Keras cannot read: what it is, and what to do."""
     name = config.weights.lower()
     if name.endswith(".keras"):
-        where = f"{config.weights}: expected a Keras model{'' if config.allow_code else ' without code of its own'}, found "
+        where = f"{config.weights}: {describe_expected_model(config)}, found "
     elif name.endswith(_ENDINGS):
-        where = f"{config.weights}: expected weights or a model of Keras, found "
+        where = f"{config.weights}: expected Keras weights or a Keras model, found "
     else:
         expected = "expected imagenet, random, or a file ending in .weights.h5, .h5 or .keras"
         where = f"model.weights: {expected}, found {config.weights!r}" + (", " if what else "")
     return ModelError(f"{where}{what}{f'; {advice}' if advice else ''}")
 
 
-def _examine(config: ModelConfig, file: Any, head: bytes) -> ModelFile:
-    """Tell by its content what an open file holds."""
-    if head.startswith(b"\x89HDF\r\n\x1a\n"):
-        return _examine_hdf5(config, file)
-    if head.startswith(b"PK"):
-        return _examine_zip(config, file)
-    raise _refuse(config, *_describe_other(config.weights.lower(), head))
-
-
 def _describe_other(name: str, head: bytes) -> tuple[str, str]:
-    """Say what a file is that is no file of Keras, and what to do."""
+    """Describe a file that Keras did not write, and what to do."""
     if not head:
         return "an empty file", _DAMAGED
     if head[4:8] == b"TFL3":
@@ -171,17 +164,17 @@ def _describe_other(name: str, head: bytes) -> tuple[str, str]:
 
 
 def _describe_folder(location: Location) -> tuple[str, str]:
-    """Say what a folder is, and what to do."""
+    """Describe a folder, and what to do."""
     names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in location.fs.ls(location.path, detail=False)}
     if "saved_model.pb" in names:
-        return "a folder with a SavedModel of TensorFlow", _RESAVE
+        return "a folder with a TensorFlow SavedModel", _RESAVE
     if "config.json" in names:
-        return "an unpacked .keras file", "pack the content of the folder as a ZIP archive, or save the model again"
-    return "a folder", "name the file in it"
+        return "an unpacked .keras file", "zip the content of the folder, or save the model again"
+    return "a folder", "set model.weights to a file in it"
 
 
 def _examine_zip(config: ModelConfig, file: Any) -> ModelFile:
-    """Tell a .keras file from other ZIP archives."""
+    """Identify a .keras file, or refuse any other ZIP archive."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
@@ -189,23 +182,23 @@ def _examine_zip(config: ModelConfig, file: Any) -> ModelFile:
                 description = json.loads(archive.read("config.json"))
                 return ModelFile("keras", description, description.get("compile_config"))
     except (zipfile.BadZipFile, ValueError, EOFError, AttributeError) as error:
-        raise _refuse(config, "a .keras file or ZIP archive that is cut off or damaged", _DAMAGED) from error
+        raise _refuse(config, "a truncated or damaged .keras file or ZIP archive", _DAMAGED) from error
     files = {name.rsplit("/", 1)[-1] for name in names}
     if "keras_model.h5" in files:
         raise _refuse(
             config,
-            "a ZIP archive with keras_model.h5, as Teachable Machine exports it",
+            "a ZIP archive with keras_model.h5, an export of Teachable Machine",
             "unpack it and set model.weights to keras_model.h5, with model.preprocessing: tf",
         )
     if "data.pkl" in files:
         raise _refuse(config, *_BY_ENDING[".pt"])
     if "saved_model.pb" in files:
-        raise _refuse(config, "a ZIP archive with a SavedModel of TensorFlow", _RESAVE)
-    raise _refuse(config, "a ZIP archive without a Keras model", "unpack it and name the model in it")
+        raise _refuse(config, "a ZIP archive with a TensorFlow SavedModel", _RESAVE)
+    raise _refuse(config, "a ZIP archive without a Keras model", "unpack it and set model.weights to the model in it")
 
 
 def _examine_hdf5(config: ModelConfig, file: Any) -> ModelFile:
-    """Tell whole networks, weights of Keras 3 and weights of Keras 2 apart."""
+    """Identify a whole network, Keras 3 weights or Keras 2 weights, or refuse any other HDF5 file."""
     import h5py
 
     try:
@@ -219,19 +212,19 @@ def _examine_hdf5(config: ModelConfig, file: Any) -> ModelFile:
             is_legacy = "layer_names" in hdf5.attrs or "model_weights" in hdf5
             is_keras = is_legacy or any(name in hdf5 for name in ("layers", "vars", "_layer_checkpoint_dependencies"))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _refuse(config, "an HDF5 file that is cut off or damaged", _DAMAGED) from error
+        raise _refuse(config, "a truncated or damaged HDF5 file", _DAMAGED) from error
     if not is_keras:
-        raise _refuse(config, "an HDF5 file that Keras did not write", "name a file of model.save or save_weights")
+        raise _refuse(config, "an HDF5 file that Keras did not write", "use a file from model.save or save_weights")
     return ModelFile("legacy weights" if is_legacy else "weights")
 
 
 def _walk(tree: Any) -> Iterator[Mapping[str, Any]]:
-    """Walk through the networks and layers of a description, outermost first."""
+    """Yield the networks and layers of a description, outermost first."""
     config = tree.get("config") if isinstance(tree, Mapping) else None
     if not isinstance(tree.get("class_name") if isinstance(tree, Mapping) else None, str):
         return
     yield tree
-    # Keras 2.0 wrote the layers of a Sequential as a list.
+    # In Keras 2.0 the config of a Sequential is its list of layers.
     layers = config if isinstance(config, list) else config.get("layers") if isinstance(config, Mapping) else None
     for layer in layers if isinstance(layers, list) else []:
         yield from _walk(layer)
@@ -241,14 +234,14 @@ def _walk(tree: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _name_layer(layer: Mapping[str, Any]) -> str:
-    """Give the name of a layer."""
+    """Find the name of a layer."""
     config = layer.get("config")
     name = layer.get("name") or (config.get("name") if isinstance(config, Mapping) else None)
     return str(name or layer["class_name"])
 
 
 def _is_foreign(layer: Mapping[str, Any]) -> bool:
-    """Tell whether Keras does not have the class of a layer; only for use where Keras is imported."""
+    """Whether the class of a layer is not Keras's; imports Keras."""
     if "module" in layer:
         return not str(layer["module"]).startswith("keras")
     import keras
@@ -258,7 +251,7 @@ def _is_foreign(layer: Mapping[str, Any]) -> bool:
 
 
 def _is_lambda(layer: Mapping[str, Any]) -> bool:
-    """Tell a Lambda that brings its function along from one that names a function."""
+    """Whether a layer is a Lambda that contains its function, not just a name."""
     if layer["class_name"] != "Lambda" or not isinstance(layer.get("config"), Mapping):
         return False
     function = layer["config"].get("function")
@@ -267,22 +260,19 @@ def _is_lambda(layer: Mapping[str, Any]) -> bool:
     )
 
 
-def _read_input_shapes(tree: Mapping[str, Any]) -> list[tuple[int | None, ...]] | None:
+def read_input_shapes(tree: Mapping[str, Any]) -> list[tuple[int | None, ...]] | None:
     """Read the shapes of the inputs of a network or layer from its description."""
     config = tree.get("config")
     own = config if isinstance(config, Mapping) else {}
     layers = config if isinstance(config, list) else own.get("layers")
     if isinstance(own.get("input_layers"), list) and isinstance(layers, list):
-        found = [_read_input_shapes(layer) for layer in layers if _is_input(layer, own["input_layers"])]
+        # The names of input layers are in nested lists.
+        names = json.dumps(own["input_layers"])
+        found = [read_input_shapes(layer) for layer in layers if json.dumps(_name_layer(layer)) in names]
         return [shape for shapes in found for shape in shapes or ()] if found and None not in found else None
     build = tree.get("build_config") or {}
     named = (own.get(name) for name in ("batch_shape", "batch_input_shape", "build_input_shape"))
     shape = next((shape for shape in (*named, build.get("input_shape")) if isinstance(shape, list)), None)
     if shape is not None:
         return [tuple(shape)]
-    return _read_input_shapes(layers[0]) if isinstance(layers, list) and layers else None
-
-
-def _is_input(layer: Mapping[str, Any], inputs: list[Any]) -> bool:
-    """Tell whether a layer is among the inputs of a network, which names them in nested lists."""
-    return json.dumps(_name_layer(layer)) in json.dumps(inputs)
+    return read_input_shapes(layers[0]) if isinstance(layers, list) and layers else None

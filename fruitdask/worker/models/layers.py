@@ -1,4 +1,4 @@
-"""The layer whose output are the features: found in the graph of a network, through the networks that are nested in it."""
+"""The layer whose output are the features, found in the graph of a network and of the networks nested in it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,111 +7,65 @@ from typing import Any
 from fruitdask.errors import ModelError
 from fruitdask.worker.models.files import ModelFile
 
-#: A last Dense of fewer units counts as a classifier even where no softmax or sigmoid follows: embeddings have more.
+#: A last Dense of fewer units counts as a classifier even without softmax or sigmoid: embeddings have more.
 _MAX_SCORES = 32
 _LAST_LAYERS = 5
-#: Layers and operations of Keras, by what they mean between a classifier and the output.
+# Layers and operations of Keras, by their role between a classifier and the output.
 _DROPOUTS = frozenset(
-    (
-        "Dropout",
-        "SpatialDropout1D",
-        "SpatialDropout2D",
-        "AlphaDropout",
-        "GaussianDropout",
-        "GaussianNoise",
-        "ActivityRegularization",
-        "Identity",
-    )
+    "Dropout SpatialDropout1D SpatialDropout2D AlphaDropout GaussianDropout GaussianNoise ActivityRegularization"
+    " Identity".split()
 )
-_SHAPES = frozenset(("Flatten", "Reshape", "Squeeze", "ExpandDims", "Permute", "Rescaling", "Cast", "StopGradient"))
+_SHAPES = frozenset("Flatten Reshape Squeeze ExpandDims Permute Rescaling Cast StopGradient".split())
 _POOLS = frozenset(
-    (
-        "GlobalAveragePooling1D",
-        "GlobalAveragePooling2D",
-        "GlobalMaxPooling1D",
-        "GlobalMaxPooling2D",
-        "AveragePooling2D",
-        "MaxPooling2D",
-        "Mean",
-        "Max",
-    )
+    "GlobalAveragePooling1D GlobalAveragePooling2D GlobalMaxPooling1D GlobalMaxPooling2D AveragePooling2D MaxPooling2D"
+    " Mean Max".split()
 )
 _NORMALIZATIONS = frozenset(
-    (
-        "UnitNormalization",
-        "LayerNormalization",
-        "BatchNormalization",
-        "GroupNormalization",
-        "RMSNormalization",
-        "Normalization",
-        "Normalize",
-        "Lambda",
-    )
+    "UnitNormalization LayerNormalization BatchNormalization GroupNormalization RMSNormalization Normalization"
+    " Normalize Lambda".split()
 )
-_SCORES = frozenset(("Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid", "LogSigmoid", "Sparsemax"))
+_SCORES = frozenset("Softmax LogSoftmax Sigmoid HardSigmoid LogSigmoid Sparsemax".split())
 _HIDDEN = frozenset(
-    (
-        "ReLU",
-        "LeakyReLU",
-        "PReLU",
-        "ELU",
-        "Relu",
-        "Relu6",
-        "LeakyRelu",
-        "Elu",
-        "Gelu",
-        "Selu",
-        "Silu",
-        "HardSilu",
-        "Celu",
-        "Mish",
-        "Softplus",
-    )
+    "ReLU LeakyReLU PReLU ELU Relu Relu6 LeakyRelu Elu Gelu Selu Silu HardSilu Celu Mish Softplus".split()
 )
-#: Arithmetic: with a constant it scales scores, with another branch it merges.
-_ARITHMETIC = frozenset(("Add", "Subtract", "Multiply", "Divide", "TrueDivide"))
-_MERGES = frozenset(("Add", "Subtract", "Average", "Maximum", "Minimum", "Concatenate"))
+#: With a constant, arithmetic scales scores; with another branch, it merges.
+_ARITHMETIC = frozenset("Add Subtract Multiply Divide TrueDivide".split())
+_MERGES = frozenset("Add Subtract Average Maximum Minimum Concatenate".split())
 _ADVICE = "set model.layer to the layer whose output are the features"
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A tensor in a network."""
+    """A tensor in the graph of a network that may be nested."""
 
-    #: The tensor, in the graph of the innermost network.
     tensor: Any
-    #: The calls of the nested networks around it, the outermost first.
+    #: The calls of the enclosing networks, outermost first.
     calls: tuple[Any, ...] = ()
 
     @property
     def node(self) -> Any:
-        """The call of the layer that makes it."""
+        """The call of the layer that outputs the tensor."""
         history = self.tensor._keras_history
         return history.operation._inbound_nodes[history.node_index]
 
     @property
     def name(self) -> str:
-        """The name of that layer after those of the networks around it, with slashes between them."""
+        """The name of that layer after those of its enclosing networks, separated by slashes."""
         return "/".join(node.operation.name for node in (*self.calls, self.node))
 
-    @property
-    def rank(self) -> int:
-        """Dimensions of the tensor, the batch among them."""
-        return len(self.tensor.shape)
-
     def list_inputs(self) -> "list[Place]":
-        """List what flows into the layer that makes it."""
+        """List the inputs of the layer that outputs the tensor."""
         return [replace(self, tensor=tensor)._leave() for tensor in self.node.input_tensors]
 
     def enter(self) -> "Place":
-        """Go into nested networks to where the tensor is made."""
+        """Find the place in the innermost network that outputs the tensor."""
         place = self
         while (inside := place.enter_once()) is not None:
             place = inside
         return place
 
     def enter_once(self) -> "Place | None":
-        """Go into the nested network that makes the tensor."""
+        """Find the place in the nested network that outputs the tensor, if a network does."""
         operation = self.node.operation
         if not _has_graph(operation):
             return None
@@ -119,7 +73,7 @@ class Place:
         return Place(tensor, (*self.calls, self.node))._leave()
 
     def _leave(self) -> "Place":
-        """Go out of networks whose input the tensor is, to what flows into them."""
+        """If the tensor is an input of a nested network, find the tensor that is passed to it."""
         if not (self.calls and self.node.is_input):
             return self
         call = self.calls[-1]
@@ -129,7 +83,7 @@ class Place:
 
 @dataclass(frozen=True)
 class _Finding:
-    """What a search has found: the input of a classifier, or layers among which a person has to choose, or neither."""
+    """The result of a search: the input of a classifier, or why the user must choose a layer, or neither."""
 
     features: Place | None = None
     reason: str = ""
@@ -138,7 +92,7 @@ class _Finding:
 
 @dataclass(frozen=True)
 class _Trail:
-    """What lies between a layer and the output."""
+    """What follows a layer up to the output."""
 
     is_classifier: bool
     is_pooled: bool = False
@@ -146,45 +100,46 @@ class _Trail:
 
 
 def find_features(network: Any, file: ModelFile | None) -> Place:
-    """Find what flows into the classifier of a network, or the output of a network that has none.
+    """Find the input of the classifier of a network, or the output of a network without one.
 
-    From the output, the search walks back past activations, dropout, normalizations, reshaping and pooling to the first
-    layer that could be a classifier: a Dense, or a convolution of 1 x 1 before a global pooling. It is one where a
-    softmax or sigmoid follows, where the network was trained with a cross-entropy, or where it has fewer than 32 units.
-    Where a normalization follows instead, or there is no such layer, the output itself are the features, unless a
-    softmax lies somewhere before it: then it may be made of scores.
+    The search walks back from the output past activations, dropout, normalizations, reshaping and pooling to the first
+    layer that could be a classifier: a Dense, or a 1 x 1 convolution before a global pooling. It is a classifier if a
+    softmax or sigmoid follows, if the network was trained with a cross-entropy, or if it has fewer than 32 units. If a
+    normalization follows instead, or there is no such layer, the features are the output itself, unless a softmax
+    precedes it: then the output may be computed from scores.
     """
     places = [Place(tensor) for tensor in _list_outputs(network)]
     if file is None:
-        return _skip_pool(places[0])
+        # The pooling that model.pooling added comes last; the layer before it makes the map.
+        is_pool = _name_kinds(places[0].node.operation) & _POOLS and len(places[0].tensor.shape) == 2
+        return places[0].list_inputs()[0] if is_pool else places[0]
     findings = [_search(place, _Trail(is_classifier=file.is_classifier)) for place in places]
     if len(places) > 1:
         candidates = [found.features or place for found, place in zip(findings, places, strict=True)]
         raise ModelError(
-            f"{network.name} has {len(places)} outputs, {_join(places, 'and')}; {_ADVICE}, such as {_join(candidates, 'or')}"
+            f"{network.name} has {len(places)} outputs, {_join(places, 'and')}; "
+            f"{_ADVICE}, such as {_join(candidates, 'or')}"
         )
     found = findings[0]
     if not (found.features or found.reason):
         found = _doubt_output(places[0])
     if found.reason:
         raise ModelError(
-            f"{network.name}: it is not clear which layer makes the features, for {found.reason}; "
+            f"{network.name}: cannot tell which layer outputs the features: {found.reason}; "
             f"{_ADVICE}, such as {_join(found.candidates, 'or')}"
         )
     return _skip_dropouts(found.features or places[0])
 
 
 def find_layer(network: Any, name: str) -> Place:
-    """Find a layer by its name, in the network or in one that is nested in it."""
+    """Find a layer by its name, in a network or in one nested in it."""
     places = list(_list_places([Place(tensor) for tensor in _list_outputs(network)]))
     found = [place for place in places if place.name == name]
     found = found or [place for place in places if place.name.endswith(f"/{name}")]
     names = list(dict.fromkeys(place.name for place in found))
     if not found:
         last = [place.name for place in places if not place.node.is_input][-_LAST_LAYERS:]
-        raise ModelError(
-            f"model.layer: there is no layer {name!r} in {network.name}; its last ones are {', '.join(last)}"
-        )
+        raise ModelError(f"model.layer: found no layer {name!r} in {network.name}; its last ones are {', '.join(last)}")
     if len(names) > 1:
         raise ModelError(
             f"model.layer: {network.name} has {len(names)} layers {name!r}; write {' or '.join(names[:_LAST_LAYERS])}"
@@ -192,7 +147,8 @@ def find_layer(network: Any, name: str) -> Place:
     upstream = {id(place.node) for place in _list_places([found[-1]])}
     if any(id(place.node) not in upstream for place in found):
         raise ModelError(
-            f"model.layer: {network.name} uses the layer {name!r} {len(found)} times side by side; name a layer after it"
+            f"model.layer: {network.name} calls the layer {name!r} {len(found)} times in parallel; "
+            "name a layer that comes after it"
         )
     return found[-1]
 
@@ -205,15 +161,17 @@ def cut_network(network: Any, place: Place) -> Any:
     for call in reversed(place.calls):
         nested = call.operation
         n_inputs = len(nested.inputs)
-        own, inputs = (tensors[0] if n_inputs == 1 else tensors[:n_inputs] for tensors in (nested.inputs, call.input_tensors))
+        own, inputs = (
+            tensors[0] if n_inputs == 1 else tensors[:n_inputs] for tensors in (nested.inputs, call.input_tensors)
+        )
         inner = keras.Model(own, tensor, name=f"{nested.name}_until_{place.node.operation.name}")
-        # Whether it was called for training does not matter: the whole network is called for predictions.
+        # The call may lose training=True: the whole network is called for inference.
         tensor = inner(inputs)
     return keras.Model(network.inputs, tensor, name=network.name)
 
 
 def has_foreign_layers(network: Any) -> bool:
-    """Tell whether code that is neither Keras's nor fruitdask's may be part of a network."""
+    """Whether a network may contain code other than Keras's and fruitdask's."""
     import keras
 
     places = _list_places([Place(tensor) for tensor in _list_outputs(network)])
@@ -222,26 +180,26 @@ def has_foreign_layers(network: Any) -> bool:
 
 
 def _list_outputs(network: Any) -> list[Any]:
-    """List the outputs of a network, if it is a graph of layers."""
+    """List the outputs of a network, or refuse one that is not a graph of layers."""
     if not _has_graph(network):
         raise ModelError(
-            f"{network.name}: expected a graph of layers, found the class {type(network).__name__}, whose layers only its code knows; "
-            "build it with keras.Sequential or keras.Model(inputs, outputs) and save that"
+            f"{network.name}: expected a graph of layers, found the class {type(network).__name__}, which defines its "
+            "layers in code; build it with keras.Sequential or keras.Model(inputs, outputs) and save that"
         )
     return list(network.outputs)
 
 
 def _has_graph(operation: Any) -> bool:
-    """Tell whether a layer is a network whose layers can be looked at."""
+    """Whether a layer is a network with a graph of layers."""
     import keras
 
     return isinstance(operation, keras.Model) and bool(getattr(operation, "outputs", None))
 
 
 def _list_places(ends: Sequence[Place]) -> Iterator[Place]:
-    """List the outputs of all layers up to some places and within nested networks, each after what flows into it."""
+    """List the outputs of all layers up to some places, also in nested networks, each after its inputs."""
     seen: set[tuple[int, ...]] = set()
-    # Networks are deeper than Python's stack.
+    # A stack, as networks are deeper than Python's recursion limit.
     waiting = [(place, False) for place in reversed(ends)]
     while waiting:
         place, is_ready = waiting.pop()
@@ -255,20 +213,15 @@ def _list_places(ends: Sequence[Place]) -> Iterator[Place]:
             waiting += [(each, False) for each in ([inside] if inside else reversed(place.list_inputs()))]
 
 
-def _skip_pool(place: Place) -> Place:
-    """Go back past a pooling at the end, to the map that is pooled."""
-    return place.list_inputs()[0] if _name_kinds(place.node.operation) & _POOLS and place.rank == 2 else place
-
-
 def _skip_dropouts(place: Place) -> Place:
-    """Go back past dropout, to the layer that makes the values."""
+    """Walk back past dropout."""
     while _name_kinds(place.node.operation) & _DROPOUTS and place.list_inputs():
         place = place.list_inputs()[0]
     return place
 
 
 def _search(place: Place, trail: _Trail) -> _Finding:
-    """Walk back from a place to the classifier, if there is one."""
+    """Walk back from a place to the classifier, if any."""
     while True:
         place = place.enter()
         operation, inputs = place.node.operation, place.list_inputs()
@@ -283,33 +236,26 @@ def _search(place: Place, trail: _Trail) -> _Finding:
             return _Finding()
         if kinds & _POOLS:
             trail = replace(trail, is_pooled=True)
-        elif kinds & {"Activation"} | kinds & _SCORES | kinds & _HIDDEN:
-            trail = _note_activation(operation, kinds, trail)
+        elif kinds & (_SCORES | _HIDDEN | {"Activation"}):
+            function = _name_activation(operation) if "Activation" in kinds else ""
+            is_classifier = trail.is_classifier or bool(kinds & _SCORES) or _is_scoring(function)
+            is_hidden = trail.is_hidden or bool(kinds & _HIDDEN) or _is_hidden(function)
+            trail = replace(trail, is_classifier=is_classifier, is_hidden=is_hidden)
         elif not kinds & (_DROPOUTS | _SHAPES | _ARITHMETIC | _NORMALIZATIONS):
             return _judge_unknown(place, inputs[0], trail)
         place = inputs[0]
 
 
-def _note_activation(operation: Any, kinds: frozenset[str], trail: _Trail) -> _Trail:
-    """Add an activation to what lies between a layer and the output."""
-    function = _name_activation(operation) if "Activation" in kinds else ""
-    return replace(
-        trail,
-        is_classifier=trail.is_classifier or bool(kinds & _SCORES) or _is_scoring(function),
-        is_hidden=trail.is_hidden or bool(kinds & _HIDDEN) or _is_hidden(function),
-    )
-
-
 def _judge(place: Place, features: Place, kinds: frozenset[str], trail: _Trail) -> _Finding:
-    """Judge whether a layer with weights is a classifier."""
+    """Decide whether a layer with weights is a classifier."""
     layer = _unwrap(place.node.operation)
     function = _name_activation(layer)
     scores = trail.is_classifier or _is_scoring(function)
-    is_map = place.rank > 2 and any(size != 1 for size in place.tensor.shape[1:-1])
+    is_map = len(place.tensor.shape) > 2 and any(size != 1 for size in place.tensor.shape[1:-1])
     if is_map and not trail.is_pooled:
         if not scores:
             return _Finding()
-        return _Finding(None, f"{place.name} gives a map of scores instead of scores for the image", (features,))
+        return _Finding(None, f"{place.name} outputs a map of scores, not scores per image", (features,))
     if scores:
         return _Finding(features)
     if is_map and any(size != 1 for size in getattr(layer, "kernel_size", ())):
@@ -319,41 +265,42 @@ def _judge(place: Place, features: Place, kinds: frozenset[str], trail: _Trail) 
         return _Finding(features)
     if not is_map and (trail.is_hidden or _is_hidden(function)):
         return _Finding()
-    reason = f"{place.name} has {n_units} outputs and neither a softmax nor a sigmoid, so it could be a classifier or an embedding"
+    reason = f"{place.name} has {n_units} outputs without softmax or sigmoid: a classifier or an embedding"
     return _Finding(None, reason, (features, place))
 
 
 def _judge_unknown(place: Place, features: Place, trail: _Trail) -> _Finding:
-    """Judge a layer that is none of those that a classifier is made of."""
+    """Decide about a layer of a class that classifiers do not use."""
     operation = place.node.operation
     is_own = type(operation).__module__.startswith("keras.")
     matrices = [weight for weight in getattr(operation, "weights", []) if len(weight.shape) > 1]
-    if trail.is_classifier or (place.rank == 2 and matrices and not is_own):
-        reason = f"{place.name} ({type(operation).__name__}) could be a classifier or make the features"
+    if trail.is_classifier or (len(place.tensor.shape) == 2 and matrices and not is_own):
+        reason = f"{place.name} ({type(operation).__name__}) could be a classifier or output the features"
         return _Finding(None, reason, (features, place))
     return _Finding()
 
 
 def _doubt_output(output: Place) -> _Finding:
-    """Doubt an output that is made of probabilities in some way, such as an average over several networks or a choice of classes."""
+    """Doubt an output computed from probabilities, such as an average over networks or a choice of classes."""
     scored = [place for place in _list_places([output]) if _makes_probabilities(place.node.operation)]
     if not scored:
         return _Finding()
     candidates = [_search(place, _Trail(is_classifier=True)).features or place for place in scored[-_LAST_LAYERS:]]
-    reason = f"{output.name} is made of what the softmax of {scored[-1].name} gives"
+    reason = f"{output.name} is computed from the softmax of {scored[-1].name}"
     return _Finding(None, reason, (*candidates, output))
 
 
 def _makes_probabilities(operation: Any) -> bool:
-    """Tell whether a layer has a softmax, in a wrapper such as TimeDistributed too; gates have a sigmoid, which says nothing."""
+    """Whether a layer has a softmax, also in a wrapper such as TimeDistributed; a sigmoid may be a gate's."""
     inner = getattr(operation, "layer", operation)
     layers = getattr(inner, "layers", [inner])
-    return any(_name_kinds(layer) & {"Softmax", "LogSoftmax"} or "softmax" in _name_activation(layer) for layer in layers)
+    kinds = {"Softmax", "LogSoftmax"}
+    return any(_name_kinds(layer) & kinds or "softmax" in _name_activation(layer) for layer in layers)
 
 
 def _search_branches(place: Place, inputs: list[Place], kinds: frozenset[str], trail: _Trail) -> _Finding:
-    """Look for classifiers in the branches that a layer merges."""
-    is_vector = place.rank == 2 and bool(kinds & _MERGES)
+    """Search the branches that a layer merges."""
+    is_vector = len(place.tensor.shape) == 2 and bool(kinds & _MERGES)
     findings = [_search(branch, trail) for branch in inputs] if is_vector else []
     if not trail.is_classifier and not any(found.features or found.reason for found in findings):
         return _Finding()
@@ -362,12 +309,12 @@ def _search_branches(place: Place, inputs: list[Place], kinds: frozenset[str], t
 
 
 def _unwrap(layer: Any) -> Any:
-    """Give the layer in a wrapper that changes its weights only."""
+    """Return the layer inside a wrapper that changes only its weights."""
     return layer.layer if type(layer).__name__ == "SpectralNormalization" else layer
 
 
 def _name_kinds(operation: Any) -> frozenset[str]:
-    """Name the classes of Keras that a layer or operation belongs to."""
+    """Name the Keras classes of a layer or operation."""
     layer = _unwrap(operation)
     return frozenset(kind.__name__ for kind in type(layer).__mro__ if kind.__module__.startswith("keras."))
 
@@ -379,16 +326,16 @@ def _name_activation(layer: Any) -> str:
 
 
 def _is_scoring(function: str) -> bool:
-    """Tell whether an activation function makes probabilities."""
+    """Whether an activation function outputs probabilities."""
     return any(word in function for word in ("softmax", "sigmoid", "sparsemax"))
 
 
 def _is_hidden(function: str) -> bool:
-    """Tell whether an activation function belongs to a hidden layer."""
+    """Whether an activation function belongs to a hidden layer."""
     return function not in ("linear", "nonetype", "tanh", "") and not _is_scoring(function)
 
 
 def _join(places: Sequence[Place], word: str) -> str:
-    """List places for people, each once."""
+    """Join the distinct names of places."""
     names = list(dict.fromkeys(_skip_dropouts(place).name for place in places))
     return f" {word} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,4 +1,4 @@
-"""The networks that have a name: all of keras.applications, and SqueezeNet."""
+"""Networks with a name: all of keras.applications, and SqueezeNet."""
 
 import difflib
 from collections.abc import Callable
@@ -8,32 +8,14 @@ from fruitdask.core.config import ModelConfig
 from fruitdask.errors import ModelError
 from fruitdask.worker.models import squeezenet
 
-#: Input size in pixels (Keras calls it ``default_size`` and exposes it nowhere) of each network, by the module of keras.applications that
-#: holds its preprocessing.
+#: Input size of each network in pixels (Keras's ``default_size``, which it does not expose), by the module of
+#: keras.applications that holds its preprocessing.
 _APPLICATIONS = {
-    "convnext": dict.fromkeys(
-        ("ConvNeXtTiny", "ConvNeXtSmall", "ConvNeXtBase", "ConvNeXtLarge", "ConvNeXtXLarge"), 224
-    ),
+    "convnext": {f"ConvNeXt{size}": 224 for size in ("Tiny", "Small", "Base", "Large", "XLarge")},
     "densenet": dict.fromkeys(("DenseNet121", "DenseNet169", "DenseNet201"), 224),
-    "efficientnet": {
-        "EfficientNetB0": 224,
-        "EfficientNetB1": 240,
-        "EfficientNetB2": 260,
-        "EfficientNetB3": 300,
-        "EfficientNetB4": 380,
-        "EfficientNetB5": 456,
-        "EfficientNetB6": 528,
-        "EfficientNetB7": 600,
-    },
-    "efficientnet_v2": {
-        "EfficientNetV2B0": 224,
-        "EfficientNetV2B1": 240,
-        "EfficientNetV2B2": 260,
-        "EfficientNetV2B3": 300,
-        "EfficientNetV2S": 384,
-        "EfficientNetV2M": 480,
-        "EfficientNetV2L": 480,
-    },
+    "efficientnet": {f"EfficientNetB{n}": px for n, px in enumerate((224, 240, 260, 300, 380, 456, 528, 600))},
+    "efficientnet_v2": {f"EfficientNetV2B{n}": px for n, px in enumerate((224, 240, 260, 300))}
+    | {"EfficientNetV2S": 384, "EfficientNetV2M": 480, "EfficientNetV2L": 480},
     "inception_resnet_v2": {"InceptionResNetV2": 299},
     "inception_v3": {"InceptionV3": 299},
     "mobilenet": {"MobileNet": 224},
@@ -48,15 +30,13 @@ _APPLICATIONS = {
 }
 _SQUEEZENET = "SqueezeNet"
 _MAX_HINTS = 3
-#: Input size in pixels of every network that has a name.
-INPUT_PX = {
-    name: input_px for networks in (*_APPLICATIONS.values(), {_SQUEEZENET: squeezenet.INPUT_PX})
-    for name, input_px in networks.items()
-}  # fmt: skip
+#: Input size in pixels of every network with a name.
+INPUT_PX = {name: px for networks in _APPLICATIONS.values() for name, px in networks.items()}
+INPUT_PX[_SQUEEZENET] = squeezenet.INPUT_PX
 
 
 def check_name(config: ModelConfig) -> None:
-    """Refuse a network that does not exist, without importing TensorFlow."""
+    """Refuse an unknown network, without importing TensorFlow."""
     if config.name in INPUT_PX or config.is_keras_file:
         return
     by_lower, found = {name.lower(): name for name in INPUT_PX}, config.name.lower()
@@ -87,7 +67,7 @@ def build_network(name: str, *, input_px: int, weights: str, pooling: str) -> An
 
 
 def find_preprocessing(name: str) -> Callable[[Any], Any]:
-    """Find how a network's authors scaled pixels."""
+    """Find the function with which a network's authors scaled pixels."""
     import keras
 
     if name == _SQUEEZENET:

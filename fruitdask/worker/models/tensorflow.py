@@ -1,8 +1,8 @@
-"""The engine TensorFlow: frozen graphs, on CPUs and on GPUs."""
+"""The TensorFlow engine: frozen graphs on CPUs and GPUs."""
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,26 +15,24 @@ logger = logging.getLogger(__name__)
 
 
 def pack_graph(graph: bytes) -> bytes:
-    """Leave a graph as it is."""
+    """Return a graph unchanged."""
     return graph
 
 
 def start_engine(*, n_threads: int) -> None:
-    """Import TensorFlow with its threads limited, which works only before its first operation."""
+    """Import TensorFlow and limit its threads, which works only before its first operation."""
     tf = import_tensorflow(with_keras=False)
     try:
         tf.config.threading.set_intra_op_parallelism_threads(n_threads)
         tf.config.threading.set_inter_op_parallelism_threads(n_threads)
     except RuntimeError:
-        logger.info("TensorFlow already runs in this process: its number of threads stays as it is")
+        logger.info("TensorFlow already runs in this process and keeps its number of threads")
     # GPUs since Ampere would round inputs to 10 bits, and features would differ from a CPU's by more than 1e-4.
     tf.config.experimental.enable_tensor_float_32_execution(False)
 
 
 def load_network(artifact: ModelArtifact, *, n_threads: int) -> Predictor:
-    """Load a frozen graph: neither Keras nor a SavedModel folder is needed, and the constants let TensorFlow fuse
-    operations.
-    """
+    """Load a frozen graph: it needs neither Keras nor a folder, and TensorFlow can fuse its constants."""
     start_engine(n_threads=n_threads)
     tf = import_tensorflow(with_keras=False)
     graph = tf.compat.v1.GraphDef()
@@ -50,37 +48,44 @@ def load_network(artifact: ModelArtifact, *, n_threads: int) -> Predictor:
 
 
 def import_tensorflow(*, with_keras: bool) -> Any:
-    """Import TensorFlow quietly; an import that fails still raises."""
+    """Import TensorFlow without its messages; errors are still raised."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Otherwise the first process takes all memory of a GPU, and leaves none to the others of the machine.
+    # By default the first process allocates all memory of a GPU, and the machine's other processes get none.
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    with _muted_stderr(), nullcontext() if with_keras else _without_keras():
+    # TensorFlow imports Keras 3 at once, but Keras 2 only on first use; afterwards ``tf.keras`` is Keras 3 again.
+    with _muted_stderr(), nullcontext() if with_keras else temporary_environment(TF_USE_LEGACY_KERAS="1"):
         import tensorflow
     return tensorflow
 
 
 @contextmanager
+def temporary_environment(**variables: str | None) -> Iterator[None]:
+    """Set environment variables during a block, or remove those that are None."""
+    saved = {name: os.environ.get(name) for name in variables}
+    _set_environment(variables)
+    try:
+        yield
+    finally:
+        _set_environment(saved)
+
+
+def _set_environment(variables: Mapping[str, str | None]) -> None:
+    """Set environment variables, or remove those that are None."""
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextmanager
 def _muted_stderr() -> Iterator[None]:
-    """Send the process's standard error nowhere: TensorFlow's C++ logs CPU features and absent GPUs there, whatever its settings say."""
+    """Discard standard error: TensorFlow's C++ writes about CPU features and missing GPUs, whatever its settings."""
     saved = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 2)
     try:
         yield
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-
-
-@contextmanager
-def _without_keras() -> Iterator[None]:
-    """Let TensorFlow believe that Keras 2 is wanted, which it imports on first use only; ``tf.keras`` is Keras 3 again afterwards."""
-    name = "TF_USE_LEGACY_KERAS"
-    saved = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if saved is not None:
-            os.environ[name] = saved
