@@ -9,6 +9,7 @@ import boto3
 import pytest
 from hypothesis import settings
 from moto.server import ThreadedMotoServer
+from runs import Finish, FinishedRuns
 
 from fruitdask.cluster import open_client
 from fruitdask.config import LocalClusterConfig, ModelConfig
@@ -124,3 +125,9 @@ def client(s3_server: str) -> Iterator[Any]:
     """A cluster of two worker processes of two threads each, which can reach the S3 server."""
     with open_client(LocalClusterConfig(n_workers=2, threads_per_worker=2, dashboard_address="127.0.0.1:0")) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def finish(client: Any, tmp_path_factory: pytest.TempPathFactory) -> Finish:
+    """A function that fills an output folder with a finished run, computed once a session for each configuration and its images."""
+    return FinishedRuns(tmp_path_factory.mktemp("finished"), client)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -26,18 +27,24 @@ def invoke(*arguments: str) -> Result:
 
 
 @pytest.fixture
-def config_path(tiny_model: ModelConfig, sample_folder: Path, tmp_path: Path) -> Path:
-    """Configuration file of a run of the tiny model on the drawn images."""
+def config_path(tiny_model: ModelConfig, sample_folder: Path, client: Any, tmp_path: Path) -> Path:
+    """Configuration file of a run of the tiny model on the drawn images, on the cluster of this session."""
     sections = {
         "input": {"url": str(sample_folder)},
         "model": tiny_model.model_dump(exclude_defaults=True),
-        "cluster": {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"},
+        "cluster": {"kind": "address", "address": client.scheduler.address},
         "featurize": {"images_per_partition": 4},
         "output": {"url": "out"},
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(sections))
     return path
+
+
+def use_own_cluster(path: Path) -> None:
+    """Let a configuration start a cluster of its own."""
+    own = {"kind": "local", "n_workers": 1, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"cluster": own}))
 
 
 def run_in_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -48,6 +55,7 @@ def run_in_process(*arguments: str, **environment: str) -> subprocess.CompletedP
 
 
 def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(config_path: Path) -> None:
+    use_own_cluster(config_path)
     first = run_in_process("run", str(config_path), "--set", "reduce.tsne.enabled=true", COLUMNS="120")
     assert (first.returncode, "Traceback" in first.stderr) == (0, False)
     for expected in ("Listing images", "Dask dashboard: http://127.0.0.1:", "24 of 24 images", "0 failed", "Reducing"):
@@ -95,6 +103,7 @@ def many_images(sample_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_interrupted_run_goes_on(config_path: Path, many_images: Path) -> None:
+    use_own_cluster(config_path)
     settings = ["--set", f"input.url={many_images}", "--set", "featurize.images_per_partition=1"]
     command = [sys.executable, "-m", "fruitdask", "run", str(config_path), *settings]
     process = subprocess.Popen(

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from runs import MakeConfig, configure
 
 import fruitdask
 from fruitdask.config import Config, ModelConfig
 from fruitdask.errors import OutageError, PartitionError
 from fruitdask.progress import RunProgress
 
-MakeConfig = Callable[[str], Config]
 #: What is free on the small disk when a run begins: enough for its manifest and some of its partitions, which need three blocks each.
 FREE_BYTES = 150_000
 _DISK_BYTES = 4 << 20
@@ -43,15 +43,14 @@ def make_config(sample_folder: Path, tiny_model: ModelConfig) -> MakeConfig:
     """Make the configuration of a run with an image a partition."""
 
     def make(url: str, **options: Any) -> Config:
-        sections: dict[str, dict[str, Any]] = {
-            "input": {"url": str(sample_folder)},
-            "model": tiny_model.model_dump(),
-            "cluster": {"kind": "local", "n_workers": 1, "threads_per_worker": 1, "dashboard_address": None},
-            "featurize": {"images_per_partition": 1},
-            **{section: {"enabled": False} for section in ("explore", "plots", "report")},
-            "output": {"url": url, "storage_options": options},
-        }
-        return fruitdask.load_config(sections)
+        return configure(
+            sample_folder,
+            url,
+            tiny_model,
+            cluster={"kind": "local", "n_workers": 1, "threads_per_worker": 1, "dashboard_address": None},
+            featurize={"images_per_partition": 1},
+            output={"url": url, "storage_options": options},
+        )
 
     return make
 

@@ -15,11 +15,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from loopback_ec2 import LoopbackEC2, read_plan
+from runs import MakeConfig, configure
 
 import fruitdask
 from fruitdask import store
 from fruitdask.cli import cli
-from fruitdask.config import Config, EC2ClusterConfig, LimitsConfig, LocalClusterConfig, ModelConfig
+from fruitdask.config import EC2ClusterConfig, LimitsConfig, LocalClusterConfig, ModelConfig
 from fruitdask.errors import ConfigError, LimitError
 from fruitdask.fetch import ImageSource
 from fruitdask.pipeline import spending
@@ -32,7 +33,6 @@ from fruitdask.storage import Location
 
 needs_loopback = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc")
 
-MakeConfig = Callable[..., Config]
 #: Image by image 20 ms, and 100 ms a partition.
 SAMPLE = Sample(
     n_images=32,
@@ -55,25 +55,8 @@ EC2: dict[str, Any] = {
 @pytest.fixture
 def make_config(tiny_model: ModelConfig, sample_folder: Path, tmp_path: Path) -> MakeConfig:
     """Make the configuration of a run of the tiny model on the drawn images, with settings of a test's own."""
-
-    def make(**settings: dict[str, Any]) -> Config:
-        sections: dict[str, dict[str, Any]] = {
-            "input": {"url": str(sample_folder)},
-            "model": tiny_model.model_dump(),
-            "cluster": {"kind": "local", "n_workers": 1, "threads_per_worker": 2, "dashboard_address": None},
-            "featurize": {"images_per_partition": 5},
-            "explore": {"enabled": False},
-            "quality": {"enabled": False},
-            "plots": {"enabled": False},
-            "report": {"enabled": False},
-            "output": {"url": str(tmp_path / "out")},
-        }
-        return fruitdask.load_config(
-            {name: section | settings.get(name, {}) for name, section in sections.items()}
-            | {name: section for name, section in settings.items() if name not in sections}
-        )
-
-    return make
+    cluster = {"kind": "local", "n_workers": 1, "threads_per_worker": 2, "dashboard_address": None}
+    return lambda **sections: configure(sample_folder, tmp_path / "out", tiny_model, **{"cluster": cluster} | sections)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from fruitdask.pipeline.reducing import write_components
 from fruitdask.storage import Location
 from fruitdask.store import arrays, manifests
 from fruitdask.texts import format_csv
-from test_growing import _INTERRUPTIONS, break_image, compute_colours, configure, draw, run_and_interrupt
+from runs import EXTRAS, INTERRUPTIONS, ON, break_image, compute_colours, configure, draw, run_and_interrupt
 
 BROKEN = "pear_1/r0_0.jpg"
 
@@ -40,15 +40,8 @@ def config(
     (source / BROKEN).write_bytes(b"")
 
     def make(output: Path) -> Config:
-        sections: dict[str, dict[str, Any]] = {
-            "input": {"url": str(source)},
-            "model": tiny_model.model_dump(),
-            "cluster": {"kind": "local", "n_workers": 1, "threads_per_worker": 2, "dashboard_address": None},
-            "featurize": {"images_per_partition": 5},
-            "reduce": {"n_components": 2, "tsne": {"enabled": True, "perplexity": 5}},
-            "output": {"url": str(output)},
-        }
-        return fruitdask.load_config(sections)
+        tsne = {"n_components": 2, "tsne": {"enabled": True, "perplexity": 5}}
+        return configure(source, output, tiny_model, reduce=tsne, **dict.fromkeys(EXTRAS, ON))
 
     return make
 
@@ -603,7 +596,7 @@ class History:
     def interrupt(self) -> None:
         """Interrupt a run of other images."""
         self.add()
-        run_and_interrupt(self.config, self._client, str(self._random.choice(sorted(_INTERRUPTIONS))))
+        run_and_interrupt(self.config, self._client, str(self._random.choice(sorted(INTERRUPTIONS))))
 
     def erase(self) -> None:
         """Erase an image, which stays in the input."""
