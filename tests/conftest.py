@@ -23,6 +23,11 @@ settings.register_profile("fruitdask", deadline=None, derandomize=True, database
 settings.load_profile("fruitdask")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the sentences of `golden/messages.txt` be written again."""
+    parser.addoption("--write-golden", action="store_true", help="write the sentences of tests/golden/messages.txt again")
+
+
 def find_data(*names: str) -> Path:
     """Find a part of the shared data, or skip the test."""
     path = DATA.joinpath(*names)

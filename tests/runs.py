@@ -74,6 +74,9 @@ def configure(source: Path | str, output: Path | str, model: ModelConfig, /, **s
         "featurize": {"images_per_partition": SIZE},
         "output": {"url": str(output)},
     } | dict.fromkeys(EXTRAS, OFF)
+    if sections.get("cluster", {}).get("kind", "local") != "local":
+        # Clusters of another kind have other keys.
+        defaults["cluster"] = {}
     names = [*defaults, *(name for name in sections if name not in defaults)]
     return fruitdask.load_config({name: defaults.get(name, {}) | sections.get(name, {}) for name in names})
 
