@@ -30,7 +30,10 @@ from fruitdask.config import AdaptiveConfig, EC2ClusterConfig
 from fruitdask.costs import Usage
 from fruitdask.errors import ClusterStartError, ConfigError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc")
+pytestmark = [
+    pytest.mark.cloud,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc"),
+]
 
 SECRET = "planted-4f1c"
 #: How long to wait for what comes soon.

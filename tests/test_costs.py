@@ -5,6 +5,8 @@ import pytest
 from fruitdask.config import EC2ClusterConfig
 from fruitdask.costs import Usage, compute_cost, compute_request_cost, compute_transfer_cost, find_hourly_price
 
+pytestmark = pytest.mark.cloud
+
 REGIONS = ["us-east-1", "eu-west-1", "eu-west-3", "eu-central-1", "eu-north-1"]
 
 

@@ -157,6 +157,7 @@ def chromium() -> Iterator[str]:
     yield path
 
 
+@pytest.mark.browser
 def test_browser_runs_no_name(finished: tuple[Path, str], chromium: str) -> None:
     page_url = (finished[0] / "out" / "report.html").as_uri()
     requests: list[str] = []

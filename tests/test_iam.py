@@ -48,6 +48,8 @@ from fruitdask.residency import EU_REGIONS
 from fruitdask.sample import draw_sample
 from fruitdask.storage import Location, hash_file
 
+pytestmark = pytest.mark.cloud
+
 Policy = dict[str, Any]
 Context = Mapping[str, str | list[str]]
 Question = tuple[str, str, Context]

@@ -31,7 +31,10 @@ from loopback_ec2 import (
     read_plan,
 )
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc")
+pytestmark = [
+    pytest.mark.cloud,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc"),
+]
 
 SLEEP = "docker run any sleep 600"
 SHUTDOWN = "shutdown -h now"

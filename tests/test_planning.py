@@ -169,6 +169,7 @@ def test_expected_seconds_follow_from_the_sample() -> None:
     assert few < 10 < many < 60
 
 
+@pytest.mark.cloud
 @needs_loopback
 def test_expected_cost_is_what_arithmetic_says(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
     cloud.use(monkeypatch)
@@ -197,6 +198,7 @@ def test_expected_cost_is_what_arithmetic_says(cloud: LoopbackEC2, monkeypatch: 
     assert found.warnings == () and "ec2:RunInstances" in found.actions and count_launches(cloud) == 0
 
 
+@pytest.mark.cloud
 @needs_loopback
 def test_plan_warns_of_what_would_go_wrong(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
     cloud.use(monkeypatch)
@@ -211,6 +213,7 @@ def test_plan_warns_of_what_would_go_wrong(cloud: LoopbackEC2, monkeypatch: pyte
     assert "no instance type p9.huge" in unknown and "was not checked" in unknown
 
 
+@pytest.mark.cloud
 @needs_loopback
 def test_plan_on_ec2_starts_nothing_and_writes_nothing(
     make_config: MakeConfig, cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch
@@ -264,6 +267,7 @@ def test_limit_that_a_run_would_exceed_refuses_it(write_config: Callable[..., st
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.cloud
 @needs_loopback
 def test_cost_that_a_run_would_exceed_refuses_it(
     make_config: MakeConfig, cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch
@@ -284,6 +288,7 @@ def test_cost_that_a_run_would_exceed_refuses_it(
     assert count_launches(cloud) == 0 and list_objects(cloud, "results") == []
 
 
+@pytest.mark.cloud
 @needs_loopback
 def test_residency_is_the_verdict_before_anything_is_read(
     write_config: Callable[..., str], cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch
@@ -326,6 +331,7 @@ def test_limit_that_a_run_has_exceeded_ends_it_and_it_goes_on(
     assert "cost" not in result.manifest
 
 
+@pytest.mark.cloud
 @needs_loopback
 def test_cost_of_a_run_on_ec2_is_in_the_manifest_with_that_of_its_interrupted_parts(
     make_config: MakeConfig, cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +33,34 @@ BROKEN = "pear_1/r0_0.jpg"
 @pytest.fixture(scope="module")
 def config(
     tiny_model: ModelConfig, sample_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Path], Config]:
+) -> Callable[..., Config]:
     """Make the configuration of a run of the tiny model on the drawn images, one of them broken, into a folder."""
     source = tmp_path_factory.mktemp("in") / "fruits"
     shutil.copytree(sample_folder, source)
     (source / BROKEN).write_bytes(b"")
 
-    def make(output: Path) -> Config:
+    def make(output: Path, extras: Iterable[str] = EXTRAS) -> Config:
         tsne = {"n_components": 2, "tsne": {"enabled": True, "perplexity": 5}}
-        return configure(source, output, tiny_model, reduce=tsne, **dict.fromkeys(EXTRAS, ON))
+        return configure(source, output, tiny_model, reduce=tsne, **dict.fromkeys(extras, ON))
 
     return make
 
 
 @pytest.fixture(scope="module")
-def finished(config: Callable[[Path], Config], client: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(config: Callable[..., Config], client: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a finished run of 24 images in 5 partitions; to be copied, not changed."""
     output = tmp_path_factory.mktemp("finished") / "out"
     fruitdask.run(config(output), client=client)
+    return output
+
+
+@pytest.fixture(scope="module")
+def finished_without_figures(
+    config: Callable[..., Config], client: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same without figures and page, which take longest to be drawn again."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    fruitdask.run(config(output, ("explore", "quality")), client=client)
     return output
 
 
@@ -273,21 +283,23 @@ def change_text(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.parametrize(("damage", "expected", "remedy", "n_computed"), DAMAGES.values(), ids=DAMAGES)
 def test_run_after_repair_makes_what_was_damaged_and_nothing_else(
-    config: Callable[[Path], Config],
+    config: Callable[..., Config],
     client: Any,
-    finished: Path,
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     damage: Callable[[Path], Any],
     expected: str,
     remedy: str,
     n_computed: int,
 ) -> None:
+    extras = EXTRAS if remedy == "draw" else ("explore", "quality")
+    finished: Path = request.getfixturevalue("finished" if remedy == "draw" else "finished_without_figures")
     output = copy_output(finished, tmp_path)
     damage(output)
     found = fruitdask.verify(str(output), repair=True)
     assert any(re.search(expected, str(fault)) for fault in found.faults), [str(fault) for fault in found.faults]
     assert remedy in {fault.remedy for fault in found.faults}
-    assert fruitdask.run(config(output), client=client).n_computed == n_computed
+    assert fruitdask.run(config(output, extras), client=client).n_computed == n_computed
     assert fruitdask.verify(str(output)).faults == ()
     # Nothing but when and how long is another.
     folders = (
@@ -464,7 +476,7 @@ def test_verify_and_repair_on_s3(finished: Path, s3_bucket: tuple[str, dict[str,
 
 
 def test_stores_of_earlier_versions_are_verified_and_gone_on_with(
-    config: Callable[[Path], Config], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., Config], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, old = Location(str(copy_output(finished, tmp_path))), Location(str(tmp_path / "old"))
     manifest, group = store.read_manifest(output) or {}, zarr.open_group(finished / "features.zarr", mode="r")
@@ -489,7 +501,7 @@ def test_stores_of_earlier_versions_are_verified_and_gone_on_with(
 
 
 def test_reducing_a_store_with_a_flipped_byte_is_one_sentence(
-    config: Callable[[Path], Config], client: Any, finished: Path, tmp_path: Path
+    config: Callable[..., Config], client: Any, finished: Path, tmp_path: Path
 ) -> None:
     output = copy_output(finished, tmp_path)
     rewrite_manifest(Location(str(output)), status="running")
