@@ -54,6 +54,7 @@ def run_in_process(*arguments: str, **environment: str) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.slow
 def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(config_path: Path) -> None:
     use_own_cluster(config_path)
     first = run_in_process("run", str(config_path), "--set", "reduce.tsne.enabled=true", COLUMNS="120")
@@ -72,6 +73,7 @@ def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(config_p
     assert second.returncode == 0 and "All 24 images were done before: nothing to compute." in second.stdout
 
 
+@pytest.mark.slow
 def test_names_that_an_output_cannot_print_are_replaced(
     config_path: Path, sample_folder: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +104,7 @@ def many_images(sample_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "many"
 
 
+@pytest.mark.slow
 def test_interrupted_run_goes_on(config_path: Path, many_images: Path) -> None:
     use_own_cluster(config_path)
     settings = ["--set", f"input.url={many_images}", "--set", "featurize.images_per_partition=1"]
@@ -234,6 +237,7 @@ def test_unwritable_place_is_one_sentence(config_path: Path) -> None:
     assert result.stderr.strip().splitlines()[-1].startswith("fruitdask: ")
 
 
+@pytest.mark.slow
 def test_storage_that_fails_while_running_is_not_a_wrong_configuration(config_path: Path) -> None:
     resource = pytest.importorskip("resource")
     page = config_path.parent / "out" / "report.html"
@@ -295,6 +299,7 @@ def test_help_is_there(command: str) -> None:
     assert result.exit_code == 0 and "Usage:" in result.stdout
 
 
+@pytest.mark.slow
 def test_demo_runs_offline(tmp_path: Path) -> None:
     places = [
         "--set",

@@ -478,6 +478,7 @@ def test_end_in_the_middle(cloud: LoopbackEC2, what: Callable[[], None], expecte
         signal.signal(signal.SIGTERM, previous)
 
 
+@pytest.mark.slow
 def test_killed_client(cloud: LoopbackEC2, tmp_path: Path) -> None:
     """Instances end by themselves when nobody is there any more to end them."""
     script = f"""

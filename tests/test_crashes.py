@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 import fruitdask
 from fruitdask.config import Config, ModelConfig
 
+pytestmark = pytest.mark.slow
+
 #: Events by which a process changes files: https://docs.python.org/3/library/audit_events.html
 CHANGES = ("open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
 #: Far longer than a run takes.

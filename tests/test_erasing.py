@@ -116,6 +116,7 @@ def has_colour(pixels: np.ndarray) -> bool:
     return bool((np.abs(pixels[..., :3].astype(int) - PLANTED).max(axis=-1) < 30).any())
 
 
+@pytest.mark.slow
 def test_erase_leaves_nothing_and_all_else_is_as_in_a_run_without(
     make_config: MakeConfig, client: Any, places: dict[str, Any], tmp_path: Path, source: Path
 ) -> None:
@@ -461,6 +462,7 @@ print(len(found), sum(found))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_it_has_not_happened_or_is_finished(
     make_config: MakeConfig, finish: Finish, tmp_path: Path
 ) -> None:

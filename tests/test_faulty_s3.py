@@ -74,6 +74,7 @@ def assert_same(result: fruitdask.RunResult, expected: fruitdask.RunResult) -> N
     assert result.manifest["counts"] == expected.manifest["counts"]
 
 
+@pytest.mark.slow
 def test_run_loses_nothing_to_faults(
     images: str,
     s3_server: str,
@@ -89,6 +90,7 @@ def test_run_loses_nothing_to_faults(
     assert fruitdask.run(make_config(s3_server, images, s3_bucket[0])).n_computed == 0
 
 
+@pytest.mark.slow
 def test_run_through_a_storm_is_finished_in_fair_weather(
     images: str,
     s3_server: str,
@@ -120,6 +122,7 @@ class Storm(RunProgress):
             self._server.fraction = 0.5
 
 
+@pytest.mark.slow
 def test_what_failed_for_good_is_done_by_the_next_run(
     images: str,
     s3_server: str,

@@ -521,6 +521,7 @@ def test_command_says_what_has_changed(make_config: MakeConfig, finish: Finish, 
 _STEPS = st.tuples(st.integers(0, 7), st.integers(0, 2), st.integers(0, 2))
 
 
+@pytest.mark.slow
 @settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rounds=st.lists(st.tuples(_STEPS, st.sampled_from(["", *INTERRUPTIONS]), _STEPS), min_size=1, max_size=3),
@@ -626,6 +627,7 @@ print(n_kills)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_the_next_run_completes_it(
     make_config: MakeConfig, finish: Finish, source: Path, tmp_path: Path
 ) -> None:

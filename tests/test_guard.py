@@ -63,6 +63,7 @@ def is_of(process: psutil.Process, tmp_path: Path) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["fruitdask.run(config)", BUILD], ids=["run", "build"])
 def test_script_without_guard_is_told_to_have_one(
     sample_folder: Path, tiny_model: ModelConfig, tmp_path: Path, call: str
@@ -97,6 +98,7 @@ def test_script_that_is_imported_again_ends_quietly(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_file", [True, False], ids=["guarded file", "standard input"])
 def test_script_that_needs_no_other_guard_works(sample_folder: Path, tmp_path: Path, is_file: bool) -> None:
     lines = (LOAD.format(images=str(sample_folder), model={}) + CONNECT).splitlines()

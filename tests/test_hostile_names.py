@@ -20,6 +20,8 @@ from fruitdask.catalog import list_images
 from fruitdask.config import InputConfig
 from fruitdask.storage import Location
 
+pytestmark = pytest.mark.slow
+
 NAMES = [
     "<img src=x onerror=window.harmed=1>",
     "<script>window.harmed=2<",

@@ -20,6 +20,8 @@ from fruitdask.config import Config, ModelConfig
 from fruitdask.fetch import ImageSource, Stopwatch, read_batches
 from fruitdask.storage import Location
 
+pytestmark = pytest.mark.slow
+
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
 
 MIB = 1 << 20

@@ -547,6 +547,7 @@ print([name for name in ("tensorflow", "keras", "openvino_telemetry.main") if na
 """
 
 
+@pytest.mark.slow
 @needs_openvino
 def test_kept_artifact_runs_without_tensorflow_and_without_telemetry(
     tiny_model: ModelConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -78,6 +78,7 @@ def foreign_settings() -> Iterator[dict[str, Any]]:
     apply(saved)
 
 
+@pytest.mark.slow
 def test_features_are_the_same_whatever_the_user_has_set(sensitive_model: ModelConfig, foreign_home: Path) -> None:
     artifact = build_artifact(sensitive_model)
     features = load_predictor(artifact, n_threads=1)(PIXELS)

@@ -80,6 +80,7 @@ class When(RunProgress):
             self._happen()
 
 
+@pytest.mark.slow
 def test_disk_that_is_full_ends_the_command_with_one_sentence(
     make_config: MakeConfig, disk: Path, client: Any, undisturbed: fruitdask.RunResult, tmp_path: Path
 ) -> None:

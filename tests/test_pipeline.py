@@ -63,6 +63,7 @@ def reference(photographs: Path, mobilenet_weights: Path) -> dict[str, np.ndarra
     return {"paths": np.array(paths), "features": np.concatenate(features), "scores": scores}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("images_per_partition", "n_workers"), [(16, 2), (200, 1)], ids=["16 x 2", "200 x 1"])
 def test_run_on_photographs_equals_keras_and_sklearn(
     reference: dict[str, np.ndarray],

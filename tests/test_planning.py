@@ -331,6 +331,7 @@ def test_limit_that_a_run_has_exceeded_ends_it_and_it_goes_on(
     assert "cost" not in result.manifest
 
 
+@pytest.mark.slow
 @pytest.mark.cloud
 @needs_loopback
 def test_cost_of_a_run_on_ec2_is_in_the_manifest_with_that_of_its_interrupted_parts(

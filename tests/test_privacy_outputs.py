@@ -210,6 +210,7 @@ def search(fs: Any, root: str) -> tuple[dict[str, list[bytes]], int]:
     return {path: words for path, words in found.items() if words}, n_images
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("s3_server")
 def test_nothing_planted_is_in_the_results_on_s3_or_in_a_log(
     planted: tuple[int, dict[str, Any]],
@@ -276,6 +277,7 @@ def test_nothing_planted_is_in_the_results_on_s3_or_in_a_log(
     assert not [secret for secret in SECRETS.values() if secret.encode() in kept]
 
 
+@pytest.mark.slow
 def test_nothing_planted_is_in_local_results_or_printed(planted: tuple[int, dict[str, Any]], tmp_path: Path) -> None:
     n_positions, sections = planted
     options = {"storage_options": {"auto_mkdir": True, "planted": SECRETS["options"]}}

@@ -202,7 +202,7 @@ def open_virtual_hosted(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 NEEDS_NODE = [pytest.mark.browser, pytest.mark.slow]
 MOTO = pytest.param(open_moto, id="moto")
-MOTO_HTTPS = pytest.param(open_moto_https, id="moto, https")
+MOTO_HTTPS = pytest.param(open_moto_https, id="moto, https", marks=pytest.mark.slow)
 S3RVER = pytest.param(open_s3rver, id="s3rver", marks=NEEDS_NODE)
 VIRTUAL_HOSTED = pytest.param(open_virtual_hosted, id="s3rver, virtual-hosted", marks=NEEDS_NODE)
 #: What takes several runs is tried on each server, but not by each way to reach it.

@@ -119,6 +119,7 @@ def test_verify_finds_nothing_in_a_finished_run(finished: Path) -> None:
     assert read_bytes(finished, *(path.name for path in finished.iterdir())) == before
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(data=st.data())
 def test_verify_finds_whatever_a_reader_would_see(
@@ -681,6 +682,7 @@ _DEEDS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_verify_finds_nothing_after_any_history(tmp_path: Path, tiny_model: ModelConfig, client: Any, seed: int) -> None:
     history = History(tmp_path, tiny_model, client, seed)
