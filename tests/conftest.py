@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 from moto.server import ThreadedMotoServer
 from runs import Finish, FinishedRuns
+from s3fs import S3FileSystem
 
 from fruitdask.cluster import open_client
 from fruitdask.config import LocalClusterConfig, ModelConfig
@@ -17,6 +18,9 @@ from fruitdask.models import ModelArtifact, build_artifact
 from fruitdask.sample import draw_sample
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+#: File systems of the modules before.
+_CACHES: list[dict[str, S3FileSystem]] = []
 
 # The same examples in every run, and no time limit for one: a shared machine is sometimes slow.
 settings.register_profile("fruitdask", deadline=None, derandomize=True, database=None)
@@ -26,6 +30,12 @@ settings.load_profile("fruitdask")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the sentences of `golden/messages.txt` be written again."""
     parser.addoption("--write-golden", action="store_true", help="write the sentences of tests/golden/messages.txt again")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of slow tests, so that no process is left with one of them in the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def find_data(*names: str) -> Path:
@@ -43,6 +53,14 @@ def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_file_systems() -> None:
+    """Let each module open its own S3 file systems: fsspec caches them by their options, not by the environment's keys and servers."""
+    # Without a reference to them their connections would be collected, with a warning, in the middle of another test.
+    _CACHES.append(S3FileSystem._cache)
+    S3FileSystem._cache = {}
 
 
 @pytest.fixture(scope="session")

@@ -126,7 +126,7 @@ def test_unreachable_scheduler_times_out() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{closed.getsockname()[1]}"
-    with pytest.raises(ClusterStartError, match=f"cluster.address {address}: no scheduler answered within 0.5 s"):
+    with pytest.raises(ClusterStartError, match=f"cluster.address {address}: no scheduler answered"):
         with open_client(AddressClusterConfig(kind="address", address=address, timeout_seconds=0.5)):
             pass
 

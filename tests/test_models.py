@@ -99,10 +99,10 @@ def test_mixed_precision_is_close_and_says_so(photographs: Path, mobilenet_weigh
 @pytest.mark.parametrize(
     ("name", "module"), [("MobileNet", "mobilenet"), ("VGG16", "vgg16"), ("EfficientNetB0", "efficientnet")]
 )
-def test_application_has_its_own_preprocessing(name: str, module: str, engine: str) -> None:
+def test_application_has_its_own_preprocessing(name: str, module: str) -> None:
     import keras
 
-    artifact = build_artifact(ModelConfig(name=name, weights="random", input_px=64, engine=engine))
+    artifact = build_artifact(ModelConfig(name=name, weights="random", input_px=64, engine="tensorflow"))
     keras.utils.set_random_seed(0)
     network = getattr(keras.applications, name)(include_top=False, weights=None, input_shape=(64, 64, 3), pooling="avg")
     pixels = random_pixels(64)
@@ -397,7 +397,7 @@ def test_choose_input_px_reads_it_from_a_keras_file(tiny_model: ModelConfig, tmp
     assert choose_input_px(tiny_model) == 32
     assert choose_input_px(ModelConfig(name="Xception")) == 299 and choose_input_px(ModelConfig(input_px=96)) == 96
     (tmp_path / "no.keras").write_bytes(b"no archive")
-    with pytest.raises(ModelError, match="no.keras: expected a Keras model .*, found something else or a damaged file"):
+    with pytest.raises(ModelError, match="no.keras: expected a Keras model"):
         choose_input_px(ModelConfig(weights=str(tmp_path / "no.keras"), preprocessing="none"))
 
 

@@ -104,7 +104,7 @@ def test_model_of_teachable_machine(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "converted_keras.zip", "w") as archive:
         archive.write(path, "keras_model.h5")
         archive.writestr("labels.txt", "0 pear")
-    with pytest.raises(ModelError, match=r"a ZIP archive with keras_model\.h5, as Teachable Machine .*; unpack it and set"):
+    with pytest.raises(ModelError, match="as Teachable Machine"):
         build_artifact(configure(tmp_path / "converted_keras.zip"))
 
 

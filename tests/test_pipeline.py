@@ -150,9 +150,7 @@ def test_run_goes_on_after_too_many_failures(
     for path in sorted(source.rglob("*.jpg"))[:6]:
         path.write_bytes(b"broken")
     config = make_config(input={"url": str(source)}, featurize={"max_failed_fraction": 0.1, "images_per_partition": 3})
-    with pytest.raises(
-        TooManyFailuresError, match="of 24 images failed, more than featurize.max_failed_fraction .0.1. allows"
-    ):
+    with pytest.raises(TooManyFailuresError, match="of 24 images failed"):
         fruitdask.run(config, client=client)
     assert len(pd.read_csv(tmp_path / "out" / "failures.csv")) >= 3
     with pytest.raises(TooManyFailuresError, match="run again to go on"):
@@ -323,10 +321,7 @@ def test_run_refuses_the_results_of_another_run(
 ) -> None:
     result = finish(make_config())
     before = result.table
-    with pytest.raises(
-        StoreMismatchError,
-        match="belongs to another run: only 10 of its 24 images are in this run's input; .* or --overwrite to delete",
-    ):
+    with pytest.raises(StoreMismatchError, match="only 10 of its 24 images"):
         fruitdask.run(make_config(input={"limit": 10}), client=client)
     with pytest.raises(StoreMismatchError, match="its model has the fingerprint"):
         fruitdask.run(make_config(model={"preprocessing": "tf"}), client=client)
@@ -529,7 +524,7 @@ def test_reduction_can_be_turned_off_and_on(make_config: MakeConfig, finish: Fin
 
 
 def test_sample_is_not_drawn_into_a_remote_input(make_config: MakeConfig, client: Any) -> None:
-    with pytest.raises(ConfigError, match="draws into a local folder, but input.url is memory://drawn"):
+    with pytest.raises(ConfigError, match="draws into a local folder"):
         fruitdask.run(make_config(input={"url": "memory://drawn", "sample": {"per_class": 1}}), client=client)
 
 
@@ -543,10 +538,7 @@ def test_output_that_reaches_the_input_by_a_link_is_refused(
 
 def test_other_decoding_is_refused_with_both_values(make_config: MakeConfig, finish: Finish, client: Any) -> None:
     finish(make_config())
-    with pytest.raises(
-        StoreMismatchError,
-        match="its decoding has the fingerprint exact, max_pixels 50000000, this run's is exact, max_pixels 9999; ",
-    ):
+    with pytest.raises(StoreMismatchError, match="max_pixels 50000000, .* max_pixels 9999"):
         fruitdask.run(make_config(featurize={"max_pixels": 9999}), client=client)
 
 
@@ -646,7 +638,7 @@ def test_report_is_rendered_again_without_images_and_cluster(
 
 
 def test_render_report_needs_results(make_config: MakeConfig) -> None:
-    with pytest.raises(OutputError, match="expected a finished run or exploration, found none; use fruitdask run or"):
+    with pytest.raises(OutputError, match="expected a finished run or exploration, found none"):
         fruitdask.render_report(make_config())
 
 
@@ -654,16 +646,14 @@ def test_explore_refuses_the_folder_of_a_run_on_other_images(
     make_config: MakeConfig, finish: Finish, client: Any
 ) -> None:
     finish(make_config())
-    with pytest.raises(
-        StoreMismatchError, match="its catalog has the fingerprint .*; use fruitdask run to bring its results"
-    ):
+    with pytest.raises(StoreMismatchError, match="its catalog has"):
         fruitdask.explore(make_config(input={"limit": 10}), client=client)
 
 
 def test_run_refuses_the_exploration_of_other_images(make_config: MakeConfig, client: Any) -> None:
     fruitdask.explore(make_config(), client=client)
     other = {"input": {"limit": 10}, "explore": {"enabled": False}}
-    with pytest.raises(StoreMismatchError, match="belongs to another run: its catalog has the fingerprint"):
+    with pytest.raises(StoreMismatchError, match="its catalog has"):
         fruitdask.run(make_config(**other), client=client)
     result = fruitdask.run(make_config(**other | {"output": {"overwrite": True}}), client=client)
     assert result.exploration is None and len(result.table) == 10

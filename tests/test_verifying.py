@@ -120,7 +120,7 @@ def test_verify_finds_nothing_in_a_finished_run(finished: Path) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_verify_finds_whatever_a_reader_would_see(
     finished: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -458,9 +458,7 @@ def test_verify_knows_when_nothing_can_be_restored(finished: Path, tmp_path: Pat
 
 
 def test_verify_refuses_a_folder_without_results(tmp_path: Path) -> None:
-    with pytest.raises(
-        OutputError, match="expected the results of a run or an exploration, found none; check the folder"
-    ):
+    with pytest.raises(OutputError, match="expected the results of a run or an exploration"):
         fruitdask.verify(str(tmp_path))
 
 
@@ -507,9 +505,7 @@ def test_reducing_a_store_with_a_flipped_byte_is_one_sentence(
     output = copy_output(finished, tmp_path)
     rewrite_manifest(Location(str(output)), status="running")
     flip(output / "features.zarr/features/c/3/0", 5)
-    with pytest.raises(
-        DamageError, match="features/c/3/0 is damaged .*it is partition 3: use fruitdask verify .*out --repair, and run"
-    ):
+    with pytest.raises(DamageError, match="features/c/3/0 is damaged .*partition 3: .*--repair"):
         fruitdask.run(config(output), client=client)
 
 
