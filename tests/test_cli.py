@@ -323,6 +323,7 @@ def test_verbose_shows_where_and_keeps_the_exit_code(config_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_random_weights_are_warned_of_each_time(config_path: Path) -> None:
     sections = yaml.safe_load(config_path.read_text())
     sections["model"] = {"name": "SqueezeNet", "weights": "random", "input_px": 64}

@@ -177,6 +177,7 @@ class FirstTime:
         return is_new
 
 
+@pytest.mark.slow
 def test_every_kind_of_request_is_sent_again(s3_server: str, s3_bucket: tuple[str, dict[str, Any]]) -> None:
     features = np.arange(8, dtype=np.float32).reshape(4, 2)
     outcomes = pd.DataFrame({"path": ["a/1.jpg", "a/2.jpg"], "label": "a", "status": "ok", "error": "", "attempts": 1})

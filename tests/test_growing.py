@@ -170,6 +170,7 @@ def test_vanished_image_is_recorded_and_comes_back(
     assert [entry["vanished"] for entry in back.manifest["history"]] == [1, 0]
 
 
+@pytest.mark.slow
 def test_vanished_images_alone_take_neither_cluster_nor_network(
     make_config: MakeConfig, finish: Finish, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

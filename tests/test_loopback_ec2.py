@@ -124,6 +124,7 @@ ROLES = ("client", "scheduler", "worker")
 
 
 # dask-cloudprovider leaves the sockets open with which it tries whether the scheduler listens.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 def test_ec2cluster_computes_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """An unmodified EC2Cluster runs tasks over TLS on processes with addresses of their own, and closes."""

@@ -67,6 +67,7 @@ def measure_error(features: np.ndarray, expected: np.ndarray) -> float:
     return float((np.linalg.norm(features - expected, axis=1) / np.linalg.norm(expected, axis=1)).max())
 
 
+@pytest.mark.slow
 def test_mobilenet_features_equal_keras(photographs: Path, mobilenet_weights: Path, engine: str) -> None:
     import keras
 
@@ -81,6 +82,7 @@ def test_mobilenet_features_equal_keras(photographs: Path, mobilenet_weights: Pa
     assert measure_error(load_predictor(artifact, n_threads=1)(pixels), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_mixed_precision_is_close_and_says_so(photographs: Path, mobilenet_weights: Path) -> None:
     import keras
 
@@ -96,6 +98,7 @@ def test_mixed_precision_is_close_and_says_so(photographs: Path, mobilenet_weigh
     assert keras.config.dtype_policy().name == "float32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "module"), [("MobileNet", "mobilenet"), ("VGG16", "vgg16"), ("EfficientNetB0", "efficientnet")]
 )
@@ -203,6 +206,7 @@ def test_keras_file_with_code_is_run_where_that_is_allowed(model_with_code: Mode
     np.testing.assert_allclose(features, 2 * pixels.astype(np.float64).mean(axis=(1, 2)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_model_built_with_its_code_does_not_slip_past_a_refusal(
     model_with_code: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,6 +366,7 @@ def test_cache_knows_engines_and_versions_apart(
     assert [find_artifact(config) for config in configs] == [artifacts[0], None]
 
 
+@pytest.mark.slow
 def test_start_building_takes_a_kept_artifact_without_a_child(
     tiny_model: ModelConfig, tiny_artifact: ModelArtifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -223,6 +223,7 @@ def test_truncated_file(name: str, tmp_path: Path) -> None:
         build_artifact(configure(tmp_path / name))
 
 
+@pytest.mark.slow
 def test_weights_of_another_network_and_with_the_classifier(tmp_path: Path) -> None:
     import keras
 

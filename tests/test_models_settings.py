@@ -141,6 +141,7 @@ def test_find_backend_reads_what_keras_would(
     assert find_backend() == expected
 
 
+@pytest.mark.slow
 def test_keras_on_another_backend_builds_in_a_child(sensitive_model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     import keras
 

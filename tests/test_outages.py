@@ -136,6 +136,7 @@ def test_disk_that_becomes_read_only_ends_the_run_with_one_sentence(
     assert_same(fruitdask.run(config, client=client), undisturbed)
 
 
+@pytest.mark.slow
 def test_bucket_that_is_deleted_ends_the_run_with_one_sentence(
     make_config: MakeConfig,
     s3_bucket: tuple[str, dict[str, Any]],

@@ -259,6 +259,7 @@ def test_each_stage_works_by_itself_on_a_client(
     assert fruitdask.fit_pca(features, n_components=2).n_components == 2
 
 
+@pytest.mark.slow
 def test_random_weights_give_the_same_network_in_a_child(
     make_config: MakeConfig, client: Any, sample_folder: Path
 ) -> None:
@@ -659,6 +660,7 @@ def test_run_refuses_the_exploration_of_other_images(make_config: MakeConfig, cl
     assert result.exploration is None and len(result.table) == 10
 
 
+@pytest.mark.slow
 def test_interrupted_drawing_is_made_up_for(
     make_config: MakeConfig, finish: Finish, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -485,7 +485,7 @@ def test_figures_without_data_say_so(figure: Any, reason: str) -> None:
     assert reason in plots.render_svg(drawn)
 
 
-@pytest.mark.parametrize("n", [1, 5, 24, 130])
+@pytest.mark.parametrize("n", [1, 5, 24, pytest.param(130, marks=pytest.mark.slow)])
 def test_text_is_neither_cut_off_nor_overlapping(n: int) -> None:
     for name, figure in plot_all(n).items():
         # Names of axes are placed when they are drawn, for the dots per inch that then hold.

@@ -305,6 +305,7 @@ def test_run_on_s3_equals_run_on_disk(make_config: MakeConfig, client: Any, on_d
     assert len(result.report.read()) > 50_000
 
 
+@pytest.mark.slow
 @both_servers
 def test_run_goes_on_where_it_was_interrupted(make_config: MakeConfig, client: Any, server: Server) -> None:
     config = make_config(input={"manifest": f"s3://{BUCKET}/lists/all.csv"}, explore={"enabled": False}, report={"enabled": False})
@@ -325,6 +326,7 @@ def test_run_goes_on_where_it_was_interrupted(make_config: MakeConfig, client: A
     assert fruitdask.run(again, client=client).n_computed == 24
 
 
+@pytest.mark.slow
 @both_servers
 def test_explore_and_report_work_on_s3(make_config: MakeConfig, client: Any) -> None:
     config = make_config(plots={"enabled": True})
@@ -367,6 +369,7 @@ def test_odd_names_are_listed_and_read(server: Server) -> None:
     assert [root.fs.cat_file(f"{root.path}/{path}").decode() for path in catalog["path"]] == sorted(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server", [MOTO], indirect=True)
 def test_every_object_is_encrypted_as_asked(make_config: MakeConfig, client: Any, server: Server) -> None:
     asked = server.storage_options | {"s3_additional_kwargs": {"ServerSideEncryption": "aws:kms"}}
@@ -414,6 +417,7 @@ def test_missing_bucket_ends_the_command_before_anything_starts(
     assert "Starting the cluster" not in done.output
 
 
+@pytest.mark.slow
 def test_secrets_are_in_no_command_line_and_weights_are_hashed_once(
     s3_bucket: tuple[str, dict[str, Any]],
     s3_client: Any,

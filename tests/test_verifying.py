@@ -462,6 +462,7 @@ def test_verify_refuses_a_folder_without_results(tmp_path: Path) -> None:
         fruitdask.verify(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_verify_and_repair_on_s3(finished: Path, s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
     bucket, options = s3_bucket
     for name in list_files(finished):
