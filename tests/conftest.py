@@ -9,6 +9,8 @@ import boto3
 import pytest
 from hypothesis import settings
 from moto.server import ThreadedMotoServer
+from runs import Finish, FinishedRuns
+from s3fs import S3FileSystem
 
 from fruitdask.cluster import open_client
 from fruitdask.core.config import LocalClusterConfig, ModelConfig
@@ -17,9 +19,23 @@ from fruitdask.worker.models import ModelArtifact, build_artifact
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
+#: File systems of the modules before.
+_CACHES: list[dict[str, S3FileSystem]] = []
+
 # The same examples in every run, and no time limit for one: a shared machine is sometimes slow.
 settings.register_profile("fruitdask", deadline=None, derandomize=True, database=None)
 settings.load_profile("fruitdask")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the sentences of `golden/messages.txt` be written again."""
+    parser.addoption("--write-golden", action="store_true", help="write the sentences of tests/golden/messages.txt again")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of slow tests, so that no process is left with one of them in the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def find_data(*names: str) -> Path:
@@ -37,6 +53,14 @@ def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_file_systems() -> None:
+    """Let each module open its own S3 file systems: fsspec caches them by their options, not by the environment's keys and servers."""
+    # Without a reference to them their connections would be collected, with a warning, in the middle of another test.
+    _CACHES.append(S3FileSystem._cache)
+    S3FileSystem._cache = {}
 
 
 @pytest.fixture(scope="session")
@@ -124,3 +148,9 @@ def client(s3_server: str) -> Iterator[Any]:
     """A cluster of two worker processes of two threads each, which can reach the S3 server."""
     with open_client(LocalClusterConfig(n_workers=2, threads_per_worker=2, dashboard_address="127.0.0.1:0")) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def finish(client: Any, tmp_path_factory: pytest.TempPathFactory) -> Finish:
+    """A function that fills an output folder with a finished run, computed once a session for each configuration and its images."""
+    return FinishedRuns(tmp_path_factory.mktemp("finished"), client)

@@ -355,7 +355,7 @@ def test_list_images_says_that_the_manifest_is_missing(tmp_path: Path) -> None:
 def test_list_images_says_that_the_manifest_has_no_rows(tmp_path: Path) -> None:
     fill(tmp_path, "1.jpg")
     manifest = write_manifest(tmp_path / "labels.csv", [])
-    with pytest.raises(CatalogError, match=r"labels\.csv: expected images in input\.manifest, found no row"):
+    with pytest.raises(CatalogError, match="found no row"):
         list_folder(tmp_path, manifest=manifest)
 
 
@@ -373,7 +373,7 @@ def test_list_images_says_that_a_folder_holds_no_images(tmp_path: Path, names: l
 
 
 def test_list_images_says_that_a_folder_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(CatalogError, match=rf"{tmp_path}/nope: there is no such folder; check input\.url"):
+    with pytest.raises(CatalogError, match=rf"{tmp_path}/nope: there is no such folder"):
         list_folder(tmp_path / "nope")
 
 

@@ -16,7 +16,10 @@ from moto.ec2.models import ec2_backends
 from fruitdask.cli import cli
 from fruitdask.core.aws import RUN_TAG
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the loopback EC2 needs all of 127.0.0.0/8, and /proc")
+pytestmark = [
+    pytest.mark.cloud,
+    pytest.mark.skipif(sys.platform != "linux", reason="the loopback EC2 needs all of 127.0.0.0/8, and /proc"),
+]
 
 
 def invoke(*arguments: str, answer: str | None = None) -> Result:

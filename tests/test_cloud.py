@@ -18,6 +18,8 @@ from loopback_ec2 import LoopbackEC2
 from fruitdask.core.config import Config, load_config
 from fruitdask.pipeline.run import run
 
+pytestmark = [pytest.mark.cloud, pytest.mark.slow]
+
 N_IMAGES = 160
 EXTRAS = {name: {"enabled": False} for name in ("explore", "quality", "plots", "report")}
 

@@ -69,6 +69,7 @@ def test_local_workers_see_variables_that_were_set_late(monkeypatch: pytest.Monk
         assert list(client.run(os.getenv, "FRUITDASK_TEST_LATE").values()) == ["yes"]
 
 
+@pytest.mark.slow
 def test_local_workers_that_die_again_and_again_are_replaced() -> None:
     with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
         # Dask looks 15 seconds after each death whether the worker is back, unless it is told otherwise.
@@ -126,7 +127,7 @@ def test_unreachable_scheduler_times_out() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{closed.getsockname()[1]}"
-    with pytest.raises(ClusterStartError, match=f"cluster.address {address}: no scheduler answered within 0.5 s"):
+    with pytest.raises(ClusterStartError, match=f"cluster.address {address}: no scheduler answered"):
         with open_client(AddressClusterConfig(kind="address", address=address, timeout_seconds=0.5)):
             pass
 

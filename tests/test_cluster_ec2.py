@@ -30,7 +30,10 @@ from fruitdask.cluster.ec2.prices import Usage
 from fruitdask.core.config import AdaptiveConfig, EC2ClusterConfig
 from fruitdask.errors import ClusterStartError, ConfigError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc")
+pytestmark = [
+    pytest.mark.cloud,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc"),
+]
 
 SECRET = "planted-4f1c"
 #: How long to wait for what comes soon.
@@ -409,6 +412,7 @@ def test_tokenizers_are_no_tokens(cloud: LoopbackEC2) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_start_goes_on_with_the_first_worker(cloud: LoopbackEC2) -> None:
     """A spot worker that AWS refuses is tried again; the run does not wait for it."""
     cloud.faults.refusals.append(Refusal("MaxSpotInstanceCountExceeded", is_spot=True, count=1))
@@ -452,6 +456,7 @@ def raise_error() -> None:
     raise LookupError("in the block")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "expected"),
     [
@@ -475,6 +480,7 @@ def test_end_in_the_middle(cloud: LoopbackEC2, what: Callable[[], None], expecte
         signal.signal(signal.SIGTERM, previous)
 
 
+@pytest.mark.slow
 def test_killed_client(cloud: LoopbackEC2, tmp_path: Path) -> None:
     """Instances end by themselves when nobody is there any more to end them."""
     script = f"""
@@ -501,6 +507,7 @@ if __name__ == "__main__":
     assert {instance.state_reason for instance in cloud.instances(None)} == {"Client.InstanceInitiatedShutdown"}
 
 
+@pytest.mark.slow
 def test_instances_that_cannot_be_terminated_are_named(cloud: LoopbackEC2) -> None:
     """Whoever pays for them is told which they are, and what to do."""
     refusal = Refusal("UnauthorizedOperation", action="TerminateInstances")
@@ -524,6 +531,7 @@ def make_slow_square() -> Callable[[int], int]:
     return square
 
 
+@pytest.mark.slow
 def test_interrupted_worker_is_replaced(cloud: LoopbackEC2) -> None:
     """All results are there, although a worker went in the middle, and another came for it."""
     with open_client(configure(n_workers=2, spot=True)) as client:
@@ -539,6 +547,7 @@ def test_interrupted_worker_is_replaced(cloud: LoopbackEC2) -> None:
     assert len(list_usage(client)) == 4
 
 
+@pytest.mark.slow
 def test_scaling_down_loses_nothing(cloud: LoopbackEC2) -> None:
     """Data that nobody could compute again are handed over to the worker that stays."""
     with open_client(configure(n_workers=2)) as client:
@@ -551,6 +560,7 @@ def test_scaling_down_loses_nothing(cloud: LoopbackEC2) -> None:
         assert len(client.scheduler_info()["workers"]) == 1
 
 
+@pytest.mark.slow
 def test_adaptive_cluster_grows_and_shrinks(cloud: LoopbackEC2) -> None:
     """Workers come with the work and go with it; their results stay."""
     with open_client(configure(adaptive=AdaptiveConfig(minimum=1, maximum=2))) as client:
@@ -564,6 +574,7 @@ def test_adaptive_cluster_grows_and_shrinks(cloud: LoopbackEC2) -> None:
         assert client.gather(data) == list(range(24))
 
 
+@pytest.mark.slow
 def test_instances_that_ended_by_themselves(cloud: LoopbackEC2) -> None:
     """Closing what is gone, as after max_lifetime, is no error, and nothing is launched for a scheduler that is gone."""
     with open_client(configure()) as client:
@@ -574,6 +585,7 @@ def test_instances_that_ended_by_themselves(cloud: LoopbackEC2) -> None:
     assert len(list_usage(client)) == 2
 
 
+@pytest.mark.slow
 def test_gpus_and_modules(cloud: LoopbackEC2) -> None:
     """Only workers of a type with a GPU are given it; a dashboard is there for those who ask; a module runs the workers."""
     config = configure(

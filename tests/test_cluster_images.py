@@ -14,7 +14,10 @@ from moto.ec2.models.amis import Ami
 from fruitdask.cluster.ec2.machines import Image, InstanceType, describe_types, find_image
 from fruitdask.errors import ClusterStartError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the loopback EC2 needs all of 127.0.0.0/8, and /proc")
+pytestmark = [
+    pytest.mark.cloud,
+    pytest.mark.skipif(sys.platform != "linux", reason="the loopback EC2 needs all of 127.0.0.0/8, and /proc"),
+]
 
 GIB = 1024**3
 DRIVERS = "Deep Learning Base OSS Nvidia Driver GPU AMI (Ubuntu 24.04) 202610{day:02}"

@@ -12,7 +12,10 @@ from fruitdask.cluster.ec2.instances import list_instances, terminate_run
 from fruitdask.core.aws import RUN_TAG
 from fruitdask.errors import ClusterStartError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the loopback EC2 needs all of 127.0.0.0/8, and /proc")
+pytestmark = [
+    pytest.mark.cloud,
+    pytest.mark.skipif(sys.platform != "linux", reason="the loopback EC2 needs all of 127.0.0.0/8, and /proc"),
+]
 
 SLEEP = "#cloud-config\nruncmd:\n  - docker run any sleep 600\n"
 

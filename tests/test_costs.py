@@ -11,6 +11,8 @@ from fruitdask.cluster.ec2.prices import (
 )
 from fruitdask.core.config import EC2ClusterConfig
 
+pytestmark = pytest.mark.cloud
+
 REGIONS = ["us-east-1", "eu-west-1", "eu-west-3", "eu-central-1", "eu-north-1"]
 
 

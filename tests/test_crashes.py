@@ -19,6 +19,8 @@ from hypothesis import given, settings, strategies as st
 import fruitdask
 from fruitdask.core.config import Config, ModelConfig
 
+pytestmark = pytest.mark.slow
+
 #: Events by which a process changes files: https://docs.python.org/3/library/audit_events.html
 CHANGES = ("open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
 #: Far longer than a run takes.
@@ -182,7 +184,7 @@ def test_no_file_is_written_under_its_own_name(scene: Scene) -> None:
     assert [path for path in opened if not path.endswith((".part", ".partial"))] == []
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(share=st.floats(0, 1), is_half=st.booleans())
 def test_run_killed_at_any_change_is_repaired_by_the_next(scene: Scene, share: float, is_half: bool) -> None:
     config = scene.make_config()

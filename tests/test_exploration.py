@@ -152,6 +152,7 @@ def test_standard_error_is_that_of_repeated_samples() -> None:
     assert errors.mean() == pytest.approx(means.std(), rel=0.15)
 
 
+@pytest.mark.slow
 def test_differences_of_photographs_are_near_the_published_ones(photographs: Path, client: Any, tmp_path: Path) -> None:
     found = fruitdask.explore(make_config(photographs, tmp_path, **{"plots.enabled": False}), client=client)
     assert dict(found.classes["n_ok"]) == {

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent / "chaos"))
 
 from fault_runs import FAULTS, Scene, damage, stamp_committed, wait_for  # noqa: E402
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes by signals")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="kills processes by signals")]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,58 +14,39 @@ import pytest
 import sklearn.decomposition
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings, strategies as st
-from PIL import Image
+from runs import (
+    INTERRUPTIONS,
+    SIZE,
+    Finish,
+    MakeConfig,
+    break_image,
+    compute_colours,
+    configure,
+    draw,
+    run_and_interrupt,
+)
 
 import fruitdask
 from fruitdask import store
 from fruitdask.cli import cli
-from fruitdask.core.config import AddressClusterConfig, Config, ModelConfig
+from fruitdask.core.config import AddressClusterConfig, ModelConfig
 from fruitdask.core.storage import Location
 from fruitdask.errors import ClusterStartError, StoreMismatchError, TooManyFailuresError
 from fruitdask.pipeline import budget, featurize as featurize_module, run as run_module
 
-MakeConfig = Callable[..., Config]
 
-SIZE = 5
-
-
-def draw(folder: Path, *names: str, seed: int = 0) -> None:
-    """Draw images of noise that differ by name and seed, one class a folder."""
-    for name in names:
-        random = np.random.default_rng([seed, *name.encode()])
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        pixels = random.integers(0, random.integers(20, 256), (32, 32, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / name)
-
-
-def compute_colours(folder: Path, paths: list[str]) -> np.ndarray:
-    """Compute what the tiny model computes, with NumPy alone; NaN of what is not there."""
-    features = np.full((len(paths), 6), np.nan)
-    for row, path in enumerate(paths):
-        if (folder / path).exists():
-            pixels = np.asarray(Image.open(folder / path), np.float64)
-            features[row] = [*pixels.mean(axis=(0, 1)), *pixels.max(axis=(0, 1))]
-    return features
-
-
-def configure(source: Path, output: Path, model: ModelConfig, /, **sections: dict[str, Any]) -> Config:
-    """Make the configuration of a run of the tiny model in partitions of 5."""
-    defaults: dict[str, dict[str, Any]] = {
-        "input": {"url": str(source)},
-        "model": model.model_dump(),
-        "cluster": {"kind": "local", "n_workers": 1, "dashboard_address": None},
-        "featurize": {"images_per_partition": SIZE},
-        "output": {"url": str(output)},
-    } | {name: {"enabled": False} for name in ("explore", "quality", "plots", "report")}
-    names = [*defaults, *(name for name in sections if name not in defaults)]
-    return fruitdask.load_config({name: defaults.get(name, {}) | sections.get(name, {}) for name in names})
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 12 images, which make two whole partitions and one of two; to be copied, not changed."""
+    folder = tmp_path_factory.mktemp("drawn") / "in"
+    draw(folder, *(f"{label}/{number}.png" for label in ("apple", "pear") for number in range(0, 12, 2)))
+    return folder
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A folder of 12 images: two whole partitions and one of two."""
-    draw(tmp_path / "in", *(f"{label}/{number}.png" for label in ("apple", "pear") for number in range(0, 12, 2)))
-    return tmp_path / "in"
+def source(drawn: Path, tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    return Path(shutil.copytree(drawn, tmp_path / "in"))
 
 
 @pytest.fixture
@@ -99,8 +79,10 @@ def check(result: fruitdask.RunResult, source: Path, before: pd.DataFrame | None
         assert paths[len(before) :] == sorted(paths[len(before) :])
 
 
-def test_one_more_image_is_one_more_row(make_config: MakeConfig, client: Any, source: Path, tmp_path: Path) -> None:
-    first = fruitdask.run(make_config(), client=client)
+def test_one_more_image_is_one_more_row(
+    make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path
+) -> None:
+    first = finish(make_config())
     table, files = first.table, read_files(tmp_path / "out", "features.zarr/features/c", "partitions")
     # Its path is before all others; its row is behind them.
     draw(source, "ananas/0.png")
@@ -121,9 +103,9 @@ def test_one_more_image_is_one_more_row(make_config: MakeConfig, client: Any, so
 
 
 def test_many_more_images_fill_the_last_partition_and_make_new_ones(
-    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
+    make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path
 ) -> None:
-    before = fruitdask.run(make_config(), client=client).table
+    before = finish(make_config()).table
     files = read_files(tmp_path / "out", "features.zarr/features/c", "partitions")
     draw(source, *(f"quince/{number}.png" for number in range(11)), "apple/1.png")
     result = fruitdask.run(make_config(), client=client)
@@ -143,9 +125,9 @@ def test_many_more_images_fill_the_last_partition_and_make_new_ones(
 
 
 def test_changed_image_is_computed_again_and_its_neighbours_are_kept(
-    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
+    make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path
 ) -> None:
-    first = fruitdask.run(make_config(), client=client)
+    first = finish(make_config())
     before, features = first.table, first.features.compute()
     # Bits that no network gives show what was kept.
     group: Any = store.open_store(first.output)
@@ -162,8 +144,10 @@ def test_changed_image_is_computed_again_and_its_neighbours_are_kept(
     assert group["features"].shape == (12, 6)
 
 
-def test_file_of_the_same_age_and_another_size_is_changed(make_config: MakeConfig, client: Any, source: Path) -> None:
-    fruitdask.run(make_config(), client=client)
+def test_file_of_the_same_age_and_another_size_is_changed(
+    make_config: MakeConfig, finish: Finish, client: Any, source: Path
+) -> None:
+    finish(make_config())
     age = (source / "pear" / "2.png").stat().st_mtime_ns
     draw(source, "pear/2.png", seed=3)
     os.utime(source / "pear" / "2.png", ns=(age, age))
@@ -173,11 +157,11 @@ def test_file_of_the_same_age_and_another_size_is_changed(make_config: MakeConfi
 
 
 def test_vanished_image_is_recorded_and_comes_back(
-    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # No failure is allowed: an image that is not in the input is none.
     config = make_config(featurize={"max_failed_fraction": 0, "images_per_partition": SIZE})
-    before = fruitdask.run(config, client=client).table
+    before = finish(config).table
     (source / "pear" / "2.png").rename(tmp_path / "aside.png")
     result = fruitdask.run(config, client=client)
     assert result.n_computed == 0 and result.changes["vanished"] == 1
@@ -195,10 +179,11 @@ def test_vanished_image_is_recorded_and_comes_back(
     assert [entry["vanished"] for entry in back.manifest["history"]] == [1, 0]
 
 
+@pytest.mark.slow
 def test_vanished_images_alone_take_neither_cluster_nor_network(
-    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, finish: Finish, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = fruitdask.run(make_config(), client=client)
+    first = finish(make_config())
     (source / "apple" / "0.png").unlink()
     (source / "pear" / "8.png").unlink()
     # Limits are checked by means of a network; whoever builds one keeps it in the cache.
@@ -237,15 +222,17 @@ def test_vanished_images_of_many_partitions_are_recorded_one_by_one(
     assert sum(files[name] != data for name, data in after.items()) == 18
 
 
-def test_excluded_image_is_not_read(make_config: MakeConfig, client: Any, source: Path) -> None:
-    fruitdask.run(make_config(), client=client)
+def test_excluded_image_is_not_read(make_config: MakeConfig, finish: Finish, client: Any, source: Path) -> None:
+    finish(make_config())
     result = fruitdask.run(make_config(input={"url": str(source), "exclude": ["pear/2.png"]}), client=client)
     assert result.table.set_index("path").loc["pear/2.png", "status"] == "missing"
     assert result.manifest["counts"]["by_status"] == {"ok": 11, "missing": 1}
 
 
-def test_renamed_class_is_new_and_the_old_one_missing(make_config: MakeConfig, client: Any, source: Path) -> None:
-    before = fruitdask.run(make_config(), client=client).table
+def test_renamed_class_is_new_and_the_old_one_missing(
+    make_config: MakeConfig, finish: Finish, client: Any, source: Path
+) -> None:
+    before = finish(make_config()).table
     (source / "pear").rename(source / "quince")
     result = fruitdask.run(make_config(quality={"enabled": True}), client=client)
     assert (result.changes["added"], result.changes["vanished"], result.changes["kept"]) == (6, 6, 6)
@@ -266,9 +253,9 @@ def test_relabelled_image_is_computed_again(make_config: MakeConfig, client: Any
 
 
 def test_run_on_a_grown_output_reads_no_catalog(
-    make_config: MakeConfig, client: Any, source: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, finish: Finish, client: Any, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fruitdask.run(make_config(), client=client)
+    finish(make_config())
     draw(source, "ananas/0.png")
     grown = fruitdask.run(make_config(), client=client)
     for name in ("read_catalog", "read_rows", "read_outcomes"):
@@ -279,9 +266,9 @@ def test_run_on_a_grown_output_reads_no_catalog(
 
 @pytest.mark.parametrize("n_gone", [6, 7])
 def test_another_input_is_refused(
-    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path, n_gone: int
+    make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path, n_gone: int
 ) -> None:
-    fruitdask.run(make_config(), client=client)
+    finish(make_config())
     before = read_files(tmp_path, "out")
     for path in sorted(source.rglob("*.png"))[:n_gone]:
         path.unlink()
@@ -289,37 +276,24 @@ def test_another_input_is_refused(
     if n_gone == 6:
         assert fruitdask.run(make_config(), client=client).changes["kept"] == 6
         return
-    with pytest.raises(
-        StoreMismatchError,
-        match="only 5 of its 12 images are in this run's input; .*--overwrite to delete those results",
-    ):
+    with pytest.raises(StoreMismatchError, match="only 5 of its 12 images"):
         fruitdask.run(make_config(), client=client)
     assert read_files(tmp_path, "out") == before
     assert fruitdask.run(make_config(output={"overwrite": True}), client=client).changes == {}
 
 
-def test_store_without_a_catalog_is_refused(make_config: MakeConfig, client: Any, source: Path, tmp_path: Path) -> None:
-    fruitdask.run(make_config(), client=client)
+def test_store_without_a_catalog_is_refused(
+    make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path
+) -> None:
+    finish(make_config())
     (tmp_path / "out" / "catalog.parquet").unlink()
     draw(source, "ananas/0.png")
-    with pytest.raises(StoreMismatchError, match="the input had other images.*--overwrite"):
+    with pytest.raises(StoreMismatchError, match="the input had other images"):
         fruitdask.run(make_config(), client=client)
     (source / "ananas" / "0.png").unlink()
     assert fruitdask.run(make_config(), client=client).n_computed == 0
     (tmp_path / "out" / "partitions" / "00001.parquet").unlink()
     assert fruitdask.run(make_config(), client=client).n_computed == SIZE
-
-
-def break_image(path: Path) -> Callable[[], None]:
-    """Spoil a file, which stays of the same size and age; gives what mends it."""
-    data, age = path.read_bytes(), path.stat().st_mtime_ns
-
-    def write(content: bytes) -> None:
-        path.write_bytes(content)
-        os.utime(path, ns=(age, age))
-
-    write(b"x" * len(data))
-    return lambda: write(data)
 
 
 def test_retry_failed_takes_failed_images_alone(
@@ -369,9 +343,7 @@ def test_attempts_count_on_where_all_images_of_a_partition_have_failed(
 def test_mended_images_are_computed_after_too_many_failures(make_config: MakeConfig, client: Any, source: Path) -> None:
     for number in (0, 2, 4):
         (source / "apple" / f"{number}.png").write_bytes(b"broken")
-    with pytest.raises(
-        TooManyFailuresError, match="3 of 12 images failed.*mend the images or raise the limit, and run again"
-    ):
+    with pytest.raises(TooManyFailuresError, match="3 of 12 images failed"):
         fruitdask.run(make_config(featurize={"images_per_partition": 12}), client=client)
     draw(source, *(f"apple/{number}.png" for number in (0, 2, 4)))
     result = fruitdask.run(make_config(), client=client)
@@ -415,20 +387,24 @@ def test_refit(make_config: MakeConfig, client: Any, source: Path, refit: str, k
     assert results[-1].quality is not None and results[-1].quality["n_images"] == 24
 
 
-def test_other_components_are_fitted_whatever_is_kept(make_config: MakeConfig, client: Any, source: Path) -> None:
-    fruitdask.run(make_config(reduce={"refit": "never"}), client=client)
+def test_other_components_are_fitted_whatever_is_kept(
+    make_config: MakeConfig, finish: Finish, client: Any, source: Path
+) -> None:
+    finish(make_config(reduce={"refit": "never"}))
     draw(source, "ananas/0.png")
     result = fruitdask.run(make_config(reduce={"refit": "never", "n_components": 3}), client=client)
     assert result.pca.n_components == 3 and not result.manifest["pca"]["is_kept"]
     check(result, source)
 
 
-def test_interrupted_fit_is_not_kept(make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_fit_is_not_kept(
+    make_config: MakeConfig, finish: Finish, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt("in this test")
 
     config = make_config(reduce={"refit": "never"})
-    expected = fruitdask.run(config, client=client).table
+    expected = finish(config).table
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "write_components", interrupt)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
@@ -439,10 +415,10 @@ def test_interrupted_fit_is_not_kept(make_config: MakeConfig, client: Any, monke
 
 
 def test_exploration_is_of_the_images_that_are_there(
-    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
+    make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path
 ) -> None:
     explored = {"explore": {"enabled": True}, "report": {"enabled": True}}
-    fruitdask.run(make_config(**explored), client=client)
+    finish(make_config(**explored))
     draw(source, "ananas/0.png", "pear/3.png")
     draw(source, "apple/4.png", seed=1)
     (source / "apple" / "0.png").unlink()
@@ -481,8 +457,8 @@ def test_grown_output_on_s3(
     assert fruitdask.run(config).n_computed == 0
 
 
-def test_erasing_from_a_grown_output(make_config: MakeConfig, client: Any, source: Path) -> None:
-    fruitdask.run(make_config(), client=client)
+def test_erasing_from_a_grown_output(make_config: MakeConfig, finish: Finish, client: Any, source: Path) -> None:
+    finish(make_config())
     draw(source, "ananas/0.png", "ananas/1.png")
     (source / "pear" / "2.png").unlink()
     grown = fruitdask.run(make_config(), client=client)
@@ -507,12 +483,12 @@ def test_erasing_from_a_grown_output(make_config: MakeConfig, client: Any, sourc
 
 
 def test_erasing_while_an_output_grows(
-    make_config: MakeConfig, client: Any, source: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, finish: Finish, client: Any, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*arguments: object, **settings: object) -> None:
         raise KeyboardInterrupt("in this test")
 
-    fruitdask.run(make_config(), client=client)
+    finish(make_config())
     draw(source, "ananas/0.png")
     draw(source, "apple/4.png", seed=1)
     with monkeypatch.context() as patch:
@@ -526,8 +502,8 @@ def test_erasing_while_an_output_grows(
     check(result, source)
 
 
-def test_command_says_what_has_changed(make_config: MakeConfig, client: Any, source: Path, tmp_path: Path) -> None:
-    fruitdask.run(make_config(), client=client)
+def test_command_says_what_has_changed(make_config: MakeConfig, finish: Finish, source: Path, tmp_path: Path) -> None:
+    finish(make_config())
     break_image(source / "pear" / "2.png")
     draw(source, "ananas/0.png")
     (source / "apple" / "0.png").unlink()
@@ -546,21 +522,14 @@ def test_command_says_what_has_changed(make_config: MakeConfig, client: Any, sou
     assert "since the last run  1 tried again, 11 kept" in again.stdout and "as fitted to 11 images" in again.stdout
 
 
-#: Functions at which a run is interrupted, and the rooms that call them.
-_INTERRUPTIONS = {
-    "write_catalog": store,
-    "resize_store": store,
-    "map_partitions": featurize_module,
-    "check_failures": featurize_module,
-    "reduce_features": run_module,
-}
 #: A step of a history: images to add, to change and to remove.
 _STEPS = st.tuples(st.integers(0, 7), st.integers(0, 2), st.integers(0, 2))
 
 
-@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.slow
+@settings(max_examples=4, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    rounds=st.lists(st.tuples(_STEPS, st.sampled_from(["", *_INTERRUPTIONS]), _STEPS), min_size=1, max_size=3),
+    rounds=st.lists(st.tuples(_STEPS, st.sampled_from(["", *INTERRUPTIONS]), _STEPS), min_size=1, max_size=3),
     seed=st.integers(0, 2**16),
 )
 def test_any_history_ends_as_a_run_on_what_is_there(
@@ -595,23 +564,6 @@ def change(source: Path, random: np.random.Generator, n_added: int, n_changed: i
     draw(source, *chosen[2 : 2 + n_changed], seed=int(random.integers(1, 2**16)))
     names = {f"{random.choice(['ananas', 'apple', 'quince'])}/{random.integers(0, 20):03d}.png" for _ in range(n_added)}
     draw(source, *(name for name in names if not (source / name).exists()))
-
-
-def run_and_interrupt(config: Config, client: Any, name: str) -> None:
-    """Run, and interrupt the run where a function is called; it may be that it is not."""
-
-    def interrupt(*arguments: Any, **settings: Any) -> None:
-        raise KeyboardInterrupt("in this test")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_INTERRUPTIONS[name], name, interrupt)
-        try:
-            fruitdask.run(config, client=client)
-        except KeyboardInterrupt as error:
-            assert str(error) == "in this test"
-    # Dask cannot stop a task that runs, and this cluster stays: without this it would write beside the next run.
-    while any(client.run(lambda dask_worker: len(dask_worker.state.all_running_tasks)).values()):
-        pass
 
 
 #: Grows an output with one process after another, each of which is killed some steps later than the one before it: a step is anything that
@@ -680,16 +632,17 @@ print(n_kills)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_the_next_run_completes_it(
-    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
+    make_config: MakeConfig, finish: Finish, source: Path, tmp_path: Path
 ) -> None:
-    before = fruitdask.run(make_config(), client=client).table
+    before = finish(make_config()).table
     shutil.copytree(tmp_path / "out", tmp_path / "base")
     draw(source, *(f"quince/{number}.png" for number in range(5)))
     draw(source, "apple/4.png", seed=1)
     (source / "pear" / "2.png").unlink()
     (tmp_path / "config.json").write_text(make_config().model_dump_json())
-    command = [str(tmp_path / "config.json"), str(tmp_path / "base"), "7"]
+    command = [str(tmp_path / "config.json"), str(tmp_path / "base"), "11"]
     done = subprocess.run([sys.executable, "-c", _KILLED, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 10

@@ -1,14 +1,18 @@
 """Scripts without ``if __name__ == "__main__":``, as people write them."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from fruitdask.core.config import ModelConfig
+import fruitdask
+from fruitdask.core.config import Config, ModelConfig
+from fruitdask.core.sample import draw_sample
 
 LOAD = """
 import fruitdask, sys
@@ -59,11 +63,8 @@ def is_of(process: psutil.Process, tmp_path: Path) -> bool:
         return False
 
 
-@pytest.mark.parametrize(
-    "call",
-    ["fruitdask.explore(config)", "fruitdask.plan(config)", "fruitdask.run(config)", BUILD],
-    ids=["explore", "plan", "run", "build"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["fruitdask.run(config)", BUILD], ids=["run", "build"])
 def test_script_without_guard_is_told_to_have_one(
     sample_folder: Path, tiny_model: ModelConfig, tmp_path: Path, call: str
 ) -> None:
@@ -76,6 +77,28 @@ def test_script_without_guard_is_told_to_have_one(
     )
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda config: fruitdask.explore(config),
+        lambda config: fruitdask.plan(config),
+        lambda config: fruitdask.run(config),
+        lambda config: fruitdask.erase(config, ["*"]),
+        lambda config: draw_sample(config.input.url),
+    ],
+    ids=["explore", "plan", "run", "erase", "sample"],
+)
+def test_script_that_is_imported_again_ends_quietly(
+    call: Callable[[Config], object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = fruitdask.load_config({"input": {"url": str(tmp_path / "in")}, "output": {"url": str(tmp_path / "out")}})
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(SystemExit, match="77"):
+        call(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("is_file", [True, False], ids=["guarded file", "standard input"])
 def test_script_that_needs_no_other_guard_works(sample_folder: Path, tmp_path: Path, is_file: bool) -> None:
     lines = (LOAD.format(images=str(sample_folder), model={}) + CONNECT).splitlines()

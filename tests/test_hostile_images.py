@@ -46,12 +46,14 @@ def test_hostile_file_has_an_outcome(opener: Opener, name: str) -> None:
     assert outcome in (("ok", "unreadable") if expected is None else (expected,))
 
 
+@pytest.mark.slow
 def test_truncated_files_have_outcomes() -> None:
     tally = open_all(truncate_seeds())
     assert tally.n_inputs > 800
     assert set(tally.outcomes) <= {"ok", "unreadable"}
 
 
+@pytest.mark.slow
 def test_mutated_files_have_outcomes() -> None:
     tally = open_all(generate(N_INPUTS, seed=1))
     assert tally.n_inputs == N_INPUTS

@@ -19,6 +19,8 @@ from fruitdask.core.storage import Location
 from fruitdask.errors import ConfigError
 from fruitdask.store.catalog import list_images
 
+pytestmark = pytest.mark.slow
+
 NAMES = [
     "<img src=x onerror=window.harmed=1>",
     "<script>window.harmed=2<",
@@ -156,6 +158,7 @@ def chromium() -> Iterator[str]:
     yield path
 
 
+@pytest.mark.browser
 def test_browser_runs_no_name(finished: tuple[Path, str], chromium: str) -> None:
     page_url = (finished[0] / "out" / "report.html").as_uri()
     requests: list[str] = []

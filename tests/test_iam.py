@@ -48,6 +48,8 @@ from fruitdask.core.sample import draw_sample
 from fruitdask.core.storage import Location, hash_file
 from fruitdask.errors import ConfigError, FruitdaskError, StorageError
 
+pytestmark = pytest.mark.cloud
+
 Policy = dict[str, Any]
 Context = Mapping[str, str | list[str]]
 Question = tuple[str, str, Context]
@@ -641,6 +643,7 @@ def note_questions(account: Account, config: Config, history: History) -> Iterat
     history.append((config, {role: account.list_questions(role)[before[role] :] for role in ROLES}))
 
 
+@pytest.mark.slow
 def test_policies_suffice(history: History) -> None:
     asked = {role: {question[0] for question in history[0][1][role]} for role in ROLES}
     assert asked["launcher"] - asked["workers"] == {"s3:GetBucketVersioning"}
@@ -650,6 +653,7 @@ def test_policies_suffice(history: History) -> None:
             assert refused == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("need", NEEDS, ids=lambda need: f"{need.role}-{need.statement}-{need.action}")
 def test_each_action_on_s3_is_asked_for(history: History, need: Permission) -> None:
     if need.action == "s3:AbortMultipartUpload":
@@ -726,6 +730,7 @@ REFUSALS: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("role", "sid", "action", "do", "changes", "message"), REFUSALS, ids=name_case)
 def test_moto_refuses_without_an_action(
     account: Account,
@@ -829,6 +834,7 @@ def list_questions_on_ec2(action: str, form: dict[str, str]) -> Iterator[Questio
         yield f"ec2:{action}", "*", here
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc")
 def test_cluster_asks_ec2_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     with LoopbackEC2() as cloud:

@@ -1,7 +1,7 @@
 """Runs on what an input gives besides images: splits, missing files of a table of labels, and files that are left out."""
 
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +9,29 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from test_growing import compute_colours, configure, draw
+from runs import Finish, MakeConfig, compute_colours, configure, draw
 
 import fruitdask
 from fruitdask.cli import cli
 from fruitdask.core.config import Config, ModelConfig
 from fruitdask.core.progress import RunProgress
 
-MakeConfig = Callable[..., Config]
 SPLIT_RULE = "^(train|test)/"
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A folder of 12 images of two classes, each in train and test."""
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 12 images of two classes, each in train and test; to be copied, not changed."""
     names = (f"{split}/{label}/{n}.png" for split in ("train", "test") for label in ("apple", "pear") for n in range(3))
-    draw(tmp_path / "in", *names)
-    return tmp_path / "in"
+    folder = tmp_path_factory.mktemp("drawn") / "in"
+    draw(folder, *names)
+    return folder
+
+
+@pytest.fixture
+def source(drawn: Path, tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    return Path(shutil.copytree(drawn, tmp_path / "in"))
 
 
 @pytest.fixture
@@ -61,8 +67,10 @@ def list_features(output: Path) -> dict[str, float]:
     return {str(path): path.stat().st_mtime_ns for path in files if path.is_file() and path.name != "zarr.json"}
 
 
-def test_split_is_in_all_tables_and_costs_no_feature(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
-    plain = fruitdask.run(make_config(), client=client)
+def test_split_is_in_all_tables_and_costs_no_feature(
+    make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path
+) -> None:
+    plain = finish(make_config())
     without = plain.table
     assert "split" not in without and all("split" not in table for table in read_outputs(tmp_path / "out").values())
     fingerprint, features = plain.manifest["fingerprint"], list_features(tmp_path / "out")
@@ -83,9 +91,11 @@ def test_split_is_in_all_tables_and_costs_no_feature(make_config: MakeConfig, cl
         pd.testing.assert_frame_equal(result.table.drop(columns="split", errors="ignore"), without)
 
 
-def test_split_of_images_stays_with_them(make_config: MakeConfig, client: Any, source: Path, tmp_path: Path) -> None:
+def test_split_of_images_stays_with_them(
+    make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path
+) -> None:
     config = make_config({"split_from": SPLIT_RULE})
-    fruitdask.run(config, client=client)
+    finish(config)
     (source / "test/pear/1.png").unlink()
     draw(source, "test/apple/0_0.png", "train/quince/0.png")
     result = fruitdask.run(config, client=client)
@@ -102,10 +112,10 @@ def test_split_of_images_stays_with_them(make_config: MakeConfig, client: Any, s
 
 
 def test_wrong_split_is_a_fault_and_a_lost_catalog_gets_its_splits_back(
-    make_config: MakeConfig, client: Any, tmp_path: Path
+    make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path
 ) -> None:
     config, catalog = make_config({"split_from": SPLIT_RULE}), tmp_path / "out" / "catalog.parquet"
-    fruitdask.run(config, client=client)
+    finish(config)
     kept = pd.read_parquet(catalog)
     kept.assign(split=kept["split"].iloc[::-1].to_numpy()).to_parquet(catalog, index=False)
     assert "split is not that in catalog.parquet" in {fault.what for fault in fruitdask.verify(tmp_path / "out").faults}
@@ -117,9 +127,9 @@ def test_wrong_split_is_a_fault_and_a_lost_catalog_gets_its_splits_back(
 
 
 def test_label_from_changes_classes_and_what_is_computed_stays_right(
-    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
+    make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path
 ) -> None:
-    fruitdask.run(make_config(), client=client)
+    finish(make_config())
     result = fruitdask.run(make_config({"label_from": "first"}), client=client)
     assert list(result.table["label"]) == [path.split("/")[0] for path in result.table["path"]]
     assert result.manifest["counts"]["by_class"].keys() == {"train", "test"}

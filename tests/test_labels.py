@@ -203,7 +203,7 @@ def test_labels_of_parquet_are_text(folder: Path, labels: Any, expected: list[st
 )
 def test_a_label_that_is_null_in_parquet_is_told(folder: Path, labels: Any) -> None:
     pd.DataFrame({"path": PATHS, "label": labels}).to_parquet(folder.parent / "labels.parquet")
-    with pytest.raises(ConfigError, match=r"expected a path and a label in each row of input\.manifest, but row 3 lacks one"):
+    with pytest.raises(ConfigError, match="row 3 lacks one"):
         look(folder, folder.parent / "labels.parquet")
 
 

@@ -31,7 +31,10 @@ from loopback_ec2 import (
     read_plan,
 )
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc")
+pytestmark = [
+    pytest.mark.cloud,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc"),
+]
 
 SLEEP = "docker run any sleep 600"
 SHUTDOWN = "shutdown -h now"
@@ -121,6 +124,7 @@ ROLES = ("client", "scheduler", "worker")
 
 
 # dask-cloudprovider leaves the sockets open with which it tries whether the scheduler listens.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 def test_ec2cluster_computes_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """An unmodified EC2Cluster runs tasks over TLS on processes with addresses of their own, and closes."""

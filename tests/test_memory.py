@@ -20,6 +20,8 @@ from fruitdask.core.partition import Partition
 from fruitdask.core.storage import Location
 from fruitdask.worker.fetch import ImageSource, Stopwatch, read_batches
 
+pytestmark = pytest.mark.slow
+
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
 
 MIB = 1 << 20

@@ -66,6 +66,7 @@ def measure_error(features: np.ndarray, expected: np.ndarray) -> float:
     return float((np.linalg.norm(features - expected, axis=1) / np.linalg.norm(expected, axis=1)).max())
 
 
+@pytest.mark.slow
 def test_mobilenet_features_equal_keras(photographs: Path, mobilenet_weights: Path, engine: str) -> None:
     import keras
 
@@ -80,6 +81,7 @@ def test_mobilenet_features_equal_keras(photographs: Path, mobilenet_weights: Pa
     assert measure_error(load_predictor(artifact, n_threads=1)(pixels), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_mixed_precision_is_close_and_says_so(photographs: Path, mobilenet_weights: Path) -> None:
     import keras
 
@@ -95,13 +97,14 @@ def test_mixed_precision_is_close_and_says_so(photographs: Path, mobilenet_weigh
     assert keras.config.dtype_policy().name == "float32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "module"), [("MobileNet", "mobilenet"), ("VGG16", "vgg16"), ("EfficientNetB0", "efficientnet")]
 )
-def test_application_has_its_own_preprocessing(name: str, module: str, engine: str) -> None:
+def test_application_has_its_own_preprocessing(name: str, module: str) -> None:
     import keras
 
-    artifact = build_artifact(ModelConfig(name=name, weights="random", input_px=64, engine=engine))
+    artifact = build_artifact(ModelConfig(name=name, weights="random", input_px=64, engine="tensorflow"))
     keras.utils.set_random_seed(0)
     network = getattr(keras.applications, name)(include_top=False, weights=None, input_shape=(64, 64, 3), pooling="avg")
     pixels = random_pixels(64)
@@ -202,6 +205,7 @@ def test_keras_file_with_code_is_run_where_that_is_allowed(model_with_code: Mode
     np.testing.assert_allclose(features, 2 * pixels.astype(np.float64).mean(axis=(1, 2)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_model_built_with_its_code_does_not_slip_past_a_refusal(
     model_with_code: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,6 +365,7 @@ def test_cache_knows_engines_and_versions_apart(
     assert [find_artifact(config) for config in configs] == [artifacts[0], None]
 
 
+@pytest.mark.slow
 def test_start_building_takes_a_kept_artifact_without_a_child(
     tiny_model: ModelConfig, tiny_artifact: ModelArtifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -396,7 +401,7 @@ def test_choose_input_px_reads_it_from_a_keras_file(tiny_model: ModelConfig, tmp
     assert choose_input_px(tiny_model) == 32
     assert choose_input_px(ModelConfig(name="Xception")) == 299 and choose_input_px(ModelConfig(input_px=96)) == 96
     (tmp_path / "no.keras").write_bytes(b"no archive")
-    with pytest.raises(ModelError, match="no.keras: expected a Keras model .*, found something else or a damaged file"):
+    with pytest.raises(ModelError, match="no.keras: expected a Keras model"):
         choose_input_px(ModelConfig(weights=str(tmp_path / "no.keras"), preprocessing="none"))
 
 
@@ -546,6 +551,7 @@ print([name for name in ("tensorflow", "keras", "openvino_telemetry.main") if na
 """
 
 
+@pytest.mark.slow
 @needs_openvino
 def test_kept_artifact_runs_without_tensorflow_and_without_telemetry(
     tiny_model: ModelConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -104,7 +104,7 @@ def test_model_of_teachable_machine(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "converted_keras.zip", "w") as archive:
         archive.write(path, "keras_model.h5")
         archive.writestr("labels.txt", "0 pear")
-    with pytest.raises(ModelError, match=r"a ZIP archive with keras_model\.h5, an export of Teachable Machine; unpack it and set"):
+    with pytest.raises(ModelError, match=r"an export of Teachable Machine"):
         build_artifact(configure(tmp_path / "converted_keras.zip"))
 
 
@@ -223,6 +223,7 @@ def test_truncated_file(name: str, tmp_path: Path) -> None:
         build_artifact(configure(tmp_path / name))
 
 
+@pytest.mark.slow
 def test_weights_of_another_network_and_with_the_classifier(tmp_path: Path) -> None:
     import keras
 

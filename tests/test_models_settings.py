@@ -78,6 +78,7 @@ def foreign_settings() -> Iterator[dict[str, Any]]:
     apply(saved)
 
 
+@pytest.mark.slow
 def test_features_are_the_same_whatever_the_user_has_set(sensitive_model: ModelConfig, foreign_home: Path) -> None:
     artifact = build_artifact(sensitive_model)
     features = load_predictor(artifact, n_threads=1)(PIXELS)
@@ -140,6 +141,7 @@ def test_find_backend_reads_what_keras_would(
     assert find_backend() == expected
 
 
+@pytest.mark.slow
 def test_keras_on_another_backend_builds_in_a_child(sensitive_model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     import keras
 

@@ -5,12 +5,9 @@ import json
 import re
 import shutil
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import boto3
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
@@ -138,6 +135,7 @@ def test_notebook_explains_and_links_to_what_is_there(name: str) -> None:
     assert all((ROOT / "notebooks" / link).is_file() for link in here)
 
 
+@pytest.mark.slow
 def test_01_explore(execute: Execute, workplace: Path) -> None:
     executed = execute("01_explore")
     by_hand, fruitdask = re.findall(r"^(?:by hand|fruitdask): +(\S+)", join_prints(executed), re.MULTILINE)
@@ -146,6 +144,7 @@ def test_01_explore(execute: Execute, workplace: Path) -> None:
     assert (workplace / "demo" / "results" / "explore.csv").is_file()
 
 
+@pytest.mark.slow
 def test_02_run(execute: Execute, workplace: Path) -> None:
     executed = execute("02_run")
     pages = [output.data.get("text/html", "") for output in list_outputs(executed) if "data" in output]
@@ -157,6 +156,7 @@ def test_02_run(execute: Execute, workplace: Path) -> None:
     assert (workplace / "demo" / "results" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_03_map(execute: Execute) -> None:
     executed = execute("03_map")
     prints = join_prints(executed)
@@ -166,6 +166,7 @@ def test_03_map(execute: Execute) -> None:
     assert count_pictures(executed) == 11
 
 
+@pytest.mark.slow
 def test_04_cloud_spends_nothing_unless_told_to(execute: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("BUCKET", "INSTANCE_PROFILE", "DOCKER_IMAGE"):
         monkeypatch.setenv(f"FRUITDASK_{variable}", "there-is-one")
@@ -174,24 +175,8 @@ def test_04_cloud_spends_nothing_unless_told_to(execute: Execute, monkeypatch: p
     assert prints.endswith("to s3://there-is-one/fruitdask-notebook/results\n")
 
 
-def test_04_cloud_on_s3(execute: Execute, s3_server: str, s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    bucket = f"bucket-{uuid.uuid4().hex}"
-    s3_client.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    monkeypatch.setenv("FRUITDASK_SPEND_MONEY", "1")
-    monkeypatch.setenv("FRUITDASK_BUCKET", bucket)
-    prints = join_prints(execute("04_cloud"))
-    assert "S3 is ON and EC2 is off\n" in prints
-    assert f"144 images in s3://{bucket}/fruitdask-notebook/photographs\n" in prints
-    assert f"{{'ok': 144}} in s3://{bucket}/fruitdask-notebook/results\n" in prints
-    assert float(re.findall(r"features of the local files: (\S+)", prints)[0]) < 1e-3
-    assert prints.endswith("0 machines are still there []\n")
-    assert s3_client.head_object(Bucket=bucket, Key="fruitdask-notebook/results/report.html")["ContentLength"] > 100_000
-    ec2 = boto3.client("ec2", endpoint_url=s3_server, region_name=REGION)
-    assert ec2.describe_instances()["Reservations"] == []
-    ec2.close()
-
-
+@pytest.mark.slow
+@pytest.mark.cloud
 @pytest.mark.skipif(sys.platform != "linux", reason="the loopback EC2 needs all of 127.0.0.0/8, and /proc")
 def test_04_cloud_on_ec2(execute: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
     with LoopbackEC2(region=REGION) as cloud:
@@ -204,6 +189,9 @@ def test_04_cloud_on_ec2(execute: Execute, monkeypatch: pytest.MonkeyPatch) -> N
             monkeypatch.setenv(f"FRUITDASK_{name}", value)
         prints = join_prints(execute("04_cloud"))
         assert "S3 is ON and EC2 is ON\n" in prints
+        assert "144 images in s3://fruits/fruitdask-notebook/photographs\n" in prints
+        assert "{'ok': 144} in s3://fruits/fruitdask-notebook/results\n" in prints
+        assert float(re.findall(r"features of the local files: (\S+)", prints)[0]) < 1e-3
         assert "{'ok': 144} in s3://fruits/fruitdask-notebook/results-ec2\n" in prints
         expected, actual = (
             float(dollars) for dollars in re.findall(r"^(?:expected|it was): \$(\S+)$", prints, re.MULTILINE)

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from runs import MakeConfig, configure
 
 import fruitdask
 from fruitdask.core.config import Config, ModelConfig
 from fruitdask.core.progress import RunProgress
 from fruitdask.errors import OutageError, PartitionError
 
-MakeConfig = Callable[[str], Config]
 #: What is free on the small disk when a run begins: enough for its manifest and some of its partitions, which need three blocks each.
 FREE_BYTES = 150_000
 _DISK_BYTES = 4 << 20
@@ -43,15 +43,14 @@ def make_config(sample_folder: Path, tiny_model: ModelConfig) -> MakeConfig:
     """Make the configuration of a run with an image a partition."""
 
     def make(url: str, **options: Any) -> Config:
-        sections: dict[str, dict[str, Any]] = {
-            "input": {"url": str(sample_folder)},
-            "model": tiny_model.model_dump(),
-            "cluster": {"kind": "local", "n_workers": 1, "threads_per_worker": 1, "dashboard_address": None},
-            "featurize": {"images_per_partition": 1},
-            **{section: {"enabled": False} for section in ("explore", "plots", "report")},
-            "output": {"url": url, "storage_options": options},
-        }
-        return fruitdask.load_config(sections)
+        return configure(
+            sample_folder,
+            url,
+            tiny_model,
+            cluster={"kind": "local", "n_workers": 1, "threads_per_worker": 1, "dashboard_address": None},
+            featurize={"images_per_partition": 1},
+            output={"url": url, "storage_options": options},
+        )
 
     return make
 
@@ -81,6 +80,7 @@ class When(RunProgress):
             self._happen()
 
 
+@pytest.mark.slow
 def test_disk_that_is_full_ends_the_command_with_one_sentence(
     make_config: MakeConfig, disk: Path, client: Any, undisturbed: fruitdask.RunResult, tmp_path: Path
 ) -> None:
@@ -136,6 +136,7 @@ def test_disk_that_becomes_read_only_ends_the_run_with_one_sentence(
     assert_same(fruitdask.run(config, client=client), undisturbed)
 
 
+@pytest.mark.slow
 def test_bucket_that_is_deleted_ends_the_run_with_one_sentence(
     make_config: MakeConfig,
     s3_bucket: tuple[str, dict[str, Any]],
@@ -145,6 +146,8 @@ def test_bucket_that_is_deleted_ends_the_run_with_one_sentence(
 ) -> None:
     bucket, options = s3_bucket
     config = make_config(f"s3://{bucket}/out", **options)
+    # Each attempt would be made for nothing.
+    config = config.model_copy(update={"output": config.output.model_copy(update={"attempts": 2})})
 
     def delete() -> None:
         for entry in s3_client.list_objects_v2(Bucket=bucket)["Contents"]:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import sklearn.decomposition
 import sklearn.metrics
 from PIL import Image
+from runs import EXTRAS, ON, Finish, MakeConfig, configure
 
 import fruitdask
 from fruitdask import store
@@ -40,29 +40,13 @@ from fruitdask.pipeline.inputs import dump_config
 from fruitdask.pipeline.reduce import write_components
 from fruitdask.worker.models import build_artifact, load_predictor
 
-MakeConfig = Callable[..., Config]
+SHOWN = dict.fromkeys(EXTRAS, ON)
 
 
 @pytest.fixture
 def make_config(tiny_model: ModelConfig, sample_folder: Path, tmp_path: Path) -> MakeConfig:
     """Make the configuration of a run of the tiny model on the drawn images, with settings of a test's own."""
-
-    def make(**settings: dict[str, Any]) -> Config:
-        sections: dict[str, dict[str, Any]] = {
-            "input": {"url": str(sample_folder)},
-            "model": tiny_model.model_dump(),
-            "cluster": {"kind": "local", "n_workers": 1, "threads_per_worker": 2, "dashboard_address": None},
-            "featurize": {"images_per_partition": 5},
-            "plots": {"enabled": False},
-            "report": {"enabled": False},
-            "output": {"url": str(tmp_path / "out")},
-        }
-        return fruitdask.load_config(
-            {name: section | settings.get(name, {}) for name, section in sections.items()}
-            | {name: section for name, section in settings.items() if name not in sections}
-        )
-
-    return make
+    return lambda **sections: configure(sample_folder, tmp_path / "out", tiny_model, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +69,7 @@ def reference(photographs: Path, mobilenet_weights: Path) -> dict[str, np.ndarra
     return {"paths": np.array(paths), "features": np.concatenate(features), "scores": scores}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("images_per_partition", "n_workers"), [(16, 2), (200, 1)], ids=["16 x 2", "200 x 1"])
 def test_run_on_photographs_equals_keras_and_sklearn(
     reference: dict[str, np.ndarray],
@@ -121,9 +106,7 @@ def test_run_leaves_what_the_architecture_lists(
     make_config: MakeConfig, client: Any, sample_folder: Path, tmp_path: Path
 ) -> None:
     config = make_config(
-        reduce={"n_components": 2, "tsne": {"enabled": True, "perplexity": 5}},
-        plots={"enabled": True},
-        report={"enabled": True},
+        reduce={"n_components": 2, "tsne": {"enabled": True, "perplexity": 5}}, **SHOWN
     )
     result = fruitdask.run(config, client=client)
     explored = ["explore.csv", "explore.json", "explore.parquet", "explore.zarr"]
@@ -173,9 +156,7 @@ def test_run_goes_on_after_too_many_failures(
     for path in sorted(source.rglob("*.jpg"))[:6]:
         path.write_bytes(b"broken")
     config = make_config(input={"url": str(source)}, featurize={"max_failed_fraction": 0.1, "images_per_partition": 3})
-    with pytest.raises(
-        TooManyFailuresError, match="of 24 images failed, more than featurize.max_failed_fraction .0.1. allows"
-    ):
+    with pytest.raises(TooManyFailuresError, match="of 24 images failed"):
         fruitdask.run(config, client=client)
     assert len(pd.read_csv(tmp_path / "out" / "failures.csv")) >= 3
     with pytest.raises(TooManyFailuresError, match="run again to resume"):
@@ -186,8 +167,10 @@ def test_run_goes_on_after_too_many_failures(
     assert result.n_computed < 24
 
 
-def test_run_computes_only_what_is_missing(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
-    first = fruitdask.run(make_config(), client=client)
+def test_run_computes_only_what_is_missing(
+    make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path
+) -> None:
+    first = finish(make_config())
     expected, table = first.features.compute(), first.table
     marks = tmp_path / "out" / "partitions"
     assert sorted(path.name for path in marks.iterdir()) == [f"{index:05d}.parquet" for index in range(5)]
@@ -204,9 +187,9 @@ def test_run_computes_only_what_is_missing(make_config: MakeConfig, client: Any,
     pd.testing.assert_frame_equal(again.table, table)
 
 
-def test_run_again_when_finished_starts_nothing(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
-    config = make_config()
-    fruitdask.run(config, client=client)
+def test_run_again_when_finished_starts_nothing(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:
+    config = make_config(explore=ON, quality=ON)
+    finish(config)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     code = (
         "import sys, fruitdask\n"
@@ -218,9 +201,9 @@ def test_run_again_when_finished_starts_nothing(make_config: MakeConfig, client:
 
 
 def test_run_reduces_again_without_a_cluster_when_only_that_changed(
-    make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, finish: Finish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fruitdask.run(make_config(), client=client)
+    finish(make_config())
     monkeypatch.setattr(budget, "open_client", lambda config: pytest.fail("a cluster was started"))
     result = fruitdask.run(make_config(reduce={"n_components": 0.999}))
     assert result.n_computed == 0
@@ -229,21 +212,26 @@ def test_run_reduces_again_without_a_cluster_when_only_that_changed(
 
 
 def test_run_reduces_large_features_on_the_cluster(
-    make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, finish: Finish, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    local = fruitdask.run(make_config(), client=client).table
+    local = finish(make_config()).table
     monkeypatch.setattr(run_module, "LOCAL_REDUCE_BYTES", 0)
     distributed = fruitdask.run(make_config(output={"overwrite": True}), client=client).table
     pd.testing.assert_frame_equal(distributed, local, rtol=1e-5)
 
 
 def test_run_reads_and_writes_s3(
-    make_config: MakeConfig, client: Any, sample_folder: Path, s3_bucket: tuple[str, dict], s3_client: Any
+    make_config: MakeConfig,
+    finish: Finish,
+    client: Any,
+    sample_folder: Path,
+    s3_bucket: tuple[str, dict],
+    s3_client: Any,
 ) -> None:
     bucket, options = s3_bucket
     for path in sample_folder.rglob("*.jpg"):
         s3_client.upload_file(str(path), bucket, f"in/{path.relative_to(sample_folder)}")
-    on_disk = fruitdask.run(make_config(), client=client)
+    on_disk = finish(make_config())
     remote = {
         "input": {"url": f"s3://{bucket}/in", "storage_options": options},
         "output": {"url": f"s3://{bucket}/out", "storage_options": options},
@@ -277,6 +265,7 @@ def test_each_stage_works_by_itself_on_a_client(
     assert fruitdask.fit_pca(features, n_components=2).n_components == 2
 
 
+@pytest.mark.slow
 def test_random_weights_give_the_same_network_in_a_child(
     make_config: MakeConfig, client: Any, sample_folder: Path
 ) -> None:
@@ -334,13 +323,12 @@ def test_run_refuses_and_writes_nothing(
     assert sorted(sample_folder.rglob("*")) == before
 
 
-def test_run_refuses_the_results_of_another_run(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
-    result = fruitdask.run(make_config(), client=client)
+def test_run_refuses_the_results_of_another_run(
+    make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path
+) -> None:
+    result = finish(make_config())
     before = result.table
-    with pytest.raises(
-        StoreMismatchError,
-        match="belongs to another run: only 10 of its 24 images are in this run's input; .* or --overwrite to delete",
-    ):
+    with pytest.raises(StoreMismatchError, match="only 10 of its 24 images"):
         fruitdask.run(make_config(input={"limit": 10}), client=client)
     with pytest.raises(StoreMismatchError, match="model.input_px was 32, is"):
         fruitdask.run(make_config(model={"preprocessing": "tf"}), client=client)
@@ -383,9 +371,9 @@ def test_run_refused_for_failures_is_refused_again(
 
 @pytest.mark.parametrize("step", ["write_results", "write_components"])
 def test_interrupted_writing_is_mended_by_the_next_run(
-    make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch, step: str
+    make_config: MakeConfig, finish: Finish, client: Any, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    expected = fruitdask.run(make_config(), client=client).table
+    expected = finish(make_config()).table
 
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt("in this test")
@@ -400,8 +388,10 @@ def test_interrupted_writing_is_mended_by_the_next_run(
 
 
 @pytest.mark.parametrize("name", ["results.parquet", "pca.zarr"])
-def test_deleted_results_are_made_again(make_config: MakeConfig, client: Any, tmp_path: Path, name: str) -> None:
-    expected = fruitdask.run(make_config(), client=client).table
+def test_deleted_results_are_made_again(
+    make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path, name: str
+) -> None:
+    expected = finish(make_config()).table
     store.delete_result(Location(str(tmp_path / "out")), name)
     result = fruitdask.run(make_config(), client=client)
     pd.testing.assert_frame_equal(result.table, expected)
@@ -409,9 +399,9 @@ def test_deleted_results_are_made_again(make_config: MakeConfig, client: Any, tm
 
 
 def test_interrupted_overwriting_leaves_no_commit_mark_without_its_chunk(
-    make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_config: MakeConfig, finish: Finish, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    expected = fruitdask.run(make_config(), client=client).features.compute()
+    expected = finish(make_config()).features.compute()
     delete = store.delete_result
 
     def delete_and_interrupt(output: Location, name: str) -> None:
@@ -436,8 +426,7 @@ def test_identical_images_have_features_and_no_components(
     (tmp_path / "in").mkdir()
     for number in range(n_images):
         Image.new("RGB", (40, 40), (10, 20, 30)).save(tmp_path / "in" / f"{number}.png")
-    shown = {"report": {"enabled": True}, "plots": {"enabled": True}}
-    config = make_config(input={"url": str(tmp_path / "in")}, reduce={"tsne": {"enabled": True}}, **shown)
+    config = make_config(input={"url": str(tmp_path / "in")}, reduce={"tsne": {"enabled": True}}, **SHOWN)
     result = fruitdask.run(config, client=client, progress=choose_progress())
     assert f"No principal components were computed: all {n_images} images have the same features" in capsys.readouterr().err
     np.testing.assert_allclose(result.features.compute(), [[10, 20, 30] * 2] * n_images)
@@ -472,8 +461,7 @@ def test_images_have_features_without_components(
         featurize={"images_per_partition": 2, "max_failed_fraction": 1},
         # More components than there can be are no matter where there are none.
         reduce={"tsne": {"enabled": True}, "n_components": 2 if n_images > 1 else 9} | reduce,
-        plots={"enabled": True},
-        report={"enabled": True},
+        **SHOWN,
     )
     result = fruitdask.run(config, client=client, progress=choose_progress())
     said = f"Principal components need at least 2 images with features, found {n_ok}: none were computed."
@@ -505,7 +493,7 @@ def test_components_go_when_one_image_is_left_and_come_back(
         pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
         (tmp_path / "in" / "apple").mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / "in" / "apple" / f"{number}.png")
-    config = make_config(input={"url": str(tmp_path / "in")}, reduce={"refit": "never"})
+    config = make_config(input={"url": str(tmp_path / "in")}, reduce={"refit": "never"}, quality=ON)
     before = fruitdask.run(config, client=client)
     (tmp_path / "in" / "apple" / "1.png").rename(tmp_path / "aside.png")
     alone = fruitdask.run(config, client=client)
@@ -518,32 +506,31 @@ def test_components_go_when_one_image_is_left_and_come_back(
 
 
 def test_settings_that_an_earlier_version_did_not_have_reduce_nothing_again(
-    make_config: MakeConfig, client: Any
+    make_config: MakeConfig, finish: Finish
 ) -> None:
-    result = fruitdask.run(make_config(), client=client)
+    result = finish(make_config())
     manifest = store.RunManifest.model_validate(result.manifest)
     del manifest.config["reduce"]["enabled"]
     store.write_manifest(result.output, manifest)
     assert fruitdask.run(make_config()).manifest["finished"] == result.manifest["finished"]
 
 
-def test_reduction_can_be_turned_off_and_on(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
-    shown = {"report": {"enabled": True}, "plots": {"enabled": True}}
-    before = fruitdask.run(make_config(**shown), client=client)
+def test_reduction_can_be_turned_off_and_on(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:
+    before = finish(make_config(**SHOWN))
     assert before.pca is not None and before.quality is not None
-    off = fruitdask.run(make_config(**shown, reduce={"enabled": False}))
+    off = fruitdask.run(make_config(**SHOWN, reduce={"enabled": False}))
     figures = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
     assert off.n_computed == 0 and off.pca is None and not (tmp_path / "out" / "pca.zarr").exists()
     assert list(off.table.columns) == ["path", "label", "status"] and not figures & {"pca", "explained_variance"}
     assert off.quality is not None and off.quality["neighbors"] == before.quality["neighbors"]
     assert fruitdask.verify(off.output.url).faults == ()
-    on = fruitdask.run(make_config(**shown))
+    on = fruitdask.run(make_config(**SHOWN))
     pd.testing.assert_frame_equal(on.table, before.table)
     assert fruitdask.verify(on.output.url).faults == ()
 
 
 def test_sample_is_not_drawn_into_a_remote_input(make_config: MakeConfig, client: Any) -> None:
-    with pytest.raises(ConfigError, match="draws into a local folder, but input.url is memory://drawn"):
+    with pytest.raises(ConfigError, match="draws into a local folder"):
         fruitdask.run(make_config(input={"url": "memory://drawn", "sample": {"per_class": 1}}), client=client)
 
 
@@ -555,19 +542,16 @@ def test_output_that_reaches_the_input_by_a_link_is_refused(
         fruitdask.run(make_config(output={"url": str(tmp_path / "link" / "out")}), client=client)
 
 
-def test_other_decoding_is_refused_with_both_values(make_config: MakeConfig, client: Any) -> None:
-    fruitdask.run(make_config(), client=client)
-    with pytest.raises(
-        StoreMismatchError,
-        match="featurize.max_pixels was 50000000, is 9999; ",
-    ):
+def test_other_decoding_is_refused_with_both_values(make_config: MakeConfig, finish: Finish, client: Any) -> None:
+    finish(make_config())
+    with pytest.raises(StoreMismatchError, match="featurize.max_pixels was 50000000, is 9999"):
         fruitdask.run(make_config(featurize={"max_pixels": 9999}), client=client)
 
 
 def test_exploring_along_with_a_run_finds_what_exploring_alone_does(
     make_config: MakeConfig, client: Any, tmp_path: Path
 ) -> None:
-    along = fruitdask.run(make_config(), client=client).exploration
+    along = fruitdask.run(make_config(explore=ON), client=client).exploration
     alone = fruitdask.explore(make_config(output={"url": str(tmp_path / "alone")}), client=client)
     assert along is not None
     pd.testing.assert_frame_equal(along.images, alone.images)
@@ -581,9 +565,9 @@ def test_run_looks_at_each_image_once(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(explore_module, "explore_partition", None)
-        fruitdask.run(make_config(), client=client)
+        fruitdask.run(make_config(explore=ON), client=client)
     # What was explored before is not explored by the run.
-    alone = make_config(output={"url": str(tmp_path / "alone")})
+    alone = make_config(explore=ON, output={"url": str(tmp_path / "alone")})
     fruitdask.explore(alone, client=client)
     before = (tmp_path / "alone" / "explore.json").stat().st_mtime_ns
     result = fruitdask.run(alone, client=client)
@@ -596,7 +580,7 @@ def test_run_looks_at_each_image_once(
 def test_exploration_is_made_up_for(make_config: MakeConfig, client: Any, explore: dict[str, Any]) -> None:
     first = fruitdask.run(make_config(explore={"enabled": explore != {}}), client=client)
     assert (first.exploration is None) == (explore == {})
-    again = fruitdask.run(make_config(explore=explore), client=client)
+    again = fruitdask.run(make_config(explore=ON | explore), client=client)
     assert again.n_computed == 0 and again.exploration is not None
     assert len(again.exploration.images) == 24 and again.exploration.images["status"].eq("ok").all()
     assert again.exploration.summary["input_px"] == explore.get("input_px", 32)
@@ -605,10 +589,10 @@ def test_exploration_is_made_up_for(make_config: MakeConfig, client: Any, explor
 
 
 def test_exploration_of_an_interrupted_run_is_complete(
-    make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, finish: Finish, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = fruitdask.run(make_config(), client=client).exploration
-    check, overwrite = featurize_module.check_failures, make_config(output={"overwrite": True})
+    expected = finish(make_config(explore=ON)).exploration
+    check, overwrite = featurize_module.check_failures, make_config(explore=ON, output={"overwrite": True})
 
     def interrupt(task: Any, n_failed: int) -> None:
         if len(store.list_committed(task.output)) >= 2:
@@ -619,14 +603,14 @@ def test_exploration_of_an_interrupted_run_is_complete(
         patch.setattr(featurize_module, "check_failures", interrupt)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
             fruitdask.run(overwrite, client=client)
-    result = fruitdask.run(make_config(), client=client)
+    result = fruitdask.run(make_config(explore=ON), client=client)
     assert expected is not None and result.exploration is not None and result.n_computed < 24
     pd.testing.assert_frame_equal(result.exploration.images, expected.images)
     pd.testing.assert_frame_equal(result.exploration.classes, expected.classes)
 
 
 def test_quality_equals_scikit_learn_on_the_same_features(make_config: MakeConfig, client: Any) -> None:
-    result = fruitdask.run(make_config(quality={"n_neighbors": 3}), client=client)
+    result = fruitdask.run(make_config(quality=ON | {"n_neighbors": 3}), client=client)
     features, labels = result.features.compute().astype(np.float64), result.table["label"].to_numpy()
     assert result.quality is not None and result.quality["n_images"] == 24
     silhouette = sklearn.metrics.silhouette_score(features, labels)
@@ -640,11 +624,11 @@ def test_quality_equals_scikit_learn_on_the_same_features(make_config: MakeConfi
 
 
 def test_report_is_rendered_again_without_images_and_cluster(
-    make_config: MakeConfig, client: Any, sample_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, finish: Finish, sample_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = copy_images(sample_folder, tmp_path / "in")
-    settings = {"input": {"url": str(source)}, "plots": {"enabled": True}, "report": {"enabled": True}}
-    first = fruitdask.run(make_config(**settings), client=client)
+    settings = {"input": {"url": str(source)}} | SHOWN
+    first = finish(make_config(**settings))
     written = first.report.read()
     assert "<iframe" in first.report._repr_html_()
     for module in (budget, explore_module):
@@ -660,60 +644,65 @@ def test_report_is_rendered_again_without_images_and_cluster(
 
 
 def test_render_report_needs_results(make_config: MakeConfig) -> None:
-    with pytest.raises(OutputError, match="expected a finished run or exploration, found none; use fruitdask run or"):
+    with pytest.raises(OutputError, match="expected a finished run or exploration, found none"):
         fruitdask.render_report(make_config())
 
 
-def test_explore_refuses_the_folder_of_a_run_on_other_images(make_config: MakeConfig, client: Any) -> None:
-    fruitdask.run(make_config(), client=client)
-    with pytest.raises(
-        StoreMismatchError, match="the input had other images or other versions of them; fruitdask run brings its results"
-    ):
+def test_explore_refuses_the_folder_of_a_run_on_other_images(
+    make_config: MakeConfig, finish: Finish, client: Any
+) -> None:
+    finish(make_config())
+    with pytest.raises(StoreMismatchError, match="the input had other images or other versions of them; fruitdask run brings"):
         fruitdask.explore(make_config(input={"limit": 10}), client=client)
 
 
 def test_run_refuses_the_exploration_of_other_images(make_config: MakeConfig, client: Any) -> None:
     fruitdask.explore(make_config(), client=client)
     other = {"input": {"limit": 10}, "explore": {"enabled": False}}
-    with pytest.raises(StoreMismatchError, match="belongs to another run: the input had other images"):
+    with pytest.raises(StoreMismatchError, match="the input had other images"):
         fruitdask.run(make_config(**other), client=client)
     result = fruitdask.run(make_config(**other | {"output": {"overwrite": True}}), client=client)
     assert result.exploration is None and len(result.table) == 10
 
 
+@pytest.mark.slow
 def test_interrupted_drawing_is_made_up_for(
-    make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_config: MakeConfig, finish: Finish, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    shown = {"plots": {"enabled": True}, "report": {"enabled": True}}
+    explored = {"explore": ON | {"input_px": 24}}
 
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt("in this test")
 
-    fruitdask.run(make_config(**shown), client=client)
+    finish(make_config(**SHOWN))
     with monkeypatch.context() as patch:
         patch.setattr(report_module.report, "write_page", interrupt)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
-            fruitdask.render_report(make_config(**shown | {"report": {"title": "Orchard"}}))
+            fruitdask.render_report(make_config(**SHOWN | {"report": ON | {"title": "Orchard"}}))
     assert "Orchard" not in (tmp_path / "out" / "report.html").read_text()
     with monkeypatch.context() as patch:
         patch.setattr(explore_module, "render", interrupt)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
-            fruitdask.explore(make_config(**shown, explore={"input_px": 24}), client=client)
-    result = fruitdask.run(make_config(**shown, explore={"input_px": 24}))
+            fruitdask.explore(make_config(**SHOWN | explored), client=client)
+    result = fruitdask.run(make_config(**SHOWN | explored))
     assert result.n_computed == 0 and "24 × 24" in result.report.read() and "Orchard" not in result.report.read()
     assert result.manifest["config"]["explore"]["input_px"] == 24
-    fruitdask.render_report(make_config(**shown | {"report": {"title": "Orchard"}}))
-    assert "Orchard" not in fruitdask.run(make_config(**shown, explore={"input_px": 24})).report.read()
+    fruitdask.render_report(make_config(**SHOWN | {"report": ON | {"title": "Orchard"}}))
+    assert "Orchard" not in fruitdask.run(make_config(**SHOWN | explored)).report.read()
 
 
-def test_other_numbers_leave_no_picture_of_the_old_ones(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
-    fruitdask.run(make_config(plots={"enabled": True}, report={"enabled": True}), client=client)
+def test_other_numbers_leave_no_picture_of_the_old_ones(
+    make_config: MakeConfig, finish: Finish, tmp_path: Path
+) -> None:
+    finish(make_config(**SHOWN))
     fruitdask.run(make_config(reduce={"n_components": 3}))
     assert not (tmp_path / "out" / "report.html").exists() and not list((tmp_path / "out" / "figures").iterdir())
 
 
-def test_seconds_are_those_of_the_run_that_took_them(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
-    first = fruitdask.run(make_config(), client=client).manifest
+def test_seconds_are_those_of_the_run_that_took_them(
+    make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path
+) -> None:
+    first = finish(make_config()).manifest
     again = fruitdask.run(make_config(reduce={"n_components": 3})).manifest
     assert again["n_computed"] == 24 and again["seconds"]["total"] == first["seconds"]["total"]
     assert again["seconds"]["worker"] == first["seconds"]["worker"]
@@ -723,9 +712,9 @@ def test_seconds_are_those_of_the_run_that_took_them(make_config: MakeConfig, cl
 
 
 def test_interrupted_overwriting_leaves_nothing_that_looks_complete(
-    make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, finish: Finish, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fruitdask.run(make_config(), client=client)
+    finish(make_config())
     deleted: list[str] = []
 
     def delete_some(output: Location, name: str) -> None:
@@ -748,9 +737,9 @@ def test_thumbnails_of_all_images_go_when_the_exploration_is_complete(
     for path in sorted(source.rglob("*.jpg"))[:6]:
         path.write_bytes(b"broken")
     with pytest.raises(TooManyFailuresError, match="images failed"):
-        fruitdask.run(make_config(input={"url": str(source)}), client=client)
+        fruitdask.run(make_config(explore=ON, input={"url": str(source)}), client=client)
     assert (tmp_path / "out" / "thumbnails.zarr").exists()
-    fruitdask.run(make_config(input={"url": str(source)}, featurize={"max_failed_fraction": 0.5}), client=client)
+    fruitdask.run(make_config(explore=ON, input={"url": str(source)}, featurize={"max_failed_fraction": 0.5}), client=client)
     assert not (tmp_path / "out" / "thumbnails.zarr").exists()
 
 

@@ -15,11 +15,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from loopback_ec2 import LoopbackEC2, read_plan
+from runs import MakeConfig, configure
 
 import fruitdask
 from fruitdask import store
 from fruitdask.cli import cli
-from fruitdask.core.config import Config, EC2ClusterConfig, LimitsConfig, LocalClusterConfig, ModelConfig
+from fruitdask.core.config import EC2ClusterConfig, LimitsConfig, LocalClusterConfig, ModelConfig
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location
 from fruitdask.errors import ConfigError, LimitError
@@ -33,7 +34,6 @@ from fruitdask.worker.fetch import ImageSource
 
 needs_loopback = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc")
 
-MakeConfig = Callable[..., Config]
 #: Image by image 20 ms, and 100 ms a partition.
 SAMPLE = Sample(
     n_images=32,
@@ -56,25 +56,8 @@ EC2: dict[str, Any] = {
 @pytest.fixture
 def make_config(tiny_model: ModelConfig, sample_folder: Path, tmp_path: Path) -> MakeConfig:
     """Make the configuration of a run of the tiny model on the drawn images, with settings of a test's own."""
-
-    def make(**settings: dict[str, Any]) -> Config:
-        sections: dict[str, dict[str, Any]] = {
-            "input": {"url": str(sample_folder)},
-            "model": tiny_model.model_dump(),
-            "cluster": {"kind": "local", "n_workers": 1, "threads_per_worker": 2, "dashboard_address": None},
-            "featurize": {"images_per_partition": 5},
-            "explore": {"enabled": False},
-            "quality": {"enabled": False},
-            "plots": {"enabled": False},
-            "report": {"enabled": False},
-            "output": {"url": str(tmp_path / "out")},
-        }
-        return fruitdask.load_config(
-            {name: section | settings.get(name, {}) for name, section in sections.items()}
-            | {name: section for name, section in settings.items() if name not in sections}
-        )
-
-    return make
+    cluster = {"kind": "local", "n_workers": 1, "threads_per_worker": 2, "dashboard_address": None}
+    return lambda **sections: configure(sample_folder, tmp_path / "out", tiny_model, **{"cluster": cluster} | sections)
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +170,7 @@ def test_expected_seconds_follow_from_the_sample() -> None:
     assert few < 10 < many < 60
 
 
+@pytest.mark.cloud
 @needs_loopback
 def test_expected_cost_is_what_arithmetic_says(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
     cloud.use(monkeypatch)
@@ -215,6 +199,7 @@ def test_expected_cost_is_what_arithmetic_says(cloud: LoopbackEC2, monkeypatch: 
     assert found.warnings == () and "ec2:RunInstances" in found.actions and count_launches(cloud) == 0
 
 
+@pytest.mark.cloud
 @needs_loopback
 def test_plan_warns_of_what_would_go_wrong(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
     cloud.use(monkeypatch)
@@ -229,6 +214,7 @@ def test_plan_warns_of_what_would_go_wrong(cloud: LoopbackEC2, monkeypatch: pyte
     assert "no instance type p9.huge" in unknown and "was not checked" in unknown
 
 
+@pytest.mark.cloud
 @needs_loopback
 def test_plan_on_ec2_starts_nothing_and_writes_nothing(
     make_config: MakeConfig, cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch
@@ -282,6 +268,7 @@ def test_limit_that_a_run_would_exceed_refuses_it(write_config: Callable[..., st
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.cloud
 @needs_loopback
 def test_cost_that_a_run_would_exceed_refuses_it(
     make_config: MakeConfig, cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch
@@ -302,6 +289,7 @@ def test_cost_that_a_run_would_exceed_refuses_it(
     assert count_launches(cloud) == 0 and list_objects(cloud, "results") == []
 
 
+@pytest.mark.cloud
 @needs_loopback
 def test_residency_is_the_verdict_before_anything_is_read(
     write_config: Callable[..., str], cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch
@@ -344,6 +332,8 @@ def test_limit_that_a_run_has_exceeded_ends_it_and_it_goes_on(
     assert "cost" not in result.manifest
 
 
+@pytest.mark.slow
+@pytest.mark.cloud
 @needs_loopback
 def test_cost_of_a_run_on_ec2_is_in_the_manifest_with_that_of_its_interrupted_parts(
     make_config: MakeConfig, cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

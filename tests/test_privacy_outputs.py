@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,10 +24,13 @@ import pandas as pd
 import pytest
 import yaml
 import zarr
+from click.testing import CliRunner, Result
 from PIL import Image, PngImagePlugin
 from PIL.TiffImagePlugin import IFDRational
+from s3fs import S3FileSystem
 
 import fruitdask
+from fruitdask.cli import cli
 from fruitdask.core.config import ModelConfig
 
 SERIAL, OWNER, ARTIST, COMMENT = "SN-PLANTED-4711", "Ada Planted-Owner", "Ben Planted-Artist", "planted comment"
@@ -207,6 +210,7 @@ def search(fs: Any, root: str) -> tuple[dict[str, list[bytes]], int]:
     return {path: words for path, words in found.items() if words}, n_images
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("s3_server")
 def test_nothing_planted_is_in_the_results_on_s3_or_in_a_log(
     planted: tuple[int, dict[str, Any]],
@@ -273,11 +277,14 @@ def test_nothing_planted_is_in_the_results_on_s3_or_in_a_log(
     assert not [secret for secret in SECRETS.values() if secret.encode() in kept]
 
 
+@pytest.mark.slow
 def test_nothing_planted_is_in_local_results_or_printed(planted: tuple[int, dict[str, Any]], tmp_path: Path) -> None:
     n_positions, sections = planted
     options = {"storage_options": {"auto_mkdir": True, "planted": SECRETS["options"]}}
     sections = sections | {
         "cluster": {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"},
+        # Figures are searched where the results are on S3.
+        "plots": {"enabled": False},
         "output": {"url": "out"} | options,
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(sections))
@@ -298,22 +305,39 @@ def test_nothing_planted_is_in_local_results_or_printed(planted: tuple[int, dict
     assert not [secret for secret in SECRETS.values() if secret in said]
 
 
-def run_in_vain(sections: dict[str, Any], folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run something that fails, and see that what is said and written keeps the secrets."""
-    cluster = {"n_workers": 1, "dashboard_address": None}
-    (folder / "run.yaml").write_text(yaml.safe_dump(sections | {"output": {"url": "out"}, "cluster": cluster}))
-    command = [sys.executable, "-m", "fruitdask", "run", "run.yaml", "--verbose", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+@pytest.fixture
+def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """A function that runs a command in this process, where nothing is known of earlier servers and their keys."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(S3FileSystem, "_cache", {})
+
+    def invoke(command: str, sections: dict[str, Any], *arguments: str, **environment: str) -> Result:
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({"output": {"url": "out"}} | sections))
+        return CliRunner().invoke(cli, [command, "run.yaml", "--verbose", *arguments], env=environment)
+
+    return invoke
+
+
+def check_failure(done: Result, folder: Path) -> None:
+    """Check that a command has failed, and that what it has said and written keeps the secrets."""
     assert "fruitdask: " in done.stderr and "Traceback" in done.stderr
-    assert not [secret for secret in SECRETS.values() if secret in done.stdout + done.stderr]
+    assert not [secret for secret in [*SECRETS.values(), "AKIAPLANTED"] if secret in done.output]
     assert search(fsspec.filesystem("file"), str(folder / "out"))[0] == {}
-    return done
 
 
 @pytest.mark.parametrize("key", ["input.url", "input.manifest", "model.weights"])
-def test_nothing_planted_is_in_an_error(planted: tuple[int, dict[str, Any]], tmp_path: Path, key: str) -> None:
+def test_nothing_planted_is_in_an_error(
+    planted: tuple[int, dict[str, Any]], command_line: Callable[..., Result], client: Any, tmp_path: Path, key: str
+) -> None:
     place = planted[1]["input"]["manifest"].replace("list.csv", "broken")
-    assert run_in_vain(planted[1], tmp_path, "--set", f"{key}={place}").returncode == 2
+    done = command_line("run", planted[1] | use(client), "--set", f"{key}={place}")
+    assert done.exit_code == 2
+    check_failure(done, tmp_path)
+
+
+def use(client: Any) -> dict[str, Any]:
+    """Configure the cluster of this session."""
+    return {"cluster": {"kind": "address", "address": client.scheduler.address}}
 
 
 @pytest.mark.parametrize(
@@ -321,41 +345,44 @@ def test_nothing_planted_is_in_an_error(planted: tuple[int, dict[str, Any]], tmp
     [("run", "input"), ("run", "output"), ("run", "model"), ("explore", "input"), ("plan", "model")],
 )
 def test_nothing_planted_is_said_of_an_endpoint_that_fails(
-    planted: tuple[int, dict[str, Any]], s3_server: str, tmp_path: Path, command: str, key: str
+    planted: tuple[int, dict[str, Any]],
+    command_line: Callable[..., Result],
+    client: Any,
+    s3_server: str,
+    tmp_path: Path,
+    command: str,
+    key: str,
 ) -> None:
     """A server that refuses, asked with keys from the options or, for the network, from the environment."""
     keys = {"key": "AKIAPLANTEDPLANTED12", "secret": SECRETS["options"], "token": SECRETS["token"]}
     options = {"endpoint_url": s3_server} | ({} if key == "model" else keys)
     place = {"weights" if key == "model" else "url": "s3://no-such-bucket/x.keras", "storage_options": options}
     sections = {"input": {"url": str(tmp_path / "in")}, "model": planted[1]["model"], "output": {"url": "out"}}
-    sections["cluster"] = {"n_workers": 1, "dashboard_address": None}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(sections | {key: sections[key] | place}))
-    environment = os.environ | {
-        "AWS_ACCESS_KEY_ID": "AKIAPLANTEDPLANTED34",
-        "AWS_SECRET_ACCESS_KEY": SECRETS["environment"],
-        "AWS_SESSION_TOKEN": SECRETS["session"],
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "fruitdask", command, "run.yaml", "--verbose"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
+    done = command_line(
+        command,
+        sections | use(client) | {key: sections[key] | place},
+        AWS_ACCESS_KEY_ID="AKIAPLANTEDPLANTED34",
+        AWS_SECRET_ACCESS_KEY=SECRETS["environment"],
+        AWS_SESSION_TOKEN=SECRETS["session"],
     )
-    said = done.stdout + done.stderr
-    assert done.returncode and "fruitdask: " in said and "Traceback" in said
-    assert not [secret for secret in [*SECRETS.values(), "AKIAPLANTED"] if secret in said]
+    assert done.exit_code
+    check_failure(done, tmp_path)
 
 
 def test_nothing_planted_is_in_the_outcome_of_an_image_that_cannot_be_read(
-    planted: tuple[int, dict[str, Any]], http_folder: tuple[Path, str], tmp_path: Path
+    planted: tuple[int, dict[str, Any]],
+    command_line: Callable[..., Result],
+    client: Any,
+    http_folder: tuple[Path, str],
+    tmp_path: Path,
 ) -> None:
     shelf = http_folder[0] / "shelf" / "apple"
     shelf.mkdir(parents=True)
     for number in range(2):
         (shelf / f"broken_{number}.jpg").write_bytes(b"never sent")
-    done = run_in_vain(planted[1] | {"input": {"url": f"{http_folder[1]}/shelf"}}, tmp_path)
-    assert done.returncode == 3, done.stderr
+    done = command_line("run", planted[1] | use(client) | {"input": {"url": f"{http_folder[1]}/shelf"}})
+    assert done.exit_code == 3, done.stderr
+    check_failure(done, tmp_path)
     failures = pd.read_csv(tmp_path / "out" / "failures.csv")
     assert list(failures["status"]) == ["unreachable", "unreachable"]
     assert failures["error"].str.contains("cannot read .*: 500.*Internal Server Error").all()

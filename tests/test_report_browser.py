@@ -46,6 +46,9 @@ LIST_MUTED = """() => Bokeh.documents[0].roots().map((plot) => plot.renderers.fi
 LIST_SELECTED = "() => Bokeh.documents[0].roots().map((plot) => plot.renderers[0].data_source.selected.indices.length)"
 
 
+pytestmark = pytest.mark.browser
+
+
 @dataclass
 class Watched:
     """A page, and what it has asked for and complained of."""

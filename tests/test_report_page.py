@@ -420,6 +420,7 @@ def test_render_page_bears_very_few_images(n_rows: int) -> None:
     assert f"{n_rows} image" in text
 
 
+@pytest.mark.slow
 def test_render_page_stays_small_whatever_the_number_of_images() -> None:
     data = make_report_data(12_000, 130)
     assert data.exploration is not None

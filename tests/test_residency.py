@@ -399,6 +399,7 @@ def test_names_of_regions_get_a_hint(make_config: MakeConfig, allowed: list[str]
         check_regions(config)
 
 
+@pytest.mark.slow
 def test_exploration_of_allowed_places_records_them(make_config: MakeConfig, server: Server, client: Any) -> None:
     privacy = {
         "allowed_regions": "eu",

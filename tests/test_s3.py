@@ -200,15 +200,16 @@ def open_virtual_hosted(request: pytest.FixtureRequest) -> Iterator[Server]:
             assert handler.hosts == {f"{BUCKET}.s3.fruits.test"}
 
 
-SERVERS = {
-    "moto": open_moto,
-    "moto, https": open_moto_https,
-    "s3rver": open_s3rver,
-    "s3rver, virtual-hosted": open_virtual_hosted,
-}
+NEEDS_NODE = [pytest.mark.browser, pytest.mark.slow]
+MOTO = pytest.param(open_moto, id="moto")
+MOTO_HTTPS = pytest.param(open_moto_https, id="moto, https", marks=pytest.mark.slow)
+S3RVER = pytest.param(open_s3rver, id="s3rver", marks=NEEDS_NODE)
+VIRTUAL_HOSTED = pytest.param(open_virtual_hosted, id="s3rver, virtual-hosted", marks=NEEDS_NODE)
+#: What takes several runs is tried on each server, but not by each way to reach it.
+both_servers = pytest.mark.parametrize("server", [MOTO, S3RVER], indirect=True)
 
 
-@pytest.fixture(scope="module", params=SERVERS.values(), ids=SERVERS)
+@pytest.fixture(scope="module", params=[MOTO, MOTO_HTTPS, S3RVER, VIRTUAL_HOSTED])
 def server(request: pytest.FixtureRequest, sample_folder: Path, tiny_model: ModelConfig) -> Iterator[Server]:
     """An S3 server with the drawn images, a manifest and weights."""
     with ExitStack() as stack:
@@ -251,6 +252,7 @@ def make_config(server: Server, request: pytest.FixtureRequest) -> MakeConfig:
             "input": {"url": f"s3://{BUCKET}/{FOLDER}", **options},
             "model": {"weights": f"s3://{BUCKET}/nets/colours.keras", "preprocessing": "none", **options},
             "featurize": {"images_per_partition": 5},
+            "plots": {"enabled": False},
             "output": {"url": f"s3://{BUCKET}/{output}", **options},
         }
         return fruitdask.load_config(
@@ -270,6 +272,7 @@ def on_disk(
             "input": {"url": str(sample_folder)},
             "model": tiny_model.model_dump(),
             "featurize": {"images_per_partition": 5},
+            "plots": {"enabled": False},
             "output": {"url": str(tmp_path_factory.mktemp("disk") / "out")},
         }
     )
@@ -302,8 +305,10 @@ def test_run_on_s3_equals_run_on_disk(make_config: MakeConfig, client: Any, on_d
     assert len(result.report.read()) > 50_000
 
 
+@pytest.mark.slow
+@both_servers
 def test_run_goes_on_where_it_was_interrupted(make_config: MakeConfig, client: Any, server: Server) -> None:
-    config = make_config(input={"manifest": f"s3://{BUCKET}/lists/all.csv"}, explore={"enabled": False})
+    config = make_config(input={"manifest": f"s3://{BUCKET}/lists/all.csv"}, explore={"enabled": False}, report={"enabled": False})
     with pytest.raises(KeyboardInterrupt, match="in this test"):
         fruitdask.run(config, client=client, progress=Interrupt())
     s3, folder = server.connect(), f"{config.output.url.split('/')[-1]}/partitions"
@@ -321,8 +326,10 @@ def test_run_goes_on_where_it_was_interrupted(make_config: MakeConfig, client: A
     assert fruitdask.run(again, client=client).n_computed == 24
 
 
+@pytest.mark.slow
+@both_servers
 def test_explore_and_report_work_on_s3(make_config: MakeConfig, client: Any) -> None:
-    config = make_config()
+    config = make_config(plots={"enabled": True})
     exploration = fruitdask.explore(config, client=client)
     assert exploration.images["status"].value_counts().to_dict() == {"ok": 24}
     output = Location(config.output.url, config.output.storage_options)
@@ -362,11 +369,11 @@ def test_odd_names_are_listed_and_read(server: Server) -> None:
     assert [root.fs.cat_file(f"{root.path}/{path}").decode() for path in catalog["path"]] == sorted(names)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("server", [MOTO], indirect=True)
 def test_every_object_is_encrypted_as_asked(make_config: MakeConfig, client: Any, server: Server) -> None:
-    if server.keys is S3RVER_KEYS:
-        pytest.skip("s3rver does not encrypt")
     asked = server.storage_options | {"s3_additional_kwargs": {"ServerSideEncryption": "aws:kms"}}
-    config = make_config(output={"storage_options": asked}, explore={"max_thumbnails": 10}, quality={"enabled": True})
+    config = make_config(output={"storage_options": asked}, explore={"max_thumbnails": 10}, plots={"enabled": True})
     result = fruitdask.run(config, client=client)
     s3, folder = server.connect(), f"{config.output.url.split('/')[-1]}/"
     found = {
@@ -378,9 +385,8 @@ def test_every_object_is_encrypted_as_asked(make_config: MakeConfig, client: Any
     assert find_encryption(Location(f"s3://{BUCKET}/lists/all.csv", server.storage_options)) is None
 
 
+@pytest.mark.parametrize("server", [S3RVER, VIRTUAL_HOSTED], indirect=True)
 def test_unknown_key_is_explained(server: Server) -> None:
-    if server.keys is not S3RVER_KEYS:
-        pytest.skip("moto takes any keys")
     options = server.storage_options | {"key": "AKIAIOSFODNN7EXAMPLE"}
     message = r"cannot read s3://fruits/x: .*\((403|InvalidAccessKeyId)\): .*credentials"
     with pytest.raises(StorageError, match=message) as caught:
@@ -388,9 +394,8 @@ def test_unknown_key_is_explained(server: Server) -> None:
     assert "EXAMPLE" not in str(caught.value)
 
 
+@pytest.mark.parametrize("server", [MOTO_HTTPS], indirect=True)
 def test_certificate_that_nobody_vouches_for_is_refused(server: Server) -> None:
-    if not server.url.startswith("https"):
-        pytest.skip("has no certificate")
     options = server.storage_options | {"client_kwargs": {}}
     with pytest.raises(StorageError, match=r"certificate.*: name the authority of .* client_kwargs: {verify: FILE}"):
         exists(Location(f"s3://{BUCKET}/x", options))
@@ -412,6 +417,7 @@ def test_missing_bucket_ends_the_command_before_anything_starts(
     assert "Starting the cluster" not in done.output
 
 
+@pytest.mark.slow
 def test_secrets_are_in_no_command_line_and_weights_are_hashed_once(
     s3_bucket: tuple[str, dict[str, Any]],
     s3_client: Any,

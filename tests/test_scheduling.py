@@ -171,6 +171,7 @@ def test_map_partitions_ends_when_every_worker_has_paused_for_good(monkeypatch: 
     assert 0 < len(done) < 120
 
 
+@pytest.mark.slow
 def test_map_partitions_goes_on_where_workers_pause_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "_POLL_SECONDS", 2)
     done: list[int] = []
@@ -201,6 +202,7 @@ def impatient_client() -> Iterator[Any]:
         yield client
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deadly", [{2}, {0, 5}, {6}, set(range(7))], ids=["one", "two", "last", "all"])
 def test_images_that_kill_workers_are_found_and_avoided(deadly: set[int], impatient_client: Any) -> None:
     partitions = [

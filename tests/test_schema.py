@@ -16,7 +16,8 @@ import fruitdask
 from fruitdask import store
 from fruitdask.cli import cli
 from fruitdask.core import fingerprint
-from fruitdask.core.config import Config, ExploreConfig, FeaturizeConfig, ModelConfig
+from fruitdask.core.config import Config, ExploreConfig, ModelConfig
+from fruitdask.core.config.sections import FeaturizeConfig
 from fruitdask.core.fingerprint import compare_fingerprints, describe_settings
 from fruitdask.core.storage import Location
 from fruitdask.store.schema import seal
@@ -136,6 +137,7 @@ STRANGE: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", STRANGE.values(), ids=STRANGE)
 def test_a_strange_manifest_is_a_sentence(output: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     rewrite(output / "manifest.json", change)

@@ -215,7 +215,7 @@ def test_clear_output_leaves_files_of_other_names(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["figures", "mine.png"]
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     n_images=st.integers(1, 17),
     size=st.integers(1, 6),

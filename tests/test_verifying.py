@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import zarr
 from hypothesis import given, settings, strategies as st
-from test_growing import _INTERRUPTIONS, break_image, compute_colours, configure, draw, run_and_interrupt
+from runs import EXTRAS, INTERRUPTIONS, ON, break_image, compute_colours, configure, draw, run_and_interrupt
 
 import fruitdask
 from fruitdask import report, store
@@ -30,31 +30,34 @@ BROKEN = "pear_1/r0_0.jpg"
 @pytest.fixture(scope="module")
 def config(
     tiny_model: ModelConfig, sample_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Path], Config]:
+) -> Callable[..., Config]:
     """Make the configuration of a run of the tiny model on the drawn images, one of them broken, into a folder."""
     source = tmp_path_factory.mktemp("in") / "fruits"
     shutil.copytree(sample_folder, source)
     (source / BROKEN).write_bytes(b"")
 
-    def make(output: Path) -> Config:
-        sections: dict[str, dict[str, Any]] = {
-            "input": {"url": str(source)},
-            "model": tiny_model.model_dump(),
-            "cluster": {"kind": "local", "n_workers": 1, "threads_per_worker": 2, "dashboard_address": None},
-            "featurize": {"images_per_partition": 5},
-            "reduce": {"n_components": 2, "tsne": {"enabled": True, "perplexity": 5}},
-            "output": {"url": str(output)},
-        }
-        return fruitdask.load_config(sections)
+    def make(output: Path, extras: Iterable[str] = EXTRAS) -> Config:
+        tsne = {"n_components": 2, "tsne": {"enabled": True, "perplexity": 5}}
+        return configure(source, output, tiny_model, reduce=tsne, **dict.fromkeys(extras, ON))
 
     return make
 
 
 @pytest.fixture(scope="module")
-def finished(config: Callable[[Path], Config], client: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(config: Callable[..., Config], client: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a finished run of 24 images in 5 partitions; to be copied, not changed."""
     output = tmp_path_factory.mktemp("finished") / "out"
     fruitdask.run(config(output), client=client)
+    return output
+
+
+@pytest.fixture(scope="module")
+def finished_without_figures(
+    config: Callable[..., Config], client: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same without figures and page, which take longest to be drawn again."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    fruitdask.run(config(output, ("explore", "quality")), client=client)
     return output
 
 
@@ -113,7 +116,8 @@ def test_verify_finds_nothing_in_a_finished_run(finished: Path) -> None:
     assert read_bytes(finished, *(path.name for path in finished.iterdir())) == before
 
 
-@settings(max_examples=60)
+@pytest.mark.slow
+@settings(max_examples=40)
 @given(data=st.data())
 def test_verify_finds_whatever_a_reader_would_see(
     finished: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -277,21 +281,23 @@ def change_text(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.parametrize(("damage", "expected", "remedy", "n_computed"), DAMAGES.values(), ids=DAMAGES)
 def test_run_after_repair_makes_what_was_damaged_and_nothing_else(
-    config: Callable[[Path], Config],
+    config: Callable[..., Config],
     client: Any,
-    finished: Path,
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     damage: Callable[[Path], Any],
     expected: str,
     remedy: str,
     n_computed: int,
 ) -> None:
+    extras = EXTRAS if remedy == "draw" else ("explore", "quality")
+    finished: Path = request.getfixturevalue("finished" if remedy == "draw" else "finished_without_figures")
     output = copy_output(finished, tmp_path)
     damage(output)
     found = fruitdask.verify(str(output), repair=True)
     assert any(re.search(expected, str(fault)) for fault in found.faults), [str(fault) for fault in found.faults]
     assert remedy in {fault.remedy for fault in found.faults}
-    assert fruitdask.run(config(output), client=client).n_computed == n_computed
+    assert fruitdask.run(config(output, extras), client=client).n_computed == n_computed
     assert fruitdask.verify(str(output)).faults == ()
     # Nothing but when and how long is another.
     folders = (
@@ -456,12 +462,11 @@ def test_verify_knows_when_nothing_can_be_restored(finished: Path, tmp_path: Pat
 
 
 def test_verify_refuses_a_folder_without_results(tmp_path: Path) -> None:
-    with pytest.raises(
-        OutputError, match="expected the results of a run or an exploration, found none; check the folder"
-    ):
+    with pytest.raises(OutputError, match="expected the results of a run or an exploration"):
         fruitdask.verify(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_verify_and_repair_on_s3(finished: Path, s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
     bucket, options = s3_bucket
     for name in list_files(finished):
@@ -475,14 +480,12 @@ def test_verify_and_repair_on_s3(finished: Path, s3_bucket: tuple[str, dict[str,
 
 
 def test_reducing_a_store_with_a_flipped_byte_is_one_sentence(
-    config: Callable[[Path], Config], client: Any, finished: Path, tmp_path: Path
+    config: Callable[..., Config], client: Any, finished: Path, tmp_path: Path
 ) -> None:
     output = copy_output(finished, tmp_path)
     rewrite_manifest(Location(str(output)), status="running")
     flip(output / "features.zarr/features/c/3/0", 5)
-    with pytest.raises(
-        DamageError, match="features/c/3/0 is damaged .*it is partition 3: use fruitdask verify .*out --repair, and run"
-    ):
+    with pytest.raises(DamageError, match="features/c/3/0 is damaged .*partition 3: .*--repair"):
         fruitdask.run(config(output), client=client)
 
 
@@ -582,7 +585,7 @@ class History:
     def interrupt(self) -> None:
         """Interrupt a run of other images."""
         self.add()
-        run_and_interrupt(self.config, self._client, str(self._random.choice(sorted(_INTERRUPTIONS))))
+        run_and_interrupt(self.config, self._client, str(self._random.choice(sorted(INTERRUPTIONS))))
 
     def erase(self) -> None:
         """Erase an image, which stays in the input."""
@@ -655,6 +658,7 @@ _DEEDS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_verify_finds_nothing_after_any_history(tmp_path: Path, tiny_model: ModelConfig, client: Any, seed: int) -> None:
     history = History(tmp_path, tiny_model, client, seed)

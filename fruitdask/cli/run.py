@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fruitdask.cli.common import (
-    config_argument, load, overwrite_option, print_rows, reported, set_option, show, verbose_option
+    config_argument,
+    load,
+    overwrite_option,
+    print_rows,
+    reported,
+    set_option,
+    show,
+    verbose_option,
 )
 
 if TYPE_CHECKING:

@@ -1,11 +1,22 @@
 """The configuration: defaults, then a YAML file, then overrides, merged once into frozen, validated objects."""
 
 from fruitdask.core.config.clusters import (
-    AdaptiveConfig, AddressClusterConfig, ClusterConfig, EC2ClusterConfig, LocalClusterConfig
+    AdaptiveConfig,
+    AddressClusterConfig,
+    ClusterConfig,
+    EC2ClusterConfig,
+    LocalClusterConfig,
 )
 from fruitdask.core.config.loading import URL_KEYS, build_schema, load_config
 from fruitdask.core.config.sections import (
-    PILLOW_LIMIT_PIXELS, Config, ExploreConfig, InputConfig, LimitsConfig, ModelConfig, QualityConfig, ReduceConfig
+    PILLOW_LIMIT_PIXELS,
+    Config,
+    ExploreConfig,
+    InputConfig,
+    LimitsConfig,
+    ModelConfig,
+    QualityConfig,
+    ReduceConfig,
 )
 
 __all__ = [

@@ -27,7 +27,7 @@ from fruitdask.worker.models.files import (
 )
 from fruitdask.worker.models.layers import cut_network, find_features, find_layer, has_foreign_layers
 from fruitdask.worker.models.networks import INPUT_PX, build_network, check_name, find_preprocessing
-from fruitdask.worker.models.settings import import_keras, default_settings
+from fruitdask.worker.models.settings import default_settings, import_keras
 
 logger = logging.getLogger(__name__)
 

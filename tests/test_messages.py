@@ -1,0 +1,289 @@
+"""Sentences that users read: each mistake is made for real, and what is said of it is compared with ``golden/messages.txt``.
+
+After changing a sentence, write the file again with ``pytest tests/test_messages.py --write-golden``, and read the difference.
+"""
+
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import configure, draw
+
+import fruitdask
+from fruitdask.core.config import Config, ModelConfig
+from fruitdask.errors import FruitdaskError
+
+GOLDEN = Path(__file__).parent / "golden" / "messages.txt"
+MINIMAL = "input: {url: s3://photos/fruits}\noutput: {url: s3://results/run}\n"
+_WRITE_AGAIN = "if this is what it should say, write the file again with pytest tests/test_messages.py --write-golden"
+
+
+class Scene:
+    """A folder in which a mistake is made, and what is needed to make it."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._request = request
+        self.folder: Path = request.getfixturevalue("tmp_path")
+        self.images: Path = request.getfixturevalue("sample_folder")
+        self.model: ModelConfig = request.getfixturevalue("tiny_model")
+
+    def read(self, text: str, *overrides: str) -> Config:
+        """Load a configuration file."""
+        (self.folder / "run.yaml").write_text(text)
+        return fruitdask.load_config(self.folder / "run.yaml", overrides=overrides)
+
+    def configure(self, **sections: Any) -> Config:
+        """Configure a small run into the folder."""
+        return configure(self.images, self.folder / "out", self.model, **sections)
+
+    def run(self, **sections: Any) -> fruitdask.RunResult:
+        """Run, on the cluster of this session."""
+        return fruitdask.run(self.configure(**sections), client=self._request.getfixturevalue("client"))
+
+    def finish(self, **sections: Any) -> Path:
+        """Fill the output folder with a finished run, to which a mistake can be made."""
+        self._request.getfixturevalue("finish")(self.configure(**sections))
+        return self.folder / "out"
+
+    def fill(self, *names: str) -> str:
+        """Make a folder of files that nobody opens."""
+        for name in names:
+            (self.folder / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / "in" / name).write_bytes(b"x")
+        return str(self.folder / "in")
+
+    def list(self, **settings: Any) -> Any:
+        """List the images of an input."""
+        return fruitdask.list_images(self.configure(input=settings).input)
+
+    def list_table(self, text: str) -> Any:
+        """List the images that a table of labels names."""
+        (self.folder / "labels.csv").write_text(text)
+        return self.list(url=self.fill("1.jpg", "a/2.jpg"), manifest=str(self.folder / "labels.csv"))
+
+    def mask(self, error: BaseException) -> str:
+        """Write an error without what differs from run to run: places, hashes, addresses."""
+        text = f"{type(error).__name__}: {error}"
+        places = {self.model.weights: "MODEL", str(self.images): "IMAGES", str(self.folder): "HERE"}
+        for place, name in places.items():
+            text = text.replace(place, name)
+        return re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{12}\b", "HASH", text)
+
+
+def damage(path: Path, place: int = -1) -> None:
+    """Change a byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def run_on_a_few(scene: Scene, n_images: int, **reduce: Any) -> None:
+    """Run on so many images."""
+    draw(scene.folder / "in", *(f"apple/{number}.png" for number in range(n_images)))
+    scene.run(input={"url": str(scene.folder / "in")}, reduce=reduce)
+
+
+def run_on_broken_images(scene: Scene) -> None:
+    """Run on images most of which cannot be read."""
+    shutil.copytree(scene.images, scene.folder / "in")
+    for path in sorted((scene.folder / "in").rglob("*.jpg"))[::2]:
+        path.write_bytes(b"broken")
+    scene.run(input={"url": str(scene.folder / "in")}, featurize={"images_per_partition": 24})
+
+
+def run_after_erasing(scene: Scene) -> None:
+    """Erase images that stay in the input, and run again."""
+    scene.finish()
+    fruitdask.erase(scene.configure(), ["pear_1/*"])
+    scene.run()
+
+
+def run_on_damage(scene: Scene) -> None:
+    """Reduce features one of whose chunks is damaged."""
+    damage(scene.finish() / "features.zarr" / "features" / "c" / "3" / "0", 5)
+    scene.run(reduce={"n_components": 3})
+
+
+def show_damage(scene: Scene, name: str) -> None:
+    """Render the report of results one file of which is damaged."""
+    output = scene.finish(quality={"enabled": True})
+    (output / name).write_bytes(b"{")
+    fruitdask.render_report(scene.configure(quality={"enabled": True}, report={"enabled": True}))
+
+
+def run_on_a_foreign_manifest(scene: Scene) -> None:
+    """Run into a folder that holds another program's manifest."""
+    (scene.folder / "out").mkdir()
+    (scene.folder / "out" / "manifest.json").write_text("[1, 2]")
+    scene.run()
+
+
+def build(scene: Scene, model: Any, **settings: Any) -> None:
+    """Use a Keras model of a user's own."""
+    model.save(scene.folder / "own.keras")
+    fruitdask.build_artifact(ModelConfig(**{"weights": str(scene.folder / "own.keras"), "preprocessing": "none"} | settings))
+
+
+def build_of_bytes(scene: Scene, name: str, data: bytes, **settings: Any) -> None:
+    """Use a file that is no model."""
+    (scene.folder / name).write_bytes(data)
+    fruitdask.build_artifact(ModelConfig(weights=str(scene.folder / name), **settings))
+
+
+def build_of_zip(scene: Scene) -> None:
+    """Use what Teachable Machine downloads, as it is."""
+    with zipfile.ZipFile(scene.folder / "converted_keras.zip", "w") as archive:
+        archive.writestr("keras_model.h5", b"")
+    fruitdask.build_artifact(ModelConfig(weights=str(scene.folder / "converted_keras.zip"), preprocessing="none"))
+
+
+def make_network(*shape: int | None) -> Any:
+    """Make a network that takes images of a shape."""
+    import keras
+
+    image = keras.Input(shape)
+    return keras.Model(image, keras.layers.Dense(2)(keras.layers.Flatten()(image)))
+
+
+def sample_into_a_full_folder(scene: Scene) -> None:
+    """Draw a sample where something is."""
+    from click.testing import CliRunner
+
+    from fruitdask.cli import cli
+
+    done = CliRunner().invoke(cli, ["sample", scene.fill("mine.txt")])
+    raise FruitdaskError(done.stderr.strip())
+
+
+#: Mistakes by name.
+MISTAKES: dict[str, Callable[[Scene], Any]] = {
+    # The configuration.
+    "unknown section": lambda scene: scene.read(MINIMAL + "modle: {}"),
+    "unknown key": lambda scene: scene.read(MINIMAL + "model:\n  pooling: avg\n  weight: x"),
+    "unknown key, nothing near": lambda scene: scene.read(MINIMAL + "model: {xyzzy: 1}"),
+    "unknown key of a nested section": lambda scene: scene.read(MINIMAL.replace("}", ", sample: {perclass: 3}}", 1)),
+    "unknown key of a kind of cluster": lambda scene: scene.read(
+        MINIMAL + "cluster:\n  kind: address\n  address: tcp://h:1\n  timeout_second: 3"
+    ),
+    "two mistakes": lambda scene: scene.read(MINIMAL + "model: {pooling: mean}\nplots: {dpi: 3}"),
+    "no such choice": lambda scene: scene.read(MINIMAL, "model.pooling=mean"),
+    "wrong type": lambda scene: scene.read(MINIMAL, "input.limit=many"),
+    "below the least": lambda scene: scene.read(MINIMAL, "input.limit=0"),
+    "word for a list": lambda scene: scene.read(MINIMAL, "input.classes=pear_1"),
+    "override without a value": lambda scene: scene.read(MINIMAL, "model.pooling"),
+    "override without a section": lambda scene: scene.read(MINIMAL, "pooling=max"),
+    "override that is not YAML": lambda scene: scene.read(MINIMAL, "input.classes=[pear_1"),
+    "missing section": lambda scene: scene.read("input: {url: x}"),
+    "missing key": lambda scene: scene.read("input: {url: x}\noutput:\n  overwrite: true"),
+    "missing address": lambda scene: scene.read(MINIMAL + "cluster: {kind: address}"),
+    "missing configuration": lambda scene: fruitdask.load_config(scene.folder / "nope.yaml"),
+    "folder for a configuration": lambda scene: fruitdask.load_config(scene.folder),
+    "configuration that is a list": lambda scene: scene.read("- input\n- output"),
+    "configuration that is not YAML": lambda scene: scene.read("input: {url: x"),
+    "huge configuration": lambda scene: scene.read(MINIMAL + "#" * 1_048_576),
+    "variable that is not set": lambda scene: scene.read("input:\n  url: ${FRUITS_UNSET}/in\noutput: {url: out}"),
+    "components that mean nothing": lambda scene: scene.read(MINIMAL, "reduce.n_components=0"),
+    "fraction with the wrong solver": lambda scene: scene.read(
+        MINIMAL, "reduce.n_components=0.8", "reduce.solver=randomized"
+    ),
+    "Keras model without preprocessing": lambda scene: scene.read(MINIMAL, "model.weights=mine.keras"),
+    "precision of a Keras model": lambda scene: scene.read(
+        MINIMAL, "model.weights=mine.keras", "model.preprocessing=none", "model.precision=mixed_float16"
+    ),
+    "more pixels than Pillow opens": lambda scene: scene.read(MINIMAL, "featurize.max_pixels=178956971"),
+    "dashboard for everybody": lambda scene: scene.read(MINIMAL, "cluster.dashboard_address=0.0.0.0:8787"),
+    "components that are not kept": lambda scene: scene.read(MINIMAL, "plots.components=[1, 3]"),
+    # The input.
+    "no folder": lambda scene: scene.list(url=str(scene.folder / "nope")),
+    "no images": lambda scene: scene.list(url=scene.fill("a/notes.txt", "b/1.mp4", "README")),
+    "no such class": lambda scene: scene.list(url=str(scene.images), classes=["plum", "pear_1"]),
+    "all images excluded": lambda scene: scene.list(url=str(scene.images), exclude=["*"]),
+    "no such protocol": lambda scene: scene.list(url="nowhere://bucket"),
+    "protocol without its package": lambda scene: scene.list(url="gs://bucket/photos"),
+    "no table of labels": lambda scene: scene.list(url=str(scene.images), manifest=str(scene.folder / "none.csv")),
+    "table without rows": lambda scene: scene.list_table("path,label\n"),
+    "table with other columns": lambda scene: scene.list_table("file,class\n1.jpg,a\n"),
+    "table with a path twice": lambda scene: scene.list_table("path,label\n1.jpg,a\n1.jpg,b\n"),
+    "table with an empty field": lambda scene: scene.list_table("path,label\n1.jpg,\n"),
+    "table with a path outside": lambda scene: scene.list_table("path,label\n../1.jpg,a\n"),
+    "table of other files": lambda scene: scene.list_table("path,label\nx.jpg,a\ny.jpg,b\n"),
+    "label pattern that does not fit": lambda scene: scene.list(
+        url=scene.fill("odd/2.jpg"), label_from="class_([a-z]+)/"
+    ),
+    # A run.
+    "output inside the input": lambda scene: scene.run(output={"url": str(scene.images / "out")}),
+    "output that is a file": lambda scene: scene.run(output={"url": f"{scene.model.weights}/out"}),
+    "sample for a remote input": lambda scene: scene.run(input={"url": "memory://drawn", "sample": {"per_class": 1}}),
+    "more components than images": lambda scene: run_on_a_few(scene, 4, n_components=5),
+    "more components than features": lambda scene: run_on_a_few(scene, 9, n_components=7),
+    "too many failures": run_on_broken_images,
+    "no scheduler": lambda scene: fruitdask.run(
+        scene.configure(cluster={"kind": "address", "address": "tcp://127.0.0.1:9", "timeout_seconds": 0.5})
+    ),
+    "local folders on EC2": lambda scene: fruitdask.run(
+        scene.configure(cluster={"kind": "ec2", "docker_image": "any"})
+    ),
+    "foreign manifest": run_on_a_foreign_manifest,
+    # An output that is there.
+    "results of other images": lambda scene: (scene.finish(), scene.run(input={"limit": 10})),
+    "results of another model": lambda scene: (scene.finish(), scene.run(model={"preprocessing": "tf"})),
+    "results of another decoding": lambda scene: (scene.finish(), scene.run(featurize={"max_pixels": 9999})),
+    "exploration into results of other images": lambda scene: (
+        scene.finish(),
+        fruitdask.explore(scene.configure(input={"limit": 10})),
+    ),
+    "report of nothing": lambda scene: fruitdask.render_report(scene.configure()),
+    "verification of nothing": lambda scene: fruitdask.verify(str(scene.folder)),
+    "erasure from nothing": lambda scene: fruitdask.erase(scene.configure(), ["pear_1/*"]),
+    "erasure of nothing": lambda scene: (scene.finish(), fruitdask.erase(scene.configure(), ["nobody/*"])),
+    "erasure of everything": lambda scene: (scene.finish(), fruitdask.erase(scene.configure(), ["*"])),
+    "run after an erasure": run_after_erasing,
+    "damaged features": run_on_damage,
+    "damaged quality": lambda scene: show_damage(scene, "quality.json"),
+    "damaged results": lambda scene: show_damage(scene, "results.parquet/part-00000.parquet"),
+    # The network.
+    "misspelt network": lambda scene: fruitdask.build_artifact(ModelConfig(name="MobilNetV2")),
+    "no network": lambda scene: fruitdask.build_artifact(ModelConfig(name="Pineapple")),
+    "no such layer": lambda scene: fruitdask.build_artifact(
+        ModelConfig(name="SqueezeNet", layer="fire99", weights="random")
+    ),
+    "file of another kind": lambda scene: fruitdask.build_artifact(ModelConfig(weights="weights.txt")),
+    "no such weights": lambda scene: fruitdask.build_artifact(ModelConfig(weights=str(scene.folder / "none.h5"))),
+    "no weights": lambda scene: build_of_bytes(scene, "text.h5", b"no weights"),
+    "no Keras model": lambda scene: build_of_bytes(scene, "no.keras", b"no archive", preprocessing="none"),
+    "archive of Teachable Machine": build_of_zip,
+    "model of rectangles": lambda scene: build(scene, make_network(32, 24, 3)),
+    "model of grey images": lambda scene: build(scene, make_network(32, 32, 1)),
+    "mixed precision on OpenVINO": lambda scene: fruitdask.build_artifact(
+        ModelConfig(name="SqueezeNet", weights="random", engine="openvino", precision="mixed_float16")
+    ),
+    "sample into a full folder": sample_into_a_full_folder,
+}
+
+
+def read_golden() -> dict[str, str]:
+    """Read the sentences by the names of the mistakes."""
+    if not GOLDEN.exists():
+        return {}
+    blocks = GOLDEN.read_text("utf-8").strip().split("\n\n")
+    return dict(block.removeprefix("# ").split("\n", 1) for block in blocks)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_told_in_the_words_of_the_golden_file(request: pytest.FixtureRequest, name: str) -> None:
+    scene = Scene(request)
+    with pytest.raises(FruitdaskError, match=".") as caught:
+        MISTAKES[name](scene)
+    said = scene.mask(caught.value)
+    if request.config.getoption("--write-golden"):
+        written = read_golden() | {name: said}
+        GOLDEN.write_text("\n\n".join(f"# {key}\n{written[key]}" for key in MISTAKES if key in written) + "\n", "utf-8")
+    assert said == read_golden().get(name), _WRITE_AGAIN
+
+
+def test_golden_file_has_no_other_sentences() -> None:
+    assert list(read_golden()) == list(MISTAKES)
