@@ -50,7 +50,7 @@ def test_ctrl_c_ends_everything_and_says_how_to_go_on(scene: Scene, n_interrupts
     assert process.wait(60) == 130
     log = output.with_suffix(".log").read_text()
     assert "Traceback" not in log and "dashboard" not in log
-    assert log.endswith("fruitdask: interrupted; what is stored stays, run the same command again to go on\n")
+    assert log.endswith("fruitdask: interrupted; stored results are kept, run the same command again to resume\n")
     left = [psutil.Process(pid) for pid in family if psutil.pid_exists(pid)]
     psutil.wait_procs(left, timeout=20)
     assert not [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]

@@ -231,7 +231,7 @@ CAUSES = {
     "500": r"InternalError\): the server has failed",
     "503": r"SlowDown\): AWS asks for fewer",
     "reset before": "the server closed the connection|no server answers there",
-    "truncated": "the server broke off",
+    "truncated": "the server closed the connection",
     "stall": "the server stopped answering",
 }
 
@@ -282,6 +282,6 @@ def test_chunk_is_asked_for_as_often_as_configured(s3_server: str, s3_bucket: tu
         group: Any = store.open_store(output)
         group = pickle.loads(pickle.dumps(group))
         n_before, server.fraction = server.requests.total(), 1
-        with pytest.raises(StorageError, match="^cannot read .*: the server broke off"), explained(output, "read"):
+        with pytest.raises(StorageError, match="^cannot read .*: the server closed the connection"), explained(output, "read"):
             group["features"][:]
         assert server.requests.total() - n_before == 2
