@@ -188,7 +188,7 @@ def test_summarize_quality_of_images_that_are_all_equal() -> None:
 
 
 def test_summarize_quality_refuses_labels_that_do_not_fit() -> None:
-    with pytest.raises(ReduceError, match="a label for each of 3 rows of features, found 2 labels"):
+    with pytest.raises(ReduceError, match="expected one label per row of features .3., found 2 labels"):
         summarize_quality(np.zeros((3, 2), np.float32), ["a", "b"], n_neighbors=1, metric="euclidean")
 
 

@@ -169,7 +169,7 @@ def test_check_solver_takes_what_it_can(solver: str, n_images: int, n_features: 
 def test_fit_pca_refuses_many_features_of_many_images() -> None:
     features = da.zeros((5000, 62_720), chunks=(500, -1), dtype=np.float32)
     with pytest.raises(
-        ReduceError, match="62,720 features of 5,000 images; set model.pooling to avg, or reduction.solver"
+        ReduceError, match="62,720 features of 5,000 images; set model.pooling to avg, or reduce.solver"
     ):
         fit_pca(features, n_components=2)
 
@@ -277,4 +277,4 @@ def test_compare_components_names_what_differs(name: str) -> None:
 def test_compare_components_refuses_another_width() -> None:
     random = np.random.default_rng(0)
     wide, narrow = (fit_pca(da.from_array(random.normal(size=(9, n)), chunks=(3, n)), n_components=2) for n in (4, 3))
-    assert list(compare_components(wide, narrow)) == ["expected 3 features and at most 2 components, found (2, 4)"]
+    assert list(compare_components(wide, narrow)) == ["expected 3 features and at most 2 components, found the shape (2, 4)"]
