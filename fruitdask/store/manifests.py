@@ -144,10 +144,10 @@ def read_quality(output: Location) -> dict[str, Any] | None:
         tree = read_json(location)
         return None if tree is None else Quality.model_validate(tree).dump()
     except ValidationError as error:
-        found = describe_invalid(error)
+        found = f"found {describe_invalid(error)}"
     except (ValueError, RecursionError) as error:
         found = str(error)
-    raise DamageError(f"{location.url} is damaged (found {found}); {advise_repair(output)}")
+    raise DamageError(f"{location.url} is damaged ({found}); {advise_repair(output)}")
 
 
 def write_json(location: Location, tree: Mapping[str, Any]) -> None:
