@@ -29,7 +29,9 @@ settings.load_profile("fruitdask")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the sentences of `golden/messages.txt` be written again."""
-    parser.addoption("--write-golden", action="store_true", help="write the sentences of tests/golden/messages.txt again")
+    parser.addoption(
+        "--write-golden", action="store_true", help="write the sentences of tests/golden/messages.txt again"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,7 +59,9 @@ def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_file_systems() -> None:
-    """Let each module open its own S3 file systems: fsspec caches them by their options, not by the environment's keys and servers."""
+    """Let each module open its own S3 file systems: fsspec caches them by their options, not by the environment's keys
+    and servers.
+    """
     # Without a reference to them their connections would be collected, with a warning, in the middle of another test.
     _CACHES.append(S3FileSystem._cache)
     S3FileSystem._cache = {}
@@ -152,5 +156,7 @@ def client(s3_server: str) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def finish(client: Any, tmp_path_factory: pytest.TempPathFactory) -> Finish:
-    """A function that fills an output folder with a finished run, computed once a session for each configuration and its images."""
+    """A function that fills an output folder with a finished run, computed once a session for each configuration and
+    its images.
+    """
     return FinishedRuns(tmp_path_factory.mktemp("finished"), client)

@@ -1,4 +1,6 @@
-"""A proxy in front of an S3 server on this machine that injects faults: errors, resets, broken bodies, delays and stalls."""
+"""A proxy in front of an S3 server on this machine that injects faults: errors, resets, broken bodies, delays and
+stalls.
+"""
 
 import http.client
 import random

@@ -1,16 +1,19 @@
 """An EC2 on this machine whose instances really run, so that a cluster launcher can be tested without a cloud.
 
-A moto server answers for EC2, S3, IAM and STS on 127.0.0.1. An instance gets a loopback address of its own, and when it boots,
-the ``docker run`` line of its user data is run as a process of this machine, with this interpreter in place of the image's. So an
-unmodified ``dask_cloudprovider.aws.EC2Cluster`` starts real schedulers and workers, which talk TLS with each other and with the
-client. The user data go through YAML and a real shell, as on a real instance: what is quoted wrongly fails here as well.
+A moto server answers for EC2, S3, IAM and STS on 127.0.0.1. An instance gets a loopback address of its own, and when it
+boots, the ``docker run`` line of its user data is run as a process of this machine, with this interpreter in place of
+the image's. So an unmodified ``dask_cloudprovider.aws.EC2Cluster`` starts real schedulers and workers, which talk TLS
+with each other and with the client. The user data go through YAML and a real shell, as on a real instance: what is
+quoted wrongly fails here as well.
 
-It does not show what images, docker, the bootstrap by apt, GPU drivers, security groups, IAM policies (any credentials will do,
-unless ``needs_profile``), the metadata service, quotas and real latency do. Processes share this machine's memory, disk and
-interpreter. EC2 answers at once and consistently here; the real one says for a while that a new instance is unknown.
+It does not show what images, docker, the bootstrap by apt, GPU drivers, security groups, IAM policies (any credentials
+will do, unless ``needs_profile``), the metadata service, quotas and real latency do. Processes share this machine's
+memory, disk and interpreter. EC2 answers at once and consistently here; the real one says for a while that a new
+instance is unknown.
 
-Linux only, for all of 127.0.0.0/8 must be addresses of this machine. Each scheduler listens at port 8786 of its own address, so
-nothing may listen at that port of all addresses. One simulator at a time in a process: moto's state is global.
+Linux only, for all of 127.0.0.0/8 must be addresses of this machine. Each scheduler listens at port 8786 of its own
+address, so nothing may listen at that port of all addresses. One simulator at a time in a process: moto's state is
+global.
 """
 
 import base64
@@ -68,11 +71,13 @@ CANONICAL = "099720109477"
 ALIVE = ("pending", "running")
 _PORT = 8786
 
-# What fsspec keeps by options alone, here by endpoint too, or a server that is gone would be asked. To the end of the process, for
+# What fsspec keeps by options alone, here by endpoint too, or a server that is gone would be asked. To the end of the
+# process, for
 # clients that are collected unclosed complain.
 _file_systems: dict[str, dict[str, Any]] = defaultdict(dict)
 
-# Tells a call that would be retried from one that would not: botocore retries 5xx. EC2 answers 500 for want of capacity.
+# Tells a call that would be retried from one that would not: botocore retries 5xx. EC2 answers 500 for want of
+# capacity.
 _STATUS = {
     "AuthFailure": 401,
     "UnauthorizedOperation": 403,
@@ -89,8 +94,10 @@ _REASONS = {
     "spot": ("Server.SpotInstanceTermination", "Spot instance termination"),
 }
 
-# What an instance is: it passes SIGTERM on as docker does, to the first process alone, and nothing survives it or the test. Its
-# standard input is a pipe whose other end only the test holds. (A parent-death signal would come when the thread ends that
+# What an instance is: it passes SIGTERM on as docker does, to the first process alone, and nothing survives it or the
+# test. Its
+# standard input is a pipe whose other end only the test holds. (A parent-death signal would come when the thread ends
+# that
 # started it; below it there are no threads, so its child has one: prctl's PR_SET_PDEATHSIG is 1.)
 _LAUNCHER = """
 import ctypes, os, signal, sys, threading
@@ -131,7 +138,9 @@ class Call(NamedTuple):
 
 @dataclass
 class Refusal:
-    """Refuse the next ``count`` calls (None: all) of an action after ``skip`` more of them, which it counts down as they come."""
+    """Refuse the next ``count`` calls (None: all) of an action after ``skip`` more of them, which it counts down as
+    they come.
+    """
 
     code: str = "InsufficientInstanceCapacity"
     action: str = "RunInstances"
@@ -626,8 +635,8 @@ def _name_object_call(method: str, query: dict[str, list[str]], environ: dict[st
 class LoopbackEC2:
     """An EC2, S3, IAM and STS on this machine, whose instances are processes.
 
-    ``seconds_per_minute`` is how long a minute of ``shutdown -h +N`` in the user data lasts. With ``needs_profile`` only instances
-    launched with an instance profile have credentials.
+    ``seconds_per_minute`` is how long a minute of ``shutdown -h +N`` in the user data lasts. With ``needs_profile``
+    only instances launched with an instance profile have credentials.
     """
 
     def __init__(

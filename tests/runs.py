@@ -1,4 +1,6 @@
-"""Small runs: their images, their configurations, and finished outputs that a session computes once and hands out as copies."""
+"""Small runs: their images, their configurations, and finished outputs that a session computes once and hands out as
+copies.
+"""
 
 import os
 import shutil
@@ -66,7 +68,9 @@ def break_image(path: Path) -> Callable[[], None]:
 
 
 def configure(source: Path | str, output: Path | str, model: ModelConfig, /, **sections: dict[str, Any]) -> Config:
-    """Configure a run of a model in partitions of 5, without exploration, quality, figures and page unless a section asks for them."""
+    """Configure a run of a model in partitions of 5, without exploration, quality, figures and page unless a section
+    asks for them.
+    """
     defaults: dict[str, dict[str, Any]] = {
         "input": {"url": str(source)},
         "model": model.model_dump(),
@@ -89,11 +93,15 @@ class FinishedRuns:
         self._outputs: dict[tuple[Any, ...], Path] = {}
 
     def __call__(self, config: Config) -> fruitdask.RunResult:
-        """Fill the output folder of a configuration with the results of a finished run on its images, all on this machine."""
+        """Fill the output folder of a configuration with the results of a finished run on its images, all on this
+        machine.
+        """
         files = sorted(path for path in Path(config.input.url).rglob("*") if path.is_file())
         assert files and not Path(config.output.url).exists()
         # A catalog knows images by path, size and age: those are the same in a copy of a folder by shutil.copytree.
-        images = tuple((str(path.relative_to(config.input.url)), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+        images = tuple(
+            (str(path.relative_to(config.input.url)), path.stat().st_size, path.stat().st_mtime_ns) for path in files
+        )
         key = (config.model_dump_json(exclude={"input": {"url"}, "output": {"url"}}), images)
         if key not in self._outputs:
             kept = self._folder / str(len(self._outputs))

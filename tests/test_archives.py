@@ -1,4 +1,6 @@
-"""Tests of archives as inputs: listed, read by many threads and workers, replaced, damaged; on a disk and on a real S3 server."""
+"""Tests of archives as inputs: listed, read by many threads and workers, replaced, damaged; on a disk and on a real S3
+server.
+"""
 
 import io
 import tarfile
@@ -79,7 +81,9 @@ def test_archive_is_listed_and_read_by_many_threads(tmp_path: Path, files: dict[
 
 @packs
 def test_worker_reads_the_files_of_an_archive(tmp_path: Path, files: dict[str, bytes], pack: Pack) -> None:
-    source = ImageSource(pin(Location(pack(tmp_path / "photos", files))), 8, 10**6, fetch_attempts=1, concurrent_reads=16)
+    source = ImageSource(
+        pin(Location(pack(tmp_path / "photos", files))), 8, 10**6, fetch_attempts=1, concurrent_reads=16
+    )
     partition = Partition(0, 0, (*files, "apple/none.jpg"), ("any",) * 91)
     statuses, contents = [], []
     for batch in read_batches(partition, source, input_px=32, watch=Stopwatch(), on_asked=lambda: None):
@@ -134,7 +138,11 @@ def test_names_in_a_zip_are_those_that_were_meant(tmp_path: Path) -> None:
         archive.writestr("/plum/3.jpg", b"plum")
     place = Location(f"zip://::{path}")
     assert list(list_images(InputConfig(url=place.url))["path"]) == ["pear/2.jpg", "plum/3.jpg", "pêche/1.jpg"]
-    assert [place.fs.cat_file(name) for name in ("pear/2.jpg", "plum/3.jpg", "pêche/1.jpg")] == [b"windows", b"plum", b"mac"]
+    assert [place.fs.cat_file(name) for name in ("pear/2.jpg", "plum/3.jpg", "pêche/1.jpg")] == [
+        b"windows",
+        b"plum",
+        b"mac",
+    ]
 
 
 def test_zip_of_macos_runs_without_its_junk(tmp_path: Path) -> None:
@@ -153,7 +161,10 @@ def damage(path: Path, kind: str) -> None:
 def test_file_that_is_no_archive_is_told(tmp_path: Path, files: dict[str, bytes], pack: Pack, kind: str) -> None:
     url = pack(tmp_path / "photos", files)
     damage(Path(url.partition("::")[2]), kind)
-    with pytest.raises((StorageError, CatalogError), match=r"photos\.\S+: (expected a \w+ archive|the archive is damaged|expected images)"):
+    with pytest.raises(
+        (StorageError, CatalogError),
+        match=r"photos\.\S+: (expected a \w+ archive|the archive is damaged|expected images)",
+    ):
         list_images(InputConfig(url=url))
 
 
@@ -227,7 +238,13 @@ def read_all(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("place", ["disk", "s3"])
 @pytest.mark.parametrize("pack", [pack_zip, pack_tar], ids=["zip", "tar"])
 def test_run_on_an_archive_grows_with_it(
-    tmp_path: Path, pictures: Path, tiny_model: ModelConfig, client: Any, request: pytest.FixtureRequest, pack: Pack, place: str
+    tmp_path: Path,
+    pictures: Path,
+    tiny_model: ModelConfig,
+    client: Any,
+    request: pytest.FixtureRequest,
+    pack: Pack,
+    place: str,
 ) -> None:
     bucket, options = request.getfixturevalue("s3_bucket") if place == "s3" else ("", {})
 
@@ -245,7 +262,9 @@ def test_run_on_an_archive_grows_with_it(
 
     url = store()
     first = run()
-    np.testing.assert_allclose(first.features.compute(), compute_colours(pictures, list(first.table["path"])), rtol=1e-6)
+    np.testing.assert_allclose(
+        first.features.compute(), compute_colours(pictures, list(first.table["path"])), rtol=1e-6
+    )
     assert first.n_computed == 12 and run().n_computed == 0
     draw(pictures, "apple/3.png", seed=1)
     draw(pictures, "quince/0.png")
@@ -253,7 +272,9 @@ def test_run_on_an_archive_grows_with_it(
     grown = run()
     # In a tar whose files have one time, nothing tells which of them has changed.
     assert grown.n_computed == (2 if pack is pack_zip else 13)
-    np.testing.assert_allclose(grown.features.compute(), compute_colours(pictures, list(grown.table["path"])), rtol=1e-6)
+    np.testing.assert_allclose(
+        grown.features.compute(), compute_colours(pictures, list(grown.table["path"])), rtol=1e-6
+    )
     assert fruitdask.verify(tmp_path / "out").is_well
 
 
@@ -267,7 +288,9 @@ def test_archive_next_to_a_configuration_is_found(tmp_path: Path) -> None:
 
 def configure_ec2(url: str, **options: Any) -> Config:
     cluster = {"kind": "ec2", "region": "eu-west-3", "docker_image": "fruitdask:1"}
-    return fruitdask.load_config({"input": {"url": url, **options}, "output": {"url": "s3://other/out"}, "cluster": cluster})
+    return fruitdask.load_config(
+        {"input": {"url": url, **options}, "output": {"url": "s3://other/out"}, "cluster": cluster}
+    )
 
 
 def test_archive_on_this_machine_is_out_of_reach_of_instances(tmp_path: Path) -> None:
@@ -282,22 +305,39 @@ def test_archive_on_s3_is_what_policies_and_regions_are_about(s3_bucket: tuple[s
     permissions = {(each.action, resource) for each in needed for resource in each.resources}
     assert ("s3:GetObject", "arn:aws:s3:::fruits/x.zip") in permissions
     config = fruitdask.load_config(
-        {"input": {"url": f"zip://Test::s3://{bucket}/x.zip", "storage_options": options, "region": "eu-west-3"}, "output": {"url": "o"}}
+        {
+            "input": {"url": f"zip://Test::s3://{bucket}/x.zip", "storage_options": options, "region": "eu-west-3"},
+            "output": {"url": "o"},
+        }
     )
     assert find_regions(config)["input"] == "eu-west-3"
 
 
 def test_output_in_an_archive_is_refused(tmp_path: Path, pictures: Path) -> None:
     config = fruitdask.load_config({"input": {"url": str(pictures)}, "output": {"url": f"zip://out::{tmp_path}/x.zip"}})
-    with pytest.raises(ConfigError, match=r"output\.url zip://out::\S+: expected a folder, found a place in an archive"):
+    with pytest.raises(
+        ConfigError, match=r"output\.url zip://out::\S+: expected a folder, found a place in an archive"
+    ):
         prepare_inputs(config)
 
 
 def test_location_in_an_archive_names_what_lies_below() -> None:
     top, inner = Location("zip://::s3://b/x.zip", {"anon": True}), Location("tar://Test::/data/x.tar")
-    assert top.child("a", "1.jpg").url == "zip://a/1.jpg::s3://b/x.zip" and top.child("a").storage_options == {"anon": True}
-    assert (inner.child("a").url, inner.locate("a/1.jpg"), inner.base.url) == ("tar://Test/a::/data/x.tar", "Test/a/1.jpg", "/data/x.tar")
-    assert (top.is_archive, top.is_local, top.is_s3, top.base.is_s3, inner.base.is_local) == (True, False, False, True, True)
+    assert top.child("a", "1.jpg").url == "zip://a/1.jpg::s3://b/x.zip" and top.child("a").storage_options == {
+        "anon": True
+    }
+    assert (inner.child("a").url, inner.locate("a/1.jpg"), inner.base.url) == (
+        "tar://Test/a::/data/x.tar",
+        "Test/a/1.jpg",
+        "/data/x.tar",
+    )
+    assert (top.is_archive, top.is_local, top.is_s3, top.base.is_s3, inner.base.is_local) == (
+        True,
+        False,
+        False,
+        True,
+        True,
+    )
     assert Location("S3://Bucket/A").url == "s3://Bucket/A" and not Location("/a::b").is_archive
     assert "secret" not in hide_secrets("zip://Test::s3://key:secret@bucket/x.zip")
 

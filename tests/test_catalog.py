@@ -368,7 +368,9 @@ def test_list_images_says_that_the_manifest_has_no_rows(tmp_path: Path) -> None:
     ids=["empty", "other files"],
 )
 def test_list_images_says_that_a_folder_holds_no_images(tmp_path: Path, names: list[str], found: str) -> None:
-    with pytest.raises(CatalogError, match=rf"{tmp_path}: expected images \(\.jpg, .*\), found {found}; check input\.url"):
+    with pytest.raises(
+        CatalogError, match=rf"{tmp_path}: expected images \(\.jpg, .*\), found {found}; check input\.url"
+    ):
         list_folder(fill(tmp_path, *names))
 
 

@@ -74,9 +74,7 @@ def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(config_p
 
 
 @pytest.mark.slow
-def test_names_that_an_output_cannot_print_are_replaced(
-    config_path: Path, sample_folder: Path, tmp_path: Path
-) -> None:
+def test_names_that_an_output_cannot_print_are_replaced(config_path: Path, sample_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "苹果").symlink_to(sample_folder / "apple_red_1")
     (tmp_path / "in" / "über").symlink_to(sample_folder / "pear_1")
@@ -206,7 +204,8 @@ def test_wrong_file_of_dasks_settings_is_one_sentence(config_path: Path, tmp_pat
     done = run_in_process("run", str(config_path), DASK_CONFIG=str(tmp_path / "dask.yaml"))
     assert done.returncode == 2
     assert re.fullmatch(
-        rf"fruitdask: A dask config file at '{tmp_path}/dask\.yaml' is malformed, .*; correct or delete it\n", done.stderr
+        rf"fruitdask: A dask config file at '{tmp_path}/dask\.yaml' is malformed, .*; correct or delete it\n",
+        done.stderr,
     )
 
 

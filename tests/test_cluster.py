@@ -53,7 +53,9 @@ def test_local_cluster_listens_on_loopback_only(client: Any) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 def test_local_workers_are_forked_with_what_they_need(client: Any) -> None:
-    workers = list(client.run(lambda: (os.getppid(), dict(os.environ), "fruitdask.worker.featurize" in sys.modules)).values())
+    workers = list(
+        client.run(lambda: (os.getppid(), dict(os.environ), "fruitdask.worker.featurize" in sys.modules)).values()
+    )
     parents = {parent for parent, _, _ in workers}
     assert len(parents) == 1 and parents != {os.getpid()}
     assert all(is_imported for _, _, is_imported in workers)

@@ -1,4 +1,6 @@
-"""Clusters on EC2, on the loopback EC2: real schedulers and workers over TLS. Whatever happens, nothing is left running."""
+"""Clusters on EC2, on the loopback EC2: real schedulers and workers over TLS. Whatever happens, nothing is left
+running.
+"""
 
 import asyncio
 import contextlib
@@ -312,7 +314,9 @@ def test_workers_that_never_come_up(cloud: LoopbackEC2) -> None:
         ),
         pytest.param("scheduler", "UnauthorizedOperation", "did not start: RunInstances: .*iam-policy", id="denied"),
         pytest.param("worker", "VcpuLimitExceeded", "no worker could be started: RunInstances.*quota", id="quota"),
-        pytest.param("worker", "InsufficientInstanceCapacity", "no worker could be .*no capacity", id="worker-capacity"),
+        pytest.param(
+            "worker", "InsufficientInstanceCapacity", "no worker could be .*no capacity", id="worker-capacity"
+        ),
     ],
 )
 def test_refused_launches(cloud: LoopbackEC2, role: str, code: str, expected: str) -> None:
@@ -587,7 +591,9 @@ def test_instances_that_ended_by_themselves(cloud: LoopbackEC2) -> None:
 
 @pytest.mark.slow
 def test_gpus_and_modules(cloud: LoopbackEC2) -> None:
-    """Only workers of a type with a GPU are given it; a dashboard is there for those who ask; a module runs the workers."""
+    """Only workers of a type with a GPU are given it; a dashboard is there for those who ask; a module runs the
+    workers.
+    """
     config = configure(
         ami=cloud.ami,
         worker_instance_type="g4dn.xlarge",

@@ -66,7 +66,11 @@ def test_describe_types_takes_several_at_once_in_zones_that_have_them(cloud: Loo
     [
         ("m6i.tiny", [], "EC2 has no instance type m6i.tiny in eu-west-1; set another cluster.worker_"),
         ("g5g.xlarge", [], "EC2 has no instance type g5g.xlarge in eu-west-1"),
-        ("m6i.large", ["eu-west-1a", "eu-west-1z"], "eu-west-1z does not offer .* m6i.large, but eu-west-1a, .* does; "),
+        (
+            "m6i.large",
+            ["eu-west-1a", "eu-west-1z"],
+            "eu-west-1z does not offer .* m6i.large, but eu-west-1a, .* does; ",
+        ),
     ],
     ids=["no such type", "not in the region", "not in the zone"],
 )

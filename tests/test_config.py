@@ -363,7 +363,10 @@ def test_load_config_takes_an_address_for_a_running_cluster() -> None:
             r"line 4: featurize\.max_failed_fraction: expected a finite number, found \.nan$",
         ),
         ("model: fast", r"line 3: model: expected keys and values, found 'fast'; write model: \{name: fast\}$"),
-        ("model:", r"line 3: model: expected keys and values, found nothing; write its keys below it, or leave it out$"),
+        (
+            "model:",
+            r"line 3: model: expected keys and values, found nothing; write its keys below it, or leave it out$",
+        ),
         ("model: {pooling: mean}", r"line 3: model\.pooling: expected avg, max or flatten, found 'mean'$"),
         ("model: {input_px: 16}", r"line 3: model\.input_px: expected at least 32, found 16$"),
         ("cluster:\n  kind: slurm", r"line 4: cluster\.kind: expected local, address or ec2, found 'slurm'$"),
@@ -410,7 +413,10 @@ def test_load_config_says_where_a_value_is_wrong_and_what_it_is(tmp_path: Path, 
             r"input\.classes: expected a list, found 'pear_1'; write \[pear_1\]$",
         ),
         ({"input": {"url": "x", "classes": []}}, r"input\.classes: expected a list of at least 1, found \[\]$"),
-        ({"input": {"url": "x", "classes": ["a", 7]}}, r'input\.classes\.1: expected text, found 7; put it in quotes: "7"$'),
+        (
+            {"input": {"url": "x", "classes": ["a", 7]}},
+            r'input\.classes\.1: expected text, found 7; put it in quotes: "7"$',
+        ),
         ({"input": {"url": "x", "extensions": []}}, r"input\.extensions: expected a list of at least 1, found \[\]$"),
         ({"input": {"url": "x", "limit": 0}}, r"input\.limit: expected at least 1, found 0$"),
         ({"input": {"url": "x", "sample": {"size_px": 8}}}, r"input\.sample\.size_px: .* 16, found 8"),
@@ -458,7 +464,10 @@ def test_load_config_names_a_missing_address(tmp_path: Path) -> None:
         ("a: 1\n---\nb: 1", r", line 2: not valid YAML: expected a single document .*; write one document"),
         ("? [a]\n: 1", r", line 1: not valid YAML: found unhashable key; write keys as plain words"),
         ("input: !!python/object:os.PathLike {}", r", line 1: not valid YAML: could not determine a constructor"),
-        ("input: !!python/object/apply:os.mkdir [MARK]", r", line 1: not valid YAML: could not determine a constructor"),
+        (
+            "input: !!python/object/apply:os.mkdir [MARK]",
+            r", line 1: not valid YAML: could not determine a constructor",
+        ),
     ],
     ids=[
         "empty",
@@ -662,7 +671,8 @@ def test_load_config_refuses_n_components_that_mean_nothing(reduce: dict[str, An
 )
 def test_load_config_names_a_key_of_several_types_as_it_is_written(section: str, key: str, value: Any) -> None:
     with pytest.raises(
-        ConfigError, match=rf"^the configuration: {section}\.{key}: .*, found {'nothing' if value is None else re.escape(repr(value))}$"
+        ConfigError,
+        match=rf"^the configuration: {section}\.{key}: .*, found {'nothing' if value is None else re.escape(repr(value))}$",
     ):
         load(**{section: {key: value}})
 
@@ -828,7 +838,10 @@ def test_load_config_tells_all_mistakes_at_once_in_the_order_of_the_file(tmp_pat
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("plots: no", "plots: expected keys and values, found no, which YAML reads as false; write plots: {enabled: false}"),
+        (
+            "plots: no",
+            "plots: expected keys and values, found no, which YAML reads as false; write plots: {enabled: false}",
+        ),
         ("reduce: {tsne: true}", "reduce.tsne: expected keys and values, found true; write tsne: {enabled: true}"),
         ("model: ['name']", "model: expected keys and values, found ['name']; its keys are allow_code, "),
         ("model:\n  name:x", "model: expected keys and values, found 'name:x'; put a space after the colon"),
@@ -840,13 +853,19 @@ def test_load_config_tells_all_mistakes_at_once_in_the_order_of_the_file(tmp_pat
         ("cluster: {kind: address, adress: x}", "unknown key cluster.adress; did you mean address?"),
         ("model: {name: 1}", 'model.name: expected text, found 1; put it in quotes: "1"'),
         ("model: {name: 007}", 'model.name: expected text, found 007; put it in quotes: "007"'),
-        ("report: {title: 2024-01-01}", 'report.title: expected text, found 2024-01-01; put it in quotes: "2024-01-01"'),
+        (
+            "report: {title: 2024-01-01}",
+            'report.title: expected text, found 2024-01-01; put it in quotes: "2024-01-01"',
+        ),
         (
             "output2: {}\nreport: {title: on}",
             'report.title: expected text, found on, which YAML reads as true; put it in quotes: "on"',
         ),
         ("model: {engine: openvno}", "expected auto, tensorflow or openvino, found 'openvno'; did you mean openvino?"),
-        ("featurize: {batch_size: yes}", "featurize.batch_size: expected an integer, found yes, which YAML reads as true"),
+        (
+            "featurize: {batch_size: yes}",
+            "featurize.batch_size: expected an integer, found yes, which YAML reads as true",
+        ),
         ("reduce: {n_components: true}", "reduce.n_components: expected a number, found true"),
         ("featurize: {max_failed_fraction: off}", "expected a number, found off, which YAML reads as false"),
         ("plots: {components: [1]}", "plots.components: expected a list of 2 values, found [1]"),
@@ -862,9 +881,7 @@ def test_load_config_tells_all_mistakes_at_once_in_the_order_of_the_file(tmp_pat
     ],
     ids=lambda value: value[:30],
 )
-def test_load_config_explains_a_mistake_in_words_of_the_configuration(
-    tmp_path: Path, text: str, sentence: str
-) -> None:
+def test_load_config_explains_a_mistake_in_words_of_the_configuration(tmp_path: Path, text: str, sentence: str) -> None:
     assert any(sentence in line for line in explain(tmp_path, MINIMAL + text))
 
 

@@ -76,7 +76,9 @@ def test_instances_are_billed_by_the_second_and_a_minute_at_least(seconds: float
 
 
 def test_volume_costs_what_the_example_of_aws_says() -> None:
-    """2,000 GB for 12 hours of a 30-day month, by the price of a GB here: https://aws.amazon.com/ebs/pricing, example 1."""
+    """2,000 GB for 12 hours of a 30-day month, by the price of a GB here: https://aws.amazon.com/ebs/pricing, example
+    1.
+    """
     cost = compute_cost([Usage("m6i.large", False, "us-east-1", 43_200)], volume_gb=2000)
     assert cost.volumes == pytest.approx(0.0952 * 2000 * 43_200 / (86_400 * 30)) and cost.addresses == 0
 

@@ -1,4 +1,6 @@
-"""Processes that are killed while they change a file: the next run repairs what they left, and what was committed stays as it was."""
+"""Processes that are killed while they change a file: the next run repairs what they left, and what was committed stays
+as it was.
+"""
 
 import hashlib
 import json
@@ -42,7 +44,9 @@ def find_change(event: str, arguments: tuple[Any, ...], folder: str) -> str | No
 
 
 def leave_half(event: str, path: str) -> None:
-    """Leave what a process leaves that is killed while it writes: a file that is there but empty, or half of one that is to be renamed."""
+    """Leave what a process leaves that is killed while it writes: a file that is there but empty, or half of one that
+    is to be renamed.
+    """
     if event == "open" and not os.path.exists(path):
         open(path, "xb").close()
     elif event in ("os.rename", "os.link") and os.path.isfile(path):

@@ -46,7 +46,9 @@ def test_everything_has_a_docstring() -> None:
         module = importlib.import_module(module_info.name)
         bare += [] if module.__doc__ else [module.__name__]
         for name, value in vars(module).items():
-            if getattr(value, "__module__", None) == module.__name__ and (inspect.isfunction(value) or inspect.isclass(value)):
+            if getattr(value, "__module__", None) == module.__name__ and (
+                inspect.isfunction(value) or inspect.isclass(value)
+            ):
                 bare += [] if value.__doc__ else [f"{module.__name__}.{name}"]
     assert bare == []
 

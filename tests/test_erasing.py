@@ -382,7 +382,8 @@ def test_command_asks_and_names_nobody(
     assert (find_texts(Location(str(tmp_path / "out")), "jane_doe") == set()) == (exit_code == 0)
 
 
-#: Erases with one process after another, each of which is killed a step later than the one before it: a step is anything that changes
+#: Erases with one process after another, each of which is killed a step later than the one before it: a step is
+#: anything that changes
 #: files. What is left must be the run as it was, or be finished by the next command.
 _KILLED = """
 import json, os, shutil, sys

@@ -315,7 +315,9 @@ def test_images_that_cannot_be_read_are_all_that_there_is(tmp_path: Path, client
         (tmp_path / "in" / "a" / f"{number}.jpg").write_bytes(b"no image")
     found = fruitdask.explore(make_config(tmp_path / "in", tmp_path / "out"), client=client)
     assert found.classes.loc["a", ["n_images", "n_ok"]].tolist() == [3, 0] and len(found.thumbnails) == 0
-    assert set(found.images["error"]) == {"expected a JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF, JPEG 2000 or HEIC image, found plain text"}
+    assert set(found.images["error"]) == {
+        "expected a JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF, JPEG 2000 or HEIC image, found plain text"
+    }
     page = (tmp_path / "out" / "report.html").read_text()
     assert "expected a JPEG" in page and "explore.csv" in page
 

@@ -1,4 +1,6 @@
-"""Runs that lose workers, their command, or an image to which no process is equal; `chaos/fault_runs.py` does it by the hundred."""
+"""Runs that lose workers, their command, or an image to which no process is equal; `chaos/fault_runs.py` does it by the
+hundred.
+"""
 
 import os
 import signal

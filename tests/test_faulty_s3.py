@@ -1,4 +1,6 @@
-"""Whole runs on an S3 that fails now and then: nothing is lost, nothing doubled, and what cannot be done is said in one sentence."""
+"""Whole runs on an S3 that fails now and then: nothing is lost, nothing doubled, and what cannot be done is said in one
+sentence.
+"""
 
 import hashlib
 import io
@@ -23,7 +25,8 @@ from fruitdask.core.storage import Location, check_bucket, exists, explained, ha
 from fruitdask.errors import FruitdaskError, PartitionError, StorageError
 from fruitdask.worker.fetch import ImageSource, Outcome, Stopwatch, read_batches
 
-# Where a connection is reset, aiohttp opens another one within the same attempt, once: such a request arrives twice as often.
+# Where a connection is reset, aiohttp opens another one within the same attempt, once: such a request arrives twice as
+# often.
 
 #: Faults that fail a request.
 FAILING = [kind for kind in KINDS if kind != "delay"]
@@ -269,7 +272,8 @@ def test_request_is_sent_as_often_as_configured(
     with open_faulty_s3(s3_server, fraction=1, kinds=[kind]) as server:
         place = Location(f"s3://{s3_bucket[0]}/x", make_options(server.url), attempts=2)
         with pytest.raises(
-            StorageError, match=rf"^cannot {verb} {place.url}: .*(no server answers|the server closed the connection|SlowDown|503).*$"
+            StorageError,
+            match=rf"^cannot {verb} {place.url}: .*(no server answers|the server closed the connection|SlowDown|503).*$",
         ):
             operation(place)
     assert server.requests.total() == n_requests
@@ -282,6 +286,8 @@ def test_chunk_is_asked_for_as_often_as_configured(s3_server: str, s3_bucket: tu
         group: Any = store.open_store(output)
         group = pickle.loads(pickle.dumps(group))
         n_before, server.fraction = server.requests.total(), 1
-        with pytest.raises(StorageError, match="^cannot read .*: the server closed the connection"), explained(output, "read"):
+        with pytest.raises(StorageError, match="^cannot read .*: the server closed the connection"), explained(
+            output, "read"
+        ):
             group["features"][:]
         assert server.requests.total() - n_before == 2

@@ -71,7 +71,9 @@ def assert_alike(found: Array, expected: Array, most: float = 4) -> None:
     assert difference.mean() < most / 2 and np.quantile(difference, 0.98) <= 3 * most
 
 
-@pytest.mark.parametrize(("kind", "name"), [("GIF", "GIF"), ("AVIF", "AVIF"), ("JPEG2000", "JPEG2000"), ("HEIC", "HEIF")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("GIF", "GIF"), ("AVIF", "AVIF"), ("JPEG2000", "JPEG2000"), ("HEIC", "HEIF")]
+)
 def test_formats_are_told_by_content_and_named(kind: str, name: str) -> None:
     scene = draw_scene()
     data = save(scene, kind)
@@ -182,7 +184,8 @@ def test_heic_of_tiles_is_put_together() -> None:
 
 
 def test_avif_of_which_a_part_is_shown_is_refused() -> None:
-    # A colour profile of the length that a clean aperture has: fractions of width, height and two distances from the centre.
+    # A colour profile of the length that a clean aperture has: fractions of width, height and two distances from the
+    # centre.
     profile = bytes(28)
     data = save(draw_scene(), "AVIF", icc_profile=profile)
     aperture = struct.pack(">8I", 32, 1, 32, 1, 0, 1, 0, 1)

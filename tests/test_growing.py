@@ -62,7 +62,9 @@ def read_files(folder: Path, *names: str) -> dict[str, bytes]:
 
 
 def check(result: fruitdask.RunResult, source: Path, before: pd.DataFrame | None = None) -> None:
-    """Check a result against the files: each image there has its features, each other one is missing, and no row has moved."""
+    """Check a result against the files: each image there has its features, each other one is missing, and no row has
+    moved.
+    """
     table, features = result.table, result.features.compute()
     paths = list(table["path"])
     expected = compute_colours(source, paths)
@@ -167,7 +169,9 @@ def test_vanished_image_is_recorded_and_comes_back(
     assert result.n_computed == 0 and result.changes["vanished"] == 1
     check(result, source, before)
     failures = pd.read_csv(tmp_path / "out" / "failures.csv")
-    assert list(failures["path"]) == ["pear/2.png"] and failures["error"][0] == "the input no longer contains this image"
+    assert (
+        list(failures["path"]) == ["pear/2.png"] and failures["error"][0] == "the input no longer contains this image"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(budget, "open_client", lambda config: pytest.fail("a cluster was started"))
         assert fruitdask.run(config).changes == fruitdask.run(config, retry_failed=True).changes == {}
@@ -566,13 +570,14 @@ def change(source: Path, random: np.random.Generator, n_added: int, n_changed: i
     draw(source, *(name for name in names if not (source / name).exists()))
 
 
-#: Grows an output with one process after another, each of which is killed some steps later than the one before it: a step is anything that
+#: Grows an output with one process after another, each of which is killed some steps later than the one before it: a
+#: step is anything that
 #: changes files. Whatever it leaves, the next run completes.
 _KILLED = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-import distributed, fruitdask.worker.featurize, fruitdask.pipeline.run, fruitdask.analysis.reduction, pyarrow.dataset, zarr
-import fruitdask
+import distributed, fruitdask.worker.featurize, fruitdask.pipeline.run, fruitdask.analysis.reduction, pyarrow.dataset,
+zarr import fruitdask
 
 config, every = fruitdask.load_config(sys.argv[1]), int(sys.argv[3])
 base, out = Path(sys.argv[2]), Path(config.output.url)

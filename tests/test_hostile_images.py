@@ -1,4 +1,6 @@
-"""Broken and malicious images, and thousands of mutated ones, in child processes of limited memory: none crashes or stalls them."""
+"""Broken and malicious images, and thousands of mutated ones, in child processes of limited memory: none crashes or
+stalls them.
+"""
 
 import os
 import threading

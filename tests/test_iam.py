@@ -1,10 +1,11 @@
 """Policies suffice and say no more than they must: by AWS's own data, by a moto that enforces them, and by AWS's rules.
 
-How far moto's enforcement goes (5.2): it knows actions, and resources of S3, but not those of EC2, tags given at launch, or the role
-that is passed. It takes every condition for met, also those of a Deny, which then forbids all; asks for ``s3:HeadBucket`` where S3 asks
-for ``s3:ListBucket``; asks for DeleteObject on the bucket where many objects are deleted at once; and says that an object is missing
-also to those who may not list. `loosen` makes up for what would be refused. For the rest, what was asked of moto and of the loopback
-EC2 is judged by `is_allowed`, which follows AWS's documented rules.
+How far moto's enforcement goes (5.2): it knows actions, and resources of S3, but not those of EC2, tags given at
+launch, or the role that is passed. It takes every condition for met, also those of a Deny, which then forbids all; asks
+for ``s3:HeadBucket`` where S3 asks for ``s3:ListBucket``; asks for DeleteObject on the bucket where many objects are
+deleted at once; and says that an object is missing also to those who may not list. `loosen` makes up for what would be
+refused. For the rest, what was asked of moto and of the loopback EC2 is judged by `is_allowed`, which follows AWS's
+documented rules.
 """
 
 import functools
@@ -56,7 +57,8 @@ Question = tuple[str, str, Context]
 
 #: What AWS publishes about its actions, as the linter of CloudFormation keeps it.
 ACTIONS = load_resource(AdditionalSpecs, "Policies.json")
-#: File systems of this module: s3fs keeps them by their options alone, to which keys and servers in the environment do not belong.
+#: File systems of this module: s3fs keeps them by their options alone, to which keys and servers in the environment do
+#: not belong.
 FILE_SYSTEMS: dict[str, S3FileSystem] = {}
 EC2 = {
     "kind": "ec2",
@@ -532,7 +534,9 @@ class Account:
 
 @pytest.fixture(scope="module")
 def account(tmp_path_factory: pytest.TempPathFactory, tiny_model: ModelConfig) -> Iterator[Account]:
-    """An account that enforces policies, with images (four are broken, one is gone), their list, a network, and a bucket for results."""
+    """An account that enforces policies, with images (four are broken, one is gone), their list, a network, and a
+    bucket for results.
+    """
     log = tmp_path_factory.mktemp("moto") / "requests"
     environment = os.environ | {"MOTO_EC2_LOAD_DEFAULT_AMIS": "false", "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-c", _SERVER, str(log)]
@@ -609,7 +613,9 @@ History = list[tuple[Config, dict[str, list[Question]]]]
 
 @pytest.fixture(scope="module")
 def history(account: Account, workers: Client) -> History:
-    """All that can be done, by roles that may do no more than their policies say: configurations, and what was asked for each."""
+    """All that can be done, by roles that may do no more than their policies say: configurations, and what was asked
+    for each.
+    """
     config, anew = account.configure("a/run"), account.configure("a/run", output={"overwrite": True})
     history: History = []
     with note_questions(account, config, history):

@@ -133,7 +133,9 @@ def test_label_from_changes_classes_and_what_is_computed_stays_right(
     result = fruitdask.run(make_config({"label_from": "first"}), client=client)
     assert list(result.table["label"]) == [path.split("/")[0] for path in result.table["path"]]
     assert result.manifest["counts"]["by_class"].keys() == {"train", "test"}
-    np.testing.assert_allclose(result.features.compute(), compute_colours(source, list(result.table["path"])), rtol=1e-6)
+    np.testing.assert_allclose(
+        result.features.compute(), compute_colours(source, list(result.table["path"])), rtol=1e-6
+    )
     assert fruitdask.verify(tmp_path / "out").is_well
 
 
@@ -141,7 +143,11 @@ def test_merged_classes_are_said_once_a_run(make_config: MakeConfig, client: Any
     listener = Listener()
     fruitdask.run(make_config(), client=client, progress=listener)
     notes = [message for message in listener.said if message.startswith("Note: ")]
-    assert len(notes) == 1 and "2 classes come from several folders" in notes[0] and "test/apple and train/apple" in notes[0]
+    assert (
+        len(notes) == 1
+        and "2 classes come from several folders" in notes[0]
+        and "test/apple and train/apple" in notes[0]
+    )
     listener = Listener()
     fruitdask.run(make_config({"label_from": "parent"}), client=client, progress=listener)
     assert not [message for message in listener.said if message.startswith("Note: ")]
@@ -191,7 +197,9 @@ def test_what_is_left_out_is_said_everywhere_and_kept_up_to_date(
 
 
 @pytest.mark.parametrize("command", ["explore", "run"])
-def test_commands_print_what_is_left_out(make_config: MakeConfig, source: Path, tmp_path: Path, client: Any, command: str) -> None:
+def test_commands_print_what_is_left_out(
+    make_config: MakeConfig, source: Path, tmp_path: Path, client: Any, command: str
+) -> None:
     (source / "x.mov").write_bytes(b"x")
     config = make_config().model_dump(mode="json", exclude={"cluster"})
     config["cluster"] = {"address": client.scheduler.address}

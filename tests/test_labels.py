@@ -1,4 +1,6 @@
-"""Tests of the user's table of labels: as people, spreadsheets and pandas write it, and matched with the files that are there."""
+"""Tests of the user's table of labels: as people, spreadsheets and pandas write it, and matched with the files that are
+there.
+"""
 
 import codecs
 import decimal
@@ -77,20 +79,37 @@ def test_table_is_read_as_it_was_meant(folder: Path, data: bytes) -> None:
     ("data", "message"),
     [
         (CSV.replace("007", "pêche").encode("latin-1"), r"not UTF-8 in line 2 \(byte 0xea\); save it as CSV UTF-8"),
-        (CSV.partition("\n")[2].encode(), r"expected the columns path and label in input\.manifest, found a/0\.jpg, 007"),
+        (
+            CSV.partition("\n")[2].encode(),
+            r"expected the columns path and label in input\.manifest, found a/0\.jpg, 007",
+        ),
         ((CSV + "b/1.jpg,x,y\n").encode(), r"found 3 columns in row 5 and 2 in the header: 'b/1\.jpg,x,y'"),
         ((CSV + "b/1.jpg\n").encode(), r"found 1 columns in row 5 and 2 in the header"),
         (CSV.replace("NA", "").encode(), r"row 2 lacks one"),
         (CSV.encode("utf-16-le"), r"found null bytes, which no text contains"),
-        (gzip.compress(CSV.encode())[:30], r"expected a CSV or Parquet table in input\.manifest, found Compressed file ended"),
+        (
+            gzip.compress(CSV.encode())[:30],
+            r"expected a CSV or Parquet table in input\.manifest, found Compressed file ended",
+        ),
         (b"PAR1 and nothing else", r"expected a CSV or Parquet table in input\.manifest, found "),
         (CSV.replace("label", "label,label", 1).encode(), r"found the columns path, label, label with a duplicate"),
         (b"PK\3\4 and nothing else", r"found an Excel workbook or another ZIP archive; save the table as CSV"),
-        ((CSV + './a//0.jpg,x\n').encode(), r"expected each path once in input\.manifest, found 'a/0\.jpg' twice"),
+        ((CSV + "./a//0.jpg,x\n").encode(), r"expected each path once in input\.manifest, found 'a/0\.jpg' twice"),
         ((CSV + "../in/a/0.jpg,x\n").encode(), r"found '\.\./in/a/0\.jpg'; write it without"),
     ],
     ids=[
-        *("latin-1", "no header", "ragged", "short", "no label", "UTF-16 without a mark", "cut", "not Parquet", "twice", "Excel"),
+        *(
+            "latin-1",
+            "no header",
+            "ragged",
+            "short",
+            "no label",
+            "UTF-16 without a mark",
+            "cut",
+            "not Parquet",
+            "twice",
+            "Excel",
+        ),
         *("same path", "leads out"),
     ],
 )
@@ -104,13 +123,19 @@ def test_what_is_wrong_with_a_table_is_one_sentence(folder: Path, data: bytes, m
     ("rewrite", "message"),
     [
         (lambda path: path.replace("/", "\\"), r"found 'a\\\\0\.jpg' for 'a/0\.jpg'; write / between folders"),
-        (lambda path: f"in/{path}", r"found 'in/a/0\.jpg' for 'a/0\.jpg'; leave out the name of the input's own folder"),
+        (
+            lambda path: f"in/{path}",
+            r"found 'in/a/0\.jpg' for 'a/0\.jpg'; leave out the name of the input's own folder",
+        ),
         (lambda path: path.removesuffix(".jpg"), r"found 'a/0' for 'a/0\.jpg'; add the file's extension"),
         (lambda path: path.upper(), r"found 'A/0\.JPG' for 'a/0\.jpg'; use the upper and lower case"),
         (lambda path: f"/elsewhere/{path}", r"found '/elsewhere/a/0\.jpg', which is not inside it"),
         (lambda path: f"https://example.org/{path}", r"found 'https://example\.org/a/0\.jpg', which is not inside it"),
         (lambda path: f"C:\\photos\\{path}", r"found 'C:\\\\photos\\\\a/0\.jpg', which is not inside it"),
-        (lambda path: f"x{path}", r"none of its 4 exists: the first path in the table is 'xa/0\.jpg', the first file is 'a/0\.jpg'"),
+        (
+            lambda path: f"x{path}",
+            r"none of its 4 exists: the first path in the table is 'xa/0\.jpg', the first file is 'a/0\.jpg'",
+        ),
     ],
     ids=["backslashes", "own folder", "no ending", "capitals", "elsewhere", "URL", "Windows", "other names"],
 )
@@ -160,7 +185,9 @@ def test_names_that_only_their_unicode_form_tells_apart_stay_apart(tmp_path: Pat
     for form in forms:
         (tmp_path / "in" / form).mkdir(parents=True)
         (tmp_path / "in" / form / "1.jpg").write_bytes(b"x" * len(form))
-    catalog = look(tmp_path / "in", write(tmp_path / "in", "path,label\n" + "".join(f"{form}/1.jpg,{form}\n" for form in forms)))
+    catalog = look(
+        tmp_path / "in", write(tmp_path / "in", "path,label\n" + "".join(f"{form}/1.jpg,{form}\n" for form in forms))
+    )
     assert dict(zip(catalog["path"], catalog["bytes"])) == {f"{form}/1.jpg": len(form) for form in forms}
     assert set(list_images(InputConfig(url=str(tmp_path / "in"), classes=[forms[1]]))["label"]) == {forms[1]}
 
@@ -198,7 +225,12 @@ def test_labels_of_parquet_are_text(folder: Path, labels: Any, expected: list[st
 
 @pytest.mark.parametrize(
     "labels",
-    [pd.array([1, 1, None, 2], "Int64"), pd.Categorical(["a", "a", None, "b"]), [7.0, 7.0, float("nan"), 8.0], ["a", "b", None, "c"]],
+    [
+        pd.array([1, 1, None, 2], "Int64"),
+        pd.Categorical(["a", "a", None, "b"]),
+        [7.0, 7.0, float("nan"), 8.0],
+        ["a", "b", None, "c"],
+    ],
     ids=["Int64", "categories", "floats", "text"],
 )
 def test_a_label_that_is_null_in_parquet_is_told(folder: Path, labels: Any) -> None:
@@ -225,11 +257,15 @@ def test_column_split_of_the_table_is_taken(folder: Path) -> None:
 
 def test_table_of_an_empty_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    with pytest.raises(CatalogError, match=r"in: expected the files that input\.manifest names, found none; check input\.url"):
+    with pytest.raises(
+        CatalogError, match=r"in: expected the files that input\.manifest names, found none; check input\.url"
+    ):
         look(tmp_path / "in", write(tmp_path / "in", CSV))
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfe\x00", b'path,label\n"a', b"\x1f\x8b\x08", b"path,label\n\xff", b"PAR1PAR1", b"sep=;"])
+@pytest.mark.parametrize(
+    "data", [b"\xff\xfe\x00", b'path,label\n"a', b"\x1f\x8b\x08", b"path,label\n\xff", b"PAR1PAR1", b"sep=;"]
+)
 def test_hostile_tables_end_in_a_sentence(folder: Path, data: bytes) -> None:
     with pytest.raises(FruitdaskError, match="labels.csv: expected "):
         look(folder, write(folder, data))

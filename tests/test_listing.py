@@ -84,7 +84,14 @@ def test_list_input_takes_names_that_are_no_system_s(tmp_path: Path) -> None:
 
 
 def test_list_input_counts_what_is_left_out_by_kind(tmp_path: Path) -> None:
-    fill(tmp_path, "a/1.jpg", *(f"a/{n}.{'HEIX' if n % 2 else 'heix'}" for n in range(60)), "a/1.mov", "b/2.mov", "b/README")
+    fill(
+        tmp_path,
+        "a/1.jpg",
+        *(f"a/{n}.{'HEIX' if n % 2 else 'heix'}" for n in range(60)),
+        "a/1.mov",
+        "b/2.mov",
+        "b/README",
+    )
     fill(tmp_path, "b/IMG.2020 copy", "a/x.csv", ".x", "a/Thumbs.db")
     assert look(tmp_path).left_out == {
         ".heix": 60, ".mov": 2, ".csv": 1, "with other endings": 1, "without an ending": 1, "hidden": 2,
@@ -104,7 +111,9 @@ def test_list_input_counts_many_odd_endings_together(tmp_path: Path) -> None:
 
 def test_format_left_out_says_what_to_install_where_that_would_help() -> None:
     kinds = {".heic": 60, ".mov": 2, "hidden": 3}
-    assert format_left_out(kinds, is_default=True) == "60 .heic (install fruitdask[heic] to read them), 2 .mov, 3 hidden"
+    assert (
+        format_left_out(kinds, is_default=True) == "60 .heic (install fruitdask[heic] to read them), 2 .mov, 3 hidden"
+    )
     assert format_left_out(kinds, is_default=False) == "60 .heic, 2 .mov, 3 hidden"
     assert format_left_out({}, is_default=True) == ""
 
@@ -128,7 +137,13 @@ def test_list_images_takes_heic_where_it_can_be_read(tmp_path: Path, monkeypatch
 
 def test_real_folders_come_before_links_to_them(tmp_path: Path) -> None:
     fill(tmp_path, "pear/1.jpg", "pear/deep/2.jpg", "apple/3.jpg")
-    link(tmp_path, AAA=tmp_path / "pear", apple__zzz=tmp_path / "pear/deep", apple__loop=tmp_path, apple__0_jpg=tmp_path / "pear/1.jpg")
+    link(
+        tmp_path,
+        AAA=tmp_path / "pear",
+        apple__zzz=tmp_path / "pear/deep",
+        apple__loop=tmp_path,
+        apple__0_jpg=tmp_path / "pear/1.jpg",
+    )
     listing = look(tmp_path)
     assert labels(listing) == {"apple/3.jpg": "apple", "pear/1.jpg": "pear", "pear/deep/2.jpg": "deep"}
     assert listing.left_out == {"links to what is listed already": 4}
@@ -137,7 +152,15 @@ def test_real_folders_come_before_links_to_them(tmp_path: Path) -> None:
 def test_links_to_what_lies_elsewhere_are_followed_once(tmp_path: Path) -> None:
     out = fill(tmp_path / "out", "x/1.jpg", "x/sub/2.jpg", "x/.hidden.jpg", "3.jpg", "blob")
     top = fill(tmp_path / "in", "m/4.jpg")
-    link(top, b=out / "x", a=out / "x", z__5_jpg=out / "3.jpg", c__6_jpg=out / "3.jpg", c__7_jpg=out / "blob", n__gone_jpg=out / "no.jpg")
+    link(
+        top,
+        b=out / "x",
+        a=out / "x",
+        z__5_jpg=out / "3.jpg",
+        c__6_jpg=out / "3.jpg",
+        c__7_jpg=out / "blob",
+        n__gone_jpg=out / "no.jpg",
+    )
     link(out, x__back=top)
     listing = look(top)
     assert labels(listing) == {
@@ -156,7 +179,9 @@ def test_input_that_is_itself_a_link_is_walked(tmp_path: Path) -> None:
 
 
 @given(pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.booleans()), max_size=12))
-def test_any_links_list_each_file_once(tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[int, int, bool]]) -> None:
+def test_any_links_list_each_file_once(
+    tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[int, int, bool]]
+) -> None:
     top = tmp_path_factory.mktemp("links")
     places = [Path(), Path("a"), Path("b"), Path("a/c"), Path("b/d"), Path("../other")]
     for number, place in enumerate(places):
@@ -204,7 +229,9 @@ def test_split_from_adds_a_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["label_from", "split_from"])
 def test_a_pattern_that_does_not_match_a_path_is_told_with_that_path(tmp_path: Path, key: str) -> None:
     fill(tmp_path, "train/a/1.jpg", "odd/2.jpg", "notes.txt")
-    with pytest.raises(ConfigError, match=rf"input\.{key}: expected the group of .* none in 'odd/2\.jpg'; change the pattern"):
+    with pytest.raises(
+        ConfigError, match=rf"input\.{key}: expected the group of .* none in 'odd/2\.jpg'; change the pattern"
+    ):
         look(tmp_path, **{key: "^train/([^/]+)/"})
 
 
@@ -225,13 +252,21 @@ def test_a_bad_rule_is_told_before_anything_is_listed(rule: str, message: str) -
 @pytest.mark.parametrize(
     ("names", "note"),
     [
-        (["n1/images/1.jpg", "n2/images/2.jpg"], "one class comes .* such as n1/images and n2/images; .*input.label_from"),
-        (["test/a/1.jpg", "test/b/1.jpg", "train/a/2.jpg", "train/b/2.jpg"], "2 classes come .* such as test/a and train/a"),
+        (
+            ["n1/images/1.jpg", "n2/images/2.jpg"],
+            "one class comes .* such as n1/images and n2/images; .*input.label_from",
+        ),
+        (
+            ["test/a/1.jpg", "test/b/1.jpg", "train/a/2.jpg", "train/b/2.jpg"],
+            "2 classes come .* such as test/a and train/a",
+        ),
         (["a/1.jpg", "b/2.jpg", "b/3.jpg", "a-b/1.jpg"], None),
     ],
     ids=["Tiny-ImageNet", "train and test", "plain"],
 )
-def test_classes_of_several_folders_are_told_unless_it_is_meant(tmp_path: Path, names: list[str], note: str | None) -> None:
+def test_classes_of_several_folders_are_told_unless_it_is_meant(
+    tmp_path: Path, names: list[str], note: str | None
+) -> None:
     notes = look(fill(tmp_path, *names)).notes
     assert len(notes) == (note is not None)
     if note is not None:
@@ -244,7 +279,10 @@ def test_classes_of_several_folders_are_told_unless_it_is_meant(tmp_path: Path, 
     [
         ("{}/in/*/*.jpg", r"expected a folder in input\.url, found a pattern; write {}/in, all of which is searched"),
         ("{}/in/a/1.jpg", r"expected a folder of images in input\.url, found a file; write the folder .*: {}/in/a$"),
-        ("{}/in/photos.zip", r"expected a folder of images in input\.url, found an archive; write zip://::{}/in/photos\.zip"),
+        (
+            "{}/in/photos.zip",
+            r"expected a folder of images in input\.url, found an archive; write zip://::{}/in/photos\.zip",
+        ),
         ("{}/in/photos.tar.gz", r"found an archive; write tar://::{}/in/photos\.tar\.gz"),
     ],
     ids=["pattern", "image", "zip", "tar"],

@@ -1,6 +1,8 @@
-"""Sentences that users read: each mistake is made for real, and what is said of it is compared with ``golden/messages.txt``.
+"""Sentences that users read: each mistake is made for real, and what is said of it is compared with
+``golden/messages.txt``.
 
-After changing a sentence, write the file again with ``pytest tests/test_messages.py --write-golden``, and read the difference.
+After changing a sentence, write the file again with ``pytest tests/test_messages.py --write-golden``, and read the
+difference.
 """
 
 import re
@@ -125,7 +127,9 @@ def run_on_a_foreign_manifest(scene: Scene) -> None:
 def build(scene: Scene, model: Any, **settings: Any) -> None:
     """Use a Keras model of a user's own."""
     model.save(scene.folder / "own.keras")
-    fruitdask.build_artifact(ModelConfig(**{"weights": str(scene.folder / "own.keras"), "preprocessing": "none"} | settings))
+    fruitdask.build_artifact(
+        ModelConfig(**{"weights": str(scene.folder / "own.keras"), "preprocessing": "none"} | settings)
+    )
 
 
 def build_of_bytes(scene: Scene, name: str, data: bytes, **settings: Any) -> None:

@@ -215,9 +215,7 @@ def test_model_built_with_its_code_does_not_slip_past_a_refusal(
         built = wait_for_artifact()
     assert find_artifact(allowed) == built
     assert find_artifact(model_with_code) is None
-    with start_building(model_with_code) as wait_for_artifact, pytest.raises(
-        ModelError, match="without Python code"
-    ):
+    with start_building(model_with_code) as wait_for_artifact, pytest.raises(ModelError, match="without Python code"):
         wait_for_artifact()
     # A finished run is the same run, whoever looks at it.
     assert fingerprint_model(allowed) == fingerprint_model(model_with_code)
@@ -393,7 +391,9 @@ def test_fingerprint_model_changes_with_settings_and_content(tiny_model: ModelCo
 
 
 def test_input_size_that_a_network_refuses_is_not_blamed_on_the_network_connection() -> None:
-    with pytest.raises(ModelError, match="InceptionV3 cannot be built as configured: .*75x75.*; check the section model"):
+    with pytest.raises(
+        ModelError, match="InceptionV3 cannot be built as configured: .*75x75.*; check the section model"
+    ):
         build_artifact(ModelConfig(name="InceptionV3", input_px=64))
 
 
@@ -570,9 +570,7 @@ def test_kept_artifact_runs_without_tensorflow_and_without_telemetry(
 
 def test_worker_without_openvino_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    message = (
-        rf"openvino cannot be imported on {platform.node()} .* install it on every worker with pip install 'fruitdask\[openvino"
-    )
+    message = rf"openvino cannot be imported on {platform.node()} .* install it on every worker with pip install 'fruitdask\[openvino"
     with pytest.raises(EngineError, match=message):
         prepare_engine("openvino", n_threads=1)
 

@@ -1,4 +1,6 @@
-"""Files of networks and weights as people have them: loaded right, or told in one sentence what they are and what to do."""
+"""Files of networks and weights as people have them: loaded right, or told in one sentence what they are and what to
+do.
+"""
 
 import json
 import shutil
@@ -74,7 +76,9 @@ def test_whole_h5_model_without_preprocessing_is_still_taken_for_weights(tmp_pat
     import keras
 
     build_network()[0].save(tmp_path / "own.h5")
-    message = r"own\.h5: expected weights of SqueezeNet .*, found a whole Keras model .*; set model\.preprocessing to use"
+    message = (
+        r"own\.h5: expected weights of SqueezeNet .*, found a whole Keras model .*; set model\.preprocessing to use"
+    )
     with pytest.raises(ModelError, match=message):
         build_artifact(configure(tmp_path / "own.h5", preprocessing=None, name="SqueezeNet"))
     keras.utils.set_random_seed(4)
@@ -99,7 +103,9 @@ def test_model_of_teachable_machine(tmp_path: Path) -> None:
     path = tmp_path / "keras_model.h5"
     network.save(path)
     mark = '"class_name": "DepthwiseConv2D", "config": {'
-    edit_h5(path, lambda text: text.replace(mark, mark + '"groups": 1, ').replace('"batch_shape"', '"batch_input_shape"'))
+    edit_h5(
+        path, lambda text: text.replace(mark, mark + '"groups": 1, ').replace('"batch_shape"', '"batch_input_shape"')
+    )
     check_features(configure(path), reference)
     with zipfile.ZipFile(tmp_path / "converted_keras.zip", "w") as archive:
         archive.write(path, "keras_model.h5")
@@ -219,7 +225,9 @@ def test_truncated_file(name: str, tmp_path: Path) -> None:
     network.save_weights(tmp_path / name) if "weights" in name else network.save(tmp_path / name)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ModelError, match=rf"{name}: expected .*, found .*truncated or damaged .*; copy or download it again$"):
+    with pytest.raises(
+        ModelError, match=rf"{name}: expected .*, found .*truncated or damaged .*; copy or download it again$"
+    ):
         build_artifact(configure(tmp_path / name))
 
 
@@ -241,7 +249,9 @@ def test_weights_of_another_network_and_with_the_classifier(tmp_path: Path) -> N
         check_features(config, bare)
     except ModelError as error:
         assert "without the classifier" in str(error)
-    message = r"expected weights of SqueezeNet without its classifier, found a file that does not fit: .*; set model\.name to"
+    message = (
+        r"expected weights of SqueezeNet without its classifier, found a file that does not fit: .*; set model\.name to"
+    )
     with pytest.raises(ModelError, match=message):
         build_artifact(config.model_copy(update={"name": "SqueezeNet"}))
 
@@ -277,7 +287,9 @@ def test_h5_model_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("ending", ["keras", "h5"])
-def test_classes_that_keras_does_not_have_are_named(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_that_keras_does_not_have_are_named(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import keras
 
     class Gem(keras.layers.Layer):
@@ -318,7 +330,9 @@ def test_subclassed_model_is_named_by_its_class(tmp_path: Path) -> None:
     network(PIXELS.astype(np.float32))
     network.save(tmp_path / "own.keras")
     config = configure(tmp_path / "own.keras")
-    with pytest.raises(ModelError, match=r"found a model of the class Fruits, whose code is not in the file; build it with"):
+    with pytest.raises(
+        ModelError, match=r"found a model of the class Fruits, whose code is not in the file; build it with"
+    ):
         build_artifact(config)
     with keras.saving.custom_object_scope({"Fruits": Fruits}), pytest.raises(ModelError, match="expected .* found "):
         build_artifact(config)

@@ -336,7 +336,10 @@ def chosen_classes(x: Any) -> Any:
         (chosen_classes, r"is computed from the softmax of scores; set model\.layer .*, such as pool or get_item"),
         (two_heads, r"2 outputs, kind and ripe; set model\.layer to .*, such as pool$"),
         (auxiliary_head, r"2 outputs, main and helper; set model\.layer to .*, such as pool or flat$"),
-        (many_outputs, r"last has 128 outputs without softmax or sigmoid: a classifier or an embedding; set .*, such as pool or last$"),
+        (
+            many_outputs,
+            r"last has 128 outputs without softmax or sigmoid: a classifier or an embedding; set .*, such as pool or last$",
+        ),
         (average_of_two_networks, r"mean merges 2 branches; set model\.layer .*, such as pool_first or pool_second$"),
         (score_for_each_pixel, r"segments outputs a map of scores.*; set model\.layer .*, such as base$"),
         (many_convolution_outputs, r"last has 128 outputs .*, such as base or last$"),
@@ -383,7 +386,9 @@ def test_layer_that_is_used_side_by_side_cannot_be_named(tmp_path: Path) -> None
 
     config, _ = save_network(build, tmp_path / "own.keras")
     assert build_artifact(config).layer == "pool"
-    with pytest.raises(ModelError, match=r"calls the layer 'base' 2 times in parallel; name a layer that comes after it$"):
+    with pytest.raises(
+        ModelError, match=r"calls the layer 'base' 2 times in parallel; name a layer that comes after it$"
+    ):
         build_artifact(config.model_copy(update={"layer": "base"}))
 
 

@@ -85,7 +85,11 @@ def randomize(network: Any) -> None:
         for value in layer.get_weights():
             is_kernel, is_depthwise = value.ndim > 1, value.ndim == 4 and "depthwise" in type(layer).__name__.lower()
             spread = np.sqrt(2 / np.prod(value.shape[:2] if is_depthwise else value.shape[:-1]))
-            weights.append(generator.normal(0, spread, value.shape) if is_kernel else value + generator.uniform(0, 0.1, value.shape))
+            weights.append(
+                generator.normal(0, spread, value.shape)
+                if is_kernel
+                else value + generator.uniform(0, 0.1, value.shape)
+            )
         layer.set_weights(weights)
 
 

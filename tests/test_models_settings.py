@@ -1,4 +1,6 @@
-"""Keras's settings of the user change nothing: neither a file in the home folder, nor the environment, nor the process that asks."""
+"""Keras's settings of the user change nothing: neither a file in the home folder, nor the environment, nor the process
+that asks.
+"""
 
 import hashlib
 import json
@@ -71,7 +73,12 @@ def foreign_settings() -> Iterator[dict[str, Any]]:
             getattr(config, f"set_{name}")(value)
 
     saved = read()
-    mine = {"floatx": "float16", "epsilon": 0.25, "image_data_format": "channels_first", "dtype_policy": "mixed_bfloat16"}
+    mine = {
+        "floatx": "float16",
+        "epsilon": 0.25,
+        "image_data_format": "channels_first",
+        "dtype_policy": "mixed_bfloat16",
+    }
     apply(mine)
     yield mine
     assert read() == mine
@@ -142,12 +149,16 @@ def test_find_backend_reads_what_keras_would(
 
 
 @pytest.mark.slow
-def test_keras_on_another_backend_builds_in_a_child(sensitive_model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keras_on_another_backend_builds_in_a_child(
+    sensitive_model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import keras
 
     expected = load_predictor(build_artifact(sensitive_model), n_threads=1)(PIXELS)
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
-    with pytest.raises(EngineError, match=r"Keras runs on jax in this process; in a script, import Keras under if __name__"):
+    with pytest.raises(
+        EngineError, match=r"Keras runs on jax in this process; in a script, import Keras under if __name__"
+    ):
         import_keras()
     assert settings.find_backend() == "jax"
     np.testing.assert_array_equal(load_predictor(build_artifact(sensitive_model), n_threads=1)(PIXELS), expected)

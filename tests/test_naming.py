@@ -67,7 +67,10 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "zip": (zip_up, "a ZIP archive"),
     "tar": (tar_up, "a tar archive"),
     "gzip": (lambda: gzip.compress(save("JPEG")), "a file compressed with gzip"),
-    "svg": (lambda: b'<?xml version="1.0"?>\n<!-- made by hand -->\n<svg xmlns="http://www.w3.org/2000/svg"/>', "an SVG drawing"),
+    "svg": (
+        lambda: b'<?xml version="1.0"?>\n<!-- made by hand -->\n<svg xmlns="http://www.w3.org/2000/svg"/>',
+        "an SVG drawing",
+    ),
     "psd": (lambda: b"8BPS\0\1" + bytes(6) + bytes(500), r"a Photoshop document \(PSD\)"),
     "cr3": (lambda: build_media(b"crx "), r"a camera's raw file \(Canon CR3\)"),
     "raf": (lambda: b"FUJIFILMCCD-RAW 0201FF389501X-T3" + bytes(500), r"a camera's raw file \(Fujifilm RAF\)"),
@@ -90,7 +93,10 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "webm": (lambda: b"\x1a\x45\xdf\xa3" + bytes(99), "a Matroska or WebM video"),
     "avi": (lambda: b"RIFF\x10\0\0\0AVI LIST", r"a video \(AVI\)"),
     "eps": (lambda: save("EPS"), "a PostScript file"),
-    "bytes": (lambda: b"\x17\xee\x01\x02<b>\n\x1b[31m" * 99, "an unknown format that begins with 17 ee 01 02 3c 62 3e 0a$"),
+    "bytes": (
+        lambda: b"\x17\xee\x01\x02<b>\n\x1b[31m" * 99,
+        "an unknown format that begins with 17 ee 01 02 3c 62 3e 0a$",
+    ),
     "text that begins like a bmp": (lambda: b"BMW and other cars\n" * 9, "plain text"),
 }
 
@@ -116,7 +122,9 @@ LONG = 4
 def test_raw_photograph_does_not_become_its_thumbnail() -> None:
     # As in NEF, ARW and DNG: the first page says that it is a smaller copy, and others hang below it.
     thumbnail = build_tiff((0x00FE, LONG, 1, 1), (0x014A, LONG, 1, 8), side=160, data=bytes(160 * 160))
-    with pytest.raises(ImageError, match="found a TIFF of several pages whose first is a thumbnail, as in a camera's raw file"):
+    with pytest.raises(
+        ImageError, match="found a TIFF of several pages whose first is a thumbnail, as in a camera's raw file"
+    ):
         decode_image(thumbnail, size_px=16, max_pixels=1_000_000)
     paged = build_tiff((0x00FE, LONG, 1, 1), side=160, data=bytes(160 * 160), following=8)
     with pytest.raises(ImageError, match="found a TIFF of several pages whose first is a thumbnail"):

@@ -1,4 +1,6 @@
-"""The notebooks: stripped of outputs, in short cells, without functions of their own, and running; what costs money stays off."""
+"""The notebooks: stripped of outputs, in short cells, without functions of their own, and running; what costs money
+stays off.
+"""
 
 import ast
 import json
@@ -19,7 +21,8 @@ NAMES = ("01_explore", "02_run", "03_map", "04_cloud")
 REGION = "eu-west-1"
 #: Nothing listens there: whoever asks AWS for anything gets an error.
 NOWHERE = "http://127.0.0.1:9"
-#: A worker of a cluster that is being closed may find the scheduler gone before itself; Dask then logs a traceback that means nothing.
+#: A worker of a cluster that is being closed may find the scheduler gone before itself; Dask then logs a traceback that
+#: means nothing.
 LAST_HEARTBEAT = re.compile(
     r"^\S+ \S+ - distributed\.worker - ERROR - Failed to communicate with scheduler during heartbeat\.$.*?^\S*CommClosedError: .*?$\n?",
     re.MULTILINE | re.DOTALL,
@@ -71,7 +74,9 @@ def count_pictures(notebook: nbformat.NotebookNode) -> int:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of the notebooks and of what they read; Jupyter keeps to it, its kernel is this interpreter, and AWS is out of reach."""
+    """A copy of the notebooks and of what they read; Jupyter keeps to it, its kernel is this interpreter, and AWS is
+    out of reach.
+    """
     folder = tmp_path_factory.mktemp("clone")
     for name in ("notebooks", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))

@@ -1,4 +1,6 @@
-"""Disks that are full or read-only and buckets that are gone in the middle of a run: a clear end, and the same command goes on."""
+"""Disks that are full or read-only and buckets that are gone in the middle of a run: a clear end, and the same command
+goes on.
+"""
 
 import subprocess
 import sys
@@ -17,7 +19,8 @@ from fruitdask.core.config import Config, ModelConfig
 from fruitdask.core.progress import RunProgress
 from fruitdask.errors import OutageError, PartitionError
 
-#: What is free on the small disk when a run begins: enough for its manifest and some of its partitions, which need three blocks each.
+#: What is free on the small disk when a run begins: enough for its manifest and some of its partitions, which need
+#: three blocks each.
 FREE_BYTES = 150_000
 _DISK_BYTES = 4 << 20
 

@@ -105,9 +105,7 @@ def test_run_on_photographs_equals_keras_and_sklearn(
 def test_run_leaves_what_the_architecture_lists(
     make_config: MakeConfig, client: Any, sample_folder: Path, tmp_path: Path
 ) -> None:
-    config = make_config(
-        reduce={"n_components": 2, "tsne": {"enabled": True, "perplexity": 5}}, **SHOWN
-    )
+    config = make_config(reduce={"n_components": 2, "tsne": {"enabled": True, "perplexity": 5}}, **SHOWN)
     result = fruitdask.run(config, client=client)
     explored = ["explore.csv", "explore.json", "explore.parquet", "explore.zarr"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
@@ -428,7 +426,10 @@ def test_identical_images_have_features_and_no_components(
         Image.new("RGB", (40, 40), (10, 20, 30)).save(tmp_path / "in" / f"{number}.png")
     config = make_config(input={"url": str(tmp_path / "in")}, reduce={"tsne": {"enabled": True}}, **SHOWN)
     result = fruitdask.run(config, client=client, progress=choose_progress())
-    assert f"No principal components were computed: all {n_images} images have the same features" in capsys.readouterr().err
+    assert (
+        f"No principal components were computed: all {n_images} images have the same features"
+        in capsys.readouterr().err
+    )
     np.testing.assert_allclose(result.features.compute(), [[10, 20, 30] * 2] * n_images)
     check_without_components(result, config)
 
@@ -652,7 +653,9 @@ def test_explore_refuses_the_folder_of_a_run_on_other_images(
     make_config: MakeConfig, finish: Finish, client: Any
 ) -> None:
     finish(make_config())
-    with pytest.raises(StoreMismatchError, match="the input had other images or other versions of them; fruitdask run brings"):
+    with pytest.raises(
+        StoreMismatchError, match="the input had other images or other versions of them; fruitdask run brings"
+    ):
         fruitdask.explore(make_config(input={"limit": 10}), client=client)
 
 
@@ -739,7 +742,9 @@ def test_thumbnails_of_all_images_go_when_the_exploration_is_complete(
     with pytest.raises(TooManyFailuresError, match="images failed"):
         fruitdask.run(make_config(explore=ON, input={"url": str(source)}), client=client)
     assert (tmp_path / "out" / "thumbnails.zarr").exists()
-    fruitdask.run(make_config(explore=ON, input={"url": str(source)}, featurize={"max_failed_fraction": 0.5}), client=client)
+    fruitdask.run(
+        make_config(explore=ON, input={"url": str(source)}, featurize={"max_failed_fraction": 0.5}), client=client
+    )
     assert not (tmp_path / "out" / "thumbnails.zarr").exists()
 
 

@@ -1,4 +1,6 @@
-"""Tests of pixels: every kind that a header can define gives its colours, and every other one a reason. Files are made by hand."""
+"""Tests of pixels: every kind that a header can define gives its colours, and every other one a reason. Files are made
+by hand.
+"""
 
 import io
 import struct
@@ -42,7 +44,13 @@ def pack(samples: Array, bits: int) -> bytes:
 
 def build_tiff(*planes: bytes, order: str = "<", **tags: Any) -> bytes:
     """Build a TIFF in one strip per plane; tags are named tag_<number>, their values shorts."""
-    values: dict[int, tuple[int, ...]] = {WIDTH: (SIDE,), HEIGHT: (SIDE,), BITS: (8,), COMPRESSION: (1,), CHANNELS: (1,)}
+    values: dict[int, tuple[int, ...]] = {
+        WIDTH: (SIDE,),
+        HEIGHT: (SIDE,),
+        BITS: (8,),
+        COMPRESSION: (1,),
+        CHANNELS: (1,),
+    }
     values[PHOTOMETRIC] = (1,)
     for name, value in tags.items():
         values[int(name[4:])] = value if isinstance(value, tuple) else (value,)
@@ -158,7 +166,10 @@ def add_signed_tiffs() -> None:
                 tiff(small - 1, order=order, tag_339=2, **options),
                 "found a TIFF with signed numbers below zero",
             )
-    BAD["tiff rgb signed"] = tiff(RGB8.astype(np.int8), tag_339=(2, 2, 2), tag_262=2), "found a TIFF of 3 channels of signed"
+    BAD["tiff rgb signed"] = (
+        tiff(RGB8.astype(np.int8), tag_339=(2, 2, 2), tag_262=2),
+        "found a TIFF of 3 channels of signed",
+    )
 
 
 def add_numbers_without_range() -> None:
@@ -177,7 +188,10 @@ def add_numbers_without_range() -> None:
                 data = tiff(G8.astype(kind), order=order, tag_339=code, **options)
                 BAD[f"tiff {name} {order_name} {packing}"] = data, f"found a TIFF of {name}"
     rgb = RGB8.astype(np.float32) / 255
-    BAD["tiff rgb of floating-point numbers"] = tiff(rgb, tag_339=(3, 3, 3), tag_262=2), "floating-point numbers of 32 bits"
+    BAD["tiff rgb of floating-point numbers"] = (
+        tiff(rgb, tag_339=(3, 3, 3), tag_262=2),
+        "floating-point numbers of 32 bits",
+    )
     BAD["tiff white is zero, floating-point"] = tiff(G8.astype(np.float32), tag_339=3, tag_262=0), "floating-point"
 
 
@@ -203,7 +217,10 @@ def add_colour_tiffs() -> None:
                 else:
                     GOOD[f"tiff rgb with a channel {name}"] = spare, RGB8, 0
                 if planar and packing == "deflated":
-                    BAD[f"tiff rgb with a nameless channel {name}"] = nameless, "found a TIFF of compressed planes: the file"
+                    BAD[f"tiff rgb with a nameless channel {name}"] = (
+                        nameless,
+                        "found a TIFF of compressed planes: the file",
+                    )
                 else:
                     GOOD[f"tiff rgb with a nameless channel {name}"] = nameless, RGB8, 0
                 if not planar:
@@ -216,7 +233,10 @@ def add_colour_tiffs() -> None:
                         1,
                     )
     BAD["tiff 5 nameless channels"] = tiff(six[..., :5], tag_262=2), "found a TIFF of 5 channels of 8 bits"
-    BAD["tiff depths that differ"] = tiff(RGB8, tag_262=2, tag_258=(8, 8, 16)), r"channels of different depths \(8, 8, 16 bits\)"
+    BAD["tiff depths that differ"] = (
+        tiff(RGB8, tag_262=2, tag_258=(8, 8, 16)),
+        r"channels of different depths \(8, 8, 16 bits\)",
+    )
 
 
 def add_other_tiffs() -> None:
@@ -232,7 +252,10 @@ def add_other_tiffs() -> None:
         data = tiff(indices, bits=bits, tag_262=3, tag_320=tuple(palette.T.ravel().tolist()))
         GOOD[f"tiff palette {bits} bits"] = data, palette[indices] // 256, 0
     narrow = tuple((colours.T.ravel() // 256).tolist())
-    BAD["tiff palette of 8 bits"] = tiff(G8, tag_262=3, tag_320=narrow), "found a TIFF of palette colours that are all but black"
+    BAD["tiff palette of 8 bits"] = (
+        tiff(G8, tag_262=3, tag_320=narrow),
+        "found a TIFF of palette colours that are all but black",
+    )
     cmyk = draw(4)
     GOOD["tiff cmyk"] = tiff(cmyk, tag_262=5), ink(cmyk), 1
     GOOD["tiff cmyk planes"] = tiff(cmyk, tag_262=5, is_planar=True), ink(cmyk), 1
@@ -242,7 +265,10 @@ def add_other_tiffs() -> None:
     ycbcr = np.asarray(Image.fromarray(RGB8).convert("YCbCr"))
     back = np.asarray(Image.fromarray(ycbcr, "YCbCr").convert("RGB"))
     GOOD["tiff ycbcr"] = tiff(ycbcr, tag_262=6, tag_530=(1, 1)), back, 0
-    BAD["tiff ycbcr that is coarser"] = tiff(ycbcr, tag_262=6), "found a TIFF of uncompressed YCbCr with subsampled channels"
+    BAD["tiff ycbcr that is coarser"] = (
+        tiff(ycbcr, tag_262=6),
+        "found a TIFF of uncompressed YCbCr with subsampled channels",
+    )
     BAD["tiff ycbcr planes"] = tiff(ycbcr, tag_262=6, tag_530=(1, 1), is_planar=True), "uncompressed planes of 8 bits"
     GOOD["tiff ycbcr deflated"] = tiff(ycbcr, tag_262=6, tag_530=(1, 1), tag_259=DEFLATE), back, 2
     srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
@@ -252,7 +278,10 @@ def add_other_tiffs() -> None:
     GOOD["tiff lab"] = save(in_lab, "TIFF"), np.asarray(smooth), 3
     for code, name in ((4, "transparency masks"), (9, "ICC L"), (10, "ITU L"), (32803, "a camera's raw samples")):
         BAD[f"tiff photometric {code}"] = tiff(G8, tag_262=code), f"found a TIFF of {name}"
-    BAD["tiff without photometric"] = tiff(G8, tag_262=None), "found a TIFF of samples without a photometric interpretation"
+    BAD["tiff without photometric"] = (
+        tiff(G8, tag_262=None),
+        "found a TIFF of samples without a photometric interpretation",
+    )
     BAD["tiff thumbnail of another page"] = tiff(RGB8, tag_262=2, tag_254=1, tag_330=8), "found a TIFF of several pages"
     GOOD["tiff that only says that it is a thumbnail"] = tiff(RGB8, tag_262=2, tag_254=1), RGB8, 0
     BAD["tiff of a dng"] = tiff(RGB8, tag_262=2, tag_50706=(1, 4)), r"found a TIFF of a camera's raw file \(DNG\)"
@@ -280,11 +309,19 @@ def add_pngs() -> None:
         shown = grey(samples >> 8 if depth == 16 else samples.astype(float) * 255 / ((1 << depth) - 1))
         GOOD[f"png grey {depth} bits"] = png(samples, depth=depth, colour=0), shown, 0
         significant = ((b"sBIT", bytes([max(depth - 4, 1)])),)
-        GOOD[f"png grey {depth} bits, fewer of them significant"] = png(samples, depth=depth, colour=0, chunks=significant), shown, 0
+        GOOD[f"png grey {depth} bits, fewer of them significant"] = (
+            png(samples, depth=depth, colour=0, chunks=significant),
+            shown,
+            0,
+        )
         for key in (0, 1, (1 << depth) - 1):
             masked = np.where((samples == key)[..., None], 255.0, shown)
             chunks = ((b"tRNS", struct.pack(">H", key)),)
-            GOOD[f"png grey {depth} bits, {key} transparent"] = png(samples, depth=depth, colour=0, chunks=chunks), masked, 0
+            GOOD[f"png grey {depth} bits, {key} transparent"] = (
+                png(samples, depth=depth, colour=0, chunks=chunks),
+                masked,
+                0,
+            )
         if depth <= 8:
             palette = draw(3, seed=5).reshape(-1, 3)[: 1 << depth]
             chunks = ((b"PLTE", palette.tobytes()), (b"tRNS", b"\0"))
@@ -361,7 +398,10 @@ def add_jpeg2000s() -> None:
     BAD["jpeg 2000 rgb 16 bits"] = jp2(RGB8, n_bits=15), "found one with 3 channels of 16 bits"
     BAD["jpeg 2000 signed"] = jp2(G8, n_bits=0x87), "found one with signed numbers"
     BAD["jpeg 2000 lab"] = jp2(RGB8, colour=14), "found one with colour space 14"
-    BAD["jpeg 2000 nameless fourth channel"] = jp2(rgba, alpha=False), "found one with 4 channels .the file does not say"
+    BAD["jpeg 2000 nameless fourth channel"] = (
+        jp2(rgba, alpha=False),
+        "found one with 4 channels .the file does not say",
+    )
     BAD["jpeg 2000 rgb with alpha, bare"] = (
         save(Image.fromarray(rgba), "JPEG2000", no_jp2=True),
         "found one with 4 channels .the file does not say",

@@ -307,9 +307,7 @@ class Hours(RunProgress):
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._seconds = 0.0
-        patch.setattr(
-            budget, "time", SimpleNamespace(monotonic=lambda: self._seconds, perf_counter=time.perf_counter)
-        )
+        patch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: self._seconds, perf_counter=time.perf_counter))
 
     def advance(self, n_images: int, *, n_failed: int) -> None:
         """Let an hour pass."""
@@ -358,7 +356,11 @@ def test_cost_of_a_run_on_ec2_is_in_the_manifest_with_that_of_its_interrupted_pa
     each = 60 / 3600 * 0.005 + 0.0952 * 10 * 60 / (30 * 86400)
     paid = 60 / 3600 * (0.0456 + 2 * 0.36) + 3 * each
     interrupted = store.read_run(Location(output["url"]))
-    assert interrupted is not None and interrupted.cost is not None and interrupted.cost.dollars == pytest.approx(paid, abs=1e-5)
+    assert (
+        interrupted is not None
+        and interrupted.cost is not None
+        and interrupted.cost.dollars == pytest.approx(paid, abs=1e-5)
+    )
     result = fruitdask.run(second)
     assert cloud.wait_until_quiet(60)
     cost = result.manifest["cost"]

@@ -142,7 +142,9 @@ def plot_all(n: int) -> dict[str, Figure]:
             table, x="tsne_1", y="tsne_2", title=LONG + "果" * 9, x_label="W" * 99, y_label="W" * 99
         ),
         "counts": figures.plot_class_counts(classes),
-        "sizes": figures.plot_sizes(make_images(width=sides[:, 0], height=sides[:, 1], n_bytes=rng.lognormal(10, 1, 50))),
+        "sizes": figures.plot_sizes(
+            make_images(width=sides[:, 0], height=sides[:, 1], n_bytes=rng.lognormal(10, 1, 50))
+        ),
         "examples": figures.plot_examples(make_exploration(labels), per_class=3),
         "colours": figures.plot_colours(classes),
         "differences": figures.plot_differences(classes),
@@ -461,7 +463,10 @@ WITHOUT_DATA: list[tuple[Callable[[], Figure], str]] = [
     (lambda: figures.plot_confusion([], []), NO_CLASSES),
     (lambda: figures.plot_explained_variance([], {}), "No component is known."),
     (lambda: figures.plot_sizes(make_images(width=[], height=[], n_bytes=[])), "There are no images."),
-    (lambda: figures.plot_map(TABLE.assign(pca_1=np.nan), x="pca_1", y="pca_2", title="Map"), "No image has a position."),
+    (
+        lambda: figures.plot_map(TABLE.assign(pca_1=np.nan), x="pca_1", y="pca_2", title="Map"),
+        "No image has a position.",
+    ),
     (lambda: figures.plot_examples(cast(Exploration, SimpleNamespace(classes=EMPTY)), per_class=2), NO_CLASSES),
 ]
 

@@ -438,7 +438,9 @@ def build_box(name: bytes, content: bytes) -> bytes:
 
 
 XMP_POSITION = build_xmp("", 'exif:GPSLatitude="48,51.5N"')
-XMP_UUID, IPTC_UUID = (bytes.fromhex(digits) for digits in ("be7acfcb97a942e89c71999491e3afac", "33c7a4d2b81d4723a0baf1a3e097ad38"))
+XMP_UUID, IPTC_UUID = (
+    bytes.fromhex(digits) for digits in ("be7acfcb97a942e89c71999491e3afac", "33c7a4d2b81d4723a0baf1a3e097ad38")
+)
 
 
 @pytest.mark.parametrize(

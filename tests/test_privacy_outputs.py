@@ -1,4 +1,6 @@
-"""Positions, serial numbers, names and secrets that are planted wherever they may be, and looked for in all that a run leaves behind."""
+"""Positions, serial numbers, names and secrets that are planted wherever they may be, and looked for in all that a run
+leaves behind.
+"""
 
 import base64
 import binascii
@@ -88,7 +90,9 @@ def add_iptc(jpeg: bytes) -> bytes:
 
 
 def plant(folder: Path) -> int:
-    """Write images with planted metadata of every kind into two classes, and files that are broken; gives the number of positions."""
+    """Write images with planted metadata of every kind into two classes, and files that are broken; gives the number of
+    positions.
+    """
     exif, xmp = build_exif(), XMP.encode()
     generator = np.random.default_rng(0)
     for label in ("apple", "pear"):

@@ -58,7 +58,8 @@ def test_fit_pca_equals_sklearn_on_ill_conditioned_features() -> None:
     expected = sklearn.decomposition.PCA(11, svd_solver="full").fit(features)
     fitted = fit_pca(da.from_array(features, chunks=(250, -1)), n_components=11)
     scores, expected_scores = fitted.transform(features), expected.transform(features)
-    # Rounding of the covariance is relative to the largest variance: a billionth of it is known to six digits, a trillionth is not.
+    # Rounding of the covariance is relative to the largest variance: a billionth of it is known to six digits, a
+    # trillionth is not.
     clear = expected.explained_variance_ > 1e-9 * expected.explained_variance_[0]
     assert 3 < clear.sum() < 9
     errors = np.linalg.norm(scores - expected_scores, axis=0) / np.linalg.norm(expected_scores, axis=0)
@@ -277,4 +278,6 @@ def test_compare_components_names_what_differs(name: str) -> None:
 def test_compare_components_refuses_another_width() -> None:
     random = np.random.default_rng(0)
     wide, narrow = (fit_pca(da.from_array(random.normal(size=(9, n)), chunks=(3, n)), n_components=2) for n in (4, 3))
-    assert list(compare_components(wide, narrow)) == ["expected 3 features and at most 2 components, found the shape (2, 4)"]
+    assert list(compare_components(wide, narrow)) == [
+        "expected 3 features and at most 2 components, found the shape (2, 4)"
+    ]

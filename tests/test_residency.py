@@ -1,4 +1,6 @@
-"""Where buckets and clusters are, by a real S3 server, which notes what is asked of it; Amazon's own names lead there by a proxy."""
+"""Where buckets and clusters are, by a real S3 server, which notes what is asked of it; Amazon's own names lead there
+by a proxy.
+"""
 
 import copy
 import io
@@ -44,8 +46,8 @@ class QuietHandler(MotoRequestHandler):
 class Server:
     """An S3 server that notes requests, and can be less helpful than moto's.
 
-    ``head_status`` is what it answers to HeadBucket, ``location`` what it answers to GetBucketLocation; ``is_silent`` servers leave the
-    region out of headers.
+    ``head_status`` is what it answers to HeadBucket, ``location`` what it answers to GetBucketLocation; ``is_silent``
+    servers leave the region out of headers.
     """
 
     def __init__(self) -> None:

@@ -50,7 +50,9 @@ BUCKET, FOLDER = "fruits", "own set/été +%20&"
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """An S3 server: its address and its keys, as boto3's clients take them, and storage options that do not follow from these."""
+    """An S3 server: its address and its keys, as boto3's clients take them, and storage options that do not follow from
+    these.
+    """
 
     url: str
     keys: dict[str, str]
@@ -308,7 +310,9 @@ def test_run_on_s3_equals_run_on_disk(make_config: MakeConfig, client: Any, on_d
 @pytest.mark.slow
 @both_servers
 def test_run_goes_on_where_it_was_interrupted(make_config: MakeConfig, client: Any, server: Server) -> None:
-    config = make_config(input={"manifest": f"s3://{BUCKET}/lists/all.csv"}, explore={"enabled": False}, report={"enabled": False})
+    config = make_config(
+        input={"manifest": f"s3://{BUCKET}/lists/all.csv"}, explore={"enabled": False}, report={"enabled": False}
+    )
     with pytest.raises(KeyboardInterrupt, match="in this test"):
         fruitdask.run(config, client=client, progress=Interrupt())
     s3, folder = server.connect(), f"{config.output.url.split('/')[-1]}/partitions"

@@ -261,5 +261,7 @@ def test_map_partitions_says_that_the_scheduler_is_gone(tmp_path: Path) -> None:
         def close(index: int) -> None:
             cluster.close()
 
-        with pytest.raises(PartitionError, match="the cluster was lost: .*; stored results are kept, run again to resume"):
+        with pytest.raises(
+            PartitionError, match="the cluster was lost: .*; stored results are kept, run again to resume"
+        ):
             map_partitions(client, write_note, PARTITIONS, "", delivered=tmp_path, on_result=close)

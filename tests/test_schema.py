@@ -22,7 +22,8 @@ from fruitdask.core.fingerprint import compare_fingerprints, describe_settings
 from fruitdask.core.storage import Location
 from fruitdask.store.schema import seal
 
-#: The settings behind a fingerprint. One that is added here must be in `ADDED_LATER` too, or every output has to be computed again.
+#: The settings behind a fingerprint. One that is added here must be in `ADDED_LATER` too, or every output has to be
+#: computed again.
 FROZEN = {
     "model": "name weights input_px pooling layer preprocessing precision",
     "featurize": "decode max_pixels",
@@ -96,7 +97,10 @@ def test_every_command_refuses_a_later_format(output: Path, name: str) -> None:
         done = CliRunner().invoke(cli, command)
         sentence = done.stderr.splitlines()[-1]
         assert done.exit_code == 2, command
-        assert sentence.startswith(f"fruitdask: {output / name}: expected format 1, found format 2"), (command, sentence)
+        assert sentence.startswith(f"fruitdask: {output / name}: expected format 1, found format 2"), (
+            command,
+            sentence,
+        )
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
@@ -121,7 +125,17 @@ def test_entries_that_are_not_known_are_kept(output: Path) -> None:
 STRANGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     **{
         f"no {key}": lambda tree, key=key: tree.pop(key)
-        for key in ("fruitdask", "status", "fingerprint", "n_images", "images_per_partition", "model", "config", "counts", "finished")
+        for key in (
+            "fruitdask",
+            "status",
+            "fingerprint",
+            "n_images",
+            "images_per_partition",
+            "model",
+            "config",
+            "counts",
+            "finished",
+        )
     },
     "no catalog in the fingerprint": lambda tree: tree["fingerprint"].pop("catalog"),
     "no n_features": lambda tree: tree["model"].pop("n_features"),
@@ -151,7 +165,9 @@ def test_a_strange_manifest_is_a_sentence(output: Path, change: Callable[[dict[s
 
 
 @given(data=st.data())
-def test_a_manifest_of_any_json_is_read_or_refused(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_manifest_of_any_json_is_read_or_refused(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
     values = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
     known = st.sampled_from(sorted(store.RunManifest.model_fields))
@@ -175,6 +191,9 @@ def test_fingerprints_are_made_of_explicit_settings(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fingerprint, "ADDED_LATER", {"featurize.colours": "rgb"})
     later = (*fingerprint.DECODING, "colours")
     assert describe_settings("featurize", LaterConfig(), later) == before["featurize"]
-    theirs, ours = ({"decoding": describe_settings("featurize", config, later)} for config in (LaterConfig(), LaterConfig(colours="lab")))
+    theirs, ours = (
+        {"decoding": describe_settings("featurize", config, later)}
+        for config in (LaterConfig(), LaterConfig(colours="lab"))
+    )
     assert list(compare_fingerprints(theirs, ours)) == ["featurize.colours was rgb, is lab"]
     assert list(compare_fingerprints(ours, theirs)) == ["featurize.colours was lab, is rgb"]

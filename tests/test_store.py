@@ -36,8 +36,22 @@ def make_outcomes(statuses: list[str]) -> pd.DataFrame:
 
 def make_manifest(**changes: Any) -> store.RunManifest:
     """Make the manifest of a run that has begun."""
-    model = {"name": "N", "layer": "l", "engine": "e", "preprocessing": "tf", "input_px": 8, "n_features": 3, "sha256": "0"}
-    begun = {"fruitdask": "0", "status": "running", "fingerprint": FINGERPRINT, "n_images": 5, "images_per_partition": 2}
+    model = {
+        "name": "N",
+        "layer": "l",
+        "engine": "e",
+        "preprocessing": "tf",
+        "input_px": 8,
+        "n_features": 3,
+        "sha256": "0",
+    }
+    begun = {
+        "fruitdask": "0",
+        "status": "running",
+        "fingerprint": FINGERPRINT,
+        "n_images": 5,
+        "images_per_partition": 2,
+    }
     return store.RunManifest.model_validate(begun | {"model": model} | changes)
 
 

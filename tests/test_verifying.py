@@ -641,7 +641,8 @@ def check_is_well(output: Path, deed: str) -> None:
 
 
 _EXPLORED = ("explore.parquet", "explore.csv")
-#: Each of them happens in each history, in an order that chance chooses. Erasing is last: after it, an output does not grow.
+#: Each of them happens in each history, in an order that chance chooses. Erasing is last: after it, an output does not
+#: grow.
 _DEEDS = (
     History.add,
     History.change,
@@ -660,7 +661,9 @@ _DEEDS = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_verify_finds_nothing_after_any_history(tmp_path: Path, tiny_model: ModelConfig, client: Any, seed: int) -> None:
+def test_verify_finds_nothing_after_any_history(
+    tmp_path: Path, tiny_model: ModelConfig, client: Any, seed: int
+) -> None:
     history = History(tmp_path, tiny_model, client, seed)
     history.run()
     for number in [*np.random.default_rng(seed).permutation(len(_DEEDS)), None]:

@@ -12,7 +12,11 @@ UNLISTED = (0, 0)
 
 @dataclass(frozen=True)
 class Partition:
-    """A contiguous range of catalog rows: the unit of scheduling, storage, commit and retry."""
+    """A contiguous range of catalog rows: the unit of scheduling, storage, commit and retry.
+
+    `rows` and `excluded` matter to workers alone. They belong here because the scheduler sets them when it retries a
+    partition without its poison images, and a task is given nothing else that differs from partition to partition.
+    """
 
     #: Index of its chunk in the store, from 0.
     index: int

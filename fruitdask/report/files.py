@@ -12,7 +12,7 @@ from fruitdask.store import FIGURE_NAMES, PAGE, delete_result, name_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Examples a class in the figure; the page has its own number.
+#: Examples per class in the figure; the page has its own number.
 _EXAMPLES_PER_CLASS = 6
 
 

@@ -135,7 +135,7 @@ def describe_summary(
 
 
 def _say_left_out(config: Config, manifest: Mapping[str, Any], exploration: Exploration | None) -> str:
-    """Say which files of the input are not images, or are not taken for other reasons."""
+    """Name which files of the input are not images, or are not taken for other reasons."""
     summary: Mapping[str, Any] = manifest or (exploration.summary if exploration else {})
     return format_left_out(summary.get("left_out", {}), is_default=config.input.extensions is None)
 
@@ -388,7 +388,7 @@ def _format_day(value: str) -> str:
 
 
 def _name_region(region: str) -> str:
-    """Say where a region is, as far as that is known."""
+    """Describe where a region is, as far as that is known."""
     known = {LOCAL: "the computer on which fruitdask ran", UNKNOWN: "not known to fruitdask"}
     place = EU_REGIONS.get(region)
     return known.get(region) or (f"{region} ({place})" if place else region)

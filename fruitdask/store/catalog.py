@@ -107,7 +107,7 @@ def _narrow(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
 
 
 def match_paths(paths: pd.Series, patterns: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Tell which paths match any of some patterns.
+    """Return which paths match any of some patterns.
 
     Returns numpy.ndarray: one bool a path.
 
@@ -237,7 +237,7 @@ def _check_folder(root: Location, config: InputConfig) -> None:
 
 
 def _explain_file(url: str) -> str:
-    """Say what to write instead of a file."""
+    """Describe what to write instead of a file."""
     if "::" in url:
         return f"{url}: expected a folder in the archive in input.url, found a file; write the folder that it is in"
     kind = next((kind for ending, kind in _ARCHIVE_ENDINGS.items() if url.lower().endswith(ending)), None)
@@ -248,7 +248,7 @@ def _explain_file(url: str) -> str:
 
 
 def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str:
-    """Say why nothing was found."""
+    """Explain why nothing was found."""
     with explained(root, "read"):
         if not exists(root):
             if _WILDCARDS.search(config.url) and not root.is_archive:

@@ -166,7 +166,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _explain(found: dict[str, Any], location: Location) -> str:
-    """Say who holds the lock, and what to do."""
+    """Name who holds the lock, and what to do."""
     owner = (
         f"process {found['pid']} of {found['user']} on {found['host']}, since {found['since']}, last seen "
         f"{found['seen']}"

@@ -76,7 +76,7 @@ def _check_other_images(output: Location, manifest: RunManifest | None, *, may_g
 
 
 def describe_mismatch(output: Location, difference: str) -> str:
-    """Say that an output folder holds the results of another run."""
+    """State that an output folder holds the results of another run."""
     return (
         f"{output.url} belongs to another run: {difference}; choose another output.url, or --overwrite to delete those "
         "results"
@@ -162,7 +162,7 @@ def write_digested(output: Location, name: str, data: bytes) -> dict[str, str]:
 
 
 def advise_repair(output: Location) -> str:
-    """Say what to do about damage."""
+    """Describe what to do about damage."""
     return f"use fruitdask verify {shlex.quote(output.url)} --repair, and run again"
 
 

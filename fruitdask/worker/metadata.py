@@ -273,7 +273,7 @@ def _search_tiff(data: bytes, is_file: bool = False) -> Iterator[str]:
 
 
 def _judge(tag: int, value: bytes, *, group: str, is_file: bool) -> Iterator[str]:
-    """Say what kinds of metadata a tag is."""
+    """Describe what kinds of metadata a tag is."""
     if not is_file or group != "main" or tag in _DESCRIPTIVE_TAGS:
         yield "exif"
     if group == "gps":

@@ -1,10 +1,12 @@
-"""The whole way through a cloud on this machine: photographs in S3, two spot workers of which one is taken away, results in S3.
+"""The whole way through a cloud on this machine: photographs in S3, two spot workers of which one is taken away,
+results in S3.
 
     python tests/benchmarks/cloud.py PHOTOGRAPHS WEIGHTS
 
-The cloud is the loopback EC2 of the tests: real processes and TLS, but no boot, no docker and no distance. PHOTOGRAPHS is a folder of
-classes, WEIGHTS the file of MobileNetV2's weights without its top. Prints seconds, their ratio to the same run on this machine from
-disk, the largest relative difference of a feature to that run's, and what is left running.
+The cloud is the loopback EC2 of the tests: real processes and TLS, but no boot, no docker and no distance. PHOTOGRAPHS
+is a folder of classes, WEIGHTS the file of MobileNetV2's weights without its top. Prints seconds, their ratio to the
+same run on this machine from disk, the largest relative difference of a feature to that run's, and what is left
+running.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/decoding.py [--side 10000]
 
-Each line is a process of its own. The ratio is to the memory of the pixels, which Pillow keeps in 4 bytes each. The last two lines decode
-16 images on 4 threads, where no more than one fits into ``max_pixels``: once as glibc would have it, and once as fruitdask tells it to.
+Each line is a process of its own. The ratio is to the memory of the pixels, which Pillow keeps in 4 bytes each. The
+last two lines decode 16 images on 4 threads, where no more than one fits into ``max_pixels``: once as glibc would have
+it, and once as fruitdask tells it to.
 """
 
 import argparse

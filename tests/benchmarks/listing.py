@@ -2,8 +2,9 @@
 
     python tests/benchmarks/listing.py [IMAGES]
 
-A server in a process of its own makes up the pages, for a million objects in moto take hours and gigabytes. Listing includes the hash of
-the catalog, by which a run knows its images. fs.find makes the same table of what s3fs returns; beyond two million images it is left out.
+A server in a process of its own makes up the pages, for a million objects in moto take hours and gigabytes. Listing
+includes the hash of the catalog, by which a run knows its images. fs.find makes the same table of what s3fs returns;
+beyond two million images it is left out.
 """
 
 import hashlib

@@ -3,8 +3,8 @@
     python tests/benchmarks/main_job.py PHOTOGRAPHS WEIGHTS [--repeat 10]
 
 PHOTOGRAPHS is a folder of classes (the 846 test photographs of Fruits-360's original size), WEIGHTS the file of
-MobileNetV2's weights without its top. The loop computes features and two components, so exploring, quality, figures and page
-are left out, but for one line. Each line gives seconds, their ratio to the plain loop of the same run, and the
+MobileNetV2's weights without its top. The loop computes features and two components, so exploring, quality, figures and
+page are left out, but for one line. Each line gives seconds, their ratio to the plain loop of the same run, and the
 largest resident memory of the client and of a worker.
 """
 

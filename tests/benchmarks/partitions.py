@@ -1,9 +1,11 @@
-"""What a partition costs besides its images: scheduling alone, and with reading, storing and committing one small image.
+"""What a partition costs besides its images: scheduling alone, and with reading, storing and committing one small
+image.
 
     python tests/benchmarks/partitions.py [--partitions 2000]
 
-Two workers of one thread. The ratio is to scheduling alone. From the last line follows how small partitions may sensibly be: the share
-of a partition that is not spent on its images, where an image takes the 6 ms of MobileNetV2 with OpenVINO.
+Two workers of one thread. The ratio is to scheduling alone. From the last line follows how small partitions may
+sensibly be: the share of a partition that is not spent on its images, where an image takes the 6 ms of MobileNetV2 with
+OpenVINO.
 """
 
 import argparse

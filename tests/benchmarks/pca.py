@@ -2,10 +2,11 @@
 
     python tests/benchmarks/pca.py [--rows 100000 1000000] [--features 1280] [--solvers "dask-ml, full" ...]
 
-Features are drawn once into a Zarr store with 512 rows a chunk: fifty strong directions, a mean far from zero, a little noise. Each solver
-runs in a process of its own, with two Dask workers of one thread, and reads the store in blocks of 4096 rows. Its seconds are those of the
-fit alone; its CPU seconds are those of client and workers, which tell more where a machine is shared. Its error is the largest distance
-between one of the first ten components and that of the covariance in float64.
+Features are drawn once into a Zarr store with 512 rows a chunk: fifty strong directions, a mean far from zero, a little
+noise. Each solver runs in a process of its own, with two Dask workers of one thread, and reads the store in blocks of
+4096 rows. Its seconds are those of the fit alone; its CPU seconds are those of client and workers, which tell more
+where a machine is shared. Its error is the largest distance between one of the first ten components and that of the
+covariance in float64.
 """
 
 import argparse
@@ -114,7 +115,9 @@ SOLVERS: dict[str, tuple[Callable[[Any, str], np.ndarray], bool]] = {
 
 
 def draw_features(path: Path, n_rows: int, n_features: int) -> np.ndarray:
-    """Write features to a store; gives their first components, from a covariance summed about the mean they were drawn with."""
+    """Write features to a store; gives their first components, from a covariance summed about the mean they were drawn
+    with.
+    """
     rng = np.random.default_rng(0)
     mean = rng.uniform(1, 5, n_features)
     directions = rng.normal(size=(50, n_features)) * np.geomspace(1, 0.05, 50)[:, np.newaxis]

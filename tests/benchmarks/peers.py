@@ -1,12 +1,14 @@
 """fruitdask against what people use today, on the same photographs, in the same run.
 
-    python tests/benchmarks/peers.py WEIGHTS FOLDER [FOLDER ...] [--steady 10000] [--peers spark ray_data ...] [--markdown BENCHMARKS.md]
+    python tests/benchmarks/peers.py WEIGHTS FOLDER [FOLDER ...] [--steady 10000] [--peers spark ray_data ...]
+    [--markdown BENCHMARKS.md]
 
-WEIGHTS is the file of MobileNetV2's weights without its top, each FOLDER one of classes; with --steady the first one's images are used
-again, each under several names, until there are so many. Each peer runs in a virtual environment of its own, which is made from the
-requirements beside its program in `peers/` the first time (Spark needs Java 17 as well). All do the same job: features of every
-photograph and two principal components; fruitdask therefore leaves out exploring, quality, figures and page. Seconds are those of the
-whole command, other seconds those besides featurizing: start-up, reduction, end. Ratios are to the plain Keras loop: above 1 is faster.
+WEIGHTS is the file of MobileNetV2's weights without its top, each FOLDER one of classes; with --steady the first one's
+images are used again, each under several names, until there are so many. Each peer runs in a virtual environment of its
+own, which is made from the requirements beside its program in `peers/` the first time (Spark needs Java 17 as well).
+All do the same job: features of every photograph and two principal components; fruitdask therefore leaves out
+exploring, quality, figures and page. Seconds are those of the whole command, other seconds those besides featurizing:
+start-up, reduction, end. Ratios are to the plain Keras loop: above 1 is faster.
 """
 
 import argparse

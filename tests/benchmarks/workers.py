@@ -1,9 +1,11 @@
 """How images a second grow with workers, and what these spend their time on.
 
-    python tests/benchmarks/workers.py WEIGHTS PHOTOGRAPHS [--repeat 6] [--workers 1 2 ...] [--engine openvino] [--decode exact]
+    python tests/benchmarks/workers.py WEIGHTS PHOTOGRAPHS [--repeat 6] [--workers 1 2 ...] [--engine openvino]
+    [--decode exact]
 
-PHOTOGRAPHS is a folder of classes, WEIGHTS the file of MobileNetV2's weights without its top. Each line is a run with so many workers of
-one thread; shares are those of the workers' time while featurizing, and what they do not spend on a stage they spend on nothing.
+PHOTOGRAPHS is a folder of classes, WEIGHTS the file of MobileNetV2's weights without its top. Each line is a run with
+so many workers of one thread; shares are those of the workers' time while featurizing, and what they do not spend on a
+stage they spend on nothing.
 """
 
 import argparse

@@ -2,12 +2,13 @@
 
     python tests/chaos/fault_runs.py [--runs 200] [--seed 0] [--at-once 2]
 
-Each run featurizes 160 drawn images in 40 partitions with two workers. A seed chooses what happens and when: workers are killed
-(SIGKILL), one or each in its turn or all, the command is killed, interrupted or asked to end, one image kills every process that opens
-it, or images and results are on an S3 of whose requests one in ten fails, and the command is killed too. A run that ended is started again
-until it is complete. Prints, by kind of fault, how many runs were complete, how many images were lost or doubled, how many features differ
-from those of an undisturbed run, how many committed files changed by a byte, and how many committed partitions were computed again: of a
-partition, only what was in flight may be.
+Each run featurizes 160 drawn images in 40 partitions with two workers. A seed chooses what happens and when: workers
+are killed (SIGKILL), one or each in its turn or all, the command is killed, interrupted or asked to end, one image
+kills every process that opens it, or images and results are on an S3 of whose requests one in ten fails, and the
+command is killed too. A run that ended is started again until it is complete. Prints, by kind of fault, how many runs
+were complete, how many images were lost or doubled, how many features differ from those of an undisturbed run, how many
+committed files changed by a byte, and how many committed partitions were computed again: of a partition, only what was
+in flight may be.
 """
 
 import argparse

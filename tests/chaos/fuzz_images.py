@@ -32,7 +32,9 @@ TELLING = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x8000000
 
 @dataclass
 class Tally:
-    """What happened: inputs by outcome, the slowest one's seconds, the most memory that a child had, and inputs that did harm."""
+    """What happened: inputs by outcome, the slowest one's seconds, the most memory that a child had, and inputs that
+    did harm.
+    """
 
     outcomes: Counter[str] = field(default_factory=Counter)
     slowest_seconds: float = 0.0
@@ -72,7 +74,9 @@ def open_like_a_worker(data: bytes) -> str:
 
 
 def serve(connection: Connection, open_file: Callable[[bytes], str]) -> None:
-    """Open what comes in, in a process of limited memory, and answer with its outcome, seconds and the most memory so far."""
+    """Open what comes in, in a process of limited memory, and answer with its outcome, seconds and the most memory so
+    far.
+    """
     warnings.simplefilter("ignore")
     # libtiff complains there of each file.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -87,7 +87,9 @@ def build_exif(n_rationals: int) -> bytes:
 def build_tiff(
     *changes: Entry, side: int = 100, is_tiled: bool = False, data: bytes = b"", following: int = 0
 ) -> bytes:
-    """Build a grey TIFF in one strip or tile; a value that is given as bytes, and then the data, are put behind the directory."""
+    """Build a grey TIFF in one strip or tile; a value that is given as bytes, and then the data, are put behind the
+    directory.
+    """
     place, size = (0x0144, 0x0145) if is_tiled else (0x0111, 0x0117)
     entries: dict[int, Entry] = {
         tag: (tag, LONG, 1, value)
@@ -206,7 +208,8 @@ SIZE, CODING = b"\xff\x51", b"\xff\x52"
 LARGE = SIZE, 4, struct.pack(">6I", 3_000, 3_000, 0, 0, 3_000, 3_000)
 
 
-#: Files by name, and what is to become of them: ``ok``, ``unreadable``, ``too_large``; None where either of the first two will do.
+#: Files by name, and what is to become of them: ``ok``, ``unreadable``, ``too_large``; None where either of the first
+#: two will do.
 FILES: dict[str, tuple[str | None, Callable[[], bytes]]] = {
     "png-bomb-60000-px": ("too_large", lambda: build_png(60_000, 60_000, bytes(1000))),
     "png-bomb-2-billion-px": ("too_large", lambda: build_png(2**31 - 1, 2**31 - 1, bytes(1000))),

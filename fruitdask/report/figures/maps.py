@@ -218,13 +218,13 @@ def _add_legend(figure: Figure, handles: list[Artist], names: list[str], *, n_co
 
 
 def _name_axis(column: str) -> str:
-    """Say a column's name in words."""
+    """Describe a column's name in words."""
     kind, _, number = column.rpartition("_")
     return {"pca": f"Principal component {number}", "tsne": f"t-SNE {number}"}.get(kind, column)
 
 
 def _describe_components(share: str, n: int | None) -> str:
-    """Say how many components explain a share of the variance."""
+    """Describe how many components explain a share of the variance."""
     found = "more than are known" if n is None else f"{n:,} component{'' if n == 1 else 's'}"
     return f"{float(share) * 100:g} %: {found}"
 
@@ -246,7 +246,7 @@ def _write_shares(axes: Axes, shares: npt.NDArray[np.float64], *, size: float) -
 
 
 def _add_share_legend(figure: Figure) -> None:
-    """Say what the shades of a heat map mean."""
+    """Describe what the shades of a heat map mean."""
     from matplotlib.patches import Patch
 
     look: dict[str, Any] = {"edgecolor": FAINT, "linewidth": 0.5}

@@ -130,7 +130,7 @@ def _draw_histogram(axes: Axes, values: npt.NDArray[np.float64], unit: Formatter
 
 
 def _describe_bytes(n_bytes: npt.NDArray[np.float64]) -> str:
-    """Say the range of file sizes, to three digits."""
+    """Describe the range of file sizes, to three digits."""
     from matplotlib.ticker import EngFormatter
 
     if not len(n_bytes):
@@ -141,7 +141,7 @@ def _describe_bytes(n_bytes: npt.NDArray[np.float64]) -> str:
 
 
 def _describe_sides(sides: npt.NDArray[np.float64]) -> str:
-    """Say the range of pixel sizes."""
+    """Describe the range of pixel sizes."""
     if not len(sides):
         return "no image could be read"
     width, height = np.median(sides, axis=0)

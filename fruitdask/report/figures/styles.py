@@ -43,7 +43,7 @@ class ClassStyle:
 
 
 def style_classes(labels: Sequence[str]) -> dict[str, ClassStyle]:
-    """Give each class a look of its own."""
+    """Choose a style for each class."""
     markers = tuple(MARKERS)
     n_pairs = len(COLOURS) * len(markers)
     return {

@@ -1,4 +1,5 @@
-"""Ray Data: a pool of actors, each with the network, maps batches of 32; the same decoding as fruitdask's; scikit-learn's PCA.
+"""Ray Data: a pool of actors, each with the network, maps batches of 32; the same decoding as fruitdask's;
+scikit-learn's PCA.
 
 python ray_data.py PHOTOGRAPHS WEIGHTS
 

@@ -1,4 +1,5 @@
-"""The idiomatic single process: tf.data reads, decodes and resizes on all cores while the network runs; scikit-learn's PCA.
+"""The idiomatic single process: tf.data reads, decodes and resizes on all cores while the network runs; scikit-learn's
+PCA.
 
 python tf_data.py PHOTOGRAPHS WEIGHTS
 
