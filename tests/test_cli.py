@@ -200,6 +200,7 @@ def test_bad_input_is_one_sentence_and_an_exit_code(
 
 
 def test_wrong_file_of_dasks_settings_is_one_sentence(config_path: Path, tmp_path: Path) -> None:
+    use_own_cluster(config_path)
     (tmp_path / "dask.yaml").write_text("distributed: [\n")
     done = run_in_process("run", str(config_path), DASK_CONFIG=str(tmp_path / "dask.yaml"))
     assert done.returncode == 2
