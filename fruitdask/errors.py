@@ -1,7 +1,7 @@
 """Exceptions that fruitdask raises: each carries one finished sentence for a person to read.
 
-A message says what was expected, what was found, where, and what to do. Exceptions cross processes by pickle, so every constructor takes
-that message alone.
+A message says what was expected, what was found, where, and what to do. Exceptions cross processes by pickle, so every
+constructor takes that message alone.
 """
 
 

@@ -64,9 +64,11 @@ def _find_fruitdask(client: Any) -> list[str]:
         if isinstance(answer, str) and answer != __version__:
             places[answer].append(place)
     return [
-        f"fruitdask cannot be imported on {_join(where)} ({answer})"
-        if "Error" in answer
-        else f"fruitdask {answer} on {_join(where)}, {__version__} here"
+        (
+            f"fruitdask cannot be imported on {_join(where)} ({answer})"
+            if "Error" in answer
+            else f"fruitdask {answer} on {_join(where)}, {__version__} here"
+        )
         for answer, where in places.items()
     ]
 

@@ -207,7 +207,9 @@ def _reduce_features(
             # Splits may change without anything to compute.
             store.write_catalog(state.output, state.rows.catalog)
         outcomes, splits = store.read_outcomes(state.output, range(state.n_partitions)), state.rows.catalog.get(SPLIT)
-        counts, digests = report.write_results(state.output, outcomes, pca=reduction.scores, tsne=reduction.tsne, splits=splits)
+        counts, digests = report.write_results(
+            state.output, outcomes, pca=reduction.scores, tsne=reduction.tsne, splits=splits
+        )
         if reduction.components is not None and not reduction.is_kept:
             write_components(state.output, reduction.components)
         store.delete_result(state.output, store.QUALITY)

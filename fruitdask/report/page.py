@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FOLDER = Path(__file__).parent
-#: Characters of Base64 for pictures in the text and in the maps. With Bokeh's 1.3 MB, figures and points, the page stays
+#: Characters of Base64 for pictures in the text and in the maps. With Bokeh's 1.3 MB, figures and points, the page
+#: stays
 #: well under 10 MB.
 _EXAMPLES_BYTES, _MAP_PICTURES_BYTES = 2_000_000, 3_000_000
 #: Sections by their anchor, in their order on the page.

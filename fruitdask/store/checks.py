@@ -130,7 +130,9 @@ def check_json(output: Location, name: str, remedy: Remedy) -> Iterator[Fault]:
         yield Fault(name, describe_damage(error), remedy)
 
 
-def check_digests(output: Location, digests: Mapping[str, str], names: Sequence[str], remedy: Remedy) -> Iterator[Fault]:
+def check_digests(
+    output: Location, digests: Mapping[str, str], names: Sequence[str], remedy: Remedy
+) -> Iterator[Fault]:
     """Check files against the digests in a manifest."""
     for name in names:
         location = output.child(name)

@@ -89,7 +89,9 @@ def write_exploration(output: Location, exploration: Exploration) -> None:
             digests |= write_digested(output, f"{name}.csv", format_csv(table).encode())
     arrays = {name: (getattr(exploration, name), dimensions) for name, dimensions in _DIMENSIONS.items()}
     write_arrays(output.child(EXPLORED_ARRAYS), arrays, {"class_names": list(exploration.classes.index)})
-    write_manifest(output, ExplorationManifest.model_validate(exploration.summary | {"status": "complete", "digests": digests}))
+    write_manifest(
+        output, ExplorationManifest.model_validate(exploration.summary | {"status": "complete", "digests": digests})
+    )
 
 
 def read_exploration(output: Location) -> Exploration | None:

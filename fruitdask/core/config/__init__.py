@@ -20,7 +20,20 @@ from fruitdask.core.config.sections import (
 )
 
 __all__ = [
-    "PILLOW_LIMIT_PIXELS", "URL_KEYS", "AdaptiveConfig", "AddressClusterConfig", "ClusterConfig", "Config",
-    "EC2ClusterConfig", "ExploreConfig", "InputConfig", "LimitsConfig", "LocalClusterConfig", "ModelConfig",
-    "QualityConfig", "ReduceConfig", "build_schema", "load_config",
+    "PILLOW_LIMIT_PIXELS",
+    "URL_KEYS",
+    "AdaptiveConfig",
+    "AddressClusterConfig",
+    "ClusterConfig",
+    "Config",
+    "EC2ClusterConfig",
+    "ExploreConfig",
+    "InputConfig",
+    "LimitsConfig",
+    "LocalClusterConfig",
+    "ModelConfig",
+    "QualityConfig",
+    "ReduceConfig",
+    "build_schema",
+    "load_config",
 ]

@@ -171,7 +171,9 @@ class FeaturizeConfig(Section):
 
     images_per_partition: int | None = Field(None, ge=1, description="Images per task and Zarr chunk; null: automatic.")
     batch_size: int | None = Field(None, ge=1, description="Images per batch; null takes 8 on CPUs and 32 on GPUs.")
-    max_failed_fraction: float = Field(0.05, ge=0, le=1, description="The run fails above this fraction of failed images.")
+    max_failed_fraction: float = Field(
+        0.05, ge=0, le=1, description="The run fails above this fraction of failed images."
+    )
     max_pixels: int = Field(50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="Images with more pixels fail.")
     decode: Literal["exact", "fast"] = Field(
         "exact", description="fast lets the JPEG decoder shrink images that are at least twice the network's input."
