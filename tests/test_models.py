@@ -437,12 +437,12 @@ def test_choose_engine(
     ids=["local", "ec2", "ec2 with GPUs", "GPU on the scheduler", "GPU everywhere", "GPU of AMD"],
 )
 @needs_openvino
-def test_settle_engine_asks_for_the_gpus_of_workers(
+def test_resolve_engine_asks_for_the_gpus_of_workers(
     cluster: dict[str, str], client_has_gpu: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "_has_nvidia_gpu", lambda: client_has_gpu)
     config = load_config({"input": {"url": "x"}, "output": {"url": "y"}, "cluster": cluster})
-    assert resolve_engine(config) == ModelConfig(engine=expected)
+    assert resolve_engine(config.model, config.cluster) == ModelConfig(engine=expected)
 
 
 def test_mixed_precision_takes_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,17 +461,16 @@ def test_mixed_precision_takes_tensorflow(monkeypatch: pytest.MonkeyPatch) -> No
         ({}, False, 8),
         ({}, True, 32),
         ({"model": {"engine": "openvino"}}, True, 8),
-        ({"featurize": {"batch_size": 3}}, True, 3),
         ({"cluster": {"kind": "ec2", "docker_image": "any", "worker_instance_type": "m6i.large"}}, True, 8),
     ],
-    ids=["CPU", "GPU", "openvino on a GPU's machine", "given", "CPUs of ec2"],
+    ids=["CPU", "GPU", "openvino on a GPU's machine", "CPUs of ec2"],
 )
 def test_choose_batch_size(
     settings: dict[str, Any], has_gpu: bool, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "_has_nvidia_gpu", lambda: has_gpu)
     config = load_config({"input": {"url": "x"}, "output": {"url": "y"}} | settings)
-    assert choose_batch_size(config) == expected
+    assert choose_batch_size(config.model, config.cluster) == expected
 
 
 def test_choose_engine_refuses_openvino_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -461,7 +461,7 @@ def test_required_encryption_is_found_or_missed(make_config: MakeConfig, server:
 
 def test_describe_processing_counts_days_from_the_end() -> None:
     sections = {"input": {"url": "a"}, "output": {"url": "b"}, "privacy": {"retention_days": 30}}
-    record = describe_processing(fruitdask.load_config(sections), since="2026-02-27T23:30:00+00:00")
+    record = describe_processing(fruitdask.load_config(sections).privacy, since="2026-02-27T23:30:00+00:00")
     assert record["keep_until"] == "2026-03-29"
-    none = describe_processing(fruitdask.load_config(sections | {"privacy": {}}))
+    none = describe_processing(fruitdask.load_config(sections | {"privacy": {}}).privacy)
     assert {none[key] for key in ("keep_until", "retention_days", "purpose", "controller")} == {None}

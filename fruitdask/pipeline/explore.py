@@ -132,7 +132,7 @@ class ImageExploration:
         if not self._has_begun:
             self.begin()
         config, written = self._inputs.config, self._inputs.output.child(store.EXPLORATION)
-        protection = describe_protection(config, written, client)
+        protection = describe_protection(config.privacy, written, client)
         self._look(client, progress)
         progress.begin("Comparing images")
         settings, images, measured = self._inputs.config.explore, self._accumulator.images, list[Distances]()
@@ -140,7 +140,7 @@ class ImageExploration:
         map_partitions(client, measure_partition, self._split(), delivered=reference, on_result=measured.append)
         described = self._manifest.dump() | {
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "processing": describe_processing(config) | protection,
+            "processing": describe_processing(config.privacy) | protection,
         }
         exploration = summarize_findings(
             self._accumulator, images, measured, reference=reference, config=settings, described=described
@@ -153,7 +153,7 @@ class ImageExploration:
         found = store.read_exploration_manifest(self._inputs.output)
         if found is None:
             return
-        record = found.processing | describe_processing(self._inputs.config, since=found.finished)
+        record = found.processing | describe_processing(self._inputs.config.privacy, since=found.finished)
         renewed = found.renew(processing=record, left_out=self._manifest.left_out)
         if renewed != found:
             store.write_manifest(self._inputs.output, renewed)

@@ -94,7 +94,7 @@ def _start(state: RunState, client: Any, stack: ExitStack) -> tuple[Any, ModelAr
     from fruitdask.worker.featurize import prepare_workers
 
     _check_reduction(state)
-    model = resolve_engine(state.config)
+    model = resolve_engine(state.config.model, state.config.cluster)
     with start_building(model) as wait_for_artifact:
         client = client or stack.enter_context(state.budget.open_client())
         preparing = prepare_workers(client, model.engine)
@@ -141,13 +141,13 @@ def _begin_output(state: RunState, computation: dict[str, Any], client: Any = No
         "config": dump_config(state.config),
         "regions": state.inputs.regions,
         "left_out": dict(state.inputs.left_out),
-        "processing": computation.get("processing", {}) | describe_processing(state.config),
+        "processing": computation.get("processing", {}) | describe_processing(state.config.privacy),
         "pca": carry_components(before, n_changed),
         "cost": state.budget.describe(),
     }
     manifest = store.RunManifest.model_validate(computation | begun)
     store.write_manifest(state.output, manifest)
-    protection = describe_protection(state.config, state.output.child(store.MANIFEST), client)
+    protection = describe_protection(state.config.privacy, state.output.child(store.MANIFEST), client)
     attributes = {
         "fruitdask": __version__,
         "fingerprint": state.fingerprint,

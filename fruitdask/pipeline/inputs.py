@@ -65,7 +65,7 @@ def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
         sample = config.input.sample
         draw_sample(source.path, per_class=sample.per_class, size_px=sample.size_px, seed=sample.seed)
     options = config.featurize.model_dump(include={"max_pixels", "decode", "fetch_attempts", "concurrent_reads"})
-    options["batch_size"] = choose_batch_size(config)
+    options["batch_size"] = config.featurize.batch_size or choose_batch_size(config.model, config.cluster)
     listing = list_input(config.input)
     if output.is_s3:
         check_bucket(output)

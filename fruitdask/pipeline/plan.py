@@ -209,7 +209,7 @@ class Work:
 def estimate(work: Work, progress: RunProgress) -> Plan:
     """Estimate a run from some of its images, which are fetched, decoded and predicted on this machine."""
     progress.begin("Measuring some images on this machine")
-    with start_building(resolve_engine(work.config)) as wait_for_artifact:
+    with start_building(resolve_engine(work.config.model, work.config.cluster)) as wait_for_artifact:
         artifact = wait_for_artifact()
     sample = try_images(work.inputs, artifact) if work.n_left else None
     return Estimator(work, sample, n_features=artifact.n_features, input_px=artifact.input_px).build_plan()

@@ -6,14 +6,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from fruitdask.cluster.regions import is_loopback
-from fruitdask.core.config import Config
+from fruitdask.core.config.sections import PrivacyConfig
 from fruitdask.core.storage import Location, find_encryption, hide_secrets
 from fruitdask.errors import ResidencyError
 
 
-def describe_processing(config: Config, *, since: str | None = None) -> dict[str, Any]:
+def describe_processing(privacy: PrivacyConfig, *, since: str | None = None) -> dict[str, Any]:
     """Return the configured part of the record; `describe_protection` adds what is found."""
-    privacy = config.privacy
     days = privacy.retention_days
     begin = datetime.fromisoformat(since) if since else datetime.now(UTC)
     return {
@@ -26,14 +25,13 @@ def describe_processing(config: Config, *, since: str | None = None) -> dict[str
     }
 
 
-def describe_protection(config: Config, written: Location, client: Any = None) -> dict[str, str | None]:
+def describe_protection(privacy: PrivacyConfig, written: Location, client: Any = None) -> dict[str, str | None]:
     """Return how data are encrypted, at rest (found on the first file written) and in transit."""
     at_rest = find_encryption(written)
-    if config.privacy.require_encryption and at_rest is None and not written.is_local:
+    if privacy.require_encryption and at_rest is None and not written.is_local:
         raise ResidencyError(
             f"output: {hide_secrets(written.url)} was stored without encryption, but privacy.require_encryption is "
-            "set; turn "
-            "on default encryption for the bucket, or set output.storage_options: "
+            "set; turn on default encryption for the bucket, or set output.storage_options: "
             "{s3_additional_kwargs: {ServerSideEncryption: AES256}}"
         )
     in_transit = {} if client is None else {"in_transit": _describe_transport(client.scheduler.address)}

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fruitdask import store
-from fruitdask.core.config import Config, QualityConfig, ReduceConfig
+from fruitdask.core.config import QualityConfig, ReduceConfig
 from fruitdask.core.storage import Location, exists
 from fruitdask.core.version import __version__
 from fruitdask.errors import NoVarianceError
@@ -56,16 +56,18 @@ class Reduction:
     problem: str = ""
 
 
-def choose_components(config: Config, output: Location, fit: dict[str, Any] | None) -> "PrincipalComponents | None":
+def choose_components(
+    settings: ReduceConfig, output: Location, fit: dict[str, Any] | None
+) -> "PrincipalComponents | None":
     """Return the components of an earlier run if they are to be kept."""
     from fruitdask.analysis.reduction import PrincipalComponents
 
-    refit, location = config.reduce.refit, output.child(store.COMPONENTS)
+    refit, location = settings.refit, output.child(store.COMPONENTS)
     if (
         fit is None
-        or not config.reduce.enabled
+        or not settings.enabled
         or refit == "always"
-        or not fit.items() >= _describe_settings(config).items()
+        or not fit.items() >= _describe_settings(settings).items()
         or not exists(location)
     ):
         return None
@@ -75,7 +77,8 @@ def choose_components(config: Config, output: Location, fit: dict[str, Any] | No
 
 
 def reduce_features(
-    config: Config,
+    settings: ReduceConfig,
+    quality_settings: QualityConfig,
     output: Location,
     labels: npt.NDArray[Any],
     *,
@@ -88,16 +91,15 @@ def reduce_features(
     """
     from fruitdask.analysis.reduction import MIN_IMAGES, TSNE_COMPONENTS, embed_tsne, sample_rows
 
-    settings = config.reduce
     features, is_ok = open_features(output, block_bytes=BLOCK_BYTES)
     rows = np.flatnonzero(is_ok)
     ok = features if is_ok.all() else features[rows]
     if len(rows) < MIN_IMAGES:
         kept = None
     # Kept components are truncated; t-SNE and quality need more of them.
-    needs_fit = kept is None or settings.tsne.enabled or config.quality.enabled
+    needs_fit = kept is None or settings.tsne.enabled or quality_settings.enabled
     found, problem = _find_components(settings, ok) if needs_fit else (kept, "")
-    quality = _judge(config.quality, ok, labels[rows], found)
+    quality = _measure_quality(quality_settings, ok, labels[rows], found)
     if found is None:
         scores = np.empty((len(is_ok), 0), np.float32)
         return Reduction(None, scores, None, quality, {}, is_kept=False, problem=problem)
@@ -110,13 +112,13 @@ def reduce_features(
         embedding = embed_tsne(tsne_scores, perplexity=settings.tsne.perplexity, seed=settings.tsne.seed)
         tsne = _spread(embedding, rows[sampled], len(is_ok))
     if kept is None or fit is None:
-        fit = {"n_images": len(rows), "n_changed": 0} | _describe_settings(config)
+        fit = {"n_images": len(rows), "n_changed": 0} | _describe_settings(settings)
     return Reduction(fitted, scores, tsne, quality, fit, is_kept=kept is not None)
 
 
-def _describe_settings(config: Config) -> dict[str, Any]:
+def _describe_settings(settings: ReduceConfig) -> dict[str, Any]:
     """Return the settings that a fit depends on."""
-    return config.reduce.model_dump(include={"n_components", "solver", "seed"})
+    return settings.model_dump(include={"n_components", "solver", "seed"})
 
 
 def _project(features: "da.Array", fitted: "PrincipalComponents") -> Scores:
@@ -163,7 +165,7 @@ def fit_components(settings: ReduceConfig, features: "da.Array") -> "PrincipalCo
     return fit_pca(features, n_components=most, solver=settings.solver, seed=settings.seed)
 
 
-def _judge(
+def _measure_quality(
     settings: QualityConfig, features: "da.Array", labels: npt.NDArray[Any], found: "PrincipalComponents | None"
 ) -> dict[str, Any] | None:
     """Measure on a sample of the images how well the features separate the classes."""

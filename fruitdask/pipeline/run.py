@@ -94,7 +94,7 @@ def run(
             config=dump_config(config),
             n_computed=n_computed or manifest.n_computed,
             regions=state.inputs.regions,
-            processing=manifest.processing | describe_processing(config, since=manifest.finished),
+            processing=manifest.processing | describe_processing(config.privacy, since=manifest.finished),
             left_out=dict(state.inputs.left_out),
             cost=state.budget.describe() or manifest.cost,
         )
@@ -185,9 +185,9 @@ def _reduce_features(
     progress.begin("Reducing")
     with state.clock.measure("reduce"), _choose_scheduler(state, client, stack):
         fit = manifest.pca.fit.dump() if manifest.pca is not None else None
-        kept = choose_components(state.config, state.output, fit)
+        kept = choose_components(state.config.reduce, state.output, fit)
         labels = state.rows.catalog["label"].to_numpy()
-        reduction = reduce_features(state.config, state.output, labels, kept=kept, fit=fit)
+        reduction = reduce_features(state.config.reduce, state.config.quality, state.output, labels, kept=kept, fit=fit)
     if reduction.problem:
         progress.say(reduction.problem)
     progress.begin("Writing results")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from fruitdask.core.config import Config, ModelConfig
+from fruitdask.core.config import ClusterConfig, ModelConfig
 from fruitdask.errors import ModelError
 from fruitdask.worker.models import openvino, tensorflow
 from fruitdask.worker.models.artifact import ModelArtifact, Predictor
@@ -51,15 +51,15 @@ def prepare_engine(engine: str, *, n_threads: int) -> None:
         ENGINES[engine].start_engine(n_threads=n_threads)
 
 
-def resolve_engine(config: Config) -> ModelConfig:
+def resolve_engine(model: ModelConfig, cluster: ClusterConfig) -> ModelConfig:
     """Resolve the engine ``auto`` for the workers, which may be other machines."""
-    return config.model.model_copy(update={"engine": choose_engine(config.model, has_gpu=_has_gpu(config))})
+    return model.model_copy(update={"engine": choose_engine(model, has_gpu=_has_gpu(cluster))})
 
 
-def choose_batch_size(config: Config) -> int:
+def choose_batch_size(model: ModelConfig, cluster: ClusterConfig) -> int:
     """Choose the number of images per call of the network."""
-    may_use_gpu = config.model.engine != "openvino" and _has_gpu(config)
-    return config.featurize.batch_size or (_BATCH_SIZE_OF_GPUS if may_use_gpu else _BATCH_SIZE)
+    may_use_gpu = model.engine != "openvino" and _has_gpu(cluster)
+    return _BATCH_SIZE_OF_GPUS if may_use_gpu else _BATCH_SIZE
 
 
 def choose_engine(config: ModelConfig, *, has_gpu: bool | None = None) -> str:
@@ -80,9 +80,9 @@ def choose_engine(config: ModelConfig, *, has_gpu: bool | None = None) -> str:
     return config.engine
 
 
-def _has_gpu(config: Config) -> bool:
+def _has_gpu(cluster: ClusterConfig) -> bool:
     """Whether workers have an NVIDIA GPU; workers of any cluster but ec2 are assumed to be like this machine."""
-    return config.cluster.has_gpu if config.cluster.kind == "ec2" else _has_nvidia_gpu()
+    return cluster.has_gpu if cluster.kind == "ec2" else _has_nvidia_gpu()
 
 
 def _has_nvidia_gpu() -> bool:
