@@ -153,7 +153,7 @@ def test_interrupted_run_goes_on(config_path: Path, many_images: Path) -> None:
         (
             ["--set", "model.weights={text}.h5", "--set", "model.name=SqueezeNet"],
             2,
-            r"text\.h5: expected weights or a model of Keras, found something else or a damaged file",
+            r"text\.h5: expected Keras weights or a Keras model, found something else or a damaged file",
         ),
         (
             ["--set", "input.url={broken}"],

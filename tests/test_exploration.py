@@ -68,7 +68,12 @@ def explore_here(
         measured,
         reference=reference,
         config=config,
-        described={"fruitdask": "test", "fingerprint": {}},
+        described={
+            "fruitdask": "test",
+            "fingerprint": {"catalog": ""},
+            "input_px": job.input_px,
+            "finished": "2026-11-27T12:00:00+00:00",
+        },
     )
 
 

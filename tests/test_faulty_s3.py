@@ -195,7 +195,7 @@ def test_every_kind_of_request_is_sent_again(s3_server: str, s3_bucket: tuple[st
         (table,) = store.read_outcomes(output, [0])
         pd.testing.assert_frame_equal(table, outcomes, check_dtype=False)
         store.write_json(output.child("x.json"), {"a": 1})
-        assert store.read_json(output.child("x.json")) == {"a": 1} and not exists(output.child("y.json"))
+        assert store.read_json(output.child("x.json")) == {"format": 1, "a": 1} and not exists(output.child("y.json"))
         healthy = Location(output.url, s3_bucket[1]).child("x.json")
         assert hash_file(output.child("x.json")) == hashlib.sha256(healthy.fs.cat_file(healthy.path)).hexdigest()
         store.delete_result(output, "features.zarr")
