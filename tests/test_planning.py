@@ -195,7 +195,7 @@ def test_expected_cost_is_what_arithmetic_says(cloud: LoopbackEC2, monkeypatch: 
     assert found.costs == pytest.approx(expected) and found.dollars == pytest.approx(sum(expected.values()))
     hours, cost = found.exceeded
     assert f"about {found.total_seconds / 3600:.2g} hours, and limits.max_hours is 0.05" in hours
-    assert "after the $0.01 that were spent before, and limits.max_cost is $0.02" in cost
+    assert "after $0.01 already spent, and limits.max_cost is $0.02" in cost
     assert found.warnings == () and "ec2:RunInstances" in found.actions and count_launches(cloud) == 0
 
 
@@ -207,7 +207,7 @@ def test_plan_warns_of_what_would_go_wrong(cloud: LoopbackEC2, monkeypatch: pyte
     regions = dict.fromkeys(("input", "output", "cluster"), "eu-west-1")
     small = {"kind": "ec2", "docker_image": "any", "worker_instance_type": "t3.small"}
     unpriced, memory = build_plan(sections | {"cluster": small}, regions=regions).warnings
-    assert "no price is known of t3.small in eu-west-1" in unpriced
+    assert "no price of t3.small in eu-west-1 is known" in unpriced
     assert "t3.small has 2.1 GB of memory, and a worker of 2 threads needs about 3.0 GB" in memory
     missing = {"kind": "ec2", "docker_image": "any", "worker_instance_type": "p9.huge", "hourly_prices": {"p9.huge": 1}}
     (unknown,) = build_plan(sections | {"cluster": missing}, regions=regions).warnings
@@ -387,7 +387,7 @@ def configure_budget(cost: float, **limits: float) -> Budget:
 @pytest.mark.parametrize(
     ("limits", "expected"),
     [
-        ({"max_cost": 2.0}, r"have cost \$2.50, and limits.max_cost is \$2; what is stored stays; raise the limit"),
+        ({"max_cost": 2.0}, r"have cost \$2.50, and limits.max_cost is \$2; results so far are kept; raise the limit"),
         ({"max_hours": 1.5}, "has taken 2 hours, and limits.max_hours is 1.5"),
     ],
     ids=["cost", "hours"],
@@ -405,6 +405,6 @@ def test_budget_within_its_limits_lets_a_run_go_on() -> None:
 
 
 def test_cluster_that_costs_nothing_has_no_cost() -> None:
-    budget = Budget(LimitsConfig(max_cost=1), LocalClusterConfig(), region="local", manifest=None, elapsed_seconds=0)
+    budget = Budget(LimitsConfig(max_cost=1), LocalClusterConfig(), region="local", spent=None, elapsed_seconds=0)
     budget.check()
-    assert budget.describe() == {} and budget.spent_dollars == 0
+    assert budget.describe() is None and budget.spent_dollars == 0

@@ -653,7 +653,7 @@ def test_figures_are_the_same_whatever_the_users_matplotlibrc_and_leave_it_as_it
 
 def test_matplotlib_loads_with_a_wrong_backend_and_keeps_a_right_one(tmp_path: Path) -> None:
     code = (
-        "import os; from fruitdask import plots; figures.load_matplotlib(); import matplotlib; "
+        "import os; from fruitdask.report import figures; figures.load_matplotlib(); import matplotlib; "
         "print(matplotlib.get_backend(), os.environ['MPLBACKEND'])"
     )
     for backend, used in (("nonsense", "agg"), ("SVG", "svg")):
@@ -669,7 +669,7 @@ def test_matplotlib_loads_with_a_wrong_backend_and_keeps_a_right_one(tmp_path: P
 def test_matplotlibrc_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe")
     code = (
-        "from fruitdask import plots\ntry: figures.load_matplotlib()\nexcept Exception as e: print(type(e).__name__, e)"
+        "from fruitdask.report import figures\ntry: figures.load_matplotlib()\nexcept Exception as e: print(type(e).__name__, e)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith("ConfigError matplotlib cannot be imported: 'utf-8' codec can't decode")

@@ -398,7 +398,7 @@ class Estimator:
         limits, spent = self._config.limits, self._work.spent_dollars
         hours = sum(seconds.values()) / 3600
         if limits.max_hours is not None and hours > limits.max_hours:
-            yield f"the run would take about {hours:.2g} hours, and limits.max_hours is {limits.max_hours:g}"
+            yield f"it would take about {hours:.2g} hours, and limits.max_hours is {limits.max_hours:g}"
         dollars = costs["instances"] + costs["volumes"] + costs["addresses"]
         if limits.max_cost is not None and dollars and spent + dollars > limits.max_cost:
             before = f" after ${spent:.2f} already spent" if spent else ""
