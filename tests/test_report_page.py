@@ -341,7 +341,7 @@ def test_render_page_says_what_was_run_on_what(outline: Outline) -> None:
         "2 images (3.3 %) could not be used; the reasons are below.",
         "Of the 5 images that look most like an image to the network, 94 % show the same class as the image itself",
         "2 images are exact copies of one another.",
-        "1 image says where on Earth it was taken.",
+        "1 image says where it was taken.",
         "Images from s3://fruits/Test",
         "Finished 23 November 2026, 07:01 UTC",
         "99 % of the variance more than were computed",
@@ -359,7 +359,7 @@ def test_render_page_says_what_was_run_on_what(outline: Outline) -> None:
 def test_render_page_of_an_exploration_speaks_of_no_network() -> None:
     data = replace(make_report_data(), manifest=None, results=None, quality=None)
     text = Outline(render_page(data)).text
-    assert "60 images of 3 classes were explored; no network has looked at them yet." in text
+    assert "60 images of 3 classes were explored; no network has processed them yet." in text
     assert "fruitdask explore config.yaml" in text and "MobileNetV2 turned" not in text
 
 

@@ -440,7 +440,7 @@ def test_required_encryption_is_found_or_missed(make_config: MakeConfig, server:
     sections = {"input": {"url": f"s3://{PARIS}/in"}, "privacy": privacy, "explore": {"input_px": 32}}
     bare = make_config(output={"url": url, "storage_options": options}, **copy.deepcopy(sections))
     with pytest.raises(
-        ResidencyError, match=f"^output: {url}/explore.json was stored without encryption, which privacy"
+        ResidencyError, match=f"^output: {url}/explore.json was stored without encryption, but privacy"
     ):
         fruitdask.explore(bare, client=client)
     # No photograph has been read by then, and nothing was written but what describes the exploration.

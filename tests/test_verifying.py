@@ -157,7 +157,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, int]] = {
     ),
     "lost chunk": (
         lambda output: (output / "features.zarr/features/c/1/0").unlink(),
-        "partition 1: of 5 images the features are not finite, though the outcome is ok, first of apple",
+        "partition 1: of 5 images the features are not finite, although the outcome is ok, first of apple",
         "compute",
         5,
     ),
@@ -187,7 +187,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, int]] = {
     ),
     "attributes of features": (
         lambda output: change_text(output / "features.zarr/zarr.json", "pear_1", "bear_1"),
-        "features.zarr/zarr.json: its attributes are not what was written",
+        "features.zarr/zarr.json: its attributes do not match their checksum",
         "restore",
         0,
     ),
@@ -223,7 +223,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, int]] = {
     ),
     "lost results": (
         lambda output: shutil.rmtree(output / "results.parquet"),
-        "results.parquet: it does not have a row for each image",
+        "results.parquet: it does not have one row per image",
         "reduce",
         0,
     ),
@@ -259,7 +259,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, int]] = {
     ),
     "figure": (
         lambda output: (output / "figures/tsne.png").unlink(),
-        "figures/tsne.png: it is missing; the next run draws figures and page again",
+        "figures/tsne.png: it is missing; the next run renders figures and page again",
         "draw",
         0,
     ),
