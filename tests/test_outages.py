@@ -157,7 +157,7 @@ def test_bucket_that_is_deleted_ends_the_run_with_one_sentence(
             s3_client.delete_object(Bucket=bucket, Key=entry["Key"])
         s3_client.delete_bucket(Bucket=bucket)
 
-    cause = "it is not there any more, so it or its bucket was deleted; run again to begin anew"
+    cause = "it no longer exists, so it or its bucket was deleted; run again to start over"
     sentence = rf"^partition \d+ \(.* failed: cannot write s3://{bucket}/out/features.zarr: {cause}$"
     with pytest.raises(PartitionError, match=sentence):
         fruitdask.run(config, client=client, progress=When("Featurizing", delete))

@@ -191,6 +191,8 @@ def _format_shares(manifest: dict[str, Any]) -> str:
     """Describe how workers spent their time, the largest share first."""
     seconds = manifest["seconds"]
     spent = dict(seconds.get("worker", {}))
+    if not spent:
+        return ""
     # Partitions overlap a little, so the sum of the stages may exceed the elapsed time.
     whole = max(seconds.get("featurize", 0.0) * manifest["cluster"]["n_threads"], sum(spent.values()))
     spent["idle"] = whole - sum(spent.values())

@@ -97,11 +97,11 @@ def render(config: Config, output: Location) -> store.RunManifest | None:
     there.
     """
     manifest = _read_complete(output)
+    data = _read_data(config, output, manifest) if config.plots.enabled or config.report.enabled else None
     if manifest is not None and manifest.presented is not None:
         manifest = manifest.begin_rendering()
         store.write_manifest(output, manifest)
-    if config.plots.enabled or config.report.enabled:
-        data = _read_data(config, output, manifest)
+    if data is not None:
         if config.plots.enabled:
             report.write_figures(output, data)
         if config.report.enabled:

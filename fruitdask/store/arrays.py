@@ -163,8 +163,8 @@ def write_partition(
             group: Any = zarr.open_group(**name_store(location), mode="r+")
         except FileNotFoundError as error:
             raise StorageError(
-                f"cannot write {location.url}: it is not there any more, so it or its bucket was deleted; run again to "
-                "begin anew"
+                f"cannot write {location.url}: it no longer exists, so it or its bucket was deleted; "
+                "run again to start over"
             ) from error
         group["features"][rows] = features
         group["status"][rows] = outcomes["status"].map(STATUSES.index).to_numpy(np.uint8)
