@@ -602,7 +602,8 @@ def workers(account: Account) -> Iterator[Client]:
             threads_per_worker=2,
             dashboard_address="127.0.0.1:0",
             host="127.0.0.1",
-            env=environments["workers"],
+            # Workers may be forked from a process that was started before, for other tests.
+            env=environments["workers"] | {"AWS_DEFAULT_REGION": "eu-west-1", "AWS_ENDPOINT_URL": account.url},
         )
         with cluster, Client(cluster) as client:
             yield client

@@ -252,5 +252,5 @@ def test_explain_variance_says_none_where_the_known_do_not_reach(ratio: list[flo
 
 
 def test_neighbors_imports_sklearn_only_when_called() -> None:
-    code = "import sys, fruitdask.neighbors; print('sklearn' in sys.modules)"
+    code = "import sys, fruitdask.analysis.neighbors; print('sklearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

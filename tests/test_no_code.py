@@ -27,8 +27,8 @@ MODULES = {
 }
 ALLOWED = {
     # An unpickler that admits NumPy's arrays alone; tests/test_models.py gives it others.
-    ("models/squeezenet.py", "pickle"),
-    ("models/squeezenet.py", "pickle.Unpickler"),
+    ("worker/models/squeezenet.py", "pickle"),
+    ("worker/models/squeezenet.py", "pickle.Unpickler"),
 }
 #: Keyword arguments that open a door.
 DOORS = {

@@ -52,7 +52,7 @@ def test_second_run_is_refused_and_told_whose_lock_it_is(output: Location) -> No
     with locked(output) as lock:
         assert read_lock(output)["pid"] == os.getpid()
         expected = (
-            rf"another run works on this output folder \(process {os.getpid()} of .* on .*, since .*, last seen .*\); wait for it or .*; "
+            rf"another run is using this output folder \(process {os.getpid()} of .* on .*, since .*, last seen .*\); wait for it or .*; "
             r"if it is dead, delete .*run.lock and run again"
         )
         with pytest.raises(OutputError, match=expected), locked(output):
@@ -100,7 +100,7 @@ def test_lock_of_a_dead_run_is_taken_over(output: Location, owner: str) -> None:
 )
 def test_lock_of_a_run_that_may_live_is_respected(output: Location, owner: dict[str, Any]) -> None:
     write_lock(output, **owner)
-    with pytest.raises(OutputError, match="another run works on this output folder .*of eve"), locked(output):
+    with pytest.raises(OutputError, match="another run is using this output folder .*of eve"), locked(output):
         pass
     assert read_lock(output)["id"] == "theirs"
 
@@ -108,7 +108,7 @@ def test_lock_of_a_run_that_may_live_is_respected(output: Location, owner: dict[
 def test_damaged_lock_is_respected_and_told_how_to_break(output: Location) -> None:
     write_lock(output)
     output.fs.pipe_file(output.child(LOCK).path, b"{half a lo")
-    with pytest.raises(OutputError, match=r"\(somebody\); .*if it is dead, delete .*run.lock"), locked(output):
+    with pytest.raises(OutputError, match=r"\(unknown\); .*if it is dead, delete .*run.lock"), locked(output):
         pass
 
 
@@ -116,7 +116,7 @@ def test_run_whose_lock_was_taken_ends_and_leaves_the_other_lock(output: Locatio
     with locked(output) as lock:
         write_lock(output)
         lock.show_life()
-        with pytest.raises(OutputError, match="another run has taken this output folder"):
+        with pytest.raises(OutputError, match="another run has taken over this output folder"):
             lock.check()
     assert read_lock(output)["id"] == "theirs"
 

@@ -181,7 +181,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, int]] = {
     ),
     "description of features": (
         lambda output: change_text(output / "features.zarr/features/zarr.json", "24", "25"),
-        "features.zarr/features/zarr.json: it does not describe the run: shape; it is written again",
+        "features.zarr/features/zarr.json: it does not describe the run: shape; a repair restores it",
         "restore",
         0,
     ),
@@ -193,7 +193,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, int]] = {
     ),
     "manifest": (
         lambda output: change_text(output / "manifest.json", '"n_images": 24', '"n_images": 23'),
-        "manifest.json: its checksum does not match its content; it is written again",
+        "manifest.json: its checksum does not match its content; a repair restores it",
         "restore",
         0,
     ),
