@@ -635,9 +635,9 @@ MATPLOTLIBRC = {
 }
 
 
-def draw_all(figures: dict[str, Figure]) -> dict[str, tuple[bytes, str]]:
+def draw_all(drawn: dict[str, Figure]) -> dict[str, tuple[bytes, str]]:
     """Draw figures as PNG and as SVG."""
-    return {name: (figures.render_png(figure, dpi=60), figures.render_svg(figure)) for name, figure in figures.items()}
+    return {name: (figures.render_png(figure, dpi=60), figures.render_svg(figure)) for name, figure in drawn.items()}
 
 
 def test_figures_are_the_same_whatever_the_users_matplotlibrc_and_leave_it_as_it_was() -> None:
