@@ -76,7 +76,7 @@ def sample_points(
 
     Images on more of the maps come first, then images with a thumbnail, then any.
 
-    Returns numpy.ndarray: positions of rows, ascending; images without coordinates are not among them.
+    Returns positions of rows, ascending; images without coordinates are left out.
     """
     n_maps = sum(np.isfinite(results[[each.x, each.y]].to_numpy()).all(axis=1).astype(int) for each in axes)
     rank = 2 * np.asarray(n_maps) + results["path"].isin(with_thumbnail).to_numpy()

@@ -35,10 +35,7 @@ class Thumbnails:
         return self.encode_pixels(self._exploration.thumbnails[place])
 
     def encode_pixels(self, pixels: npt.NDArray[np.uint8]) -> str | None:
-        """Encode any picture on the same budget.
-
-        pixels: numpy.ndarray, shape (height, width, 3), uint8.
-        """
+        """Encode a picture, (height, width, 3) uint8, on the same budget."""
         encoded = _encode_webp(pixels)
         if len(encoded) > self._left_bytes:
             return None

@@ -128,11 +128,7 @@ def resize_store(output: Location, *, n_images: int, attributes: Mapping[str, An
 
 
 def read_partition(output: Location, *, index: int, start: int) -> tuple[npt.NDArray[np.float32], pd.DataFrame] | None:
-    """Read what became of a partition.
-
-    Returns tuple[numpy.ndarray, pandas.DataFrame] or None: features, float32, and outcomes of its images; None where it
-    is not committed.
-    """
+    """Read the features, float32, and the outcomes of a partition; None if it is not committed."""
     if not exists(output.child(name_outcomes(index))):
         return None
     outcomes, group = read_table(output, name_outcomes(index)), open_store(output)
@@ -150,9 +146,8 @@ def write_partition(
     outcomes: pd.DataFrame,
     is_committed: bool = False,
 ) -> None:
-    """Store what became of a partition: features, then statuses, then the outcome file, which commits it.
-
-    features: numpy.ndarray, features of shape (n, n_features), float32; NaN where an image failed.
+    """Store a partition: features (n, n_features), float32, NaN for failed images; statuses; then the outcome file,
+    which commits it.
     """
     location = output.child(FEATURES)
     if is_committed:
@@ -209,10 +204,7 @@ def delete_thumbnails(output: Location) -> None:
 def write_arrays(
     location: Location, arrays: Mapping[str, tuple[npt.NDArray[Any], Sequence[str]]], attributes: Mapping[str, Any]
 ) -> None:
-    """Write small arrays as a Zarr group of their own.
-
-    arrays: Mapping[str, tuple[numpy.ndarray, Sequence[str]]], arrays and the names of their dimensions.
-    """
+    """Write small arrays, each with the names of its dimensions, as a Zarr group."""
     with explained(location, "write"):
         group = zarr.open_group(**name_store(location), mode="w", attributes=seal(attributes))
         for name, (values, dimensions) in arrays.items():
@@ -227,10 +219,7 @@ def write_arrays(
 
 
 def read_arrays(location: Location) -> dict[str, npt.NDArray[Any]]:
-    """Read a group of small arrays.
-
-    Returns dict[str, numpy.ndarray]: its arrays by name.
-    """
+    """Read a group of small arrays, by name."""
     remedy = advise_repair(Location(location.url.rpartition("/")[0], location.storage_options))
     with explained(location, "read", remedy=remedy):
         group = zarr.open_group(**name_store(location), mode="r")

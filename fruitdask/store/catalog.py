@@ -107,9 +107,7 @@ def _narrow(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
 
 
 def match_paths(paths: pd.Series, patterns: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Return which paths match any of some patterns.
-
-    Returns numpy.ndarray: one bool a path.
+    """Return a mask of the paths that match any of some patterns.
 
     >>> match_paths(pd.Series(["pear_1/a.jpg", "pear_2/a.jpg", "Pear_1/a.jpg"]), ["pear_1/*"])
     array([ True, False, False])
@@ -142,7 +140,7 @@ def sample_evenly(catalog: pd.DataFrame, limit: int) -> npt.NDArray[np.int64]:
     Rows are taken class by class in turn, within a class by a hash of the path: the choice is reproducible, looks
     random, and a larger limit keeps what a smaller one chose.
 
-    Returns numpy.ndarray: positions of the chosen rows, ascending, int64.
+    Returns the positions of the chosen rows, ascending, int64.
 
     >>> sample_evenly(pd.DataFrame({"path": ["a/1", "a/2", "a/3", "b/4"], "label": ["a", "a", "a", "b"]}), 2)[-1]
     np.int64(3)

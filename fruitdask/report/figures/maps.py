@@ -107,7 +107,7 @@ def plot_explained_variance(
 ) -> Figure:
     """Plot how much of the features' variance the first components explain together.
 
-    ratio: Sequence[float] or numpy.ndarray, fraction (0 to 1) of each component, the largest first.
+    `ratio` is the fraction (0 to 1) of each component, the largest first.
     """
     from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter, StrMethodFormatter
 
@@ -140,8 +140,7 @@ def plot_explained_variance(
 def plot_confusion(labels: Sequence[str], share: Sequence[Sequence[float]] | npt.NDArray[np.floating[Any]]) -> Figure:
     """Plot which classes the nearest neighbours of each class's images belong to.
 
-    share: Sequence[Sequence[float]] or numpy.ndarray, fractions (0 to 1): the image's class in rows, its neighbours' in
-    columns.
+    `share` holds fractions (0 to 1): the class of an image in rows, those of its neighbours in columns.
     """
     title, n = "Classes of nearest neighbours", len(labels)
     if not n:
