@@ -1,4 +1,4 @@
-"""Tables, figures and the page of a run, as files for people and programs."""
+"""Tables, figures and the page of a run."""
 
 from fruitdask.report.files import list_figures, write_figures, write_page
 from fruitdask.report.page import ReportData, render_page

@@ -12,7 +12,7 @@ from fruitdask.store import FIGURE_NAMES, PAGE, delete_result, name_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Examples per class in the figure; the page has its own number.
+#: Examples per class in the figure; the page has its own setting.
 _EXAMPLES_PER_CLASS = 6
 
 
@@ -22,7 +22,7 @@ def write_page(output: Location, data: ReportData) -> None:
 
 
 def write_figures(output: Location, data: ReportData) -> None:
-    """Write the figures that there are data for, and delete those of an earlier run."""
+    """Write the figures that the data allow, and delete those of an earlier run."""
     for name in FIGURE_NAMES:
         delete_result(output, name_figure(name))
     for name, figure in _plot_all(data):
@@ -42,7 +42,7 @@ def list_figures(*, n_components: int, has_tsne: bool, has_exploration: bool, ha
 
 
 def _plot_all(data: ReportData) -> Iterator[tuple[str, "Figure"]]:
-    """Plot what there is, one figure at a time, each under one of the store's names."""
+    """Plot one figure at a time, with its name."""
     if data.exploration is not None:
         classes = data.exploration.classes
         yield "classes", figures.plot_class_counts(classes)

@@ -1,4 +1,4 @@
-"""Numbers, sizes and times as a reader wants to see them."""
+"""Formats numbers, sizes and times for people."""
 
 from datetime import UTC, datetime
 
@@ -23,7 +23,7 @@ def format_share(value: float | None) -> str:
     if value is None:
         return "–"
     percentage = 100 * value
-    # What is not all must not be rounded to all, nor something to nothing.
+    # A share below 1 is never rounded to 100 %, nor one above 0 to 0 %.
     rounded = percentage if percentage in (0, 100) else min(max(percentage, 0.1), 99.9)
     return f"{rounded:.1f}".removesuffix(".0") + f"{_NARROW_SPACE}%"
 

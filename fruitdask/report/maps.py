@@ -1,4 +1,4 @@
-"""The interactive maps of the page: which points they show, and the Bokeh document that draws them."""
+"""The interactive maps of the page: their points, and the Bokeh document that draws them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class MapAxes:
-    """One map: which columns of the results it shows, and what it is called."""
+    """One map: the columns of the results that it shows, and its labels."""
 
     name: str
     title: str
@@ -37,7 +37,7 @@ class MapAxes:
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """What the page needs in order to draw its maps."""
+    """What the page needs to draw its maps."""
 
     axes: list[MapAxes]
     #: Colour and marker of each class, in alphabetical order.
@@ -47,12 +47,12 @@ class Maps:
     #: Images in the maps, and images with features.
     n_shown: int
     n_total: int
-    #: Everything for the page's script, made of JSON's types.
+    #: The data of the script of the page, as JSON.
     payload: dict[str, Any] = field(repr=False)
 
 
 def choose_axes(columns: Sequence[str], components: tuple[int, int], ratio: Sequence[float]) -> list[MapAxes]:
-    """Choose the maps that can be drawn from a table of results."""
+    """Return the maps that can be drawn from a table of results."""
     maps = []
     x, y = components if all(f"pca_{number}" in columns for number in components) else (1, 2)
     if f"pca_{x}" in columns and f"pca_{y}" in columns:
@@ -64,7 +64,7 @@ def choose_axes(columns: Sequence[str], components: tuple[int, int], ratio: Sequ
 
 
 def _label_component(number: int, ratio: Sequence[float]) -> str:
-    """Name a principal component and what it explains."""
+    """Return the label of a principal component, with its explained variance."""
     share = f" ({format_share(ratio[number - 1])} of the variance)" if number <= len(ratio) else ""
     return f"Component {number}{share}"
 
@@ -81,13 +81,13 @@ def sample_points(
     n_maps = sum(np.isfinite(results[[each.x, each.y]].to_numpy()).all(axis=1).astype(int) for each in axes)
     rank = 2 * np.asarray(n_maps) + results["path"].isin(with_thumbnail).to_numpy()
     rows = np.flatnonzero(n_maps)
-    # Neighbours in the catalog are often shots of one series, so a class's share is drawn, not cut off.
+    # Neighbours in the catalog are often shots of one series, so images are drawn at random within a class.
     order = rows[np.lexsort((np.random.default_rng(_SEED).random(len(rows)), -rank[rows]))]
     return np.sort(_deal(results["label"].to_numpy()[order], order)[:max_points])
 
 
 def _deal(labels: npt.NDArray[Any], rows: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
-    """Reorder rows so that each class gives one in turn while it has any."""
+    """Reorder rows so that classes alternate."""
     turn = pd.Series(labels).groupby(labels).cumcount().to_numpy()
     return rows[np.argsort(turn, kind="stable")]
 
@@ -100,7 +100,7 @@ def build_maps(
     if not len(chosen):
         return None
     points = results.iloc[chosen].reset_index(drop=True)
-    # Styles are those of all classes, so that the figures agree with the maps.
+    # Styles are assigned over all classes, so that figures and maps agree.
     styles = figures.style_classes(sorted(results["label"].unique()))
     styles = {label: styles[label] for label in sorted(points["label"].unique())}
     n_total = int(np.isfinite(results[[each.x for each in axes]].to_numpy()).any(axis=1).sum())
@@ -115,7 +115,7 @@ def build_maps(
 
 
 def _describe_points(points: pd.DataFrame, labels: list[str], thumbnails: Thumbnails) -> dict[str, Any]:
-    """List what the page says about each point: its path, its class and its thumbnail."""
+    """List the path, class and thumbnail of each point."""
     pictures: list[str] = []
     picture_of_point = np.full(len(points), -1)
     paths = points["path"].to_list()
@@ -136,7 +136,7 @@ def _describe_points(points: pd.DataFrame, labels: list[str], thumbnails: Thumbn
 def _build_document(
     points: pd.DataFrame, axes: Sequence[MapAxes], styles: Mapping[str, figures.ClassStyle]
 ) -> dict[str, Any]:
-    """Build the Bokeh document: one source for all maps, which thus share a selection, and one renderer per class."""
+    """Build the Bokeh document: one source, so that maps share a selection, and one renderer per class."""
     from bokeh.document import Document
     from bokeh.models import ColumnDataSource, IndexFilter
 
@@ -159,7 +159,7 @@ def _draw_map(
     filters: Mapping[str, "Filter"],
     styles: Mapping[str, figures.ClassStyle],
 ) -> "Figure":
-    """Draw one map; its colours for axes and grid are set by the page, which knows whether it is dark."""
+    """Draw one map; the page sets the colours of axes and grid, depending on dark mode."""
     from bokeh.models import CDSView
     from bokeh.plotting import figure
 
@@ -177,7 +177,7 @@ def _draw_map(
         "background_fill_color": None,
         "border_fill_color": None,
         "lod_threshold": None,
-        # The page lets go when it has set the colours, so that the points are drawn once.
+        # The page releases this hold once it has set the colours, so that points are drawn once.
         "hold_render": True,
         "min_border_right": 12,
     }
@@ -203,7 +203,7 @@ def _draw_map(
 
 
 def _make_tools() -> list[Any]:
-    """Make the tools of one map; their icons stand in this order."""
+    """Return the tools of one map, in the order of their icons."""
     from bokeh import models
 
     return [

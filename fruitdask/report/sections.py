@@ -180,7 +180,7 @@ def describe_examples(exploration: Exploration, thumbnails: Thumbnails, *, per_c
         [(label, *each) for each in _choose_examples(row, with_picture.get(label, []), per_class)]
         for label, row in classes.iterrows()
     ]
-    # One picture of each class in turn: should the budget end, it ends for all of them alike.
+    # One picture of each class in turn, so that a spent budget affects all classes alike.
     for label, kind, path in filter(None, chain.from_iterable(zip_longest(*chosen))):
         if picture := thumbnails.encode(path):
             pictures[label].append({"kind": kind, "picture": picture, "path": path})
@@ -188,7 +188,7 @@ def describe_examples(exploration: Exploration, thumbnails: Thumbnails, *, per_c
 
 
 def _choose_examples(row: pd.Series, paths: list[str], n_examples: int) -> list[tuple[str, str]]:
-    """Choose images of a class, each with its caption: the typical ones, and some spread evenly over the rest."""
+    """Choose images of a class, with captions: the typical ones, and others evenly spread."""
     most, least = row["most_typical"], row["least_typical"]
     others = [path for path in paths if path not in (most, least)]
     places = np.linspace(0, len(others) - 1, min(n_examples, len(others))).round().astype(int)
@@ -286,7 +286,7 @@ def describe_quality(quality: Mapping[str, Any]) -> View:
 
 
 def _list_confusions(confusion: Mapping[str, Any]) -> list[View]:
-    """List the pairs of classes that are mistaken most often."""
+    """List the pairs of classes that are confused most often."""
     share = np.array(confusion["share"], float)
     if not share.size:
         return []
@@ -298,7 +298,7 @@ def _list_confusions(confusion: Mapping[str, Any]) -> list[View]:
 
 
 def describe_failures(failures: pd.DataFrame) -> View | None:
-    """Describe the images that could not be used, by reason."""
+    """Describe the failed images, by reason."""
     if failures.empty:
         return None
     reasons = [
@@ -309,7 +309,7 @@ def describe_failures(failures: pd.DataFrame) -> View | None:
     rows = ordered.sort_values("order", kind="stable").head(_MAX_FAILURES)
     return {
         "n_images": len(failures),
-        # A run lists its failures; an exploration has them among its images.
+        # A run has a table of failures; an exploration lists them among its images.
         "file": FAILURES if "attempts" in failures else f"{EXPLORED_IMAGES}.csv",
         "reasons": reasons,
         "rows": [
@@ -321,8 +321,7 @@ def describe_failures(failures: pd.DataFrame) -> View | None:
 def describe_performance(manifest: Mapping[str, Any], *, n_images: int) -> View | None:
     """Describe the seconds of the stages, and their images per second.
 
-    Of a run that was interrupted and taken up again, the stages that compute features know the images of its last part
-    only.
+    After an interruption, the stages that compute features count only the images of the last attempt.
     """
     seconds, n_computed = manifest.get("seconds", {}), manifest.get("n_computed", n_images)
     of_all = dict.fromkeys(("list", "explore", "reduce", "write"), n_images)
@@ -342,7 +341,7 @@ def describe_performance(manifest: Mapping[str, Any], *, n_images: int) -> View 
 def describe_protection(
     config: Config, manifest: Mapping[str, Any] | None, exploration: Exploration | None
 ) -> View | None:
-    """Describe where the data was, and what the files say about people."""
+    """Describe where the data are, and the metadata in the files."""
     summary: Mapping[str, Any] = manifest or (exploration.summary if exploration else {})
     metadata = exploration.summary.get("metadata") if exploration else None
     if "regions" not in summary and metadata is None:
@@ -360,7 +359,7 @@ def describe_protection(
 
 
 def _list_record(summary: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """List what the record of processing says, in words."""
+    """List the record of processing in words."""
     days = record.get("retention_days")
     rows = {
         "What": record and f"{format_count(summary['n_images'])} {record['data']}",
@@ -382,22 +381,22 @@ def _list_record(summary: Mapping[str, Any], record: Mapping[str, Any]) -> list[
 
 
 def _format_day(value: str) -> str:
-    """Format a day that is given in ISO format."""
+    """Format a date given in ISO format."""
     day = date.fromisoformat(value)
     return f"{day.day} {day:%B %Y}"
 
 
 def _name_region(region: str) -> str:
-    """Describe where a region is, as far as that is known."""
+    """Return the location of a region, if known."""
     known = {LOCAL: "the computer on which fruitdask ran", UNKNOWN: "not known to fruitdask"}
     place = EU_REGIONS.get(region)
     return known.get(region) or (f"{region} ({place})" if place else region)
 
 
 def describe_reproduction(config: Config, manifest: Mapping[str, Any] | None, exploration: Exploration | None) -> View:
-    """Describe how to do the same again."""
+    """Describe how to reproduce the run."""
     tree = (manifest or {}).get("config") or config.model_dump(mode="json", fallback=str)
-    # Who follows the page must not delete these results.
+    # Reproducing the run must not delete these results.
     tree = {name: _drop(section, "storage_options", "overwrite", "exclude") for name, section in tree.items()}
     summary: Mapping[str, Any] = manifest or (exploration.summary if exploration else {})
     versions = {"fruitdask": summary["fruitdask"]} if "fruitdask" in summary else {}
@@ -411,7 +410,7 @@ def describe_reproduction(config: Config, manifest: Mapping[str, Any] | None, ex
 
 
 def _drop(section: Any, *keys: str) -> Any:
-    """Leave keys out of a section: options of a storage may hold secrets."""
+    """Drop keys of a section: storage options may hold secrets."""
     if not isinstance(section, Mapping):
         return section
     return {key: value for key, value in section.items() if key not in keys}
@@ -427,9 +426,9 @@ def _map_texts(change: Callable[[str], str], tree: Any) -> Any:
 
 
 def show_place(text: str) -> str:
-    """Show a path or URL on a page that people pass on: without secrets and without the name of the home folder."""
+    """Format a path or URL for a page that people share: without secrets and the name of the home folder."""
     home = str(Path.home())
-    # Of a folder in an archive, the archive has the path.
+    # For a folder in an archive, the archive has the path.
     chain, separator, place = hide_secrets(text).rpartition("::")
     shown = "~" + place[len(home) :] if len(home) > 1 and f"{place}/".startswith(f"{home}/") else place
     return chain + separator + shown

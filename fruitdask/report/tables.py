@@ -1,4 +1,4 @@
-"""Tables of a run, as files for people and programs."""
+"""Tables of a run, as Parquet and CSV."""
 
 import io
 from collections import Counter
@@ -99,7 +99,7 @@ def write_failures(output: Location, outcomes: pd.DataFrame) -> dict[str, str]:
 
 
 def read_failures(output: Location) -> pd.DataFrame:
-    """Read the table of the images that failed."""
+    """Read the table of failures."""
     location = output.child(FAILURES)
     if not exists(location):
         return pd.DataFrame(columns=list(OUTCOME_COLUMNS))
@@ -146,7 +146,7 @@ def compare_rows(
 def _add_columns(
     table: pd.DataFrame, *, pca: npt.NDArray[np.floating], tsne: npt.NDArray[np.floating] | None
 ) -> pd.DataFrame:
-    """Lay scores and coordinates beside the outcomes as pca_1, pca_2 ... tsne_1, tsne_2."""
+    """Append scores and coordinates as columns pca_1, pca_2 ... tsne_1, tsne_2."""
     columns = {f"pca_{number}": column for number, column in enumerate(pca.T.astype(np.float32), start=1)}
     if tsne is not None:
         columns |= {f"tsne_{number}": column for number, column in enumerate(tsne.T.astype(np.float32), start=1)}

@@ -1,4 +1,4 @@
-"""Thumbnails for the page: small pictures as data URIs, within a budget of bytes."""
+"""Thumbnails for the page, as data URIs within a budget of bytes."""
 
 import base64
 import io
@@ -8,14 +8,14 @@ import numpy.typing as npt
 
 from fruitdask.store.exploration import Exploration
 
-#: Larger ones are shrunk to this side, which fills twice the pixels of the smallest place they are shown in.
+#: Larger thumbnails are shrunk to this side, twice the size at which the smallest are shown.
 _MAX_PX = 72
-#: Of WebP, which needs about half the bytes of JPEG at this size: 800 bytes for a photograph of a fruit at 64 pixels.
+#: Quality of WebP, which needs about half the bytes of JPEG: 800 bytes for a photograph at 64 pixels.
 _QUALITY = 72
 
 
 class Thumbnails:
-    """Pictures of an exploration by the path of their image, handed out until a number of bytes is spent."""
+    """Thumbnails of an exploration by path, until a budget of bytes is spent."""
 
     def __init__(self, exploration: Exploration | None, *, max_bytes: int) -> None:
         self._exploration = exploration

@@ -1,7 +1,7 @@
-"""Figures for people: of the images, of the features, and of what the features tell apart.
+"""Figures of the images, of the features, and of how well these separate the classes.
 
 Each function takes a table and returns a matplotlib figure, made without pyplot. ``render_png`` and ``render_svg``
-draw it.
+render it.
 """
 
 from fruitdask.report.figures.canvas import load_matplotlib

@@ -1,4 +1,4 @@
-"""What all figures share: one style, a title and a note, and a size that follows from what is in them."""
+"""What all figures share: style, title and note, and a size that follows from the content."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 _MARGIN, _HEADER = 0.12, 0.46
 _TICKS = {"color": FAINT, "labelcolor": MUTED, "labelsize": SMALL_SIZE}
 _TICKS |= {"major.size": 3, "major.width": 0.6, "minor.size": 0}
-#: A browser's fonts are seldom wider than matplotlib's own, but some are.
+#: Some fonts of browsers are wider than matplotlib's own.
 _SLACK = 1.04
-#: Added to matplotlib's own defaults. Names of classes are plain text: no formula is read into them.
+#: Added to matplotlib's defaults. Names of classes are plain text, never formulas.
 _STYLE: dict[str, Any] = {
     "text.color": INK,
     "text.parse_math": False,
@@ -48,17 +48,17 @@ _STYLE: dict[str, Any] = {
     "legend.handlelength": 1.0,
     "legend.handletextpad": 0.4,
     "legend.columnspacing": 1.6,
-    # Unhinted text is as wide at all numbers of dots per inch.
+    # Unhinted text has the same width at any resolution.
     "text.hinting": "no_hinting",
     "svg.fonttype": "none",
     "svg.hashsalt": "fruitdask",
 }
-#: Warning filters and the settings of matplotlib belong to the process; one thread at a time may change them.
+#: Warning filters and the settings of matplotlib are global: only one thread at a time may change them.
 _LOCK = threading.RLock()
 
 
 def load_matplotlib() -> None:
-    """Import matplotlib. No figure here needs the backend of MPLBACKEND, so a wrong name there is not an error."""
+    """Import matplotlib, ignoring a wrong MPLBACKEND, because no figure here needs a backend."""
     backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib
@@ -77,7 +77,7 @@ def load_matplotlib() -> None:
 
 @contextmanager
 def standard_settings() -> Iterator[None]:
-    """Draw in one style whatever the user's matplotlibrc says, and without warnings of glyphs that a font lacks."""
+    """Draw in one style regardless of the user's matplotlibrc, without warnings about missing glyphs."""
     load_matplotlib()
     from matplotlib import style
 
@@ -87,7 +87,7 @@ def standard_settings() -> Iterator[None]:
 
 
 def start_figure(title: str, note: str = "") -> Figure:
-    """Start a figure with a title and a line that says how to read it; add axes, then ``fit_figure``."""
+    """Start a figure with a title and a line on how to read it; add axes, then call ``fit_figure``."""
     from matplotlib.figure import Figure
     from matplotlib.transforms import ScaledTranslation
 
@@ -103,8 +103,8 @@ def start_figure(title: str, note: str = "") -> Figure:
 
 
 def fit_figure(figure: Figure, *, width: float = 0.0, height: float = 0.0) -> Figure:
-    """Give all axes of a row together a width and a height in inches; what is written around them comes on top."""
-    # In a figure with room enough, what is around the axes takes as many inches as in one that fits.
+    """Set the total width and the height of a row of axes in inches; labels around them come on top."""
+    # In a large figure, labels take as many inches as in one that fits.
     wide, high = width + 12.0, height + 20.0
     _lay_out(figure, wide, high)
     slots = [axes.get_position(original=True) for axes in figure.axes]
@@ -118,7 +118,7 @@ def fit_figure(figure: Figure, *, width: float = 0.0, height: float = 0.0) -> Fi
 
 
 def _lay_out(figure: Figure, width: float, height: float) -> None:
-    """Lay a figure of so many inches out, below its title and note."""
+    """Lay out a figure of that size below its title and note."""
     figure.set_size_inches(width, height)
     engine = cast("ConstrainedLayoutEngine", figure.get_layout_engine())
     engine.set(rect=(0, 0, 1, 1 - _HEADER / height))
@@ -127,12 +127,12 @@ def _lay_out(figure: Figure, width: float, height: float) -> None:
 
 
 def plot_nothing(title: str, reason: str) -> Figure:
-    """Make a figure that says why there is nothing to see."""
+    """Return a figure that says why there is nothing to show."""
     return fit_figure(start_figure(title, reason))
 
 
 def tidy_label(label: str, *, n_characters: int = 34) -> str:
-    """Make a name fit into a line."""
+    """Shorten a name to one line."""
     text = "".join(character if character.isprintable() else " " for character in str(label))
     if count_cells(text) <= n_characters:
         return text
@@ -141,23 +141,23 @@ def tidy_label(label: str, *, n_characters: int = 34) -> str:
 
 
 def name_rows(labels: Iterable[str], *, n_characters: int) -> list[str]:
-    """Make names for ticks, which end at the axes."""
+    """Return tick labels, which end at the axes."""
     names = [tidy_label(label, n_characters=n_characters) for label in labels]
     return [pad_label(name) + name for name in names]
 
 
 def pad_label(text: str) -> str:
-    """Make spaces for what wide characters take in a page beyond the boxes that matplotlib's font has for them."""
+    """Return spaces for the extra width that wide characters have in a browser."""
     return "\u2002" * (count_cells(text) - len(text))
 
 
 def count_cells(text: str) -> int:
-    """Count the cells that a text takes in a line: two for each wide East Asian character."""
+    """Count the cells of a text: two for each wide East Asian character."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def _cut(text: str, n_cells: int) -> str:
-    """Cut text after so many cells."""
+    """Cut text after a number of cells."""
     while count_cells(text) > n_cells:
         text = text[:-1]
     return text

@@ -1,4 +1,4 @@
-"""Figures of the features: the map of all images, what its axes explain, and whose neighbours are whose."""
+"""Figures of the features: maps, explained variance, and the classes of nearest neighbours."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ if TYPE_CHECKING:
 
 _MAP_INCHES, _VARIANCE_INCHES = (6.4, 5.0), (3.9, 3.7)
 _LEGEND_INCHES = 6.9
-#: Points up to which a map stays a drawing in an SVG; more become an image in it.
+#: Maximum number of points that stay vectors in an SVG; more become an image.
 _MAX_VECTOR_POINTS = 2_000
-#: Classes in a legend at most, and those up to which its type is large.
+#: Maximum number of classes in a legend, and of those with large type.
 _MAX_ENTRIES, _MAX_LARGE_ENTRIES = 300, 30
-#: Axes are drawn to the same scale unless one is so many times as long as the other.
+#: Axes have the same scale unless one is this many times as long as the other.
 _MAX_ASPECT = 3.0
-#: Components from which on their axis is logarithmic.
+#: Number of components from which their axis is logarithmic.
 _MAX_LINEAR = 30
-#: Slender shapes are drawn larger, to look as large as the others: factors of their sides.
+#: Scale factors of slender shapes, so that they look as large as the others.
 _FACTORS = {"star": 1.3, "square_pin": 1.3, "diamond": 1.14, "hex": 1.1, "plus": 1.1, "square": 0.92}
-#: Cells up to which a heat map holds numbers; those with more have a legend of these shares instead.
+#: Maximum number of cells of a heat map with numbers; larger ones have a legend of these shares.
 _MAX_NUMBERED, _SHARES = 26, (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -95,7 +95,7 @@ def plot_map(
     axes.set_ylabel(tidy_label(y_label or _name_axis(y), n_characters=44))
     axes.locator_params(nbins=6)
     if x.startswith("tsne_"):
-        # The numbers along t-SNE's axes mean nothing.
+        # Coordinates of t-SNE have no meaning.
         axes.set(xticks=[], yticks=[])
     _add_class_legend(figure, styles)
     return fit_figure(figure, width=_MAP_INCHES[0], height=_MAP_INCHES[1])
@@ -105,7 +105,7 @@ def plot_map(
 def plot_explained_variance(
     ratio: Sequence[float] | npt.NDArray[np.floating[Any]], n_components: Mapping[str, int | None]
 ) -> Figure:
-    """Plot how much of the features' variance the first components explain together.
+    """Plot the cumulative explained variance.
 
     `ratio` is the fraction (0 to 1) of each component, the largest first.
     """
@@ -171,7 +171,7 @@ def plot_confusion(labels: Sequence[str], share: Sequence[Sequence[float]] | npt
 
 
 def _draw_points(axes: Axes, points: pd.DataFrame, *, x: str, y: str, styles: Mapping[str, ClassStyle]) -> None:
-    """Draw the classes in turns, the largest first."""
+    """Draw the classes, the largest first."""
     n_points = len(points)
     look: dict[str, Any] = {
         "alpha": float(np.clip(0.85 * (2000 / n_points) ** 0.2, 0.4, 0.85)),
@@ -188,7 +188,7 @@ def _draw_points(axes: Axes, points: pd.DataFrame, *, x: str, y: str, styles: Ma
 
 
 def _translate_style(style: ClassStyle, side: float) -> dict[str, Any]:
-    """Say a style in matplotlib's words; `side` is that of a circle's square, in points."""
+    """Return a style as arguments of matplotlib; `side` is the size of a marker in points."""
     fill = {"markerfacecolor": style.colour, "markeredgewidth": 0}
     outline = {"markerfacecolor": "none", "markeredgecolor": style.colour, "markeredgewidth": 0.14 * side}
     shape = {"linestyle": "", "marker": MARKERS[style.marker], "markersize": side * _FACTORS.get(style.marker, 1.0)}
@@ -196,7 +196,7 @@ def _translate_style(style: ClassStyle, side: float) -> dict[str, Any]:
 
 
 def _add_class_legend(figure: Figure, styles: Mapping[str, ClassStyle]) -> None:
-    """Name the classes beneath a map, in as many columns as its width holds."""
+    """Add a legend of classes below a map, in as many columns as fit."""
     from matplotlib.lines import Line2D
 
     size, n_characters = (TEXT_SIZE, 30) if len(styles) <= _MAX_LARGE_ENTRIES else (7.0, 24)
@@ -211,13 +211,13 @@ def _add_class_legend(figure: Figure, styles: Mapping[str, ClassStyle]) -> None:
 
 
 def _add_legend(figure: Figure, handles: list[Artist], names: list[str], *, n_columns: int, size: float) -> None:
-    """Add a legend at the foot of a figure."""
+    """Add a legend at the bottom of a figure."""
     texts = [name + pad_label(name) for name in names]
     figure.legend(handles, texts, loc="outside lower left", ncols=n_columns, fontsize=size, labelspacing=0.3)
 
 
 def _name_axis(column: str) -> str:
-    """Describe a column's name in words."""
+    """Return the label of a column."""
     kind, _, number = column.rpartition("_")
     return {"pca": f"Principal component {number}", "tsne": f"t-SNE {number}"}.get(kind, column)
 
@@ -229,7 +229,7 @@ def _describe_components(share: str, n: int | None) -> str:
 
 
 def _shade(shares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Turn shares into colours with opacity; nothing where there is no share."""
+    """Convert shares to colours with opacity; NaN is transparent."""
     from matplotlib.colors import to_rgb
 
     opacity = np.sqrt(np.clip(np.nan_to_num(shares), 0, 1))
@@ -237,7 +237,7 @@ def _shade(shares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _write_shares(axes: Axes, shares: npt.NDArray[np.float64], *, size: float) -> None:
-    """Write shares of at least half a percent into their cells, in white where the blue is dark on any page."""
+    """Write shares of at least half a percent into their cells, in white on dark blue."""
     for (row, column), value in np.ndenumerate(np.nan_to_num(shares)):
         if value >= 0.005:
             colour = "#ffffff" if value > 0.7 else INK
@@ -245,7 +245,7 @@ def _write_shares(axes: Axes, shares: npt.NDArray[np.float64], *, size: float) -
 
 
 def _add_share_legend(figure: Figure) -> None:
-    """Describe what the shades of a heat map mean."""
+    """Add a legend of the shades of a heat map."""
     from matplotlib.patches import Patch
 
     look: dict[str, Any] = {"edgecolor": FAINT, "linewidth": 0.5}

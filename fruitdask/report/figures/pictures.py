@@ -1,4 +1,4 @@
-"""Figures of the images themselves: examples of each class, and sizes."""
+"""Figures of the images: examples of each class, and sizes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
     from fruitdask.store.exploration import Exploration
 
-#: Classes at most, and those from which on the grid has two halves side by side.
+#: Maximum number of classes, and the number from which the grid has two halves side by side.
 _MAX_CLASSES, _CLASSES_PER_BLOCK = 40, 20
 _CELL_INCHES, _HISTOGRAM_INCHES = 0.67, (3.0, 1.7)
-#: The part of a cell that its picture fills, at its lower and upper end.
+#: The part of a cell that its picture fills.
 _PICTURE = np.array([0.04, 0.96])
 _HEADINGS = ("mean", "most\ntypical", "least\ntypical")
 _N_BINS = 30
-#: Sizes that span more than this go on a logarithmic axis.
+#: Sizes with a larger ratio are shown on a logarithmic axis.
 _LOG_SPAN = 30.0
 
 Image = npt.NDArray[np.uint8]
@@ -103,7 +103,7 @@ def _choose_pictures(exploration: Exploration, label: str, *, per_class: int) ->
 
 
 def _draw_histogram(axes: Axes, values: npt.NDArray[np.float64], unit: Formatter, *, heading: str) -> None:
-    """Draw a histogram whose axis says the unit."""
+    """Draw a histogram with units on its axis."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     axes.set_title(heading)

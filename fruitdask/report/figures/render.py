@@ -1,4 +1,4 @@
-"""Figures as files: PNG for people's slides, SVG for a page."""
+"""Renders figures: PNG for slides, SVG for the page."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 #: matplotlib refuses images of 65,536 pixels or more in either direction.
 _MAX_PX = 65_000
-#: Dots per inch of what is an image inside an SVG.
+#: Resolution of images inside an SVG.
 _IMAGE_DPI = 144
 _MAX_LABEL = 1000
 _PX_PER_POINT = 96 / 72
-#: How one part of an SVG refers to another.
+#: References between parts of an SVG.
 _REFERENCE = re.compile(r"(url\(#|^#)([^)]+)")
 _USED = re.compile(r'(?:xlink:href="#|url\(#)([^")]+)')
 _FAMILY = re.compile(r"font-family:[^;]*;?\s*")
@@ -29,7 +29,7 @@ _FAMILY = re.compile(r"font-family:[^;]*;?\s*")
 
 @standard_settings()
 def render_png(figure: Figure, *, dpi: int) -> bytes:
-    """Draw a figure as an image."""
+    """Render a figure as PNG."""
     buffer = io.BytesIO()
     dpi = min(dpi, int(_MAX_PX / max(figure.get_size_inches())))
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
@@ -38,7 +38,7 @@ def render_png(figure: Figure, *, dpi: int) -> bytes:
 
 @standard_settings()
 def render_svg(figure: Figure, *, label: str = "") -> str:
-    """Draw a figure as a part of an HTML page, where several may stand: its ids are its own."""
+    """Render a figure as inline SVG for an HTML page, with unique ids."""
     label = tidy_label(label or str(figure.get_label()), n_characters=_MAX_LABEL)
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -60,7 +60,7 @@ def render_svg(figure: Figure, *, label: str = "") -> str:
 
 
 def _clean(element: minidom.Element, *, names: Mapping[str, str]) -> None:
-    """Rename what is referred to, and drop what would reach out of the figure or is of no use in it."""
+    """Make ids unique, and drop links out of the figure and useless elements."""
     parent = element.parentNode
     if element.tagName in ("metadata", "style") and parent is not None:
         parent.removeChild(element)

@@ -1,4 +1,4 @@
-"""Figures with a row for each class: counts, differences, silhouettes, colours."""
+"""Figures with one row per class: counts, differences, silhouettes, colours."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
 
-#: Rows in a column of classes before they go on in another, and columns at most.
+#: Rows per column of classes, and maximum number of columns.
 _ROWS_PER_COLUMN, _MAX_COLUMNS = 36, 3
-#: Rows at most: beyond, a figure is too long for any page or printer.
+#: Maximum number of rows of a figure.
 _MAX_ROWS = 300
-#: Rows up to which they are spaced widely; inches of a row and points of its type, spaced widely and closely.
+#: Number of rows that are spaced widely; inches per row and type size, spaced widely and closely.
 _MAX_WIDE, _WIDE, _CLOSE = 26, (0.235, TEXT_SIZE), (0.165, 7.5)
-#: Inches of all columns together, without names and numbers, by number of columns.
+#: Total width of the columns in inches, without names and numbers, by number of columns.
 _PLOT_INCHES = {1: 4.2, 2: 4.4, 3: 4.5}
 _NO_CLASSES = "There are no classes to show."
 _DASH = "–"
@@ -72,7 +72,7 @@ def plot_differences(classes: pd.DataFrame) -> Figure:
 
 @standard_settings()
 def plot_silhouettes(silhouette: Mapping[str, Any]) -> Figure:
-    """Plot how well each class keeps apart from the others."""
+    """Plot how well each class is separated from the others."""
     title, mean = "Silhouette of each class", silhouette.get("mean")
     classes = pd.DataFrame({"value": pd.Series(dict(silhouette["by_class"]), dtype=float)})
     if classes.empty:
@@ -121,7 +121,7 @@ def _plot_rows(
     note: str,
     axis_label: str = "",
 ) -> Figure:
-    """Draw a row for each class in one to three columns, the largest value first and equal ones by name."""
+    """Draw one row per class in one to three columns, the largest value first."""
     if by is not None:
         classes = classes.sort_index().sort_values(by, ascending=False, kind="stable", na_position="last")
     shown = classes.iloc[:_MAX_ROWS]
@@ -150,7 +150,7 @@ def _plot_rows(
 
 
 def _write_values(axes: Axes, bars: BarContainer, texts: Sequence[str]) -> None:
-    """Write numbers to the right of bars."""
+    """Write numbers next to bars."""
     axes.bar_label(bars, texts, padding=3, size=7.5, color=MUTED)
 
 

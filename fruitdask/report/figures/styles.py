@@ -1,10 +1,10 @@
-"""The one palette of figures, maps and page, and how classes are told apart: by colour, by shape, and by filling."""
+"""The palette of figures, maps and page, and the styles of classes: colour, shape and filling."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-#: Text and lines, also with some opacity. ``render_svg`` replaces it by the colour of the page's text.
+#: Colour of text and lines. ``render_svg`` replaces it by the text colour of the page.
 INK = "#1b1d21"
 MUTED, FAINT, HAIRLINE = (INK, 0.68), (INK, 0.28), (INK, 0.12)
 #: Sizes of type in points: of names and of numbers.
@@ -34,7 +34,7 @@ MARKERS: Mapping[str, str | tuple[int, int, float]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ClassStyle:
-    """How the points of a class look."""
+    """The style of the points of a class."""
 
     colour: str
     marker: str
