@@ -42,8 +42,8 @@ Preprocess = Callable[[Any], Any]
 def fingerprint_model(config: ModelConfig) -> dict[str, Any]:
     """Describe a network and its preprocessing without building it.
 
-    The engine is not part of it, as versions of packages do not: features of the two engines agree to 1e-5
-    relative, and a store can be resumed where the other one is installed. The manifest says which engine ran.
+    The engine and the versions of packages are not part of it: features of the two engines agree to 1e-5 relative, so
+    a run can be resumed with the other engine. The manifest records which engine ran.
     """
     settings = describe_settings("model", config, MODEL)
     if config.weights in _WORDS or not examine_file(config).is_own_network(config):
