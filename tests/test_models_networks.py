@@ -27,11 +27,9 @@ FAMILIES = {
     "EfficientNetV2B0": 64,
     "MobileNet": 64,
     "MobileNetV2": 64,
-    "MobileNetV3Large": 64,
     "MobileNetV3Small": 64,
     "ResNet50": 64,
     "VGG16": 64,
-    "VGG19": 64,
     "Xception": 71,
 }
 

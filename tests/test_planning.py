@@ -320,7 +320,7 @@ def test_limit_that_a_run_has_exceeded_ends_it_and_it_goes_on(
     # More partitions than may be in flight at once.
     limited = make_config(limits={"max_hours": 1.5}, featurize={"images_per_partition": 1})
     with monkeypatch.context() as patch, pytest.raises(
-        LimitError, match="has taken 2 hours, and limits.max_hours is 1.5; what is"
+        LimitError, match="has taken 2 hours, and limits.max_hours is 1.5; results so far"
     ):
         fruitdask.run(limited, progress=Hours(patch))
     n_done = len(store.list_committed(Location(limited.output.url)))

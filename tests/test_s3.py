@@ -205,13 +205,13 @@ def open_virtual_hosted(request: pytest.FixtureRequest) -> Iterator[Server]:
 NEEDS_NODE = [pytest.mark.browser, pytest.mark.slow]
 MOTO = pytest.param(open_moto, id="moto")
 MOTO_HTTPS = pytest.param(open_moto_https, id="moto, https", marks=pytest.mark.slow)
-S3RVER = pytest.param(open_s3rver, id="s3rver", marks=NEEDS_NODE)
+WITH_S3RVER = pytest.param(open_s3rver, id="s3rver", marks=NEEDS_NODE)
 VIRTUAL_HOSTED = pytest.param(open_virtual_hosted, id="s3rver, virtual-hosted", marks=NEEDS_NODE)
 #: What takes several runs is tried on each server, but not by each way to reach it.
-both_servers = pytest.mark.parametrize("server", [MOTO, S3RVER], indirect=True)
+both_servers = pytest.mark.parametrize("server", [MOTO, WITH_S3RVER], indirect=True)
 
 
-@pytest.fixture(scope="module", params=[MOTO, MOTO_HTTPS, S3RVER, VIRTUAL_HOSTED])
+@pytest.fixture(scope="module", params=[MOTO, MOTO_HTTPS, WITH_S3RVER, VIRTUAL_HOSTED])
 def server(request: pytest.FixtureRequest, sample_folder: Path, tiny_model: ModelConfig) -> Iterator[Server]:
     """An S3 server with the drawn images, a manifest and weights."""
     with ExitStack() as stack:
@@ -389,7 +389,7 @@ def test_every_object_is_encrypted_as_asked(make_config: MakeConfig, client: Any
     assert find_encryption(Location(f"s3://{BUCKET}/lists/all.csv", server.storage_options)) is None
 
 
-@pytest.mark.parametrize("server", [S3RVER, VIRTUAL_HOSTED], indirect=True)
+@pytest.mark.parametrize("server", [WITH_S3RVER, VIRTUAL_HOSTED], indirect=True)
 def test_unknown_key_is_explained(server: Server) -> None:
     options = server.storage_options | {"key": "AKIAIOSFODNN7EXAMPLE"}
     message = r"cannot read s3://fruits/x: .*\((403|InvalidAccessKeyId)\): .*credentials"
