@@ -78,7 +78,7 @@ class ScriptError(SystemExit, FruitdaskError):
 
 
 class ResidencyError(FruitdaskError, PermissionError):
-    """Data or machines are where the configuration does not allow them, or nobody knows where they are."""
+    """Data or machines are in a region that is not allowed, or their region is unknown."""
 
 
 class LimitError(FruitdaskError, RuntimeError):

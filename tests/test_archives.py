@@ -20,6 +20,7 @@ from fruitdask.cluster.ec2.policies import list_actions
 from fruitdask.cluster.regions import find_regions
 from fruitdask.core.config import Config, InputConfig, ModelConfig
 from fruitdask.core.partition import Partition
+from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location, hide_secrets, pin
 from fruitdask.errors import CatalogError, ConfigError, DamageError, StorageError
 from fruitdask.pipeline.inputs import prepare_inputs
@@ -296,7 +297,7 @@ def configure_ec2(url: str, **options: Any) -> Config:
 def test_archive_on_this_machine_is_out_of_reach_of_instances(tmp_path: Path) -> None:
     url = pack_zip(tmp_path / "photos", {"a/1.jpg": b"x"})
     with pytest.raises(ConfigError, match=r"input\.url zip://::\S+ is on this machine, which the instances"):
-        prepare_inputs(configure_ec2(url))
+        prepare_inputs(configure_ec2(url), RunProgress())
 
 
 def test_archive_on_s3_is_what_policies_and_regions_are_about(s3_bucket: tuple[str, dict[str, Any]]) -> None:
@@ -318,7 +319,7 @@ def test_output_in_an_archive_is_refused(tmp_path: Path, pictures: Path) -> None
     with pytest.raises(
         ConfigError, match=r"output\.url zip://out::\S+: expected a folder, found an archive"
     ):
-        prepare_inputs(config)
+        prepare_inputs(config, RunProgress())
 
 
 def test_location_in_an_archive_names_what_lies_below() -> None:

@@ -52,10 +52,7 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | None 
     leave_imported_script()
     progress = progress or RunProgress()
     with progress, ExitStack() as stack:
-        progress.begin("Listing images")
-        inputs = prepare_inputs(config, client=client)
-        for note in inputs.notes:
-            progress.say(f"Note: {note}.")
+        inputs = prepare_inputs(config, progress, client=client)
         stack.enter_context(store.locked(inputs.output))
         resolve_erasure(inputs, progress)
         # The report of a run must not show other images.

@@ -35,8 +35,6 @@ class Inputs:
     regions: dict[str, str]
     #: Number of files of the input that are left out, by kind.
     left_out: Mapping[str, int] = field(default_factory=dict)
-    #: Notes for the user on how the images were listed.
-    notes: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -47,8 +45,9 @@ class Inputs:
         }
 
 
-def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
+def prepare_inputs(config: Config, progress: RunProgress, *, client: Any = None) -> Inputs:
     """Check input and output, draw the sample if one is configured, and list the images."""
+    progress.begin("Listing images")
     source = Location(config.input.url, config.input.storage_options)
     output = open_output(config)
     _check_places(source, output)
@@ -67,6 +66,8 @@ def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
     options = config.featurize.model_dump(include={"max_pixels", "decode", "fetch_attempts", "concurrent_reads"})
     options["batch_size"] = config.featurize.batch_size or choose_batch_size(config.model, config.cluster)
     listing = list_input(config.input)
+    for note in listing.notes:
+        progress.say(f"Note: {note}.")
     if output.is_s3:
         check_bucket(output)
     if regions is None:
@@ -74,7 +75,7 @@ def prepare_inputs(config: Config, *, client: Any = None) -> Inputs:
         regions = find_regions(config, scheduler=scheduler)
     # Reads of images are retried and counted elsewhere; the storage must not retry them too.
     images = ImageSource(replace(pin(source), attempts=1), **options)
-    return Inputs(config, images, output, listing.files, regions, listing.left_out, listing.notes)
+    return Inputs(config, images, output, listing.files, regions, listing.left_out)
 
 
 def resolve_erasure(inputs: Inputs, progress: RunProgress) -> None:

@@ -85,23 +85,11 @@ def run(
             if not state.is_reduced:
                 manifest = _reduce_features(state, manifest, client, stack, progress)
             progress.begin("Closing the cluster")
-        n_computed = state.pending.n_images
-        # A stage that an earlier run did keeps the seconds of that run; so does the total, if that run computed the
-        # features.
-        seconds = state.clock.seconds | ({"total": state.clock.total_seconds} if n_computed else {})
-        manifest = manifest.change(
-            seconds=manifest.seconds | seconds,
-            config=dump_config(config),
-            n_computed=n_computed or manifest.n_computed,
-            regions=state.inputs.regions,
-            processing=manifest.processing | describe_processing(config.privacy, since=manifest.finished),
-            left_out=dict(state.inputs.left_out),
-            cost=state.budget.describe() or manifest.cost,
-        )
+        manifest = _record_run(state, manifest)
         store.write_manifest(state.output, manifest)
         progress.begin("Drawing")
         manifest = render(config, state.output) or manifest
-    return RunResult(state.output, manifest.dump(), n_computed=n_computed, changes=changes)
+    return RunResult(state.output, manifest.dump(), n_computed=state.pending.n_images, changes=changes)
 
 
 def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
@@ -129,6 +117,23 @@ def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
     progress = progress or RunProgress()
     with progress:
         return estimate(_describe_work(prepare(config, progress), None), progress)
+
+
+def _record_run(state: RunState, manifest: store.RunManifest) -> store.RunManifest:
+    """Return the manifest with what this run took, and with the record of processing as it is configured now."""
+    n_computed = state.pending.n_images
+    # A stage that an earlier run did keeps the seconds of that run, and so does the total if it computed the features.
+    seconds = state.clock.seconds | ({"total": state.clock.total_seconds} if n_computed else {})
+    record = describe_processing(state.config.privacy, since=manifest.finished)
+    return manifest.change(
+        seconds=manifest.seconds | seconds,
+        config=dump_config(state.config),
+        n_computed=n_computed or manifest.n_computed,
+        regions=state.inputs.regions,
+        processing=manifest.processing | record,
+        left_out=dict(state.inputs.left_out),
+        cost=state.budget.describe() or manifest.cost,
+    )
 
 
 def _describe_work(state: RunState, client: Any) -> Work:

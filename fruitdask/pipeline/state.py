@@ -152,12 +152,9 @@ def prepare(
     retry_failed: bool = False,
 ) -> RunState:
     """Check everything that can be checked before anything is started."""
-    progress.begin("Listing images")
     clock = Clock()
     with clock.measure("list"):
-        inputs = prepare_inputs(config, client=client)
-    for note in inputs.notes:
-        progress.say(f"Note: {note}.")
+        inputs = prepare_inputs(config, progress, client=client)
     output, catalog = inputs.output, inputs.catalog
     fingerprint = inputs.fingerprint | {"model": fingerprint_model(config.model)}
     lock = None

@@ -169,7 +169,7 @@ def write_partition(
 def create_thumbnails(output: Location, *, n_images: int, thumbnail_px: int, images_per_partition: int) -> None:
     """Create the array that holds the thumbnails of all images while they are explored, one chunk a partition.
 
-    One of the same shape is taken again: all of it will be written anew, and a straggling task of an earlier run may
+    An array of the same shape is used again: all of it will be overwritten, and a straggling task of an earlier run may
     still write to it.
     """
     location, image = output.child(THUMBNAILS), (thumbnail_px, thumbnail_px, 3)
