@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import signal
+import subprocess
 import socket
 import sys
 import time
@@ -14,7 +15,7 @@ import psutil
 import pytest
 from distributed import LocalCluster, Scheduler
 
-from fruitdask.cluster import choose_workers, open_client, prepare_local
+from fruitdask.cluster import choose_workers, open_client
 from fruitdask.core.config import AddressClusterConfig, LocalClusterConfig
 from fruitdask.errors import ClusterStartError
 
@@ -64,11 +65,22 @@ def test_local_workers_are_forked_with_what_they_need(client: Any) -> None:
     assert min(thresholds) >= 16 * 1024**2
 
 
-def test_local_workers_see_variables_that_were_set_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare_local()
-    monkeypatch.setenv("FRUITDASK_TEST_LATE", "yes")
-    with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
-        assert list(client.run(os.getenv, "FRUITDASK_TEST_LATE").values()) == ["yes"]
+def test_local_workers_have_the_variables_of_their_client() -> None:
+    script = """
+import os
+from fruitdask.cluster import open_client
+from fruitdask.cluster.local import prepare_local
+from fruitdask.core.config import LocalClusterConfig
+os.environ["AWS_PROFILE"] = "old"
+prepare_local()
+assert os.environ.pop("AWS_PROFILE") == "old"
+os.environ["FRUITDASK_TEST_LATE"] = "yes"
+with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
+    for name in ("FRUITDASK_TEST_LATE", "AWS_PROFILE"):
+        print(*client.run(os.getenv, name).values())
+"""
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert printed.stdout.split() == ["yes", "None"], printed.stderr
 
 
 @pytest.mark.slow

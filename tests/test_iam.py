@@ -602,8 +602,10 @@ def workers(account: Account) -> Iterator[Client]:
             threads_per_worker=2,
             dashboard_address="127.0.0.1:0",
             host="127.0.0.1",
-            # Workers may be forked from a process that was started before, for other tests.
-            env=environments["workers"] | {"AWS_DEFAULT_REGION": "eu-west-1", "AWS_ENDPOINT_URL": account.url},
+            # Workers may be forked from a process that was started before, for other tests, with their server.
+            env=environments["workers"]
+            | {"AWS_DEFAULT_REGION": "eu-west-1"}
+            | dict.fromkeys(("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"), account.url),
         )
         with cluster, Client(cluster) as client:
             yield client

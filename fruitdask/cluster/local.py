@@ -26,6 +26,10 @@ _PRELOADED = ["distributed.nanny", "fruitdask.worker.featurize"]
 #: of a process that has started workers. The first three are Dask's defaults.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | MALLOC_VARIABLES
 
+#: Prefixes of variables that workers have only while the client has them: the process that forks workers may be older
+#: than the last change of one, such as of AWS_PROFILE in a notebook.
+_CLOUDS = ("AWS_", "AZURE_", "GOOGLE_")
+
 _START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 #: Settings of Dask, also for workers that replace others.
 _SETTINGS = {
@@ -71,6 +75,9 @@ def prepare_local() -> None:
     multiprocessing.set_forkserver_preload(_PRELOADED)
     saved = dict(os.environ)
     os.environ.update(_ENVIRONMENT)
+    for name in saved:
+        if name.startswith(_CLOUDS):
+            del os.environ[name]
     try:
         forkserver.ensure_running()
     finally:
