@@ -52,6 +52,7 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
             "hidden": False,
             "label_from": "parent",
             "split_from": None,
+            "group_from": None,
             "limit": None,
             "manifest": None,
             "sample": None,

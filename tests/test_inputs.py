@@ -67,28 +67,29 @@ def list_features(output: Path) -> dict[str, float]:
     return {str(path): path.stat().st_mtime_ns for path in files if path.is_file() and path.name != "zarr.json"}
 
 
-def test_split_is_in_all_tables_and_costs_no_feature(
-    make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path
+@pytest.mark.parametrize("name", ["split", "group"])
+def test_a_grouping_is_in_all_tables_and_costs_no_feature(
+    name: str, make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path
 ) -> None:
     plain = finish(make_config())
     without = plain.table
-    assert "split" not in without and all("split" not in table for table in read_outputs(tmp_path / "out").values())
+    assert name not in without and all(name not in table for table in read_outputs(tmp_path / "out").values())
     fingerprint, features = plain.manifest["fingerprint"], list_features(tmp_path / "out")
     for rule, expected in ((SPLIT_RULE, "parent"), ("([0-9])[.]png$", "number"), (None, "")):
-        config = make_config({"split_from": rule})
+        config = make_config({f"{name}_from": rule})
         result = fruitdask.run(config, client=client)
         tables = {"result": result.table} | read_outputs(tmp_path / "out")
-        for name, table in tables.items():
+        for where, table in tables.items():
             paths = table["path"].str.split("/")
             wanted = {"parent": paths.str[0], "number": paths.str[-1].str[0], "": None}[expected]
-            assert "split" not in table if wanted is None else list(table["split"].astype(str)) == list(wanted), name
+            assert name not in table if wanted is None else list(table[name].astype(str)) == list(wanted), where
         assert result.n_computed == 0 and result.manifest["fingerprint"] == fingerprint
         assert list_features(tmp_path / "out") == features
         assert fruitdask.verify(tmp_path / "out").is_well
         before = (tmp_path / "out" / "results.csv").stat().st_mtime_ns
         assert fruitdask.run(config, client=client).n_computed == 0
         assert (tmp_path / "out" / "results.csv").stat().st_mtime_ns == before
-        pd.testing.assert_frame_equal(result.table.drop(columns="split", errors="ignore"), without)
+        pd.testing.assert_frame_equal(result.table.drop(columns=name, errors="ignore"), without)
 
 
 def test_split_of_images_stays_with_them(

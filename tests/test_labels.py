@@ -245,12 +245,15 @@ def test_lists_in_parquet_are_no_labels(folder: Path) -> None:
         look(folder, folder.parent / "labels.parquet")
 
 
-def test_column_split_of_the_table_is_taken(folder: Path) -> None:
-    rows = [f"{path},x,{split}\n" for path, split in zip(PATHS, ("train", "test", "", "train"))]
-    table = write(folder, "".join(["path,label,Split\n", *rows]))
+def test_columns_split_and_group_of_the_table_are_taken(folder: Path) -> None:
+    rows = [f"{path},{split},x,{n // 2}\n" for n, (path, split) in enumerate(zip(PATHS, ("train", "test", "", "train")))]
+    table = write(folder, "".join(["path,Split,label, GROUP\n", *rows]))
     catalog = look(folder, table)
+    assert list(catalog.columns) == ["path", "label", "bytes", "version", "split", "group"]
     assert list(catalog["split"]) == ["train", "test", "", "train"] and str(catalog["split"].dtype) == "category"
-    assert list(look(folder, table, split_from="first")["split"]) == ["a", "a", "b", "b"]
+    assert list(catalog["group"]) == ["0", "0", "1", "1"] and str(catalog["group"].dtype) == "category"
+    for name in ("split", "group"):
+        assert list(look(folder, table, **{f"{name}_from": "first"})[name]) == ["a", "a", "b", "b"]
     with pytest.raises(ValueError, match="label_from and manifest both set"):
         look(folder, table, label_from="first")
 

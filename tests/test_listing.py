@@ -226,7 +226,15 @@ def test_split_from_adds_a_column(tmp_path: Path) -> None:
     assert set(limited["split"]) <= {"train"}
 
 
-@pytest.mark.parametrize("key", ["label_from", "split_from"])
+def test_group_from_tells_turntable_series_apart(tmp_path: Path) -> None:
+    fill(tmp_path, *(f"{label}/r{series}_{n}.jpg" for label in "ab" for series in range(2) for n in (0, 10, 9)))
+    files = look(tmp_path, group_from=r"(.*/r\d+)_", split_from="first").files
+    assert list(files.columns) == ["path", "label", "bytes", "version", "split", "group"]
+    assert list(files["group"]) == [path.rpartition("_")[0] for path in files["path"]]
+    assert list(files["group"].cat.categories) == ["a/r0", "a/r1", "b/r0", "b/r1"]
+
+
+@pytest.mark.parametrize("key", ["label_from", "split_from", "group_from"])
 def test_a_pattern_that_does_not_match_a_path_is_told_with_that_path(tmp_path: Path, key: str) -> None:
     fill(tmp_path, "train/a/1.jpg", "odd/2.jpg", "notes.txt")
     with pytest.raises(

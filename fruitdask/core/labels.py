@@ -21,11 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fruitdask.core.config import InputConfig
-from fruitdask.core.listing import compile_rule, digest_version, find_rows
+from fruitdask.core.listing import GROUPINGS, compile_rule, digest_version, find_rows
 from fruitdask.core.storage import Location, explained
 from fruitdask.errors import CatalogError, ConfigError
 
 _GZIP, _PARQUET, _ZIP = b"\x1f\x8b", b"PAR1", b"PK\3\4"
+_COLUMNS = ("path", "label", *GROUPINGS)
 _DELIMITERS = ",;\t|"
 #: The line before a header in which Excel names the delimiter.
 _SEPARATOR_LINE = re.compile(rb"\"?sep=.\"?\r?\n", re.IGNORECASE)
@@ -53,9 +54,9 @@ def label_files(table: pd.DataFrame, files: pd.DataFrame, root: Location, config
     table["path"] = paths
     _describe_unlisted(table, is_listed, root)
     _check_unlisted(table, files, root, config)
-    if config.split_from is not None:
-        table["split"] = [compile_rule(config.split_from)(path) or "" for path in paths]
-    named = [name for name in ("label", "split") if name in table]
+    for name in config.rules.keys() & set(GROUPINGS):
+        table[name] = [compile_rule(config.rules[name])(path) or "" for path in paths]
+    named = [name for name in ("label", *GROUPINGS) if name in table]
     return table.astype(dict.fromkeys(named, "category")).sort_values("path", ignore_index=True)
 
 
@@ -170,7 +171,7 @@ def read_labels(config: InputConfig) -> pd.DataFrame:
             f"{config.manifest}: expected the columns path and label in input.manifest, found "
             f"{', '.join(columns) or 'none'}"
         )
-    table = pd.DataFrame({name: columns[name] for name in ("path", "label", "split") if name in columns})
+    table = pd.DataFrame({name: columns[name] for name in _COLUMNS if name in columns})
     if table.empty:
         raise CatalogError(f"{config.manifest}: expected images in input.manifest, found no row")
     empty = (table[["path", "label"]] == "").any(axis=1)
@@ -194,9 +195,8 @@ def _read_parquet(data: bytes) -> dict[str, Any]:
 
     table = pyarrow.parquet.ParquetFile(io.BytesIO(data)).read()
     names = _name_columns(table.column_names)
-    wanted = {"path", "label", "split"}
     return {
-        name: _convert_to_text(table.column(place), name) if name in wanted else None for name, place in names.items()
+        name: _convert_to_text(table.column(place), name) if name in _COLUMNS else None for name, place in names.items()
     }
 
 
@@ -225,7 +225,7 @@ def _read_csv(data: bytes) -> dict[str, Any]:
     columns = _name_columns(names)
     if not {"path", "label"} <= columns.keys():
         return dict.fromkeys(columns)
-    wanted = {name: place for name, place in columns.items() if name in ("path", "label", "split")}
+    wanted = {name: place for name, place in columns.items() if name in _COLUMNS}
     texts = _parse_csv(body, delimiter, len(names), wanted)
     labels = texts["label"]
     if any(name != name.strip() for name in names) or (len(labels) and labels.str.startswith(" ").all()):
@@ -261,13 +261,13 @@ def _read_header(line: str) -> tuple[str, list[str]]:
 
 
 def _name_columns(names: Sequence[str]) -> dict[str, int]:
-    """Find the place of each column by its name; path, label and split in any case, with spaces around."""
+    """Find the place of each column by its name; those that are read in any case, with spaces around."""
     places = {name: place for place, name in enumerate(names)}
-    given = [name for name in names if name in ("path", "label", "split")]
+    given = [name for name in names if name in _COLUMNS]
     if len(given) > len(set(given)):
         raise ValueError(f"the columns {', '.join(names)} with a duplicate; keep one of them")
     for place, name in enumerate(names):
-        if name.strip().lower() in ("path", "label", "split"):
+        if name.strip().lower() in _COLUMNS:
             places.setdefault(name.strip().lower(), place)
     return places
 

@@ -35,6 +35,10 @@ _SYSTEM_NAMES = {
     *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "lost+found"),
 }
 
+#: Optional columns: the part of the data that an image belongs to, and the object that it shows. Features do not depend
+#: on them.
+GROUPINGS = ("split", "group")
+
 #: Kinds of skipped files, in addition to endings.
 HIDDEN, NO_ENDING, OTHER_ENDINGS = "hidden", "without an ending", "with other endings"
 _SAME, _BROKEN = "links to what is listed already", "broken links"
@@ -52,7 +56,7 @@ Rule = Callable[[str], str | None]
 class Listing:
     """The files that were found, and counts of those that were skipped."""
 
-    #: ``path``, ``label``, ``bytes``, ``version`` and optionally ``split``, sorted by path.
+    #: ``path``, ``label``, ``bytes``, ``version`` and optionally ``split`` and ``group``, sorted by path.
     files: pd.DataFrame
     #: Number of skipped files and folders by kind: an ending, or words such as ``hidden``.
     left_out: Mapping[str, int]
@@ -116,11 +120,11 @@ def can_read_heic() -> bool:
 
 
 def list_files(
-    root: Location, extensions: tuple[str, ...] | None, *, takes_hidden: bool, label_from: str, split_from: str | None
+    root: Location, extensions: tuple[str, ...] | None, *, takes_hidden: bool, rules: Mapping[str, str]
 ) -> Listing:
-    """List the files below a location."""
+    """List the files below a location; `rules` say how label, split and group follow from a path."""
     selection = _Selection(_choose_extensions(extensions), takes_hidden=takes_hidden)
-    columns = _Columns(PurePosixPath(root.path).name or PurePosixPath(root.base.path).stem, label_from, split_from)
+    columns = _Columns(PurePosixPath(root.path).name or PurePosixPath(root.base.path).stem, rules)
     with explained(root, "list"):
         for path, size, version in _list_rows(root, selection):
             _check_name(path, root)
@@ -192,17 +196,16 @@ def find_rows(paths: pd.Series, among: pd.Series) -> npt.NDArray[np.int64]:
 class _Columns:
     """Growing columns of files: Python objects would take ten times the memory."""
 
-    def __init__(self, top: str, label_from: str, split_from: str | None) -> None:
-        self._top = top
+    def __init__(self, top: str, rules: Mapping[str, str]) -> None:
+        self._top, self._rules = top, rules
         self._paths, self._ends = bytearray(), array("q", [0])
-        self._rules = {"label": label_from} | ({"split": split_from} if split_from else {})
         self._choose = {name: compile_rule(rule) for name, rule in self._rules.items()}
         self._names: dict[str, dict[str, int]] = {name: {} for name in self._rules}
         self._codes = {name: array("i") for name in self._rules}
         self._sizes, self._versions = array("q"), array("q")
         self._last, self._is_sorted = b"", True
         # Files of one folder have the same class, unless a pattern depends on their names.
-        self._is_by_folder = all(rule in ("parent", "first") for rule in self._rules.values())
+        self._by_folder = {name for name, rule in self._rules.items() if rule in ("parent", "first")}
         # The first folder of each class, and a second one of each class with several.
         self._folder, self._first, self._other = "", dict[int, str](), dict[int, str]()
 
@@ -216,7 +219,7 @@ class _Columns:
         folder = path.rpartition("/")[0]
         is_same = folder == self._folder and len(self._sizes) > 0
         for name, codes in self._codes.items():
-            codes.append(codes[-1] if is_same and self._is_by_folder else self._encode(name, path))
+            codes.append(codes[-1] if is_same and name in self._by_folder else self._encode(name, path))
         if not is_same:
             self._folder, code = folder, self._codes["label"][-1]
             if self._first.setdefault(code, folder) != folder:
@@ -225,7 +228,7 @@ class _Columns:
         self._versions.append(digest_version(version))
 
     def _encode(self, name: str, path: str) -> int:
-        """Extract the class or the split from a path, as a code."""
+        """Extract the class, the split or the group from a path, as a code."""
         chosen = self._choose[name](path)
         if chosen is None:
             raise ConfigError(

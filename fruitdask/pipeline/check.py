@@ -11,6 +11,7 @@ import pandas as pd
 
 from fruitdask import report, store
 from fruitdask.core.config import ReduceConfig
+from fruitdask.core.listing import GROUPINGS
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location
 from fruitdask.errors import DamageError
@@ -156,20 +157,22 @@ def _check_partition(
             scores = run.components.transform(checked.features)
             tolerance = _SCORE_TOLERANCE * float(np.sqrt(run.components.explained_variance[0]))
         rows = part.iloc[start : start + run.size]
-        if run.catalog is not None and not _are_splits_equal(rows, run.catalog.iloc[index * run.size :]):
-            faults.append(
-                Fault(f"{store.RESULTS}, partition {index}", f"split is not that in {store.CATALOG}", "reduce")
-            )
+        where = f"{store.RESULTS}, partition {index}"
+        for name in _compare_groupings(rows, run.catalog, index * run.size):
+            faults.append(Fault(where, f"{name} is not that in {store.CATALOG}", "reduce"))
         for what in report.compare_rows(rows, outcomes, scores, tolerance=tolerance):
-            faults.append(Fault(f"{store.RESULTS}, partition {index}", what, "reduce"))
+            faults.append(Fault(where, what, "reduce"))
     return outcomes, faults
 
 
-def _are_splits_equal(rows: pd.DataFrame, images: pd.DataFrame) -> bool:
-    """Whether rows of the results have the splits of their images, or neither has any."""
-    if "split" not in rows or "split" not in images:
-        return "split" not in rows and "split" not in images
-    return np.array_equal(rows["split"].to_numpy(), images["split"].iloc[: len(rows)].to_numpy())
+def _compare_groupings(rows: pd.DataFrame, catalog: pd.DataFrame | None, start: int) -> Iterator[str]:
+    """Name the groupings in which rows of the results differ from their images."""
+    if catalog is None:
+        return
+    images = catalog.iloc[start : start + len(rows)]
+    for name in GROUPINGS:
+        if (name in rows) != (name in images) or (name in rows and not np.array_equal(rows[name], images[name])):
+            yield name
 
 
 def _check_counts(run: StoredRun, totals: Totals) -> Iterator[Fault]:

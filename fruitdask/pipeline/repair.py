@@ -73,8 +73,8 @@ def _restore_catalog(output: Location) -> None:
     with suppress(DamageError):
         tables = list(store.read_outcomes(output, sorted(store.list_committed(output)), columns=columns))
         store.write_catalog(output, pd.concat(tables, ignore_index=True))
-    # Outcomes hold no splits; the next run writes them again.
-    _change_manifest(output, store.RunManifest.drop_split)
+    # Outcomes hold neither splits nor groups; the next run writes them again.
+    _change_manifest(output, store.RunManifest.drop_groupings)
 
 
 def _restore_store(output: Location, names: list[str]) -> None:

@@ -20,7 +20,6 @@ from fruitdask.pipeline.reduce import Reduction, choose_components, reduce_featu
 from fruitdask.pipeline.report import render
 from fruitdask.pipeline.results import RunResult, open_features
 from fruitdask.pipeline.state import RunState, prepare
-from fruitdask.store.catalog import SPLIT
 
 if TYPE_CHECKING:
     from fruitdask.analysis.reduction import PrincipalComponents
@@ -208,12 +207,13 @@ def _reduce_features(
         # They show the old results; the configuration decides whether they are rendered again.
         for name in (store.PAGE, *map(store.name_figure, store.FIGURE_NAMES)):
             store.delete_result(state.output, name)
-        if state.rows.changes and manifest.split != state.split_hash:
-            # Splits may change without anything to compute.
+        if state.rows.changes and manifest.groupings != state.groupings:
+            # Splits and groups may change without anything to compute.
             store.write_catalog(state.output, state.rows.catalog)
-        outcomes, splits = store.read_outcomes(state.output, range(state.n_partitions)), state.rows.catalog.get(SPLIT)
+        outcomes = store.read_outcomes(state.output, range(state.n_partitions))
+        groupings = {name: state.rows.catalog[name] for name in state.groupings}
         counts, digests = report.write_results(
-            state.output, outcomes, pca=reduction.scores, tsne=reduction.tsne, splits=splits
+            state.output, outcomes, pca=reduction.scores, tsne=reduction.tsne, groupings=groupings
         )
         if reduction.components is not None and not reduction.is_kept:
             write_components(state.output, reduction.components)
@@ -240,7 +240,7 @@ def _describe_results(state: RunState, reduction: Reduction, counts: report.Coun
     n_vanished = len(state.rows.catalog) - state.n_listed
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "split": state.split_hash,
+        "groupings": state.groupings,
         "config": dump_config(state.config),
         "counts": {"by_status": dict(counts.by_status), "by_class": counts.by_class(), "vanished": n_vanished},
     } | {"pca": _describe_fit(reduction, reduction.components) if reduction.components is not None else None}

@@ -13,7 +13,7 @@ from fruitdask.pipeline.budget import Budget, Clock
 from fruitdask.pipeline.changes import PendingWork, Rows, find_pending, order_images
 from fruitdask.pipeline.inputs import Inputs, prepare_inputs, resolve_erasure
 from fruitdask.pipeline.report import describe_rendering
-from fruitdask.store.catalog import SPLIT, choose_partition_size, hash_split
+from fruitdask.store.catalog import choose_partition_size, hash_groupings
 from fruitdask.worker.models import fingerprint_model
 
 #: Sections of the configuration on which the tables depend.
@@ -114,9 +114,9 @@ class RunState:
         return self.manifest is not None and not self.pending.todo and not self.has_other_images
 
     @property
-    def split_hash(self) -> str | None:
-        """Hash of the splits of the images; None without splits."""
-        return hash_split(self.rows.catalog) if SPLIT in self.inputs.catalog else None
+    def groupings(self) -> dict[str, str]:
+        """Hashes of the splits and groups of the images, as far as they are configured."""
+        return {name: found for name, found in hash_groupings(self.rows.catalog).items() if name in self.inputs.catalog}
 
     @property
     def is_reduced(self) -> bool:
@@ -128,7 +128,7 @@ class RunState:
         names = [store.RESULTS] + [store.COMPONENTS] * has_components + [store.QUALITY] * self.config.quality.enabled
         if not all(exists(self.output.child(name)) for name in names):
             return False
-        if manifest.split != self.split_hash:
+        if manifest.groupings != self.groupings:
             return False
         sections = ((name, getattr(self.config, name)) for name in _REDUCING)
         return all(manifest.read_settings(name, type(ours)) == ours for name, ours in sections)

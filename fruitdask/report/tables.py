@@ -2,8 +2,9 @@
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -64,11 +65,12 @@ def write_results(
     *,
     pca: npt.NDArray[np.floating],
     tsne: npt.NDArray[np.floating] | None,
-    splits: pd.Series | None = None,
+    groupings: Mapping[str, pd.Series] = MappingProxyType({}),
 ) -> tuple[Counts, dict[str, str]]:
     """Write the table of all images and the table of failures; return the counts, and the digests of CSV files.
 
     `pca` are the scores of all images, shape (n, k), and `tsne` their coordinates, shape (n, 2); NaN without features.
+    `groupings` are their splits and groups.
     """
     for name in (RESULTS, RESULTS_CSV, FAILURES):
         delete_result(output, name)
@@ -76,8 +78,7 @@ def write_results(
     for number, piece in enumerate(outcomes):
         rows = slice(start, start + len(piece))
         table = piece[["path", "label", "status"]]
-        if splits is not None:
-            table = table.assign(split=splits.iloc[rows].astype("str").to_numpy())
+        table = table.assign(**{name: words.iloc[rows].astype("str").array for name, words in groupings.items()})
         table = _add_columns(table, pca=pca[rows], tsne=None if tsne is None else tsne[rows])
         write_table(output.child(RESULTS, f"part-{number:05d}.parquet"), table)
         if len(pca) <= _MAX_CSV_ROWS:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from fruitdask.core.config import InputConfig
 from fruitdask.core.labels import label_files, normalize_unique, read_labels
-from fruitdask.core.listing import Listing, find_rows, format_left_out, list_files
+from fruitdask.core.listing import GROUPINGS, Listing, find_rows, format_left_out, list_files
 from fruitdask.core.partition import VANISHED_BYTES, Partition
 from fruitdask.core.storage import Location, exists, explained, write_file
 from fruitdask.errors import CatalogError
@@ -24,8 +24,6 @@ from fruitdask.store.layout import CATALOG
 from fruitdask.store.tables import read_table
 
 COLUMNS = ("path", "label", "bytes", "version")
-#: A column that a catalog has where it is configured; nothing that is computed depends on it.
-SPLIT = "split"
 #: Rows hashed at once: pandas makes a Python object of each text.
 _ROWS_AT_ONCE = 65_536
 #: Endings of files that are taken for a folder of images, and how such a folder is written.
@@ -57,7 +55,8 @@ def list_images(config: InputConfig) -> pd.DataFrame:
         One row an image, sorted by ``path``, with the columns ``path`` (str, relative to the input URL), ``label``
         (category, the folder that ``input.label_from`` chooses, or the word in the table of labels), ``bytes`` (int64),
         ``version`` (int64, a hash of an object store's ETag, of a checksum in an archive, else of the time of
-        modification), and where it is configured ``split`` (category).
+        modification), and where they are configured ``split`` and
+        ``group`` (category).
 
     Raises
     ------
@@ -81,14 +80,13 @@ def list_input(config: InputConfig) -> Listing:
         root,
         ("",) if has_table else config.extensions,
         takes_hidden=has_table or config.hidden,
-        label_from=config.label_from,
-        split_from=config.split_from,
+        rules=config.rules,
     )
     if listing.files.empty:
         raise CatalogError(_explain_empty(root, config, listing))
     catalog = _narrow(listing.files if table is None else label_files(table, listing.files, root, config), config)
     is_said = has_table or config.split_from is not None or "label_from" in config.model_fields_set
-    names = [*COLUMNS, SPLIT] if SPLIT in catalog else list(COLUMNS)
+    names = [name for name in (*COLUMNS, *GROUPINGS) if name in catalog]
     return Listing(catalog[names], {} if has_table else listing.left_out, () if is_said else listing.notes)
 
 
@@ -159,14 +157,15 @@ def hash_catalog(catalog: pd.DataFrame) -> str:
     return digest.hexdigest()
 
 
-def hash_split(catalog: pd.DataFrame) -> str | None:
-    """Hash the splits of a catalog, on which tables of results depend, and features do not."""
-    if SPLIT not in catalog:
-        return None
-    digest = hashlib.sha256()
-    for hashes in _hash_rows(catalog[SPLIT]):
-        digest.update(hashes.tobytes())
-    return digest.hexdigest()
+def hash_groupings(catalog: pd.DataFrame) -> dict[str, str]:
+    """Hash the splits and groups of a catalog, on which tables of results depend, and features do not."""
+    hashed = {}
+    for name in (name for name in GROUPINGS if name in catalog):
+        digest = hashlib.sha256()
+        for hashes in _hash_rows(catalog[name]):
+            digest.update(hashes.tobytes())
+        hashed[name] = digest.hexdigest()
+    return hashed
 
 
 def merge_listing(stored: pd.DataFrame, listing: pd.DataFrame) -> pd.DataFrame:
@@ -177,13 +176,13 @@ def merge_listing(stored: pd.DataFrame, listing: pd.DataFrame) -> pd.DataFrame:
     is_listed, is_new = places >= 0, np.ones(len(listing), bool)
     is_new[places[is_listed]] = False
     merged: dict[str, Any] = {"path": pd.concat([stored["path"], listing.loc[is_new, "path"]], ignore_index=True)}
-    for name in ("label", SPLIT):
+    for name in ("label", *GROUPINGS):
         if name in listing:
             merged[name] = _merge_words(stored.get(name), listing[name], places, is_new)
     for name, absent in (("bytes", VANISHED_BYTES), ("version", 0)):
         kept = np.append(listing[name], np.int64(absent))[places]
         merged[name] = np.concatenate([kept, listing[name].to_numpy()[is_new]])
-    return pd.DataFrame({name: merged[name] for name in (*COLUMNS, SPLIT) if name in merged})
+    return pd.DataFrame({name: merged[name] for name in (*COLUMNS, *GROUPINGS) if name in merged})
 
 
 def take_listing(stored: pd.DataFrame) -> pd.DataFrame:
@@ -278,7 +277,7 @@ def write_catalog(output: Location, catalog: pd.DataFrame) -> None:
     buffer = io.BytesIO()
     # Categories would keep the names of classes of which no image is left, and a dictionary of paths would hold each of
     # them.
-    words = [name for name in ("label", "split") if name in catalog]
+    words = [name for name in ("label", *GROUPINGS) if name in catalog]
     table = catalog.astype(dict.fromkeys(words, "str"))
     table.to_parquet(buffer, index=False, compression="zstd", use_dictionary=words, write_page_checksum=True)
     write_file(output.child(CATALOG), buffer.getvalue())

@@ -187,7 +187,8 @@ class RunManifest(Manifest):
     erasures: tuple[ErasureRecord, ...] = ()
     counts: CountsRecord | None = None
     pca: ComponentsRecord | None = None
-    split: str | None = None
+    #: SHA-256 of the splits and groups of the images, as far as they are configured.
+    groupings: dict[str, str] = {}
     presented: dict[str, Any] | None = None
     n_computed: int | None = None
     cost: CostRecord | None = None
@@ -233,9 +234,9 @@ class RunManifest(Manifest):
         """Return the manifest without principal components."""
         return self.change(pca=None)
 
-    def drop_split(self) -> Self:
-        """Return the manifest of a run whose catalog may lack the splits."""
-        return self.change(split=None)
+    def drop_groupings(self) -> Self:
+        """Return the manifest of a run whose catalog may lack splits and groups."""
+        return self.change(groupings={})
 
     def complete(self, **results: Any) -> Self:
         """Return the manifest of a run whose results are written."""
@@ -257,7 +258,8 @@ class RunManifest(Manifest):
             fingerprint=self.fingerprint | {"catalog": catalog},
             erasures=(*self.erasures, erasure),
             digests={},
-            **dict.fromkeys(("counts", "pca", "split", "presented", "finished")),
+            groupings={},
+            **dict.fromkeys(("counts", "pca", "presented", "finished")),
         )
 
     def end_erasing(self) -> Self:

@@ -46,6 +46,13 @@ class InputConfig(Section):
         None,
         description="Folder that names the split (train, test ...), as in label_from; null writes no column split.",
     )
+    group_from: str | None = Field(
+        None,
+        description=(
+            "Which images show the same object, such as one turntable series: a folder as in label_from, or a regular "
+            "expression on the path with one group, such as (.*/r\\d+)_; null: unknown."
+        ),
+    )
     classes: tuple[str, ...] | None = Field(None, min_length=1, description="Classes to keep; null keeps all.")
     exclude: tuple[str, ...] = Field((), description="Patterns (fnmatch) to skip, such as pear_1/* or */IMG_20*.")
     extensions: tuple[str, ...] | None = Field(
@@ -60,7 +67,10 @@ class InputConfig(Section):
     limit: int | None = Field(None, ge=1, description="Maximum number of images, evenly from all classes; null: all.")
     manifest: str | None = Field(
         None,
-        description="CSV or Parquet file with the columns path, label and optionally split, in place of class folders.",
+        description=(
+            "CSV or Parquet file with the columns path, label and optionally split and group, in place of class "
+            "folders."
+        ),
     )
     sample: SampleConfig | None = Field(None, description="Draw a sample data set into url if it does not exist.")
 
@@ -76,7 +86,7 @@ class InputConfig(Section):
             raise ValueError(f"expected a path or a URL, found {url}; write {wanted}")
         return url
 
-    @field_validator("label_from", "split_from")
+    @field_validator("label_from", "split_from", "group_from")
     @classmethod
     def _check_rule(cls, rule: str | None) -> str | None:
         if rule in (None, "parent", "first"):
@@ -89,6 +99,12 @@ class InputConfig(Section):
         if n_groups != 1:
             raise ValueError(f"{wanted}; found {rule}, which has {n_groups} groups")
         return rule
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """How label, split and group follow from a path, as far as they are configured."""
+        rules = {"label": self.label_from, "split": self.split_from, "group": self.group_from}
+        return {name: rule for name, rule in rules.items() if rule is not None}
 
     @field_validator("extensions")
     @classmethod
