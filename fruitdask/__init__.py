@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from fruitdask.errors import FruitdaskError as FruitdaskError
     from fruitdask.store.exploration import Exploration as Exploration
     from fruitdask.worker.models import build_artifact as build_artifact
-    from fruitdask.analysis.neighbors import find_neighbors as find_neighbors, summarize_quality as summarize_quality
+    from fruitdask.analysis.evaluation import summarize_quality as summarize_quality
+    from fruitdask.analysis.neighbors import find_neighbors as find_neighbors
     from fruitdask.pipeline.erase import Erasure as Erasure, erase as erase
     from fruitdask.pipeline.explore import explore as explore
     from fruitdask.pipeline.plan import Plan as Plan
@@ -52,7 +53,7 @@ _MODULE_OF_NAME = {
     "plot_map": "report.figures",
     "render_report": "pipeline.report",
     "run": "pipeline.run",
-    "summarize_quality": "analysis.neighbors",
+    "summarize_quality": "analysis.evaluation",
     "verify": "pipeline.verify",
 }
 

@@ -118,6 +118,7 @@ def _print_summary(result: "RunResult") -> None:
         ),
         "cost": _format_cost(manifest.get("cost")),
         "explained variance": _format_explained(manifest.get("pca")),
+        "same class": _format_quality(result.quality),
         "results": result.output.url,
         "report": result.report.location.url if manifest["config"]["report"]["enabled"] else "",
     }
@@ -217,3 +218,19 @@ def _format_explained(pca: dict[str, Any] | None) -> str:
     first = " + ".join(f"{ratio:.1%}" for ratio in ratios[:4])
     fit = f", as fitted to {pca['fit']['n_images']:,} images" if pca.get("is_kept") else ""
     return f"{first}{' + ...' if len(ratios) > 4 else ''} = {sum(ratios):.1%} by {len(ratios)} components{fit}"
+
+
+def _format_quality(quality: dict[str, Any] | None) -> str:
+    """Describe how many of the nearest neighbours have the class of an image, and what that was measured on."""
+    grouped = (quality or {}).get("grouped")
+    neighbors = (grouped or quality or {}).get("neighbors", {})
+    if quality is None or neighbors["agreement"] is None:
+        return "unknown: no class has images of two groups (input.group_from)" if grouped else ""
+    text = f"{neighbors['agreement']:.1%} of the {neighbors['k']} nearest neighbours"
+    if grouped:
+        return f"{text} in other groups ({quality['neighbors']['agreement']:.1%} with those of its own group)"
+    if series := quality.get("series"):
+        text += (
+            "; flattered, for consecutive images look alike: set input.group_from, " f"such as '{series['pattern']}'"
+        )
+    return text

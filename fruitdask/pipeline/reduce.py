@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from fruitdask import store
 from fruitdask.core.config import QualityConfig, ReduceConfig
@@ -80,14 +81,14 @@ def reduce_features(
     settings: ReduceConfig,
     quality_settings: QualityConfig,
     output: Location,
-    labels: npt.NDArray[Any],
+    images: pd.DataFrame,
     *,
     kept: "PrincipalComponents | None",
     fit: dict[str, Any] | None,
 ) -> Reduction:
     """Fit and apply the reductions to the images with features, and evaluate the features.
 
-    `labels` are the classes of all images.
+    `images` is the catalog.
     """
     from fruitdask.analysis.reduction import MIN_IMAGES, TSNE_COMPONENTS, embed_tsne, sample_rows
 
@@ -99,7 +100,7 @@ def reduce_features(
     # Kept components are truncated; t-SNE and quality need more of them.
     needs_fit = kept is None or settings.tsne.enabled or quality_settings.enabled
     found, problem = _find_components(settings, ok) if needs_fit else (kept, "")
-    quality = _measure_quality(quality_settings, ok, labels[rows], found)
+    quality = _measure_quality(quality_settings, ok, images.iloc[rows], found)
     if found is None:
         scores = np.empty((len(is_ok), 0), np.float32)
         return Reduction(None, scores, None, quality, {}, is_kept=False, problem=problem)
@@ -166,23 +167,35 @@ def fit_components(settings: ReduceConfig, features: "da.Array") -> "PrincipalCo
 
 
 def _measure_quality(
-    settings: QualityConfig, features: "da.Array", labels: npt.NDArray[Any], found: "PrincipalComponents | None"
+    settings: QualityConfig, features: "da.Array", images: pd.DataFrame, found: "PrincipalComponents | None"
 ) -> dict[str, Any] | None:
     """Measure on a sample of the images how well the features separate the classes."""
-    from fruitdask.analysis.neighbors import explain_variance, summarize_quality
+    from fruitdask.analysis.evaluation import explain_variance, find_series, summarize_quality
+    from fruitdask.analysis.neighbors import find_neighbors
     from fruitdask.analysis.reduction import sample_rows
 
     if not settings.enabled:
         return None
-    sampled = sample_rows(len(labels), max_rows=settings.max_rows, seed=settings.seed)
-    chosen = (features if len(sampled) == len(labels) else features[sampled]).compute()
-    return {
+    sampled = sample_rows(len(images), max_rows=settings.max_rows, seed=settings.seed)
+    chosen = (features if len(sampled) == len(images) else features[sampled]).compute()
+    images = images.iloc[sampled]
+    quality = {
         "n_images": len(sampled),
-        "n_images_with_features": len(labels),
+        "n_images_with_features": features.shape[0],
         "metric": settings.metric,
-        **summarize_quality(chosen, labels[sampled], n_neighbors=settings.n_neighbors, metric=settings.metric),
+        **summarize_quality(
+            chosen,
+            images["label"].to_numpy(),
+            n_neighbors=settings.n_neighbors,
+            metric=settings.metric,
+            groups=images["group"].to_numpy() if "group" in images else None,
+        ),
         **({"explained_variance": explain_variance(found.explained_variance_ratio.tolist())} if found else {}),
     }
+    if "group" not in images and len(images) > 1:
+        nearest = find_neighbors(chosen, n_neighbors=1, metric=settings.metric)[:, 0]
+        quality["series"] = find_series(images["path"].to_list(), nearest)
+    return quality
 
 
 def _spread(values: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], n_rows: int) -> npt.NDArray[np.float32]:

@@ -190,8 +190,8 @@ def _reduce_features(
     with state.clock.measure("reduce"), _choose_scheduler(state, client, stack):
         fit = manifest.pca.fit.dump() if manifest.pca is not None else None
         kept = choose_components(state.config.reduce, state.output, fit)
-        labels = state.rows.catalog["label"].to_numpy()
-        reduction = reduce_features(state.config.reduce, state.config.quality, state.output, labels, kept=kept, fit=fit)
+        images = state.rows.catalog
+        reduction = reduce_features(state.config.reduce, state.config.quality, state.output, images, kept=kept, fit=fit)
     if reduction.problem:
         progress.say(reduction.problem)
     progress.begin("Writing results")

@@ -57,8 +57,9 @@ def _plot_all(data: ReportData) -> Iterator[tuple[str, "Figure"]]:
                 data.results, x=axes.x, y=axes.y, title=axes.title, x_label=axes.x_label, y_label=axes.y_label
             )
     if data.quality is not None:
-        explained, neighbors = data.quality.get("explained_variance"), data.quality["neighbors"]
+        judged = data.quality.get("grouped") or data.quality
+        explained, neighbors = data.quality.get("explained_variance"), judged["neighbors"]
         if explained is not None:
             yield "explained_variance", figures.plot_explained_variance(explained["ratio"], explained["n_components"])
-        yield "silhouettes", figures.plot_silhouettes(data.quality["silhouette"])
+        yield "silhouettes", figures.plot_silhouettes(judged["silhouette"])
         yield "neighbors", figures.plot_confusion(neighbors["confusion"]["labels"], neighbors["confusion"]["share"])

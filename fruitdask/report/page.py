@@ -125,10 +125,11 @@ def _describe_exploration(exploration: Exploration, config: Config) -> sections.
 
 def _describe_features(quality: dict[str, Any], manifest: dict[str, Any] | None) -> sections.View:
     """Describe the features and their quality."""
-    variance, confusion = quality.get("explained_variance"), quality["neighbors"]["confusion"]
+    variance, judged = quality.get("explained_variance"), quality.get("grouped") or quality
+    confusion = judged["neighbors"]["confusion"]
     drawn = {
         "silhouette_figure": _draw(
-            figures.plot_silhouettes(quality["silhouette"]),
+            figures.plot_silhouettes(judged["silhouette"]),
             "Silhouette of each class; the same numbers are in the table below.",
         ),
         "confusion_figure": _draw(

@@ -125,8 +125,7 @@ def describe_summary(
         "model": model,
         "cluster": manifest.get("cluster"),
         "seconds": manifest.get("seconds", {}).get("total") if is_whole else None,
-        "agreement": quality["neighbors"]["agreement"] if quality else None,
-        "n_neighbors": quality["neighbors"]["k"] if quality else None,
+        "quality": describe_agreement(quality) if quality else None,
         "explained": sum(pca["explained_variance_ratio"][:2]) if pca else None,
         "duplicates": exploration.summary.get("duplicates") if exploration else None,
         "near_share": _share_near_duplicates(exploration),
@@ -261,14 +260,14 @@ def _choose_groups(images: pd.DataFrame, column: str, thumbnails: Thumbnails) ->
 
 def describe_quality(quality: Mapping[str, Any]) -> View:
     """Describe how well the features separate the classes."""
-    silhouettes, neighbors = quality["silhouette"], quality["neighbors"]
+    judged = quality.get("grouped") or quality
+    silhouettes, neighbors = judged["silhouette"], judged["neighbors"]
     labels = sorted({*silhouettes["by_class"], *neighbors["by_class"]})
     return {
+        **describe_agreement(quality),
         "n_images": quality["n_images"],
         "n_images_with_features": quality["n_images_with_features"],
         "metric": quality["metric"],
-        "k": neighbors["k"],
-        "agreement": neighbors["agreement"],
         "silhouette": silhouettes["mean"],
         "rows": [
             {
@@ -282,6 +281,20 @@ def describe_quality(quality: Mapping[str, Any]) -> View:
         "n_components": [
             (float(share), n) for share, n in quality.get("explained_variance", {}).get("n_components", {}).items()
         ],
+    }
+
+
+def describe_agreement(quality: Mapping[str, Any]) -> View:
+    """Describe how often neighbours have the class of an image, between groups if they are known."""
+    grouped = quality.get("grouped")
+    neighbors = (grouped or quality)["neighbors"]
+    return {
+        "k": neighbors["k"],
+        "agreement": neighbors["agreement"],
+        "agreement_in_groups": quality["neighbors"]["agreement"],
+        "n_groups": grouped and grouped["n_groups"],
+        "classes_of_one_group": grouped["classes_of_one_group"] if grouped else [],
+        "series": quality.get("series"),
     }
 
 

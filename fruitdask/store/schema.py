@@ -128,6 +128,23 @@ class NeighborsRecord(Record):
     confusion: ConfusionRecord
 
 
+class GroupedRecord(Record):
+    """The same figures between images of different groups."""
+
+    n_groups: int
+    #: Classes whose images no other group can vouch for; they have no figures.
+    classes_of_one_group: tuple[str, ...]
+    silhouette: SilhouetteRecord
+    neighbors: NeighborsRecord
+
+
+class SeriesRecord(Record):
+    """A sign that images come in series of one object: how many images say so, and a pattern for `input.group_from`."""
+
+    fraction: float
+    pattern: str
+
+
 class VarianceRecord(Record):
     """Explained variance ratios, and how many components reach a share of the variance."""
 
@@ -143,6 +160,8 @@ class Quality(Record):
     metric: str
     silhouette: SilhouetteRecord
     neighbors: NeighborsRecord
+    grouped: GroupedRecord | None = None
+    series: SeriesRecord | None = None
     explained_variance: VarianceRecord | None = None
 
 

@@ -1,6 +1,7 @@
 """Quality of features, held against scikit-learn, brute force and closed forms."""
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_score
-from sklearn.model_selection import LeaveOneOut, cross_val_score
+from sklearn.model_selection import LeaveOneGroupOut, LeaveOneOut, cross_val_predict, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from fruitdask.analysis.neighbors import explain_variance, find_neighbors, summarize_quality
+from fruitdask.analysis.evaluation import explain_variance, find_series, summarize_quality
+from fruitdask.analysis.neighbors import find_neighbors
 from fruitdask.errors import ReduceError
 
 Array = npt.NDArray[Any]
@@ -43,9 +45,11 @@ def measure_distances(features: Array, metric: str) -> Array:
     return distances
 
 
-def summarize(features: Any, labels: Any, *, n_neighbors: int = 5, metric: str = "euclidean") -> dict[str, Any]:
+def summarize(
+    features: Any, labels: Any, *, n_neighbors: int = 5, metric: str = "euclidean", groups: Any = None
+) -> dict[str, Any]:
     features = np.asarray(features, np.float32).reshape(len(labels), -1 if len(labels) else 3)
-    quality = summarize_quality(features, labels, n_neighbors=n_neighbors, metric=metric)
+    quality = summarize_quality(features, labels, n_neighbors=n_neighbors, metric=metric, groups=groups)
     # What JSON cannot say is refused, and what it says is what there was.
     assert json.loads(json.dumps(quality, allow_nan=False)) == quality
     return quality
@@ -192,6 +196,100 @@ def test_summarize_quality_refuses_labels_that_do_not_fit() -> None:
         summarize_quality(np.zeros((3, 2), np.float32), ["a", "b"], n_neighbors=1, metric="euclidean")
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_grouped_agreement_equals_sklearn_leave_one_group_out(metric: str) -> None:
+    features, labels = draw_features(250)
+    groups = np.random.default_rng(1).integers(0, 12, 250).astype(str)
+    classifier = KNeighborsClassifier(1, algorithm="brute", metric=metric)
+    predicted = cross_val_predict(classifier, features, labels, groups=groups, cv=LeaveOneGroupOut())
+    quality = summarize(features, labels, n_neighbors=1, metric=metric, groups=groups)
+    found = quality["grouped"]["neighbors"]
+    assert found["agreement"] == pytest.approx((predicted == labels).mean()) and found["agreement"] < 0.98
+    assert found["by_class"] == pytest.approx(
+        {label: (predicted == labels)[labels == label].mean() for label in set(labels)}
+    )
+    # Those without groups stay what they are.
+    assert {name: quality[name] for name in ("silhouette", "neighbors")} == summarize(
+        features, labels, n_neighbors=1, metric=metric
+    )
+
+
+def test_grouped_silhouette_equals_its_definition() -> None:
+    features, labels = draw_features(120, n_classes=3)
+    groups = np.random.default_rng(2).integers(0, 9, 120)
+    distances = np.where(groups[:, np.newaxis] == groups, np.nan, measure_distances(features, "euclidean"))
+    values = []
+    for row, label in enumerate(labels):
+        means = {each: np.nanmean(distances[row, labels == each]) for each in set(labels)}
+        own = means.pop(label)
+        values.append((min(means.values()) - own) / max(min(means.values()), own))
+    found = summarize(features, labels, groups=groups.astype(str))["grouped"]["silhouette"]
+    assert found["mean"] == pytest.approx(np.mean(values), abs=1e-6)
+
+
+def test_images_of_one_object_do_not_vouch_for_each_other() -> None:
+    # Two objects a class; each object's images are nearer to those of the other class's object than to its own class.
+    features = [0.0, 0.1, 10.0, 10.1, 0.3, 0.4, 10.3, 10.4]
+    quality = summarize(features, list("aaaabbbb"), n_neighbors=1, groups=list("11223344"))
+    assert quality["neighbors"]["agreement"] == 1
+    assert quality["grouped"]["neighbors"]["agreement"] == 0
+    assert quality["grouped"]["silhouette"]["mean"] < quality["silhouette"]["mean"]
+    assert quality["grouped"]["n_groups"] == 4
+
+
+def test_a_class_of_one_group_has_no_figure_and_is_left_out_of_the_mean() -> None:
+    grouped = summarize([0, 1, 8, 9], list("aabb"), n_neighbors=1, groups=["x", "y", "z", "z"])["grouped"]
+    assert grouped["classes_of_one_group"] == ["b"]
+    assert grouped["neighbors"]["by_class"] == {"a": 1, "b": None} and grouped["neighbors"]["agreement"] == 1
+    assert grouped["silhouette"]["by_class"]["b"] is None and grouped["silhouette"]["mean"] > 0
+
+
+@pytest.mark.parametrize("groups", [["x"] * 4, [""] * 4], ids=["one group", "no groups"])
+def test_grouped_figures_of_one_group_and_of_images_without_a_group(groups: list[str]) -> None:
+    quality = summarize([0, 1, 8, 9], list("aabb"), n_neighbors=1, groups=groups)
+    grouped = quality["grouped"]
+    if groups[0]:
+        assert grouped["n_groups"] == 1 and grouped["classes_of_one_group"] == ["a", "b"]
+        assert grouped["neighbors"]["agreement"] is None and grouped["silhouette"]["mean"] is None
+    else:
+        # Each image is an object of its own.
+        assert (grouped["n_groups"], grouped["neighbors"]) == (4, quality["neighbors"])
+        assert grouped["silhouette"] == quality["silhouette"]
+
+
+@pytest.mark.parametrize(
+    ("template", "series"),
+    [
+        ("apple/r{group}_{n}.jpg", "apple/r{group}_"),
+        ("Apple 1/{group}/{n}_100.jpg", "Apple 1/{group}/"),
+        ("IMG_{n:04}.jp2", "IMG_"),
+    ],
+    ids=["fruits-360", "numbers at both ends", "camera"],
+)
+def test_find_series_names_the_series(template: str, series: str) -> None:
+    names = (
+        [(group, n) for group in range(3) for n in range(0, 60, 2)]
+        if "group" in template
+        else [(0, n) for n in range(90)]
+    )
+    paths = [template.format(group=group, n=n) for group, n in names]
+    found = find_series(paths, np.array([place + 1 if place % 10 else place - 1 for place in range(1, 91)]) % 90)
+    assert found is not None and found["fraction"] > 0.9
+    assert [re.search(found["pattern"], path)[1] for path in paths] == [
+        series.format(group=group) for group, _ in names
+    ]
+
+
+def test_find_series_says_nothing_where_names_say_nothing() -> None:
+    rng = np.random.default_rng(0)
+    numbered = [f"a/{n}.jpg" for n in range(200)]
+    following = np.minimum(np.arange(200) + 1, 199)
+    assert find_series(numbered, rng.integers(0, 200, 200)) is None
+    assert find_series([f"a/{'xyz'[n % 3]}{'abcdefghij'[n // 20]}.jpg" for n in range(200)], following) is None
+    assert find_series([f"object {n // 4}/{n % 4}.jpg" for n in range(200)], following) is None
+    assert find_series(numbered[:3], np.array([1, 2, 1])) is None
+
+
 @settings(max_examples=40)
 @given(
     n_images=st.integers(2, 40),
@@ -252,5 +350,5 @@ def test_explain_variance_says_none_where_the_known_do_not_reach(ratio: list[flo
 
 
 def test_neighbors_imports_sklearn_only_when_called() -> None:
-    code = "import sys, fruitdask.analysis.neighbors; print('sklearn' in sys.modules)"
+    code = "import sys, fruitdask.analysis.evaluation, fruitdask.analysis.neighbors; print('sklearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

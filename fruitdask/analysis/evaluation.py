@@ -1,0 +1,272 @@
+"""Evaluation: how well features separate classes, and on what that was measured."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from fruitdask.errors import ReduceError
+
+#: Fractions of the variance for which to report the number of components.
+_FRACTIONS = (0.8, 0.9, 0.95, 0.99)
+#: A series is a folder's files that differ in one number: at least this many on average ...
+_MIN_SERIES = 10
+#: ... of which at least this fraction have their nearest neighbour within a tenth of the series.
+_SERIES_FRACTION = 0.5
+#: Patterns that match what comes before the last number of a file name, and before the last but one.
+_SERIES_PATTERNS = (r"(.*?)\d+[^\d/]*$", r"(.*?)\d+[^\d/]+\d+[^\d/]*$")
+
+
+def summarize_quality(
+    features: npt.NDArray[np.floating[Any]],
+    labels: Sequence[str] | npt.NDArray[Any],
+    *,
+    n_neighbors: int,
+    metric: str,
+    groups: Sequence[str] | npt.NDArray[Any] | None = None,
+) -> dict[str, Any]:
+    """
+    Summarize how well features separate classes.
+
+    Parameters
+    ----------
+    features : numpy.ndarray
+        Features of shape (n, d) without NaN.
+    labels : Sequence[str] or numpy.ndarray
+        The class of each row.
+    n_neighbors : int
+        Nearest neighbours of each image to compare, at least 1.
+    metric : str
+        ``euclidean``, ``cosine`` or another metric of scikit-learn.
+    groups : Sequence[str] or numpy.ndarray, optional
+        What object each row shows; an empty text stands for an object of its own. Images of one object look alike
+        whatever the network, so with groups all figures are computed again across groups.
+
+    Returns
+    -------
+    dict[str, Any]
+        Ready for JSON, classes sorted:
+
+        ``silhouette``: ``mean`` over the images and ``by_class``, each from -1 to 1; 0 for a class of one image, and
+        None with fewer than two classes or if no class has two images.
+
+        ``neighbors``: ``k``, the number of neighbours, fewer than ``n_neighbors`` if there are fewer other images;
+        ``agreement``, the mean fraction (0 to 1) of an image's neighbours that share its class, also ``by_class``;
+        ``confusion``, for each of its ``labels`` a row of ``share``, the fractions of its images' neighbours in each
+        class, which add up to 1. With fewer than two images the agreements are None and the confusion is empty.
+
+        ``grouped``, with ``groups``: the same two, compared only with images of other groups, ``n_groups``, and
+        ``classes_of_one_group``, whose images no other group can vouch for: they have no figures of their own (None)
+        and are left out of the means.
+
+    Raises
+    ------
+    ReduceError
+        If the numbers of labels, groups and rows differ.
+
+    Notes
+    -----
+    Silhouettes (Rousseeuw 1987) equal scikit-learn's ``silhouette_samples``; their mean is its ``silhouette_score``.
+    The agreement is the leave-one-out accuracy of a classifier that draws one of the ``k`` neighbours; with ``k`` = 1
+    it is that of scikit-learn's ``KNeighborsClassifier``, with groups leaving out one group at a time
+    (``LeaveOneGroupOut``). Time grows with n squared times d, memory with n times d.
+
+    Examples
+    --------
+    >>> features = np.array([[0.0], [1.0], [8.0], [9.0]])
+    >>> quality = summarize_quality(features, list("aabb"), n_neighbors=1, metric="euclidean", groups=list("1233"))
+    >>> quality["neighbors"]["agreement"], quality["neighbors"]["confusion"]["share"]
+    (1.0, [[1.0, 0.0], [0.0, 1.0]])
+    >>> quality["grouped"]["neighbors"]["by_class"]
+    {'a': 1.0, 'b': None}
+    """
+    for name, found in (("label", labels), ("group", features if groups is None else groups)):
+        if len(features) != len(found):
+            raise ReduceError(f"expected one {name} per row of features ({len(features)}), found {len(found)} {name}s")
+    classes, codes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+    each = np.arange(len(codes))
+    measured = _measure(features, codes, each, n_neighbors=n_neighbors, metric=metric)
+    quality = _summarize(measured, classes.tolist(), codes, np.ones(len(codes), bool))
+    if groups is None:
+        return quality
+    numbers = number_groups(groups)
+    measured = _measure(features, codes, numbers, n_neighbors=n_neighbors, metric=metric)
+    of_class = pd.DataFrame({"code": codes, "group": numbers}).groupby("code")["group"].nunique().to_numpy()
+    return quality | {
+        "grouped": {
+            "n_groups": len(np.unique(numbers)),
+            "classes_of_one_group": classes[of_class == 1].tolist(),
+            **_summarize(measured, classes.tolist(), codes, of_class[codes] > 1),
+        }
+    }
+
+
+def number_groups(groups: Sequence[str] | npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Number groups, int64; each empty text is a group of its own.
+
+    >>> number_groups(["r0", "", "r0", ""])
+    array([0, 1, 0, 2])
+    """
+    names = pd.Series(np.asarray(groups, dtype=str))
+    # A tuple equals no text.
+    keys = names.where(names != "", pd.Series(list(zip(names.index)), dtype=object))
+    return np.asarray(pd.factorize(keys)[0], np.int64)
+
+
+def find_series(paths: Sequence[str], nearest: npt.NDArray[np.int64]) -> dict[str, Any] | None:
+    """
+    Find out whether images come in series of one object: files with consecutive numbers that look most alike.
+
+    Parameters
+    ----------
+    paths : Sequence[str]
+        Paths of n images.
+    nearest : numpy.ndarray
+        Row of each image's nearest neighbour, shape (n,), int64.
+
+    Returns
+    -------
+    dict[str, Any] or None
+        ``fraction``, the part of the images (0 to 1) whose nearest neighbour is in the same series at a distance of at
+        most a tenth of it, and ``pattern``, a regular expression whose group names the series of each path. None if the
+        names have no numbers, or say nothing about which images look alike.
+    """
+    names = pd.Series(paths)
+    for pattern in _SERIES_PATTERNS:
+        series = names.str.extract(pattern)[0].fillna("")
+        if (series != "").all() and len(series) >= _MIN_SERIES * max(1, series.nunique()):
+            break
+    else:
+        return None
+    rest = pd.Series([path[len(start) :] for path, start in zip(names, series, strict=True)])
+    numbers = rest.str.extract(r"^(\d+)")[0].astype(float)
+    ranks = numbers.groupby(series).rank(method="first").to_numpy()
+    sizes = series.map(series.value_counts()).to_numpy()
+    codes = pd.factorize(series)[0]
+    is_close = np.abs(ranks - ranks[nearest]) <= np.maximum(1, sizes / _MIN_SERIES)
+    fraction = float((is_close & (codes == codes[nearest])).mean())
+    return {"fraction": fraction, "pattern": pattern} if fraction >= _SERIES_FRACTION else None
+
+
+def explain_variance(ratio: Sequence[float]) -> dict[str, Any]:
+    """Find how many principal components explain most of the variance.
+
+    >>> explain_variance([0.5, 0.25, 0.125])["n_components"]
+    {'0.8': 3, '0.9': None, '0.95': None, '0.99': None}
+    """
+    ratios = np.asarray(ratio, np.float64)
+    counts = np.searchsorted(np.cumsum(ratios), _FRACTIONS, side="right") + 1
+    n_components = {str(part): int(n) if n <= len(ratios) else None for part, n in zip(_FRACTIONS, counts, strict=True)}
+    return {"ratio": ratios.tolist(), "n_components": n_components}
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """Distances of each image to the images of other groups."""
+
+    #: Rows of the nearest ones, shape (n, k), int64, nearest first.
+    neighbors: npt.NDArray[np.int64]
+    #: Mean distance to those of its own class, shape (n,), float64; NaN where there are none.
+    own: npt.NDArray[np.float64]
+    #: Mean distance to those of the nearest other class, shape (n,), float64; infinite where there are none.
+    other: npt.NDArray[np.float64]
+
+
+def _measure(
+    features: npt.NDArray[np.floating[Any]],
+    codes: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.int64],
+    *,
+    n_neighbors: int,
+    metric: str,
+) -> _Measured:
+    """Measure the distances to images of other groups, in blocks of rows."""
+    from sklearn.metrics import pairwise_distances_chunked
+
+    n_images = len(features)
+    k = min(n_neighbors, n_images - int(np.bincount(groups).max(initial=0)))
+    if k < 1:
+        return _Measured(np.empty((n_images, 0), np.int64), np.full(n_images, np.nan), np.full(n_images, np.inf))
+    # By class, so that the distances to a class are adjacent columns.
+    order = np.argsort(codes, kind="stable")
+    codes, groups = codes[order], groups[order]
+    starts = np.flatnonzero(np.diff(codes, prepend=-1))
+
+    def reduce(distances: npt.NDArray[Any], start: int) -> tuple[npt.NDArray[Any], ...]:
+        rows = slice(start, start + len(distances))
+        is_same = groups[rows, np.newaxis] == groups
+        distances[is_same] = np.inf
+        nearest = np.argpartition(distances, k - 1)[:, :k]
+        by_distance = np.take_along_axis(distances, nearest, axis=1).argsort(axis=1, kind="stable")
+        distances[is_same] = 0
+        sums = np.add.reduceat(distances, starts, axis=1, dtype=np.float64)
+        counts = np.add.reduceat(~is_same, starts, axis=1, dtype=np.int64)
+        means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+        each, own = np.arange(len(means)), codes[rows]
+        own_means = means[each, own]
+        means[each, own] = np.inf
+        return np.take_along_axis(nearest, by_distance, axis=1), own_means, np.nan_to_num(means, nan=np.inf).min(axis=1)
+
+    blocks = pairwise_distances_chunked(features[order], reduce_func=reduce, metric=metric)
+    neighbors, own, other = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    back = np.argsort(order)
+    return _Measured(order[neighbors][back], own[back], other[back])
+
+
+def _summarize(
+    measured: _Measured, classes: list[str], codes: npt.NDArray[np.int64], is_judged: npt.NDArray[np.bool_]
+) -> dict[str, Any]:
+    """Summarize distances over the images that can be judged."""
+    return {
+        "silhouette": _summarize_silhouettes(measured, classes, codes, is_judged),
+        "neighbors": _summarize_neighbors(measured.neighbors, classes, codes, is_judged),
+    }
+
+
+def _summarize_silhouettes(
+    measured: _Measured, classes: list[str], codes: npt.NDArray[np.int64], is_judged: npt.NDArray[np.bool_]
+) -> dict[str, Any]:
+    """Average silhouettes over all images and over those of each class."""
+    if not (1 < len(classes) < len(codes) and is_judged.any() and measured.neighbors.size):
+        return {"mean": None, "by_class": dict.fromkeys(classes)}
+    larger = np.maximum(measured.own, measured.other)
+    # By convention 0 for an image that is alone in its class, and where all images are equal.
+    known = np.isfinite(larger) & (larger > 0)
+    silhouettes = np.divide(measured.other - measured.own, larger, out=np.zeros(len(codes)), where=known)
+    return _average(silhouettes, classes, codes, is_judged, "mean")
+
+
+def _summarize_neighbors(
+    neighbors: npt.NDArray[np.int64], classes: list[str], codes: npt.NDArray[np.int64], is_judged: npt.NDArray[np.bool_]
+) -> dict[str, Any]:
+    """Count the classes of the neighbours."""
+    k, n_classes = neighbors.shape[1], len(classes)
+    if k == 0:
+        confusion: dict[str, Any] = {"labels": [], "share": []}
+        return {"k": 0, "agreement": None, "by_class": dict.fromkeys(classes), "confusion": confusion}
+    of_neighbors = codes[neighbors]
+    agreement = (of_neighbors == codes[:, np.newaxis]).mean(axis=1)
+    # scikit-learn's confusion_matrix counts the same, but warns of a single class.
+    pairs = np.bincount(codes.repeat(k) * n_classes + of_neighbors.ravel(), minlength=n_classes * n_classes)
+    counts = pairs.reshape(n_classes, n_classes)
+    confusion = {"labels": classes, "share": (counts / counts.sum(axis=1, keepdims=True)).tolist()}
+    return {"k": k, **_average(agreement, classes, codes, is_judged, "agreement"), "confusion": confusion}
+
+
+def _average(
+    values: npt.NDArray[np.float64],
+    classes: list[str],
+    codes: npt.NDArray[np.int64],
+    is_judged: npt.NDArray[np.bool_],
+    name: str,
+) -> dict[str, Any]:
+    """Average values over the judged images, and over those of each class; None where there are none."""
+    counts = np.bincount(codes, weights=is_judged)
+    sums = np.bincount(codes, weights=np.where(is_judged, values, 0))
+    by_class = [float(total / n) if n else None for total, n in zip(sums, counts, strict=True)]
+    mean = float(values[is_judged].mean()) if is_judged.any() else None
+    return {name: mean, "by_class": dict(zip(classes, by_class, strict=True))}
