@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fruitdask.worker.models import build_artifact as build_artifact
     from fruitdask.analysis.evaluation import summarize_quality as summarize_quality
     from fruitdask.analysis.neighbors import find_neighbors as find_neighbors
+    from fruitdask.pipeline.issues import check as check
     from fruitdask.pipeline.erase import Erasure as Erasure, erase as erase
     from fruitdask.pipeline.explore import explore as explore
     from fruitdask.pipeline.plan import Plan as Plan
@@ -39,6 +40,7 @@ _MODULE_OF_NAME = {
     "RunResult": "pipeline.results",
     "Verification": "pipeline.verify",
     "build_artifact": "worker.models",
+    "check": "pipeline.issues",
     "choose_progress": "core.progress",
     "draw_sample": "core.sample",
     "embed_tsne": "analysis.reduction",

@@ -56,7 +56,7 @@ def _connect(values: npt.NDArray[np.uint64], max_bits: int) -> npt.NDArray[np.in
 
     waiting: list[npt.NDArray[np.int64]] = []
     n_waiting = 0
-    for pairs in _find_close(values, max_bits):
+    for pairs in find_close_pairs(values, max_bits):
         waiting.append(pairs)
         n_waiting += pairs.shape[1]
         if n_waiting > _PAIRS_AT_ONCE:
@@ -64,8 +64,11 @@ def _connect(values: npt.NDArray[np.uint64], max_bits: int) -> npt.NDArray[np.in
     return merge(waiting) if waiting else components
 
 
-def _find_close(values: npt.NDArray[np.uint64], max_bits: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Find the pairs of distinct hashes that differ in at most so many bits; pairs may repeat."""
+def find_close_pairs(values: npt.NDArray[np.uint64], max_bits: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Find the pairs of 64-bit hashes that differ in at most so many bits; pairs may repeat.
+
+    Yields positions of shape (2, n_pairs), int64, a bounded number at a time.
+    """
     edges = np.linspace(0, _HASH_BITS, max_bits + 2).astype(int) if len(values) else np.empty(0, int)
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         band = (values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)

@@ -1,6 +1,5 @@
 """Evaluation: how well features separate classes, and on what that was measured."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ _MIN_SERIES = 10
 #: ... of which at least this fraction have their nearest neighbour within a tenth of the series.
 _SERIES_FRACTION = 0.5
 #: Patterns that match what comes before the last number of a file name, and before the last but one.
-_SERIES_PATTERNS = (r"(.*?)\d+[^\d/]*$", r"(.*?)\d+[^\d/]+\d+[^\d/]*$")
+_SERIES_PATTERNS = (r"(.*?)\d*[^\d/]*$", r"(.*?)\d*[^\d/]*\d*[^\d/]*$")
 
 
 def summarize_quality(

@@ -75,8 +75,8 @@ class Accumulator:
     def images(self) -> pd.DataFrame:
         """Rows of all images in the order of the catalog."""
         images = pd.concat([self._images[start] for start in sorted(self._images)], ignore_index=True)
-        means = {f"mean_{colour}": np.float32 for colour in _COLOURS}
-        return images.astype({"width_px": "Int32", "height_px": "Int32", **means})
+        looks = dict.fromkeys((*(f"mean_{colour}" for colour in _COLOURS), "contrast", "sharpness"), np.float32)
+        return images.astype({"width_px": "Int32", "height_px": "Int32", **looks})
 
     def build_reference(self, images: pd.DataFrame, config: ExploreConfig, output: Location) -> Reference:
         """Build the reference for the second pass."""

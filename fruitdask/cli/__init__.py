@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import click
 
+from fruitdask.cli.check import check
 from fruitdask.cli.clusters import clusters
 from fruitdask.cli.erase import erase
 from fruitdask.cli.plan import plan
@@ -31,7 +32,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, plan, explore, report, verify, erase, validate, schema, sample, iam_policy, clusters):
+for _command in (run, plan, explore, report, check, verify, erase, validate, schema, sample, iam_policy, clusters):
     cli.add_command(_command)
 
 

@@ -119,6 +119,7 @@ def _print_summary(result: "RunResult") -> None:
         "cost": _format_cost(manifest.get("cost")),
         "explained variance": _format_explained(manifest.get("pca")),
         "same class": _format_quality(result.quality),
+        "to check": _format_issues(manifest.get("issues")),
         "results": result.output.url,
         "report": result.report.location.url if manifest["config"]["report"]["enabled"] else "",
     }
@@ -218,6 +219,18 @@ def _format_explained(pca: dict[str, Any] | None) -> str:
     first = " + ".join(f"{ratio:.1%}" for ratio in ratios[:4])
     fit = f", as fitted to {pca['fit']['n_images']:,} images" if pca.get("is_kept") else ""
     return f"{first}{' + ...' if len(ratios) > 4 else ''} = {sum(ratios):.1%} by {len(ratios)} components{fit}"
+
+
+def _format_issues(record: dict[str, Any] | None) -> str:
+    """Describe how many photographs to check there are of each kind."""
+    from fruitdask.analysis.issues import KINDS
+    from fruitdask.store import ISSUES_CSV
+
+    if record is None:
+        return ""
+    counts = {kind: record["by_kind"][kind] for kind in KINDS if record["by_kind"].get(kind)}
+    shown = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in counts.items())
+    return f"{shown} (see fruitdask check, {ISSUES_CSV} and the report)" if shown else "nothing"
 
 
 def _format_quality(quality: dict[str, Any] | None) -> str:

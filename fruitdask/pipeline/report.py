@@ -135,6 +135,7 @@ def _read_data(config: Config, output: Location, manifest: store.RunManifest | N
         results=report.read_results(output) if is_run else None,
         failures=report.read_failures(output) if exploration is None or is_run else _list_unreadable(exploration),
         quality=store.read_quality(output) if is_run else None,
+        issues=store.read_table(output, store.ISSUES) if manifest is not None and manifest.issues else None,
     )
 
 

@@ -74,6 +74,12 @@ class RunResult:
         return store.read_quality(self.output)
 
     @property
+    def issues(self) -> pd.DataFrame | None:
+        """Photographs to check, the gravest first, as `fruitdask.check` describes them; None if not configured."""
+        location = self.output.child(store.ISSUES)
+        return store.read_table(self.output, store.ISSUES) if exists(location) else None
+
+    @property
     def report(self) -> Report:
         """The page; a notebook shows it in place."""
         return Report(self.output.child(store.PAGE))

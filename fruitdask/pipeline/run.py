@@ -14,6 +14,7 @@ from fruitdask.pipeline.changes import format_changes
 from fruitdask.pipeline.explore import ImageExploration
 from fruitdask.pipeline.featurize import check_failures, compute_features, record_vanished
 from fruitdask.pipeline.inputs import dump_config
+from fruitdask.pipeline.issues import find_issues, write_issues
 from fruitdask.pipeline.plan import LOCAL_REDUCE_BYTES, Plan, Work, estimate
 from fruitdask.pipeline.record import describe_processing
 from fruitdask.pipeline.reduce import Reduction, choose_components, reduce_features, write_components
@@ -220,7 +221,23 @@ def _reduce_features(
         store.delete_result(state.output, store.QUALITY)
         if reduction.quality is not None:
             store.write_json(state.output.child(store.QUALITY), reduction.quality)
-    return manifest.complete(digests=digests, **_describe_results(state, reduction, counts))
+    manifest = _check_images(state, manifest.change(digests=digests), client, stack, progress)
+    return manifest.complete(**_describe_results(state, reduction, counts))
+
+
+def _check_images(
+    state: RunState, manifest: store.RunManifest, client: Any, stack: ExitStack, progress: RunProgress
+) -> store.RunManifest:
+    """Write the list of photographs to check; returns the manifest with its record."""
+    for name in (store.ISSUES, store.ISSUES_CSV):
+        store.delete_result(state.output, name)
+    if not state.config.check.enabled:
+        return manifest.change(issues=None)
+    progress.begin("Checking")
+    with state.clock.measure("check"), _choose_scheduler(state, client, stack):
+        issues = find_issues(state.config.check, state.output, state.rows.catalog)
+    digests, record = write_issues(state.output, issues)
+    return manifest.change(issues=record, digests=manifest.digests | digests)
 
 
 def _choose_scheduler(state: RunState, client: Any, stack: ExitStack) -> AbstractContextManager[Any]:

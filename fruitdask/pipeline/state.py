@@ -17,7 +17,7 @@ from fruitdask.store.catalog import choose_partition_size, hash_groupings
 from fruitdask.worker.models import fingerprint_model
 
 #: Sections of the configuration on which the tables depend.
-_REDUCING = ("reduce", "quality")
+_REDUCING = ("reduce", "quality", "check")
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,23 @@ class RunState:
             return False
         has_components = manifest.pca is not None
         names = [store.RESULTS] + [store.COMPONENTS] * has_components + [store.QUALITY] * self.config.quality.enabled
+        names += [store.ISSUES] * self.config.check.enabled
         if not all(exists(self.output.child(name)) for name in names):
             return False
-        if manifest.groupings != self.groupings:
+        if manifest.groupings != self.groupings or not self._is_checked(manifest):
             return False
         sections = ((name, getattr(self.config, name)) for name in _REDUCING)
-        return all(manifest.read_settings(name, type(ours)) == ours for name, ours in sections)
+        return all(
+            name in manifest.config and manifest.read_settings(name, type(ours)) == ours for name, ours in sections
+        )
+
+    def _is_checked(self, manifest: store.RunManifest) -> bool:
+        """Whether the photographs to check are those of the exploration, if they are wanted."""
+        if not self.config.check.enabled:
+            return True
+        exploration = store.read_exploration_manifest(self.output)
+        finished = exploration.finished if exploration is not None else None
+        return manifest.issues is not None and manifest.issues.exploration == finished
 
     @property
     def is_rendered(self) -> bool:

@@ -15,7 +15,7 @@ from fruitdask import report, store
 from fruitdask.core.config import ExploreConfig, QualityConfig, ReduceConfig
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location, exists
-from fruitdask.errors import DamageError, OutputError
+from fruitdask.errors import DamageError, FruitdaskError, OutputError
 from fruitdask.pipeline.check import StoredRun, Totals, check_components, check_partitions, read_components
 from fruitdask.pipeline.repair import repair_faults, restore_manifest, shape_store
 from fruitdask.store import Fault
@@ -241,6 +241,7 @@ def _check_results(run: StoredRun, totals: Totals, found: _Findings, progress: R
     if manifest.read_settings("quality", QualityConfig).enabled and not exists(output.child(store.QUALITY)):
         found.faults.append(Fault(store.QUALITY, "it is missing", "reduce"))
     found.faults += store.check_json(output, store.QUALITY, "reduce")
+    found.faults += _check_issues(run)
     found.faults += _check_drawings(run)
     if not run.has_components:
         if exists(output.child(store.COMPONENTS)):
@@ -256,6 +257,20 @@ def _check_results(run: StoredRun, totals: Totals, found: _Findings, progress: R
         return
     progress.begin("Verifying principal components")
     found.faults += check_components(run)
+
+
+def _check_issues(run: StoredRun) -> Iterator[Fault]:
+    """Check the list of photographs to check."""
+    if run.manifest.issues is None:
+        return
+    try:
+        counts = store.read_table(run.output, store.ISSUES)["kind"].value_counts().to_dict()
+    except FruitdaskError as error:
+        yield Fault(store.ISSUES, store.describe_damage(error), "reduce")
+        return
+    if counts != run.manifest.issues.by_kind:
+        yield Fault(store.ISSUES, f"it does not have the rows that {store.MANIFEST} counts", "reduce")
+    yield from store.check_digests(run.output, run.manifest.digests, (store.ISSUES_CSV,), "reduce")
 
 
 def _check_drawings(run: StoredRun) -> Iterator[Fault]:

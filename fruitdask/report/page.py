@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FOLDER = Path(__file__).parent
-#: Characters of Base64 for pictures in the text and in the maps. With Bokeh's 1.3 MB, figures and points, the page
-#: stays
-#: well under 10 MB.
-_EXAMPLES_BYTES, _MAP_PICTURES_BYTES = 2_000_000, 3_000_000
+#: Characters of Base64 for pictures to check, in the text and in the maps. With Bokeh's 1.3 MB, figures and points, the
+#: page stays well under 10 MB.
+_ISSUES_BYTES, _EXAMPLES_BYTES, _MAP_PICTURES_BYTES = 500_000, 2_000_000, 3_000_000
 #: Sections by their anchor, in their order on the page.
 _SECTIONS = {
     "summary": "Summary",
+    "check": "To check",
     "data": "Data",
     "exploration": "Exploration",
     "features": "Features",
@@ -50,6 +50,8 @@ class ReportData:
     failures: pd.DataFrame = field(repr=False)
     #: How well the features separate the classes.
     quality: dict[str, Any] | None = field(repr=False)
+    #: Photographs to check; None without a list.
+    issues: pd.DataFrame | None = field(default=None, repr=False)
 
 
 def render_page(data: ReportData) -> str:
@@ -92,6 +94,7 @@ def _build_views(data: ReportData) -> dict[str, Any]:
         "summary": sections.describe_summary(
             config, counts=counts, manifest=manifest, exploration=exploration, quality=data.quality
         ),
+        "check": None if data.issues is None else _describe_issues(data.issues, exploration),
         "data": sections.describe_data(counts, exploration),
         "exploration": None if exploration is None else _describe_exploration(exploration, config),
         "features": None if data.quality is None else _describe_features(data.quality, manifest),
@@ -101,6 +104,11 @@ def _build_views(data: ReportData) -> dict[str, Any]:
         "protection": sections.describe_protection(config, manifest, exploration),
         "reproduce": sections.describe_reproduction(config, manifest, exploration),
     }
+
+
+def _describe_issues(issues: pd.DataFrame, exploration: Exploration | None) -> sections.View:
+    """Describe the photographs to check."""
+    return sections.describe_issues(issues, Thumbnails(exploration, max_bytes=_ISSUES_BYTES))
 
 
 def _describe_exploration(exploration: Exploration, config: Config) -> sections.View:

@@ -3,6 +3,7 @@
 Each function returns the view of one section, or None where its data is missing.
 """
 
+import base64
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -16,14 +17,16 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from fruitdask.analysis.issues import KINDS
 from fruitdask.cluster.regions import EU_REGIONS, LOCAL, UNKNOWN
 from fruitdask.core.config import Config
+from fruitdask.core.escaping import format_csv
 from fruitdask.core.listing import format_left_out
 from fruitdask.core.storage import hide_secrets
 from fruitdask.report.formats import format_count, format_time
 from fruitdask.report.tables import Counts
 from fruitdask.report.thumbnails import Thumbnails
-from fruitdask.store import EXPLORED_IMAGES, FAILURES
+from fruitdask.store import EXPLORED_IMAGES, FAILURES, ISSUES_CSV
 from fruitdask.store.exploration import Exploration
 
 #: View of a section: what the template shows, under the names that it uses.
@@ -33,6 +36,8 @@ View = dict[str, Any]
 _MAX_EXAMPLES = 1_200
 _MAX_GROUPS, _MAX_GROUP_PICTURES = 6, 8
 _MAX_FAILURES = 50
+#: Issues of each kind with pictures, and issues in the list that the page carries: about 100 bytes each.
+_MAX_ISSUES, _MAX_LISTED_ISSUES = 12, 2_000
 _MAX_CONFUSIONS = 10
 _MEANINGS = {
     "unreadable": "The file is no image that can be decoded: it is damaged, cut short, or something else under an "
@@ -256,6 +261,28 @@ def _choose_groups(images: pd.DataFrame, column: str, thumbnails: Thumbnails) ->
             }
         )
     return groups
+
+
+def describe_issues(issues: pd.DataFrame, thumbnails: Thumbnails) -> View:
+    """Describe the photographs to check: some of each kind, with the image that each conflicts with, and the list."""
+    kinds = []
+    for kind, meaning in KINDS.items():
+        found = issues[issues["kind"] == kind]
+        shown = found.head(_MAX_ISSUES).to_dict("records")
+        for issue in shown:
+            issue["pictures"] = [
+                {"path": path, "picture": thumbnails.encode(path)} for path in (issue["path"], issue["other"]) if path
+            ]
+        if shown:
+            kinds.append({"name": kind.replace("_", " "), "meaning": meaning, "n_images": len(found), "rows": shown})
+    csv = format_csv(issues.head(_MAX_LISTED_ISSUES)).encode()
+    return {
+        "kinds": kinds,
+        "n_images": issues["path"].nunique(),
+        "n_listed": min(len(issues), _MAX_LISTED_ISSUES),
+        "csv": base64.b64encode(csv).decode("ascii"),
+        "file": ISSUES_CSV,
+    }
 
 
 def describe_quality(quality: Mapping[str, Any]) -> View:

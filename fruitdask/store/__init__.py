@@ -38,6 +38,8 @@ from fruitdask.store.layout import (
     FEATURES,
     FIGURE_NAMES,
     FIGURES,
+    ISSUES,
+    ISSUES_CSV,
     MANIFEST,
     OUTCOME_COLUMNS,
     PAGE,
@@ -69,5 +71,5 @@ from fruitdask.store.manifests import (
     write_manifest,
 )
 from fruitdask.store.outcomes import list_committed, read_outcomes, read_rows
-from fruitdask.store.schema import ExplorationManifest, RunManifest, is_intact
+from fruitdask.store.schema import ExplorationManifest, IssuesRecord, RunManifest, is_intact
 from fruitdask.store.tables import read_table, write_table

@@ -48,7 +48,9 @@ class Exploration:
         ``width_px``, ``height_px``, ``format``;
         ``content_hash`` (SHA-256), ``perceptual_hash`` (64 bits) and the groups ``duplicate_group`` and
         ``near_duplicate_group``; ``has_exif``, ``has_gps``, ``has_serial``, ``has_name``; ``mean_red``, ``mean_green``,
-        ``mean_blue`` (0 to 255); ``distance_to_mean``, the mean squared difference from the mean image of the class.
+        ``mean_blue`` (0 to 255); ``contrast`` (standard deviation of grey levels) and ``sharpness`` (variance of their
+        Laplacian) at the size of comparison; ``distance_to_mean``, the mean squared difference from the mean image of
+        the class.
     classes : pandas.DataFrame
         One row per class, its label the index: counts, bytes, median sizes, colours, ``mean_squared_difference`` over
         all pairs of its images with ``standard_error`` and quantiles over pairs, the ``most_typical`` and

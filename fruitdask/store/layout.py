@@ -18,6 +18,8 @@ PARTITIONS = "partitions"
 CATALOG = "catalog.parquet"
 COMPONENTS = "pca.zarr"
 RESULTS, RESULTS_CSV = "results.parquet", "results.csv"
+#: Photographs to check.
+ISSUES, ISSUES_CSV = "issues.parquet", "issues.csv"
 FAILURES = "failures.csv"
 THUMBNAILS = "thumbnails.zarr"
 #: Findings of an exploration: arrays, and tables as Parquet and CSV.
@@ -62,6 +64,8 @@ RUN_NAMES = (
     QUALITY,
     RESULTS,
     RESULTS_CSV,
+    ISSUES,
+    ISSUES_CSV,
     FAILURES,
     MANIFEST,
 )

@@ -97,6 +97,13 @@ class CostRecord(Record):
     instances: dict[str, dict[str, float]]
 
 
+class IssuesRecord(Record):
+    """Photographs to check: how many of each kind, and when the exploration was finished that they are based on."""
+
+    by_kind: dict[str, int]
+    exploration: str | None = None
+
+
 class DuplicatesRecord(Record):
     """Groups of images that are the same, or nearly."""
 
@@ -206,6 +213,7 @@ class RunManifest(Manifest):
     erasures: tuple[ErasureRecord, ...] = ()
     counts: CountsRecord | None = None
     pca: ComponentsRecord | None = None
+    issues: IssuesRecord | None = None
     #: SHA-256 of the splits and groups of the images, as far as they are configured.
     groupings: dict[str, str] = {}
     presented: dict[str, Any] | None = None
@@ -278,7 +286,7 @@ class RunManifest(Manifest):
             erasures=(*self.erasures, erasure),
             digests={},
             groupings={},
-            **dict.fromkeys(("counts", "pca", "presented", "finished")),
+            **dict.fromkeys(("counts", "pca", "issues", "presented", "finished")),
         )
 
     def end_erasing(self) -> Self:

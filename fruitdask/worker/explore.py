@@ -158,6 +158,8 @@ _EMPTY: dict[str, Any] = {
     "perceptual_hash": "",
     **{f"has_{kind}": False for kind in KINDS},
     **{f"mean_{colour}": np.nan for colour in ("red", "green", "blue")},
+    "contrast": np.nan,
+    "sharpness": np.nan,
 }
 
 
@@ -174,8 +176,16 @@ def _describe_file(outcome: Outcome) -> dict[str, Any]:
 
 
 def _describe_look(image: Image.Image, thumbnail: npt.NDArray[np.uint8]) -> dict[str, Any]:
-    """Compute the perceptual hash (imagehash's, by discrete cosine transform) and the mean colour of an image."""
+    """Compute the perceptual hash (imagehash's, by discrete cosine transform), the mean colour, the contrast (standard
+    deviation of the grey levels) and the sharpness (variance of their Laplacian; Pech-Pacheco et al. 2000) of an image.
+    """
     import imagehash
 
-    red, green, blue = thumbnail.reshape(-1, 3).mean(axis=0)
-    return {"perceptual_hash": str(imagehash.phash(image)), "mean_red": red, "mean_green": green, "mean_blue": blue}
+    grey = np.asarray(image.convert("L"), np.int16)
+    edges = 4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]
+    return {
+        "perceptual_hash": str(imagehash.phash(image)),
+        **dict(zip(("mean_red", "mean_green", "mean_blue"), thumbnail.reshape(-1, 3).mean(axis=0), strict=True)),
+        "contrast": grey.std(),
+        "sharpness": edges.var(dtype=np.float32),
+    }

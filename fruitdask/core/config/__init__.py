@@ -10,6 +10,7 @@ from fruitdask.core.config.clusters import (
 from fruitdask.core.config.loading import URL_KEYS, build_schema, load_config
 from fruitdask.core.config.sections import (
     PILLOW_LIMIT_PIXELS,
+    CheckConfig,
     Config,
     ExploreConfig,
     InputConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "URL_KEYS",
     "AdaptiveConfig",
     "AddressClusterConfig",
+    "CheckConfig",
     "ClusterConfig",
     "Config",
     "EC2ClusterConfig",

@@ -267,6 +267,18 @@ class QualityConfig(Section):
     seed: int = Field(0, ge=0, description="Seed of the sample.")
 
 
+class CheckConfig(Section):
+    """Which photographs a person should look at."""
+
+    enabled: bool = Field(True, description="Write a list of photographs to check.")
+    n_neighbors: int = Field(10, ge=1, description="Nearest neighbours that vote on the class of an image.")
+    max_rows: int = Field(
+        10_000,
+        ge=10,
+        description="Maximum number of images that may vote, evenly from all classes; time grows with it.",
+    )
+
+
 class PlotsConfig(Section):
     """Figures as PNG files."""
 
@@ -333,6 +345,7 @@ class Config(Section):
     reduce: ReduceConfig = ReduceConfig()
     explore: ExploreConfig = ExploreConfig()
     quality: QualityConfig = QualityConfig()
+    check: CheckConfig = CheckConfig()
     plots: PlotsConfig = PlotsConfig()
     report: ReportConfig = ReportConfig()
     privacy: PrivacyConfig = PrivacyConfig()

@@ -1,0 +1,188 @@
+"""Finds photographs to check, from stored features and the findings of an exploration."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from fruitdask import store
+from fruitdask.core.config import CheckConfig
+from fruitdask.core.escaping import format_csv
+from fruitdask.core.listing import find_rows
+from fruitdask.core.storage import Location
+from fruitdask.errors import OutputError
+from fruitdask.pipeline.reduce import BLOCK_BYTES
+from fruitdask.pipeline.results import open_features
+from fruitdask.store.catalog import sample_evenly
+from fruitdask.store.exploration import Exploration, read_exploration
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+    from fruitdask.analysis.issues import Votes
+
+#: Pairs of near duplicates whose features are compared: one block of them is in memory.
+_PAIRS_AT_ONCE = 4_096
+
+
+def check(output: str, *, storage_options: dict[str, Any] | None = None) -> pd.DataFrame:
+    """
+    Find the photographs of a finished run that a person should look at.
+
+    Parameters
+    ----------
+    output : str
+        The output folder, a path or URL.
+    storage_options : dict[str, Any], optional
+        Options of its fsspec file system.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per issue, the gravest first: ``path``, ``label``; ``kind`` (``label``, ``copy``, ``near_duplicate``,
+        ``outlier``, ``blurry``, ``dark``, ``bright``, ``uniform``, ``size``, ``shape``); ``score``, 0 to 1; ``other``,
+        the image it conflicts with; ``suggestion``; ``agreement``, for a wrong label the fraction (0 to 1) of the
+        nearest neighbours in other groups that agree with the suggestion. Read if the run has found them, else found
+        and written.
+
+    Raises
+    ------
+    OutputError
+        If there is no finished run.
+    """
+    import dask
+
+    location = Location(output, storage_options or {})
+    manifest, catalog = store.read_run(location), store.read_catalog(location)
+    if manifest is None or catalog is None or not manifest.is_complete:
+        raise OutputError(f"{location.url}: expected a finished run, found none; use fruitdask run first")
+    if manifest.issues is None:
+        with store.locked(location), dask.config.set(scheduler="threads"):
+            issues = find_issues(CheckConfig(), location, catalog)
+            digests, record = write_issues(location, issues)
+            store.write_manifest(location, manifest.change(issues=record, digests=manifest.digests | digests))
+    return store.read_table(location, store.ISSUES)
+
+
+def find_issues(settings: CheckConfig, output: Location, catalog: pd.DataFrame) -> pd.DataFrame:
+    """Find the photographs of a run to check, once its features are computed; `catalog` has one row per image."""
+    from fruitdask.analysis.issues import COLUMNS, rank_issues
+
+    labels = catalog["label"].astype("category").cat.remove_unused_categories()
+    codes, classes = np.asarray(labels.cat.codes, np.int64), np.asarray(labels.cat.categories, str)
+    features, is_ok = open_features(output, block_bytes=BLOCK_BYTES)
+    found = [pd.DataFrame(columns=["row", "kind", "score", "other_row", "class", "agreement"])]
+    exploration = read_exploration(output)
+    images = _align(exploration, catalog)
+    if is_ok.sum() > 1:
+        found += _find_by_features(settings, features, is_ok, images, catalog, codes)
+    if exploration is not None:
+        bits = exploration.summary["near_duplicate_bits"]
+        found += _find_alike(features, is_ok, images, _number_parts(catalog, codes), bits)
+    table = pd.concat(found, ignore_index=True)
+    rows, paths = table["row"].to_numpy(np.int64), catalog["path"].to_numpy()
+    table["path"], table["label"] = paths[rows], classes[codes[rows]]
+    for name, source, names in (("other", "other_row", paths), ("suggestion", "class", classes)):
+        chosen = table[source].fillna(-1).to_numpy(np.int64)
+        table[name] = np.where(chosen >= 0, names[chosen], "")
+    return rank_issues(table[list(COLUMNS)].astype({"score": np.float64, "agreement": np.float64}))
+
+
+def write_issues(output: Location, issues: pd.DataFrame) -> tuple[dict[str, str], store.IssuesRecord]:
+    """Write the photographs to check as Parquet and CSV; returns the digest of the CSV file and the record."""
+    store.write_table(output.child(store.ISSUES), issues)
+    digests = store.write_digested(output, store.ISSUES_CSV, format_csv(issues).encode())
+    exploration = store.read_exploration_manifest(output)
+    return digests, store.IssuesRecord(
+        by_kind=issues["kind"].value_counts().to_dict(), exploration=exploration.finished if exploration else None
+    )
+
+
+def _align(exploration: Exploration | None, catalog: pd.DataFrame) -> pd.DataFrame:
+    """Give the findings of an exploration the rows of the catalog."""
+    if exploration is None:
+        return pd.DataFrame(index=catalog.index)
+    rows = find_rows(catalog["path"], exploration.images["path"])
+    images = exploration.images.reindex(rows).reset_index(drop=True)
+    return images.fillna({"perceptual_hash": "", "content_hash": ""})
+
+
+def _number_parts(catalog: pd.DataFrame, codes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Number the parts of the data that should have no image in common: classes, and splits of each."""
+    splits = catalog["split"].to_numpy(str) if "split" in catalog else np.zeros(len(catalog), np.int64)
+    return np.asarray(pd.DataFrame({"code": codes, "split": splits}).groupby(["code", "split"]).ngroup(), np.int64)
+
+
+def _find_by_features(
+    settings: CheckConfig,
+    features: "da.Array",
+    is_ok: npt.NDArray[np.bool_],
+    images: pd.DataFrame,
+    catalog: pd.DataFrame,
+    codes: npt.NDArray[np.int64],
+) -> Iterator[pd.DataFrame]:
+    """Find probably wrong labels, and images that are unlike their class."""
+    from fruitdask.analysis.evaluation import number_groups
+    from fruitdask.analysis.issues import find_label_issues, find_odd_values
+
+    rows = np.flatnonzero(is_ok)
+    groups = number_groups(catalog["group"].to_numpy(str)) if "group" in catalog else np.arange(len(catalog))
+    votes = _collect_votes(settings, features, rows, catalog, codes, groups)
+    scores = find_label_issues(votes, codes[rows])
+    agreement = votes.group_shares if "group" in catalog else np.nan
+    columns = {"row": rows, "kind": "label", "score": scores, "other_row": votes.nearest, "class": votes.codes}
+    yield pd.DataFrame(columns | {"agreement": agreement})[np.isfinite(scores)]
+    for kind, scores in find_odd_values(images.iloc[rows], codes[rows], votes.distances):
+        yield pd.DataFrame({"row": rows, "kind": kind, "score": scores})[np.isfinite(scores)]
+
+
+def _collect_votes(
+    settings: CheckConfig,
+    features: "da.Array",
+    rows: npt.NDArray[np.int64],
+    catalog: pd.DataFrame,
+    codes: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.int64],
+) -> "Votes":
+    """Let neighbours vote on the classes of all images with features, block by block where the features are."""
+    import dask.base
+    from dask.delayed import delayed
+
+    from fruitdask.analysis.issues import Reference, Votes, collect_votes
+
+    chosen = rows[sample_evenly(catalog.iloc[rows], settings.max_rows)]
+    known = features[chosen].rechunk((-1, -1)).to_delayed().ravel()[0]
+    reference = delayed(Reference.build)(known, chosen, codes[chosen], groups[chosen], n_classes=int(codes.max()) + 1)
+    tasks, start = [], 0
+    for block, size in zip(features.to_delayed().ravel(), features.chunks[0], strict=True):
+        here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + size)]
+        vote = delayed(collect_votes)
+        known = block[here - start] if len(here) < size else block
+        tasks.append(vote(known, here, codes[here], groups[here], reference, n_neighbors=settings.n_neighbors))
+        start += size
+    return Votes.concatenate(dask.base.compute(*tasks))
+
+
+def _find_alike(
+    features: "da.Array",
+    is_ok: npt.NDArray[np.bool_],
+    images: pd.DataFrame,
+    parts: npt.NDArray[np.int64],
+    max_bits: int,
+) -> Iterator[pd.DataFrame]:
+    """Find copies, and near duplicates in another class or split."""
+    from fruitdask.analysis.issues import find_copies, find_near_pairs, measure_pairs
+
+    copies = find_copies(images["content_hash"])
+    rows = np.flatnonzero(copies >= 0)
+    # Copies in one class and split do less harm.
+    scores = np.where(parts[rows] != parts[copies[rows]], 1.0, 0.5)
+    yield pd.DataFrame({"row": rows, "kind": "copy", "score": scores, "other_row": copies[rows]})
+    pairs = find_near_pairs(images[is_ok], parts, max_bits=max_bits)
+    for start in range(0, pairs.shape[1], _PAIRS_AT_ONCE):
+        first, second = pairs[:, start : start + _PAIRS_AT_ONCE]
+        scores = measure_pairs(*(features[rows].compute() for rows in (first, second)))
+        found = pd.DataFrame({"row": first, "kind": "near_duplicate", "score": scores, "other_row": second})
+        yield found[np.isfinite(scores)]
