@@ -23,7 +23,7 @@ Finish = Callable[[Config], fruitdask.RunResult]
 #: Images in each partition of a small run.
 SIZE = 5
 #: What takes longest in a small run; a test turns on what it looks at.
-EXTRAS = ("explore", "quality", "plots", "report")
+EXTRAS = ("explore", "quality", "check", "plots", "report")
 ON = {"enabled": True}
 OFF = {"enabled": False}
 #: Functions at which a run is interrupted, and the modules that call them.
@@ -68,7 +68,7 @@ def break_image(path: Path) -> Callable[[], None]:
 
 
 def configure(source: Path | str, output: Path | str, model: ModelConfig, /, **sections: dict[str, Any]) -> Config:
-    """Configure a run of a model in partitions of 5, without exploration, quality, figures and page unless a section
+    """Configure a run of a model in partitions of 5, without exploration, quality, check, figures and page unless a section
     asks for them.
     """
     defaults: dict[str, dict[str, Any]] = {
