@@ -103,6 +103,7 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
             "max_thumbnails": 2000,
         },
         "quality": {"enabled": True, "n_neighbors": 5, "metric": "euclidean", "max_rows": 5000, "seed": 0},
+        "check": {"enabled": True, "n_neighbors": 10, "max_rows": 10_000},
         "plots": {"enabled": True, "components": (1, 2), "dpi": 150},
         "report": {"enabled": True, "title": None, "max_points": 10_000, "examples_per_class": 6},
         "privacy": {

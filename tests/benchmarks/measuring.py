@@ -15,7 +15,7 @@ import psutil
 
 CONFIG = Path(__file__).parents[2] / "configs" / "local.yaml"
 #: What the programs that fruitdask is compared with do not do.
-EXTRAS = ("explore.enabled", "quality.enabled", "plots.enabled", "report.enabled")
+EXTRAS = ("explore.enabled", "quality.enabled", "check.enabled", "plots.enabled", "report.enabled")
 _SECONDS_BETWEEN_SAMPLES = 0.05
 
 
