@@ -1,5 +1,6 @@
 """Arrays, in Zarr: features and statuses of a run, thumbnails of an exploration, small ones such as components."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -102,6 +103,7 @@ def create_store(
             dimension_names=("image",),
             attributes={"flag_values": list(range(len(STATUSES))), "flag_meanings": " ".join(STATUSES)},
         )
+        _consolidate(group)
 
 
 def open_store(output: Location) -> zarr.Group | None:
@@ -110,7 +112,8 @@ def open_store(output: Location) -> zarr.Group | None:
     with explained(location, "read", remedy=advise_repair(output)):
         if not exists(location.child("status", "zarr.json")):
             return None
-        group = zarr.open_group(**name_store(location), mode="r")
+        # The arrays' own metadata, so that damage to them is found.
+        group = zarr.open_group(**name_store(location), mode="r", use_consolidated=False)
         for name in ("features", "status"):
             group[name]
     check_format(group.attrs, location.url)
@@ -121,10 +124,20 @@ def resize_store(output: Location, *, n_images: int, attributes: Mapping[str, An
     """Make room for more images behind those that are there; an interrupted resizing is completed."""
     location = output.child(FEATURES)
     with explained(location, "write"):
-        group: Any = zarr.open_group(**name_store(location), mode="r+")
+        # Consolidated metadata are stale as soon as an array is resized: they are left out and written last.
+        group: Any = zarr.open_group(**name_store(location), mode="r+", use_consolidated=False)
         for array in (group["features"], group["status"]):
             array.resize((n_images, *array.shape[1:]))
         group.attrs.update(seal(dict(group.attrs) | dict(attributes)))
+        _consolidate(group)
+
+
+def _consolidate(group: zarr.Group) -> None:
+    """Repeat the metadata of the arrays in that of their group: a reader needs one request, and xarray does not warn."""
+    with warnings.catch_warnings():
+        # Zarr warns that its specification does not have this yet; readers that do not know it skip it.
+        warnings.filterwarnings("ignore", "Consolidated metadata", UserWarning)
+        zarr.consolidate_metadata(group.store, path=group.path, zarr_format=3)
 
 
 def read_partition(output: Location, *, index: int, start: int) -> tuple[npt.NDArray[np.float32], pd.DataFrame] | None:
@@ -155,7 +168,8 @@ def write_partition(
     rows = slice(start, start + len(features))
     with explained(location, "write"):
         try:
-            group: Any = zarr.open_group(**name_store(location), mode="r+")
+            # Naming the format saves the requests by which Zarr looks for its older one.
+            group: Any = zarr.open_group(**name_store(location), mode="r+", zarr_format=3)
         except FileNotFoundError as error:
             raise StorageError(
                 f"cannot write {location.url}: it no longer exists, so it or its bucket was deleted; "
