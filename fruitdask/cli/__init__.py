@@ -14,6 +14,7 @@ from fruitdask.cli.plan import plan
 from fruitdask.cli.policy import iam_policy
 from fruitdask.cli.run import explore, report, run
 from fruitdask.cli.settings import sample, schema, validate
+from fruitdask.cli.similar import similar
 from fruitdask.cli.verify import verify
 from fruitdask.core.version import __version__
 
@@ -31,7 +32,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, plan, explore, report, verify, erase, validate, schema, sample, iam_policy, clusters):
+for _command in (run, plan, explore, report, similar, verify, erase, validate, schema, sample, iam_policy, clusters):
     cli.add_command(_command)
 
 

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -104,6 +105,14 @@ def load(config: str, overrides: tuple[str, ...]) -> "Config":
     from fruitdask.core.config import load_config
 
     return load_config(config, overrides=overrides)
+
+
+def find_output(output: str) -> tuple[str, dict[str, Any]]:
+    """Find the output folder that a folder, a URL or a configuration file names, and its storage options."""
+    if not Path(output).is_file():
+        return output, {}
+    config = load(output, ())
+    return config.output.url, dict(config.output.storage_options)
 
 
 def print_rows(rows: dict[str, str], *above: Any) -> None:

@@ -2,12 +2,11 @@
 
 import shlex
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from fruitdask.cli.common import load, print_rows, reported, verbose_option
+from fruitdask.cli.common import find_output, print_rows, reported, verbose_option
 
 if TYPE_CHECKING:
     from fruitdask.pipeline.verify import Verification
@@ -29,20 +28,12 @@ def verify(output: str, repair: bool, verbose: bool) -> None:
     from fruitdask.core.progress import choose_progress
 
     with reported(verbose=verbose):
-        url, options = _find_output(output)
+        url, options = find_output(output)
         from fruitdask.pipeline.verify import verify as verify_output
 
         found = verify_output(url, storage_options=options, repair=repair, progress=choose_progress())
         _print(found, output)
     sys.exit(0 if found.is_well or found.is_repaired and found.can_be_mended else 1)
-
-
-def _find_output(output: str) -> tuple[str, dict[str, Any]]:
-    """Find the output folder and its storage options."""
-    if not Path(output).is_file():
-        return output, {}
-    config = load(output, ())
-    return config.output.url, dict(config.output.storage_options)
 
 
 def _print(found: "Verification", output: str) -> None:
