@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import click
 
+from fruitdask.cli.apply import apply
 from fruitdask.cli.clusters import clusters
 from fruitdask.cli.erase import erase
 from fruitdask.cli.plan import plan
@@ -32,7 +33,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, plan, explore, report, similar, verify, erase, validate, schema, sample, iam_policy, clusters):
+for _command in (run, plan, explore, report, similar, apply, verify, erase, validate, schema, sample, iam_policy, clusters):
     cli.add_command(_command)
 
 

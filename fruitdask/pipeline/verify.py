@@ -254,6 +254,9 @@ def _check_results(run: StoredRun, totals: Totals, found: _Findings, progress: R
             f"{store.COMPONENTS} was not compared with the features, because some were computed after it was fitted"
         )
         return
+    if manifest.applied is not None:
+        found.notes.append(f"{store.COMPONENTS} was not compared with the features: it is of {manifest.applied.output}")
+        return
     progress.begin("Verifying principal components")
     found.faults += check_components(run)
 

@@ -1,5 +1,6 @@
 """Arrays, in Zarr: features and statuses of a run, thumbnails of an exploration, small ones such as components."""
 
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -243,6 +244,24 @@ def read_arrays(location: Location) -> dict[str, npt.NDArray[Any]]:
             if array.nchunks_initialized < array.nchunks:
                 raise ValueError(f"chunks of {name} are missing")
         return {name: np.asarray(array[...]) for name, array in arrays.items()}
+
+
+def copy_arrays(source: Location, target: Location) -> None:
+    """Copy a group of small arrays."""
+    arrays = read_arrays(source)
+    with explained(source, "read"):
+        group = zarr.open_group(**name_store(source), mode="r")
+        dimensions: dict[str, Any] = {name: array.metadata.dimension_names for name, array in group.arrays()}
+        attributes = dict(group.attrs)
+    write_arrays(target, {name: (values, dimensions[name]) for name, values in arrays.items()}, attributes)
+
+
+def hash_arrays(location: Location) -> str:
+    """Hash the values of a group of small arrays."""
+    digest = hashlib.sha256()
+    for name, values in sorted(read_arrays(location).items()):
+        digest.update(f"{name} {values.dtype} {values.shape} ".encode() + values.tobytes())
+    return digest.hexdigest()
 
 
 def name_store(location: Location) -> dict[str, Any]:

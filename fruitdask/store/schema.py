@@ -97,6 +97,16 @@ class CostRecord(Record):
     instances: dict[str, dict[str, float]]
 
 
+class AppliedRecord(Record):
+    """The finished run whose network and principal components are applied to other images."""
+
+    output: str
+    finished: str
+    #: Its principal components, and a hash of their values; None if it has none.
+    components: ComponentsRecord | None = None
+    sha256: str | None = None
+
+
 class DuplicatesRecord(Record):
     """Groups of images that are the same, or nearly."""
 
@@ -187,6 +197,7 @@ class RunManifest(Manifest):
     erasures: tuple[ErasureRecord, ...] = ()
     counts: CountsRecord | None = None
     pca: ComponentsRecord | None = None
+    applied: AppliedRecord | None = None
     split: str | None = None
     presented: dict[str, Any] | None = None
     n_computed: int | None = None
@@ -250,14 +261,17 @@ class RunManifest(Manifest):
         return self.change(presented=mark, config=self.config | dict(config))
 
     def begin_erasing(self, *, n_kept: int, catalog: str, erasure: ErasureRecord) -> Self:
-        """Return the manifest of a run without its results, from which images are being erased."""
+        """Return the manifest of a run without its results, from which images are being erased; components of another
+        run do not depend on them.
+        """
+        results = ("counts", "split", "presented", "finished", *(("pca",) if self.applied is None else ()))
         return self.change(
             status="erasing",
             n_images=n_kept,
             fingerprint=self.fingerprint | {"catalog": catalog},
             erasures=(*self.erasures, erasure),
             digests={},
-            **dict.fromkeys(("counts", "pca", "split", "presented", "finished")),
+            **dict.fromkeys(results),
         )
 
     def end_erasing(self) -> Self:
