@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import dask
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
+from dask.delayed import delayed
 
 #: Distances by which to search.
 METRICS = ("cosine", "euclidean")
@@ -37,16 +37,14 @@ def find_nearest(
     Returns row numbers (q, k), int64, and distances (q, k), float32; -1 and infinity where there are fewer rows.
     """
     rows = np.full(len(queries), -1) if own is None else np.asarray(own, np.int64)
-    prepared = dask.delayed(np.asarray(queries, np.float32), pure=True), dask.delayed(rows, pure=True)
-    search, merge = (dask.delayed(function, pure=False) for function in (_search_block, merge_nearest))
+    prepared = delayed(np.asarray(queries, np.float32), pure=True), delayed(rows, pure=True)
+    search, merge = (delayed(function, pure=False) for function in (_search_block, merge_nearest))
     blocks = features.rechunk({1: -1}).to_delayed().ravel()
     starts = np.cumsum([0, *features.chunks[0]])[:-1].tolist()
-    parts = [
-        search(block, start, *prepared, k=k, metric=metric) for block, start in zip(blocks, starts, strict=True)
-    ]
+    parts = [search(block, start, *prepared, k=k, metric=metric) for block, start in zip(blocks, starts, strict=True)]
     while len(parts) > 1:
         parts = [merge(parts[i : i + _MERGED_AT_ONCE], k=k) for i in range(0, len(parts), _MERGED_AT_ONCE)]
-    ((found, distances),) = dask.compute(*parts)
+    found, distances = parts[0].compute()
     return found, distances.astype(np.float32)
 
 
@@ -115,4 +113,4 @@ def _measure_distances(
         return np.asarray(np.linalg.norm(exact - wanted, axis=1))
     scale = np.linalg.norm(exact, axis=1) * np.linalg.norm(wanted)
     cosines = np.divide((exact * wanted).sum(axis=1), scale, out=np.zeros(len(exact)), where=scale > 0)
-    return np.clip(1 - cosines, 0, 2)
+    return np.asarray(np.clip(1 - cosines, 0, 2))

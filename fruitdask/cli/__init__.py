@@ -33,7 +33,9 @@ def cli() -> None:
     """
 
 
-for _command in (run, plan, explore, report, similar, apply, verify, erase, validate, schema, sample, iam_policy, clusters):
+_COMMANDS = (run, plan, explore, report, similar, apply, verify, erase)
+_HELPERS = (validate, schema, sample, iam_policy, clusters)
+for _command in _COMMANDS + _HELPERS:
     cli.add_command(_command)
 
 

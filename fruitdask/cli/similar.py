@@ -1,5 +1,6 @@
 """The command that finds similar images."""
 
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -8,6 +9,9 @@ from fruitdask.cli.common import find_output, reported, set_option, show, verbos
 
 if TYPE_CHECKING:
     import pandas as pd
+
+#: Columns of a table that is not printed to a terminal.
+_PIPED_WIDTH = 240
 
 
 @click.command()
@@ -47,7 +51,7 @@ def similar(
         queries = list_queries(result, list(photos), overrides=overrides)
         table = find_similar(result, queries, k=k, metric=metric)
         if html is not None:
-            write_file(Location(html), render_similar(result, queries, table).encode())
+            write_file(Location(html), render_similar(result, queries, table, overrides=overrides).encode())
         click.echo(table.to_json(orient="records", indent=2)) if is_json else _print_table(table)
         if html is not None:
             click.echo(f"Wrote {html}", err=True)
@@ -59,13 +63,14 @@ def _print_table(table: "pd.DataFrame") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    printed = Table(*table.columns)
-    for name in ("rank", "distance"):
-        printed.columns[list(table.columns).index(name)].justify = "right"
-    is_number = [name == "distance" for name in table]
-    last = None
-    for row in table.itertuples(index=False):
-        cells = [f"{value:.4g}" if number else escape(show(str(value))) for value, number in zip(row, is_number)]
-        printed.add_row("" if row[0] == last else cells[0], *cells[1:])
-        last = row[0]
-    Console().print(printed)
+    printed = Table()
+    for name in table:
+        printed.add_column(str(name), justify="right" if name in ("rank", "distance") else "left", overflow="fold")
+    shown = table.assign(
+        query=table["query"].where(table["rank"] == 1, ""), distance=table["distance"].map("{:.4g}".format)
+    )
+    for row in shown.astype(str).itertuples(index=False):
+        printed.add_row(*(escape(show(cell)) for cell in row))
+    console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+    # Paths are not broken where another program reads them.
+    console.print(printed)

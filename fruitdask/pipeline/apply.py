@@ -7,8 +7,8 @@ from fruitdask import store
 from fruitdask.core.config import Config
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import exists, hide_secrets
-from fruitdask.errors import OutputError
-from fruitdask.pipeline.inputs import check_network, restore_config
+from fruitdask.errors import ConfigError, OutputError
+from fruitdask.pipeline.inputs import check_network, open_output, restore_config
 from fruitdask.pipeline.open import open as open_result
 from fruitdask.pipeline.results import RunResult
 from fruitdask.pipeline.run import carry_out
@@ -62,11 +62,11 @@ def apply(
 
     Notes
     -----
-    The configuration is that of the finished run, except for ``input`` and ``output``. t-SNE and quality, which describe
-    all images of a run together, are off unless an override asks for them. Components are copied, and never fitted
-    again, not even when images are added.
+    The configuration is that of the finished run, except for ``input`` and ``output``. t-SNE and quality, which
+    describe all images of a run together, are off unless an override asks for them. Components are copied, and never
+    fitted again, not even when images are added.
     """
-    result = results if isinstance(results, RunResult) else open_result(results, storage_options)
+    result = results if isinstance(results, RunResult) else open_result(str(results), storage_options)
     config = configure(result, input=input, output=output, overrides=overrides)
     return carry_out(
         config, applied=describe_applied(result), retry_failed=retry_failed, client=client, progress=progress
@@ -88,6 +88,9 @@ def configure(
     sections["quality"] = recorded["quality"] | {"enabled": False}
     sections["report"] = recorded["report"] | {"title": None}
     config = restore_config(manifest, overrides=overrides, sections=sections)
+    target = open_output(config)
+    if (type(target.fs), target.path) == (type(result.output.fs), result.output.path):
+        raise ConfigError(f"output {target.url}: expected a folder for other results, found the run to apply")
     check_network(result.output, manifest, config)
     return config
 
@@ -96,7 +99,9 @@ def describe_applied(result: RunResult) -> Applied:
     """Describe a finished run whose components are applied."""
     manifest, location = store.RunManifest.model_validate(result.manifest), result.output.child(store.COMPONENTS)
     if manifest.pca is not None and not exists(location):
-        raise OutputError(f"{location.url}: expected principal components, found none; {store.advise_repair(result.output)}")
+        raise OutputError(
+            f"{location.url}: expected principal components, found none; {store.advise_repair(result.output)}"
+        )
     record = store.AppliedRecord(
         output=hide_secrets(result.output.url),
         finished=str(manifest.finished),

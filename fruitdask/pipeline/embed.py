@@ -13,9 +13,9 @@ from fruitdask import store
 from fruitdask.core.config import Config, LocalClusterConfig
 from fruitdask.core.guard import leave_imported_script
 from fruitdask.core.storage import Location
-from fruitdask.errors import ConfigError, StoreMismatchError
+from fruitdask.errors import ConfigError, ImageError, StoreMismatchError
 from fruitdask.pipeline.inputs import check_network, restore_config
-from fruitdask.worker.fetch import ImageSource
+from fruitdask.worker.fetch import ImageSource, Photograph
 from fruitdask.worker.models import choose_batch_size, start_building
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def describe_source(config: Config) -> ImageSource:
 
 def locate_photograph(
     photograph: Any, number: int, storage_options: Mapping[str, Any] | None = None
-) -> tuple[str, Location | bytes]:
-    """Return the name of a photograph, and its file or the content of a file."""
+) -> tuple[str, Photograph]:
+    """Return the name of a photograph, and its file, the content of a file, or why it cannot be used."""
     from PIL import Image
 
     if isinstance(photograph, str | os.PathLike):
@@ -95,27 +95,30 @@ def locate_photograph(
     )
 
 
-def _pack_array(pixels: npt.NDArray[Any]) -> bytes:
+def _pack_array(pixels: npt.NDArray[Any]) -> bytes | ImageError:
     """Pack pixels into the content of a file."""
     from PIL import Image
 
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,), (4,)):
-        raise ConfigError(
-            "expected an image as an array of uint8 of shape (height, width) or (height, width, 3 or 4), found "
+        return ImageError(
+            "expected an array of uint8 of shape (height, width) or (height, width, 3 or 4), found one of "
             f"{pixels.dtype} of shape {pixels.shape}"
         )
     return _pack_image(Image.fromarray(pixels))
 
 
-def _pack_image(image: "Image.Image") -> bytes:
+def _pack_image(image: "Image.Image") -> bytes | ImageError:
     """Pack a Pillow image into the content of a file, so that it is decoded like one: nothing is lost, and it is
     upright.
     """
     from PIL import ImageOps
 
-    upright = ImageOps.exif_transpose(image)
     file = io.BytesIO()
-    (upright if upright.mode in _PNG_MODES else upright.convert("RGB")).save(
-        file, "PNG", compress_level=_COMPRESS_LEVEL
-    )
+    try:
+        upright = ImageOps.exif_transpose(image)
+        stored = upright if upright.mode in _PNG_MODES else upright.convert("RGB")
+        stored.save(file, "PNG", compress_level=_COMPRESS_LEVEL)
+    except Exception as error:
+        # Pillow reads pixels only now, and decoders raise anything.
+        return ImageError(f"it cannot be read: {error}")
     return file.getvalue()

@@ -133,8 +133,8 @@ def check_network(output: Location, manifest: store.RunManifest, config: Config)
     differences = "; ".join(compare_fingerprints(manifest.fingerprint, ours))
     if differences:
         raise StoreMismatchError(
-            f"{output.url}: expected the network and the decoding of its features, found others: {differences}; name "
-            "the file of its weights by --set model.weights=FILE, and set nothing else that changes features"
+            f"{output.url}: expected the network and the decoding of its features, found others: {differences}; "
+            "set model.weights to the file that the run has used, and leave the other settings as they were"
         )
 
 

@@ -102,7 +102,11 @@ class RunResult:
         coordinates = {name: ("image", images[name].astype(object).to_numpy()) for name in images}
         described = {name: self.manifest["model"][name] for name in ("name", "layer", "engine", "sha256")}
         return xarray.DataArray(
-            self.features, coordinates, ("image", "feature"), name="features", attrs={"url": self.output.url, **described}
+            self.features,
+            coordinates,
+            ("image", "feature"),
+            name="features",
+            attrs={"url": self.output.url, **described},
         )
 
     def X_y(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.str_]]:
@@ -175,8 +179,8 @@ class RunResult:
         """
         from fruitdask.pipeline.similar import find_similar, list_queries
 
-        options = {"storage_options": storage_options, "overrides": overrides}
-        return find_similar(self, list_queries(self, photographs, **options), k=k, metric=metric, client=client)
+        queries = list_queries(self, photographs, storage_options=storage_options, overrides=overrides)
+        return find_similar(self, queries, k=k, metric=metric, client=client)
 
     def transform(
         self,
@@ -252,10 +256,12 @@ def read_images(output: Location) -> pd.DataFrame:
     """Read ``path``, ``label``, ``status`` and what else the catalog says, such as ``split``, of all images."""
     catalog, group = store.read_catalog(output), store.open_store(output)
     if catalog is None or group is None:
-        raise OutputError(f"{output.url}: expected the catalog and the features of a run; {store.advise_repair(output)}")
-    status = np.asarray(store.STATUSES)[store.StoredArray(group["status"], output)[:]]
-    others = [name for name in catalog if name not in ("path", "label", *store.VERSION_COLUMNS)]
-    return catalog[["path", "label"]].assign(status=status, **{name: catalog[name] for name in others})
+        raise OutputError(
+            f"{output.url}: expected the catalog and the features of a run; {store.advise_repair(output)}"
+        )
+    images = catalog.drop(columns=list(store.VERSION_COLUMNS))
+    images.insert(2, "status", np.asarray(store.STATUSES)[store.StoredArray(group["status"], output)[:]])
+    return images
 
 
 def open_features(output: Location, *, block_bytes: int = 0) -> tuple["da.Array", npt.NDArray[np.bool_]]:

@@ -242,7 +242,11 @@ def _reduce_features(
 def _take_components(state: RunState, manifest: store.RunManifest) -> store.RunManifest:
     """Take the principal components of the run that is applied, if there is one; this run keeps a copy."""
     applied, location = state.applied, state.output.child(store.COMPONENTS)
-    if applied is None or applied.record.components is None:
+    if applied is None:
+        return manifest
+    # A manifest that was restored after damage does not say so any more.
+    manifest = manifest.change(applied=applied.record, pca=manifest.pca or applied.record.components)
+    if manifest.pca is None:
         return manifest
     if applied.source is not None:
         store.copy_arrays(applied.source.child(store.COMPONENTS), location)
@@ -251,7 +255,7 @@ def _take_components(state: RunState, manifest: store.RunManifest) -> store.RunM
             f"{location.url}: expected the principal components of {applied.record.output}, found none; use fruitdask "
             "apply again"
         )
-    return manifest if manifest.pca is not None else manifest.change(pca=applied.record.components)
+    return manifest
 
 
 def _choose_scheduler(state: RunState, client: Any, stack: ExitStack) -> AbstractContextManager[Any]:

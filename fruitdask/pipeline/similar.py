@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask import store
+from fruitdask.core.config import Config
 from fruitdask.core.listing import find_rows
 from fruitdask.core.storage import Location
 from fruitdask.errors import ConfigError, FruitdaskError, ImageError
@@ -19,6 +20,7 @@ from fruitdask.pipeline.plan import LOCAL_REDUCE_BYTES
 from fruitdask.pipeline.results import RunResult, open_features, read_images
 from fruitdask.report.similar import render_matches
 from fruitdask.report.thumbnails import Thumbnails
+from fruitdask.worker.fetch import Photograph, read_photographs
 
 #: Features are searched in blocks of about this size: what a block costs besides its product is then a small part.
 _BLOCK_BYTES = 64 * 1024**2
@@ -54,7 +56,9 @@ def list_queries(
     failed = inside[(images["status"].iloc[inside] != "ok").to_numpy()]
     if len(failed):
         image = images.iloc[failed[0]]
-        raise ImageError(f"{image['path']}: this image of the run has no features ({image['status']}), see failures.csv")
+        raise ImageError(
+            f"{image['path']}: this image of the run has no features ({image['status']}), see failures.csv"
+        )
     array = open_features(result.output)[0]
     features = np.empty((len(given), array.shape[1]), np.float32)
     if len(inside):
@@ -85,7 +89,7 @@ def find_similar(result: RunResult, queries: Queries, *, k: int, metric: str, cl
     if k < 1:
         raise ConfigError(f"k: expected at least 1 image to find, found {k}")
     features, _ = open_features(result.output, block_bytes=_BLOCK_BYTES)
-    with _choose_scheduler(features.nbytes, client):
+    with _choose_scheduler(int(features.nbytes), client):
         rows, distances = find_nearest(features, queries.features, k=k, metric=metric, own=queries.rows)
     n_queries, k = rows.shape
     found = read_images(result.output).drop(columns="status").iloc[rows.ravel()].reset_index(drop=True)
@@ -94,7 +98,7 @@ def find_similar(result: RunResult, queries: Queries, *, k: int, metric: str, cl
     return found.assign(distance=distances.ravel())[rows.ravel() >= 0].reset_index(drop=True)
 
 
-def render_similar(result: RunResult, queries: Queries, table: pd.DataFrame) -> str:
+def render_similar(result: RunResult, queries: Queries, table: pd.DataFrame, *, overrides: Sequence[str] = ()) -> str:
     """Render queries and results side by side as one HTML file; pictures come from the input, else from thumbnails."""
     thumbnails = Thumbnails(None, max_bytes=_PICTURES_BYTES)
     places = {
@@ -102,8 +106,8 @@ def render_similar(result: RunResult, queries: Queries, table: pd.DataFrame) -> 
         for name, given, row in zip(queries.names, queries.photographs, queries.rows, strict=True)
         if row < 0
     }
-    config = restore_config(store.RunManifest.model_validate(result.manifest))
-    source = Location(config.input.url, attempts=1)
+    config = restore_config(store.RunManifest.model_validate(result.manifest), overrides=overrides)
+    source = Location(config.input.url, config.input.storage_options, attempts=1)
     shown = dict.fromkeys([*(name for name in queries.names if name not in places), *table["path"]])
     pixels = _read_pixels(places | {path: source.child(path) for path in shown}, config)
     stored = result.exploration if len(pixels) < len(places) + len(shown) else None
@@ -118,7 +122,9 @@ def _find_given(given: list[Any], images: pd.DataFrame, result: RunResult) -> np
     """Find the rows of given photographs: of row numbers and paths of the run; -1 for others."""
     rows, n_images = np.full(len(given), -1, np.int64), len(images)
     folder = f"{result.manifest['config']['input']['url'].rstrip('/')}/"
-    paths = {place: str(each) for place, each in enumerate(given) if isinstance(each, str) or hasattr(each, "__fspath__")}
+    paths = {
+        place: str(each) for place, each in enumerate(given) if isinstance(each, str) or hasattr(each, "__fspath__")
+    }
     wanted = pd.Series([path.removeprefix(folder) for path in paths.values()], dtype="str")
     rows[list(paths)] = find_rows(wanted, images["path"])
     for place, each in enumerate(given):
@@ -149,10 +155,8 @@ def _choose_scheduler(n_bytes: int, client: Any) -> AbstractContextManager[Any]:
     return client.as_current()  # type: ignore[no-any-return]
 
 
-def _read_pixels(places: Mapping[str, Location | bytes], config: Any) -> dict[str, npt.NDArray[np.uint8]]:
+def _read_pixels(places: Mapping[str, Photograph], config: Config) -> dict[str, npt.NDArray[np.uint8]]:
     """Read photographs as small squares, without those that cannot be read."""
-    from fruitdask.worker.fetch import read_photographs
-
     source = replace(describe_source(config), decode="fast")
     pixels: dict[str, npt.NDArray[np.uint8]] = {}
     with suppress(FruitdaskError):

@@ -225,5 +225,7 @@ def _check_applied(output: Location, manifest: store.RunManifest, record: store.
     if found is None or found.sha256 != record.sha256:
         theirs = "of its own" if found is None else f"that {found.output} had before"
         raise StoreMismatchError(
-            store.describe_mismatch(output, f"its principal components are those {theirs}, not those of {record.output}")
+            store.describe_mismatch(
+                output, f"its principal components are those {theirs}, not those of {record.output}"
+            )
         )

@@ -20,7 +20,7 @@ def render_matches(table: pd.DataFrame, *, title: str, pictures: Mapping[str, st
     matches = [
         {
             "query": query,
-            "picture": pictures.get(query),
+            "picture": pictures.get(str(query)),
             "rows": [
                 {
                     "path": row["path"],

@@ -134,7 +134,7 @@ def resize_store(output: Location, *, n_images: int, attributes: Mapping[str, An
 
 
 def _consolidate(group: zarr.Group) -> None:
-    """Repeat the metadata of the arrays in that of their group: a reader needs one request, and xarray does not warn."""
+    """Repeat the metadata of the arrays in that of their group, for readers of one request and xarray."""
     with warnings.catch_warnings():
         # Zarr warns that its specification does not have this yet; readers that do not know it skip it.
         warnings.filterwarnings("ignore", "Consolidated metadata", UserWarning)
@@ -251,8 +251,9 @@ def copy_arrays(source: Location, target: Location) -> None:
     arrays = read_arrays(source)
     with explained(source, "read"):
         group = zarr.open_group(**name_store(source), mode="r")
-        dimensions: dict[str, Any] = {name: array.metadata.dimension_names for name, array in group.arrays()}
+        arrays_there: dict[str, Any] = dict(group.arrays())
         attributes = dict(group.attrs)
+    dimensions = {name: array.metadata.dimension_names for name, array in arrays_there.items()}
     write_arrays(target, {name: (values, dimensions[name]) for name, values in arrays.items()}, attributes)
 
 

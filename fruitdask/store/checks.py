@@ -199,7 +199,9 @@ def _compare_descriptions(output: Location, model: Location, name: str, *, may_g
         repeated = (found.get("consolidated_metadata") or expected["consolidated_metadata"])["metadata"]
         arrays = {array: dict(described) for array, described in expected["consolidated_metadata"]["metadata"].items()}
         said = [_compare_arrays(repeated.get(array, {}), arrays[array], may_grow=may_grow) for array in arrays]
-        return f"its consolidated metadata do not describe the run: {', '.join(filter(None, said))}" if any(said) else ""
+        return (
+            f"its consolidated metadata do not describe the run: {', '.join(filter(None, said))}" if any(said) else ""
+        )
     differing = _compare_arrays(found, expected, may_grow=may_grow)
     return f"it does not describe the run: {differing}" if differing else ""
 

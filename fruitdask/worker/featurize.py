@@ -15,7 +15,7 @@ from fruitdask.core.storage import Location
 from fruitdask.errors import StorageError
 from fruitdask.store import OUTCOME_COLUMNS, VERSION_COLUMNS, read_partition, write_partition
 from fruitdask.worker.explore import ExploreJob, Explorer, Findings
-from fruitdask.worker.fetch import Batch, ImageSource, Stopwatch, read_batches, read_photographs
+from fruitdask.worker.fetch import Batch, ImageSource, Photograph, Stopwatch, read_batches, read_photographs
 from fruitdask.worker.models import ModelArtifact, load_predictor, prepare_engine
 from fruitdask.worker.models.artifact import Predictor
 
@@ -79,7 +79,7 @@ def mark_vanished(partition: Partition, output: Location, *, n_features: int) ->
 
 
 def featurize_photographs(
-    photographs: Sequence[tuple[str, Location | bytes]], artifact: ModelArtifact, source: ImageSource
+    photographs: Sequence[tuple[str, Photograph]], artifact: ModelArtifact, source: ImageSource
 ) -> _Stored:
     """Compute the features of photographs of any places in this process, as a task does those of a partition."""
     predict = load_predictor(artifact, n_threads=_count_threads())

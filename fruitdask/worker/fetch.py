@@ -29,6 +29,9 @@ _MAX_BYTES = 64 * 1024**2
 #: Size of uncompressed 16-bit RGBA, and room for metadata; larger files are not read.
 _MAX_BYTES_PER_PIXEL, _MAX_METADATA_BYTES = 8, 64 * 1024**2
 
+#: The file of a photograph, the content of one, or why there is none.
+Photograph = Location | bytes | ImageError
+
 
 @dataclass(frozen=True)
 class ImageSource:
@@ -126,20 +129,24 @@ def read_batches(
 
 
 def read_photographs(
-    photographs: Sequence[tuple[str, Location | bytes]], source: ImageSource, *, input_px: int
+    photographs: Sequence[tuple[str, Photograph]], source: ImageSource, *, input_px: int
 ) -> Iterator[Batch]:
-    """Read and decode photographs of any places, or whose files are in memory, by their names; like `read_batches`."""
+    """Read and decode photographs of any places or in memory, each with its name, as `read_batches` does those of a
+    partition.
+    """
     outcomes, breaker = [Outcome(name, "") for name, _ in photographs], _CircuitBreaker()
     places = {id(outcome): place for outcome, (_, place) in zip(outcomes, photographs, strict=True)}
 
     def fetch(outcome: Outcome) -> None:
         place = places[id(outcome)]
-        if isinstance(place, bytes):
+        if isinstance(place, ImageError):
+            outcome.fail("unreadable", str(place))
+        elif isinstance(place, bytes):
             outcome.data = place
-            return
-        _fetch(outcome, place, place.fs, place.path, source, breaker)
-        if outcome.status == "missing":
-            outcome.error = "there is no such file"
+        else:
+            _fetch(outcome, place, place.fs, place.path, source, breaker)
+            if outcome.status == "missing":
+                outcome.error = "there is no such file"
 
     with ThreadPoolExecutor(source.concurrent_reads) as pool:
         fetched = _fetch_ahead(outcomes, fetch, pool, lambda: None, n_ahead=source.concurrent_reads)
