@@ -19,6 +19,7 @@ import fruitdask
 from fruitdask import store
 from fruitdask.cli import cli
 from fruitdask.core.config import ModelConfig
+from fruitdask.core.storage import Location
 from fruitdask.errors import ConfigError, FruitdaskError, OutputError, StoreMismatchError
 from fruitdask.pipeline.apply import configure as configure_applied
 
@@ -232,6 +233,9 @@ def test_apply_refuses_results_with_other_components(
     store.write_arrays(result.output.child("pca.zarr"), named, {})
     with pytest.raises(StoreMismatchError, match="are those that .* had before, not those of"):
         apply()
+    store.copy_arrays(result.output.child("pca.zarr"), Location(str(tmp_path / "applied" / "pca.zarr")))
+    said = [str(fault) for fault in fruitdask.verify(str(tmp_path / "applied")).faults]
+    assert f"pca.zarr: it is not what {result.output.url} has; the next run reduces" in "".join(said)
     with pytest.raises(ConfigError, match="lies inside input.url"):
         apply(output=str(tmp_path / "new" / "applied"))
 

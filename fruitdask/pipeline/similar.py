@@ -1,5 +1,6 @@
 """Finds the images of a run that are most similar to given photographs, by their features."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
@@ -125,8 +126,13 @@ def _find_given(given: list[Any], images: pd.DataFrame, result: RunResult) -> np
     paths = {
         place: str(each) for place, each in enumerate(given) if isinstance(each, str) or hasattr(each, "__fspath__")
     }
-    wanted = pd.Series([path.removeprefix(folder) for path in paths.values()], dtype="str")
-    rows[list(paths)] = find_rows(wanted, images["path"])
+    for rewrite in (
+        str,
+        lambda path: path.removeprefix(folder),
+        lambda path: os.path.abspath(path).removeprefix(folder),
+    ):
+        left = [place for place in paths if rows[place] < 0]
+        rows[left] = find_rows(pd.Series([rewrite(paths[place]) for place in left], dtype="str"), images["path"])
     for place, each in enumerate(given):
         if isinstance(each, int | np.integer):
             if not 0 <= each < n_images:
