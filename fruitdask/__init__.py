@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from fruitdask.worker.models import build_artifact as build_artifact
     from fruitdask.analysis.evaluation import summarize_quality as summarize_quality
     from fruitdask.analysis.neighbors import find_neighbors as find_neighbors
+    from fruitdask.pipeline.apply import apply as apply
     from fruitdask.pipeline.issues import check as check
     from fruitdask.pipeline.erase import Erasure as Erasure, erase as erase
     from fruitdask.pipeline.explore import explore as explore
+    from fruitdask.pipeline.open import open as open
     from fruitdask.pipeline.plan import Plan as Plan
     from fruitdask.pipeline.report import Report as Report, render_report as render_report
     from fruitdask.pipeline.results import RunResult as RunResult
@@ -39,6 +41,7 @@ _MODULE_OF_NAME = {
     "Report": "pipeline.report",
     "RunResult": "pipeline.results",
     "Verification": "pipeline.verify",
+    "apply": "pipeline.apply",
     "build_artifact": "worker.models",
     "check": "pipeline.issues",
     "choose_progress": "core.progress",
@@ -50,6 +53,7 @@ _MODULE_OF_NAME = {
     "fit_pca": "analysis.reduction",
     "list_images": "store.catalog",
     "load_config": "core.config",
+    "open": "pipeline.open",
     "open_client": "cluster",
     "plan": "pipeline.run",
     "plot_map": "report.figures",

@@ -16,7 +16,9 @@ import pytest
 from runs import configure, draw
 
 import fruitdask
+from fruitdask import store
 from fruitdask.core.config import Config, ModelConfig
+from fruitdask.core.storage import Location
 from fruitdask.errors import FruitdaskError
 
 GOLDEN = Path(__file__).parent / "golden" / "messages.txt"
@@ -102,6 +104,26 @@ def run_after_erasing(scene: Scene) -> None:
     scene.finish()
     fruitdask.erase(scene.configure(), ["pear_1/*"])
     scene.run()
+
+
+def apply_into_another(scene: Scene) -> None:
+    """Apply a run, and write into the results of another one on the same images."""
+    shutil.copytree(scene.finish(), scene.folder / "other")
+    fruitdask.apply(scene.folder / "out", input=str(scene.images), output=str(scene.folder / "other"))
+
+
+def open_an_exploration(scene: Scene) -> None:
+    """Open results that are an exploration alone."""
+    manifest = store.ExplorationManifest(fruitdask="1", status="running", fingerprint={})
+    store.write_manifest(Location(str(scene.folder)), manifest)
+    fruitdask.open(str(scene.folder))
+
+
+def open_unfinished(scene: Scene) -> None:
+    """Open the results of a run that was interrupted before its end."""
+    output = Location(str(scene.finish()))
+    store.write_manifest(output, store.RunManifest.model_validate(fruitdask.open(output.url).manifest).reopen())
+    fruitdask.open(output.url)
 
 
 def run_on_damage(scene: Scene) -> None:
@@ -240,6 +262,21 @@ MISTAKES: dict[str, Callable[[Scene], Any]] = {
         scene.finish(),
         fruitdask.explore(scene.configure(input={"limit": 10})),
     ),
+    "opening nothing": lambda scene: fruitdask.open(str(scene.folder)),
+    "opening an exploration": open_an_exploration,
+    "opening a run that is not finished": open_unfinished,
+    "searching for nothing": lambda scene: fruitdask.open(str(scene.finish())).similar("nope.jpg"),
+    "searching for no photograph": lambda scene: fruitdask.open(str(scene.finish())).similar(b"no photograph"),
+    "searching by no distance": lambda scene: fruitdask.open(str(scene.finish())).similar(0, metric="manhattan"),
+    "searching for no row": lambda scene: fruitdask.open(str(scene.finish())).similar(24),
+    "transforming no image": lambda scene: fruitdask.open(str(scene.finish())).transform([24]),
+    "transforming by another network": lambda scene: fruitdask.open(str(scene.finish())).transform(
+        [], overrides=["model.preprocessing=tf"]
+    ),
+    "applying a run into itself": lambda scene: fruitdask.apply(
+        scene.finish(), input=str(scene.images), output=str(scene.folder / "out")
+    ),
+    "applying a run into another": apply_into_another,
     "report of nothing": lambda scene: fruitdask.render_report(scene.configure()),
     "verification of nothing": lambda scene: fruitdask.verify(str(scene.folder)),
     "erasure from nothing": lambda scene: fruitdask.erase(scene.configure(), ["pear_1/*"]),

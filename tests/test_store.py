@@ -84,7 +84,7 @@ def test_store_opens_with_zarr_dask_and_xarray(tmp_path: Path) -> None:
     group = zarr.open(path, mode="r")
     assert group.metadata.zarr_format == 3 and group["features"].chunks == (2, 3)
     np.testing.assert_array_equal(da.from_zarr(str(path), component="features").compute(), features)
-    dataset = xarray.open_zarr(path, consolidated=False)
+    dataset = xarray.open_zarr(path)
     assert dataset["features"].dims == ("image", "feature")
     np.testing.assert_array_equal(dataset["features"].values, features)
     assert dataset["status"].dtype == np.uint8

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import click
 
+from fruitdask.cli.apply import apply
 from fruitdask.cli.check import check
 from fruitdask.cli.clusters import clusters
 from fruitdask.cli.erase import erase
@@ -15,6 +16,7 @@ from fruitdask.cli.plan import plan
 from fruitdask.cli.policy import iam_policy
 from fruitdask.cli.run import explore, report, run
 from fruitdask.cli.settings import sample, schema, validate
+from fruitdask.cli.similar import similar
 from fruitdask.cli.verify import verify
 from fruitdask.core.version import __version__
 
@@ -32,7 +34,9 @@ def cli() -> None:
     """
 
 
-for _command in (run, plan, explore, report, check, verify, erase, validate, schema, sample, iam_policy, clusters):
+_COMMANDS = (run, plan, explore, report, check, similar, apply, verify, erase)
+_HELPERS = (validate, schema, sample, iam_policy, clusters)
+for _command in _COMMANDS + _HELPERS:
     cli.add_command(_command)
 
 

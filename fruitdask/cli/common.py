@@ -108,7 +108,7 @@ def load(config: str, overrides: tuple[str, ...]) -> "Config":
 
 
 def find_output(output: str) -> tuple[str, dict[str, Any]]:
-    """Find an output folder and its storage options, by its URL or the configuration file of the run."""
+    """Find the output folder that a folder, a URL or a configuration file names, and its storage options."""
     if not Path(output).is_file():
         return output, {}
     config = load(output, ())

@@ -45,7 +45,7 @@ def run(config: str, overrides: tuple[str, ...], overwrite: bool, retry_failed: 
         from fruitdask.pipeline.run import run as run_pipeline
 
         result = run_pipeline(loaded, retry_failed=retry_failed, progress=choose_progress())
-        _print_summary(result)
+        print_summary(result)
 
 
 @click.command()
@@ -93,7 +93,7 @@ def _load_and_prepare(config: str, overrides: tuple[str, ...]) -> "Config":
     return loaded
 
 
-def _print_summary(result: "RunResult") -> None:
+def print_summary(result: "RunResult") -> None:
     """Print the results of a run and their location."""
     from fruitdask.core.listing import format_left_out
     from fruitdask.pipeline.changes import format_changes

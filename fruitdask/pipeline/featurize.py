@@ -113,7 +113,7 @@ def _check_reduction(state: RunState, n_features: int | None = None) -> None:
     from fruitdask.analysis.reduction import MIN_IMAGES, check_n_components, check_solver
 
     settings, n_images = state.config.reduce, state.n_listed
-    if not settings.enabled or n_images < MIN_IMAGES:
+    if state.applied is not None or not settings.enabled or n_images < MIN_IMAGES:
         return
     check_n_components(settings.n_components, n_images=n_images, n_features=n_features)
     if n_features is not None:
@@ -127,6 +127,7 @@ def _begin_output(state: RunState, computation: dict[str, Any], client: Any = No
     if state.config.output.overwrite:
         store.clear_output(state.output)
     before, changes = state.manifest, state.changes
+    applied = state.applied.record if state.applied is not None else None
     n_changed = sum(changes.values()) - changes.get("kept", 0)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     begun = {
@@ -143,6 +144,7 @@ def _begin_output(state: RunState, computation: dict[str, Any], client: Any = No
         "left_out": dict(state.inputs.left_out),
         "processing": computation.get("processing", {}) | describe_processing(state.config.privacy),
         "pca": carry_components(before, n_changed),
+        "applied": applied,
         "cost": state.budget.describe(),
     }
     manifest = store.RunManifest.model_validate(computation | begun)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -11,15 +11,15 @@ import pandas as pd
 
 from fruitdask import store
 from fruitdask.cluster.regions import check_regions, find_regions
-from fruitdask.core.config import URL_KEYS, Config
-from fruitdask.core.fingerprint import DECODING, describe_settings
+from fruitdask.core.config import URL_KEYS, Config, load_config
+from fruitdask.core.fingerprint import DECODING, compare_fingerprints, describe_settings
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.sample import draw_sample
 from fruitdask.core.storage import Location, check_bucket, exists, hide_secrets, pin
-from fruitdask.errors import ConfigError, OutputError
+from fruitdask.errors import ConfigError, OutputError, StoreMismatchError
 from fruitdask.store.catalog import hash_catalog, list_input
 from fruitdask.worker.fetch import ImageSource
-from fruitdask.worker.models import choose_batch_size
+from fruitdask.worker.models import choose_batch_size, fingerprint_model
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,36 @@ def dump_config(config: Config) -> dict[str, Any]:
         if dumped[section][key] is not None:
             dumped[section][key] = hide_secrets(dumped[section][key])
     return dumped
+
+
+def restore_config(
+    manifest: store.RunManifest, *, overrides: Sequence[str] = (), sections: Mapping[str, dict[str, Any]] | None = None
+) -> Config:
+    """Restore the configuration of a run from its manifest, with the engine that ran and other sections or settings.
+
+    Storage options are not recorded, so those that are needed are overrides.
+    """
+    recorded = manifest.config | dict(sections or {})
+    kinds = [str(override).partition("=")[2] for override in overrides if override.startswith("cluster.kind=")]
+    if kinds and kinds[-1] != recorded.get("cluster", {}).get("kind"):
+        # Another kind of cluster has other settings.
+        recorded["cluster"] = {}
+    recorded["model"] = recorded.get("model", {}) | {"engine": manifest.model.engine}
+    return load_config(recorded, overrides=overrides)
+
+
+def check_network(output: Location, manifest: store.RunManifest, config: Config) -> None:
+    """Refuse a network or a decoding that gives other features than those of an output."""
+    ours = {
+        "model": fingerprint_model(config.model),
+        "decoding": describe_settings("featurize", config.featurize, DECODING),
+    }
+    differences = "; ".join(compare_fingerprints(manifest.fingerprint, ours))
+    if differences:
+        raise StoreMismatchError(
+            f"{output.url}: expected the network and the decoding of its features, found others: {differences}; "
+            "set model.weights to the file that the run has used, and leave the other settings as they were"
+        )
 
 
 def _check_places(source: Location, output: Location) -> None:

@@ -85,20 +85,21 @@ def reduce_features(
     *,
     kept: "PrincipalComponents | None",
     fit: dict[str, Any] | None,
+    is_applied: bool = False,
 ) -> Reduction:
     """Fit and apply the reductions to the images with features, and evaluate the features.
 
-    `images` is the catalog.
+    `images` is the catalog. Components of another run (`is_applied`) are kept whatever the images.
     """
     from fruitdask.analysis.reduction import MIN_IMAGES, TSNE_COMPONENTS, embed_tsne, sample_rows
 
     features, is_ok = open_features(output, block_bytes=BLOCK_BYTES)
     rows = np.flatnonzero(is_ok)
     ok = features if is_ok.all() else features[rows]
-    if len(rows) < MIN_IMAGES:
+    if len(rows) < MIN_IMAGES and not is_applied:
         kept = None
     # Kept components are truncated; t-SNE and quality need more of them.
-    needs_fit = kept is None or settings.tsne.enabled or quality_settings.enabled
+    needs_fit = kept is None or (not is_applied and (settings.tsne.enabled or quality_settings.enabled))
     found, problem = _find_components(settings, ok) if needs_fit else (kept, "")
     quality = _measure_quality(quality_settings, ok, images.iloc[rows], found)
     if found is None:

@@ -1,7 +1,7 @@
 """The results of a finished run, read on demand."""
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,13 @@ import pandas as pd
 
 from fruitdask import report, store
 from fruitdask.core.storage import Location, exists
-from fruitdask.errors import OutputError
+from fruitdask.errors import FruitdaskError, OutputError
 from fruitdask.pipeline.report import Report
 from fruitdask.store.exploration import Exploration, read_exploration
 
 if TYPE_CHECKING:
     import dask.array as da
+    import xarray
 
     from fruitdask.analysis.reduction import PrincipalComponents
 
@@ -84,6 +85,166 @@ class RunResult:
         """The page; a notebook shows it in place."""
         return Report(self.output.child(store.PAGE))
 
+    def to_xarray(self) -> "xarray.DataArray":
+        """
+        Return the features with the names of their images.
+
+        Returns
+        -------
+        xarray.DataArray
+            Features (image, feature), float32, lazy; NaN rows for images that failed. Its coordinates along ``image``
+            are ``path``, ``label``, ``status``, and ``split`` and ``group`` where they are configured.
+
+        Raises
+        ------
+        FruitdaskError
+            If xarray is not installed, or the results cannot be read.
+        """
+        try:
+            import xarray
+        except ImportError as error:
+            raise FruitdaskError("to_xarray needs xarray; install it with pip install xarray") from error
+        images = read_images(self.output)
+        coordinates = {name: ("image", images[name].astype(object).to_numpy()) for name in images}
+        described = {name: self.manifest["model"][name] for name in ("name", "layer", "engine", "sha256")}
+        return xarray.DataArray(
+            self.features,
+            coordinates,
+            ("image", "feature"),
+            name="features",
+            attrs={"url": self.output.url, **described},
+        )
+
+    def X_y(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.str_]]:
+        """
+        Return features and labels of the images that have features, ready for scikit-learn.
+
+        Returns
+        -------
+        X : numpy.ndarray
+            Features of shape (n, n_features), float32, in memory.
+        y : numpy.ndarray
+            The label of each row, str; an empty one where an image has none.
+
+        Raises
+        ------
+        StorageError
+            If they cannot be read.
+        """
+        features, is_ok = open_features(self.output)
+        labels = read_images(self.output)["label"].to_numpy(str)
+        found: npt.NDArray[np.float32] = features.compute()
+        return (found, labels) if is_ok.all() else (found[is_ok], labels[is_ok])
+
+    def similar(
+        self,
+        photographs: Any,
+        k: int = 20,
+        metric: str = "cosine",
+        *,
+        client: Any = None,
+        storage_options: Mapping[str, Any] | None = None,
+        overrides: Sequence[str] = (),
+    ) -> pd.DataFrame:
+        """
+        Find the images of the run whose features are nearest to those of some photographs.
+
+        Parameters
+        ----------
+        photographs : str, PathLike, int, bytes, PIL.Image.Image, numpy.ndarray, or a list of these
+            An image of the run by its path or row number; or any photograph: its path or URL, the content of its file,
+            a Pillow image, or pixels (height, width, 3), uint8.
+        k : int
+            Number of images to find for each.
+        metric : str
+            ``cosine`` or ``euclidean``.
+        client : distributed.Client, optional
+            A cluster that searches a large store; by default the threads of this process do.
+        storage_options : Mapping[str, Any], optional
+            Options of the fsspec file system of photographs outside of the run.
+        overrides : Sequence[str]
+            Settings such as ``"model.weights=FILE"`` where a file of the run has moved.
+
+        Returns
+        -------
+        pandas.DataFrame
+            ``query``, ``rank`` from 1, ``path``, ``label``, (``split``, ``group``,) ``distance``.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such row or metric.
+        ImageError
+            If a photograph has no features.
+        StoreMismatchError
+            If the network is not that of the run any more.
+
+        Notes
+        -----
+        Exact, whatever the number of images. An image of the run is not among its own results; its duplicates are.
+        """
+        from fruitdask.pipeline.similar import find_similar, list_queries
+
+        queries = list_queries(self, photographs, storage_options=storage_options, overrides=overrides)
+        return find_similar(self, queries, k=k, metric=metric, client=client)
+
+    def transform(
+        self,
+        photographs: Any,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        overrides: Sequence[str] = (),
+    ) -> tuple[npt.NDArray[np.float32], pd.DataFrame]:
+        """
+        Compute the features of new photographs in this process, and apply the principal components of the run.
+
+        Parameters
+        ----------
+        photographs : str, PathLike, bytes, PIL.Image.Image, numpy.ndarray, or a list of these
+            Paths or URLs, contents of files, Pillow images, or pixels (height, width, 3), uint8.
+        storage_options : Mapping[str, Any], optional
+            Options of the fsspec file system of the photographs.
+        overrides : Sequence[str]
+            Settings such as ``"model.weights=FILE"`` where a file of the run has moved.
+
+        Returns
+        -------
+        features : numpy.ndarray
+            Features of shape (n, n_features), float32; NaN where a photograph cannot be used.
+        table : pandas.DataFrame
+            ``path``, ``status``, ``error``, ``pca_1``, ``pca_2`` ...
+
+        Raises
+        ------
+        StoreMismatchError
+            If the network is not that of the run any more.
+        FruitdaskError
+            If the network cannot be built; a photograph that cannot be used is a row with a status.
+
+        Notes
+        -----
+        The network, its engine, the decoding and the components are those of the run, so an image of the run has the
+        same features here, to 1e-4 relative. Photographs are decoded in this process; a run on a cluster
+        (`fruitdask.apply`) survives files that crash a decoder.
+        """
+        from fruitdask.pipeline.embed import embed_photographs, list_photographs
+
+        features, table = embed_photographs(
+            self.output,
+            store.RunManifest.model_validate(self.manifest),
+            list_photographs(photographs),
+            storage_options=storage_options,
+            overrides=overrides,
+        )
+        components = self.pca
+        if components is not None:
+            is_ok = (table["status"] == "ok").to_numpy()
+            scores = np.full((len(table), len(self.manifest["pca"]["explained_variance_ratio"])), np.nan, np.float32)
+            if is_ok.any():
+                scores[is_ok] = np.asarray(components.transform(features[is_ok]))
+            table = table.assign(**{f"pca_{number}": column for number, column in enumerate(scores.T, start=1)})
+        return features, table
+
     def _repr_html_(self) -> str:
         """Show counts and places in a notebook."""
         classes = pd.DataFrame(self.manifest["counts"]["by_class"]).T.rename_axis("class")
@@ -95,6 +256,18 @@ class RunResult:
             f"variance explained by the first components: {explained}; "
             f"results in <code>{html.escape(self.output.url)}</code></p>{classes.to_html()}"
         )
+
+
+def read_images(output: Location) -> pd.DataFrame:
+    """Read ``path``, ``label``, ``status`` and what else the catalog says, such as ``split``, of all images."""
+    catalog, group = store.read_catalog(output), store.open_store(output)
+    if catalog is None or group is None:
+        raise OutputError(
+            f"{output.url}: expected the catalog and the features of a run; {store.advise_repair(output)}"
+        )
+    images = catalog.drop(columns=list(store.VERSION_COLUMNS))
+    images.insert(2, "status", np.asarray(store.STATUSES)[store.StoredArray(group["status"], output)[:]])
+    return images
 
 
 def open_features(output: Location, *, block_bytes: int = 0) -> tuple["da.Array", npt.NDArray[np.bool_]]:

@@ -9,7 +9,8 @@ from fruitdask import report, store
 from fruitdask.core.config import Config
 from fruitdask.core.guard import leave_imported_script
 from fruitdask.core.progress import RunProgress
-from fruitdask.errors import FruitdaskError, LimitError
+from fruitdask.core.storage import exists
+from fruitdask.errors import FruitdaskError, LimitError, OutputError
 from fruitdask.pipeline.changes import format_changes
 from fruitdask.pipeline.explore import ImageExploration
 from fruitdask.pipeline.featurize import check_failures, compute_features, record_vanished
@@ -20,7 +21,7 @@ from fruitdask.pipeline.record import describe_processing
 from fruitdask.pipeline.reduce import Reduction, choose_components, reduce_features, write_components
 from fruitdask.pipeline.report import render
 from fruitdask.pipeline.results import RunResult, open_features
-from fruitdask.pipeline.state import RunState, prepare
+from fruitdask.pipeline.state import Applied, RunState, prepare
 
 if TYPE_CHECKING:
     from fruitdask.analysis.reduction import PrincipalComponents
@@ -55,10 +56,22 @@ def run(
     FruitdaskError
         If something is wrong; see the subclasses in `fruitdask.errors`.
     """
+    return carry_out(config, retry_failed=retry_failed, client=client, progress=progress)
+
+
+def carry_out(
+    config: Config,
+    *,
+    applied: Applied | None = None,
+    retry_failed: bool = False,
+    client: Any = None,
+    progress: RunProgress | None = None,
+) -> RunResult:
+    """Run the whole pipeline, with principal components of its own or those of another run."""
     leave_imported_script()
     progress = progress or RunProgress()
     with progress, ExitStack() as locks:
-        state = prepare(config, progress, client=client, locks=locks, retry_failed=retry_failed)
+        state = prepare(config, progress, client=client, locks=locks, retry_failed=retry_failed, applied=applied)
         check_failures(state, state.pending.n_failed)
         if config.model.weights == "random":
             progress.say("Warning: model.weights is random; features of an untrained network say little about images.")
@@ -189,10 +202,13 @@ def _reduce_features(
     """Reduce the features and write the tables; returns the manifest of the complete run."""
     progress.begin("Reducing")
     with state.clock.measure("reduce"), _choose_scheduler(state, client, stack):
+        settings, manifest = state.reduce_settings, _take_components(state, manifest)
         fit = manifest.pca.fit.dump() if manifest.pca is not None else None
-        kept = choose_components(state.config.reduce, state.output, fit)
-        images = state.rows.catalog
-        reduction = reduce_features(state.config.reduce, state.config.quality, state.output, images, kept=kept, fit=fit)
+        kept = choose_components(settings, state.output, fit)
+        images, is_applied = state.rows.catalog, state.applied is not None
+        reduction = reduce_features(
+            settings, state.config.quality, state.output, images, kept=kept, fit=fit, is_applied=is_applied
+        )
     if reduction.problem:
         progress.say(reduction.problem)
     progress.begin("Writing results")
@@ -238,6 +254,25 @@ def _check_images(
         issues = find_issues(state.config.check, state.output, state.rows.catalog)
     digests, record = write_issues(state.output, issues)
     return manifest.change(issues=record, digests=manifest.digests | digests)
+
+
+def _take_components(state: RunState, manifest: store.RunManifest) -> store.RunManifest:
+    """Take the principal components of the run that is applied, if there is one; this run keeps a copy."""
+    applied, location = state.applied, state.output.child(store.COMPONENTS)
+    if applied is None:
+        return manifest
+    # A manifest that was restored after damage does not say so any more.
+    manifest = manifest.change(applied=applied.record, pca=manifest.pca or applied.record.components)
+    if manifest.pca is None:
+        return manifest
+    if applied.source is not None:
+        store.copy_arrays(applied.source.child(store.COMPONENTS), location)
+    elif not exists(location):
+        raise OutputError(
+            f"{location.url}: expected the principal components of {applied.record.output}, found none; use fruitdask "
+            "apply again"
+        )
+    return manifest
 
 
 def _choose_scheduler(state: RunState, client: Any, stack: ExitStack) -> AbstractContextManager[Any]:

@@ -6,9 +6,10 @@ from functools import cached_property
 from typing import Any
 
 from fruitdask import store
-from fruitdask.core.config import Config, LocalClusterConfig
+from fruitdask.core.config import Config, LocalClusterConfig, ReduceConfig
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location, exists
+from fruitdask.errors import StoreMismatchError
 from fruitdask.pipeline.budget import Budget, Clock
 from fruitdask.pipeline.changes import PendingWork, Rows, find_pending, order_images
 from fruitdask.pipeline.inputs import Inputs, prepare_inputs, resolve_erasure
@@ -18,6 +19,15 @@ from fruitdask.worker.models import fingerprint_model
 
 #: Sections of the configuration on which the tables depend.
 _REDUCING = ("reduce", "quality", "check")
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A finished run whose principal components another run applies instead of fitting its own."""
+
+    record: store.AppliedRecord
+    #: Its output folder; None if only the copy in the other run's folder is known.
+    source: Location | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,8 @@ class RunState:
     lock: store.OutputLock | None
     #: Whether failed images are computed again.
     retry_failed: bool
+    #: The run whose components are applied; None if this run fits its own.
+    applied: Applied | None = None
 
     @property
     def config(self) -> Config:
@@ -119,6 +131,17 @@ class RunState:
         return {name: found for name, found in hash_groupings(self.rows.catalog).items() if name in self.inputs.catalog}
 
     @property
+    def reduce_settings(self) -> ReduceConfig:
+        """How to reduce the features: components of another run are taken as they are, and are never fitted again."""
+        if self.applied is None:
+            return self.config.reduce
+        components = self.applied.record.components
+        if components is None:
+            return self.config.reduce.model_copy(update={"enabled": False})
+        fitted = components.fit.model_dump(include={"n_components", "solver", "seed"})
+        return self.config.reduce.model_copy(update={"enabled": True, "refit": "never", **fitted})
+
+    @property
     def is_reduced(self) -> bool:
         """Whether it holds the tables that the configuration asks for."""
         manifest = self.manifest
@@ -161,6 +184,7 @@ def prepare(
     client: Any = None,
     locks: ExitStack | None = None,
     retry_failed: bool = False,
+    applied: Applied | None = None,
 ) -> RunState:
     """Check everything that can be checked before anything is started."""
     clock = Clock()
@@ -173,6 +197,10 @@ def prepare(
         lock = locks.enter_context(store.locked(output))
         resolve_erasure(inputs, progress)
     manifest = store.check_output(output, fingerprint, overwrite=config.output.overwrite, may_grow=True)
+    if applied is not None and manifest is not None:
+        _check_applied(output, manifest, applied.record)
+    elif manifest is not None and manifest.applied is not None:
+        applied = Applied(manifest.applied)
     has_store = manifest is not None and store.open_store(output) is not None
     return RunState(
         inputs=inputs,
@@ -195,4 +223,20 @@ def prepare(
         clock=clock,
         lock=lock,
         retry_failed=retry_failed,
+        applied=applied,
     )
+
+
+def _check_applied(output: Location, manifest: store.RunManifest, record: store.AppliedRecord) -> None:
+    """Refuse an output with other components than those that are to be applied."""
+    found = manifest.applied
+    if found is None and not manifest.is_complete:
+        # It was restored after damage.
+        return
+    if found is None or found.sha256 != record.sha256:
+        theirs = "of its own" if found is None else f"that {found.output} had before"
+        raise StoreMismatchError(
+            store.describe_mismatch(
+                output, f"its principal components are those {theirs}, not those of {record.output}"
+            )
+        )

@@ -255,6 +255,11 @@ def _check_results(run: StoredRun, totals: Totals, found: _Findings, progress: R
             f"{store.COMPONENTS} was not compared with the features, because some were computed after it was fitted"
         )
         return
+    if manifest.applied is not None:
+        found.notes.append(f"{store.COMPONENTS} was not compared with the features: it is of {manifest.applied.output}")
+        if run.components is not None and store.hash_arrays(output.child(store.COMPONENTS)) != manifest.applied.sha256:
+            found.faults.append(Fault(store.COMPONENTS, f"it is not what {manifest.applied.output} has", "reduce"))
+        return
     progress.begin("Verifying principal components")
     found.faults += check_components(run)
 

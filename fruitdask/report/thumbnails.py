@@ -34,21 +34,21 @@ class Thumbnails:
             return None
         return self.encode_pixels(self._exploration.thumbnails[place])
 
-    def encode_pixels(self, pixels: npt.NDArray[np.uint8]) -> str | None:
+    def encode_pixels(self, pixels: npt.NDArray[np.uint8], *, max_px: int = _MAX_PX) -> str | None:
         """Encode a picture, (height, width, 3) uint8, on the same budget."""
-        encoded = _encode_webp(pixels)
+        encoded = _encode_webp(pixels, max_px)
         if len(encoded) > self._left_bytes:
             return None
         self._left_bytes -= len(encoded)
         return encoded
 
 
-def _encode_webp(pixels: npt.NDArray[np.uint8]) -> str:
+def _encode_webp(pixels: npt.NDArray[np.uint8], max_px: int) -> str:
     """Encode pixels as WebP in Base64."""
     from PIL import Image
 
     image = Image.fromarray(pixels)
-    image.thumbnail((_MAX_PX, _MAX_PX))
+    image.thumbnail((max_px, max_px))
     file = io.BytesIO()
     image.save(file, "WEBP", quality=_QUALITY, method=4)
     return base64.b64encode(file.getvalue()).decode("ascii")

@@ -2,9 +2,11 @@
 
 from fruitdask.store.arrays import (
     StoredArray,
+    copy_arrays,
     create_store,
     create_thumbnails,
     delete_thumbnails,
+    hash_arrays,
     open_store,
     open_thumbnails,
     read_arrays,
@@ -71,5 +73,5 @@ from fruitdask.store.manifests import (
     write_manifest,
 )
 from fruitdask.store.outcomes import list_committed, read_outcomes, read_rows
-from fruitdask.store.schema import ExplorationManifest, IssuesRecord, RunManifest, is_intact
+from fruitdask.store.schema import AppliedRecord, ExplorationManifest, IssuesRecord, RunManifest, is_intact
 from fruitdask.store.tables import read_table, write_table

@@ -1,5 +1,7 @@
 """Arrays, in Zarr: features and statuses of a run, thumbnails of an exploration, small ones such as components."""
 
+import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -102,6 +104,7 @@ def create_store(
             dimension_names=("image",),
             attributes={"flag_values": list(range(len(STATUSES))), "flag_meanings": " ".join(STATUSES)},
         )
+        _consolidate(group)
 
 
 def open_store(output: Location) -> zarr.Group | None:
@@ -110,7 +113,8 @@ def open_store(output: Location) -> zarr.Group | None:
     with explained(location, "read", remedy=advise_repair(output)):
         if not exists(location.child("status", "zarr.json")):
             return None
-        group = zarr.open_group(**name_store(location), mode="r")
+        # The arrays' own metadata, so that damage to them is found.
+        group = zarr.open_group(**name_store(location), mode="r", use_consolidated=False)
         for name in ("features", "status"):
             group[name]
     check_format(group.attrs, location.url)
@@ -121,10 +125,20 @@ def resize_store(output: Location, *, n_images: int, attributes: Mapping[str, An
     """Make room for more images behind those that are there; an interrupted resizing is completed."""
     location = output.child(FEATURES)
     with explained(location, "write"):
-        group: Any = zarr.open_group(**name_store(location), mode="r+")
+        # Consolidated metadata are stale as soon as an array is resized: they are left out and written last.
+        group: Any = zarr.open_group(**name_store(location), mode="r+", use_consolidated=False)
         for array in (group["features"], group["status"]):
             array.resize((n_images, *array.shape[1:]))
         group.attrs.update(seal(dict(group.attrs) | dict(attributes)))
+        _consolidate(group)
+
+
+def _consolidate(group: zarr.Group) -> None:
+    """Repeat the metadata of the arrays in that of their group, for readers of one request and xarray."""
+    with warnings.catch_warnings():
+        # Zarr warns that its specification does not have this yet; readers that do not know it skip it.
+        warnings.filterwarnings("ignore", "Consolidated metadata", UserWarning)
+        zarr.consolidate_metadata(group.store, path=group.path, zarr_format=3)
 
 
 def read_partition(output: Location, *, index: int, start: int) -> tuple[npt.NDArray[np.float32], pd.DataFrame] | None:
@@ -155,7 +169,8 @@ def write_partition(
     rows = slice(start, start + len(features))
     with explained(location, "write"):
         try:
-            group: Any = zarr.open_group(**name_store(location), mode="r+")
+            # Naming the format saves the requests by which Zarr looks for its older one.
+            group: Any = zarr.open_group(**name_store(location), mode="r+", zarr_format=3)
         except FileNotFoundError as error:
             raise StorageError(
                 f"cannot write {location.url}: it no longer exists, so it or its bucket was deleted; "
@@ -229,6 +244,25 @@ def read_arrays(location: Location) -> dict[str, npt.NDArray[Any]]:
             if array.nchunks_initialized < array.nchunks:
                 raise ValueError(f"chunks of {name} are missing")
         return {name: np.asarray(array[...]) for name, array in arrays.items()}
+
+
+def copy_arrays(source: Location, target: Location) -> None:
+    """Copy a group of small arrays."""
+    arrays = read_arrays(source)
+    with explained(source, "read"):
+        group = zarr.open_group(**name_store(source), mode="r")
+        arrays_there: dict[str, Any] = dict(group.arrays())
+        attributes = dict(group.attrs)
+    dimensions = {name: array.metadata.dimension_names for name, array in arrays_there.items()}
+    write_arrays(target, {name: (values, dimensions[name]) for name, values in arrays.items()}, attributes)
+
+
+def hash_arrays(location: Location) -> str:
+    """Hash the values of a group of small arrays."""
+    digest = hashlib.sha256()
+    for name, values in sorted(read_arrays(location).items()):
+        digest.update(f"{name} {values.dtype} {values.shape} ".encode() + values.tobytes())
+    return digest.hexdigest()
 
 
 def name_store(location: Location) -> dict[str, Any]:

@@ -193,11 +193,25 @@ def _compare_descriptions(output: Location, model: Location, name: str, *, may_g
         return describe_damage(error)
     if name == "zarr.json":
         is_whole = "fingerprint" in found["attributes"] and is_intact(found["attributes"])
-        return "" if is_whole else "its attributes do not match their checksum"
-    if may_grow and found["shape"][0] < expected["shape"][0]:
-        found["shape"] = (expected["shape"][0], *found["shape"][1:])
-    differing = [key for key in expected if found.get(key) != expected[key]]
-    return f"it does not describe the run: {', '.join(differing)}" if differing else ""
+        if not is_whole:
+            return "its attributes do not match their checksum"
+        # What was written before there were consolidated metadata is as good without.
+        repeated = (found.get("consolidated_metadata") or expected["consolidated_metadata"])["metadata"]
+        arrays = {array: dict(described) for array, described in expected["consolidated_metadata"]["metadata"].items()}
+        said = [_compare_arrays(repeated.get(array, {}), arrays[array], may_grow=may_grow) for array in arrays]
+        return (
+            f"its consolidated metadata do not describe the run: {', '.join(filter(None, said))}" if any(said) else ""
+        )
+    differing = _compare_arrays(found, expected, may_grow=may_grow)
+    return f"it does not describe the run: {differing}" if differing else ""
+
+
+def _compare_arrays(found: dict[str, Any], expected: dict[str, Any], *, may_grow: bool) -> str:
+    """Name the entries of the metadata of an array that differ; one that may grow may have fewer rows."""
+    shape = tuple(found.get("shape", ()))
+    if may_grow and shape[:1] < expected["shape"][:1]:
+        found = found | {"shape": (*expected["shape"][:1], *shape[1:])}
+    return ", ".join(key for key in expected if found.get(key) != expected[key])
 
 
 def _read_description(output: Location, name: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fruitdask.store.arrays import StoredArray, create_store, open_store, write_
 from fruitdask.store.catalog import read_catalog, write_catalog
 from fruitdask.store.checks import find_strays
 from fruitdask.store.layout import (
+    COMPONENTS,
     EXPLORATION_NAMES,
     FEATURES,
     MANIFEST,
@@ -72,8 +73,9 @@ def finish_erasing(output: Location) -> None:
     if manifest is None:
         return
     if manifest.status == "erasing":
+        kept = (STAGING, MANIFEST) if manifest.applied is None else (STAGING, MANIFEST, COMPONENTS)
         for name in EXPLORATION_NAMES + RUN_NAMES:
-            if name not in (STAGING, MANIFEST):
+            if name not in kept:
                 delete_result(output, name)
         delete_strays(output)
         for name in (FEATURES, PARTITIONS):

@@ -104,6 +104,16 @@ class IssuesRecord(Record):
     exploration: str | None = None
 
 
+class AppliedRecord(Record):
+    """The finished run whose network and principal components are applied to other images."""
+
+    output: str
+    finished: str
+    #: Its principal components, and a hash of their values; None if it has none.
+    components: ComponentsRecord | None = None
+    sha256: str | None = None
+
+
 class DuplicatesRecord(Record):
     """Groups of images that are the same, or nearly."""
 
@@ -213,6 +223,7 @@ class RunManifest(Manifest):
     erasures: tuple[ErasureRecord, ...] = ()
     counts: CountsRecord | None = None
     pca: ComponentsRecord | None = None
+    applied: AppliedRecord | None = None
     issues: IssuesRecord | None = None
     #: SHA-256 of the splits and groups of the images, as far as they are configured.
     groupings: dict[str, str] = {}
@@ -278,7 +289,10 @@ class RunManifest(Manifest):
         return self.change(presented=mark, config=self.config | dict(config))
 
     def begin_erasing(self, *, n_kept: int, catalog: str, erasure: ErasureRecord) -> Self:
-        """Return the manifest of a run without its results, from which images are being erased."""
+        """Return the manifest of a run without its results, from which images are being erased; components of another
+        run do not depend on them.
+        """
+        results = ("counts", "issues", "presented", "finished", *(("pca",) if self.applied is None else ()))
         return self.change(
             status="erasing",
             n_images=n_kept,
@@ -286,7 +300,7 @@ class RunManifest(Manifest):
             erasures=(*self.erasures, erasure),
             digests={},
             groupings={},
-            **dict.fromkeys(("counts", "pca", "issues", "presented", "finished")),
+            **dict.fromkeys(results),
         )
 
     def end_erasing(self) -> Self:

@@ -1,6 +1,7 @@
 """Featurize the images of one partition on a worker."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +15,9 @@ from fruitdask.core.storage import Location
 from fruitdask.errors import StorageError
 from fruitdask.store import OUTCOME_COLUMNS, VERSION_COLUMNS, read_partition, write_partition
 from fruitdask.worker.explore import ExploreJob, Explorer, Findings
-from fruitdask.worker.fetch import Batch, ImageSource, Stopwatch, read_batches
+from fruitdask.worker.fetch import Batch, ImageSource, Photograph, Stopwatch, read_batches, read_photographs
 from fruitdask.worker.models import ModelArtifact, load_predictor, prepare_engine
+from fruitdask.worker.models.artifact import Predictor
 
 #: Features and outcomes of a committed partition.
 _Stored = tuple[npt.NDArray[np.float32], pd.DataFrame]
@@ -76,6 +78,19 @@ def mark_vanished(partition: Partition, output: Location, *, n_features: int) ->
     _store(partition, output, np.empty((0, n_features), np.float32), nothing, before)
 
 
+def featurize_photographs(
+    photographs: Sequence[tuple[str, Photograph]], artifact: ModelArtifact, source: ImageSource
+) -> _Stored:
+    """Compute the features of photographs of any places in this process, as a task does those of a partition."""
+    predict = load_predictor(artifact, n_threads=_count_threads())
+    features = np.full((len(photographs), artifact.n_features), np.nan, np.float32)
+    rows = list[list[str]]()
+    for batch in read_photographs(photographs, source, input_px=artifact.input_px):
+        _predict(batch, predict, features)
+        rows += [[outcome.path, outcome.status, outcome.error] for outcome in batch.outcomes]
+    return features, pd.DataFrame(rows, columns=["path", "status", "error"])
+
+
 def prepare_workers(client: Any, engine: str) -> list[Any]:
     """Let every worker import an engine in the background."""
     return [
@@ -103,8 +118,7 @@ def _featurize(
             with watch.measure("explore"):
                 explorer.add(batch)
         with watch.measure("predict"):
-            if batch.rows:
-                features[batch.start + np.asarray(batch.rows)] = _check_finite(predict(batch.pixels), batch)
+            _predict(batch, predict, features)
         rows += [[getattr(outcome, column) for column in OUTCOME_COLUMNS] for outcome in batch.outcomes]
     table, findings = pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)), None
     if is_stored:
@@ -174,6 +188,12 @@ def _count_threads() -> int:
         return int(get_worker().state.nthreads)
     except ValueError:
         return int(CPU_COUNT)
+
+
+def _predict(batch: Batch, predict: Predictor, features: npt.NDArray[np.float32]) -> None:
+    """Compute the features of the decoded images of a batch, into their rows."""
+    if batch.rows:
+        features[batch.start + np.asarray(batch.rows)] = _check_finite(predict(batch.pixels), batch)
 
 
 def _check_finite(features: npt.NDArray[np.float32], batch: Batch) -> npt.NDArray[np.float32]:

@@ -3,10 +3,11 @@
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -27,6 +28,9 @@ _CIRCUIT_BREAKER_SECONDS = 60
 _MAX_BYTES = 64 * 1024**2
 #: Size of uncompressed 16-bit RGBA, and room for metadata; larger files are not read.
 _MAX_BYTES_PER_PIXEL, _MAX_METADATA_BYTES = 8, 64 * 1024**2
+
+#: The file of a photograph, the content of one, or why there is none.
+Photograph = Location | bytes | ImageError
 
 
 @dataclass(frozen=True)
@@ -119,17 +123,52 @@ def read_batches(
             "crashed", "every process that read this image died: it needs too much memory or crashes a decoder"
         )
     with ThreadPoolExecutor(source.concurrent_reads) as pool:
-        fetched = _fetch_ahead(outcomes, source, pool, on_asked)
-        start = 0
-        while start < len(outcomes):
-            with watch.measure("fetch"):
-                batch = list(_take_batch(fetched, source.batch_size))
-            with watch.measure("decode"):
-                rows, pixels = _decode(batch, source, input_px)
-            yield Batch(start, batch, rows, pixels)
-            for outcome in batch:
-                outcome.data = b""
-            start += len(batch)
+        fetch = partial(_fetch_listed, source=source, fs=source.location.fs, breaker=_CircuitBreaker())
+        fetched = _fetch_ahead(outcomes, fetch, pool, on_asked, n_ahead=source.concurrent_reads)
+        yield from _decode_batches(fetched, source, input_px, watch)
+
+
+def read_photographs(
+    photographs: Sequence[tuple[str, Photograph]], source: ImageSource, *, input_px: int
+) -> Iterator[Batch]:
+    """Read and decode photographs of any places or in memory, each with its name, as `read_batches` does those of a
+    partition.
+    """
+    outcomes, breaker = [Outcome(name, "") for name, _ in photographs], _CircuitBreaker()
+    places = {id(outcome): place for outcome, (_, place) in zip(outcomes, photographs, strict=True)}
+
+    def fetch(outcome: Outcome) -> None:
+        place = places[id(outcome)]
+        if isinstance(place, ImageError):
+            outcome.fail("unreadable", str(place))
+        elif isinstance(place, bytes):
+            outcome.data = place
+        else:
+            _fetch(outcome, place, place.fs, place.path, source, breaker)
+            if outcome.status == "missing":
+                outcome.error = "there is no such file"
+
+    with ThreadPoolExecutor(source.concurrent_reads) as pool:
+        fetched = _fetch_ahead(outcomes, fetch, pool, lambda: None, n_ahead=source.concurrent_reads)
+        yield from _decode_batches(fetched, source, input_px, Stopwatch())
+
+
+def _decode_batches(
+    fetched: Iterator[Outcome], source: ImageSource, input_px: int, watch: Stopwatch
+) -> Iterator[Batch]:
+    """Decode what was read, batch by batch."""
+    start = 0
+    while True:
+        with watch.measure("fetch"):
+            batch = list(_take_batch(fetched, source.batch_size))
+        if not batch:
+            return
+        with watch.measure("decode"):
+            rows, pixels = _decode(batch, source, input_px)
+        yield Batch(start, batch, rows, pixels)
+        for outcome in batch:
+            outcome.data = b""
+        start += len(batch)
 
 
 def _take_batch(fetched: Iterator[Outcome], batch_size: int) -> Iterator[Outcome]:
@@ -143,13 +182,18 @@ def _take_batch(fetched: Iterator[Outcome], batch_size: int) -> Iterator[Outcome
 
 
 def _fetch_ahead(
-    outcomes: list[Outcome], source: ImageSource, pool: ThreadPoolExecutor, on_asked: Callable[[], None]
+    outcomes: list[Outcome],
+    fetch: Callable[[Outcome], None],
+    pool: ThreadPoolExecutor,
+    on_asked: Callable[[], None],
+    *,
+    n_ahead: int,
 ) -> Iterator[Outcome]:
     """Read files in order, some ahead of use, so that they arrive while others are decoded."""
-    fs, waiting, breaker = source.location.fs, deque[tuple[Outcome, Future[None]]](), _CircuitBreaker()
+    waiting = deque[tuple[Outcome, "Future[None]"]]()
     for outcome in outcomes:
-        waiting.append((outcome, pool.submit(_fetch, outcome, fs, source, breaker)))
-        while len(waiting) > source.concurrent_reads or (
+        waiting.append((outcome, pool.submit(fetch, outcome)))
+        while len(waiting) > n_ahead or (
             len(waiting) > 1 and sum(ahead.n_bytes for ahead, _ in waiting if ahead.status == "ok") > _MAX_BYTES
         ):
             yield _wait(*waiting.popleft())
@@ -181,18 +225,25 @@ class _CircuitBreaker:
         self._failing_since = None if is_read else self._failing_since or time.monotonic()
 
 
-def _fetch(outcome: Outcome, fs: Any, source: ImageSource, breaker: _CircuitBreaker) -> None:
+def _fetch_listed(outcome: Outcome, source: ImageSource, fs: Any, breaker: _CircuitBreaker) -> None:
+    """Read a file of the catalog, unless it has failed already."""
+    if outcome.status == "ok":
+        root = source.location
+        _fetch(outcome, root.child(outcome.path), fs, root.locate(outcome.path), source, breaker)
+
+
+def _fetch(
+    outcome: Outcome, place: Location, fs: Any, path: str, source: ImageSource, breaker: _CircuitBreaker
+) -> None:
     """Read one file, retrying unless it is missing, damaged or forbidden, or the circuit breaker is open."""
-    if outcome.status != "ok":
-        return
-    root, cause = source.location, ""
+    cause = ""
     while outcome.attempts < source.fetch_attempts and not (outcome.attempts and breaker.is_open):
         if outcome.attempts:
             longest = min(_FIRST_BACKOFF_SECONDS * 2 ** (outcome.attempts - 1), _MAX_BACKOFF_SECONDS)
             time.sleep(random.uniform(0, longest))
         outcome.attempts += 1
         try:
-            outcome.data = fs.cat_file(root.locate(outcome.path))
+            outcome.data = fs.cat_file(path)
             return breaker.record(is_read=True)
         except FileNotFoundError:
             return outcome.fail("missing", "the file was in the listing, but has been deleted since")
@@ -206,7 +257,7 @@ def _fetch(outcome: Outcome, fs: Any, source: ImageSource, breaker: _CircuitBrea
             if isinstance(error, PermissionError):
                 break
             breaker.record(is_read=False)
-    outcome.fail("unreachable", hide_secrets(f"cannot read {root.child(outcome.path).url}: {cause}"))
+    outcome.fail("unreachable", hide_secrets(f"cannot read {place.url}: {cause}"))
 
 
 def _decode(batch: list[Outcome], source: ImageSource, input_px: int) -> tuple[list[int], npt.NDArray[np.uint8]]:

@@ -1,0 +1,51 @@
+"""The command that applies a finished run to other images."""
+
+import click
+
+from fruitdask.cli.common import find_output, overwrite_option, reported, set_option, verbose_option
+from fruitdask.cli.run import print_summary
+
+
+@click.command()
+@click.argument("output")
+@click.option("--input", "source", required=True, metavar="URL", help="Folder or URL of the other images.")
+@click.option("--output", "target", required=True, metavar="URL", help="Folder or URL for their results.")
+@set_option
+@overwrite_option
+@click.option("--retry-failed", is_flag=True, help="Retry images that failed in earlier runs.")
+@verbose_option
+def apply(
+    output: str,
+    source: str,
+    target: str,
+    overrides: tuple[str, ...],
+    overwrite: bool,
+    retry_failed: bool,
+    verbose: bool,
+) -> None:
+    """Apply the finished run in OUTPUT to other images: the same network, decoding and principal components.
+
+    OUTPUT is a folder or URL, or the configuration file of the run, for its storage options. The other settings are
+    those of that run, as far as --set does not change them, but t-SNE and quality are off. Storage options and other
+    settings that may hold secrets are not recorded: give them again by --set. The images need no labels.
+
+    Run it again after an interruption, or after images were added, changed or removed: it reuses stored results, and
+    never fits components again.
+    """
+    from fruitdask.core.progress import choose_progress
+
+    overrides += ("output.overwrite=true",) if overwrite else ()
+    again = "stored results are kept, run the same command again to resume" + ", without --overwrite" * overwrite
+    with reported(verbose=verbose, again=again):
+        url, options = find_output(output)
+        from fruitdask.cluster import prepare_local
+        from fruitdask.pipeline.apply import configure, describe_applied
+        from fruitdask.pipeline.open import open as open_result
+        from fruitdask.pipeline.run import carry_out
+
+        result = open_result(url, storage_options=options)
+        config = configure(result, input=source, output=target, overrides=overrides)
+        if config.cluster.kind == "local":
+            prepare_local()
+        applied = describe_applied(result)
+        print_summary(carry_out(config, applied=applied, retry_failed=retry_failed, progress=choose_progress()))
