@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask import report, store
-from fruitdask.core.storage import Location, exists
+from fruitdask.core.storage import Location, exists, explained
 from fruitdask.errors import OutputError
 from fruitdask.pipeline.report import Report
 from fruitdask.store.exploration import Exploration, read_exploration
@@ -18,7 +18,7 @@ from fruitdask.store.exploration import Exploration, read_exploration
 if TYPE_CHECKING:
     import dask.array as da
 
-    from fruitdask.analysis.reduction import PrincipalComponents
+    from fruitdask.analysis.pca import PCA
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,9 @@ class RunResult:
         return open_features(self.output)[0]
 
     @property
-    def pca(self) -> "PrincipalComponents | None":
-        """The fitted principal components; None if ``reduce.enabled`` is false or none are possible."""
-        from fruitdask.analysis.reduction import PrincipalComponents
-
-        location = self.output.child(store.COMPONENTS)
-        if not exists(location):
-            return None
-        return PrincipalComponents(**store.read_arrays(location))
+    def pca(self) -> "PCA | None":
+        """The fitted `fruitdask.PCA`; None if ``reduce.enabled`` is false or no components are possible."""
+        return open_components(self.output, self.manifest.get("pca", {}).get("fit", {}))
 
     @property
     def exploration(self) -> Exploration | None:
@@ -89,6 +84,18 @@ class RunResult:
             f"variance explained by the first components: {explained}; "
             f"results in <code>{html.escape(self.output.url)}</code></p>{classes.to_html()}"
         )
+
+
+def open_components(output: Location, fit: Mapping[str, Any]) -> "PCA | None":
+    """Open the principal components of a run, if it has any; `fit` says how they were fitted."""
+    location = output.child(store.COMPONENTS)
+    if not exists(location):
+        return None
+    from fruitdask.analysis.pca import restore_pca
+
+    arrays = store.read_arrays(location)
+    with explained(location, "read", remedy=store.advise_repair(output)):
+        return restore_pca(arrays, fit)
 
 
 def open_features(output: Location, *, block_bytes: int = 0) -> tuple["da.Array", npt.NDArray[np.bool_]]:

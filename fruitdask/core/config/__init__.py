@@ -17,6 +17,8 @@ from fruitdask.core.config.sections import (
     ModelConfig,
     QualityConfig,
     ReduceConfig,
+    Solver,
+    rename_solver,
 )
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "ModelConfig",
     "QualityConfig",
     "ReduceConfig",
+    "Solver",
     "build_schema",
     "load_config",
+    "rename_solver",
 ]
