@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from fruitdask.pipeline.verify import Verification as Verification, verify as verify
     from fruitdask.report.figures import plot_map as plot_map
     from fruitdask.core.progress import choose_progress as choose_progress
-    from fruitdask.analysis.reduction import embed_tsne as embed_tsne, fit_pca as fit_pca
+    from fruitdask.analysis.pca import PCA as PCA
+    from fruitdask.analysis.reduction import embed_tsne as embed_tsne
     from fruitdask.core.sample import draw_sample as draw_sample
 
 _MODULE_OF_NAME = {
@@ -37,6 +38,7 @@ _MODULE_OF_NAME = {
     "Erasure": "pipeline.erase",
     "Exploration": "store.exploration",
     "FruitdaskError": "errors",
+    "PCA": "analysis.pca",
     "Plan": "pipeline.plan",
     "Report": "pipeline.report",
     "RunResult": "pipeline.results",
@@ -50,7 +52,6 @@ _MODULE_OF_NAME = {
     "erase": "pipeline.erase",
     "explore": "pipeline.explore",
     "find_neighbors": "analysis.neighbors",
-    "fit_pca": "analysis.reduction",
     "list_images": "store.catalog",
     "load_config": "core.config",
     "open": "pipeline.open",

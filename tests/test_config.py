@@ -89,7 +89,7 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
         "reduce": {
             "enabled": True,
             "n_components": 2,
-            "solver": "exact",
+            "solver": "covariance_eigh",
             "seed": 0,
             "refit": "auto",
             "tsne": {"enabled": False, "max_rows": 5000, "perplexity": 30.0, "seed": 0},
@@ -656,7 +656,7 @@ def test_load_config_keeps_n_components_as_written(value: float) -> None:
         ({"n_components": 2.5}, r"reduce: n_components must be an integer, or a fraction between 0 and 1, not 2\.5"),
         (
             {"n_components": 0.8, "solver": "randomized"},
-            r"reduce: a fraction as n_components needs .* use solver: exact",
+            r"reduce: a fraction as n_components needs .* use solver: covariance_eigh",
         ),
     ],
     ids=["zero", "negative", "negative fraction", "one as a float", "above one", "randomized fraction"],

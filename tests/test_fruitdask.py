@@ -1,13 +1,28 @@
 """The package's face: what an import costs, and that every public name is there."""
 
+import configparser
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import fruitdask
 
-HEAVY = {"tensorflow", "keras", "matplotlib", "distributed", "dask", "pandas", "numpy", "zarr", "sklearn", "bokeh"}
+HEAVY = {
+    "tensorflow",
+    "keras",
+    "matplotlib",
+    "distributed",
+    "dask",
+    "pandas",
+    "numpy",
+    "zarr",
+    "sklearn",
+    "dask_ml",
+    "bokeh",
+}
 
 
 @pytest.mark.parametrize(
@@ -32,3 +47,12 @@ def test_public_name_is_there(name: str) -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'pineapple'"):
         fruitdask.pineapple
+
+
+@pytest.mark.parametrize("name", ["dask", "dask-cloudprovider", "dask-ml", "pillow", "s3fs", "tensorflow", "zarr"])
+def test_what_a_run_needs_comes_with_the_package(name: str) -> None:
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    found = {re.split(r"[\[>=]", line)[0]: line for line in setup["options"]["install_requires"].split()}
+    assert name in found
+    assert name != "dask" or "distributed" in found[name]

@@ -17,7 +17,7 @@ from runs import EXTRAS, ON, Finish, MakeConfig, configure
 
 import fruitdask
 from fruitdask import store
-from fruitdask.analysis.reduction import fit_pca
+from fruitdask.analysis.pca import PCA
 from fruitdask.core.config import Config, EC2ClusterConfig, ModelConfig
 from fruitdask.core.progress import choose_progress
 from fruitdask.core.storage import Location
@@ -215,8 +215,22 @@ def test_run_reduces_again_without_a_cluster_when_only_that_changed(
     monkeypatch.setattr(budget, "open_client", lambda config: pytest.fail("a cluster was started"))
     result = fruitdask.run(make_config(reduce={"n_components": 0.999}))
     assert result.n_computed == 0
-    assert result.pca.n_components == result.manifest["pca"]["n_components"] > 2
-    assert result.pca.explained_variance_ratio.sum() > 0.999
+    assert result.pca.n_components_ == result.manifest["pca"]["n_components"] > 2
+    assert result.pca.explained_variance_ratio_.sum() > 0.999
+
+
+@pytest.mark.parametrize("solver", ["full", "tsqr", "randomized"])
+def test_run_reduces_with_the_solvers_of_dask_ml(make_config: MakeConfig, finish: Finish, solver: str) -> None:
+    before = finish(make_config())
+    expected = sklearn.decomposition.PCA(2, svd_solver="full").fit(before.features.compute().astype(np.float64))
+    config = make_config(reduce={"solver": solver, "seed": 3})
+    pca = fruitdask.run(config).pca
+    assert before.pca.svd_solver == "covariance_eigh" and (pca.svd_solver, pca.random_state) == (solver, 3)
+    for found in (before.pca, pca):
+        np.testing.assert_allclose(found.components_, expected.components_, atol=1e-6)
+        np.testing.assert_allclose(found.noise_variance_, expected.noise_variance_, rtol=1e-6)
+        assert (found.n_samples_, found.n_components_) == (expected.n_samples_, expected.n_components_)
+    assert fruitdask.verify(config.output.url).is_well
 
 
 def test_run_reduces_large_features_on_the_cluster(
@@ -270,7 +284,7 @@ def test_each_stage_works_by_itself_on_a_client(
     for partition in split_catalog(catalog, 10):
         featurize_partition(partition, artifact, FeaturizeJob(source, output))
     features = da.from_zarr(str(tmp_path / "mine" / "features.zarr"), component="features")
-    assert fruitdask.fit_pca(features, n_components=2).n_components == 2
+    assert fruitdask.PCA(2).fit(features).n_components_ == 2
 
 
 @pytest.mark.slow
@@ -392,7 +406,7 @@ def test_interrupted_writing_is_mended_by_the_next_run(
             fruitdask.run(make_config(reduce={"n_components": 3}), client=client)
     result = fruitdask.run(make_config(), client=client)
     pd.testing.assert_frame_equal(result.table, expected)
-    assert result.pca.n_components == 2
+    assert result.pca.n_components_ == 2
 
 
 @pytest.mark.parametrize("name", ["results.parquet", "pca.zarr"])
@@ -403,7 +417,7 @@ def test_deleted_results_are_made_again(
     store.delete_result(Location(str(tmp_path / "out")), name)
     result = fruitdask.run(make_config(), client=client)
     pd.testing.assert_frame_equal(result.table, expected)
-    assert result.pca.n_components == 2
+    assert result.pca.n_components_ == 2
 
 
 def test_interrupted_overwriting_leaves_no_commit_mark_without_its_chunk(
@@ -492,7 +506,7 @@ def check_without_components(result: fruitdask.RunResult, config: Config) -> Non
     assert fruitdask.run(config).n_computed == 0
     found = fruitdask.verify(result.output.url)
     assert found.faults == found.notes == ()
-    write_components(result.output, fit_pca(da.from_array(np.eye(3, 6)), n_components=2))
+    write_components(result.output, PCA(2).fit(np.eye(3, 6)))
     assert [fault.where for fault in fruitdask.verify(result.output.url, repair=True).faults] == ["pca.zarr"]
     assert fruitdask.verify(result.output.url).faults == ()
 

@@ -299,7 +299,7 @@ def test_run_on_s3_equals_run_on_disk(make_config: MakeConfig, client: Any, on_d
     result = fruitdask.run(make_config(), client=client)
     pd.testing.assert_frame_equal(result.table, on_disk.table)
     np.testing.assert_array_equal(result.features.compute(), on_disk.features.compute())
-    np.testing.assert_allclose(result.pca.components, on_disk.pca.components)
+    np.testing.assert_allclose(result.pca.components_, on_disk.pca.components_)
     assert result.exploration is not None and on_disk.exploration is not None
     pd.testing.assert_frame_equal(result.exploration.images, on_disk.exploration.images)
     assert result.quality == on_disk.quality

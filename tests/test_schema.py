@@ -121,6 +121,18 @@ def test_entries_that_are_not_known_are_kept(output: Path) -> None:
     assert manifest["later"] == {"a": [1]} and manifest["model"]["later"] == 2
 
 
+def test_outputs_from_before_solvers_were_renamed_are_read(output: Path) -> None:
+    def rename(tree: dict[str, Any]) -> None:
+        for settings in (tree["config"]["reduce"], tree["pca"]["fit"]):
+            assert settings["solver"] == "covariance_eigh"
+            settings["solver"] = "exact"
+
+    rewrite(output / "manifest.json", rename)
+    result = fruitdask.run(fruitdask.load_config(str(output.parent / "run.yaml")))
+    assert result.n_computed == 0 and result.manifest["pca"]["fit"]["solver"] == "covariance_eigh"
+    assert result.pca.svd_solver == "covariance_eigh" and fruitdask.verify(str(output)).is_well
+
+
 #: Manifests that are not what a run writes, by what was done to one.
 STRANGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     **{

@@ -62,10 +62,10 @@ def apply(
 
     Notes
     -----
-    The configuration is that of the finished run, except for ``input`` and ``output``. t-SNE and quality, which
-    describe all images of a run together, are off unless an override asks for them. Components are copied, and never
-    fitted again, not even when images are added. What may hold secrets, such as storage options and the environment of
-    workers, is not recorded: give it again by overrides.
+    The configuration is that of the finished run, except for ``input`` and ``output``. t-SNE, quality and the check,
+    which describe all images of a run together, are off unless an override asks for them. Components are copied, and
+    never fitted again, not even when images are added. What may hold secrets, such as storage options and the
+    environment of workers, is not recorded: give it again by overrides.
     """
     result = results if isinstance(results, RunResult) else open_result(str(results), storage_options)
     config = configure(result, input=input, output=output, overrides=overrides)

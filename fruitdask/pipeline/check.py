@@ -10,17 +10,18 @@ import numpy as np
 import pandas as pd
 
 from fruitdask import report, store
+from fruitdask.analysis.reduction import COMPONENT_ARRAYS
 from fruitdask.core.config import ReduceConfig
 from fruitdask.core.listing import GROUPINGS
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location
 from fruitdask.errors import DamageError
-from fruitdask.pipeline.reduce import BLOCK_BYTES, COMPONENT_ARRAYS, fit_components
-from fruitdask.pipeline.results import open_features
+from fruitdask.pipeline.reduce import BLOCK_BYTES, fit_components
+from fruitdask.pipeline.results import open_components, open_features
 from fruitdask.store import Fault
 
 if TYPE_CHECKING:
-    from fruitdask.analysis.reduction import PrincipalComponents
+    from fruitdask.analysis.pca import PCA
 
 #: Partitions whose outcomes are held in memory at once, where the results do not determine it.
 _PARTITIONS_AT_ONCE = 256
@@ -28,8 +29,8 @@ _PARTITIONS_AT_ONCE = 256
 _N_THREADS = 4
 #: Rounding of coordinates, stored as float32, relative to the spread along the first component.
 _SCORE_TOLERANCE = 1e-5
-#: Tolerance of components relative to the largest variance; the randomized solver is less exact.
-_TOLERANCES = {"exact": 1e-6, "randomized": 1e-3}
+#: Tolerance of components relative to the largest variance, of exact solvers and of the randomized one.
+_TOLERANCE, _ESTIMATE_TOLERANCE = 1e-6, 1e-3
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class StoredRun:
     arrays: Mapping[str, store.StoredArray]
     committed: frozenset[int]
     #: Its principal components; None if it has none or they cannot be read.
-    components: "PrincipalComponents | None"
+    components: "PCA | None"
     #: The catalog of its rows; None if that cannot be read.
     catalog: pd.DataFrame | None
 
@@ -155,7 +156,7 @@ def _check_partition(
         scores, tolerance = None if run.has_components else np.empty((len(outcomes), 0)), 0.0
         if run.components is not None and checked.features is not None:
             scores = run.components.transform(checked.features)
-            tolerance = _SCORE_TOLERANCE * float(np.sqrt(run.components.explained_variance[0]))
+            tolerance = _SCORE_TOLERANCE * float(np.sqrt(run.components.explained_variance_[0]))
         rows = part.iloc[start : start + run.size]
         where = f"{store.RESULTS}, partition {index}"
         for name in _compare_groupings(rows, run.catalog, index * run.size):
@@ -184,15 +185,16 @@ def _check_counts(run: StoredRun, totals: Totals) -> Iterator[Fault]:
             yield Fault(store.MANIFEST, what, "reduce")
 
 
-def read_components(output: Location, *, n_features: int) -> "tuple[PrincipalComponents | None, list[Fault]]":
+def read_components(output: Location, *, n_features: int) -> "tuple[PCA | None, list[Fault]]":
     """Read the principal components of a run and check their shapes."""
-    from fruitdask.analysis.reduction import PrincipalComponents
-
     faults = list(store.check_arrays(output, store.COMPONENTS, COMPONENT_ARRAYS, "reduce"))
     if faults:
         return None, faults
-    found = PrincipalComponents(**store.read_arrays(output.child(store.COMPONENTS)))
-    if found.components.shape[1:] != (n_features,) or found.mean.shape != (n_features,):
+    try:
+        found = open_components(output, {})
+    except DamageError as error:
+        return None, [Fault(store.COMPONENTS, store.describe_damage(error), "reduce")]
+    if found is None or found.components_.shape[1:] != (n_features,) or found.mean_.shape != (n_features,):
         return None, [Fault(store.COMPONENTS, f"expected components of {n_features} features, found others", "reduce")]
     return found, []
 
@@ -201,7 +203,7 @@ def check_components(run: StoredRun) -> Iterator[Fault]:
     """Fit the principal components of a complete run again and compare."""
     import dask
 
-    from fruitdask.analysis.reduction import compare_components
+    from fruitdask.analysis.pca import compare_components
 
     if run.components is None:
         return
@@ -209,9 +211,10 @@ def check_components(run: StoredRun) -> Iterator[Fault]:
     features, is_ok = open_features(run.output, block_bytes=BLOCK_BYTES)
     with dask.config.set(scheduler="threads"):
         found = fit_components(settings, features if is_ok.all() else features[np.flatnonzero(is_ok)])
-    for what in compare_components(run.components, found, tolerance=_TOLERANCES[settings.solver]):
+    tolerance = _ESTIMATE_TOLERANCE if settings.solver == "randomized" else _TOLERANCE
+    for what in compare_components(run.components, found, tolerance=tolerance):
         yield Fault(store.COMPONENTS, what, "reduce")
-    said, ratios = run.manifest.pca, run.components.explained_variance_ratio
+    said, ratios = run.manifest.pca, run.components.explained_variance_ratio_
     if said is not None and (
         said.n_components != len(ratios)
         or len(said.explained_variance_ratio) != len(ratios)

@@ -8,27 +8,20 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask import store
+from fruitdask.analysis.reduction import COMPONENT_ARRAYS, MIN_IMAGES, TSNE_COMPONENTS, check_n_components, sample_rows
 from fruitdask.core.config import QualityConfig, ReduceConfig
-from fruitdask.core.storage import Location, exists
+from fruitdask.core.storage import Location
 from fruitdask.core.version import __version__
 from fruitdask.errors import NoVarianceError
-from fruitdask.pipeline.results import open_features
+from fruitdask.pipeline.results import open_components, open_features
 
 if TYPE_CHECKING:
     import dask.array as da
 
-    from fruitdask.analysis.reduction import PrincipalComponents
+    from fruitdask.analysis.pca import PCA
 
 Scores = npt.NDArray[np.float32]
 
-#: Stored arrays of the principal components, and their dimensions.
-COMPONENT_ARRAYS = {
-    "mean": ("feature",),
-    "components": ("component", "feature"),
-    "explained_variance": ("component",),
-    "explained_variance_ratio": ("component",),
-    "singular_values": ("component",),
-}
 #: Features are reduced in blocks of about this size, several chunks each: smaller blocks take half as much time again.
 BLOCK_BYTES = 20 * 1024**2
 #: Maximum number of rows projected at once.
@@ -42,7 +35,7 @@ class Reduction:
     """The reduced features of a run."""
 
     #: The principal components; None if there are none.
-    components: "PrincipalComponents | None"
+    components: "PCA | None"
     #: Scores (image, component), float32; NaN for failed images. Without components there are no columns.
     scores: Scores
     #: Coordinates of t-SNE (image, 2), float32; NaN for images that failed or were not sampled.
@@ -57,24 +50,18 @@ class Reduction:
     problem: str = ""
 
 
-def choose_components(
-    settings: ReduceConfig, output: Location, fit: dict[str, Any] | None
-) -> "PrincipalComponents | None":
+def choose_components(settings: ReduceConfig, output: Location, fit: dict[str, Any] | None) -> "PCA | None":
     """Return the components of an earlier run if they are to be kept."""
-    from fruitdask.analysis.reduction import PrincipalComponents
-
-    refit, location = settings.refit, output.child(store.COMPONENTS)
     if (
         fit is None
         or not settings.enabled
-        or refit == "always"
+        or settings.refit == "always"
         or not fit.items() >= _describe_settings(settings).items()
-        or not exists(location)
     ):
         return None
-    if refit == "auto" and fit["n_changed"] > _REFIT_FRACTION * fit["n_images"]:
+    if settings.refit == "auto" and fit["n_changed"] > _REFIT_FRACTION * fit["n_images"]:
         return None
-    return PrincipalComponents(**store.read_arrays(location))
+    return open_components(output, fit)
 
 
 def reduce_features(
@@ -83,7 +70,7 @@ def reduce_features(
     output: Location,
     images: pd.DataFrame,
     *,
-    kept: "PrincipalComponents | None",
+    kept: "PCA | None",
     fit: dict[str, Any] | None,
     is_applied: bool = False,
 ) -> Reduction:
@@ -91,7 +78,8 @@ def reduce_features(
 
     `images` is the catalog. Components of another run (`is_applied`) are kept whatever the images.
     """
-    from fruitdask.analysis.reduction import MIN_IMAGES, TSNE_COMPONENTS, embed_tsne, sample_rows
+    from fruitdask.analysis.pca import truncate_pca
+    from fruitdask.analysis.reduction import embed_tsne
 
     features, is_ok = open_features(output, block_bytes=BLOCK_BYTES)
     rows = np.flatnonzero(is_ok)
@@ -105,12 +93,12 @@ def reduce_features(
     if found is None:
         scores = np.empty((len(is_ok), 0), np.float32)
         return Reduction(None, scores, None, quality, {}, is_kept=False, problem=problem)
-    fitted = found.truncate(settings.n_components) if kept is None else kept
+    fitted = truncate_pca(found, settings.n_components) if kept is None else kept
     scores = _project(features, fitted)
     tsne = None
     if settings.tsne.enabled:
         sampled = sample_rows(len(rows), max_rows=settings.tsne.max_rows, seed=settings.tsne.seed)
-        tsne_scores = found.truncate(TSNE_COMPONENTS).transform(ok[sampled]).compute()
+        tsne_scores = truncate_pca(found, TSNE_COMPONENTS).transform(ok[sampled]).compute()
         embedding = embed_tsne(tsne_scores, perplexity=settings.tsne.perplexity, seed=settings.tsne.seed)
         tsne = _spread(embedding, rows[sampled], len(is_ok))
     if kept is None or fit is None:
@@ -123,7 +111,7 @@ def _describe_settings(settings: ReduceConfig) -> dict[str, Any]:
     return settings.model_dump(include={"n_components", "solver", "seed"})
 
 
-def _project(features: "da.Array", fitted: "PrincipalComponents") -> Scores:
+def _project(features: "da.Array", fitted: "PCA") -> Scores:
     """
     Project all images onto components; images without features give NaN.
 
@@ -139,10 +127,8 @@ def _project(features: "da.Array", fitted: "PrincipalComponents") -> Scores:
     return scores
 
 
-def _find_components(settings: ReduceConfig, features: "da.Array") -> "tuple[PrincipalComponents | None, str]":
+def _find_components(settings: ReduceConfig, features: "da.Array") -> "tuple[PCA | None, str]":
     """Fit the components; if that is impossible, return None and the reason."""
-    from fruitdask.analysis.reduction import MIN_IMAGES, check_n_components
-
     if not settings.enabled:
         return None, ""
     n_images, n_features = features.shape
@@ -155,25 +141,24 @@ def _find_components(settings: ReduceConfig, features: "da.Array") -> "tuple[Pri
         return None, f"No principal components were computed: {error}."
 
 
-def fit_components(settings: ReduceConfig, features: "da.Array") -> "PrincipalComponents":
+def fit_components(settings: ReduceConfig, features: "da.Array") -> "PCA":
     """Fit all principal components, or with an estimating solver as many as are used."""
-    from fruitdask.analysis.reduction import TSNE_COMPONENTS, fit_pca
+    from fruitdask.analysis.pca import PCA
 
     largest = min(features.shape)
     n_for_tsne = min(TSNE_COMPONENTS, largest) if settings.tsne.enabled else 0
-    # The exact solver finds all components anyway.
+    # Other solvers find all components anyway.
     is_estimate = settings.solver == "randomized" and isinstance(settings.n_components, int)
     most = max(int(settings.n_components), n_for_tsne) if is_estimate else largest
-    return fit_pca(features, n_components=most, solver=settings.solver, seed=settings.seed)
+    return PCA(most, svd_solver=settings.solver, random_state=settings.seed).fit(features)
 
 
 def _measure_quality(
-    settings: QualityConfig, features: "da.Array", images: pd.DataFrame, found: "PrincipalComponents | None"
+    settings: QualityConfig, features: "da.Array", images: pd.DataFrame, found: "PCA | None"
 ) -> dict[str, Any] | None:
     """Measure on a sample of the images how well the features separate the classes."""
     from fruitdask.analysis.evaluation import explain_variance, find_series, summarize_quality
     from fruitdask.analysis.neighbors import find_neighbors
-    from fruitdask.analysis.reduction import sample_rows
 
     if not settings.enabled:
         return None
@@ -191,7 +176,7 @@ def _measure_quality(
             metric=settings.metric,
             groups=images["group"].to_numpy() if "group" in images else None,
         ),
-        **({"explained_variance": explain_variance(found.explained_variance_ratio.tolist())} if found else {}),
+        **({"explained_variance": explain_variance(found.explained_variance_ratio_.tolist())} if found else {}),
     }
     if "group" not in images and len(images) > 1:
         nearest = find_neighbors(chosen, n_neighbors=1, metric=settings.metric)[:, 0]
@@ -206,7 +191,7 @@ def _spread(values: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], n_rows
     return spread
 
 
-def write_components(output: Location, fitted: "PrincipalComponents") -> None:
+def write_components(output: Location, fitted: "PCA") -> None:
     """Store principal components."""
-    arrays = {name: (getattr(fitted, name), dimensions) for name, dimensions in COMPONENT_ARRAYS.items()}
+    arrays = {name: (getattr(fitted, f"{name}_"), dimensions) for name, dimensions in COMPONENT_ARRAYS.items()}
     store.write_arrays(output.child(store.COMPONENTS), arrays, {"fruitdask": __version__})

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask import report, store
-from fruitdask.core.storage import Location, exists
+from fruitdask.core.storage import Location, exists, explained
 from fruitdask.errors import FruitdaskError, OutputError
 from fruitdask.pipeline.report import Report
 from fruitdask.store.exploration import Exploration, read_exploration
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import dask.array as da
     import xarray
 
-    from fruitdask.analysis.reduction import PrincipalComponents
+    from fruitdask.analysis.pca import PCA
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,9 @@ class RunResult:
         return open_features(self.output)[0]
 
     @property
-    def pca(self) -> "PrincipalComponents | None":
-        """The fitted principal components; None if ``reduce.enabled`` is false or none are possible."""
-        from fruitdask.analysis.reduction import PrincipalComponents
-
-        location = self.output.child(store.COMPONENTS)
-        if not exists(location):
-            return None
-        return PrincipalComponents(**store.read_arrays(location))
+    def pca(self) -> "PCA | None":
+        """The fitted `fruitdask.PCA`; None if ``reduce.enabled`` is false or no components are possible."""
+        return open_components(self.output, self.manifest.get("pca", {}).get("fit", {}))
 
     @property
     def exploration(self) -> Exploration | None:
@@ -268,6 +263,18 @@ def read_images(output: Location) -> pd.DataFrame:
     images = catalog.drop(columns=list(store.VERSION_COLUMNS))
     images.insert(2, "status", np.asarray(store.STATUSES)[store.StoredArray(group["status"], output)[:]])
     return images
+
+
+def open_components(output: Location, fit: Mapping[str, Any]) -> "PCA | None":
+    """Open the principal components of a run, if it has any; `fit` says how they were fitted."""
+    location = output.child(store.COMPONENTS)
+    if not exists(location):
+        return None
+    from fruitdask.analysis.pca import restore_pca
+
+    arrays = store.read_arrays(location)
+    with explained(location, "read", remedy=store.advise_repair(output)):
+        return restore_pca(arrays, fit)
 
 
 def open_features(output: Location, *, block_bytes: int = 0) -> tuple["da.Array", npt.NDArray[np.bool_]]:

@@ -24,7 +24,7 @@ from fruitdask.pipeline.results import RunResult, open_features
 from fruitdask.pipeline.state import Applied, RunState, prepare
 
 if TYPE_CHECKING:
-    from fruitdask.analysis.reduction import PrincipalComponents
+    from fruitdask.analysis.pca import PCA
 
 
 def run(
@@ -298,11 +298,11 @@ def _describe_results(state: RunState, reduction: Reduction, counts: report.Coun
     } | {"pca": _describe_fit(reduction, reduction.components) if reduction.components is not None else None}
 
 
-def _describe_fit(reduction: Reduction, fitted: "PrincipalComponents") -> dict[str, Any]:
+def _describe_fit(reduction: Reduction, fitted: "PCA") -> dict[str, Any]:
     """Return the entries of the manifest on the principal components."""
     return {
         "is_kept": reduction.is_kept,
         "fit": reduction.fit,
-        "n_components": fitted.n_components,
-        "explained_variance_ratio": [round(float(ratio), 6) for ratio in fitted.explained_variance_ratio],
+        "n_components": fitted.n_components_,
+        "explained_variance_ratio": [round(float(ratio), 6) for ratio in fitted.explained_variance_ratio_],
     }

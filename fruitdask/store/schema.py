@@ -7,11 +7,11 @@ version does not know, so that nothing is lost when it is written again.
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from fruitdask.core.config import ExploreConfig, QualityConfig, ReduceConfig
+from fruitdask.core.config import ExploreConfig, QualityConfig, ReduceConfig, rename_solver
 from fruitdask.errors import FormatError
 from fruitdask.store.layout import CHECKSUM
 
@@ -54,7 +54,7 @@ class FitRecord(Record):
     n_images: int
     n_changed: int
     n_components: int | float
-    solver: str
+    solver: Annotated[str, BeforeValidator(rename_solver)]
     seed: int
 
 

@@ -18,6 +18,8 @@ from fruitdask.core.config.sections import (
     ModelConfig,
     QualityConfig,
     ReduceConfig,
+    Solver,
+    rename_solver,
 )
 
 __all__ = [
@@ -36,6 +38,8 @@ __all__ = [
     "ModelConfig",
     "QualityConfig",
     "ReduceConfig",
+    "Solver",
     "build_schema",
     "load_config",
+    "rename_solver",
 ]

@@ -1,9 +1,9 @@
 """The sections of a configuration as frozen, validated objects."""
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from fruitdask.core.config.base import Section
 from fruitdask.core.config.clusters import ClusterConfig, LocalClusterConfig
@@ -207,6 +207,15 @@ class TsneConfig(Section):
     seed: int = Field(0, ge=0, description="Seed of the sample and of the map.")
 
 
+#: Solvers of principal components, by the names of scikit-learn and dask-ml.
+Solver = Literal["covariance_eigh", "full", "tsqr", "randomized"]
+
+
+def rename_solver(name: Any) -> Any:
+    """Rename the solver of outputs that were written before solvers had the names of scikit-learn."""
+    return "covariance_eigh" if name == "exact" else name
+
+
 class ReduceConfig(Section):
     """How features become a few numbers per image."""
 
@@ -214,9 +223,12 @@ class ReduceConfig(Section):
     n_components: int | float = Field(
         2, gt=0, description="Principal components to keep, or the fraction (0 to 1) of the variance to keep."
     )
-    solver: Literal["exact", "randomized"] = Field(
-        "exact",
-        description="exact equals scikit-learn's full PCA; randomized estimates it, for over 4096 features and images.",
+    solver: Annotated[Solver, BeforeValidator(rename_solver)] = Field(
+        "covariance_eigh",
+        description=(
+            "covariance_eigh is exact and reads the features once; full and tsqr are exact as well, and hold them in "
+            "the workers' memory; randomized is an estimate, for over 4096 features and images."
+        ),
     )
     seed: int = Field(0, ge=0, description="Seed of the randomized solver.")
     refit: Literal["auto", "always", "never"] = Field(
@@ -236,7 +248,9 @@ class ReduceConfig(Section):
                     f"n_components must be an integer, or a fraction between 0 and 1, not {self.n_components}"
                 )
             if self.solver == "randomized":
-                raise ValueError("a fraction as n_components needs all components: use solver: exact, or an integer")
+                raise ValueError(
+                    "a fraction as n_components needs all components: use solver: covariance_eigh, or an integer"
+                )
         return self
 
 
