@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fruitdask.pipeline.report import Report as Report, render_report as render_report
     from fruitdask.pipeline.results import RunResult as RunResult
     from fruitdask.pipeline.run import plan as plan, run as run
+    from fruitdask.pipeline.train import Classifier as Classifier, predict as predict, train as train
     from fruitdask.pipeline.verify import Verification as Verification, verify as verify
     from fruitdask.report.figures import plot_map as plot_map
     from fruitdask.core.progress import choose_progress as choose_progress
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fruitdask.core.sample import draw_sample as draw_sample
 
 _MODULE_OF_NAME = {
+    "Classifier": "pipeline.train",
     "Config": "core.config",
     "Erasure": "pipeline.erase",
     "Exploration": "store.exploration",
@@ -58,9 +60,11 @@ _MODULE_OF_NAME = {
     "open_client": "cluster",
     "plan": "pipeline.run",
     "plot_map": "report.figures",
+    "predict": "pipeline.train",
     "render_report": "pipeline.report",
     "run": "pipeline.run",
     "summarize_quality": "analysis.evaluation",
+    "train": "pipeline.train",
     "verify": "pipeline.verify",
 }
 

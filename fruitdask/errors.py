@@ -97,5 +97,9 @@ class ReduceError(FruitdaskError, ValueError):
     """The features cannot be reduced as configured."""
 
 
+class TrainingError(FruitdaskError, ValueError):
+    """No classifier can be trained on these images, or it could not be evaluated."""
+
+
 class NoVarianceError(ReduceError):
     """All images have the same features, so that there are no principal components."""

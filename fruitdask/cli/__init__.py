@@ -17,6 +17,7 @@ from fruitdask.cli.policy import iam_policy
 from fruitdask.cli.run import explore, report, run
 from fruitdask.cli.settings import sample, schema, validate
 from fruitdask.cli.similar import similar
+from fruitdask.cli.train import predict, train
 from fruitdask.cli.verify import verify
 from fruitdask.core.version import __version__
 
@@ -34,7 +35,7 @@ def cli() -> None:
     """
 
 
-_COMMANDS = (run, plan, explore, report, check, similar, apply, verify, erase)
+_COMMANDS = (run, plan, explore, report, check, similar, apply, train, predict, verify, erase)
 _HELPERS = (validate, schema, sample, iam_policy, clusters)
 for _command in _COMMANDS + _HELPERS:
     cli.add_command(_command)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from fruitdask import report, store
 from fruitdask.core.config import Config
-from fruitdask.core.storage import Location, explained
+from fruitdask.core.storage import Location, exists, explained
 from fruitdask.errors import OutputError
 from fruitdask.pipeline.inputs import dump_config, open_output
 from fruitdask.report import ReportData
@@ -135,8 +135,15 @@ def _read_data(config: Config, output: Location, manifest: store.RunManifest | N
         results=report.read_results(output) if is_run else None,
         failures=report.read_failures(output) if exploration is None or is_run else _list_unreadable(exploration),
         quality=store.read_quality(output) if is_run else None,
+        classifier=store.read_json(output.child(store.CLASSIFIER_REPORT)),
+        predictions=_read_predictions(output),
         issues=store.read_table(output, store.ISSUES) if manifest is not None and manifest.issues else None,
     )
+
+
+def _read_predictions(output: Location) -> pd.DataFrame | None:
+    """Read the predictions for the images of an output, if there are any."""
+    return store.read_table(output, store.PREDICTIONS) if exists(output.child(store.PREDICTIONS)) else None
 
 
 def _list_unreadable(exploration: Exploration) -> pd.DataFrame:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import xarray
 
     from fruitdask.analysis.pca import PCA
+    from fruitdask.pipeline.train import Classifier
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,13 @@ class RunResult:
         """Photographs to check, the gravest first, as `fruitdask.check` describes them; None if not configured."""
         location = self.output.child(store.ISSUES)
         return store.read_table(self.output, store.ISSUES) if exists(location) else None
+
+    @property
+    def classifier(self) -> "Classifier":
+        """The classifier that `fruitdask.train` has trained on it; raises OutputError if there is none."""
+        from fruitdask.pipeline.train import open_classifier
+
+        return open_classifier(self)
 
     @property
     def report(self) -> Report:

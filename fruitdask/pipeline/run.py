@@ -244,8 +244,8 @@ def _reduce_features(
 def _check_images(
     state: RunState, manifest: store.RunManifest, client: Any, stack: ExitStack, progress: RunProgress
 ) -> store.RunManifest:
-    """Write the list of photographs to check; returns the manifest with its record."""
-    for name in (store.ISSUES, store.ISSUES_CSV):
+    """Write the list of photographs to check, and delete predictions of earlier results; returns the manifest."""
+    for name in (store.ISSUES, store.ISSUES_CSV, store.PREDICTIONS, store.PREDICTIONS_CSV):
         store.delete_result(state.output, name)
     if not state.config.check.enabled:
         return manifest.change(issues=None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from fruitdask.core.config import Config
@@ -25,10 +26,12 @@ _ISSUES_BYTES, _EXAMPLES_BYTES, _MAP_PICTURES_BYTES = 500_000, 2_000_000, 3_000_
 #: Sections by their anchor, in their order on the page.
 _SECTIONS = {
     "summary": "Summary",
+    "predictions": "Predictions",
     "check": "To check",
     "data": "Data",
     "exploration": "Exploration",
     "features": "Features",
+    "classifier": "Classifier",
     "maps": "Maps",
     "failures": "Failures",
     "performance": "Performance",
@@ -52,6 +55,10 @@ class ReportData:
     quality: dict[str, Any] | None = field(repr=False)
     #: Photographs to check; None without a list.
     issues: pd.DataFrame | None = field(default=None, repr=False)
+    #: What cross-validation says of the classifier that was trained on these images.
+    classifier: dict[str, Any] | None = field(default=None, repr=False)
+    #: Labels that the classifier of another run predicts for these images.
+    predictions: pd.DataFrame | None = field(default=None, repr=False)
 
 
 def render_page(data: ReportData) -> str:
@@ -98,6 +105,8 @@ def _build_views(data: ReportData) -> dict[str, Any]:
         "data": sections.describe_data(counts, exploration),
         "exploration": None if exploration is None else _describe_exploration(exploration, config),
         "features": None if data.quality is None else _describe_features(data.quality, manifest),
+        "classifier": None if data.classifier is None else _describe_classifier(data.classifier),
+        "predictions": None if data.predictions is None else _describe_predictions(data.predictions, exploration),
         "maps": _describe_maps(data),
         "failures": sections.describe_failures(data.failures),
         "performance": None if manifest is None else sections.describe_performance(manifest, n_images=counts.n_images),
@@ -109,6 +118,22 @@ def _build_views(data: ReportData) -> dict[str, Any]:
 def _describe_issues(issues: pd.DataFrame, exploration: Exploration | None) -> sections.View:
     """Describe the photographs to check."""
     return sections.describe_issues(issues, Thumbnails(exploration, max_bytes=_ISSUES_BYTES))
+
+
+def _describe_predictions(predictions: pd.DataFrame, exploration: Exploration | None) -> sections.View:
+    """Describe predicted labels."""
+    return sections.describe_predictions(predictions, Thumbnails(exploration, max_bytes=_ISSUES_BYTES))
+
+
+def _describe_classifier(report: dict[str, Any]) -> sections.View:
+    """Describe what cross-validation says of a classifier."""
+    counts = np.array(report["linear_probe"]["confusion"], float)
+    shares = (counts / counts.sum(axis=1, keepdims=True)).tolist()
+    figure = _draw(
+        figures.plot_confusion(report["classes"], shares),
+        "Heat map: the class of an image in rows, the predicted classes in columns.",
+    )
+    return {**report, "confusion_figure": figure}
 
 
 def _describe_exploration(exploration: Exploration, config: Config) -> sections.View:

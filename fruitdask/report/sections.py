@@ -285,6 +285,23 @@ def describe_issues(issues: pd.DataFrame, thumbnails: Thumbnails) -> View:
     }
 
 
+def describe_predictions(predictions: pd.DataFrame, thumbnails: Thumbnails) -> View:
+    """Describe predicted labels, with the images of each label that were most difficult to label."""
+    usable = predictions[predictions["status"] == "ok"]
+    rows = []
+    for label, found in usable.sort_values("probability").groupby("label"):
+        shown = found.head(_MAX_ISSUES)[["path", "probability"]].to_dict("records")
+        rows.append(
+            {
+                "label": label,
+                "n_images": len(found),
+                "probability": found["probability"].mean(),
+                "pictures": [each | {"picture": thumbnails.encode(each["path"])} for each in shown],
+            }
+        )
+    return {"rows": rows, "n_images": len(predictions), "n_failed": len(predictions) - len(usable)}
+
+
 def describe_quality(quality: Mapping[str, Any]) -> View:
     """Describe how well the features separate the classes."""
     judged = quality.get("grouped") or quality

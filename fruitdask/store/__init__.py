@@ -32,6 +32,8 @@ from fruitdask.store.checks import (
 from fruitdask.store.erasure import delete_strays, finish_erasing, stage_rows
 from fruitdask.store.layout import (
     CATALOG,
+    CLASSIFIER,
+    CLASSIFIER_REPORT,
     COMPONENTS,
     EXPLORATION,
     EXPLORED_ARRAYS,
@@ -46,6 +48,8 @@ from fruitdask.store.layout import (
     OUTCOME_COLUMNS,
     PAGE,
     PARTITIONS,
+    PREDICTIONS,
+    PREDICTIONS_CSV,
     QUALITY,
     RESULTS,
     RESULTS_CSV,

@@ -21,6 +21,10 @@ RESULTS, RESULTS_CSV = "results.parquet", "results.csv"
 #: Photographs to check.
 ISSUES, ISSUES_CSV = "issues.parquet", "issues.csv"
 FAILURES = "failures.csv"
+#: A trained classifier: its arrays, and what it was trained on and how it was evaluated.
+CLASSIFIER, CLASSIFIER_REPORT = "classifier.zarr", "classifier.json"
+#: Labels predicted by the classifier of another run.
+PREDICTIONS, PREDICTIONS_CSV = "predictions.parquet", "predictions.csv"
 THUMBNAILS = "thumbnails.zarr"
 #: Findings of an exploration: arrays, and tables as Parquet and CSV.
 EXPLORED_ARRAYS = "explore.zarr"
@@ -66,6 +70,10 @@ RUN_NAMES = (
     RESULTS_CSV,
     ISSUES,
     ISSUES_CSV,
+    CLASSIFIER,
+    CLASSIFIER_REPORT,
+    PREDICTIONS,
+    PREDICTIONS_CSV,
     FAILURES,
     MANIFEST,
 )
