@@ -12,8 +12,9 @@ from fruitdask.errors import TrainingError
 
 Floats = npt.NDArray[np.float32]
 
-#: Inverse strength of regularization on standardized features: features outnumber most training sets.
-_C = 0.01
+#: Inverse strength of regularization of standardized features, times their number: the more there are, the easier it is
+#: to learn a small training set by heart.
+_C_TIMES_FEATURES = 10.0
 _MAX_ITERATIONS = 1_000
 #: Neighbours that vote in the second classifier.
 _N_NEIGHBORS = 5
@@ -59,7 +60,9 @@ def fit_probe(features: Floats, codes: npt.NDArray[np.int64]) -> LinearProbe:
     # A feature that never changes says nothing.
     scale[scale == 0] = 1
     standardized = (features - mean) / scale
-    model = LogisticRegression(C=_C, max_iter=_MAX_ITERATIONS).fit(standardized, codes)
+    model = LogisticRegression(C=_C_TIMES_FEATURES / features.shape[1], max_iter=_MAX_ITERATIONS).fit(
+        standardized, codes
+    )
     weights, bias = model.coef_.T, model.intercept_
     if weights.shape[1] == 1:
         # Of two classes, scikit-learn stores the logits of the second.
@@ -197,7 +200,7 @@ def _ask_neighbors(
 def _check(classes: npt.NDArray[Any], codes: npt.NDArray[np.int64], groups: npt.NDArray[np.int64] | None) -> None:
     """Refuse what no classifier can be trained on, or none evaluated."""
     if len(classes) < 2:
-        found = f"only {classes[0]!r}" if len(classes) else "no image with features"
+        found = f"only {str(classes[0])!r}" if len(classes) else "no image with features"
         raise TrainingError(f"expected images of at least 2 classes, found {found}; check input.label_from")
     counts = np.bincount(codes)
     if counts.min() < 2:

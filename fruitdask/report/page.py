@@ -130,7 +130,7 @@ def _describe_classifier(report: dict[str, Any]) -> sections.View:
     counts = np.array(report["linear_probe"]["confusion"], float)
     shares = (counts / counts.sum(axis=1, keepdims=True)).tolist()
     figure = _draw(
-        figures.plot_confusion(report["classes"], shares),
+        figures.plot_confusion(report["classes"], shares, title="Predicted classes", columns="the predicted class"),
         "Heat map: the class of an image in rows, the predicted classes in columns.",
     )
     return {**report, "confusion_figure": figure}

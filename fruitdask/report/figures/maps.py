@@ -137,19 +137,25 @@ def plot_explained_variance(
 
 
 @standard_settings()
-def plot_confusion(labels: Sequence[str], share: Sequence[Sequence[float]] | npt.NDArray[np.floating[Any]]) -> Figure:
-    """Plot which classes the nearest neighbours of each class's images belong to.
+def plot_confusion(
+    labels: Sequence[str],
+    share: Sequence[Sequence[float]] | npt.NDArray[np.floating[Any]],
+    *,
+    title: str = "Classes of nearest neighbours",
+    columns: str = "classes of its nearest neighbours",
+) -> Figure:
+    """Plot which classes the nearest neighbours of each class's images belong to, or what else the columns are.
 
     `share` holds fractions (0 to 1): the class of an image in rows, those of its neighbours in columns.
     """
-    title, n = "Classes of nearest neighbours", len(labels)
+    n = len(labels)
     if not n:
         return plot_nothing(title, "There are no classes to show.")
     shares = np.asarray(share, float).reshape(n, n)
     is_numbered = n <= _MAX_NUMBERED
     cell, size = (0.5, TEXT_SIZE) if n <= 8 else (0.3, SMALL_SIZE) if is_numbered else (max(0.08, 6 / n), 5.0)
     cell = min(cell, 26 / n)
-    note = "Row: class of an image. Column: classes of its nearest neighbours" + (", in %." if is_numbered else ".")
+    note = f"Row: class of an image. Column: {columns}" + (", in %." if is_numbered else ".")
     figure = start_figure(title, note)
     axes = figure.subplots()
     axes.imshow(_shade(shares), interpolation="none", aspect="auto")
