@@ -71,13 +71,21 @@ def test_transform_takes_photographs_of_any_kind_and_bad_ones(result: fruitdask.
     with Image.open(tmp_path / "a.png") as image:
         pixels = np.asarray(image)
         given = [tmp_path / "a.png", (tmp_path / "a.png").read_bytes(), image, pixels, pixels[:, :, 0]]
-        bad = [str(tmp_path / "b.png"), str(tmp_path / "c.png"), cut, pixels / 255, b"", str(tmp_path)]
+        bad = [
+            str(tmp_path / "b.png"),
+            str(tmp_path / "c.png"),
+            cut,
+            pixels / 255,
+            b"",
+            str(tmp_path),
+            "nowhere://a/b.png",
+        ]
         features, table = result.transform(given + bad)
     expected = compute_colours(tmp_path, ["a.png"])[0]
     np.testing.assert_allclose(features[:4], np.tile(expected, (4, 1)), rtol=1e-4)
     np.testing.assert_allclose(get_scores(table)[:4], project(result, np.tile(expected, (4, 1))), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(features[4], np.repeat([pixels[..., 0].mean(), pixels[..., 0].max()], 3), rtol=1e-4)
-    statuses = ["unreadable", "missing", "unreadable", "unreadable", "unreadable", "unreachable"]
+    statuses = ["unreadable", "missing", "unreadable", "unreadable", "unreadable", "unreachable", "unreachable"]
     assert table["status"].tolist() == ["ok"] * 5 + statuses
     assert np.isnan(features[5:]).all() and np.isnan(get_scores(table)[5:]).all() and (table["error"][5:] != "").all()
     assert "expected an array of uint8" in table["error"][8] and "float64 of shape (32, 32, 3)" in table["error"][8]

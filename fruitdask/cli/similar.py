@@ -17,8 +17,16 @@ _PIPED_WIDTH = 240
 @click.command()
 @click.argument("output")
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
-@click.option("-k", "k", default=20, show_default=True, metavar="N", help="Images to find for each PHOTO.")
-@click.option("--metric", default="cosine", show_default=True, metavar="NAME", help="Distance: cosine or euclidean.")
+@click.option(
+    "-k", "k", type=click.IntRange(min=1), default=20, show_default=True, help="Images to find for each PHOTO."
+)
+@click.option(
+    "--metric",
+    type=click.Choice(["cosine", "euclidean"]),
+    default="cosine",
+    show_default=True,
+    help="Distance between features.",
+)
 @click.option("--html", metavar="FILE", help="Also write a page that shows queries and results side by side.")
 @click.option("--json", "is_json", is_flag=True, help="Print JSON instead of a table.")
 @set_option

@@ -24,7 +24,7 @@ from fruitdask.report.thumbnails import Thumbnails
 from fruitdask.worker.fetch import Photograph, read_photographs
 
 #: Features are searched in blocks of about this size: what a block costs besides its product is then a small part.
-_BLOCK_BYTES = 64 * 1024**2
+_BLOCK_BYTES = 32 * 1024**2
 #: Side of the pictures on a page, twice the size at which they are shown; and Base64 characters of all of them.
 _PICTURE_PX, _PICTURES_BYTES = 192, 12_000_000
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fruitdask.core.aws import explain_aws_error
 from fruitdask.core.partition import Partition
 from fruitdask.core.storage import Location, hide_secrets
-from fruitdask.errors import DamageError, ImageError, ImageTooLargeError
+from fruitdask.errors import DamageError, ImageError, ImageTooLargeError, StorageError
 from fruitdask.worker.images import decode_images
 
 #: Exponential backoff with full jitter: bounds of the random pause before the first and any later retry of a file.
@@ -144,7 +144,12 @@ def read_photographs(
         elif isinstance(place, bytes):
             outcome.data = place
         else:
-            _fetch(outcome, place, place.fs, place.path, source, breaker)
+            try:
+                fs, path = place.fs, place.path
+            except StorageError as error:
+                # Its protocol is unknown.
+                return outcome.fail("unreachable", str(error))
+            _fetch(outcome, place, fs, path, source, breaker)
             if outcome.status == "missing":
                 outcome.error = "there is no such file"
 

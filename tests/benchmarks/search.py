@@ -3,13 +3,14 @@
     python tests/benchmarks/search.py [--images 200000] [--features 1280] [--queries 1 16] [--folder FOLDER]
 
 Draws features with 512 rows a chunk into a Zarr store like that of a run (5 GB for 1,000,000 images of 1280 features),
-and removes it. Each search runs in a process of its own, whose largest memory is measured. The baseline reads the same
+and removes it; beyond 65,536 images, files of chunks are repeated. Each search runs in a process of its own, whose largest memory is measured. The baseline reads the same
 store in blocks of the same size and multiplies them with the queries, without finding anything: what any exact search
 has to do. In memory, it multiplies the whole matrix at once.
 """
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -28,7 +29,8 @@ from fruitdask.pipeline.results import open_features
 from fruitdask.pipeline.similar import _BLOCK_BYTES
 
 CHUNK_ROWS, K = 512, 20
-REPEATS = 3
+#: Chunks that are drawn; others are copies of their files.
+DRAWN_CHUNKS = 128
 #: Directions in which images differ most, as in features of photographs, and the size of the rest.
 N_STRONG, NOISE = 50, 0.3
 
@@ -41,25 +43,30 @@ def draw_features(output: Location, *, n_images: int, n_features: int) -> None:
     group = zarr.open_group(f"{output.url}/{store.FEATURES}", mode="r+")
     random = np.random.default_rng(0)
     directions = random.standard_normal((N_STRONG, n_features), np.float32)
-    for start in range(0, n_images, CHUNK_ROWS):
+    for start in range(0, min(n_images, DRAWN_CHUNKS * CHUNK_ROWS), CHUNK_ROWS):
         n_rows = min(CHUNK_ROWS, n_images - start)
         rows = random.standard_normal((n_rows, N_STRONG), np.float32) @ directions
         rows += NOISE * random.standard_normal((n_rows, n_features), np.float32) + 10
         group["features"][start : start + n_rows] = rows
+    for index in range(DRAWN_CHUNKS, -(-n_images // CHUNK_ROWS)):
+        source, target = (
+            output.child(store.FEATURES, "features", "c", f"{part}") for part in (index % DRAWN_CHUNKS, index)
+        )
+        shutil.copytree(source.path, target.path)
     group["status"][:] = store.STATUSES.index("ok")
 
 
-def time_best(work: Callable[[], object]) -> float:
+def time_best(work: Callable[[], object], repeats: int) -> float:
     """Return the seconds of the fastest of some repetitions."""
     seconds = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 
 
-def measure_here(folder: str, method: str, n_queries: int) -> float:
+def measure_here(folder: str, method: str, n_queries: int, repeats: int) -> float:
     """Measure one method in this process; returns seconds."""
     place, name = method.split(" ")
     features, _ = open_features(Location(folder), block_bytes=_BLOCK_BYTES)
@@ -69,11 +76,11 @@ def measure_here(folder: str, method: str, n_queries: int) -> float:
         features = da.from_array(array, chunks=features.chunks, name=False)
     with dask.config.set(scheduler="threads"):
         if name != "product":
-            return time_best(lambda: find_nearest(features, queries, k=K, metric=name))
+            return time_best(lambda: find_nearest(features, queries, k=K, metric=name), repeats)
         if place == "memory":
-            return time_best(lambda: queries @ array.T)
+            return time_best(lambda: queries @ array.T, repeats)
         multiply = dask.delayed(lambda block: np.asarray(queries @ block.T).max())
-        return time_best(lambda: dask.compute(*map(multiply, features.to_delayed().ravel())))
+        return time_best(lambda: dask.compute(*map(multiply, features.to_delayed().ravel())), repeats)
 
 
 def main() -> None:
@@ -84,11 +91,12 @@ def main() -> None:
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--places", nargs="+", default=["memory", "disk"])
     parser.add_argument("--folder", default=tempfile.gettempdir())
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         folder, method, n_queries = arguments.one
-        print(json.dumps(measure_here(folder, method, int(n_queries))))
+        print(json.dumps(measure_here(folder, method, int(n_queries), arguments.repeats)))
         return
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -97,7 +105,8 @@ def main() -> None:
             for n_queries in arguments.queries:
                 baseline = 0.0
                 for name in ("product", *METRICS):
-                    command = [sys.executable, str(Path(__file__)), "--one", folder, f"{place} {name}", str(n_queries)]
+                    one = ["--one", folder, f"{place} {name}", f"{n_queries}", "--repeats", f"{arguments.repeats}"]
+                    command = [sys.executable, str(Path(__file__)), *one]
                     measured = measure(command)
                     seconds = json.loads(measured.output.strip().splitlines()[-1])
                     baseline = baseline or seconds
