@@ -4,6 +4,7 @@ from fruitdask.core.config.clusters import (
     AdaptiveConfig,
     AddressClusterConfig,
     ClusterConfig,
+    CustomClusterConfig,
     EC2ClusterConfig,
     LocalClusterConfig,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "AddressClusterConfig",
     "ClusterConfig",
     "Config",
+    "CustomClusterConfig",
     "EC2ClusterConfig",
     "ExploreConfig",
     "InputConfig",
