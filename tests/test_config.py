@@ -17,6 +17,7 @@ from fruitdask.core.config import (
     AddressClusterConfig,
     Config,
     EC2ClusterConfig,
+    CustomClusterConfig,
     LocalClusterConfig,
     build_schema,
     load_config,
@@ -371,10 +372,10 @@ def test_load_config_takes_an_address_for_a_running_cluster() -> None:
         ),
         ("model: {pooling: mean}", r"line 3: model\.pooling: expected avg, max or flatten, found 'mean'$"),
         ("model: {input_px: 16}", r"line 3: model\.input_px: expected at least 32, found 16$"),
-        ("cluster:\n  kind: slurm", r"line 4: cluster\.kind: expected local, address or ec2, found 'slurm'$"),
+        ("cluster:\n  kind: slurm", r"line 4: cluster\.kind: expected local, address, ec2 or custom, found 'slurm'$"),
         (
             "cluster:\n  kind: loacl",
-            r"line 4: cluster\.kind: expected local, address or ec2, found 'loacl'; did you mean local\?$",
+            r"line 4: cluster\.kind: expected local, address, ec2 or custom, found 'loacl'; did you mean local\?$",
         ),
         (
             "cluster: local",
@@ -695,8 +696,9 @@ def test_load_config_asks_how_a_keras_file_scales_pixels() -> None:
         ({"n_workers": 2}, LocalClusterConfig),
         ({"kind": "local"}, LocalClusterConfig),
         ({"kind": "address", "address": "tcp://10.0.0.5:8786"}, AddressClusterConfig),
+        ({"class": "dask_jobqueue.PBSCluster", "n_workers": 2}, CustomClusterConfig),
     ],
-    ids=["empty", "kind left out", "local", "address"],
+    ids=["empty", "kind left out", "local", "address", "class"],
 )
 def test_load_config_chooses_the_kind_of_cluster(cluster: dict[str, Any], kind: type) -> None:
     assert type(load(cluster=cluster).cluster) is kind
@@ -744,7 +746,7 @@ def test_load_config_reads_the_examples(path: Path, monkeypatch: pytest.MonkeyPa
     for name in re.findall(r"\$\{(\w+)\}", path.read_text(encoding="utf-8")):
         monkeypatch.setenv(name, "given")
     config = load_config(path)
-    is_on_s3 = path.name.startswith(("aws", "s3"))
+    is_on_s3 = path.name.startswith(("aws", "fargate", "kubernetes", "s3"))
     assert (config.input.url[0], config.output.url[0]) == (("s", "s") if is_on_s3 else ("/", "/"))
 
 
@@ -762,9 +764,8 @@ def test_examples_in_the_cloud_keep_to_the_eu_and_end(path: Path, monkeypatch: p
 
 
 def test_examples_include_the_demo() -> None:
-    assert {"demo.yaml", "local.yaml", "s3-local-cluster.yaml", "aws.yaml", "aws-gpu.yaml"} <= {
-        path.name for path in CONFIGS
-    }
+    names = "demo local s3-local-cluster aws aws-gpu fargate kubernetes slurm"
+    assert {f"{name}.yaml" for name in names.split()} <= {path.name for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -899,7 +900,7 @@ def test_load_config_explains_a_mistake_in_words_of_the_configuration(tmp_path: 
         ("input.classes=pear_1", "input.classes: expected a list, found 'pear_1'; write input.classes=[pear_1]"),
         ("input.exclude=*.jpg", "'*.jpg' is not a YAML value; if it is text, write --set 'input.exclude=\"*.jpg\"'"),
         ("reduce.tsne=true", "reduce.tsne: expected keys and values, found true; write reduce.tsne.enabled=true"),
-        ("cluster.kind=loacl", "cluster.kind: expected local, address or ec2, found 'loacl'; did you mean local?"),
+        ("cluster.kind=loacl", "cluster.kind: expected local, address, ec2 or custom, found 'loacl'; did you mean local?"),
         ("modle.name=x", "--set modle.name=x: unknown key modle; did you mean model?"),
     ],
     ids=lambda value: value[:30],

@@ -339,8 +339,9 @@ def test_other_protocols_need_a_declared_region(make_config: MakeConfig, url: st
         ({"address": "tls://10.0.0.5:8786", "region": "eu-west-3"}, "eu-west-3"),
         ({"kind": "ec2", "docker_image": "i", "region": "eu-west-3", "availability_zone": "eu-west-3b"}, "eu-west-3"),
         ({"kind": "ec2", "docker_image": "i"}, "eu-south-2"),
+        ({"class": "dask_jobqueue.SLURMCluster", "n_workers": 1, "region": "francecentral"}, "francecentral"),
     ],
-    ids=["local", "loopback", "localhost", "declared", "ec2", "ec2, environment"],
+    ids=["local", "loopback", "localhost", "declared", "ec2", "ec2, environment", "custom"],
 )
 def test_cluster_that_is_allowed(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, cluster: dict[str, Any], expected: str
@@ -356,6 +357,11 @@ def test_cluster_that_is_allowed(
             {"address": "tls://10.0.0.5:8786"},
             ".* the region of the cluster at tls://10.0.0.5:8786, which is unknown; add cluster.region$",
         ),
+        (
+            {"class": "a.B", "n_workers": 1},
+            ".* the region of the cluster of class a.B, which is unknown; add cluster.region$",
+        ),
+        ({"class": "a.B", "n_workers": 1, "region": "us-east-1"}, "the cluster of class a.B is in us-east-1, but"),
         ({"address": "127.0.0.1:8786", "region": "us-east-1"}, "the cluster at 127.0.0.1:8786 is in us-east-1, but"),
         ({"kind": "ec2", "docker_image": "i", "region": "us-east-1"}, "the cluster on EC2 is in us-east-1, but"),
         ({"kind": "ec2", "docker_image": "i"}, "no region is set for the cluster on EC2; add cluster.region"),
@@ -364,7 +370,7 @@ def test_cluster_that_is_allowed(
             "expected cluster.availability_zone to name a zone of eu-west-3 such as eu-west-3a, found x-1a",
         ),
     ],
-    ids=["address", "tunnel", "ec2", "ec2 nowhere", "zone"],
+    ids=["address", "custom", "custom elsewhere", "tunnel", "ec2", "ec2 nowhere", "zone"],
 )
 def test_cluster_that_is_refused(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, cluster: dict[str, Any], problem: str
@@ -439,9 +445,7 @@ def test_required_encryption_is_found_or_missed(make_config: MakeConfig, server:
     privacy = {"allowed_regions": "eu", "require_encryption": True}
     sections = {"input": {"url": f"s3://{PARIS}/in"}, "privacy": privacy, "explore": {"input_px": 32}}
     bare = make_config(output={"url": url, "storage_options": options}, **copy.deepcopy(sections))
-    with pytest.raises(
-        ResidencyError, match=f"^output: {url}/explore.json was stored without encryption, but privacy"
-    ):
+    with pytest.raises(ResidencyError, match=f"^output: {url}/explore.json was stored without encryption, but privacy"):
         fruitdask.explore(bare, client=client)
     # No photograph has been read by then, and nothing was written but what describes the exploration.
     assert not [request for request in server.requests if ".jpg" in request]

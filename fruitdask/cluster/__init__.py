@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from fruitdask.cluster.address import open_address
+from fruitdask.cluster.custom import open_custom
 from fruitdask.cluster.ec2 import open_ec2
 from fruitdask.cluster.ec2.prices import Usage
 from fruitdask.cluster.local import choose_workers, open_local, prepare_local
@@ -14,7 +15,7 @@ from fruitdask.core.guard import leave_imported_script
 __all__ = ["choose_workers", "list_usage", "open_client", "prepare_local"]
 
 _OPENERS: dict[str, Callable[[Any], AbstractContextManager[Any]]]
-_OPENERS = {"local": open_local, "address": open_address, "ec2": open_ec2}
+_OPENERS = {"local": open_local, "address": open_address, "ec2": open_ec2, "custom": open_custom}
 
 
 def open_client(config: ClusterConfig) -> AbstractContextManager[Any]:
@@ -23,7 +24,7 @@ def open_client(config: ClusterConfig) -> AbstractContextManager[Any]:
 
     Parameters
     ----------
-    config : LocalClusterConfig, AddressClusterConfig or EC2ClusterConfig
+    config : LocalClusterConfig, AddressClusterConfig, EC2ClusterConfig or CustomClusterConfig
         Which cluster. One that was already running is left running.
 
     Returns
@@ -34,10 +35,10 @@ def open_client(config: ClusterConfig) -> AbstractContextManager[Any]:
     Raises
     ------
     ClusterStartError
-        On entering it, if the cluster does not start or cannot be reached in time; on leaving it, if instances cannot
-        be terminated.
+        On entering it, if the cluster does not start or cannot be reached in time; on leaving it, if it cannot be
+        ended.
     ConfigError
-        On entering it, if options cannot be passed on to instances.
+        On entering it, if options cannot be passed on to instances, or do not fit the class of the cluster.
     ScriptError
         On entering it, if it is opened by a script without the guard ``if __name__ == "__main__":``.
     """

@@ -189,6 +189,9 @@ def _find_cluster(cluster: ClusterConfig, scheduler: str | None) -> _Finding:
     """Find where the cluster is."""
     if cluster.kind == "ec2" and scheduler is None:
         return _find_ec2(cluster.region or find_default_region(), cluster.availability_zone)
+    if cluster.kind == "custom" and scheduler is None:
+        problem = f"privacy.allowed_regions needs the region of {cluster.name}, which is unknown; add cluster.region"
+        return _Finding("cluster", cluster.name, cluster.region or UNKNOWN, problem="" if cluster.region else problem)
     address = scheduler or (cluster.address if cluster.kind == "address" else None)
     region = cluster.region if cluster.kind == "address" else None
     if address is None or (region is None and is_loopback(address)):

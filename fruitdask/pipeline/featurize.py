@@ -99,7 +99,7 @@ def _start(state: RunState, client: Any, stack: ExitStack) -> tuple[Any, ModelAr
         client = client or stack.enter_context(state.budget.open_client())
         preparing = prepare_workers(client, model.engine)
         # The workers and the child take seconds, in which the client imports what reducing needs.
-        import_module("fruitdask.analysis.pca" if state.config.reduce.enabled else "dask.array")
+        import_module("dask.array")
         artifact = wait_for_artifact()
     for future in preparing:
         # A worker without the engine would fail every task: fail now, before anything is written.

@@ -99,7 +99,7 @@ def dump_config(config: Config) -> dict[str, Any]:
     """Return a configuration as JSON, without storage options, secrets in URLs and the names of excluded images."""
     options = {"storage_options"}
     # Settings for containers and shells may hold secrets, although they should not.
-    cluster = {"env_vars", "docker_args", "extra_bootstrap", "worker_options", "scheduler_options"}
+    cluster = {"env_vars", "docker_args", "extra_bootstrap", "worker_options", "scheduler_options", "options"}
     exclude = {"input": options | {"exclude"}, "model": options, "output": options, "cluster": cluster}
     dumped: dict[str, Any] = json.loads(config.model_dump_json(exclude=exclude))
     for section, key in URL_KEYS:

@@ -282,6 +282,9 @@ class Estimator:
             from distributed.system import MEMORY_LIMIT
 
             return choose_workers(cluster, n_cores=CPU_COUNT, memory_bytes=MEMORY_LIMIT)
+        if cluster.kind == "custom" and self._work.client is None:
+            self._warnings.append(f"{cluster.name} is not started for a plan: one thread per worker is assumed")
+            return cluster.max_workers, 1
         with nullcontext(self._work.client) if self._work.client is not None else open_client(cluster) as client:
             threads = client.nthreads().values()
         return len(threads), max(threads)

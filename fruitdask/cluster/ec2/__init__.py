@@ -1,12 +1,12 @@
 """Clusters on Amazon EC2 that start and end with a run."""
 
 import logging
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from fruitdask.cluster.closing import close_uninterrupted
 from fruitdask.cluster.ec2.instances import terminate_run
 from fruitdask.cluster.ec2.machines import describe_types, find_image
 from fruitdask.cluster.ec2.network import Network, find_network
@@ -33,7 +33,7 @@ def open_ec2(config: EC2ClusterConfig) -> Iterator[Any]:
     try:
         yield _start(config, stack)
     finally:
-        _close_uninterrupted(stack)
+        close_uninterrupted(stack)
 
 
 def _start(config: EC2ClusterConfig, stack: ExitStack) -> Any:
@@ -141,29 +141,3 @@ def _try(function: Callable[[], Any]) -> None:
         function()
     except Exception as error:
         logger.warning("at the end of the cluster: %s", error)
-
-
-def _close_uninterrupted(stack: ExitStack) -> None:
-    """Run all cleanups in a thread that a second Ctrl-C does not interrupt; raise that interruption afterwards."""
-    done = threading.Event()
-    failures: list[BaseException] = []
-    interruptions: list[BaseException] = []
-
-    def close() -> None:
-        try:
-            stack.close()
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            done.set()
-
-    threading.Thread(target=close, name="end of the cluster").start()
-    while not done.is_set():
-        try:
-            done.wait()
-        except (KeyboardInterrupt, SystemExit) as error:
-            logger.warning("instances are being terminated; please wait")
-            interruptions.append(error)
-    # Failures come first: instances that cannot be terminated cost money.
-    if failures or interruptions:
-        raise (failures + interruptions)[0]

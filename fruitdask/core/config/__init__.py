@@ -4,6 +4,7 @@ from fruitdask.core.config.clusters import (
     AdaptiveConfig,
     AddressClusterConfig,
     ClusterConfig,
+    CustomClusterConfig,
     EC2ClusterConfig,
     LocalClusterConfig,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "CheckConfig",
     "ClusterConfig",
     "Config",
+    "CustomClusterConfig",
     "EC2ClusterConfig",
     "ExploreConfig",
     "InputConfig",

@@ -4,7 +4,7 @@ import ipaddress
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, field_validator, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, field_validator, model_validator
 
 from fruitdask.core.config.base import Seconds, Section
 
@@ -145,4 +145,51 @@ class EC2ClusterConfig(Section):
         return self.adaptive.maximum if self.adaptive else self.n_workers
 
 
-ClusterConfig = Annotated[LocalClusterConfig | AddressClusterConfig | EC2ClusterConfig, Field(discriminator="kind")]
+class CustomClusterConfig(Section):
+    """A Dask cluster of any class, such as those of dask-jobqueue, that starts for a run and ends with it."""
+
+    # `class` is a word of Python, so the field has another name.
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    kind: Literal["custom"]
+    class_path: str = Field(alias="class", description="Import path of the class, such as dask_jobqueue.SLURMCluster.")
+    options: dict[str, Any] = Field({}, repr=False, description="Keyword arguments of the class; never credentials.")
+    n_workers: int | None = Field(None, ge=1, description="Workers; or give adaptive.")
+    adaptive: AdaptiveConfig | None = Field(None, description="Grow and shrink between {minimum, maximum} workers.")
+    start_timeout: Seconds = Field(600, description="How long to wait for the scheduler, then for the first worker.")
+    region: str | None = Field(None, description="Where it is, such as eu-west-3, for privacy.allowed_regions.")
+
+    @field_validator("class_path")
+    @classmethod
+    def _check_path(cls, path: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", path):
+            raise ValueError(f"expected an import path such as dask_jobqueue.SLURMCluster, found {path!r}")
+        return path
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> "CustomClusterConfig":
+        if "n_workers" in self.options:
+            raise ValueError("give the number of workers as cluster.n_workers, not in options")
+        if (self.n_workers is None) == (self.adaptive is None):
+            raise ValueError("give either n_workers or adaptive: {minimum: ..., maximum: ...}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Its name in messages."""
+        return f"the cluster of class {self.class_path}"
+
+    @property
+    def n_first(self) -> int:
+        """Workers to start with."""
+        return self.n_workers or max(1, self.adaptive.minimum if self.adaptive else 1)
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers at once."""
+        return self.adaptive.maximum if self.adaptive else self.n_first
+
+
+ClusterConfig = Annotated[
+    LocalClusterConfig | AddressClusterConfig | EC2ClusterConfig | CustomClusterConfig, Field(discriminator="kind")
+]

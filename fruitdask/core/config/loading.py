@@ -61,7 +61,9 @@ def load_config(source: str | Path | Mapping[str, Any], *, overrides: Sequence[s
     except RecursionError as error:
         raise ConfigError(f"{name}: expected sections of keys and values, found endless nesting") from error
     if isinstance(tree.get("cluster"), dict):
-        tree["cluster"] = {"kind": "address" if "address" in tree["cluster"] else "local"} | tree["cluster"]
+        kinds = {"address": "address", "class": "custom"}
+        kind = next((kind for key, kind in kinds.items() if key in tree["cluster"]), "local")
+        tree["cluster"] = {"kind": kind} | tree["cluster"]
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -192,7 +192,7 @@ def _suggest_section(key: tuple[str, ...], value: Any, *, is_override: bool) -> 
         inner = _MAIN_KEYS.get(name, "")
     if inner:
         return f"write {name}.{inner}={value}" if is_override else f"write {key[-1]}: {{{inner}: {value}}}"
-    return f"its keys are {', '.join(sorted(section.model_fields))}" if section else ""
+    return f"its keys are {', '.join(sorted(_list_keys(section)))}" if section else ""
 
 
 def _suggest_key(section: type[Section], name: str) -> str:
@@ -200,13 +200,14 @@ def _suggest_key(section: type[Section], name: str) -> str:
     parent, _, inner = name.partition(".")
     if inner and parent in section.model_fields:
         return f"write {parent}: {{{inner}: ...}}"
-    if nearest := _find_nearest(name, section.model_fields):
+    if nearest := _find_nearest(name, _list_keys(section)):
         return f"did you mean {nearest}?"
     if homes := _find_homes(name):
         if "kind" in section.model_fields and homes[0].startswith("cluster."):
-            return f"only a cluster with {homes[0].partition(' with ')[2]} has this key"
+            kinds = " or ".join(home.partition("kind: ")[2] for home in homes if home.startswith("cluster."))
+            return f"only a cluster with kind: {kinds} has this key"
         return f"did you mean {' or '.join(homes)}?"
-    return f"valid keys: {', '.join(sorted(section.model_fields))}"
+    return f"valid keys: {', '.join(sorted(_list_keys(section)))}"
 
 
 def _find_key(detail: ErrorDetails) -> str:
@@ -214,7 +215,12 @@ def _find_key(detail: ErrorDetails) -> str:
     section, key = _locate(detail)
     if detail["type"] != "extra_forbidden":
         return ""
-    return _find_nearest(key[-1], section.model_fields) or key[-1].partition(".")[0]
+    return _find_nearest(key[-1], _list_keys(section)) or key[-1].partition(".")[0]
+
+
+def _list_keys(section: type[Section]) -> list[str]:
+    """List the keys of a section as the user writes them."""
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _find_nearest(word: str, words: Iterable[str]) -> str:
@@ -231,7 +237,7 @@ def _find_homes(name: str) -> list[str]:
     """Find the sections that have a key."""
     homes, name = [], _normalize(name)
     for path, section in SECTIONS.items():
-        if path and name in section.model_fields:
+        if path and name in _list_keys(section):
             kind = path[1] if path[0] == "cluster" else ""
             place = ".".join(str(part) for part in path if part != kind)
             homes.append(f"{place}.{name}{f' with kind: {kind}' if kind else ''}")

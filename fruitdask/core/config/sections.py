@@ -367,6 +367,12 @@ class Config(Section):
     output: OutputConfig
 
     @model_validator(mode="after")
+    def _check_limits(self) -> "Config":
+        if self.cluster.kind == "custom" and self.limits.max_cost is not None:
+            raise ValueError("limits.max_cost needs known prices, which a cluster of kind: custom has not; remove it")
+        return self
+
+    @model_validator(mode="after")
     def _check_components(self) -> "Config":
         n_components, shown = self.reduce.n_components, self.plots.components
         # One component gives no map, and is allowed.

@@ -1,0 +1,33 @@
+"""The end of a cluster, which no second Ctrl-C interrupts."""
+
+import logging
+import threading
+from contextlib import ExitStack
+
+logger = logging.getLogger(__name__)
+
+
+def close_uninterrupted(stack: ExitStack) -> None:
+    """Run all cleanups in a thread that a second Ctrl-C does not interrupt; raise that interruption afterwards."""
+    done = threading.Event()
+    failures: list[BaseException] = []
+    interruptions: list[BaseException] = []
+
+    def close() -> None:
+        try:
+            stack.close()
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=close, name="end of the cluster").start()
+    while not done.is_set():
+        try:
+            done.wait()
+        except (KeyboardInterrupt, SystemExit) as error:
+            logger.warning("the cluster is being closed; please wait")
+            interruptions.append(error)
+    # Failures come first: what cannot be ended costs money.
+    if failures or interruptions:
+        raise (failures + interruptions)[0]
