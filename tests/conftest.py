@@ -1,5 +1,6 @@
 """Fixtures that several test modules share: real photographs, real weights, a real S3 server, a drawn data set."""
 
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ _CACHES: list[dict[str, S3FileSystem]] = []
 # The same examples in every run, and no time limit for one: a shared machine is sometimes slow.
 settings.register_profile("fruitdask", deadline=None, derandomize=True, database=None)
 settings.load_profile("fruitdask")
+
+# Whoever runs the tests in the background has Ctrl-C ignored, and so would this process and those that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

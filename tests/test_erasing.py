@@ -17,7 +17,7 @@ import pytest
 import sklearn.decomposition
 from click.testing import CliRunner
 from PIL import Image
-from runs import Finish, MakeConfig, configure
+from runs import ON, Finish, MakeConfig, configure
 
 import fruitdask
 from fruitdask import store
@@ -120,21 +120,24 @@ def has_colour(pixels: np.ndarray) -> bool:
 def test_erase_leaves_nothing_and_all_else_is_as_in_a_run_without(
     make_config: MakeConfig, client: Any, places: dict[str, Any], tmp_path: Path, source: Path
 ) -> None:
-    shown = {name: {"enabled": True} for name in ("explore", "quality", "plots", "report")}
+    # Figures and page are made on this machine, wherever they are written.
+    pictures = () if places else ("plots", "report")
+    shown = dict.fromkeys(("explore", "quality", *pictures), ON)
     config = make_config(**places | shown)
     output = Location(config.output.url, config.output.storage_options)
     before = fruitdask.run(config, client=client)
     features, table = before.features.compute(), before.table
     # What looks for traces finds some.
     assert {text for _, text in find_texts(output, *SECRETS, "jane_doe")} == {*SECRETS, "jane_doe"}
-    assert find_colour(output) >= {"thumbnails", "means", "examples.png", "report.html"}
+    assert find_colour(output) >= {"thumbnails", "means", *(("examples.png", "report.html") if pictures else ())}
 
     erasure = fruitdask.erase(config, PATTERNS, client=client)
     assert (erasure.n_erased, erasure.n_images, erasure.n_in_input, erasure.keeps_versions) == (3, 26, 3, False)
     assert erasure.result is not None and erasure.result.n_computed == 0
     assert find_texts(output, *SECRETS, "jane_doe") == set()
     assert find_colour(output) == set()
-    assert re.search("Erased since.*3 images", erasure.result.report.read(), re.DOTALL)
+    if pictures:
+        assert re.search("Erased since.*3 images", erasure.result.report.read(), re.DOTALL)
     is_kept = ~table["path"].isin(SECRETS).to_numpy()
     kept = erasure.result.features.compute()
     np.testing.assert_array_equal(kept, features[is_kept])
@@ -462,11 +465,11 @@ def test_killed_at_any_step_it_has_not_happened_or_is_finished(
     finish(make_config(explore={"enabled": True}))
     shutil.copytree(tmp_path / "out", tmp_path / "base")
     (tmp_path / "config.json").write_text(make_config().model_dump_json())
-    command = [str(tmp_path / "config.json"), str(tmp_path / "base"), " ".join(PATTERNS), "4"]
+    command = [str(tmp_path / "config.json"), str(tmp_path / "base"), " ".join(PATTERNS), "8"]
     done = subprocess.run([sys.executable, "-c", _KILLED, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     n_tries, n_finished = map(int, done.stdout.split())
-    assert n_finished > 10 and n_tries - n_finished > 10
+    assert n_finished > 4 and n_tries - n_finished > 4
 
 
 def test_erase_from_a_limited_run_takes_no_other_image_instead(make_config: MakeConfig, finish: Finish) -> None:

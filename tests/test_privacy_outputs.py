@@ -298,7 +298,7 @@ def test_nothing_planted_is_in_local_results_or_printed(planted: tuple[int, dict
         "DASK_PLANTED__TOKEN": SECRETS["dask"],
     }
     said = ""
-    for arguments in (["explore", "--verbose"], ["run", "--verbose"], ["report"]):
+    for arguments in (["explore", "--verbose"], ["run", "--verbose"]):
         command = [sys.executable, "-m", "fruitdask", arguments[0], "run.yaml", *arguments[1:]]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
