@@ -66,7 +66,7 @@ def make_config(url: str, images: str, bucket: str, **settings: dict[str, Any]) 
     sections: dict[str, dict[str, Any]] = {
         "input": {"url": f"s3://{images}/in", "limit": N_IMAGES, **options},
         "model": {"weights": f"s3://{images}/colours.keras", "preprocessing": "none", **options},
-        "featurize": {"images_per_partition": 3},
+        "featurize": {"images_per_partition": 3, "max_failed_fraction": 0.1},
         **dict.fromkeys(EXTRAS, OFF),
         "output": {"url": f"s3://{bucket}/out", **options},
     }

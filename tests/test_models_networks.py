@@ -26,8 +26,6 @@ FAMILIES = {
     "EfficientNetB0": 64,
     "MobileNetV2": 64,
     "MobileNetV3Small": 64,
-    "ResNet50": 64,
-    "Xception": 71,
 }
 
 
