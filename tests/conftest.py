@@ -1,5 +1,6 @@
 """Fixtures that several test modules share: real photographs, real weights, a real S3 server, a drawn data set."""
 
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from fruitdask.cluster import open_client
 from fruitdask.core.config import LocalClusterConfig, ModelConfig
 from fruitdask.core.sample import draw_sample
 from fruitdask.worker.models import ModelArtifact, build_artifact
+from fruitdask.worker.models.cache import keep_artifact
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -25,6 +27,9 @@ _CACHES: list[dict[str, S3FileSystem]] = []
 # The same examples in every run, and no time limit for one: a shared machine is sometimes slow.
 settings.register_profile("fruitdask", deadline=None, derandomize=True, database=None)
 settings.load_profile("fruitdask")
+
+# Whoever runs the tests in the background has Ctrl-C ignored, and so would this process and those that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -128,7 +133,7 @@ def s3_bucket(s3_server: str, s3_client: Any) -> tuple[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+def tiny_model(user_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     """A Keras model of a user's own whose six features are the mean and the largest value of each colour."""
     import keras
 
@@ -138,7 +143,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     features = keras.layers.Concatenate(name="colours")([means, largest])
     path = tmp_path_factory.mktemp("model") / "colours.keras"
     keras.Model(pixels, keras.layers.Dense(2)(features)).save(path)
-    return ModelConfig(weights=str(path), preprocessing="none")
+    config = ModelConfig(weights=str(path), preprocessing="none")
+    # As by an earlier run: TensorFlow, which this process has by now, takes others seconds to import.
+    keep_artifact(config, build_artifact(config))
+    return config
 
 
 @pytest.fixture(scope="session")

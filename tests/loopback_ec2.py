@@ -723,7 +723,9 @@ class LoopbackEC2:
         return environment
 
     def use(self, patch: pytest.MonkeyPatch) -> None:
-        """Let all AWS clients of this process and its children talk to this."""
+        """Let all AWS clients of this process and its children talk to this, which may be asked again soon."""
+        for name in ("cluster", "instances"):
+            patch.setattr(f"fruitdask.cluster.ec2.{name}._POLL_SECONDS", 0.2)
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN"):
             patch.delenv(name, raising=False)
         for name, value in self.environment.items():

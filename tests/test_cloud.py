@@ -1,4 +1,4 @@
-"""The whole way: photographs in S3, a cluster on (a loopback) EC2 that loses a worker, results in S3, nothing left."""
+"""The whole way: images in S3, a cluster on (a loopback) EC2 that loses a worker, results in S3, nothing left."""
 
 import os
 import subprocess
@@ -14,43 +14,35 @@ import s3fs
 import yaml
 import zarr
 from loopback_ec2 import LoopbackEC2
+from runs import Finish, configure
 
-from fruitdask.core.config import Config, load_config
-from fruitdask.pipeline.run import run
+from fruitdask.core.config import ModelConfig
+from fruitdask.core.sample import draw_sample
 
 pytestmark = [pytest.mark.cloud, pytest.mark.slow]
 
-N_IMAGES = 160
-EXTRAS = {name: {"enabled": False} for name in ("explore", "quality", "plots", "report")}
+N_IMAGES = 60
+BUCKET = "fruits"
 
 
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackEC2]:
+    """An EC2 and S3."""
     with LoopbackEC2() as cloud:
         cloud.use(monkeypatch)
         yield cloud
 
 
-def build_config(photographs: Path | str, output: Path | str, weights: Path, **sections: Any) -> dict[str, Any]:
-    return {
-        "input": {"url": str(photographs)},
-        "model": {"weights": str(weights), "engine": "openvino"},
-        "featurize": {"images_per_partition": 8},
-        "output": {"url": str(output)},
-        **EXTRAS,
-        **sections,
-    }
-
-
-def upload(cloud: LoopbackEC2, photographs: Path, n_images: int, bucket: str) -> None:
-    paths = sorted(photographs.glob("*/*.jpg"))
+def upload(cloud: LoopbackEC2, folder: Path) -> None:
+    """Put images into a bucket."""
     with cloud.client("s3") as s3:
-        s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": cloud.region})
-        for path in paths[:: max(1, len(paths) // n_images)][:n_images]:
-            s3.put_object(Bucket=bucket, Key=f"photographs/{path.parent.name}/{path.name}", Body=path.read_bytes())
+        s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": cloud.region})
+        for path in folder.rglob("*.jpg"):
+            s3.upload_file(str(path), BUCKET, f"images/{path.relative_to(folder).as_posix()}")
 
 
 def describe_cluster(cloud: LoopbackEC2) -> dict[str, Any]:
+    """Describe two workers on spot instances."""
     return {
         "kind": "ec2",
         "region": cloud.region,
@@ -64,33 +56,35 @@ def describe_cluster(cloud: LoopbackEC2) -> dict[str, Any]:
     }
 
 
-def interrupt_a_worker(cloud: LoopbackEC2, bucket: str) -> None:
+def interrupt_a_worker(cloud: LoopbackEC2) -> None:
     """Take a worker away as soon as a partition is stored."""
-    with cloud.client("s3") as s3, cloud.changed:
-        while not s3.list_objects_v2(Bucket=bucket, Prefix="results/partitions/").get("KeyCount"):
+    mark = f"{BUCKET}/results/partitions/"
+    with cloud.changed:
+        while not any(call.action == "PutObject" and call.summary.startswith(mark) for call in cloud.calls):
             cloud.changed.wait(0.1)
     worker = next(instance for instance in cloud.instances() if instance.role == "worker")
     cloud.interrupt(worker.id)
 
 
 def test_run_on_ec2_survives_an_interruption(
-    cloud: LoopbackEC2, photographs: Path, mobilenet_weights: Path, tmp_path: Path
+    cloud: LoopbackEC2, tiny_model: ModelConfig, finish: Finish, tmp_path: Path
 ) -> None:
-    bucket = "fruits"
-    upload(cloud, photographs, N_IMAGES, bucket)
-    sections = build_config(
-        f"s3://{bucket}/photographs",
-        f"s3://{bucket}/results",
-        mobilenet_weights,
+    draw_sample(tmp_path / "images", per_class=N_IMAGES // 6, size_px=64)
+    upload(cloud, tmp_path / "images")
+    config = configure(
+        f"s3://{BUCKET}/images",
+        f"s3://{BUCKET}/results",
+        tiny_model,
         cluster=describe_cluster(cloud),
+        featurize={"images_per_partition": 2},
         privacy={"allowed_regions": ["eu-west-1"]},
         limits={"max_cost": 1},
     )
     path = tmp_path / "aws.yaml"
-    path.write_text(yaml.safe_dump(sections))
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True)))
     command = [sys.executable, "-m", "fruitdask", "run", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
-    interrupt_a_worker(cloud, bucket)
+    interrupt_a_worker(cloud)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert f"{N_IMAGES} ok, 0 failed" in printed and "cost" in printed
@@ -98,19 +92,8 @@ def test_run_on_ec2_survives_an_interruption(
     launched = [instance.role for instance in cloud.instances(states=None)]
     assert launched.count("scheduler") == 1 and launched.count("worker") >= 2
 
-    files = s3fs.S3FileSystem(endpoint_url=cloud.endpoint_url)
-    local = run(make_local(photographs, files.find(f"{bucket}/photographs"), mobilenet_weights, tmp_path))
-    there = zarr.open_group(f"s3://{bucket}/results/features.zarr", mode="r")
+    local = finish(configure(tmp_path / "images", tmp_path / "results", tiny_model))
+    there = zarr.open_group(f"s3://{BUCKET}/results/features.zarr", mode="r")
     np.testing.assert_allclose(np.asarray(there["features"]), local.features.compute(), rtol=1e-6, atol=1e-6)
-    with files.open(f"{bucket}/results/results.csv") as table:
+    with s3fs.S3FileSystem(endpoint_url=cloud.endpoint_url).open(f"{BUCKET}/results/results.csv") as table:
         assert list(pd.read_csv(table)["path"]) == list(local.table["path"])
-
-
-def make_local(photographs: Path, keys: list[str], weights: Path, folder: Path) -> Config:
-    """Describe a run of the same images on this machine, from disk."""
-    names = ["/".join(key.split("/")[-2:]) for key in keys]
-    manifest = folder / "manifest.csv"
-    pd.DataFrame({"path": names, "label": [name.split("/")[0] for name in names]}).to_csv(manifest, index=False)
-    sections = build_config(photographs, folder / "results", weights)
-    sections["input"]["manifest"] = str(manifest)
-    return load_config(sections | {"cluster": {"n_workers": 2}})

@@ -86,11 +86,11 @@ with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard
     assert printed.stdout.split() == ["yes", "None"], printed.stderr
 
 
-@pytest.mark.slow
 def test_local_workers_that_die_again_and_again_are_replaced() -> None:
-    with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
-        # Dask looks 15 seconds after each death whether the worker is back, unless it is told otherwise.
-        deadline = time.monotonic() + 18
+    # Dask gives a worker up that is down so long after its last death, unless it is told otherwise.
+    patience = dask.config.set({"distributed.deploy.lost-worker-timeout": "1s"})
+    with patience, open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
+        deadline = time.monotonic() + 2.5
         while time.monotonic() < deadline:
             for nanny in client.cluster.workers.values():
                 with suppress(ProcessLookupError, TypeError):

@@ -187,6 +187,7 @@ def run() -> Iterator[Run]:
     yield run
 
 
+@pytest.mark.slow
 def test_cluster_computes(run: Run) -> None:
     """Tasks run on the instances, with the environment of the configuration, in an event loop as in a script."""
     assert run.greeting == "good day: # 1"
@@ -195,6 +196,7 @@ def test_cluster_computes(run: Run) -> None:
     assert [instance.role for instance in run.instances] == ["scheduler", "worker", "worker"]
 
 
+@pytest.mark.slow
 def test_cluster_talks_tls(run: Run) -> None:
     """All addresses are TLS ones, and the settings never were those of other clusters of this process."""
     cluster = run.client.cluster
@@ -203,12 +205,14 @@ def test_cluster_talks_tls(run: Run) -> None:
     assert run.global_tls is None and cluster.security.require_encryption
 
 
+@pytest.mark.slow
 def test_workers_have_names_that_the_cluster_knows(run: Run) -> None:
     """By these names the scheduler can be asked to retire them."""
     names = {instance.tags["Name"] for instance in run.instances if instance.role == "worker"}
     assert {worker["name"] for worker in run.workers} == names
 
 
+@pytest.mark.slow
 def test_user_data_are_small_and_hold_no_secrets(run: Run) -> None:
     """Of the settings of Dask only those of TLS travel."""
     for instance in run.instances:
@@ -220,6 +224,7 @@ def test_user_data_are_small_and_hold_no_secrets(run: Run) -> None:
         assert settings["distributed"]["comm"]["tls"]["worker"]["key"].startswith("-----BEGIN PRIVATE KEY")
 
 
+@pytest.mark.slow
 def test_user_data_end_instances(run: Run) -> None:
     """After max_lifetime, after idle_timeout, and after the container; the image's own Docker, or Ubuntu's."""
     for instance in run.instances:
@@ -230,6 +235,7 @@ def test_user_data_end_instances(run: Run) -> None:
     assert all('"death_timeout": 1200' in instance.user_data for instance in run.instances[1:])
 
 
+@pytest.mark.slow
 def test_instances_are_tagged_at_launch(run: Run) -> None:
     """Instances and volumes carry the tags of the run and the user's."""
     ids = {instance.tags["fruitdask:run"] for instance in run.instances}
@@ -242,6 +248,7 @@ def test_instances_are_tagged_at_launch(run: Run) -> None:
     assert "CreateTags" not in run.actions
 
 
+@pytest.mark.slow
 def test_volumes_are_encrypted_and_metadata_need_tokens(run: Run) -> None:
     """Each instance has one volume, the image's root, encrypted; the metadata service's first version is off."""
     assert len(run.volumes) == 3 and all(volume["Encrypted"] for volume in run.volumes)
@@ -251,12 +258,14 @@ def test_volumes_are_encrypted_and_metadata_need_tokens(run: Run) -> None:
         assert instance["MetadataOptions"]["HttpTokens"] == "required"
 
 
+@pytest.mark.slow
 def test_security_group_admits_this_machine_alone(run: Run) -> None:
     """While it runs, and to the scheduler only."""
     assert run.rules == [(8786, 8786, "127.0.0.1/32")]
     assert "RevokeSecurityGroupIngress" in run.actions
 
 
+@pytest.mark.slow
 def test_usage_is_known_also_after_the_end(run: Run) -> None:
     """One entry an instance, which stands still after the end."""
     after = list_usage(run.client)
@@ -296,6 +305,7 @@ def test_image_that_cannot_be_pulled(cloud: LoopbackEC2) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_workers_that_never_come_up(cloud: LoopbackEC2) -> None:
     """The same deadline holds for the first worker."""
     cloud.faults.never_boots = {"worker"}
@@ -313,9 +323,19 @@ def test_workers_that_never_come_up(cloud: LoopbackEC2) -> None:
             "scheduler", "InsufficientInstanceCapacity", "did not start: RunInstances: .*no capacity", id="capacity"
         ),
         pytest.param("scheduler", "UnauthorizedOperation", "did not start: RunInstances: .*iam-policy", id="denied"),
-        pytest.param("worker", "VcpuLimitExceeded", "no worker could be started: RunInstances.*quota", id="quota"),
         pytest.param(
-            "worker", "InsufficientInstanceCapacity", "no worker could be .*no capacity", id="worker-capacity"
+            "worker",
+            "VcpuLimitExceeded",
+            "no worker could be started: RunInstances.*quota",
+            id="quota",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "worker",
+            "InsufficientInstanceCapacity",
+            "no worker could be .*no capacity",
+            id="worker-capacity",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -426,7 +446,9 @@ def test_start_goes_on_with_the_first_worker(cloud: LoopbackEC2) -> None:
         assert [instance.is_spot for instance in cloud.instances()] == [False, True, True]
 
 
-@pytest.mark.parametrize("n", [1, 2], ids=["scheduler", "worker"])
+@pytest.mark.parametrize(
+    "n", [pytest.param(1, id="scheduler"), pytest.param(2, id="worker", marks=pytest.mark.slow)]
+)
 def test_ctrl_c_while_an_instance_is_being_launched(
     cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch, ending: threading.Event, n: int
 ) -> None:
@@ -435,7 +457,8 @@ def test_ctrl_c_while_an_instance_is_being_launched(
     def interrupt() -> None:
         interrupt_self()
         assert ending.wait(PATIENCE_SECONDS)
-        time.sleep(2.5)
+        # Several looks, each of which shows nothing.
+        time.sleep(1)
 
     on_call(cloud, monkeypatch, "RunInstances", n, interrupt)
     with pytest.raises(KeyboardInterrupt):

@@ -188,7 +188,7 @@ def test_no_file_is_written_under_its_own_name(scene: Scene) -> None:
     assert [path for path in opened if not path.endswith((".part", ".partial"))] == []
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(share=st.floats(0, 1), is_half=st.booleans())
 def test_run_killed_at_any_change_is_repaired_by_the_next(scene: Scene, share: float, is_half: bool) -> None:
     config = scene.make_config()
@@ -198,7 +198,7 @@ def test_run_killed_at_any_change_is_repaired_by_the_next(scene: Scene, share: f
     scene.check(config, hash_files(Path(config.output.url)))
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(number=st.integers(1, 8), is_half=st.booleans())
 def test_worker_killed_at_any_change_is_replaced(scene: Scene, number: int, is_half: bool) -> None:
     config = scene.make_config()

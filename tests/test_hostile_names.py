@@ -1,19 +1,19 @@
 """Files and classes with names that would do harm somewhere: on disk, in a spreadsheet, on a page, on a terminal."""
 
 import csv
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
+from click.testing import CliRunner
 from playwright.sync_api import sync_playwright
 
 from fruitdask import report
+from fruitdask.cli import cli
 from fruitdask.core.config import InputConfig, ModelConfig
 from fruitdask.core.storage import Location
 from fruitdask.errors import ConfigError
@@ -61,7 +61,7 @@ CONTROLS = ("\x1b", "\x07", "\x9b", "\x7f", "\r", "\u202e")
 
 @pytest.fixture(scope="module")
 def finished(
-    tiny_model: ModelConfig, sample_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_model: ModelConfig, sample_folder: Path, client: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
     """Folder of a finished run over images of such names, one of them broken in each class, and what it said."""
     folder = tmp_path_factory.mktemp("names")
@@ -74,7 +74,7 @@ def finished(
     sections = {
         "input": {"url": "in"},
         "model": tiny_model.model_dump(exclude_defaults=True),
-        "cluster": {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None},
+        "cluster": {"kind": "address", "address": client.scheduler.address},
         "featurize": {"max_failed_fraction": 0.5},
         "explore": {"input_px": 32},
         "plots": {"enabled": False},
@@ -83,15 +83,12 @@ def finished(
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(sections))
     said = ""
-    for command in ("explore", "run"):
-        done = subprocess.run(
-            [sys.executable, "-m", "fruitdask", command, "run.yaml", "--verbose"],
-            capture_output=True,
-            cwd=folder,
-            env=os.environ | {"COLUMNS": "200", "PYTHONIOENCODING": "utf-8"},
-        )
-        said += (done.stdout + done.stderr).decode()
-        assert done.returncode == 0, said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in ("explore", "run"):
+            done = CliRunner(env={"COLUMNS": "200"}).invoke(cli, [command, "run.yaml", "--verbose"])
+            said += done.output
+            assert done.exit_code == 0, said
     return folder, said
 
 
@@ -179,24 +176,10 @@ def test_browser_runs_no_name(finished: tuple[Path, str], chromium: str) -> None
 
 
 def test_error_with_a_name_is_one_harmless_line(finished: tuple[Path, str]) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "fruitdask",
-            "run",
-            "run.yaml",
-            "--set",
-            "input.classes=[none]",
-            "--set",
-            "output.url=o",
-        ],
-        capture_output=True,
-        cwd=finished[0],
-    )
-    said = done.stderr.decode()
-    assert done.returncode == 2 and "the classes are: " in said.splitlines()[-1]
-    assert [control for control in CONTROLS if control in said] == []
+    arguments = ["run", str(finished[0] / "run.yaml"), "--set", "input.classes=[none]", "--set", "output.url=o"]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 2 and "the classes are: " in done.stderr.splitlines()[-1]
+    assert [control for control in CONTROLS if control in done.stderr] == []
 
 
 @pytest.mark.parametrize("path", ["../secret.jpg", "a/../../secret.jpg", "..", "a\\..\\..\\secret.jpg/.."])

@@ -20,17 +20,12 @@ from fruitdask.worker.models.engines import ENGINES
 from fruitdask.worker.models.networks import INPUT_PX, find_preprocessing
 
 APPLICATIONS = sorted(set(INPUT_PX) - {"SqueezeNet"})
-#: One of each family, with a small size that it takes.
+#: Networks of other layers each, with a small size that they take.
 FAMILIES = {
     "ConvNeXtTiny": 64,
     "EfficientNetB0": 64,
-    "EfficientNetV2B0": 64,
-    "MobileNet": 64,
     "MobileNetV2": 64,
     "MobileNetV3Small": 64,
-    "ResNet50": 64,
-    "VGG16": 64,
-    "Xception": 71,
 }
 
 

@@ -342,7 +342,7 @@ def test_cost_of_a_run_on_ec2_is_in_the_manifest_with_that_of_its_interrupted_pa
     config = make_config(
         input={"url": "s3://photos/fruits"}, output=output, featurize={"images_per_partition": 1}
     ).model_dump()
-    cluster = {**EC2, "hourly_prices": {"m6i.large": 0.36}, "filesystem_size": 10}
+    cluster = {**EC2, "n_workers": 1, "hourly_prices": {"m6i.large": 0.36}, "filesystem_size": 10}
     first, second = (
         fruitdask.load_config(config | {"cluster": cluster, "limits": limits})
         for limits in ({"max_hours": 1.5, "max_cost": 100}, {"max_cost": 100})
@@ -354,7 +354,7 @@ def test_cost_of_a_run_on_ec2_is_in_the_manifest_with_that_of_its_interrupted_pa
     assert lifetimes == {90}
     # Whatever ran for less than a minute is billed for one.
     each = 60 / 3600 * 0.005 + 0.0952 * 10 * 60 / (30 * 86400)
-    paid = 60 / 3600 * (0.0456 + 2 * 0.36) + 3 * each
+    paid = 60 / 3600 * (0.0456 + 0.36) + 2 * each
     interrupted = store.read_run(Location(output["url"]))
     assert (
         interrupted is not None
@@ -368,13 +368,13 @@ def test_cost_of_a_run_on_ec2_is_in_the_manifest_with_that_of_its_interrupted_pa
     assert cost["prices_of"] == "configuration, else January 2026"
     assert {name: figures["seconds"] for name, figures in cost["instances"].items()} == {
         "t3.medium": 120,
-        "m6i.large": 240,
+        "m6i.large": 120,
     }
     assert sum(figures["dollars"] for figures in cost["instances"].values()) == pytest.approx(2 * paid, abs=1e-5)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(second.model_dump(mode="json", exclude_defaults=True)))
     shown = CliRunner().invoke(cli, ["run", str(path)])
-    assert f"${2 * paid:.2f} for 0.10 hours of instances, by prices of configuration, else January 2026" in shown.stdout
+    assert f"${2 * paid:.2f} for 0.07 hours of instances, by prices of configuration, else January 2026" in shown.stdout
 
 
 def configure_budget(cost: float, **limits: float) -> Budget:

@@ -333,7 +333,7 @@ def test_run_goes_on_where_it_was_interrupted(make_config: MakeConfig, client: A
 @pytest.mark.slow
 @both_servers
 def test_explore_and_report_work_on_s3(make_config: MakeConfig, client: Any) -> None:
-    config = make_config(plots={"enabled": True})
+    config = make_config()
     exploration = fruitdask.explore(config, client=client)
     assert exploration.images["status"].value_counts().to_dict() == {"ok": 24}
     output = Location(config.output.url, config.output.storage_options)

@@ -116,7 +116,7 @@ def test_verify_finds_nothing_in_a_finished_run(finished: Path) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_verify_finds_whatever_a_reader_would_see(
     finished: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -665,13 +665,10 @@ _DEEDS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_verify_finds_nothing_after_any_history(
-    tmp_path: Path, tiny_model: ModelConfig, client: Any, seed: int
-) -> None:
-    history = History(tmp_path, tiny_model, client, seed)
+def test_verify_finds_nothing_after_any_history(tmp_path: Path, tiny_model: ModelConfig, client: Any) -> None:
+    history = History(tmp_path, tiny_model, client, seed=1)
     history.run()
-    for number in [*np.random.default_rng(seed).permutation(len(_DEEDS)), None]:
+    for number in [*np.random.default_rng(1).permutation(len(_DEEDS)), None]:
         deed = History.erase if number is None else _DEEDS[number]
         deed(history)
         if number is not None:

@@ -25,9 +25,20 @@ from measuring import measure
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from loopback_ec2 import LoopbackEC2  # noqa: E402
-from test_cloud import build_config, describe_cluster, interrupt_a_worker, upload  # noqa: E402
+from runs import EXTRAS, OFF  # noqa: E402
+from test_cloud import BUCKET, describe_cluster, interrupt_a_worker, upload  # noqa: E402
 
-BUCKET = "photographs-and-results"
+
+def build_config(photographs: Path | str, output: Path | str, weights: Path, **sections: dict) -> dict:
+    """Build the sections of a run."""
+    return {
+        "input": {"url": str(photographs)},
+        "model": {"weights": str(weights), "engine": "openvino"},
+        "featurize": {"images_per_partition": 8},
+        "output": {"url": str(output)},
+        **dict.fromkeys(EXTRAS, OFF),
+        **sections,
+    }
 
 
 def run(path: Path, sections: dict) -> float:
@@ -50,9 +61,9 @@ def main() -> None:
             folder / "local.yaml", build_config(arguments.photographs, folder / "results", arguments.weights)
         )
         cloud.use(patch)
-        upload(cloud, arguments.photographs, n_images, BUCKET)
-        places = (f"s3://{BUCKET}/photographs", f"s3://{BUCKET}/results")
-        interrupting = threading.Thread(target=interrupt_a_worker, args=(cloud, BUCKET))
+        upload(cloud, arguments.photographs)
+        places = (f"s3://{BUCKET}/images", f"s3://{BUCKET}/results")
+        interrupting = threading.Thread(target=interrupt_a_worker, args=(cloud,))
         interrupting.start()
         seconds = run(
             folder / "aws.yaml", build_config(*places, arguments.weights, cluster=describe_cluster(cloud), privacy={})

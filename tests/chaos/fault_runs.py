@@ -108,11 +108,11 @@ class Scene:
         Where all that is kept.
     model : Path
         A small Keras model.
-    s3_server : str
-        URL of an S3 server on this machine, where the images are too.
+    s3_server : str or None
+        URL of an S3 server on this machine, where the images are put too, for faults of S3.
     """
 
-    def __init__(self, folder: Path, model: Path, s3_server: str) -> None:
+    def __init__(self, folder: Path, model: Path, s3_server: str | None = None) -> None:
         from fruitdask.core.sample import draw_sample
 
         self.folder, self.model, self.s3_server = folder, model, s3_server
@@ -122,10 +122,15 @@ class Scene:
         assert self.start(output).wait(_PATIENCE_SECONDS) == 0
         self.paths = list(read_outcomes(output)["path"])
         self.features = read_features(output)
+        if s3_server is not None:
+            self.upload()
+
+    def upload(self) -> None:
+        """Put the images into a bucket too."""
         with self.open_s3() as s3:
             s3.create_bucket(Bucket=_BUCKET)
-            for path in (folder / "images").rglob("*.jpg"):
-                s3.upload_file(str(path), _BUCKET, path.relative_to(folder).as_posix())
+            for path in (self.folder / "images").rglob("*.jpg"):
+                s3.upload_file(str(path), _BUCKET, path.relative_to(self.folder).as_posix())
 
     @contextmanager
     def open_s3(self) -> Iterator[Any]:
@@ -159,8 +164,7 @@ class Scene:
             "output": {"url": f"{root}/{output.name}"} | options,
         }
         config.write_text(yaml.safe_dump(sections))
-        environment = os.environ | {"XDG_CACHE_HOME": str(self.folder / "cache")}
-        environment |= {name.upper(): value for name, value in _KEYS.items()}
+        environment = os.environ | {name.upper(): value for name, value in _KEYS.items()}
         if poison is not None:
             (output.parent / f"{output.name}-site").mkdir(exist_ok=True)
             (output.parent / f"{output.name}-site" / "sitecustomize.py").write_text(_POISON.format(name=poison))
@@ -331,7 +335,7 @@ def damage(scene: Scene, kind: str, seed: int) -> Verdict:
     start, committed = time.monotonic(), dict[Path, Stamp]()
     with ExitStack() as stack:
         s3_url = None
-        if kind == _ON_S3:
+        if kind == _ON_S3 and scene.s3_server is not None:
             proxy = open_faulty_s3(scene.s3_server, fraction=_S3_FAULTS, seed=seed, stall_seconds=1)
             s3_url = stack.enter_context(proxy).url
         for n_tries in range(1, _MAX_TRIES + 1):
@@ -400,6 +404,7 @@ def main() -> None:
     kinds, seeds = list(FAULTS), range(arguments.seed, arguments.seed + arguments.runs)
     by_kind: dict[str, list[Verdict]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(arguments.at_once) as pool, open_moto() as s3_server:
+        os.environ["XDG_CACHE_HOME"] = str(Path(name) / "cache")
         scene = Scene(Path(name), build_model(Path(name) / "colours.keras"), s3_server)
         verdicts = pool.map(lambda seed: damage(scene, kinds[seed % len(kinds)], seed), seeds)
         for n_done, (seed, verdict) in enumerate(zip(seeds, verdicts, strict=True), 1):
