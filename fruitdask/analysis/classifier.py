@@ -180,11 +180,11 @@ def predict(
     best = probabilities.argmax(axis=1)
     labels = np.asarray(report["classes"], str)[best]
     is_known = distances <= report["unknown_distance"]
-    return np.where(is_known, labels, UNKNOWN), probabilities[np.arange(len(best)), best]
+    return np.where(is_known, labels, UNKNOWN_LABEL), probabilities[np.arange(len(best)), best]
 
 
 #: Label of an image that is unlike all training images.
-UNKNOWN = "unknown"
+UNKNOWN_LABEL = "unknown"
 
 
 def _ask_neighbors(
@@ -205,8 +205,8 @@ def _check(classes: npt.NDArray[Any], codes: npt.NDArray[np.int64], groups: npt.
     counts = np.bincount(codes)
     if counts.min() < 2:
         raise TrainingError(
-            f"expected at least 2 images with features of each class, found 1 of {str(classes[counts.argmin()])!r}; add "
-            "images, or leave the class out by input.classes"
+            f"expected at least 2 images with features of each class, found 1 of {str(classes[counts.argmin()])!r}; "
+            "add images, or leave the class out by input.classes"
         )
     if groups is None:
         return

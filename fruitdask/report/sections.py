@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from fruitdask.analysis.classifier import UNKNOWN
+from fruitdask.analysis.classifier import UNKNOWN_LABEL
 from fruitdask.analysis.issues import KINDS
 from fruitdask.cluster.regions import EU_REGIONS, LOCAL, UNKNOWN
 from fruitdask.core.config import Config
@@ -301,7 +301,7 @@ def describe_predictions(predictions: pd.DataFrame, thumbnails: Thumbnails) -> V
             }
         )
     # What is unlike everything known comes first.
-    rows.sort(key=lambda row: (row["label"] != UNKNOWN, row["label"]))
+    rows.sort(key=lambda row: (row["label"] != UNKNOWN_LABEL, row["label"]))
     return {"rows": rows, "n_images": len(predictions), "n_failed": len(predictions) - len(usable)}
 
 
