@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fruitdask.analysis.evaluation import summarize_quality as summarize_quality
     from fruitdask.analysis.neighbors import find_neighbors as find_neighbors
     from fruitdask.pipeline.apply import apply as apply
-    from fruitdask.pipeline.issues import check as check
+    from fruitdask.pipeline.check import check as check
     from fruitdask.pipeline.erase import Erasure as Erasure, erase as erase
     from fruitdask.pipeline.explore import explore as explore
     from fruitdask.pipeline.open import open as open
@@ -47,7 +47,7 @@ _MODULE_OF_NAME = {
     "Verification": "pipeline.verify",
     "apply": "pipeline.apply",
     "build_artifact": "worker.models",
-    "check": "pipeline.issues",
+    "check": "pipeline.check",
     "choose_progress": "core.progress",
     "draw_sample": "core.sample",
     "embed_tsne": "analysis.reduction",

@@ -28,7 +28,7 @@ def check(output: str, kinds: tuple[str, ...], n_shown: int, verbose: bool) -> N
     with reported(verbose=verbose):
         url, options = find_output(output)
         from fruitdask.analysis.issues import KINDS
-        from fruitdask.pipeline.issues import check as check_output
+        from fruitdask.pipeline.check import check as check_output
 
         unknown = [kind for kind in kinds if kind not in KINDS]
         if unknown:

@@ -1,223 +1,188 @@
-"""Checks the stored parts of a run against each other, partition by partition."""
+"""Finds photographs to check, from stored features and the findings of an exploration."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-from fruitdask import report, store
-from fruitdask.analysis.reduction import COMPONENT_ARRAYS
-from fruitdask.core.config import ReduceConfig
-from fruitdask.core.listing import GROUPINGS
-from fruitdask.core.progress import RunProgress
+from fruitdask import store
+from fruitdask.core.config import CheckConfig
+from fruitdask.core.escaping import format_csv
+from fruitdask.core.listing import find_rows
 from fruitdask.core.storage import Location
-from fruitdask.errors import DamageError
-from fruitdask.pipeline.reduce import BLOCK_BYTES, fit_components
-from fruitdask.pipeline.results import open_components, open_features
-from fruitdask.store import Fault
+from fruitdask.errors import OutputError
+from fruitdask.pipeline.reduce import BLOCK_BYTES
+from fruitdask.pipeline.results import open_features
+from fruitdask.store.catalog import sample_evenly
+from fruitdask.store.exploration import Exploration, read_exploration
 
 if TYPE_CHECKING:
-    from fruitdask.analysis.pca import PCA
+    import dask.array as da
 
-#: Partitions whose outcomes are held in memory at once, where the results do not determine it.
-_PARTITIONS_AT_ONCE = 256
-#: Partitions that are read at once; the features of each are in memory.
-_N_THREADS = 4
-#: Rounding of coordinates, stored as float32, relative to the spread along the first component.
-_SCORE_TOLERANCE = 1e-5
-#: Tolerance of components relative to the largest variance, of exact solvers and of the randomized one.
-_TOLERANCE, _ESTIMATE_TOLERANCE = 1e-6, 1e-3
+    from fruitdask.analysis.issues import Votes
+
+#: Pairs of near duplicates whose features are compared: one block of them is in memory.
+_PAIRS_AT_ONCE = 4_096
 
 
-@dataclass(frozen=True)
-class StoredRun:
-    """A stored run whose features can be opened."""
-
-    output: Location
-    manifest: store.RunManifest
-    arrays: Mapping[str, store.StoredArray]
-    committed: frozenset[int]
-    #: Its principal components; None if it has none or they cannot be read.
-    components: "PCA | None"
-    #: The catalog of its rows; None if that cannot be read.
-    catalog: pd.DataFrame | None
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether it has results."""
-        return self.manifest.is_complete
-
-    @property
-    def has_components(self) -> bool:
-        """Whether it has principal components, even damaged ones."""
-        return self.manifest.pca is not None
-
-    @property
-    def n_images(self) -> int:
-        """Images of the run."""
-        return self.manifest.n_images
-
-    @property
-    def size(self) -> int:
-        """Images per partition."""
-        return self.manifest.images_per_partition
-
-    @property
-    def n_partitions(self) -> int:
-        """Partitions of the run."""
-        return self.manifest.n_partitions
-
-    def count_images(self, index: int) -> int:
-        """Count the images of a partition."""
-        return max(0, min(self.size, self.n_images - index * self.size))
-
-
-@dataclass
-class Totals:
-    """Sums over all partitions, and their faults."""
-
-    faults: list[Fault] = field(default_factory=list)
-    counts: report.Counts = field(default_factory=report.Counts)
-    n_images: int = 0
-
-    def add(self, index: int, outcomes: pd.DataFrame | None, faults: Iterable[Fault]) -> None:
-        """Add the next partition."""
-        self.faults += faults
-        if outcomes is None or outcomes.empty:
-            return
-        self.counts.add(outcomes)
-        self.n_images += len(outcomes)
-
-
-def check_partitions(run: StoredRun, progress: RunProgress) -> Totals:
-    """Check all committed partitions and the tables made from them."""
-    totals = Totals()
-    progress.begin("Verifying partitions")
-    progress.begin_images(run.n_images, n_done=run.n_images - sum(map(run.count_images, run.committed)))
-    with ThreadPoolExecutor(_N_THREADS) as pool:
-        for first, indices, part in _list_pieces(run, totals.faults):
-            check = partial(_check_partition, run, part, first)
-            for index, (outcomes, faults) in zip(indices, pool.map(check, indices), strict=True):
-                totals.add(index, outcomes, faults)
-                n_images = run.count_images(index)
-                progress.advance(n_images, n_failed=n_images if faults else 0)
-    if run.is_complete:
-        names = (store.RESULTS_CSV, store.FAILURES)
-        totals.faults += store.check_digests(run.output, run.manifest.digests, names, "reduce")
-    if run.is_complete and totals.n_images == run.n_images:
-        totals.faults += _check_counts(run, totals)
-    return totals
-
-
-def _list_pieces(run: StoredRun, faults: list[Fault]) -> Iterator[tuple[int, list[int], pd.DataFrame | None]]:
-    """Yield groups of partitions: the first one, the committed ones, and the part of the results that holds them, if
-    any.
+def check(output: str, *, storage_options: dict[str, Any] | None = None) -> pd.DataFrame:
     """
-    first = 0
-    for name in report.list_parts(run.output) if run.is_complete else []:
-        try:
-            part = store.read_table(run.output, store.RESULTS, name)
-        except DamageError as error:
-            faults.append(Fault(f"{store.RESULTS}/{name}", store.describe_damage(error), "reduce"))
-            break
-        end = first + -(-len(part) // run.size)
-        yield first, [index for index in range(first, end) if index in run.committed], part
-        first = end
-    else:
-        if run.is_complete and first != run.n_partitions:
-            faults.append(Fault(store.RESULTS, "it does not have one row per image", "reduce"))
-    for start in range(first, run.n_partitions, _PARTITIONS_AT_ONCE):
-        end = min(start + _PARTITIONS_AT_ONCE, run.n_partitions)
-        yield start, [index for index in range(start, end) if index in run.committed], None
+    Find the photographs of a finished run that a person should look at.
 
+    Parameters
+    ----------
+    output : str
+        The output folder, a path or URL.
+    storage_options : dict[str, Any], optional
+        Options of its fsspec file system.
 
-def _check_partition(
-    run: StoredRun, part: pd.DataFrame | None, first: int, index: int
-) -> tuple[pd.DataFrame | None, list[Fault]]:
-    """Check a partition and its rows of the results; returns its outcomes, but not its features, which would fill the
-    memory.
+    Returns
+    -------
+    pandas.DataFrame
+        One row per issue, the gravest first: ``path``, ``label``; ``kind`` (``label``, ``copy``, ``near_duplicate``,
+        ``outlier``, ``blurry``, ``dark``, ``bright``, ``uniform``, ``size``, ``shape``); ``score``, 0 to 1; ``other``,
+        the image it conflicts with; ``suggestion``; ``agreement``, for a wrong label the fraction (0 to 1) of the
+        nearest neighbours in other groups that agree with the suggestion. Read if the run has found them, else found
+        and written.
+
+    Raises
+    ------
+    OutputError
+        If there is no finished run.
     """
-    checked = store.check_partition(run.output, run.arrays, index, may_grow=not run.is_complete)
-    faults, outcomes = list(checked.faults), checked.outcomes
-    if run.catalog is not None and outcomes is not None:
-        expected = run.catalog.iloc[index * run.size :].iloc[: len(outcomes)]
-        # A changed class is not a fault until the run is complete.
-        for name in ("path", "label") if run.is_complete else ("path",):
-            if not np.array_equal(expected[name].astype(str), outcomes[name].astype(str)):
-                what = f"its {name}s are not those in {store.CATALOG}"
-                faults.append(Fault(f"partition {index}", what, "compute", index))
-    if part is not None and outcomes is not None:
-        start = (index - first) * run.size
-        # Without components there must be no coordinates.
-        scores, tolerance = None if run.has_components else np.empty((len(outcomes), 0)), 0.0
-        if run.components is not None and checked.features is not None:
-            scores = run.components.transform(checked.features)
-            tolerance = _SCORE_TOLERANCE * float(np.sqrt(run.components.explained_variance_[0]))
-        rows = part.iloc[start : start + run.size]
-        where = f"{store.RESULTS}, partition {index}"
-        for name in _compare_groupings(rows, run.catalog, index * run.size):
-            faults.append(Fault(where, f"{name} is not that in {store.CATALOG}", "reduce"))
-        for what in report.compare_rows(rows, outcomes, scores, tolerance=tolerance):
-            faults.append(Fault(where, what, "reduce"))
-    return outcomes, faults
-
-
-def _compare_groupings(rows: pd.DataFrame, catalog: pd.DataFrame | None, start: int) -> Iterator[str]:
-    """Name the groupings in which rows of the results differ from their images."""
-    if catalog is None:
-        return
-    images = catalog.iloc[start : start + len(rows)]
-    for name in GROUPINGS:
-        if (name in rows) != (name in images) or (name in rows and not np.array_equal(rows[name], images[name])):
-            yield name
-
-
-def _check_counts(run: StoredRun, totals: Totals) -> Iterator[Fault]:
-    """Compare the counts in the manifest with all outcomes."""
-    counts = {"by_status": dict(totals.counts.by_status), "by_class": totals.counts.by_class()}
-    for name, found in counts.items():
-        if (said := getattr(run.manifest.counts, name)) != found:
-            what = f"counts.{name} disagrees with the outcomes: expected {found}, found {said}"
-            yield Fault(store.MANIFEST, what, "reduce")
-
-
-def read_components(output: Location, *, n_features: int) -> "tuple[PCA | None, list[Fault]]":
-    """Read the principal components of a run and check their shapes."""
-    faults = list(store.check_arrays(output, store.COMPONENTS, COMPONENT_ARRAYS, "reduce"))
-    if faults:
-        return None, faults
-    try:
-        found = open_components(output, {})
-    except DamageError as error:
-        return None, [Fault(store.COMPONENTS, store.describe_damage(error), "reduce")]
-    if found is None or found.components_.shape[1:] != (n_features,) or found.mean_.shape != (n_features,):
-        return None, [Fault(store.COMPONENTS, f"expected components of {n_features} features, found others", "reduce")]
-    return found, []
-
-
-def check_components(run: StoredRun) -> Iterator[Fault]:
-    """Fit the principal components of a complete run again and compare."""
     import dask
 
-    from fruitdask.analysis.pca import compare_components
+    location = Location(output, storage_options or {})
+    manifest, catalog = store.read_run(location), store.read_catalog(location)
+    if manifest is None or catalog is None or not manifest.is_complete:
+        raise OutputError(f"{location.url}: expected a finished run, found none; use fruitdask run first")
+    if manifest.issues is None:
+        with store.locked(location), dask.config.set(scheduler="threads"):
+            issues = find_issues(CheckConfig(), location, catalog)
+            digests, record = write_issues(location, issues)
+            store.write_manifest(location, manifest.change(issues=record, digests=manifest.digests | digests))
+    return store.read_table(location, store.ISSUES)
 
-    if run.components is None:
-        return
-    settings = run.manifest.read_settings("reduce", ReduceConfig)
-    features, is_ok = open_features(run.output, block_bytes=BLOCK_BYTES)
-    with dask.config.set(scheduler="threads"):
-        found = fit_components(settings, features if is_ok.all() else features[np.flatnonzero(is_ok)])
-    tolerance = _ESTIMATE_TOLERANCE if settings.solver == "randomized" else _TOLERANCE
-    for what in compare_components(run.components, found, tolerance=tolerance):
-        yield Fault(store.COMPONENTS, what, "reduce")
-    said, ratios = run.manifest.pca, run.components.explained_variance_ratio_
-    if said is not None and (
-        said.n_components != len(ratios)
-        or len(said.explained_variance_ratio) != len(ratios)
-        or not np.allclose(said.explained_variance_ratio, ratios, rtol=0, atol=1e-6)
-    ):
-        yield Fault(store.MANIFEST, f"pca disagrees with {store.COMPONENTS}", "reduce")
+
+def find_issues(settings: CheckConfig, output: Location, catalog: pd.DataFrame) -> pd.DataFrame:
+    """Find the photographs of a run to check, once its features are computed; `catalog` has one row per image."""
+    from fruitdask.analysis.issues import COLUMNS, rank_issues
+
+    labels = catalog["label"].astype("category").cat.remove_unused_categories()
+    codes, classes = np.asarray(labels.cat.codes, np.int64), np.asarray(labels.cat.categories, str)
+    features, is_ok = open_features(output, block_bytes=BLOCK_BYTES)
+    found = [pd.DataFrame(columns=["row", "kind", "score", "other_row", "class", "agreement"])]
+    exploration = read_exploration(output)
+    images = _align(exploration, catalog)
+    if is_ok.sum() > 1:
+        found += _find_by_features(settings, features, is_ok, images, catalog, codes)
+    if exploration is not None:
+        bits = exploration.summary["near_duplicate_bits"]
+        found += _find_alike(features, is_ok, images, _number_parts(catalog, codes), bits)
+    table = pd.concat(found, ignore_index=True)
+    rows, paths = table["row"].to_numpy(np.int64), catalog["path"].to_numpy()
+    table["path"], table["label"] = paths[rows], classes[codes[rows]]
+    for name, source, names in (("other", "other_row", paths), ("suggestion", "class", classes)):
+        chosen = table[source].fillna(-1).to_numpy(np.int64)
+        table[name] = np.where(chosen >= 0, names[chosen], "")
+    return rank_issues(table[list(COLUMNS)].astype({"score": np.float64, "agreement": np.float64}))
+
+
+def write_issues(output: Location, issues: pd.DataFrame) -> tuple[dict[str, str], store.IssuesRecord]:
+    """Write the photographs to check as Parquet and CSV; returns the digest of the CSV file and the record."""
+    store.write_table(output.child(store.ISSUES), issues)
+    digests = store.write_digested(output, store.ISSUES_CSV, format_csv(issues).encode())
+    exploration = store.read_exploration_manifest(output)
+    return digests, store.IssuesRecord(
+        by_kind=issues["kind"].value_counts().to_dict(), exploration=exploration.finished if exploration else None
+    )
+
+
+def _align(exploration: Exploration | None, catalog: pd.DataFrame) -> pd.DataFrame:
+    """Give the findings of an exploration the rows of the catalog."""
+    if exploration is None:
+        return pd.DataFrame(index=catalog.index)
+    rows = find_rows(catalog["path"], exploration.images["path"])
+    images = exploration.images.reindex(rows).reset_index(drop=True)
+    return images.fillna({"perceptual_hash": "", "content_hash": ""})
+
+
+def _number_parts(catalog: pd.DataFrame, codes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Number the parts of the data that should have no image in common: classes, and splits of each."""
+    splits = catalog["split"].to_numpy(str) if "split" in catalog else np.zeros(len(catalog), np.int64)
+    return np.asarray(pd.DataFrame({"code": codes, "split": splits}).groupby(["code", "split"]).ngroup(), np.int64)
+
+
+def _find_by_features(
+    settings: CheckConfig,
+    features: "da.Array",
+    is_ok: npt.NDArray[np.bool_],
+    images: pd.DataFrame,
+    catalog: pd.DataFrame,
+    codes: npt.NDArray[np.int64],
+) -> Iterator[pd.DataFrame]:
+    """Find probably wrong labels, and images that are unlike their class."""
+    from fruitdask.analysis.evaluation import number_groups
+    from fruitdask.analysis.issues import find_label_issues, find_odd_values
+
+    rows = np.flatnonzero(is_ok)
+    groups = number_groups(catalog["group"].to_numpy(str)) if "group" in catalog else np.arange(len(catalog))
+    votes = _collect_votes(settings, features, rows, catalog, codes, groups)
+    scores = find_label_issues(votes, codes[rows])
+    agreement = votes.group_shares if "group" in catalog else np.nan
+    columns = {"row": rows, "kind": "label", "score": scores, "other_row": votes.nearest, "class": votes.codes}
+    yield pd.DataFrame(columns | {"agreement": agreement})[np.isfinite(scores)]
+    for kind, scores in find_odd_values(images.iloc[rows], codes[rows], votes.distances):
+        yield pd.DataFrame({"row": rows, "kind": kind, "score": scores})[np.isfinite(scores)]
+
+
+def _collect_votes(
+    settings: CheckConfig,
+    features: "da.Array",
+    rows: npt.NDArray[np.int64],
+    catalog: pd.DataFrame,
+    codes: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.int64],
+) -> "Votes":
+    """Let neighbours vote on the classes of all images with features, block by block where the features are."""
+    import dask.base
+    from dask.delayed import delayed
+
+    from fruitdask.analysis.issues import Reference, Votes, collect_votes
+
+    chosen = rows[sample_evenly(catalog.iloc[rows], settings.max_rows)]
+    known = features[chosen].rechunk((-1, -1)).to_delayed().ravel()[0]
+    reference = delayed(Reference.build)(known, chosen, codes[chosen], groups[chosen], n_classes=int(codes.max()) + 1)
+    tasks, start = [], 0
+    for block, size in zip(features.to_delayed().ravel(), features.chunks[0], strict=True):
+        here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + size)]
+        vote = delayed(collect_votes)
+        known = block[here - start] if len(here) < size else block
+        tasks.append(vote(known, here, codes[here], groups[here], reference, n_neighbors=settings.n_neighbors))
+        start += size
+    return Votes.concatenate(dask.base.compute(*tasks))
+
+
+def _find_alike(
+    features: "da.Array",
+    is_ok: npt.NDArray[np.bool_],
+    images: pd.DataFrame,
+    parts: npt.NDArray[np.int64],
+    max_bits: int,
+) -> Iterator[pd.DataFrame]:
+    """Find copies, and near duplicates in another class or split."""
+    from fruitdask.analysis.issues import find_copies, find_near_pairs, measure_pairs
+
+    copies = find_copies(images["content_hash"])
+    rows = np.flatnonzero(copies >= 0)
+    # Copies in one class and split do less harm.
+    scores = np.where(parts[rows] != parts[copies[rows]], 1.0, 0.5)
+    yield pd.DataFrame({"row": rows, "kind": "copy", "score": scores, "other_row": copies[rows]})
+    pairs = find_near_pairs(images[is_ok], parts, max_bits=max_bits)
+    for start in range(0, pairs.shape[1], _PAIRS_AT_ONCE):
+        first, second = pairs[:, start : start + _PAIRS_AT_ONCE]
+        scores = measure_pairs(*(features[rows].compute() for rows in (first, second)))
+        found = pd.DataFrame({"row": first, "kind": "near_duplicate", "score": scores, "other_row": second})
+        yield found[np.isfinite(scores)]

@@ -12,10 +12,10 @@ from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import exists
 from fruitdask.errors import FruitdaskError, LimitError, OutputError
 from fruitdask.pipeline.changes import format_changes
+from fruitdask.pipeline.check import find_issues, write_issues
 from fruitdask.pipeline.explore import ImageExploration
 from fruitdask.pipeline.featurize import check_failures, compute_features, record_vanished
 from fruitdask.pipeline.inputs import dump_config
-from fruitdask.pipeline.issues import find_issues, write_issues
 from fruitdask.pipeline.plan import LOCAL_REDUCE_BYTES, Plan, Work, estimate
 from fruitdask.pipeline.record import describe_processing
 from fruitdask.pipeline.reduce import Reduction, choose_components, reduce_features, write_components

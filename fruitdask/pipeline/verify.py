@@ -16,8 +16,8 @@ from fruitdask.core.config import ExploreConfig, QualityConfig, ReduceConfig
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location, exists
 from fruitdask.errors import DamageError, FruitdaskError, OutputError
-from fruitdask.pipeline.check import StoredRun, Totals, check_components, check_partitions, read_components
 from fruitdask.pipeline.repair import repair_faults, restore_manifest, shape_store
+from fruitdask.pipeline.stored import StoredRun, Totals, check_components, check_partitions, read_components
 from fruitdask.store import Fault
 from fruitdask.store.exploration import check_exploration
 
