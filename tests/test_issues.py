@@ -95,9 +95,11 @@ def test_deviations_are_those_from_the_median_of_the_class() -> None:
     # For a normal distribution they are standard scores.
     expected = (values - np.repeat([10, 50], 5000)) / np.repeat([1, 4], 5000)
     np.testing.assert_allclose(found, expected, atol=0.2)
-    # A class of a few images is compared with all.
-    few = issues.measure_deviations(np.append(np.zeros(30), [1.0, 1.0]), np.append(np.zeros(30), [1, 1]), floor=0.5)
-    assert few[-1] == pytest.approx(2)
+    # A class of a few images takes the spread of all.
+    few = issues.measure_deviations(np.append(values, [100.0, 100.0, 160.0]), np.append(codes, [2, 2, 2]), floor=0.0)
+    assert few[-2] == 0 and few[-1] == pytest.approx(
+        60 / (np.median(np.abs(expected * np.repeat([1, 4], 5000))) / 0.6745), rel=0.05
+    )
 
 
 def test_near_duplicates_agree_in_hash_and_colour_and_are_in_different_parts() -> None:

@@ -17,7 +17,7 @@ from loopback_ec2 import LoopbackEC2
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("01_explore", "02_run", "03_map", "04_cloud")
+NAMES = ("01_explore", "02_run", "03_map", "04_cloud", "05_answers")
 REGION = "eu-west-1"
 #: Images of the demo here.
 N_IMAGES = 48
@@ -95,7 +95,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
         for variable in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
             patch.setenv(variable, str(folder / variable.lower()))
-        for variable in ("SPEND_MONEY", "BUCKET", "INSTANCE_PROFILE", "DOCKER_IMAGE", "CLIENT_CIDR"):
+        for variable in ("SPEND_MONEY", "BUCKET", "INSTANCE_PROFILE", "DOCKER_IMAGE", "CLIENT_CIDR", "PHOTOGRAPHS", "GROUPS"):
             patch.delenv(f"FRUITDASK_{variable}", raising=False)
         patch.setenv("AWS_ENDPOINT_URL", NOWHERE)
         yield folder
@@ -156,6 +156,17 @@ def test_01_explore(execute: Execute, workplace: Path) -> None:
     assert float(by_hand) == pytest.approx(float(fruitdask), rel=1e-6)
     assert count_pictures(executed) == 6
     assert (workplace / "demo" / "results" / "explore.csv").is_file()
+
+
+@pytest.mark.slow
+def test_05_answers(execute: Execute, workplace: Path) -> None:
+    executed = execute("05_answers")
+    listed = (workplace / "demo" / "answers" / "results" / "issues.csv").read_text()
+    planted = re.findall(r"^planted: (\S+), (\S+), (\S+) (\S+)$", join_prints(executed), re.MULTILINE)[0]
+    assert all(f"/{name}," in listed for name in planted)
+    shown = "".join(output.data.get("text/html", "") for output in list_outputs(executed) if "data" in output)
+    assert "unknown" in shown and "held-out images right" in shown
+    assert count_pictures(executed) >= 3
 
 
 @pytest.mark.slow

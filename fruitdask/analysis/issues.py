@@ -38,7 +38,7 @@ _MIN_MARGIN = 0.5
 _MIN_DEVIATION = 6.0
 #: Median absolute deviation of a normal distribution, in standard deviations.
 _MAD = 0.6745
-#: Fewer images have no meaningful median deviation: they are compared with all images.
+#: Fewer images have no meaningful median deviation: that of all classes takes its place.
 _MIN_IMAGES = 10
 #: Smallest standard deviation assumed for each value, as no class is more alike than images usually are: levels of
 #: brightness (0 to 255), natural logarithms of sharpness, pixels, aspect ratio and distance.
@@ -204,14 +204,11 @@ def measure_deviations(values: npt.NDArray[Any], codes: npt.NDArray[np.int64], *
     [-1.0, -0.3, 0.3, 25.3]
     """
     table = pd.DataFrame({"value": np.asarray(values, np.float64), "code": codes})
-    of_class = table.groupby("code")["value"]
-    middle = of_class.transform("median")
-    spread = (table["value"] - middle).abs().groupby(table["code"]).transform("median") / _MAD
-    is_small = of_class.transform("count") < _MIN_IMAGES
-    whole = table["value"].median()
-    middle = middle.where(~is_small, whole)
-    spread = spread.where(~is_small, (table["value"] - whole).abs().median() / _MAD)
-    return np.asarray((table["value"] - middle) / spread.clip(lower=floor))
+    deviations = table["value"] - table.groupby("code")["value"].transform("median")
+    spread = deviations.abs().groupby(table["code"]).transform("median")
+    is_small = deviations.groupby(table["code"]).transform("count") < _MIN_IMAGES
+    spread = spread.where(~is_small, deviations.abs().median()) / _MAD
+    return np.asarray(deviations / spread.clip(lower=floor))
 
 
 def find_odd_values(
