@@ -69,7 +69,7 @@ def test_fit_pca_equals_sklearn_on_ill_conditioned_features() -> None:
     np.testing.assert_allclose(fitted.components @ fitted.components.T, np.eye(11), atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12)
 @given(cuts=st.lists(st.integers(1, 199), max_size=6, unique=True))
 def test_fit_pca_does_not_depend_on_chunks(cuts: list[int]) -> None:
     features = draw_features(200, 30)
