@@ -421,6 +421,7 @@ def test_list_images_sees_what_changed_on_s3(s3_bucket: tuple[str, dict[str, Any
     assert list(after["label"]) == [bucket, "a"]
 
 
+@pytest.mark.slow
 def test_list_images_takes_all_pages_of_s3(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
     bucket, options = s3_bucket
     names = [f"{label}/{number:04}.jpg" for label in "ab" for number in range(503)]

@@ -3,8 +3,8 @@
 import ipaddress
 import os
 import signal
-import subprocess
 import socket
+import subprocess
 import sys
 import time
 from contextlib import suppress

@@ -446,9 +446,7 @@ def test_start_goes_on_with_the_first_worker(cloud: LoopbackEC2) -> None:
         assert [instance.is_spot for instance in cloud.instances()] == [False, True, True]
 
 
-@pytest.mark.parametrize(
-    "n", [pytest.param(1, id="scheduler"), pytest.param(2, id="worker", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("n", [pytest.param(1, id="scheduler"), pytest.param(2, id="worker", marks=pytest.mark.slow)])
 def test_ctrl_c_while_an_instance_is_being_launched(
     cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch, ending: threading.Event, n: int
 ) -> None:

@@ -274,7 +274,9 @@ def test_images_that_were_changed_are_not_taken_for_those_of_the_run(
     Image.new("RGB", (40, 40)).save(source / "pear_1" / "r0_1.jpg")
     with pytest.raises(StoreMismatchError, match="3 of 26 images were erased"):
         fruitdask.erase(make_config(), PATTERNS)
-    with pytest.raises(StoreMismatchError, match="the input has other images than the results have since 3 were erased"):
+    with pytest.raises(
+        StoreMismatchError, match="the input has other images than the results have since 3 were erased"
+    ):
         fruitdask.run(make_config(input={"exclude": PATTERNS}))
 
 

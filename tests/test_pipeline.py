@@ -242,6 +242,7 @@ def test_run_reduces_large_features_on_the_cluster(
     pd.testing.assert_frame_equal(distributed, local, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_run_reads_and_writes_s3(
     make_config: MakeConfig,
     finish: Finish,
@@ -441,6 +442,7 @@ def test_interrupted_overwriting_leaves_no_commit_mark_without_its_chunk(
     np.testing.assert_array_equal(result.features.compute(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_images", [2, 4])
 def test_identical_images_have_features_and_no_components(
     make_config: MakeConfig, client: Any, tmp_path: Path, n_images: int, capsys: pytest.CaptureFixture[str]
@@ -458,6 +460,7 @@ def test_identical_images_have_features_and_no_components(
     check_without_components(result, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_images", "n_ok", "reduce"),
     [(1, 1, {}), (1, 1, {"enabled": False}), (3, 1, {}), (2, 0, {}), (4, 4, {"enabled": False})],
@@ -540,6 +543,7 @@ def test_settings_that_an_earlier_version_did_not_have_reduce_nothing_again(
     assert fruitdask.run(make_config()).manifest["finished"] == result.manifest["finished"]
 
 
+@pytest.mark.slow
 def test_reduction_can_be_turned_off_and_on(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:
     before = finish(make_config(**SHOWN))
     assert before.pca is not None and before.quality is not None
@@ -648,6 +652,7 @@ def test_quality_equals_scikit_learn_on_the_same_features(make_config: MakeConfi
     assert len(result.table.filter(like="pca_").columns) == 2
 
 
+@pytest.mark.slow
 def test_report_is_rendered_again_without_images_and_cluster(
     make_config: MakeConfig, finish: Finish, sample_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
