@@ -16,7 +16,7 @@ from distributed import LocalCluster
 from runs import configure
 
 import fruitdask
-from fruitdask.cluster import open_client
+from fruitdask.cluster import custom, open_client
 from fruitdask.cluster.custom import _list_options, load_class
 from fruitdask.core.config import Config, CustomClusterConfig, ModelConfig, load_config
 from fruitdask.errors import ClusterStartError, ConfigError, SettingsError
@@ -155,6 +155,31 @@ def test_cluster_without_workers_says_so(own: str) -> None:
     assert [cluster.status.name for cluster in OwnCluster.built] == ["closed"]
 
 
+def test_cluster_that_cannot_have_so_many_workers_says_so(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scale(cluster: OwnCluster, n: int) -> Any:
+        if n:
+            raise TypeError(f"no host for {n} workers.")
+        return LocalCluster.scale(cluster, n)
+
+    monkeypatch.setattr(OwnCluster, "scale", scale)
+    with pytest.raises(ClusterStartError, match="did not start: no host for 3 workers; check cluster.options"):
+        with open_client(make(own, n_workers=3)):
+            pass
+    assert [cluster.status.name for cluster in OwnCluster.built] == ["closed"]
+
+
+def test_cluster_that_starts_later_still_is_closed(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(custom, "_END_SECONDS", 0.1)
+    with pytest.raises(ClusterStartError, match="is still starting, and is closed if it comes up while this process"):
+        with open_client(make(own, options={"delay": 1.0}, start_timeout=0.1)):
+            pass
+    assert OwnCluster.built == []
+    for thread in threading.enumerate():
+        if thread.name == "start of the cluster":
+            thread.join(60)
+    assert [cluster.status.name for cluster in OwnCluster.built] == ["closed"]
+
+
 def test_cluster_that_cannot_be_closed_is_named(own: str) -> None:
     message = r"may still run, because it could not be closed \(the server does not answer\); end it where it runs"
     with pytest.raises(ClusterStartError, match=message):
@@ -170,7 +195,11 @@ def test_cluster_that_cannot_be_closed_is_named(own: str) -> None:
         ("fractions.Fraction", {}, "expected a class of clusters of Dask .*, found the class Fraction"),
         ("os.system", {}, "expected a class of clusters of Dask .*, found a builtin_function_or_method"),
         ("distributed.Client", {}, "expected a class of clusters of Dask .*, found the class Client"),
-        ("StrictCluster", {"queue": "a", "n_wrkers": 1}, "StrictCluster: .* argument 'n_wrkers'; did you mean n_workers"),
+        (
+            "StrictCluster",
+            {"queue": "a", "n_wrkers": 1},
+            "StrictCluster: .* argument 'n_wrkers'; did you mean n_workers",
+        ),
         ("StrictCluster", {"queue": "a", "x": 1}, "got an unexpected keyword argument 'x'; its options are .*, queue,"),
         ("StrictCluster", {}, "do not fit .*StrictCluster: missing a required argument: 'queue'; its options"),
         (
