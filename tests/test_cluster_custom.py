@@ -53,10 +53,10 @@ class OwnCluster(LocalCluster):
 
 
 class StrictCluster(LocalCluster):
-    """A cluster with two options, one of which it needs."""
+    """A cluster with two options, one of which it needs, that starts without workers."""
 
-    def __init__(self, queue: str, n_workers: int = 0) -> None:
-        super().__init__(n_workers=n_workers, **INSIDE)
+    def __init__(self, queue: str, walltime: str = "") -> None:
+        super().__init__(n_workers=0, **INSIDE)
 
 
 def make(path: str = "distributed.LocalCluster", **settings: Any) -> CustomClusterConfig:
@@ -82,6 +82,13 @@ def test_cluster_has_its_workers_and_is_closed_at_the_end() -> None:
         assert client.submit(sum, [1, 2]).result(60) == 3
         assert len(client.nthreads()) == 2
     assert client.status == "closed" and client.cluster.status.name == "closed"
+
+
+def test_class_that_takes_no_number_of_workers_is_scaled() -> None:
+    config = make(f"{__name__}.StrictCluster", n_workers=2).model_copy(update={"options": {"queue": "a"}})
+    with open_client(config) as client:
+        client.wait_for_workers(2, timeout=60)
+        assert len(client.nthreads()) == 2
 
 
 def test_adaptive_cluster_grows_with_its_work() -> None:
@@ -197,10 +204,14 @@ def test_cluster_that_cannot_be_closed_is_named(own: str) -> None:
         ("distributed.Client", {}, "expected a class of clusters of Dask .*, found the class Client"),
         (
             "StrictCluster",
-            {"queue": "a", "n_wrkers": 1},
-            "StrictCluster: .* argument 'n_wrkers'; did you mean n_workers",
+            {"queue": "a", "waltime": 1},
+            "StrictCluster: .* argument 'waltime'; did you mean walltime",
         ),
-        ("StrictCluster", {"queue": "a", "x": 1}, "got an unexpected keyword argument 'x'; its options are .*, queue,"),
+        (
+            "StrictCluster",
+            {"queue": "a", "x": 1},
+            "got an unexpected keyword argument 'x'; its options are queue, walltime$",
+        ),
         ("StrictCluster", {}, "do not fit .*StrictCluster: missing a required argument: 'queue'; its options"),
         (
             "dask_cloudprovider.aws.FargateCluster",

@@ -149,12 +149,15 @@ def _list_options(build: Callable[..., Any]) -> list[str]:
     """List the options of a class by the signatures of its constructors, which hand unknown ones on to others."""
     kind = _find_class(build)
     # Classes of dask_jobqueue hand options on to the class of their jobs.
-    kinds = [base for each in (kind, getattr(kind, "job_cls", None)) for base in getattr(each, "__mro__", ())]
+    kinds = [base for each in (getattr(kind, "job_cls", None), kind) for base in getattr(each, "__mro__", ())]
     builders = [base.__init__ for base in kinds if "__init__" in vars(base) and base is not object]
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    signatures = map(inspect.signature, (build, *builders))
-    parameters = [each for signature in signatures for each in signature.parameters.values()]
-    return sorted({each.name for each in parameters if each.kind in named} - {"self"})
+    named, names = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY), {"self"}
+    for builder in (build, *builders):
+        parameters = inspect.signature(builder).parameters.values()
+        names |= {each.name for each in parameters if each.kind in named}
+        if all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in parameters):
+            break
+    return sorted(names - {"self"})
 
 
 def _say_failed(config: CustomClusterConfig, error: BaseException) -> ClusterStartError:
