@@ -16,7 +16,7 @@ from distributed import LocalCluster
 from runs import configure
 
 import fruitdask
-from fruitdask.cluster import open_client
+from fruitdask.cluster import custom, open_client
 from fruitdask.cluster.custom import _list_options, load_class
 from fruitdask.core.config import Config, CustomClusterConfig, ModelConfig, load_config
 from fruitdask.errors import ClusterStartError, ConfigError, SettingsError
@@ -53,10 +53,10 @@ class OwnCluster(LocalCluster):
 
 
 class StrictCluster(LocalCluster):
-    """A cluster with two options, one of which it needs."""
+    """A cluster with two options, one of which it needs, that starts without workers."""
 
-    def __init__(self, queue: str, n_workers: int = 0) -> None:
-        super().__init__(n_workers=n_workers, **INSIDE)
+    def __init__(self, queue: str, walltime: str = "") -> None:
+        super().__init__(n_workers=0, **INSIDE)
 
 
 def make(path: str = "distributed.LocalCluster", **settings: Any) -> CustomClusterConfig:
@@ -82,6 +82,13 @@ def test_cluster_has_its_workers_and_is_closed_at_the_end() -> None:
         assert client.submit(sum, [1, 2]).result(60) == 3
         assert len(client.nthreads()) == 2
     assert client.status == "closed" and client.cluster.status.name == "closed"
+
+
+def test_class_that_takes_no_number_of_workers_is_scaled() -> None:
+    config = make(f"{__name__}.StrictCluster", n_workers=2).model_copy(update={"options": {"queue": "a"}})
+    with open_client(config) as client:
+        client.wait_for_workers(2, timeout=60)
+        assert len(client.nthreads()) == 2
 
 
 def test_adaptive_cluster_grows_with_its_work() -> None:
@@ -155,6 +162,31 @@ def test_cluster_without_workers_says_so(own: str) -> None:
     assert [cluster.status.name for cluster in OwnCluster.built] == ["closed"]
 
 
+def test_cluster_that_cannot_have_so_many_workers_says_so(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scale(cluster: OwnCluster, n: int) -> Any:
+        if n:
+            raise TypeError(f"no host for {n} workers.")
+        return LocalCluster.scale(cluster, n)
+
+    monkeypatch.setattr(OwnCluster, "scale", scale)
+    with pytest.raises(ClusterStartError, match="did not start: no host for 3 workers; check cluster.options"):
+        with open_client(make(own, n_workers=3)):
+            pass
+    assert [cluster.status.name for cluster in OwnCluster.built] == ["closed"]
+
+
+def test_cluster_that_starts_later_still_is_closed(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(custom, "_END_SECONDS", 0.1)
+    with pytest.raises(ClusterStartError, match="is still starting, and is closed if it comes up while this process"):
+        with open_client(make(own, options={"delay": 1.0}, start_timeout=0.1)):
+            pass
+    assert OwnCluster.built == []
+    for thread in threading.enumerate():
+        if thread.name == "start of the cluster":
+            thread.join(60)
+    assert [cluster.status.name for cluster in OwnCluster.built] == ["closed"]
+
+
 def test_cluster_that_cannot_be_closed_is_named(own: str) -> None:
     message = r"may still run, because it could not be closed \(the server does not answer\); end it where it runs"
     with pytest.raises(ClusterStartError, match=message):
@@ -170,8 +202,16 @@ def test_cluster_that_cannot_be_closed_is_named(own: str) -> None:
         ("fractions.Fraction", {}, "expected a class of clusters of Dask .*, found the class Fraction"),
         ("os.system", {}, "expected a class of clusters of Dask .*, found a builtin_function_or_method"),
         ("distributed.Client", {}, "expected a class of clusters of Dask .*, found the class Client"),
-        ("StrictCluster", {"queue": "a", "n_wrkers": 1}, "StrictCluster: .* argument 'n_wrkers'; did you mean n_workers"),
-        ("StrictCluster", {"queue": "a", "x": 1}, "got an unexpected keyword argument 'x'; its options are .*, queue,"),
+        (
+            "StrictCluster",
+            {"queue": "a", "waltime": 1},
+            "StrictCluster: .* argument 'waltime'; did you mean walltime",
+        ),
+        (
+            "StrictCluster",
+            {"queue": "a", "x": 1},
+            "got an unexpected keyword argument 'x'; its options are queue, walltime$",
+        ),
         ("StrictCluster", {}, "do not fit .*StrictCluster: missing a required argument: 'queue'; its options"),
         (
             "dask_cloudprovider.aws.FargateCluster",

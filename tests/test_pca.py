@@ -16,6 +16,7 @@ import sklearn.decomposition
 from hypothesis import given, settings, strategies as st
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 
 from fruitdask.analysis import reduction
@@ -113,6 +114,21 @@ def test_estimator_works_in_a_pipeline_of_sklearn() -> None:
     np.testing.assert_array_equal(ours.predict(features), theirs.predict(features))
     assert ours.score(features, labels) > 0.8
     assert list(ours[:-1].get_feature_names_out()) == ["pca0", "pca1", "pca2", "pca3", "pca4"]
+
+
+def test_estimator_is_scored_and_compared_like_that_of_sklearn() -> None:
+    features = draw_features(150, 10).astype(np.float64)
+    expected = sklearn.decomposition.PCA(4, svd_solver="full").fit(features)
+    fitted, lazy = PCA(4).fit(features), da.from_array(features, chunks=(40, -1))
+    for values in (features, lazy):
+        scores = fitted.score_samples(values)
+        assert type(scores) is type(values)
+        np.testing.assert_allclose(np.asarray(scores), expected.score_samples(features), rtol=1e-6)
+        np.testing.assert_allclose(fitted.score(values), expected.score(features), rtol=1e-9)
+    ours, theirs = (cross_val_score(pca, features, cv=3) for pca in (PCA(4), expected))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    table = PCA(2).set_output(transform="pandas").fit_transform(features)
+    np.testing.assert_allclose(table[["pca0", "pca1"]], expected.transform(features)[:, :2], atol=1e-9)
 
 
 def test_fit_equals_sklearn_on_ill_conditioned_features() -> None:

@@ -193,6 +193,40 @@ class PCA(decomposition.PCA):  # type: ignore[misc]
         """
         return _compute_like(X, super().inverse_transform)
 
+    def score_samples(self, X: Any) -> Any:
+        """
+        Compute the log-likelihood of each row under the probabilistic model of Tipping and Bishop (1999).
+
+        Parameters
+        ----------
+        X : numpy.ndarray or dask.array.Array
+            Features of shape (n, n_features_in_).
+
+        Returns
+        -------
+        numpy.ndarray or dask.array.Array
+            Log-likelihoods of shape (n,); lazy if ``X`` is.
+        """
+        return _compute_like(X, super().score_samples)
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """
+        Compute the mean log-likelihood, by which scikit-learn compares models.
+
+        Parameters
+        ----------
+        X : numpy.ndarray or dask.array.Array
+            Features of shape (n, n_features_in_).
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        float
+            The mean of `score_samples`.
+        """
+        return float(self.score_samples(X).mean())
+
     def _decompose(self, shifted: da.Array) -> _Decomposition:
         """Decompose features minus those of the first image."""
         n_images, n_features = shifted.shape
@@ -278,7 +312,8 @@ def _compute_like(values: Any, project: Any) -> Any:
     """Project lazily what is lazy; the rest at once and here, whatever cluster is connected."""
     if isinstance(values, da.Array):
         return project(values)
-    return project(da.from_array(np.asarray(values), chunks=-1, name=False)).compute(scheduler="synchronous")
+    # With scikit-learn's `set_output` it is no Dask array any more.
+    return da.compute(project(da.from_array(np.asarray(values), chunks=-1, name=False)), scheduler="synchronous")[0]
 
 
 def _is_count(n_components: int | float | None) -> bool:

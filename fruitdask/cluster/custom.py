@@ -89,8 +89,7 @@ def _start(config: CustomClusterConfig, build: Callable[..., Any], options: dict
             raise ClusterStartError(f"{config.name} did not start within {config.start_timeout:g} s") from error
         if any("unexpected keyword argument" in str(cause) for cause in _list_causes(error)):
             raise ConfigError(_describe_misfit(config, build, error)) from error
-        # Classes raise any error.
-        raise ClusterStartError(f"{config.name} did not start: {_explain(error)}; check cluster.options") from error
+        raise _say_failed(config, error) from error
 
 
 def _connect(config: CustomClusterConfig, cluster: Any, stack: ExitStack) -> Any:
@@ -99,16 +98,18 @@ def _connect(config: CustomClusterConfig, cluster: Any, stack: ExitStack) -> Any
 
     from fruitdask.cluster.versions import check_versions
 
-    client = Client(cluster, timeout=config.start_timeout)
-    stack.callback(client.close)
-    cluster.scale(config.n_first)
     try:
+        client = Client(cluster, timeout=config.start_timeout)
+        stack.callback(client.close)
+        cluster.scale(config.n_first)
         client.wait_for_workers(1, timeout=config.start_timeout)
     except TimeoutError as error:
         raise ClusterStartError(
-            f"{config.name}: no worker within {config.start_timeout:g} s; look for the reason above and where "
-            "workers should run, or raise cluster.start_timeout"
+            f"{config.name}: no worker within {config.start_timeout:g} s; look for the reason above and "
+            "where workers should run, or raise cluster.start_timeout"
         ) from error
+    except Exception as error:
+        raise _say_failed(config, error) from error
     check_versions(client)
     if config.adaptive:
         cluster.adapt(minimum=config.adaptive.minimum, maximum=config.adaptive.maximum, **_ADAPT)
@@ -122,7 +123,11 @@ def _close(config: CustomClusterConfig, starting: "Future[Any]") -> None:
     except Exception as error:
         if starting.done():
             return
-        raise ClusterStartError(f"{config.name} is still starting; end it where it runs") from error
+        starting.add_done_callback(lambda late: late.exception() or late.result().close())
+        raise ClusterStartError(
+            f"{config.name} is still starting, and is closed if it comes up while this process lives; otherwise end it "
+            "where it runs"
+        ) from error
     try:
         cluster.close()
     except Exception as error:
@@ -144,12 +149,20 @@ def _list_options(build: Callable[..., Any]) -> list[str]:
     """List the options of a class by the signatures of its constructors, which hand unknown ones on to others."""
     kind = _find_class(build)
     # Classes of dask_jobqueue hand options on to the class of their jobs.
-    kinds = [base for each in (kind, getattr(kind, "job_cls", None)) for base in getattr(each, "__mro__", ())]
+    kinds = [base for each in (getattr(kind, "job_cls", None), kind) for base in getattr(each, "__mro__", ())]
     builders = [base.__init__ for base in kinds if "__init__" in vars(base) and base is not object]
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    signatures = map(inspect.signature, (build, *builders))
-    parameters = [each for signature in signatures for each in signature.parameters.values()]
-    return sorted({each.name for each in parameters if each.kind in named} - {"self"})
+    named, names = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY), {"self"}
+    for builder in (build, *builders):
+        parameters = inspect.signature(builder).parameters.values()
+        names |= {each.name for each in parameters if each.kind in named}
+        if all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in parameters):
+            break
+    return sorted(names - {"self"})
+
+
+def _say_failed(config: CustomClusterConfig, error: BaseException) -> ClusterStartError:
+    """Describe a cluster that did not start, for any reason: classes raise any error."""
+    return ClusterStartError(f"{config.name} did not start: {_explain(error)}; check cluster.options")
 
 
 def _describe_misfit(config: CustomClusterConfig, build: Callable[..., Any], error: BaseException) -> str:
