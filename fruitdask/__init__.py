@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fruitdask.pipeline.check import check as check
     from fruitdask.pipeline.erase import Erasure as Erasure, erase as erase
     from fruitdask.pipeline.explore import explore as explore
+    from fruitdask.pipeline.export import export as export
     from fruitdask.pipeline.open import open as open
     from fruitdask.pipeline.plan import Plan as Plan
     from fruitdask.pipeline.report import Report as Report, render_report as render_report
@@ -53,6 +54,7 @@ _MODULE_OF_NAME = {
     "embed_tsne": "analysis.reduction",
     "erase": "pipeline.erase",
     "explore": "pipeline.explore",
+    "export": "pipeline.export",
     "find_neighbors": "analysis.neighbors",
     "list_images": "store.catalog",
     "load_config": "core.config",

@@ -12,6 +12,7 @@ from fruitdask.cli.apply import apply
 from fruitdask.cli.check import check
 from fruitdask.cli.clusters import clusters
 from fruitdask.cli.erase import erase
+from fruitdask.cli.export import export
 from fruitdask.cli.plan import plan
 from fruitdask.cli.policy import iam_policy
 from fruitdask.cli.run import explore, report, run
@@ -35,7 +36,7 @@ def cli() -> None:
     """
 
 
-_COMMANDS = (run, plan, explore, report, check, similar, apply, train, predict, verify, erase)
+_COMMANDS = (run, plan, explore, report, check, similar, apply, train, predict, export, verify, erase)
 _HELPERS = (validate, schema, sample, iam_policy, clusters)
 for _command in _COMMANDS + _HELPERS:
     cli.add_command(_command)
