@@ -154,7 +154,10 @@ def _check_earlier(target: Location, written: Format, *, overwrite: bool) -> Non
     if not exists(target):
         return
     if not overwrite:
-        raise OutputError(f"{target.url}: expected nothing there, found something; choose another, or use --overwrite")
+        raise OutputError(
+            f"{target.url}: expected a new place, found one that exists; choose another, or replace "
+            "an earlier export with --overwrite"
+        )
     with explained(target, "read"):
         is_folder = bool(target.fs.isdir(target.path))
         paths = target.fs.ls(target.path, detail=False) if is_folder else []
