@@ -275,7 +275,7 @@ def test_nothing_remains_of_an_export_that_failed(to: str, copied: fruitdask.Run
 def test_targets_that_exist_are_replaced_on_demand_only(result: fruitdask.RunResult, tmp_path: Path) -> None:
     for to, name in (("parquet", "fruits.parquet"), ("spark", "spark")):
         fruitdask.export(result, tmp_path / name, to)
-        with pytest.raises(OutputError, match=f"{name}: expected nothing there, found something"):
+        with pytest.raises(OutputError, match=f"{name}: expected a new place, found one that exists"):
             fruitdask.export(result, tmp_path / name, to)
         assert fruitdask.export(result, tmp_path / name, to, overwrite=True) == 13
     assert len(list((tmp_path / "spark").iterdir())) == 4
@@ -307,7 +307,7 @@ def test_parquet_and_spark_write_to_s3(
     bucket, options = s3_bucket
     for to, name in (("parquet", "fruits.parquet"), ("spark", "spark")):
         fruitdask.export(copied, f"s3://{bucket}/{name}", to, target_options=options)
-        with pytest.raises(OutputError, match="expected nothing there"):
+        with pytest.raises(OutputError, match="expected a new place"):
             fruitdask.export(copied, f"s3://{bucket}/{name}", to, target_options=options)
         fruitdask.export(copied, f"s3://{bucket}/{name}", to, target_options=options, overwrite=True)
     keys = [each["Key"] for each in s3_client.list_objects_v2(Bucket=bucket)["Contents"]]
@@ -331,4 +331,4 @@ def test_command_says_what_it_wrote_and_how_to_open_it(result: fruitdask.RunResu
         f"Open them: tensorboard --logdir {target}, then choose Projector",
     ]
     again = CliRunner().invoke(cli, ["export", result.output.url, target, "--to", "tensorboard"])
-    assert again.exit_code == 2 and "found something; choose another, or use --overwrite" in again.output
+    assert again.exit_code == 2 and "found one that exists; choose another, or replace" in again.output

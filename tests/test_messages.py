@@ -277,6 +277,8 @@ MISTAKES: dict[str, Callable[[Scene], Any]] = {
         scene.finish(), input=str(scene.images), output=str(scene.folder / "out")
     ),
     "applying a run into another": apply_into_another,
+    "exporting to no format": lambda scene: fruitdask.export(str(scene.folder), scene.folder / "fruits", "excel"),
+    "exporting over something": lambda scene: fruitdask.export(str(scene.finish()), scene.folder),
     "report of nothing": lambda scene: fruitdask.render_report(scene.configure()),
     "verification of nothing": lambda scene: fruitdask.verify(str(scene.folder)),
     "erasure from nothing": lambda scene: fruitdask.erase(scene.configure(), ["pear_1/*"]),

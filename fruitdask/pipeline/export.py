@@ -62,9 +62,9 @@ def export(
 
     Notes
     -----
-    The features of some partitions, about 20 MiB, are in memory at a time. What was written remains only if all of it was. Features are null where an
-    image has none; ``embedding-atlas`` and ``tensorboard`` leave such images out. The map is t-SNE if that was computed
-    for all images, else the first two principal components.
+    About 20 MiB of features are in memory at a time. What was written remains only if all of it was. Features are null
+    where an image has none; ``embedding-atlas`` and ``tensorboard`` leave such images out. The map is t-SNE if that was
+    computed for all images, else the first two principal components.
 
     Examples
     --------
@@ -104,7 +104,7 @@ def read_blocks(result: RunResult, axes: tuple[str, str] | None) -> Iterator[Blo
     """Read the table and the features of a run, some partitions at a time."""
     output, start = result.output, 0
     features = open_features(output, block_bytes=BLOCK_BYTES)[0]
-    n_rows, folder = features.chunksize[0], _locate_input(result)
+    n_rows, folder = int(features.chunksize[0]), _locate_input(result)
     for name in report.list_parts(output):
         part = store.read_table(output, store.RESULTS, name)
         for first in range(0, len(part), n_rows):
@@ -154,7 +154,10 @@ def _check_earlier(target: Location, written: Format, *, overwrite: bool) -> Non
     if not exists(target):
         return
     if not overwrite:
-        raise OutputError(f"{target.url}: expected nothing there, found something; choose another, or use --overwrite")
+        raise OutputError(
+            f"{target.url}: expected a new place, found one that exists; choose another, or replace "
+            "an earlier export with --overwrite"
+        )
     with explained(target, "read"):
         is_folder = bool(target.fs.isdir(target.path))
         paths = target.fs.ls(target.path, detail=False) if is_folder else []

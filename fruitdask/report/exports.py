@@ -147,10 +147,24 @@ def write_lance(blocks: Iterable[Block], target: Location) -> None:
         raise FruitdaskError("the format lance needs pylance; install it with pip install pylance") from error
     import pyarrow as pa
 
-    tables = map(_build_table, blocks)
+    tables, failures = map(_build_table, blocks), list[BaseException]()
     first = next(tables)
-    batches = (batch for table in chain([first], tables) for batch in table.to_batches())
-    lance.write_dataset(pa.RecordBatchReader.from_batches(first.schema, batches), target.path)
+
+    def list_batches() -> Iterator[Any]:
+        try:
+            for table in chain([first], tables):
+                yield from table.to_batches()
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    try:
+        lance.write_dataset(pa.RecordBatchReader.from_batches(first.schema, list_batches()), target.path)
+    except Exception:
+        # Lance turns an error of what it reads from into one of its own, with the whole traceback as its message.
+        if failures:
+            raise failures[0] from None
+        raise
 
 
 def write_tensorboard(blocks: Iterable[Block], target: Location) -> None:
