@@ -47,13 +47,16 @@ class Classifier:
         How it was trained and what cross-validation says of it: ``classes``, ``n_images``, ``n_groups`` (None if groups
         are unknown), ``n_folds``; for ``linear_probe``, which predicts, and for ``nearest_neighbors`` the ``accuracy``
         (0 to 1) with its 95 % ``interval``, ``by_class`` and the ``confusion``; ``unknown_distance``.
+    probe : LinearProbe
+        Its weights.
+    rows : numpy.ndarray
+        Rows of the run's images that it was trained on, int64.
     """
 
     result: RunResult
     report: dict[str, Any] = field(repr=False)
-    _probe: "LinearProbe" = field(repr=False)
-    #: Rows of the images it was trained on, in the run.
-    _rows: npt.NDArray[np.int64] = field(repr=False)
+    probe: "LinearProbe" = field(repr=False)
+    rows: npt.NDArray[np.int64] = field(repr=False)
 
     def predict(
         self,
@@ -98,7 +101,7 @@ class Classifier:
         found = images[["path", "status"]].reset_index(drop=True).assign(**columns)
         if is_ok.any():
             distances, nearest = self._find_nearest(features[is_ok])
-            labels, probabilities = predict(self._probe, self.report, features[is_ok], distances)
+            labels, probabilities = predict(self.probe, self.report, features[is_ok], distances)
             found.loc[is_ok, list(columns)] = pd.DataFrame(
                 {"label": labels, "probability": probabilities, "nearest": nearest, "distance": distances}
             ).to_numpy()
@@ -109,10 +112,10 @@ class Classifier:
         """Features (image, feature) and paths of the training images, in memory."""
         import dask.array as da
 
-        features = open_features(self.result.output)[0][self._rows].compute(scheduler="threads")
+        features = open_features(self.result.output)[0][self.rows].compute(scheduler="threads")
         return (
             da.from_array(features, chunks=features.shape),
-            read_images(self.result.output)["path"].to_numpy()[self._rows],
+            read_images(self.result.output)["path"].to_numpy()[self.rows],
         )
 
     def _find_nearest(self, features: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
