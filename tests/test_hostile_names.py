@@ -115,7 +115,16 @@ def test_nothing_escapes_the_output_folder(finished: tuple[Path, str]) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["in", "out", "run.yaml"]
     known = {*report.tables.RESULTS.split(), "report.html", "manifest.json", "quality.json", "explore.json"}
     known |= {"results.csv", "failures.csv", "explore.csv", "explore_classes.csv", "explore.parquet"}
-    known |= {"explore_classes.parquet", "explore.zarr", "features.zarr", "pca.zarr", "partitions", "catalog.parquet"}
+    known |= {
+        "issues.csv",
+        "issues.parquet",
+        "explore_classes.parquet",
+        "explore.zarr",
+        "features.zarr",
+        "pca.zarr",
+        "partitions",
+        "catalog.parquet",
+    }
     assert {path.name for path in (folder / "out").iterdir()} == known
 
 

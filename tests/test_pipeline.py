@@ -121,6 +121,7 @@ def test_run_leaves_what_the_architecture_lists(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         [*explored, "explore_classes.csv", "explore_classes.parquet", "catalog.parquet", "features.zarr", "figures"]
         + ["manifest.json", "partitions", "pca.zarr", "quality.json", "report.html", "results.csv", "results.parquet"]
+        + ["issues.csv", "issues.parquet"]
     )
     assert sorted(path.stem for path in (tmp_path / "out" / "figures").iterdir()) == sorted(store.FIGURE_NAMES)
     table = result.table
@@ -135,7 +136,8 @@ def test_run_leaves_what_the_architecture_lists(
     assert manifest.pop("checksum") and manifest == result.manifest
     assert manifest["cluster"] == {"kind": "local", "n_workers": 2, "n_threads": 4}
     assert manifest["counts"]["by_class"]["pear_1"] == {"ok": 4, "failed": 0}
-    assert set(manifest["seconds"]) == {"list", "start", "featurize", "explore", "reduce", "write", "total", "worker"}
+    stages = {"list", "start", "featurize", "explore", "reduce", "write", "check", "total", "worker"}
+    assert set(manifest["seconds"]) == stages
     assert "24 images" in result._repr_html_() and "pear_1" in result._repr_html_()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fruitdask import store
 from fruitdask.core.config import Config, LocalClusterConfig, ReduceConfig
+from fruitdask.core.listing import GROUPINGS
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location, exists
 from fruitdask.errors import StoreMismatchError
@@ -128,7 +129,9 @@ class RunState:
     @property
     def groupings(self) -> dict[str, str]:
         """Hashes of the splits and groups of the images, as far as they are configured."""
-        return {name: found for name, found in hash_groupings(self.rows.catalog).items() if name in self.inputs.catalog}
+        configured = [name for name in GROUPINGS if name in self.inputs.catalog]
+        # Without any, the stored catalog need not be read.
+        return hash_groupings(self.rows.catalog[configured]) if configured else {}
 
     @property
     def reduce_settings(self) -> ReduceConfig:

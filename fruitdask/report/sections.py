@@ -56,6 +56,7 @@ _STAGES = {
     "explore": "Compare images",
     "reduce": "PCA, t-SNE and quality",
     "write": "Write the results",
+    "check": "Find photographs to check",
     "total": "All together",
 }
 _WORKER_STAGES = {
@@ -384,7 +385,7 @@ def describe_performance(manifest: Mapping[str, Any], *, n_images: int) -> View 
     After an interruption, the stages that compute features count only the images of the last attempt.
     """
     seconds, n_computed = manifest.get("seconds", {}), manifest.get("n_computed", n_images)
-    of_all = dict.fromkeys(("list", "explore", "reduce", "write"), n_images)
+    of_all = dict.fromkeys(("list", "explore", "reduce", "write", "check"), n_images)
     stages, worker_stages = (
         [
             {"name": names.get(key, key), "seconds": value, "rate": images.get(key, n_computed) / max(value, 1e-3)}
