@@ -1,6 +1,7 @@
 """Progress as a log and as a terminal shows it."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -23,7 +24,8 @@ def show(reporter: RunProgress) -> None:
 
 def test_line_progress_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 4.0, 6.0, 10.0, 10.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    # Not the clock of the process, by which loops of Dask in other threads live.
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     out = io.StringIO()
     with LineProgress(Console(file=out, width=200)) as reporter:
         reporter.begin_images(100, n_done=20)
