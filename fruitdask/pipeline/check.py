@@ -1,6 +1,6 @@
 """Finds photographs to check, from stored features and the findings of an exploration."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +12,9 @@ from fruitdask.core.config import CheckConfig
 from fruitdask.core.escaping import format_csv
 from fruitdask.core.listing import find_rows
 from fruitdask.core.storage import Location
-from fruitdask.errors import OutputError
+from fruitdask.pipeline.open import open as open_result
 from fruitdask.pipeline.reduce import BLOCK_BYTES
-from fruitdask.pipeline.results import open_features
+from fruitdask.pipeline.results import RunResult, open_features
 from fruitdask.store.catalog import sample_evenly
 from fruitdask.store.exploration import Exploration, read_exploration
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 _PAIRS_AT_ONCE = 4_096
 
 
-def check(output: str, *, storage_options: dict[str, Any] | None = None) -> pd.DataFrame:
+def check(results: "str | RunResult", *, storage_options: Mapping[str, Any] | None = None) -> pd.DataFrame:
     """
     Find the photographs of a finished run that a person should look at.
 
     Parameters
     ----------
-    output : str
-        The output folder, a path or URL.
-    storage_options : dict[str, Any], optional
-        Options of its fsspec file system.
+    results : str or RunResult
+        The finished run, or the folder or URL of its results.
+    storage_options : Mapping[str, Any], optional
+        Options of the fsspec file system of ``results``.
 
     Returns
     -------
@@ -51,19 +51,19 @@ def check(output: str, *, storage_options: dict[str, Any] | None = None) -> pd.D
     ------
     OutputError
         If there is no finished run.
+    StorageError
+        If it cannot be read, or the list cannot be written.
     """
     import dask
 
-    location = Location(output, storage_options or {})
-    manifest, catalog = store.read_run(location), store.read_catalog(location)
-    if manifest is None or catalog is None or not manifest.is_complete:
-        raise OutputError(f"{location.url}: expected a finished run, found none; use fruitdask run first")
+    result = results if isinstance(results, RunResult) else open_result(str(results), storage_options)
+    manifest, output = store.RunManifest.model_validate(result.manifest), result.output
     if manifest.issues is None:
-        with store.locked(location), dask.config.set(scheduler="threads"):
-            issues = find_issues(CheckConfig(), location, catalog)
-            digests, record = write_issues(location, issues)
-            store.write_manifest(location, manifest.change(issues=record, digests=manifest.digests | digests))
-    return store.read_table(location, store.ISSUES)
+        with store.locked(output), dask.config.set(scheduler="threads"):
+            issues = find_issues(CheckConfig(), output, store.read_table(output, store.CATALOG))
+            digests, record = write_issues(output, issues)
+            store.write_manifest(output, manifest.change(issues=record, digests=manifest.digests | digests))
+    return store.read_table(output, store.ISSUES)
 
 
 def find_issues(settings: CheckConfig, output: Location, catalog: pd.DataFrame) -> pd.DataFrame:
