@@ -306,8 +306,10 @@ def test_plan_starts_no_cluster(sample_folder: Path, tiny_model: ModelConfig, tm
 
 
 SBATCH = """#!/bin/sh
-# What SLURM does with a job, without a queue: it runs the script, and names the process.
-setsid sh "$1" > "$1.log" 2>&1 &
+# What SLURM does with a job, without a queue: it keeps the script, runs it, and names the process.
+job={folder}/job.$$
+cp "$1" $job
+setsid sh $job > $job.log 2>&1 &
 echo $! >> {folder}/jobs
 echo "Submitted batch job $!"
 """

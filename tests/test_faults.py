@@ -36,10 +36,12 @@ def scene(tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> 
     ],
 )
 def test_nothing_is_lost(scene: Scene, kind: str) -> None:
-    verdict = damage(scene, kind, seed=list(FAULTS).index(kind))
-    assert verdict.is_well, f"{verdict}\n{(scene.folder / f'run-{list(FAULTS).index(kind)}.log').read_text()}"
+    seed = list(FAULTS).index(kind)
+    verdict = damage(scene, kind, seed=seed)
+    said = f"{verdict}\n{(scene.folder / f'run-{seed}.log').read_text()}"
+    assert verdict.is_well, said
     # Workers are replaced within the run; a command that was killed is started again.
-    assert verdict.n_tries == (2 if kind == "the command killed" else 1)
+    assert verdict.n_tries == (2 if kind == "the command killed" else 1), said
 
 
 @pytest.mark.parametrize(
