@@ -287,11 +287,11 @@ def test_scheduler_that_never_comes_up(cloud: LoopbackEC2) -> None:
     """The start has a deadline, and the error says what to look at."""
     cloud.faults.never_boots = {"scheduler"}
     expected = (
-        r"scheduler did not start within cluster.start_timeout \(2 s\): instance i-\w+ \(t3.medium, image any, ami-\w+\) is running.*"
+        r"scheduler did not start within cluster.start_timeout \(6 s\): instance i-\w+ \(t3.medium, image any, ami-\w+\) is running.*"
         r"its console ends: .*security groups sg-\w+ admit this machine \(port 8786\).*subnet-"
     )
     with pytest.raises(ClusterStartError, match=expected):
-        with open_client(configure(start_timeout=2)):
+        with open_client(configure(start_timeout=6)):
             pass
     assert [instance.role for instance in cloud.instances(None)] == ["scheduler"]
 
