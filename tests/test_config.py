@@ -311,8 +311,8 @@ def test_load_config_names_an_environment_variable_that_is_not_set(
         ("modle: {}", r"line 3: unknown key modle; did you mean model\?"),
         (
             "xyz: 1",
-            r"line 3: unknown key xyz; valid keys: check, cluster, explore, featurize, input, limits, model, output, plots, privacy, "
-            "quality, reduce, report",
+            r"line 3: unknown key xyz; valid keys: check, cluster, explore, featurize, input, limits, model, output, "
+            "plots, privacy, quality, reduce, report",
         ),
         ("model:\n  name: VGG16\n  poling: max", r"line 5: unknown key model\.poling; did you mean pooling\?"),
         (
