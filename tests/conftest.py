@@ -1,5 +1,6 @@
 """Fixtures that several test modules share: real photographs, real weights, a real S3 server, a drawn data set."""
 
+import compileall
 import signal
 import uuid
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from moto.server import ThreadedMotoServer
 from runs import Finish, FinishedRuns
 from s3fs import S3FileSystem
 
+import fruitdask
 from fruitdask.cluster import open_client
 from fruitdask.core.config import LocalClusterConfig, ModelConfig
 from fruitdask.core.sample import draw_sample
@@ -37,6 +39,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-golden", action="store_true", help="write the sentences of tests/golden/messages.txt again"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the package once: where PYTHONDONTWRITEBYTECODE is set, each process that a test starts would do it."""
+    if not hasattr(config, "workerinput"):
+        compileall.compile_dir(Path(fruitdask.__file__).parent, quiet=1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,15 +21,9 @@ import binascii
 import contextlib
 import copy
 import ipaddress
-import json
 import os
-import random
 import re
-import shlex
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -51,7 +45,7 @@ from xml.sax.saxutils import escape
 import boto3
 import dask.config
 import pytest
-import yaml
+from machines import Container, find_processes, localize, read_plan, reserve_network
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.ec2.exceptions import EC2ClientError
 from moto.ec2.models import ec2_backends
@@ -69,7 +63,6 @@ from fruitdask.core.s3 import S3
 MAX_USER_DATA_BYTES = 16_384
 CANONICAL = "099720109477"
 ALIVE = ("pending", "running")
-_PORT = 8786
 
 # What fsspec keeps by options alone, here by endpoint too, or a server that is gone would be asked. To the end of the
 # process, for
@@ -94,37 +87,6 @@ _REASONS = {
     "spot": ("Server.SpotInstanceTermination", "Spot instance termination"),
 }
 
-# What an instance is: it passes SIGTERM on as docker does, to the first process alone, and nothing survives it or the
-# test. Its
-# standard input is a pipe whose other end only the test holds. (A parent-death signal would come when the thread ends
-# that
-# started it; below it there are no threads, so its child has one: prctl's PR_SET_PDEATHSIG is 1.)
-_LAUNCHER = """
-import ctypes, os, signal, sys, threading
-child = 0
-signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM) if child else os._exit(143))
-child = os.fork()
-if not child:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    try:
-        os.execvp(sys.argv[1], sys.argv[1:])
-    except OSError as error:
-        print(f"docker: {sys.argv[1]}: {error}", flush=True)
-        os._exit(127)
-def watch():
-    os.read(0, 1)
-    os.killpg(0, signal.SIGKILL)
-threading.Thread(target=watch, daemon=True).start()
-code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-print(f"docker: the container ended with {code}", flush=True)
-os.killpg(0, signal.SIGKILL)
-"""
-
-# Docker's other options are taken to be followed by a value.
-_DOCKER_FLAGS = set("--rm --init --privileged --read-only --detach --interactive --tty -d -i -t -it".split())
-_PYTHONS = {"python", "python3"}
 _BUCKET_PARTS = set("acl encryption location policy tagging uploads versioning versions".split())
 
 
@@ -197,126 +159,12 @@ class LoopbackInstance:
     image: str
 
 
-@dataclass
-class Plan:
-    """What user data make an instance do."""
-
-    role: str = "other"
-    image: str = ""
-    command: list[str] = field(default_factory=list)
-    variables: dict[str, str] = field(default_factory=dict)
-    lifetime_minutes: float | None = None
-    shuts_down: bool = False
-    problem: str = ""
-
-
-def read_plan(user_data: str) -> Plan:
-    """Read cloud-config as cloud-init would, which runs nothing at all of what it cannot read."""
-    if not user_data.startswith("#cloud-config"):
-        return Plan(problem="user data are no cloud-config")
-    try:
-        lines = (yaml.safe_load(user_data) or {}).get("runcmd") or []
-    except yaml.YAMLError as error:
-        return Plan(problem=f"cloud-init cannot read the user data: {error}")
-    if not all(isinstance(line, str | list) for line in lines):
-        return Plan(problem="cloud-init runs only strings and lists of strings")
-    plan = Plan()
-    for line in lines:
-        _read_line(plan, line if isinstance(line, str) else shlex.join(line))
-        if plan.problem:
-            break  # The shell gives up a script that it cannot read, and the shutdown at its end.
-    return plan
-
-
-def _read_line(plan: Plan, line: str) -> None:
-    """Read a command of cloud-init's."""
-    if re.match(r"\s*(sudo\s+)?docker\s+run\s", line):
-        _read_docker(plan, _split_in_shell(line))
-    elif minutes := re.search(r"\bshutdown\s+-[hP]\s+\+(\d+)", line):
-        plan.lifetime_minutes = float(minutes[1])
-    elif re.search(r"\bshutdown\s+-[hP]\s+now\b", line):
-        plan.shuts_down = True
-
-
-def _split_in_shell(line: str) -> list[str]:
-    """Let a shell that knows no other program say what docker's arguments would be."""
-    script = 'sudo() { "$@"; }\ndocker() { printf "%s\\0" "$@"; }\n' + line
-    done = subprocess.run(
-        ["/bin/sh", "-c", script],
-        env={"PATH": "/nonexistent"},
-        cwd="/",
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=30,
-    )
-    return done.stdout.decode().split("\0")[:-1]
-
-
-def _read_docker(plan: Plan, arguments: list[str]) -> None:
-    """Read variables, image and command out of docker's arguments."""
-    rest = iter(arguments[1:])
-    for argument in rest:
-        if not argument.startswith("-"):
-            plan.image = argument
-            break
-        if "=" in argument or argument in _DOCKER_FLAGS:
-            continue
-        value = next(rest, "")
-        if argument in ("-e", "--env"):
-            name, _, content = value.partition("=")
-            plan.variables[name] = content
-    plan.command = list(rest)
-    if not plan.image:
-        plan.problem = "the shell or docker cannot read the docker run line"
-    if plan.command[:1] == ["env"]:
-        while plan.command[1:] and "=" in plan.command[1]:
-            name, _, content = plan.command.pop(1).partition("=")
-            plan.variables[name] = content
-        plan.command = plan.command[1:] or plan.command
-    plan.role = _find_role(plan.command)
-
-
-def _find_role(command: list[str]) -> str:
-    """Find out what a command makes of an instance."""
-    if not command:
-        return "other"
-    text = " ".join(command[:3])
-    return "scheduler" if "dask_scheduler" in text or "dask-scheduler" in text else "worker"
-
-
 def _read_role(form: dict[str, str]) -> str:
     """Role of the instance that a call is to launch."""
     try:
         return read_plan(base64.b64decode(form.get("UserData", "")).decode()).role
     except (binascii.Error, UnicodeDecodeError):
         return "other"
-
-
-def _localize(command: list[str], address: str) -> list[str]:
-    """Give a command this interpreter and let it listen at an address only."""
-    command = [sys.executable if part in _PYTHONS and not index else part for index, part in enumerate(command)]
-    for index, part in enumerate(command[:-1]):
-        if part == "--dashboard-address" and command[index + 1].startswith(":"):
-            command[index + 1] = address + command[index + 1]
-        if part == "--spec":
-            command[index + 1] = _add_host(command[index + 1], address)
-    program = " ".join(command[:3])
-    if re.search(r"dask[-_](cuda[-_])?(worker|scheduler)", program) and "--host" not in command:
-        command += ["--host", address]
-    if re.search(r"dask[-_](worker|scheduler)", program) and not any("dashboard" in part for part in command):
-        command.append("--no-dashboard")
-    return command
-
-
-def _add_host(spec: str, address: str) -> str:
-    """Add the host to a worker's specification, or to several workers'."""
-    try:
-        loaded = json.loads(spec)
-    except ValueError:
-        return spec  # The worker is to complain.
-    for worker in [loaded] if "cls" in loaded else loaded.values():
-        worker["opts"].setdefault("host", address)
-    return json.dumps(loaded)
 
 
 class _Machine:
@@ -329,7 +177,7 @@ class _Machine:
         self.plan = read_plan(self.user_data)
         self.folder = cloud.folder / instance.id
         self.ending: str | None = None
-        self.process: subprocess.Popen[bytes] | None = None
+        self.container: Container | None = None
         self._over = threading.Event()
         self._threads = [threading.Thread(target=self._live, name=instance.id, daemon=True)]
 
@@ -420,29 +268,24 @@ class _Machine:
         if self.plan.image in self.cloud.faults.unpullable:
             self.log_path.write_text(f"docker: cannot pull the image '{self.plan.image}'\n")
         elif self.plan.command:
-            self.process = self._start()
-            watch = threading.Thread(target=self._watch, args=(self.process,), name=self.instance.id, daemon=True)
+            self.container = self._start()
+            watch = threading.Thread(target=self._watch, args=(self.container,), name=self.instance.id, daemon=True)
             self._threads.append(watch)
             watch.start()
             return
         if self.plan.shuts_down:
             self.power_off("instance")
 
-    def _start(self) -> "subprocess.Popen[bytes]":
-        """Start the container's command in an empty folder and a process group of its own."""
+    def _start(self) -> Container:
+        """Start the container's command in an empty folder."""
         for name in ("cwd", "home", "tmp"):
             (self.folder / name).mkdir()
-        command = _localize(self.plan.command, self.instance.private_ip or "")
-        with self.log_path.open("wb") as log:
-            return subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self.folder / "cwd",
-                env=self._build_environment(),
-                start_new_session=True,
-            )
+        return Container(
+            localize(self.plan.command, self.instance.private_ip or ""),
+            folder=self.folder / "cwd",
+            log=self.log_path,
+            environment=self._build_environment(),
+        )
 
     def _build_environment(self) -> dict[str, str]:
         """Build the environment of the container, of which the user data have the last word."""
@@ -452,8 +295,6 @@ class _Machine:
         environment |= {"HOME": str(self.folder / "home"), "TMPDIR": str(self.folder / "tmp")}
         # The same fruitdask as the test's, wherever that was found.
         environment["PYTHONPATH"] = str(Path(fruitdask.__file__).parents[1])
-        environment["LOOPBACK_EC2"] = self.cloud.token
-        environment["LOOPBACK_EC2_INSTANCE"] = self.instance.id
         environment |= self.cloud.build_environment(self.instance.id, has_credentials=self._has_credentials())
         return environment | self.plan.variables
 
@@ -462,47 +303,23 @@ class _Machine:
         profiles = self.instance.ec2_backend.iam_instance_profile_associations
         return not self.cloud.needs_profile or self.instance.id in profiles
 
-    def _watch(self, process: "subprocess.Popen[bytes]") -> None:
+    def _watch(self, container: Container) -> None:
         """Wait for the container's end, after which cloud-init goes on."""
-        process.wait()
-        self._kill()
+        container.wait()
+        container.kill()
         if self.plan.shuts_down:
             self.power_off("instance")
 
     def _clean_up(self) -> None:
         """End all of its processes."""
-        if self.process is not None:
+        if self.container is not None:
             if self.ending != "spot" and not self.cloud.is_closing:
-                self.process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(self.cloud.grace_seconds)
-            with contextlib.suppress(ProcessLookupError):
-                if self.process.poll() is None:
-                    os.killpg(self.process.pid, signal.SIGKILL)
-            self._kill()
-            self.process.wait()
-            self.process.stdin.close()
+                self.container.stop(self.cloud.grace_seconds)
+            self.container.kill()
+            self._threads[-1].join()
+            self.container.close()
         with self.cloud.changed:
             self._set_state("stopped" if self.instance.state == "stopping" else "terminated")
-
-    def _kill(self) -> None:
-        """Kill what left the process group."""
-        while left := _find_processes(f"LOOPBACK_EC2_INSTANCE={self.instance.id}"):
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
-
-
-def _find_processes(mark: str) -> list[int]:
-    """Find the live processes that have a variable in their environment."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        # A process may end meanwhile, others are not ours to read, and a zombie has no environment.
-        with contextlib.suppress(OSError):
-            if mark.encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-    return found
 
 
 class _QuietHandler(MotoRequestHandler):
@@ -644,7 +461,7 @@ class LoopbackEC2:
         *,
         boot_delay_seconds: float = 0.0,
         seconds_per_minute: float = 60.0,
-        grace_seconds: float = 3.0,
+        grace_seconds: float = 0.5,
         needs_profile: bool = False,
         region: str = "eu-west-1",
     ) -> None:
@@ -653,7 +470,6 @@ class LoopbackEC2:
         self.grace_seconds = grace_seconds
         self.needs_profile = needs_profile
         self.region = region
-        self.token = uuid.uuid4().hex
         self.is_closing = False
         self.changed = threading.Condition(threading.RLock())
         self.originals: dict[str, Callable[..., Any]] = {}
@@ -671,7 +487,7 @@ class LoopbackEC2:
         with contextlib.ExitStack() as stack:
             self.folder = Path(tempfile.mkdtemp(prefix="loopback-ec2-"))
             stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
-            self.network = stack.enter_context(_reserve_network())
+            self.network = stack.enter_context(reserve_network())
             stack.enter_context(self._own_moto())
             self.endpoint_url = stack.enter_context(self._serve())
             stack.callback(self._power_everything_off)
@@ -754,7 +570,7 @@ class LoopbackEC2:
 
     def processes(self) -> list[int]:
         """List the live processes of all instances, their children included."""
-        return _find_processes(f"LOOPBACK_EC2={self.token}")
+        return find_processes(self.folder)
 
     def log(self, instance_id: str) -> str:
         """Read what an instance has printed."""
@@ -917,25 +733,6 @@ class LoopbackEC2:
 def _name_key(caller: str) -> str:
     """Name the access key of a caller, by which the requests of an instance are known."""
     return "LOOPBACK" + re.sub("[^A-Z0-9]", "", caller.upper())
-
-
-@contextlib.contextmanager
-def _reserve_network() -> Iterator[str]:
-    """Reserve 127.A.B.0/24 among the simulators of this machine by taking a port of its first address."""
-    # Not the tests' own generator, which would choose the same network in processes that run at the same time.
-    choose = random.SystemRandom().randrange
-    for _ in range(100):
-        network = f"127.{choose(1, 255)}.{choose(256)}"
-        with contextlib.closing(socket.socket()) as mark:
-            try:
-                mark.bind((f"{network}.1", _PORT))
-            except OSError:
-                continue
-            yield network
-            return
-    raise RuntimeError(
-        f"127.A.B.1:{_PORT} is taken for 100 A and B; does something listen at that port of all addresses?"
-    )
 
 
 def _disarm_clusters() -> None:

@@ -33,7 +33,7 @@ FAILING = [kind for kind in KINDS if kind != "delay"]
 #: Images of a run.
 N_IMAGES = 12
 #: What the client is to wait for, in seconds; the faulty server stalls for longer.
-READ_TIMEOUT = 1.5
+READ_TIMEOUT = 1.0
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from loopback_ec2 import (
     Refusal,
     find_foreign_addresses,
     keep_dask_config,
-    read_plan,
 )
+from machines import read_plan
 
 pytestmark = [
     pytest.mark.cloud,

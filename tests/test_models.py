@@ -98,19 +98,14 @@ def test_mixed_precision_is_close_and_says_so(photographs: Path, mobilenet_weigh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "module"), [("MobileNet", "mobilenet"), ("VGG16", "vgg16"), ("EfficientNetB0", "efficientnet")]
-)
-def test_application_has_its_own_preprocessing(name: str, module: str) -> None:
+def test_application_has_its_own_preprocessing() -> None:
     import keras
 
-    artifact = build_artifact(ModelConfig(name=name, weights="random", input_px=64, engine="tensorflow"))
+    artifact = build_artifact(ModelConfig(name="MobileNet", weights="random", input_px=64, engine="tensorflow"))
     keras.utils.set_random_seed(0)
-    network = getattr(keras.applications, name)(include_top=False, weights=None, input_shape=(64, 64, 3), pooling="avg")
+    network = keras.applications.MobileNet(include_top=False, weights=None, input_shape=(64, 64, 3), pooling="avg")
     pixels = random_pixels(64)
-    expected = network.predict(
-        getattr(keras.applications, module).preprocess_input(pixels.astype(np.float32)), verbose=0
-    )
+    expected = network.predict(keras.applications.mobilenet.preprocess_input(pixels.astype(np.float32)), verbose=0)
     assert measure_error(load_predictor(artifact, n_threads=1)(pixels), expected) < 1e-5
 
 

@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 import yaml
 from click.testing import CliRunner
-from loopback_ec2 import LoopbackEC2, read_plan
+from loopback_ec2 import LoopbackEC2
+from machines import read_plan
 from runs import MakeConfig, configure
 
 import fruitdask

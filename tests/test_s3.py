@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from moto.server import DomainDispatcherApplication, create_backend_app
+from runs import EXTRAS, OFF
 from werkzeug.serving import make_server
 
 import fruitdask
@@ -295,6 +296,7 @@ class Interrupt(RunProgress):
         raise KeyboardInterrupt("in this test")
 
 
+@both_servers
 def test_run_on_s3_equals_run_on_disk(make_config: MakeConfig, client: Any, on_disk: fruitdask.RunResult) -> None:
     result = fruitdask.run(make_config(), client=client)
     pd.testing.assert_frame_equal(result.table, on_disk.table)
@@ -305,6 +307,15 @@ def test_run_on_s3_equals_run_on_disk(make_config: MakeConfig, client: Any, on_d
     assert result.quality == on_disk.quality
     assert list_results(result) == list_results(on_disk)
     assert len(result.report.read()) > 50_000
+
+
+@pytest.mark.parametrize("server", [MOTO_HTTPS, VIRTUAL_HOSTED], indirect=True)
+def test_features_are_the_same_by_https_and_from_virtual_hosts(
+    make_config: MakeConfig, client: Any, on_disk: fruitdask.RunResult
+) -> None:
+    result = fruitdask.run(make_config(**dict.fromkeys(EXTRAS, OFF)), client=client)
+    pd.testing.assert_frame_equal(result.table, on_disk.table)
+    np.testing.assert_array_equal(result.features.compute(), on_disk.features.compute())
 
 
 @pytest.mark.slow

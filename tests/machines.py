@@ -1,0 +1,243 @@
+"""What the loopback clouds have in common: what start-up data make a machine do, its address, and its processes.
+
+A container is a process of this machine, with this interpreter in place of the image's; see `machine_host.py`.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import random
+import re
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+import fruitdask
+
+SCHEDULER_PORT = 8786
+
+# Docker's other options are taken to be followed by a value.
+_DOCKER_FLAGS = set("--rm --init --privileged --read-only --detach --interactive --tty -d -i -t -it".split())
+_PYTHONS = {"python", "python3"}
+
+
+@dataclass
+class Plan:
+    """What user data make an instance do."""
+
+    role: str = "other"
+    image: str = ""
+    command: list[str] = field(default_factory=list)
+    variables: dict[str, str] = field(default_factory=dict)
+    lifetime_minutes: float | None = None
+    shuts_down: bool = False
+    problem: str = ""
+
+
+def read_plan(user_data: str) -> Plan:
+    """Read cloud-config as cloud-init would, which runs nothing at all of what it cannot read."""
+    if not user_data.startswith("#cloud-config"):
+        return Plan(problem="user data are no cloud-config")
+    try:
+        lines = (yaml.safe_load(user_data) or {}).get("runcmd") or []
+    except yaml.YAMLError as error:
+        return Plan(problem=f"cloud-init cannot read the user data: {error}")
+    if not all(isinstance(line, str | list) for line in lines):
+        return Plan(problem="cloud-init runs only strings and lists of strings")
+    plan = Plan()
+    for line in lines:
+        _read_line(plan, line if isinstance(line, str) else shlex.join(line))
+        if plan.problem:
+            break  # The shell gives up a script that it cannot read, and the shutdown at its end.
+    return plan
+
+
+def _read_line(plan: Plan, line: str) -> None:
+    """Read a command of cloud-init's."""
+    if re.match(r"\s*(sudo\s+)?docker\s+run\s", line):
+        _read_docker(plan, _split_in_shell(line))
+    elif minutes := re.search(r"\bshutdown\s+-[hP]\s+\+(\d+)", line):
+        plan.lifetime_minutes = float(minutes[1])
+    elif re.search(r"\bshutdown\s+-[hP]\s+now\b", line):
+        plan.shuts_down = True
+
+
+def _split_in_shell(line: str) -> list[str]:
+    """Let a shell that knows no other program say what docker's arguments would be."""
+    script = 'sudo() { "$@"; }\ndocker() { printf "%s\\0" "$@"; }\n' + line
+    done = subprocess.run(
+        ["/bin/sh", "-c", script],
+        env={"PATH": "/nonexistent"},
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=30,
+    )
+    return done.stdout.decode().split("\0")[:-1]
+
+
+def _read_docker(plan: Plan, arguments: list[str]) -> None:
+    """Read variables, image and command out of docker's arguments."""
+    rest = iter(arguments[1:])
+    for argument in rest:
+        if not argument.startswith("-"):
+            plan.image = argument
+            break
+        if "=" in argument or argument in _DOCKER_FLAGS:
+            continue
+        value = next(rest, "")
+        if argument in ("-e", "--env"):
+            name, _, content = value.partition("=")
+            plan.variables[name] = content
+    plan.command = list(rest)
+    if not plan.image:
+        plan.problem = "the shell or docker cannot read the docker run line"
+    if plan.command[:1] == ["env"]:
+        while plan.command[1:] and "=" in plan.command[1]:
+            name, _, content = plan.command.pop(1).partition("=")
+            plan.variables[name] = content
+        plan.command = plan.command[1:] or plan.command
+    plan.role = _find_role(plan.command)
+
+
+def _find_role(command: list[str]) -> str:
+    """Find out what a command makes of an instance."""
+    if not command:
+        return "other"
+    text = " ".join(command[:3])
+    return "scheduler" if "dask_scheduler" in text or "dask-scheduler" in text else "worker"
+
+
+def localize(command: list[str], address: str) -> list[str]:
+    """Give a command this interpreter and let it listen at an address only."""
+    command = [sys.executable if part in _PYTHONS and not index else part for index, part in enumerate(command)]
+    for index, part in enumerate(command[:-1]):
+        if part == "--dashboard-address" and command[index + 1].startswith(":"):
+            command[index + 1] = address + command[index + 1]
+        if part == "--spec":
+            command[index + 1] = _add_host(command[index + 1], address)
+    program = " ".join(command[:3])
+    if re.search(r"dask[-_](cuda[-_])?(worker|scheduler)", program) and "--host" not in command:
+        command += ["--host", address]
+    if re.search(r"dask[-_](worker|scheduler)", program) and not any("dashboard" in part for part in command):
+        command.append("--no-dashboard")
+    return command
+
+
+def _add_host(spec: str, address: str) -> str:
+    """Add the host to a worker's specification, or to several workers'."""
+    try:
+        loaded = json.loads(spec)
+    except ValueError:
+        return spec  # The worker is to complain.
+    for worker in [loaded] if "cls" in loaded else loaded.values():
+        worker["opts"].setdefault("host", address)
+    return json.dumps(loaded)
+
+
+class Container:
+    """A process that runs a command, and all that this starts."""
+
+    def __init__(self, command: list[str], *, folder: Path, log: Path, environment: dict[str, str]) -> None:
+        """Start it in an empty folder and a session of its own."""
+        request = {"command": command, "environment": environment, "folder": str(folder)}
+        self._folder = folder
+        life, self._life = os.pipe()
+        self._end, end = os.pipe()
+        with log.open("wb") as file:
+            self.pid = _start_host().start(request, (life, file.fileno(), end))
+        os.close(life)
+        os.close(end)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until its process has ended; say whether it has."""
+        readable, _, _ = select.select([self._end], [], [], timeout)
+        return bool(readable)
+
+    def stop(self, grace_seconds: float) -> None:
+        """Ask its process to end, and wait a while for that."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+        self.wait(grace_seconds)
+
+    def kill(self) -> None:
+        """Kill all of its processes, those too that have left its session."""
+        while left := find_processes(self._folder):
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """Let its files go, when it has ended."""
+        os.close(self._life)
+        os.close(self._end)
+
+
+def find_processes(folder: Path) -> list[int]:
+    """Find the live processes whose folder is inside another one."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cwd"):
+        # A process may end meanwhile, others are not ours to read, and a zombie has no folder.
+        with contextlib.suppress(OSError):
+            if path.readlink().is_relative_to(folder):
+                found.append(int(path.parent.name))
+    return found
+
+
+class _Host:
+    """The process that forks containers."""
+
+    def __init__(self) -> None:
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._lock = threading.Lock()
+        path = Path(__file__).with_name("machine_host.py")
+        # The same fruitdask as the test's, wherever that was found.
+        environment = os.environ | {"PYTHONPATH": str(Path(fruitdask.__file__).parents[1])}
+        # As Dask sets them for workers, before NumPy reads them.
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        with theirs:
+            theirs.set_inheritable(True)
+            os.posix_spawn(sys.executable, [sys.executable, str(path), str(theirs.fileno())], environment)
+
+    def start(self, request: dict[str, object], files: tuple[int, ...]) -> int:
+        """Start a container; gives the number of its process."""
+        with self._lock:
+            socket.send_fds(self._channel, [json.dumps(request).encode()], files)
+            return int(self._channel.recv(100))
+
+
+@functools.cache
+def _start_host() -> _Host:
+    """Start it once; it ends with this process."""
+    return _Host()
+
+
+@contextlib.contextmanager
+def reserve_network() -> Iterator[str]:
+    """Reserve 127.A.B.0/24 among the simulators of this machine by taking a port of its first address."""
+    # Not the tests' own generator, which would choose the same network in processes that run at the same time.
+    choose = random.SystemRandom().randrange
+    for _ in range(100):
+        network = f"127.{choose(1, 255)}.{choose(256)}"
+        with contextlib.closing(socket.socket()) as mark:
+            try:
+                mark.bind((f"{network}.1", SCHEDULER_PORT))
+            except OSError:
+                continue
+            yield network
+            return
+    raise RuntimeError(
+        f"127.A.B.1:{SCHEDULER_PORT} is taken for 100 A and B; does something listen at that port of all addresses?"
+    )
