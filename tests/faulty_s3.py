@@ -1,5 +1,5 @@
-"""A proxy in front of an S3 server on this machine that injects faults: errors, resets, broken bodies, delays and
-stalls.
+"""A proxy in front of an S3 or Azure server on this machine that injects faults: errors, resets, broken bodies, delays
+and stalls.
 """
 
 import http.client
@@ -20,6 +20,7 @@ _ERRORS = {
     "500": (500, "InternalError", "We encountered an internal error. Please try again."),
     "503": (503, "SlowDown", "Please reduce your request rate."),
 }
+_AZURE_ERRORS = _ERRORS | {"503": (503, "ServerBusy", "The server is currently unable to receive requests.")}
 _HOP_HEADERS = {"connection", "content-length", "date", "expect", "server", "transfer-encoding"}
 
 
@@ -105,7 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reset()
         data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if kind in _ERRORS:
-            status, code, message = _ERRORS[kind]
+            errors = _AZURE_ERRORS if "x-ms-version" in self.headers else _ERRORS
+            status, code, message = errors[kind]
             body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
             return self.send(status, [("Content-Type", "application/xml")], body.encode())
         if kind == "stall":
@@ -142,8 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
             if name.lower() not in _HOP_HEADERS:
                 self.send_header(name, value)
         # That of a HEAD tells the length of an object that is not sent.
-        length = dict(headers).get("Content-Length") if self.command == "HEAD" else None
-        self.send_header("Content-Length", length or str(len(body)))
+        lengths = [value for name, value in headers if name.lower() == "content-length" and self.command == "HEAD"]
+        self.send_header("Content-Length", lengths[0] if lengths else str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body[:n_sent])

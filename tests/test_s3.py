@@ -3,7 +3,6 @@
 import dataclasses
 import http.client
 import re
-import shutil
 import socket
 import subprocess
 import threading
@@ -30,6 +29,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from moto.server import DomainDispatcherApplication, create_backend_app
+from node import run_node
 from werkzeug.serving import make_server
 
 import fruitdask
@@ -157,30 +157,14 @@ def open_moto_https(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 @contextmanager
 def run_s3rver(request: pytest.FixtureRequest, *arguments: str) -> Iterator[int]:
-    """Run s3rver, which npm installs once into the cache of the tests; gives its port."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        pytest.skip("needs Node.js and npm for a second S3 server")
+    """Run s3rver; gives its port."""
     request.getfixturevalue("s3_server")  # for its environment
-    cache = request.config.cache
-    assert cache is not None
-    folder = cache.mkdir("s3rver")
-    script = folder / "node_modules" / "s3rver" / "bin" / "s3rver.js"
-    if not script.exists():
-        install = [npm, "install", "--no-audit", "--no-fund", "--prefix", str(folder), S3RVER]
-        done = subprocess.run(install, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"npm cannot install {S3RVER}: {done.stderr.strip()[-200:]}")
-    data = request.getfixturevalue("tmp_path_factory").mktemp("s3rver")
+    data = str(request.getfixturevalue("tmp_path_factory").mktemp("s3rver"))
+    listen = ["-d", data, "-a", "127.0.0.1", "-p", "0", "-s"]
     # s3rver makes the tokens of its pages by a cipher that OpenSSL has retired.
-    command = [node, "--openssl-legacy-provider", str(script), "-d", str(data), "-a", "127.0.0.1", "-p", "0", "-s"]
-    with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            found = (re.search(r"listening on [\d.]+:(\d+)", line) for line in process.stdout)
-            yield next(int(match[1]) for match in found if match)
-        finally:
-            process.terminate()
+    options = ["--openssl-legacy-provider"]
+    with run_node(request, S3RVER, "bin/s3rver.js", [*listen, *arguments], options=options) as port:
+        yield port
 
 
 @contextmanager

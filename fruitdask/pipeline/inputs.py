@@ -68,7 +68,7 @@ def prepare_inputs(config: Config, progress: RunProgress, *, client: Any = None)
     listing = list_input(config.input)
     for note in listing.notes:
         progress.say(f"Note: {note}.")
-    if output.is_s3:
+    if output.is_s3 or output.is_azure:
         check_bucket(output)
     if regions is None:
         # Only for the record: problems of the input were reported above.
