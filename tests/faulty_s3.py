@@ -106,10 +106,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reset()
         data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if kind in _ERRORS:
-            errors = _AZURE_ERRORS if "x-ms-version" in self.headers else _ERRORS
-            status, code, message = errors[kind]
+            is_azure = "x-ms-version" in self.headers
+            status, code, message = (_AZURE_ERRORS if is_azure else _ERRORS)[kind]
             body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
-            return self.send(status, [("Content-Type", "application/xml")], body.encode())
+            # A response to HEAD has no body, where Azure adds its code to the headers.
+            headers = [("Content-Type", "application/xml"), ("x-ms-error-code", code)][: 2 if is_azure else 1]
+            return self.send(status, headers, body.encode())
         if kind == "stall":
             self.server.closing.wait(self.server.stall_seconds)
             return self.reset()

@@ -4,7 +4,6 @@ import dataclasses
 import http.client
 import re
 import socket
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -10,13 +10,12 @@ from contextlib import suppress
 from typing import Any
 
 from adlfs import AzureBlobFileSystem
-from fsspec import register_implementation
-from fsspec.asyn import get_loop, sync, sync_wrapper
-
 from azure.core.credentials import AzureSasCredential
 from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
 from azure.core.pipeline.transport import AioHttpTransport
 from azure.storage.blob.aio import BlobServiceClient, ExponentialRetry
+from fsspec import register_implementation
+from fsspec.asyn import _run_coros_in_chunks, get_loop, sync, sync_wrapper
 
 # The client logs each request, and failures that are also raised; only --verbose shows the latter.
 logging.getLogger("azure").addHandler(logging.NullHandler())
@@ -28,8 +27,8 @@ _CONNECT_SECONDS, _READ_SECONDS = 5, 15
 _MAX_BACKOFF_SECONDS = 20
 #: Files up to this size come in one request, as from S3.
 _MAX_SINGLE_GET_BYTES = 1 << 30
-#: Deletions at the same time.
-_N_DELETIONS = 16
+#: Files that are deleted or copied at the same time.
+_N_AT_ONCE = 16
 #: The form of a URL that Hadoop and Databricks use, here and in clouds of states: container@account.dfs.domain.
 _FULL = re.compile(r"([^@/]+)@(([^./]+)\.)(?:dfs|blob)(\.[^/]+)")
 #: Options of fsspec, and of DefaultAzureCredential.
@@ -61,7 +60,7 @@ class Azure(AzureBlobFileSystem):  # type: ignore[misc]
 
     def do_connect(self) -> None:
         """Make the client."""
-        settings = {
+        settings: dict[str, Any] = {
             "retry_policy": _Retry(self._attempts),
             "transport": _WholeTransport(
                 connection_timeout=self._timeout_kwargs.get("connection_timeout", _CONNECT_SECONDS),
@@ -107,19 +106,16 @@ class Azure(AzureBlobFileSystem):  # type: ignore[misc]
         container, _, name = self._strip_protocol(path).partition("/")
         return container, name, None
 
-    def list_page(
-        self, path: str, token: str | None = None, *, n_max: int | None = None
-    ) -> tuple[list[tuple[str, int, str]], str | None]:
-        """List a page of the files below a folder, by name, size and ETag; and the token of the next page."""
-        return sync(self.loop, self._list_page, path, token, n_max=n_max)  # type: ignore[no-any-return]
-
     async def _list_page(
         self, path: str, token: str | None = None, *, n_max: int | None = None, withdirs: bool = False
     ) -> tuple[list[tuple[str, int, str]], str | None]:
+        """List a page of the files below a folder, by name, size and ETag; and the token of the next page."""
         container, key, _ = self.split_path(path)
         prefix = f"{key.rstrip('/')}/" if key else ""
         client = self.service_client.get_container_client(container)
-        pages = client.list_blobs(name_starts_with=prefix, include=["metadata"], results_per_page=n_max).by_page(token)
+        pages: Any = client.list_blobs(name_starts_with=prefix, include=["metadata"], results_per_page=n_max).by_page(
+            token
+        )
         rows = [
             (blob.name[len(prefix) :], blob.size, str(blob.etag).strip('"'))
             async for blob in await anext(pages)
@@ -127,14 +123,18 @@ class Azure(AzureBlobFileSystem):  # type: ignore[misc]
         ]
         return rows, pages.continuation_token or None
 
+    list_page = sync_wrapper(_list_page)
+
     async def _find(self, path: str, detail: bool = False, withdirs: bool = False, **_: Any) -> Any:
         """Find the files below a folder."""
         path = self._strip_protocol(path).rstrip("/")
-        rows, token, is_first = [], None, True
+        rows: list[tuple[str, int, str]] = []
         with suppress(ResourceNotFoundError):
-            while is_first or token:
+            page, token = await self._list_page(path, withdirs=withdirs)
+            rows.extend(page)
+            while token:
                 page, token = await self._list_page(path, token, withdirs=withdirs)
-                rows, is_first = rows + page, False
+                rows.extend(page)
         files = {f"{path}/{name}": {"size": size, "ETag": etag} for name, size, etag in rows}
         if not files and await self._isfile(path):
             info = await self._info(path)
@@ -151,28 +151,33 @@ class Azure(AzureBlobFileSystem):  # type: ignore[misc]
                 raise PermissionError(str(error.message)) from error
             raise
 
+    async def _copy(self, path1: str, path2: str, recursive: bool = False, **_: Any) -> None:
+        """Copy a file, or with `recursive` the files below a folder."""
+        source, target = (self._strip_protocol(path).rstrip("/") for path in (path1, path2))
+        names = await self._find(source) if recursive else [source]
+        copies = [self._cp_file(name, target + name[len(source) :]) for name in names]
+        await _run_coros_in_chunks(copies, batch_size=_N_AT_ONCE)
+
     async def _cp_file(self, path1: str, path2: str, **_: Any) -> None:
         """Copy a file by reading and writing it: Azure may go on copying after it has answered."""
         await self._pipe_file(path2, await self._cat_file(path1))
 
-    async def _rm(self, path: str | list[str], recursive: bool = False, **_: Any) -> None:
-        """Delete files, and with `recursive` folders, together with their snapshots."""
-        semaphore = asyncio.Semaphore(_N_DELETIONS)
-        for top in [path] if isinstance(path, str) else path:
-            names = [top.rstrip("/"), *(await self._find(top, withdirs=True) if recursive else ())]
-            # In accounts with folders, a folder must be empty before it can be deleted.
-            folders = {name.rpartition("/")[0] for name in names}
-            await asyncio.gather(*(self._delete(name, semaphore) for name in names if name not in folders))
-            for name in sorted(folders.intersection(names), reverse=True):
-                await self._delete(name, semaphore, delete_snapshots=None)
+    async def _rm(self, path: str, recursive: bool = False, **_: Any) -> None:
+        """Delete a file with its snapshots, and with `recursive` those below a folder."""
+        names = [path.rstrip("/"), *(await self._find(path, withdirs=True) if recursive else ())]
+        # In accounts with folders, a folder must be empty before it can be deleted.
+        folders = {name.rpartition("/")[0] for name in names}
+        files = [self._rm_file(name) for name in names if name not in folders]
+        await _run_coros_in_chunks(files, batch_size=_N_AT_ONCE)
+        for name in sorted(folders.intersection(names), reverse=True):
+            await self._rm_file(name, delete_snapshots=None)
 
-    async def _delete(self, path: str, semaphore: asyncio.Semaphore, delete_snapshots: str | None = "include") -> None:
+    async def _rm_file(self, path: str, delete_snapshots: str | None = "include", **__: Any) -> None:
         """Delete a blob, if it exists."""
         container, name, _ = self.split_path(path)
-        async with semaphore:
-            with suppress(ResourceNotFoundError):
-                client = self.service_client.get_blob_client(container, name)
-                await client.delete_blob(delete_snapshots=delete_snapshots)
+        with suppress(ResourceNotFoundError):
+            client = self.service_client.get_blob_client(container, name)
+            await client.delete_blob(delete_snapshots=delete_snapshots)
 
     rm, cp_file = sync_wrapper(_rm), sync_wrapper(_cp_file)
 
@@ -214,7 +219,7 @@ class _Retry(ExponentialRetry):
         return random.uniform(0, min(2.0 ** (settings["count"] - 1), _MAX_BACKOFF_SECONDS))
 
 
-class _WholeTransport(AioHttpTransport):
+class _WholeTransport(AioHttpTransport):  # type: ignore[misc]
     """HTTP that returns a response once it is complete, so that the client retries one whose connection breaks."""
 
     _opener: Any = None
@@ -240,7 +245,7 @@ class _WholeTransport(AioHttpTransport):
 
 
 class _Credential:
-    """A credential that gets its tokens in threads: Azure's asynchronous ones belong to one loop, which may end first."""
+    """A credential that gets its tokens in threads: Azure's asynchronous ones belong to a loop, which may end first."""
 
     def __init__(self, credential: Any) -> None:
         self._credential = credential

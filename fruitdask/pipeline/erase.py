@@ -15,7 +15,7 @@ from fruitdask.cluster.regions import check_regions
 from fruitdask.core.config import Config
 from fruitdask.core.guard import leave_imported_script
 from fruitdask.core.progress import RunProgress
-from fruitdask.core.storage import keeps_versions
+from fruitdask.core.storage import Location, keeps_versions
 from fruitdask.errors import (
     CatalogError,
     ConfigError,
