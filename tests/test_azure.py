@@ -1,15 +1,20 @@
 """Whole runs on Azure Blob Storage, by Azurite, Microsoft's simulator, with and without faults in front of it."""
 
 import base64
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +25,8 @@ import yaml
 from azure.storage.blob import BlobServiceClient, ContainerSasPermissions, RetentionPolicy, generate_container_sas
 from click.testing import CliRunner
 from faulty_s3 import KINDS, open_faulty_s3
-from node import run_node
 from runs import EXTRAS, OFF, ON
+from servers import make_certificate, run_node
 
 import fruitdask
 from fruitdask import store
@@ -82,14 +87,20 @@ class Server:
         return self.client.get_blob_client(CONTAINER, name).download_blob().readall()
 
 
+@contextmanager
+def run_azurite(request: pytest.FixtureRequest, *arguments: str) -> Iterator[int]:
+    """Run Azurite; gives its port."""
+    listen = ["--blobHost", "127.0.0.1", "--blobPort", "0", "--silent", "--inMemoryPersistence"]
+    listen += ["--disableTelemetry", "--skipApiVersionCheck"]
+    accounts = {"AZURITE_ACCOUNTS": f"{ACCOUNT}:{KEY}"}
+    with run_node(request, AZURITE, "dist/src/blob/main.js", [*listen, *arguments], environment=accounts) as port:
+        yield port
+
+
 @pytest.fixture(scope="module")
 def server(request: pytest.FixtureRequest, sample_folder: Path, tiny_model: ModelConfig) -> Iterator[Server]:
     """An Azure Storage account with the drawn images and a network."""
-    arguments = ["--blobHost", "127.0.0.1", "--blobPort", "0", "--silent", "--inMemoryPersistence"]
-    arguments += ["--disableTelemetry", "--skipApiVersionCheck"]
-    accounts = {"AZURITE_ACCOUNTS": f"{ACCOUNT}:{KEY}"}
-    script = "dist/src/blob/main.js"
-    with run_node(request, AZURITE, script, arguments, environment=accounts) as port:
+    with run_azurite(request) as port:
         url = f"http://127.0.0.1:{port}"
         client = BlobServiceClient.from_connection_string(connect_by_key(url)["connection_string"])
         with client:
@@ -361,6 +372,56 @@ def test_sas_token_reads_what_it_may(server: Server) -> None:
     with pytest.raises(StorageError, match=r"^cannot write .*\(Author\w+\): th.* credentials .*$") as caught:
         write_file(place.child("x"), b"1")
     assert "sig=" not in str(caught.value)
+
+
+class Identity(BaseHTTPRequestHandler):
+    """The service that gives tokens to machines in Azure, to those who may ask."""
+
+    def do_GET(self) -> None:
+        """Give a token of the kind that Azurite accepts."""
+        now = int(time.time())
+        claims = {"aud": "https://storage.azure.com", "iss": f"https://sts.windows.net/{uuid.UUID(int=1)}/"}
+        claims |= {"iat": now - 60, "nbf": now - 60, "exp": now + 3600}
+        parts = (base64.urlsafe_b64encode(json.dumps(part).encode()).decode() for part in ({"alg": "none"}, claims))
+        token = {"access_token": f"{'.'.join(parts)}.x", "expires_on": str(now + 3600), "token_type": "Bearer"}
+        is_allowed = self.headers.get("X-IDENTITY-HEADER") == "planted-4711"
+        self.send_response(200 if is_allowed else 403)
+        self.end_headers()
+        self.wfile.write(json.dumps(token if is_allowed else {}).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+WITHOUT_KEYS = """
+import sys
+from fruitdask import store
+from fruitdask.core.storage import Location, exists
+place = Location("abfs://made/x", {"account_name": "fruits", "account_host": sys.argv[1]})
+place.fs.mkdir("made")
+store.create_store(place, n_images=2, n_features=3, images_per_partition=2, attributes={})
+assert store.open_store(place)["features"].shape == (2, 3) and exists(place.child("features.zarr"))
+"""
+
+
+def test_identity_of_a_machine_needs_no_keys(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path)
+    with (
+        run_azurite(request, "--oauth", "basic", "--cert", certificate, "--key", key) as port,
+        ThreadingHTTPServer(("127.0.0.1", 0), Identity) as identity,
+    ):
+        thread = threading.Thread(target=identity.serve_forever)
+        thread.start()
+        endpoint = {"IDENTITY_ENDPOINT": f"http://127.0.0.1:{identity.server_port}/", "IDENTITY_HEADER": "planted-4711"}
+        command = [sys.executable, "-c", WITHOUT_KEYS, f"127.0.0.1:{port}/{ACCOUNT}"]
+        env = os.environ | endpoint | {"SSL_CERT_FILE": certificate}
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        identity.shutdown()
+        untrusted = Location("abfs://made/x", {"account_name": ACCOUNT, "account_host": command[-1], "account_key": KEY})
+        with pytest.raises(StorageError, match=".*CERTIFICATE_VERIFY_FAILED.*: name the authority of .* SSL_CERT_FILE$"):
+            exists(replace(untrusted, attempts=1))
+        thread.join()
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 OTHER_KEY = base64.b64encode(bytes(64)).decode()

@@ -8,9 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,12 +21,8 @@ import pytest
 import yaml
 from botocore.config import Config as BotoConfig
 from click.testing import CliRunner
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from moto.server import DomainDispatcherApplication, create_backend_app
-from node import run_node
+from servers import make_certificate, run_node
 from werkzeug.serving import make_server
 
 import fruitdask
@@ -69,25 +63,6 @@ class Server:
         return boto3.client(
             "s3", endpoint_url=self.url, config=settings, **self.keys, **self.options.get("client_kwargs", {})
         )
-
-
-def make_certificate(folder: Path) -> tuple[str, str]:
-    """Make a certificate for this machine that signs itself; gives the files of certificate and key."""
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name(
-        [x509.NameAttribute(NameOID.COMMON_NAME, "loopback")]
-    )
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    (folder / "cert.pem").write_bytes(certificate.public_bytes(pem))
-    (folder / "key.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-    return str(folder / "cert.pem"), str(folder / "key.pem")
 
 
 class Proxy(BaseHTTPRequestHandler):
