@@ -42,6 +42,8 @@ class FaultyS3(ThreadingHTTPServer):
         How long a delay is.
     stall_seconds : float
         How long a connection stays open on which nothing comes; longer than the reader waits.
+    headers : Sequence[tuple[str, str]]
+        Headers to add to responses of the server.
     concerns : Callable, optional
         Tells from method and path whether a request may be faulty; all may by default.
     """
@@ -59,12 +61,14 @@ class FaultyS3(ThreadingHTTPServer):
         seed: int = 0,
         delay_seconds: float = 0.02,
         stall_seconds: float = 4,
+        headers: Sequence[tuple[str, str]] = (),
         concerns: Callable[[str, str], bool] = lambda method, path: True,
     ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.target = urlsplit(target).netloc
         self.fraction, self.kinds, self.concerns = fraction, tuple(kinds), concerns
         self.delay_seconds, self.stall_seconds = delay_seconds, stall_seconds
+        self.headers = list(headers)
         self.injected: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         self.closing = threading.Event()
@@ -121,6 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         # Of an answer without a body there is nothing to cut off.
         if kind == "reset after" or (kind == "truncated" and not body):
             return self.reset()
+        headers = headers + self.server.headers
         self.send(status, headers, body, n_sent=len(body) // 2 if kind == "truncated" else None)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer

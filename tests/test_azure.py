@@ -31,13 +31,14 @@ from servers import make_certificate, run_node
 import fruitdask
 from fruitdask import store
 from fruitdask.cli import cli
+from fruitdask.cli.erase import _describe
 from fruitdask.cluster.regions import check_regions
 from fruitdask.core import abfs
 from fruitdask.core.config import ModelConfig
 from fruitdask.core.config.sections import PrivacyConfig
 from fruitdask.core.partition import Partition
 from fruitdask.core.storage import Location, check_bucket, exists, hash_file, hide_secrets, keeps_versions, write_file
-from fruitdask.errors import OutputError, ResidencyError, StorageError
+from fruitdask.errors import ConfigError, OutputError, ResidencyError, StorageError
 from fruitdask.pipeline.record import describe_protection
 from fruitdask.worker.fetch import ImageSource, Stopwatch, read_batches
 
@@ -305,6 +306,29 @@ def test_erase_leaves_nothing_not_even_snapshots(make_tree: MakeTree, server: Se
         assert keeps_versions(Location(config.output.url, server.options))
     finally:
         server.client.set_service_properties(delete_retention_policy=RetentionPolicy(enabled=False))
+    advice = _describe(replace(erasure, keeps_versions=True), config)["older versions"]
+    assert re.match(f"the account keeps .* lifecycle rule delete those below {config.output.url}$", advice)
+
+
+def test_versions_are_noticed(server: Server) -> None:
+    # Azurite keeps none: the header is what tells of them.
+    server.put("versioned/x", b"1")
+    with open_faulty_s3(server.url, fraction=0, headers=[("x-ms-version-id", "2026-11-30T00:00:00.0000000Z")]) as proxy:
+        assert keeps_versions(Location(f"abfs://{CONTAINER}/versioned", connect_by_key(proxy.url)))
+    assert not keeps_versions(Location(f"abfs://{CONTAINER}/versioned", server.options))
+
+
+def test_other_account_is_another_place(make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(abfs, "_MAX_BACKOFF_SECONDS", 0.01)
+    tree = make_tree()
+    source, output = tree["input"], tree["output"]
+    output["url"] = f"{source['url']}/out"
+    with pytest.raises(ConfigError, match="lies inside input.url"):
+        fruitdask.run(fruitdask.load_config(tree))
+    source |= {"url": source["url"].replace("photographs/", "photographs@other.dfs.core.windows.net/")}
+    source["storage_options"] = {"account_key": KEY}
+    with pytest.raises(StorageError, match="^cannot list abfs://photographs@other.*: no server answers there"):
+        fruitdask.run(fruitdask.load_config(tree))
 
 
 def test_second_run_is_refused(make_tree: MakeTree, client: Any) -> None:
@@ -314,6 +338,25 @@ def test_second_run_is_refused(make_tree: MakeTree, client: Any) -> None:
         with pytest.raises(OutputError, match="^another run is using this output folder"):
             fruitdask.run(config, client=client)
     assert not exists(output)
+
+
+@pytest.mark.parametrize("kind", ["reset after", "truncated", "503"])
+def test_lock_is_ours_where_only_the_response_was_lost(
+    server: Server, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(abfs, "_MAX_BACKOFF_SECONDS", 0.01)
+    faulty = ["PUT"]
+
+    def is_first(method: str, path: str) -> bool:
+        return method in faulty and faulty.pop() == method
+
+    with open_faulty_s3(server.url, fraction=1, kinds=[kind], concerns=is_first) as proxy:
+        output = Location(f"abfs://{CONTAINER}/locked", connect_by_key(proxy.url))
+        with store.locked(output):
+            assert proxy.injected.total() == 1 and proxy.requests["PUT"] == 2
+            with pytest.raises(OutputError, match="^another run"), store.locked(Location(output.url, server.options)):
+                pass
+    assert server.list("locked") == []
 
 
 ODD_NAMES = (
@@ -417,8 +460,12 @@ def test_identity_of_a_machine_needs_no_keys(request: pytest.FixtureRequest, tmp
         env = os.environ | endpoint | {"SSL_CERT_FILE": certificate}
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         identity.shutdown()
-        untrusted = Location("abfs://made/x", {"account_name": ACCOUNT, "account_host": command[-1], "account_key": KEY})
-        with pytest.raises(StorageError, match=".*CERTIFICATE_VERIFY_FAILED.*: name the authority of .* SSL_CERT_FILE$"):
+        untrusted = Location(
+            "abfs://made/x", {"account_name": ACCOUNT, "account_host": command[-1], "account_key": KEY}
+        )
+        with pytest.raises(
+            StorageError, match=".*CERTIFICATE_VERIFY_FAILED.*: name the authority of .* SSL_CERT_FILE$"
+        ):
             exists(replace(untrusted, attempts=1))
         thread.join()
     assert (done.returncode, done.stderr) == (0, "")

@@ -143,10 +143,17 @@ def _check_places(source: Location, output: Location) -> None:
     if output.is_archive:
         raise ConfigError(f"output.url {output.url}: expected a folder, found an archive; choose another one")
     inner, outer = (os.path.realpath(place.path) if place.is_local else place.path for place in (output, source))
-    if f"{inner}/".startswith(f"{outer}/") and type(output.fs) is type(source.fs):
+    # Containers of Azure belong to accounts, buckets of S3 have names of their own.
+    is_same = type(output.fs) is type(source.fs) and _find_account(output) == _find_account(source)
+    if f"{inner}/".startswith(f"{outer}/") and is_same:
         raise ConfigError(f"output.url {output.url} lies inside input.url {source.url}; choose a folder outside it")
     if output.is_local:
         _check_writable(output)
+
+
+def _find_account(place: Location) -> str | None:
+    """Find the address of the account in Azure that a place belongs to."""
+    return str(place.fs.service_client.url) if place.is_azure else None
 
 
 def _check_reach(source: Location, output: Location) -> None:
