@@ -1,5 +1,5 @@
-"""A proxy in front of an S3 server on this machine that injects faults: errors, resets, broken bodies, delays and
-stalls.
+"""A proxy in front of an S3 or Azure server on this machine that injects faults: errors, resets, broken bodies, delays
+and stalls.
 """
 
 import http.client
@@ -20,6 +20,7 @@ _ERRORS = {
     "500": (500, "InternalError", "We encountered an internal error. Please try again."),
     "503": (503, "SlowDown", "Please reduce your request rate."),
 }
+_AZURE_ERRORS = _ERRORS | {"503": (503, "ServerBusy", "The server is currently unable to receive requests.")}
 _HOP_HEADERS = {"connection", "content-length", "date", "expect", "server", "transfer-encoding"}
 
 
@@ -41,6 +42,8 @@ class FaultyS3(ThreadingHTTPServer):
         How long a delay is.
     stall_seconds : float
         How long a connection stays open on which nothing comes; longer than the reader waits.
+    headers : Sequence[tuple[str, str]]
+        Headers to add to responses of the server.
     concerns : Callable, optional
         Tells from method and path whether a request may be faulty; all may by default.
     """
@@ -57,13 +60,19 @@ class FaultyS3(ThreadingHTTPServer):
         kinds: Sequence[str] = KINDS,
         seed: int = 0,
         delay_seconds: float = 0.02,
+<<<<<<< HEAD
         stall_seconds: float = 2.5,
+=======
+        stall_seconds: float = 4,
+        headers: Sequence[tuple[str, str]] = (),
+>>>>>>> azure
         concerns: Callable[[str, str], bool] = lambda method, path: True,
     ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.target = urlsplit(target).netloc
         self.fraction, self.kinds, self.concerns = fraction, tuple(kinds), concerns
         self.delay_seconds, self.stall_seconds = delay_seconds, stall_seconds
+        self.headers = list(headers)
         self.injected: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         self.closing = threading.Event()
@@ -105,9 +114,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reset()
         data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if kind in _ERRORS:
-            status, code, message = _ERRORS[kind]
+            is_azure = "x-ms-version" in self.headers
+            status, code, message = (_AZURE_ERRORS if is_azure else _ERRORS)[kind]
             body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
-            return self.send(status, [("Content-Type", "application/xml")], body.encode())
+            # A response to HEAD has no body, where Azure adds its code to the headers.
+            headers = [("Content-Type", "application/xml"), ("x-ms-error-code", code)][: 2 if is_azure else 1]
+            return self.send(status, headers, body.encode())
         if kind == "stall":
             self.server.closing.wait(self.server.stall_seconds)
             return self.reset()
@@ -117,6 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         # Of an answer without a body there is nothing to cut off.
         if kind == "reset after" or (kind == "truncated" and not body):
             return self.reset()
+        headers = headers + self.server.headers
         self.send(status, headers, body, n_sent=len(body) // 2 if kind == "truncated" else None)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
@@ -142,8 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
             if name.lower() not in _HOP_HEADERS:
                 self.send_header(name, value)
         # That of a HEAD tells the length of an object that is not sent.
-        length = dict(headers).get("Content-Length") if self.command == "HEAD" else None
-        self.send_header("Content-Length", length or str(len(body)))
+        lengths = [value for name, value in headers if name.lower() == "content-length" and self.command == "HEAD"]
+        self.send_header("Content-Length", lengths[0] if lengths else str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body[:n_sent])

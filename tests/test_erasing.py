@@ -24,9 +24,9 @@ from fruitdask import store
 from fruitdask.cli import cli
 from fruitdask.core.config import ModelConfig
 from fruitdask.core.progress import RunProgress
-from fruitdask.core.storage import Location
+from fruitdask.core.storage import Location, keeps_versions
 from fruitdask.errors import CatalogError, ConfigError, OutputError, StoreMismatchError
-from fruitdask.pipeline import budget, erase as erase_module
+from fruitdask.pipeline import budget
 
 #: A colour that no drawn fruit has.
 PLANTED = (255, 0, 255)
@@ -367,7 +367,7 @@ def test_erase_tells_of_older_versions(
     s3_client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Suspended"})
     assert fruitdask.erase(config, PATTERNS).keeps_versions
     s3_client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
-    assert erase_module._keeps_versions(Location(config.output.url, options))
+    assert keeps_versions(Location(config.output.url, options))
 
 
 @pytest.mark.parametrize(

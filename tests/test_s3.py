@@ -3,16 +3,12 @@
 import dataclasses
 import http.client
 import re
-import shutil
 import socket
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,12 +21,9 @@ import pytest
 import yaml
 from botocore.config import Config as BotoConfig
 from click.testing import CliRunner
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from moto.server import DomainDispatcherApplication, create_backend_app
 from runs import EXTRAS, OFF
+from servers import make_certificate, run_node
 from werkzeug.serving import make_server
 
 import fruitdask
@@ -71,25 +64,6 @@ class Server:
         return boto3.client(
             "s3", endpoint_url=self.url, config=settings, **self.keys, **self.options.get("client_kwargs", {})
         )
-
-
-def make_certificate(folder: Path) -> tuple[str, str]:
-    """Make a certificate for this machine that signs itself; gives the files of certificate and key."""
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name(
-        [x509.NameAttribute(NameOID.COMMON_NAME, "loopback")]
-    )
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    (folder / "cert.pem").write_bytes(certificate.public_bytes(pem))
-    (folder / "key.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-    return str(folder / "cert.pem"), str(folder / "key.pem")
 
 
 class Proxy(BaseHTTPRequestHandler):
@@ -158,30 +132,14 @@ def open_moto_https(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 @contextmanager
 def run_s3rver(request: pytest.FixtureRequest, *arguments: str) -> Iterator[int]:
-    """Run s3rver, which npm installs once into the cache of the tests; gives its port."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        pytest.skip("needs Node.js and npm for a second S3 server")
+    """Run s3rver; gives its port."""
     request.getfixturevalue("s3_server")  # for its environment
-    cache = request.config.cache
-    assert cache is not None
-    folder = cache.mkdir("s3rver")
-    script = folder / "node_modules" / "s3rver" / "bin" / "s3rver.js"
-    if not script.exists():
-        install = [npm, "install", "--no-audit", "--no-fund", "--prefix", str(folder), S3RVER]
-        done = subprocess.run(install, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"npm cannot install {S3RVER}: {done.stderr.strip()[-200:]}")
-    data = request.getfixturevalue("tmp_path_factory").mktemp("s3rver")
+    data = str(request.getfixturevalue("tmp_path_factory").mktemp("s3rver"))
+    listen = ["-d", data, "-a", "127.0.0.1", "-p", "0", "-s"]
     # s3rver makes the tokens of its pages by a cipher that OpenSSL has retired.
-    command = [node, "--openssl-legacy-provider", str(script), "-d", str(data), "-a", "127.0.0.1", "-p", "0", "-s"]
-    with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            found = (re.search(r"listening on [\d.]+:(\d+)", line) for line in process.stdout)
-            yield next(int(match[1]) for match in found if match)
-        finally:
-            process.terminate()
+    options = ["--openssl-legacy-provider"]
+    with run_node(request, S3RVER, "bin/s3rver.js", [*listen, *arguments], options=options) as port:
+        yield port
 
 
 @contextmanager

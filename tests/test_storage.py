@@ -132,9 +132,10 @@ def test_location_hides_its_options_from_logs_and_survives_pickle() -> None:
 
 
 def test_location_fs_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "fruitdask.core.abfs", raising=False)
     monkeypatch.setitem(sys.modules, "adlfs", None)  # Python's own way to make an import fail
     with pytest.raises(
-        StorageError, match=r"abfs://c/x: the protocol 'abfs' needs a package .* not installed\. .*adlfs"
+        StorageError, match=r"abfs://c/x: the protocol 'abfs' needs a package .* not installed\. .*'fruitdask\[azure\]'"
     ):
         Location("abfs://c/x").fs
 
@@ -319,7 +320,9 @@ def test_storage_error_survives_pickle(tmp_path: Path) -> None:
 def test_location_options_are_those_of_the_user_before_ours(given: dict[str, Any], config: dict[str, Any]) -> None:
     ours = {"use_listings_cache": False, "max_concurrency": 1}
     assert Location("s3://bucket/x", given).options == ours | given | {"config_kwargs": config}
-    assert Location("abfs://container/x", given).options == Location("/x", given).options == given
+    assert Location("memory://x", given).options == Location("/x", given).options == given
+    azure = {"use_listings_cache": False, "max_concurrency": 1} | given | {"attempts": 5}
+    assert Location("abfs://container/x", given).options == azure
 
 
 @pytest.mark.parametrize(

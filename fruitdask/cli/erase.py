@@ -45,6 +45,8 @@ def erase(config: str, patterns: tuple[str, ...], yes: bool, overrides: tuple[st
 
 def _describe(erasure: "Erasure", config: "Config") -> dict[str, str]:
     """Describe what was erased and what is left to do."""
+    from fruitdask.core.storage import Location
+
     n_left, n_in_input = erasure.n_images - erasure.n_erased, erasure.n_in_input
     remedy = "delete them, or add them to input.exclude"
     rows = {"erased": f"{erasure.n_erased:,} of {erasure.n_images:,} images"}
@@ -54,7 +56,12 @@ def _describe(erasure: "Erasure", config: "Config") -> dict[str, str]:
         rows["input"] = f"could not be listed; if they are there, {remedy}"
     elif n_in_input:
         rows["input"] = f"{n_in_input:,} of them are still there; before the next run, {remedy}"
-    if erasure.keeps_versions:
+    if erasure.keeps_versions and Location(config.output.url).is_azure:
+        rows["older versions"] = (
+            "the account keeps deleted blobs or older versions for some time; delete them in the portal, or let a "
+            f"lifecycle rule delete those below {config.output.url}"
+        )
+    elif erasure.keeps_versions:
         rows["older versions"] = (
             f"the bucket keeps them; also delete those below {config.output.url} (aws s3api delete-objects with their "
             "VersionId, or a lifecycle rule with NoncurrentVersionExpiration)"

@@ -150,7 +150,7 @@ def _find_storage(place: str, location: Location, declared: str | None, *, key: 
 def _have_same_host(one: Location, other: Location) -> bool:
     """Whether two places are on the same server, or in the same bucket."""
     one, other = one.base, other.base
-    return one.fs is other.fs and (one.is_s3 or urlsplit(one.url).netloc == urlsplit(other.url).netloc)
+    return one.fs is other.fs and (one.is_s3 or one.is_azure or urlsplit(one.url).netloc == urlsplit(other.url).netloc)
 
 
 def _is_amazon(location: Location) -> bool:

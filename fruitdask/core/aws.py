@@ -99,7 +99,7 @@ def explain_aws_error(error: BaseException) -> str | None:
     >>> explain_aws_error(ClientError({"Error": {"Code": "NoSuchBucket", "Message": "Gone"}}, "ListObjectsV2"))
     'ListObjectsV2: Gone (NoSuchBucket): there is no such bucket; check the URL'
     """
-    for cause in _list_causes(error):
+    for cause in list_causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict) and "Error" in response:
             code, message = (str(response["Error"].get(key, "")) for key in ("Code", "Message"))
@@ -120,7 +120,7 @@ def _create_loader(data_path: str | None) -> Any:
     return create_loader(data_path)
 
 
-def _list_causes(error: BaseException | None) -> Iterator[BaseException]:
+def list_causes(error: BaseException | None) -> Iterator[BaseException]:
     """List an error and those it was raised from."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

@@ -1,4 +1,4 @@
-"""Listing of the images below a folder on a disk, on S3, in an archive or elsewhere."""
+"""Listing of the images below a folder on a disk, on S3 or Azure, in an archive or elsewhere."""
 
 import hashlib
 import os
@@ -283,24 +283,17 @@ def _list_rows(root: Location, selection: _Selection) -> Iterator[_Row]:
     """List the selected files of any file system."""
     if root.is_local:
         return _Walk(root.path or os.sep, selection).list_rows()
-    rows = _list_objects(root) if root.is_s3 else _find_files(root)
+    rows = _list_pages(root) if root.is_s3 or root.is_azure else _find_files(root)
     return (row for row in rows if selection.takes_path(row[0]))
 
 
-def _list_objects(root: Location) -> Iterator[_Row]:
-    """List the objects below a prefix on S3, page by page: s3fs would keep a dictionary per object."""
-    bucket, key, _ = root.fs.split_path(root.path)
-    request = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
-    skip = len(request["Prefix"])
-    while True:
-        page = root.fs.call_s3("list_objects_v2", **request)
-        for entry in page.get("Contents", ()):
-            # A name that ends in a slash marks a folder.
-            if not entry["Key"].endswith("/"):
-                yield entry["Key"][skip:], entry["Size"], entry.get("ETag", "").strip('"')
-        if not page.get("IsTruncated"):
-            return
-        request["ContinuationToken"] = page["NextContinuationToken"]
+def _list_pages(root: Location) -> Iterator[_Row]:
+    """List the files below a folder on S3 or Azure, page by page: fsspec would keep a dictionary per file."""
+    rows, token = root.fs.list_page(root.path)
+    yield from rows
+    while token:
+        rows, token = root.fs.list_page(root.path, token)
+        yield from rows
 
 
 def _find_files(root: Location) -> Iterator[_Row]:

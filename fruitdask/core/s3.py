@@ -1,6 +1,7 @@
 """S3 by s3fs, with retries in one layer only: botocore's client."""
 
 import io
+from contextlib import suppress
 from typing import Any
 
 from aiobotocore.httpsession import AIOHTTPSession
@@ -21,6 +22,35 @@ class S3(S3FileSystem):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         config = {"http_session_cls": _WholeSession, **(kwargs.pop("config_kwargs", None) or {})}
         super().__init__(*args, config_kwargs=config, **kwargs)
+
+    def list_page(
+        self, path: str, token: str | None = None, *, n_max: int = 1000
+    ) -> tuple[list[tuple[str, int, str]], str | None]:
+        """List a page of the files below a folder, by name, size and ETag; and the token of the next page."""
+        bucket, key, _ = self.split_path(path)
+        prefix = f"{key}/" if key else ""
+        request = {"ContinuationToken": token} if token else {}
+        page = self.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=n_max, **request)
+        rows = [
+            (entry["Key"][len(prefix) :], entry["Size"], entry.get("ETag", "").strip('"'))
+            for entry in page.get("Contents", ())
+            # A name that ends in a slash marks a folder.
+            if not entry["Key"].endswith("/")
+        ]
+        return rows, page["NextContinuationToken"] if page.get("IsTruncated") else None
+
+    def find_encryption(self, path: str) -> str | None:
+        """Find how a file is encrypted at rest."""
+        bucket, key, _ = self.split_path(path)
+        head = self.call_s3("head_object", Bucket=bucket, Key=key)
+        encryption: str | None = head.get("ServerSideEncryption")
+        return encryption or ("SSE-C" if head.get("SSECustomerAlgorithm") else None)
+
+    def keeps_versions(self, path: str) -> bool:
+        """Whether a bucket keeps, or has kept, old versions of objects; a refusal counts as no."""
+        with suppress(OSError):
+            return "Status" in self.call_s3("get_bucket_versioning", Bucket=self.split_path(path)[0])
+        return False
 
 
 class _WholeSession(AIOHTTPSession):  # type: ignore[misc]

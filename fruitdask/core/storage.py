@@ -17,6 +17,7 @@ from fsspec.registry import known_implementations
 
 from fruitdask.core.archives import PROTOCOLS, Archive
 from fruitdask.core.aws import explain_aws_error
+from fruitdask.core.azure import explain_azure_error
 from fruitdask.errors import DamageError, FruitdaskError, StorageError
 
 _HASH_BLOCK_BYTES = 1 << 20
@@ -24,6 +25,7 @@ _HASH_BLOCK_BYTES = 1 << 20
 #: Defaults for S3, in addition to those of s3fs (5 seconds to connect, 15 between bytes). Listings are not cached,
 #: because others write to the same folders. With one transfer per file, s3fs need not ask for its size before reading.
 _S3_OPTIONS: Mapping[str, Any] = {"use_listings_cache": False, "max_concurrency": 1}
+_AZURE_OPTIONS: Mapping[str, Any] = {"use_listings_cache": False, "max_concurrency": 1}
 #: Connections for all threads of a process; botocore's default is 10.
 _S3_CONFIG: Mapping[str, Any] = {"max_pool_connections": 256}
 #: Advice by the system's error number.
@@ -40,8 +42,11 @@ _ARCHIVE = re.compile(rf"({'|'.join(PROTOCOLS)})://(.*?)::(.+)", re.DOTALL)
 _PROTOCOL = re.compile(r"(?:^|(?<=::))[A-Za-z][A-Za-z0-9+.-]*(?=://)")
 #: Archives whose directories a process keeps in memory.
 _MAX_ARCHIVES = 8
-#: Access keys of AWS, and signatures of its requests.
-_SECRETS = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?<=Signature=)[\w%/+=-]+|(?<=X-Amz-Credential=)[\w%/+=-]+")
+#: Access keys of AWS, and signatures of its requests; the same of Azure, whose keys are 64 bytes in base64.
+_SECRETS = re.compile(
+    r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?<=Signature=)[\w%/+=-]+|(?<=X-Amz-Credential=)[\w%/+=-]+"
+    r"|(?<=\bsig=)[\w%/+=-]+|(?<=AccountKey=)[^;\s]+|(?<![\w/+])[\w/+]{86}=="
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Location:
     #: A local path or a URL such as ``s3://bucket/prefix``, without a slash at the end.
     url: str
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
-    #: Attempts of each request to S3, with backoff and jitter; fewer if a server fails all the time.
+    #: Attempts of each request to S3 or Azure, with backoff and jitter; on S3 fewer if a server fails all the time.
     attempts: int = 5
     #: Version of an archive; a process that has another version in memory opens it again.
     stamp: str = ""
@@ -72,18 +77,25 @@ class Location:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The storage options, on S3 with our defaults for concurrent access."""
+        """The storage options, on S3 and Azure with our defaults for concurrent access."""
         options = dict(self.storage_options)
         if self.is_s3:
             retries = {"mode": "standard", "total_max_attempts": self.attempts}
             config = {**_S3_CONFIG, "retries": retries, **options.get("config_kwargs", {})}
             options = {**_S3_OPTIONS, **options, "config_kwargs": config}
+        elif self.is_azure:
+            options = {**_AZURE_OPTIONS, **options, "attempts": self.attempts}
         return options
 
     @property
     def is_s3(self) -> bool:
         """Whether this is on S3, from Amazon or another provider."""
         return self.url.startswith(("s3://", "s3a://"))
+
+    @property
+    def is_azure(self) -> bool:
+        """Whether this is in Azure Blob Storage or Data Lake Storage."""
+        return self.url.startswith(("abfs://", "abfss://", "az://"))
 
     @property
     def is_local(self) -> bool:
@@ -139,7 +151,8 @@ def hide_secrets(text: str) -> str:
     if "://" not in text:
         return text
     # After a colon, a password may contain slashes and at signs, as those of AWS do: hide up to the last at sign.
-    hidden = re.sub(r"://(?:[^@\s:]*:\S*|[^/@\s]+)@", "://***@", text)
+    # What stands before the account in abfss://container@account.dfs.core.windows.net is no secret.
+    hidden = re.sub(r"://[^@\s:]*:\S*@|(?<!\babfs)(?<!\babfss)(?<!\baz)://[^/@\s]+@", "://***@", text)
     return re.sub(r"([?#])\S+", r"\1***", hidden)
 
 
@@ -153,15 +166,14 @@ def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str
         raise StorageError(
             f"{location.url}: expected {protocol}://FOLDER::ARCHIVE, such as {protocol}://::photos.{protocol}"
         )
-    if location.is_s3:
-        from fruitdask.core.s3 import S3
-
-        fs = S3(**{**S3._get_kwargs_from_urls(location.url), **location.options})
-        return fs, S3._strip_protocol(location.url).rstrip("/")
     try:
+        if location.is_s3 or location.is_azure:
+            return _open_own(location)
         fs, path = fsspec.core.url_to_fs(location.url, **location.options)
     except ImportError as error:
         hint = known_implementations.get(protocol, {}).get("err", str(error))
+        if location.is_azure:
+            hint = "Run pip install 'fruitdask[azure]', here and on the workers"
         raise StorageError(
             f"{location.url}: the protocol {protocol!r} needs a package that is not installed. {hint}"
         ) from error
@@ -172,6 +184,20 @@ def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str
             f"...), found {error}"
         ) from error
     return fs, path.rstrip("/")
+
+
+def _open_own(location: Location) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Open S3 or Azure by a file system that lists page by page and retries in one layer."""
+    kind: Any
+    if location.is_s3:
+        from fruitdask.core.s3 import S3 as kind
+    else:
+        from fruitdask.core.abfs import Azure as kind
+    path = kind._strip_protocol(location.url).rstrip("/")
+    try:
+        return kind(**{**kind._get_kwargs_from_urls(location.url), **location.options}), path
+    except (ValueError, TypeError) as error:
+        raise StorageError(hide_secrets(f"cannot open {location.url}: {error}; check storage_options")) from error
 
 
 @lru_cache(_MAX_ARCHIVES)
@@ -189,7 +215,9 @@ def explained(location: Location, action: str, *, remedy: str | None = None) -> 
         raise
     except Exception as error:
         module = type(error).__module__
-        is_expected = isinstance(error, OSError) or module.startswith(_FOREIGN_ERRORS)
+        # adlfs raises a RuntimeError from those of its client.
+        origins = (error, error.__cause__) if isinstance(error, RuntimeError) else (error,)
+        is_expected = isinstance(error, OSError) or any(_is_foreign(each) for each in origins)
         # Clients are created on first use, and only then refuse unknown options.
         is_option = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
         # Zarr's errors about content that it does not recognize derive from OSError.
@@ -198,8 +226,18 @@ def explained(location: Location, action: str, *, remedy: str | None = None) -> 
         if not (is_expected or is_option):
             raise
         advice = "check storage_options" if is_option else _ADVICE.get(getattr(error, "errno", None), _USUAL_ADVICE)
-        cause = explain_aws_error(error) or f"{str(error) or type(error).__name__}; {advice}"
+        cause = explain_error(error) or f"{str(error) or type(error).__name__}; {advice}"
         raise StorageError(hide_secrets(f"cannot {action} {location.url}: {cause}")) from error
+
+
+def _is_foreign(error: BaseException | None) -> bool:
+    """Whether an error is of a client of a storage."""
+    return type(error).__module__.startswith(_FOREIGN_ERRORS)
+
+
+def explain_error(error: BaseException) -> str | None:
+    """Explain an error of AWS or Azure and what to do; None for other errors."""
+    return explain_aws_error(error) or explain_azure_error(error)
 
 
 def describe_cause(error: BaseException) -> str:
@@ -274,18 +312,20 @@ def exists(location: Location) -> bool:
 
 
 def check_bucket(location: Location) -> None:
-    """Refuse a bucket that does not exist or cannot be reached, which `exists` does not tell from an empty folder."""
+    """Refuse a bucket or container that does not exist or cannot be reached; `exists` takes it for an empty folder."""
     with explained(location, "read"):
-        bucket, key, _ = location.fs.split_path(location.path)
-        location.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", MaxKeys=1)
+        location.fs.list_page(location.path, n_max=1)
 
 
 def find_encryption(location: Location) -> str | None:
-    """Find how a file on S3 is encrypted at rest."""
-    if not location.is_s3:
+    """Find how a file on S3 or Azure is encrypted at rest."""
+    if not (location.is_s3 or location.is_azure):
         return None
     with explained(location, "read"):
-        bucket, key, _ = location.fs.split_path(location.path)
-        head = location.fs.call_s3("head_object", Bucket=bucket, Key=key)
-    encryption: str | None = head.get("ServerSideEncryption")
-    return encryption or ("SSE-C" if head.get("SSECustomerAlgorithm") else None)
+        encryption: str | None = location.fs.find_encryption(location.path)
+    return encryption
+
+
+def keeps_versions(location: Location) -> bool:
+    """Whether a bucket or an account keeps deleted or replaced files; a refusal counts as no."""
+    return (location.is_s3 or location.is_azure) and bool(location.fs.keeps_versions(location.path))

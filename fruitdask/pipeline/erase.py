@@ -15,7 +15,7 @@ from fruitdask.cluster.regions import check_regions
 from fruitdask.core.config import Config
 from fruitdask.core.guard import leave_imported_script
 from fruitdask.core.progress import RunProgress
-from fruitdask.core.storage import Location
+from fruitdask.core.storage import Location, keeps_versions
 from fruitdask.errors import (
     CatalogError,
     ConfigError,
@@ -70,7 +70,7 @@ class Erasure:
     n_in_input : int or None
         Erased images that are still in the input, where the next run would read them; None if it cannot be listed.
     keeps_versions : bool
-        Whether the output is a bucket that keeps old versions of objects.
+        Whether the output is a bucket that keeps old versions of objects, or an Azure account that keeps deleted blobs.
     result : RunResult or None
         The results without the erased images; None if the run was not complete.
     """
@@ -159,7 +159,7 @@ def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | 
         n_erased=plan.n_erased,
         n_images=len(plan.images),
         n_in_input=plan.n_in_input,
-        keeps_versions=_keeps_versions(open_output(plan.config)),
+        keeps_versions=keeps_versions(open_output(plan.config)),
         result=result,
     )
 
@@ -217,13 +217,3 @@ def _run_without(plan: ErasurePlan, client: Any, progress: RunProgress) -> RunRe
             "without them; "
             f"use fruitdask run: {error}"
         ) from error
-
-
-def _keeps_versions(output: Location) -> bool:
-    """Whether a bucket keeps, or has kept, old versions of objects; a refusal counts as no."""
-    if not output.url.startswith(("s3://", "s3a://")):
-        return False
-    with suppress(OSError):
-        bucket = output.fs.split_path(output.path)[0]
-        return "Status" in output.fs.call_s3("get_bucket_versioning", Bucket=bucket)
-    return False

@@ -68,7 +68,7 @@ def prepare_inputs(config: Config, progress: RunProgress, *, client: Any = None)
     listing = list_input(config.input)
     for note in listing.notes:
         progress.say(f"Note: {note}.")
-    if output.is_s3:
+    if output.is_s3 or output.is_azure:
         check_bucket(output)
     if regions is None:
         # Only for the record: problems of the input were reported above.
@@ -143,10 +143,17 @@ def _check_places(source: Location, output: Location) -> None:
     if output.is_archive:
         raise ConfigError(f"output.url {output.url}: expected a folder, found an archive; choose another one")
     inner, outer = (os.path.realpath(place.path) if place.is_local else place.path for place in (output, source))
-    if f"{inner}/".startswith(f"{outer}/") and type(output.fs) is type(source.fs):
+    # Containers of Azure belong to accounts, buckets of S3 have names of their own.
+    is_same = type(output.fs) is type(source.fs) and _find_account(output) == _find_account(source)
+    if f"{inner}/".startswith(f"{outer}/") and is_same:
         raise ConfigError(f"output.url {output.url} lies inside input.url {source.url}; choose a folder outside it")
     if output.is_local:
         _check_writable(output)
+
+
+def _find_account(place: Location) -> str | None:
+    """Find the address of the account in Azure that a place belongs to."""
+    return str(place.fs.service_client.url) if place.is_azure else None
 
 
 def _check_reach(source: Location, output: Location) -> None:

@@ -269,8 +269,8 @@ def name_store(location: Location) -> dict[str, Any]:
     """Name a Zarr store."""
     if location.is_local:
         return {"store": location.path}
-    if location.is_s3:
-        # Zarr would take s3fs's file system, which has retries of its own.
+    if location.is_s3 or location.is_azure:
+        # Zarr would take those of s3fs and adlfs, which have retries of their own.
         fs = type(location.fs)(asynchronous=True, **location.options)
         return {"store": FsspecStore(fs, path=location.path)}
     return {"store": location.url, "storage_options": location.options}

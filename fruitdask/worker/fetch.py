@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fruitdask.core.aws import explain_aws_error
 from fruitdask.core.partition import Partition
-from fruitdask.core.storage import Location, hide_secrets
+from fruitdask.core.storage import Location, explain_error, hide_secrets
 from fruitdask.errors import DamageError, ImageError, ImageTooLargeError, StorageError
 from fruitdask.worker.images import decode_images
 
@@ -258,7 +257,7 @@ def _fetch(
             raise
         except Exception as error:
             # File systems raise OSError, but also exceptions of their clients; any of them concerns this image alone.
-            cause = explain_aws_error(error) or " ".join(str(error).split()) or type(error).__name__
+            cause = explain_error(error) or " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, PermissionError):
                 break
             breaker.record(is_read=False)

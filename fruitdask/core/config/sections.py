@@ -325,7 +325,7 @@ class OutputConfig(Section):
     url: str = Field(min_length=1, description="Folder for the results: a path or any fsspec URL.")
     storage_options: dict[str, Any] = Field({}, repr=False, description="Options of the fsspec file system.")
     region: str | None = Field(None, description="Where it is, as input.region.")
-    attempts: int = Field(5, ge=1, description="Attempts of each request to an output on S3.")
+    attempts: int = Field(5, ge=1, description="Attempts of each request to an output on S3 or Azure.")
     overwrite: bool = Field(False, description="Delete the results of earlier runs there and start again.")
 
 

@@ -1,0 +1,72 @@
+"""Explanations of errors of Azure: what happened in one sentence, and what to do."""
+
+from fruitdask.core.aws import list_causes
+
+_CREDENTIALS = "account_key, sas_token or connection_string in storage_options"
+#: What to do, by the codes of an error of Azure Storage: https://learn.microsoft.com/rest/api/storageservices
+_ADVICE = {
+    f"the account does not accept this key or SAS token, which is wrong or has expired; correct {_CREDENTIALS}": (
+        "AuthenticationFailed InvalidAuthenticationInfo 401"
+    ),
+    f"the account refuses these credentials, or requests from this network; check {_CREDENTIALS}, and the account's "
+    "firewall": "AuthorizationFailure AuthorizationSourceIPMismatch AccountIsDisabled",
+    "these credentials do not allow it; give the role Storage Blob Data Reader for an input and Storage Blob Data "
+    "Contributor for an output, or a SAS token that may read, list, create, write and delete": (
+        "AuthorizationPermissionMismatch AuthorizationResourceTypeMismatch AuthorizationServiceMismatch "
+        "InsufficientAccountPermissions 403"
+    ),
+    "the account takes no keys; log in (az login) and remove them from storage_options": (
+        "KeyBasedAuthenticationNotPermitted"
+    ),
+    f"the container is not public; log in (az login), or give {_CREDENTIALS}": (
+        "NoAuthenticationInformation PublicAccessNotPermitted"
+    ),
+    "there is no such container; create it, or check the URL": "ContainerNotFound ContainerBeingDeleted",
+    "there is no such blob, or no such container; check the URL": "BlobNotFound ResourceNotFound 404",
+    "check the name of the container in the URL: 3 to 63 lower-case letters, digits and hyphens": (
+        "InvalidResourceName OutOfRangeInput InvalidUri"
+    ),
+    "it is in the archive tier; move it to another access tier first": "BlobArchived BlobBeingRehydrated",
+    "a lease, a legal hold or a policy protects it; remove that, or choose another container": (
+        "LeaseIdMissing BlobImmutableDueToPolicy"
+    ),
+    "Azure asks for fewer requests; try again later": "ServerBusy 503",
+    "the server has failed; try again later": "InternalError OperationTimedOut 500 502 504",
+}
+_ADVICE_BY_CODE = {code: advice for advice, codes in _ADVICE.items() for code in codes.split()}
+
+#: The same for errors without a response, by the name of their class or of that of their cause.
+_ADVICE_BY_CLASS = {
+    "AzureSigningError": f"the account key is not one; correct {_CREDENTIALS}",
+    "ClientConnectorCertificateError": "name the authority of the server's certificate in the variable SSL_CERT_FILE",
+    "ClientConnectorError": "no server answers there; check the name of the storage account, and the network",
+    "ServiceRequestTimeoutError": "no server answers there in time; check the network",
+    "ServiceResponseTimeoutError": "the server stopped answering; check the network, or try again",
+    "ServiceRequestError": "the server closed the connection; check the network, or try again",
+    "ServiceResponseError": "the server closed the connection; check the network, or try again",
+    "IncompleteReadError": "the server closed the connection; check the network, or try again",
+    "ClientAuthenticationError": f"found no Azure credentials; log in (az login), or give {_CREDENTIALS}",
+}
+
+
+def explain_azure_error(error: BaseException) -> str | None:
+    """Explain an error of Azure and what to do; None for other errors.
+
+    >>> from azure.core.exceptions import ServiceResponseError
+    >>> explain_azure_error(ServiceResponseError("Broken"))
+    'Broken: the server closed the connection; check the network, or try again'
+    """
+    cause = next((cause for cause in list_causes(error) if type(cause).__module__.startswith("azure.")), None)
+    if cause is None:
+        return None
+    # Further lines repeat the response, and what was signed.
+    said = str(cause).strip().split("\n")[0].strip() or type(cause).__name__
+    status = getattr(cause, "status_code", None)
+    if status is not None:
+        code = getattr(cause, "error_code", None) or status
+        code = str(getattr(code, "value", code))
+        advice = _ADVICE_BY_CODE.get(code) or _ADVICE_BY_CODE.get(str(status))
+        return f"{said.rstrip('.')} ({code})" + (f": {advice}" if advice else "")
+    classes = [*type(getattr(cause, "inner_exception", None)).__mro__, *type(cause).__mro__]
+    advice = next((_ADVICE_BY_CLASS[each.__name__] for each in classes if each.__name__ in _ADVICE_BY_CLASS), None)
+    return f"{said.rstrip('.')}: {advice}" if advice else said

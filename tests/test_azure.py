@@ -1,0 +1,585 @@
+"""Whole runs on Azure Blob Storage, by Azurite, Microsoft's simulator, with and without faults in front of it."""
+
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from azure.storage.blob import BlobServiceClient, ContainerSasPermissions, RetentionPolicy, generate_container_sas
+from click.testing import CliRunner
+from faulty_s3 import KINDS, open_faulty_s3
+from runs import EXTRAS, OFF, ON
+from servers import make_certificate, run_node
+
+import fruitdask
+from fruitdask import store
+from fruitdask.cli import cli
+from fruitdask.cli.erase import _describe
+from fruitdask.cluster.regions import check_regions
+from fruitdask.core import abfs
+from fruitdask.core.config import ModelConfig
+from fruitdask.core.config.sections import PrivacyConfig
+from fruitdask.core.partition import Partition
+from fruitdask.core.storage import Location, check_bucket, exists, hash_file, hide_secrets, keeps_versions, write_file
+from fruitdask.errors import ConfigError, OutputError, ResidencyError, StorageError
+from fruitdask.pipeline.record import describe_protection
+from fruitdask.worker.fetch import ImageSource, Stopwatch, read_batches
+
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
+
+AZURITE = "azurite@3.35.0"
+ACCOUNT, CONTAINER, FOLDER = "fruits", "photographs", "own set/été +%20&"
+#: Of this test alone.
+KEY = base64.b64encode(bytes(range(64))).decode()
+N_IMAGES = 12
+PATIENCE_SECONDS = 60
+
+
+def connect_by(url: str, **settings: str) -> dict[str, Any]:
+    """Make storage options for a server that is not at the account's own name."""
+    parts = {"DefaultEndpointsProtocol": "http", "BlobEndpoint": f"{url}/{ACCOUNT}"} | settings
+    return {"connection_string": ";".join(f"{name}={value}" for name, value in parts.items()), "read_timeout": 1.5}
+
+
+def connect_by_key(url: str, key: str = KEY) -> dict[str, Any]:
+    """Make storage options with a key of the account."""
+    return connect_by(url, AccountName=ACCOUNT, AccountKey=key)
+
+
+@dataclass(frozen=True)
+class Server:
+    """Azurite, and a client that shares no code with our file system."""
+
+    url: str
+    client: BlobServiceClient
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How fruitdask is to reach it."""
+        return connect_by_key(self.url)
+
+    def list(self, folder: str = "") -> list[str]:
+        """List the names of blobs."""
+        return sorted(self.client.get_container_client(CONTAINER).list_blob_names(name_starts_with=folder))
+
+    def put(self, name: str, data: bytes, **settings: Any) -> None:
+        """Write a blob."""
+        self.client.get_blob_client(CONTAINER, name).upload_blob(data, overwrite=True, **settings)
+
+    def read(self, name: str) -> bytes:
+        """Read a blob."""
+        return self.client.get_blob_client(CONTAINER, name).download_blob().readall()
+
+
+@contextmanager
+def run_azurite(request: pytest.FixtureRequest, *arguments: str) -> Iterator[int]:
+    """Run Azurite; gives its port."""
+    listen = ["--blobHost", "127.0.0.1", "--blobPort", "0", "--silent", "--inMemoryPersistence"]
+    listen += ["--disableTelemetry", "--skipApiVersionCheck"]
+    accounts = {"AZURITE_ACCOUNTS": f"{ACCOUNT}:{KEY}"}
+    with run_node(request, AZURITE, "dist/src/blob/main.js", [*listen, *arguments], environment=accounts) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def server(request: pytest.FixtureRequest, sample_folder: Path, tiny_model: ModelConfig) -> Iterator[Server]:
+    """An Azure Storage account with the drawn images and a network."""
+    with run_azurite(request) as port:
+        url = f"http://127.0.0.1:{port}"
+        client = BlobServiceClient.from_connection_string(connect_by_key(url)["connection_string"])
+        with client:
+            client.create_container(CONTAINER)
+            server = Server(url, client)
+            for path in sample_folder.rglob("*.jpg"):
+                server.put(f"{FOLDER}/{path.relative_to(sample_folder).as_posix()}", path.read_bytes())
+            server.put("nets/colours.keras", Path(tiny_model.weights).read_bytes())
+            yield server
+
+
+MakeTree = Callable[..., dict[str, dict[str, Any]]]
+
+
+@pytest.fixture
+def make_tree(server: Server, request: pytest.FixtureRequest) -> MakeTree:
+    """Make the sections of a configuration of a run whose images, network and results are all on Azure."""
+    output = re.sub(r"\W+", "-", request.node.name)
+
+    def make(url: str = server.url, **settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        options = {"storage_options": connect_by_key(url)}
+        sections: dict[str, dict[str, Any]] = {
+            "input": {"url": f"abfs://{CONTAINER}/{FOLDER}", "limit": N_IMAGES, **options},
+            "model": {"weights": f"az://{CONTAINER}/nets/colours.keras", "preprocessing": "none", **options},
+            "cluster": {"kind": "local", "n_workers": 1, "dashboard_address": None},
+            "featurize": {"images_per_partition": 3},
+            **dict.fromkeys(EXTRAS, OFF),
+            "output": {"url": f"abfss://{CONTAINER}/{output}", **options},
+        }
+        names = [*sections, *(name for name in settings if name not in sections)]
+        return {name: sections.get(name, {}) | settings.get(name, {}) for name in names}
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def on_disk(
+    client: Any, sample_folder: Path, tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory
+) -> fruitdask.RunResult:
+    """A run on the same images and the same network, all on this disk."""
+    sections = {
+        "input": {"url": str(sample_folder), "limit": N_IMAGES},
+        "model": tiny_model.model_dump(),
+        "featurize": {"images_per_partition": 3},
+        **dict.fromkeys(EXTRAS, OFF),
+        **dict.fromkeys(("explore", "quality", "report"), ON),
+        "output": {"url": str(tmp_path_factory.mktemp("disk") / "out")},
+    }
+    return fruitdask.run(fruitdask.load_config(sections), client=client)
+
+
+def assert_same_features(result: fruitdask.RunResult, expected: fruitdask.RunResult) -> None:
+    """Compare two runs byte for byte."""
+    pd.testing.assert_frame_equal(result.table, expected.table)
+    np.testing.assert_array_equal(result.features.compute(), expected.features.compute())
+
+
+def run_command(tree: dict[str, Any], folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start a command in a process group of its own."""
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "fruitdask", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, cwd=folder, start_new_session=True, **pipes)
+
+
+def test_run_equals_run_on_disk_and_grows(
+    make_tree: MakeTree, client: Any, on_disk: fruitdask.RunResult, server: Server
+) -> None:
+    tree = make_tree(**dict.fromkeys(("explore", "quality", "report"), ON))
+    config = fruitdask.load_config(tree)
+    result = fruitdask.run(config, client=client)
+    assert_same_features(result, on_disk)
+    names = [path.removeprefix(f"{result.output.path}/") for path in result.output.fs.find(result.output.path)]
+    assert names == sorted(
+        path.relative_to(on_disk.output.path).as_posix()
+        for path in Path(on_disk.output.path).rglob("*")
+        if path.is_file()
+    )
+    assert result.manifest["processing"]["at_rest"] == "AES256 by Azure Storage"
+    assert KEY not in "".join(
+        server.read(f"{result.output.path.partition('/')[2]}/{name}").decode("latin-1") for name in names
+    )
+    assert fruitdask.run(config, client=client).n_computed == 0
+    changed, other = (f"{FOLDER}/{path}" for path in on_disk.table["path"][:2])
+    before = server.read(changed)
+    try:
+        server.put(changed, server.read(other))
+        again = fruitdask.run(config, client=client)
+    finally:
+        server.put(changed, before)
+    assert again.n_computed == 1
+    features = again.features.compute()
+    np.testing.assert_array_equal(features[0], features[1])
+    np.testing.assert_array_equal(features[1:], on_disk.features.compute()[1:])
+
+
+def test_killed_command_is_resumed_by_one_that_says_nothing_else(
+    make_tree: MakeTree, server: Server, on_disk: fruitdask.RunResult, tmp_path: Path
+) -> None:
+    tree = make_tree(featurize={"images_per_partition": 1})
+    folder = tree["output"]["url"].rpartition("/")[2]
+    with run_command(tree, tmp_path, "run", "run.yaml") as process:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not server.list(f"{folder}/partitions/") and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and server.list(f"{folder}/partitions/")
+    with run_command(tree, tmp_path, "run", "run.yaml") as process:
+        stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, stderr
+    assert "Traceback" not in stderr and "Unclosed" not in stderr and "rror" not in stderr
+    result = fruitdask.open(tree["output"]["url"], tree["output"]["storage_options"])
+    assert_same_features(result, on_disk)
+
+
+def test_run_loses_nothing_to_faults(
+    make_tree: MakeTree, server: Server, client: Any, on_disk: fruitdask.RunResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of this process, which sends most requests.
+    monkeypatch.setattr(abfs, "_MAX_BACKOFF_SECONDS", 0.1)
+    kinds = [kind for kind in KINDS if kind != "stall"]
+    with open_faulty_s3(server.url, fraction=0.1, seed=3, kinds=kinds) as proxy:
+        result = fruitdask.run(fruitdask.load_config(make_tree(proxy.url)), client=client)
+        assert_same_features(result, on_disk)
+        n_requests, n_faults = proxy.requests.total(), proxy.injected.total()
+    assert 0.03 < n_faults / n_requests < 0.2
+
+
+OPERATIONS: dict[str, tuple[Callable[[Location], Any], str]] = {
+    "write": (lambda place: write_file(place, b"1"), "write"),
+    "exists": (exists, "read"),
+    "hash": (hash_file, "read"),
+    "list": (check_bucket, "read"),
+    "read": (store.read_table, "read"),
+}
+CAUSES = {
+    "500": (2, r"\(InternalError\): the server has failed; try again later"),
+    "503": (2, r"\(ServerBusy\): Azure asks for fewer requests; try again later"),
+    # Where a connection is reset, aiohttp may open another one within the same attempt, once.
+    "reset after": (4, "the server closed the connection; check the network, or try again"),
+    "truncated": (2, "the server closed the connection; check the network, or try again"),
+}
+
+
+@pytest.mark.parametrize(("operation", "verb"), OPERATIONS.values(), ids=OPERATIONS)
+@pytest.mark.parametrize("kind", CAUSES)
+def test_request_is_sent_as_often_as_configured(
+    server: Server, monkeypatch: pytest.MonkeyPatch, operation: Callable[[Location], Any], verb: str, kind: str
+) -> None:
+    monkeypatch.setattr(abfs, "_MAX_BACKOFF_SECONDS", 0.01)
+    server.put("faulty", b"1")
+    n_requests, cause = CAUSES[kind]
+    with open_faulty_s3(server.url, fraction=1, kinds=[kind]) as proxy:
+        place = Location(f"abfs://{CONTAINER}/faulty", connect_by_key(proxy.url), attempts=2)
+        with pytest.raises(StorageError, match=rf"^cannot {verb} {place.url}: [^\n]*{cause}$"):
+            operation(place)
+    assert proxy.requests.total() in (n_requests, 2 * n_requests if kind == "truncated" else n_requests)
+
+
+def test_stalled_and_broken_reads_are_those_of_one_image(server: Server, on_disk: fruitdask.RunResult) -> None:
+    with open_faulty_s3(server.url, fraction=1, kinds=["stall"]) as proxy:
+        options = connect_by_key(proxy.url) | {"read_timeout": 0.5}
+        source = Location(f"abfs://{CONTAINER}/{FOLDER}", options, attempts=1)
+        partition = Partition(0, 0, (on_disk.table["path"][0],), ("any",))
+        images = ImageSource(source, 8, 10_000_000, fetch_attempts=2, concurrent_reads=4)
+        (batch,) = read_batches(partition, images, input_px=32, watch=Stopwatch(), on_asked=lambda: None)
+    (outcome,) = batch.outcomes
+    assert (outcome.status, outcome.attempts, proxy.injected.total()) == ("unreachable", 2, 2)
+    assert re.match(rf"cannot read {re.escape(source.url)}/.*: the server stopped answering; check", outcome.error)
+
+
+def test_verify_finds_a_damaged_blob_and_a_rerun_repairs_it(
+    make_tree: MakeTree, server: Server, client: Any, on_disk: fruitdask.RunResult
+) -> None:
+    config = fruitdask.load_config(make_tree())
+    fruitdask.run(config, client=client)
+    url, options = config.output.url, config.output.storage_options
+    assert fruitdask.verify(url, storage_options=options).is_well
+    name = f"{url.rpartition('/')[2]}/features.zarr/features/c/1/0"
+    data = server.read(name)
+    server.put(name, data[:-1] + bytes([data[-1] ^ 1]))
+    found = fruitdask.verify(url, storage_options=options, repair=True)
+    assert not found.is_well
+    assert_same_features(fruitdask.run(config, client=client), on_disk)
+
+
+def test_erase_leaves_nothing_not_even_snapshots(make_tree: MakeTree, server: Server, client: Any) -> None:
+    config = fruitdask.load_config(make_tree())
+    table = fruitdask.run(config, client=client).table
+    folder, path = config.output.url.rpartition("/")[2], table["path"][4]
+    for name in server.list(folder):
+        server.client.get_blob_client(CONTAINER, name).create_snapshot()
+    erasure = fruitdask.erase(config, [path], client=client)
+    assert (erasure.n_erased, erasure.n_in_input, erasure.keeps_versions) == (1, 1, False)
+    container = server.client.get_container_client(CONTAINER)
+    blobs = [blob for blob in container.list_blobs(folder, include=["snapshots"]) if blob.snapshot]
+    kept = [container.get_blob_client(blob.name, snapshot=blob.snapshot).download_blob().readall() for blob in blobs]
+    current = [server.read(name) for name in server.list(folder)]
+    assert current and [data for data in kept + current if path.encode() in data] == []
+    server.client.set_service_properties(delete_retention_policy=RetentionPolicy(enabled=True, days=7))
+    try:
+        assert keeps_versions(Location(config.output.url, server.options))
+    finally:
+        server.client.set_service_properties(delete_retention_policy=RetentionPolicy(enabled=False))
+    advice = _describe(replace(erasure, keeps_versions=True), config)["older versions"]
+    assert re.match(f"the account keeps .* lifecycle rule delete those below {config.output.url}$", advice)
+
+
+def test_versions_are_noticed(server: Server) -> None:
+    # Azurite keeps none: the header is what tells of them.
+    server.put("versioned/x", b"1")
+    with open_faulty_s3(server.url, fraction=0, headers=[("x-ms-version-id", "2026-11-30T00:00:00.0000000Z")]) as proxy:
+        assert keeps_versions(Location(f"abfs://{CONTAINER}/versioned", connect_by_key(proxy.url)))
+    assert not keeps_versions(Location(f"abfs://{CONTAINER}/versioned", server.options))
+
+
+def test_other_account_is_another_place(make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(abfs, "_MAX_BACKOFF_SECONDS", 0.01)
+    tree = make_tree()
+    source, output = tree["input"], tree["output"]
+    output["url"] = f"{source['url']}/out"
+    with pytest.raises(ConfigError, match="lies inside input.url"):
+        fruitdask.run(fruitdask.load_config(tree))
+    source |= {"url": source["url"].replace("photographs/", "photographs@other.dfs.core.windows.net/")}
+    source["storage_options"] = {"account_key": KEY}
+    with pytest.raises(StorageError, match="^cannot list abfs://photographs@other.*: no server answers there"):
+        fruitdask.run(fruitdask.load_config(tree))
+
+
+def test_second_run_is_refused(make_tree: MakeTree, client: Any) -> None:
+    config = fruitdask.load_config(make_tree())
+    output = Location(config.output.url, config.output.storage_options)
+    with store.locked(output):
+        with pytest.raises(OutputError, match="^another run is using this output folder"):
+            fruitdask.run(config, client=client)
+    assert not exists(output)
+
+
+@pytest.mark.parametrize("kind", ["reset after", "truncated", "503"])
+def test_lock_is_ours_where_only_the_response_was_lost(
+    server: Server, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(abfs, "_MAX_BACKOFF_SECONDS", 0.01)
+    faulty = ["PUT"]
+
+    def is_first(method: str, path: str) -> bool:
+        return method in faulty and faulty.pop() == method
+
+    with open_faulty_s3(server.url, fraction=1, kinds=[kind], concerns=is_first) as proxy:
+        output = Location(f"abfs://{CONTAINER}/locked", connect_by_key(proxy.url))
+        with store.locked(output):
+            assert proxy.injected.total() == 1 and proxy.requests["PUT"] == 2
+            with pytest.raises(OutputError, match="^another run"), store.locked(Location(output.url, server.options)):
+                pass
+    assert server.list("locked") == []
+
+
+ODD_NAMES = (
+    "plain.jpg",
+    "a b/+ & %20 %2F = ? # ;.jpg",
+    "ü/é 梨 🍎.jpg",
+    "a//b.jpg",
+    "what?versionid=1.jpg",
+    "back tab 'quote\" [1]*.jpg",
+)
+
+
+def test_odd_names_are_listed_page_by_page_and_read(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ODD_NAMES:
+        server.put(f"odd/{name}", name.encode())
+    server.client.get_blob_client(CONTAINER, "odd/plain.jpg").create_snapshot()
+    server.put("odd/marker/", b"")
+    server.put("odd/folder.jpg", b"", metadata={"hdi_isfolder": "true"})
+    server.put("odd/Folder.jpg", b"", metadata={"Hdi_isfolder": "true"})
+    server.put("odd/folder.jpg/page.jpg", bytes(512), blob_type="PageBlob")
+    server.put("oddly/not-there.jpg", b"")
+    pages: list[int] = []
+
+    def list_small_page(self: abfs.Azure, path: str, token: str | None = None) -> Any:
+        rows, token = list_page(self, path, token, n_max=3)
+        pages.append(len(rows))
+        return rows, token
+
+    list_page = abfs.Azure.list_page
+    monkeypatch.setattr(abfs.Azure, "list_page", list_small_page)
+    place = {"url": f"abfs://{CONTAINER}/odd", "storage_options": server.options}
+    listing = fruitdask.load_config({"input": place, "output": {"url": "unused"}}).input
+    catalog = fruitdask.list_images(listing)
+    assert list(catalog["path"]) == sorted([*ODD_NAMES, "folder.jpg/page.jpg"]) and len(pages) == 4
+    root = Location(listing.url, listing.storage_options)
+    assert [root.fs.cat_file(root.locate(path)).decode() for path in ODD_NAMES] == list(ODD_NAMES)
+    assert dict(zip(catalog["path"], catalog["bytes"], strict=True))["folder.jpg/page.jpg"] == 512
+    copy = Location(f"abfs://{CONTAINER}/odd copy", server.options)
+    root.fs.copy(f"{root.path}/", f"{copy.path}/", recursive=True)
+    assert server.list("odd copy/") == sorted(f"odd copy/{path}" for path in catalog["path"])
+    copy.fs.rm(copy.path, recursive=True)
+    assert server.list("odd copy") == []
+
+
+def make_sas(server: Server, *, is_valid: bool = True) -> str:
+    """Make a SAS token that may read and list."""
+    expiry = datetime.now(UTC) + timedelta(hours=1 if is_valid else -1)
+    permission = ContainerSasPermissions(read=True, list=True)
+    return generate_container_sas(ACCOUNT, CONTAINER, account_key=KEY, permission=permission, expiry=expiry)
+
+
+def test_sas_token_reads_what_it_may(server: Server) -> None:
+    options = {"account_name": ACCOUNT, "account_host": f"{server.url}/{ACCOUNT}", "sas_token": f"?{make_sas(server)}"}
+    place = Location(f"abfs://{CONTAINER}/{FOLDER}", options)
+    assert len(place.fs.find(place.path)) == 24
+    with pytest.raises(StorageError, match=r"^cannot write .*\(Author\w+\): th.* credentials .*$") as caught:
+        write_file(place.child("x"), b"1")
+    assert "sig=" not in str(caught.value)
+
+
+class Identity(BaseHTTPRequestHandler):
+    """The service that gives tokens to machines in Azure, to those who may ask."""
+
+    def do_GET(self) -> None:
+        """Give a token of the kind that Azurite accepts."""
+        now = int(time.time())
+        claims = {"aud": "https://storage.azure.com", "iss": f"https://sts.windows.net/{uuid.UUID(int=1)}/"}
+        claims |= {"iat": now - 60, "nbf": now - 60, "exp": now + 3600}
+        parts = (base64.urlsafe_b64encode(json.dumps(part).encode()).decode() for part in ({"alg": "none"}, claims))
+        token = {"access_token": f"{'.'.join(parts)}.x", "expires_on": str(now + 3600), "token_type": "Bearer"}
+        is_allowed = self.headers.get("X-IDENTITY-HEADER") == "planted-4711"
+        self.send_response(200 if is_allowed else 403)
+        self.end_headers()
+        self.wfile.write(json.dumps(token if is_allowed else {}).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+WITHOUT_KEYS = """
+import sys
+from fruitdask import store
+from fruitdask.core.storage import Location, exists
+place = Location("abfs://made/x", {"account_name": "fruits", "account_host": sys.argv[1]})
+place.fs.mkdir("made")
+store.create_store(place, n_images=2, n_features=3, images_per_partition=2, attributes={})
+assert store.open_store(place)["features"].shape == (2, 3) and exists(place.child("features.zarr"))
+"""
+
+
+def test_identity_of_a_machine_needs_no_keys(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path)
+    with (
+        run_azurite(request, "--oauth", "basic", "--cert", certificate, "--key", key) as port,
+        ThreadingHTTPServer(("127.0.0.1", 0), Identity) as identity,
+    ):
+        thread = threading.Thread(target=identity.serve_forever)
+        thread.start()
+        endpoint = {"IDENTITY_ENDPOINT": f"http://127.0.0.1:{identity.server_port}/", "IDENTITY_HEADER": "planted-4711"}
+        command = [sys.executable, "-c", WITHOUT_KEYS, f"127.0.0.1:{port}/{ACCOUNT}"]
+        env = os.environ | endpoint | {"SSL_CERT_FILE": certificate}
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        identity.shutdown()
+        untrusted = Location(
+            "abfs://made/x", {"account_name": ACCOUNT, "account_host": command[-1], "account_key": KEY}
+        )
+        with pytest.raises(
+            StorageError, match=".*CERTIFICATE_VERIFY_FAILED.*: name the authority of .* SSL_CERT_FILE$"
+        ):
+            exists(replace(untrusted, attempts=1))
+        thread.join()
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+OTHER_KEY = base64.b64encode(bytes(64)).decode()
+NO_ACCOUNT = {"account_name": "fruits-none-such", "account_key": KEY}
+MISTAKES: dict[str, tuple[str, Callable[[Server], dict[str, Any]], str]] = {
+    "wrong key": (
+        f"abfs://{CONTAINER}/x",
+        lambda server: connect_by_key(server.url, OTHER_KEY),
+        r"cannot list .*\(Auth\w+\): the account refuses these credentials, .*; check account_key",
+    ),
+    "no key": (
+        f"abfs://{CONTAINER}/x",
+        lambda server: connect_by_key(server.url, "secret-4711"),
+        "cannot list .*: the account key is not one; correct account_key",
+    ),
+    "missing container": (
+        "abfs://none-such/x",
+        lambda server: server.options,
+        r"cannot list .*\(ContainerNotFound\): there is no such container; create it, or check the URL",
+    ),
+    "name of a container": (
+        "abfs://No_Such/x",
+        lambda server: server.options,
+        r"cannot list .*\(InvalidResourceName\): check the name of the container",
+    ),
+    "expired SAS": (
+        f"abfs://{CONTAINER}/x",
+        lambda server: connect_by(server.url, SharedAccessSignature=make_sas(server, is_valid=False)),
+        r"cannot list .*\(Auth\w+\): .*; check account_key, sas_token",
+    ),
+    "SAS in the URL": (
+        f"abfs://{CONTAINER}/x?sv=2024-01-01&sig=secret-4711",
+        lambda server: server.options,
+        r"cannot open abfs://photographs/x\?\*\*\* found a SAS token in the URL, expected it in sas_token; check storage_options",
+    ),
+    "unknown account": (
+        f"abfss://{CONTAINER}@fruits-none-such.dfs.core.windows.net/x",
+        lambda server: {"account_key": KEY},
+        "cannot list abfss://photographs@fruits-none-such.*: no server answers there; check the name of the storage account",
+    ),
+    "no credentials": (
+        f"abfs://{CONTAINER}/x",
+        lambda server: {"account_name": ACCOUNT},
+        r"cannot list .*: found no Azure credentials; log in \(az login\), or give account_key",
+    ),
+    "no account": (
+        f"abfs://{CONTAINER}/x",
+        lambda server: {},
+        "cannot open .*: found no name of a storage account, in account_name",
+    ),
+    "unknown option": (
+        f"abfs://{CONTAINER}/x",
+        lambda server: server.options | {"acount": "x"},
+        "cannot open .*: unknown option 'acount'; check storage_options",
+    ),
+}
+
+
+@pytest.mark.parametrize(("url", "make_options", "sentence"), MISTAKES.values(), ids=MISTAKES)
+def test_mistake_is_one_sentence_without_secrets(
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    url: str,
+    make_options: Callable[[Server], dict[str, Any]],
+    sentence: str,
+) -> None:
+    monkeypatch.setattr(abfs, "_MAX_BACKOFF_SECONDS", 0.01)
+    source = {"url": url, "storage_options": make_options(server)}
+    tree = {"input": source, "output": {"url": str(tmp_path / "out")}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    done = CliRunner().invoke(cli, ["run", str(tmp_path / "run.yaml"), "--verbose"])
+    assert done.exit_code == 2, done.output
+    assert re.match(f"fruitdask: {sentence}", done.stderr.splitlines()[-1])
+    for secret in (KEY, OTHER_KEY, "secret-4711", "sig=s"):
+        assert secret not in done.output
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("abfss://photos@eyes.dfs.core.windows.net/a/b", "https://eyes.blob.core.windows.net/"),
+        ("abfs://photos@eyes.dfs.core.chinacloudapi.cn/a/b", "https://eyes.blob.core.chinacloudapi.cn/"),
+        ("az://photos/a/b", "https://mine.blob.core.windows.net/"),
+        ("ABFS://photos/a/b/", "https://mine.blob.core.windows.net/"),
+    ],
+    ids=["full", "another cloud", "az", "upper case"],
+)
+def test_account_and_path_are_found_in_each_form(url: str, host: str) -> None:
+    place = Location(url, {"account_key": KEY} | ({} if "@" in url else {"account_name": "mine"}))
+    assert (place.path, place.fs.service_client.url) == ("photos/a/b", host)
+    assert hide_secrets(f"cannot read {url}: x") == f"cannot read {url}: x"
+
+
+def test_secrets_are_hidden() -> None:
+    text = f"{connect_by_key('https://x.test')['connection_string']} {KEY} https://x.test/a?sv=1&sig=ab%3D, sig=ab%3D&x"
+    assert KEY not in hide_secrets(text) and "ab%3D" not in hide_secrets(text)
+
+
+def test_azure_encrypts_and_its_region_must_be_named(make_tree: MakeTree, server: Server) -> None:
+    place = Location(f"abfs://{CONTAINER}/nets/colours.keras", server.options)
+    privacy = PrivacyConfig(require_encryption=True)
+    assert describe_protection(privacy, place) == {"at_rest": "AES256 by Azure Storage"}
+    region = {"region": "westeurope"}
+    tree = make_tree(privacy={"allowed_regions": "eu"}, input=region, model=region)
+    with pytest.raises(
+        ResidencyError, match="^output: .* needs the region of abfss://.*, which is unknown; set output.region$"
+    ):
+        check_regions(fruitdask.load_config(tree))
+    tree["output"]["region"] = "northeurope"
+    assert check_regions(fruitdask.load_config(tree))["output"] == "northeurope"
+    tree["output"]["region"] = "eastus"
+    with pytest.raises(ResidencyError, match="^output: .* is in eastus, but privacy.allowed_regions has eu"):
+        check_regions(fruitdask.load_config(tree))
