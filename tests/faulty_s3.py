@@ -60,12 +60,8 @@ class FaultyS3(ThreadingHTTPServer):
         kinds: Sequence[str] = KINDS,
         seed: int = 0,
         delay_seconds: float = 0.02,
-<<<<<<< HEAD
         stall_seconds: float = 2.5,
-=======
-        stall_seconds: float = 4,
         headers: Sequence[tuple[str, str]] = (),
->>>>>>> azure
         concerns: Callable[[str, str], bool] = lambda method, path: True,
     ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
