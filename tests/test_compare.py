@@ -17,6 +17,7 @@ from fruitdask.analysis.comparison import align_scores, compare_vectors, match_p
 from fruitdask.cli import cli
 from fruitdask.core.config import ModelConfig
 from fruitdask.errors import CatalogError, ConfigError, DamageError, StorageError
+from fruitdask.pipeline import compare as compare_module
 
 SPARK = Path(__file__).parent / "data" / "spark"
 #: The images whose features Spark has.
@@ -62,6 +63,18 @@ def test_vectors_and_scores_of_spark_agree(result: fruitdask.RunResult) -> None:
     np.testing.assert_allclose(found.components["offset"], (spark - signs * ours).mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(found.components["offset"], found.components["expected_offset"], rtol=1e-5)
     assert (found.components["correlation"] > 1 - 1e-9).all() and abs(found.components["offset"]).max() > 100
+
+
+def test_small_blocks_give_the_same(result: fruitdask.RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = fruitdask.compare(result, str(SPARK / "vectors")).table
+    monkeypatch.setattr(compare_module, "_BLOCK_BYTES", 5 * 6 * 8)
+    pd.testing.assert_frame_equal(fruitdask.compare(result, str(SPARK / "vectors")).table, expected)
+
+
+def test_what_is_exported_for_spark_agrees(result: fruitdask.RunResult, tmp_path: Path) -> None:
+    fruitdask.export(result, tmp_path / "spark", "spark")
+    found = fruitdask.compare(result, str(tmp_path / "spark"))
+    assert found.agrees and found.table["relative_error"].max() == 0
 
 
 @pytest.mark.parametrize(

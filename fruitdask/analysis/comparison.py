@@ -46,9 +46,10 @@ def match_paths(ours: Sequence[str], theirs: Sequence[str], *, root: str = "") -
     whole = [f"{above}/{path}".lstrip("/") for path in ours]
     n_needed = [path.count("/") + 1 for path in ours]
     rows = np.full(len(theirs), UNMATCHED)
-    spellings = [_normalize(path) for path in theirs], [_normalize(unquote(path)) for path in theirs]
     for is_strict in (True, False):
-        for spelling in spellings:
+        for decode in (str, unquote):
+            is_left = (rows == UNMATCHED).tolist()
+            spelling = [_normalize(decode(path)) if left else "" for path, left in zip(theirs, is_left, strict=True)]
             _match_endings(whole, n_needed, spelling, rows, is_strict=is_strict)
         if (rows != UNMATCHED).any():
             break
