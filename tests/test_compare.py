@@ -149,7 +149,10 @@ def test_what_is_missing_on_one_side_is_counted(tiny_model: ModelConfig, finish:
     [
         (lambda rows: rows * 2, "Features point the same way"),
         (lambda rows: rows + np.where(np.arange(24) < 2, 50, 0)[:, None] * [1, 0, 0, 0, 0, 0], "Features of 2 of 24"),
-        (lambda rows: rows * (1 + 0.05 * np.random.default_rng(0).normal(size=rows.shape)), "Features are close"),
+        (
+            lambda rows: rows * (1 + 0.05 * np.random.default_rng(0).normal(size=rows.shape)),
+            "Features are close .* resizing",
+        ),
         (lambda rows: np.random.default_rng(0).normal(size=rows.shape), "Features differ .* BGR"),
         (lambda rows: np.tile(rows, 8), "widths differ, 6 features per image in the run and 48 in Spark.*pooling"),
         (lambda rows: rows * 0, "Nothing could be compared"),
