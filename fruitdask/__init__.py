@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fruitdask.analysis.neighbors import find_neighbors as find_neighbors
     from fruitdask.pipeline.apply import apply as apply
     from fruitdask.pipeline.check import check as check
+    from fruitdask.pipeline.compare import Comparison as Comparison, compare as compare
     from fruitdask.pipeline.erase import Erasure as Erasure, erase as erase
     from fruitdask.pipeline.explore import explore as explore
     from fruitdask.pipeline.export import export as export
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _MODULE_OF_NAME = {
     "Classifier": "pipeline.train",
+    "Comparison": "pipeline.compare",
     "Config": "core.config",
     "Erasure": "pipeline.erase",
     "Exploration": "store.exploration",
@@ -50,6 +52,7 @@ _MODULE_OF_NAME = {
     "build_artifact": "worker.models",
     "check": "pipeline.check",
     "choose_progress": "core.progress",
+    "compare": "pipeline.compare",
     "draw_sample": "core.sample",
     "embed_tsne": "analysis.reduction",
     "erase": "pipeline.erase",

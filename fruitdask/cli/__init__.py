@@ -11,6 +11,7 @@ import click
 from fruitdask.cli.apply import apply
 from fruitdask.cli.check import check
 from fruitdask.cli.clusters import clusters
+from fruitdask.cli.compare import compare
 from fruitdask.cli.erase import erase
 from fruitdask.cli.export import export
 from fruitdask.cli.plan import plan
@@ -36,7 +37,7 @@ def cli() -> None:
     """
 
 
-_COMMANDS = (run, plan, explore, report, check, similar, apply, train, predict, export, verify, erase)
+_COMMANDS = (run, plan, explore, report, check, similar, apply, train, predict, export, compare, verify, erase)
 _HELPERS = (validate, schema, sample, iam_policy, clusters)
 for _command in _COMMANDS + _HELPERS:
     cli.add_command(_command)
