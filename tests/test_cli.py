@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -261,6 +262,38 @@ def test_sample_draws_and_refuses_to_overwrite(tmp_path: Path) -> None:
 def test_help_is_there(command: str) -> None:
     result = invoke(*filter(None, [command]), "--help")
     assert result.exit_code == 0 and "Usage:" in result.stdout
+
+
+def test_a_folder_is_enough(
+    tiny_model: ModelConfig, sample_folder: Path, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(sample_folder, tmp_path / "own: fruits")
+    shutil.make_archive(str(tmp_path / "packed"), "zip", sample_folder)
+    monkeypatch.chdir(tmp_path)
+    settings = [f"cluster.address={client.scheduler.address}", f"model.weights={tiny_model.weights}"]
+    settings += ["model.preprocessing=none", *(f"{name}.enabled=false" for name in EXTRAS)]
+    options = [part for setting in settings for part in ("--set", setting)]
+    for arguments, results in (
+        (["own: fruits"], "own: fruits-results"),
+        (["packed.zip"], "packed-results"),
+        (["own: fruits", "to: elsewhere"], "to: elsewhere"),
+    ):
+        done = invoke("run", *arguments, *options)
+        assert done.exit_code == 0, done.output
+        assert len(pd.read_csv(tmp_path / results / "results.csv")) == 24
+    refused = invoke("run", "to: elsewhere", *options)
+    assert refused.exit_code == 2 and "found the results of a run" in refused.output
+
+
+def test_results_may_go_elsewhere_than_a_configuration_says(config_path: Path, tmp_path: Path) -> None:
+    assert invoke("run", str(config_path), str(tmp_path / "elsewhere")).exit_code == 0
+    assert (tmp_path / "elsewhere" / "results.csv").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["s3://bucket", "s3://bucket/", "zip://Test::s3://bucket"])
+def test_a_bucket_has_no_place_beside_it(place: str) -> None:
+    refused = invoke("plan", place)
+    assert refused.exit_code == 2 and "there is no place for results beside it" in refused.output
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Shared parts of commands: options, errors as sentences and exit codes, rows of names and values."""
 
+import json
 import logging
 import signal
 import sys
@@ -39,7 +40,10 @@ overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Delete earlier results in the output folder and start again."
 )
 verbose_option = click.option("--verbose", "-v", is_flag=True, help="Log internal steps, and show tracebacks.")
-config_argument = click.argument("config", type=click.Path(dir_okay=False))
+config_argument = click.argument("config")
+results_argument = click.argument("results", required=False)
+#: A command that starts from photographs takes a folder too.
+photographs_argument = click.argument("config", metavar="PHOTOS_OR_CONFIG")
 
 
 @contextmanager
@@ -100,11 +104,26 @@ def _end(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
 
 
-def load(config: str, overrides: tuple[str, ...]) -> "Config":
-    """Load the configuration of a command."""
-    from fruitdask.core.config import load_config
+def load(config: str, overrides: tuple[str, ...], results: str | None = None) -> "Config":
+    """Load the configuration of a command: a file, or photographs without one."""
+    from fruitdask.core.config import describe_place, load_config
 
-    return load_config(config, overrides=overrides)
+    sections = describe_place(config, results)
+    if sections is None and results is not None:
+        overrides += (f"output.url={json.dumps(results)}",)
+    if sections is not None and Path(config).is_dir():
+        _refuse_results(Path(config))
+    return load_config(sections or config, overrides=overrides)
+
+
+def _refuse_results(folder: Path) -> None:
+    """Refuse the results of a run in place of photographs: their figures are images too."""
+    from fruitdask.store import EXPLORATION, MANIFEST
+
+    if any((folder / name).exists() for name in (MANIFEST, EXPLORATION)):
+        raise errors.ConfigError(
+            f"{folder}: expected a folder of photographs or a configuration file, found the results of a run"
+        )
 
 
 def find_output(output: str) -> tuple[str, dict[str, Any]]:

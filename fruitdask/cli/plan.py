@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fruitdask.cli.common import config_argument, load, print_rows, reported, set_option, verbose_option
+from fruitdask.cli.common import load, photographs_argument, print_rows, reported, set_option, verbose_option
 from fruitdask.errors import LimitError
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ _CENT = 0.005
 
 
 @click.command()
-@config_argument
+@photographs_argument
 @click.option("--json", "is_json", is_flag=True, help="Print the plan as JSON.")
 @set_option
 @verbose_option
 def plan(config: str, is_json: bool, overrides: tuple[str, ...], verbose: bool) -> None:
-    """Estimate what a run of CONFIG will do, how long it will take and what it will cost, without starting a cluster.
+    """Estimate what a run will do, how long it will take and what it will cost, without starting a cluster.
 
     Tries a few dozen images on this machine. The exit code is 4 if a policy or a limit would refuse the run.
     """

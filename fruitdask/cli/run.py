@@ -8,8 +8,10 @@ from fruitdask.cli.common import (
     config_argument,
     load,
     overwrite_option,
+    photographs_argument,
     print_rows,
     reported,
+    results_argument,
     set_option,
     show,
     verbose_option,
@@ -26,13 +28,19 @@ _SHOWN_CLASSES = 24
 
 
 @click.command()
-@config_argument
+@photographs_argument
+@results_argument
 @set_option
 @overwrite_option
 @click.option("--retry-failed", is_flag=True, help="Retry images that failed in earlier runs.")
 @verbose_option
-def run(config: str, overrides: tuple[str, ...], overwrite: bool, retry_failed: bool, verbose: bool) -> None:
-    """Run CONFIG: list the images, compute features, reduce them, write tables, figures and a report.
+def run(
+    config: str, results: str | None, overrides: tuple[str, ...], overwrite: bool, retry_failed: bool, verbose: bool
+) -> None:
+    """List the images, compute features, reduce them, write tables, figures and a report.
+
+    PHOTOS_OR_CONFIG is a folder, an archive or a URL of photographs, or a configuration file. RESULTS is the folder or
+    URL of the results, by default beside the photographs: PHOTOS-results.
 
     Run it again after an interruption, or after images were added, changed or removed: it reuses stored results.
     """
@@ -41,7 +49,7 @@ def run(config: str, overrides: tuple[str, ...], overwrite: bool, retry_failed: 
     overrides += ("output.overwrite=true",) if overwrite else ()
     again = "stored results are kept, run the same command again to resume" + ", without --overwrite" * overwrite
     with reported(verbose=verbose, again=again):
-        loaded = _load_and_prepare(config, overrides)
+        loaded = _load_and_prepare(config, overrides, results)
         from fruitdask.pipeline.run import run as run_pipeline
 
         result = run_pipeline(loaded, retry_failed=retry_failed, progress=choose_progress())
@@ -49,12 +57,15 @@ def run(config: str, overrides: tuple[str, ...], overwrite: bool, retry_failed: 
 
 
 @click.command()
-@config_argument
+@photographs_argument
+@results_argument
 @set_option
 @overwrite_option
 @verbose_option
-def explore(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: bool) -> None:
-    """Explore the images of CONFIG without a network.
+def explore(config: str, results: str | None, overrides: tuple[str, ...], overwrite: bool, verbose: bool) -> None:
+    """Explore the images without a network.
+
+    PHOTOS_OR_CONFIG and RESULTS are those of fruitdask run.
 
     Images per class, sizes, colours, differences within classes, duplicates, and files that contain positions or names.
     """
@@ -62,7 +73,7 @@ def explore(config: str, overrides: tuple[str, ...], overwrite: bool, verbose: b
 
     overrides += ("output.overwrite=true",) if overwrite else ()
     with reported(verbose=verbose):
-        loaded = _load_and_prepare(config, overrides)
+        loaded = _load_and_prepare(config, overrides, results)
         from fruitdask.pipeline.explore import explore as explore_images
 
         _print_exploration(explore_images(loaded, progress=choose_progress()), loaded)
@@ -83,11 +94,11 @@ def report(config: str, overrides: tuple[str, ...]) -> None:
         click.echo(f"Wrote {render_report(loaded).location.url}")
 
 
-def _load_and_prepare(config: str, overrides: tuple[str, ...]) -> "Config":
+def _load_and_prepare(config: str, overrides: tuple[str, ...], results: str | None) -> "Config":
     """Load the configuration of a command that uses a cluster, and prepare a local one while this process imports."""
     from fruitdask.cluster import prepare_local
 
-    loaded = load(config, overrides)
+    loaded = load(config, overrides, results)
     if loaded.cluster.kind == "local":
         prepare_local()
     return loaded
