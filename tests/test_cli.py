@@ -264,6 +264,11 @@ def test_help_is_there(command: str) -> None:
     assert result.exit_code == 0 and "Usage:" in result.stdout
 
 
+def test_help_shows_whole_sentences() -> None:
+    shown = invoke("--help").output
+    assert "..." not in shown and max(map(len, shown.splitlines())) <= 80
+
+
 def test_a_folder_is_enough(
     tiny_model: ModelConfig, sample_folder: Path, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

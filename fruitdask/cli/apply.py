@@ -23,7 +23,9 @@ def apply(
     retry_failed: bool,
     verbose: bool,
 ) -> None:
-    """Apply the finished run in OUTPUT to other images: the same network, decoding and principal components.
+    """Compute features of other images as the run in OUTPUT did.
+
+    The network, the decoding and the principal components are those of that run.
 
     OUTPUT is a folder or URL, or the configuration file of the run, for its storage options. The other settings are
     those of that run, as far as --set does not change them, but t-SNE, quality and the check are off. Storage options

@@ -18,10 +18,10 @@ _SHOWN = 20
 @click.option("-n", "n_shown", default=_SHOWN, show_default=True, help="Issues to list; 0 lists all.")
 @verbose_option
 def check(output: str, kinds: tuple[str, ...], n_shown: int, verbose: bool) -> None:
-    """List the photographs in OUTPUT that a person should look at, the gravest issues first.
+    """List the photographs that a person should look at.
 
-    Labels that are probably wrong, copies, near duplicates in several classes or splits, outliers, and photographs that
-    are blurry, dark, bright, of one colour or of an unusual size or shape.
+    The gravest issues come first: labels that are probably wrong, copies, near duplicates in several classes or splits,
+    outliers, and photographs that are blurry, dark, bright, of one colour or of an unusual size or shape.
 
     OUTPUT is the folder or URL of a finished run, or its configuration file. The whole list is in issues.csv there.
     """

@@ -26,7 +26,7 @@ _all_option = click.option("--all-regions", is_flag=True, help="All regions that
 
 @click.group()
 def clusters() -> None:
-    """Find and terminate instances on EC2 that fruitdask has started."""
+    """Find and terminate instances that fruitdask has started."""
 
 
 @clusters.command("list")

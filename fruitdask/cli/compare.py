@@ -31,7 +31,7 @@ def compare(
     out: str | None,
     verbose: bool,
 ) -> None:
-    """Compare the features and scores of a finished run with those that a Spark job left as Parquet.
+    """Compare features and scores with those of a Spark job.
 
     CONFIG_OR_OUTPUT is the folder or URL of the results, or the configuration file of the run, whose storage options
     then hold for SPARK_PARQUET on the same storage too. SPARK_PARQUET is a folder, file or URL with a column of paths,

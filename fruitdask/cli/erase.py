@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 @set_option
 @verbose_option
 def erase(config: str, patterns: tuple[str, ...], yes: bool, overrides: tuple[str, ...], verbose: bool) -> None:
-    """Erase images from the results of CONFIG: rows, names, features, thumbnails; then compute results without them.
+    """Erase images from results.
+
+    Their rows, names, features and thumbnails go, and the results of CONFIG are computed without them.
 
     The image files are not deleted: delete them, or add them to input.exclude.
     """

@@ -25,7 +25,7 @@ _OPEN = {
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
 @verbose_option
 def export(output: str, target: str, to: str, overwrite: bool, verbose: bool) -> None:
-    """Write the table and the features in OUTPUT to TARGET, in the format of another program.
+    """Write the table and the features for another program.
 
     OUTPUT is the folder or URL of a finished run, or its configuration file, for its storage options; they apply to
     TARGET too if that has the same protocol. TARGET is a file for parquet and embedding-atlas, else a folder; for

@@ -25,9 +25,10 @@ _CENT = 0.005
 @set_option
 @verbose_option
 def plan(config: str, is_json: bool, overrides: tuple[str, ...], verbose: bool) -> None:
-    """Estimate what a run will do, how long it will take and what it will cost, without starting a cluster.
+    """Estimate time, memory, machines and cost of a run.
 
-    Tries a few dozen images on this machine. The exit code is 4 if a policy or a limit would refuse the run.
+    Starts no cluster, but tries a few dozen images on this machine. The exit code is 4 if a policy or a limit would
+    refuse the run.
     """
     from fruitdask.core.progress import choose_progress
 

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 def iam_policy(
     config: str, role: 'Role | Literal["both"]', role_name: str | None, explain: bool, overrides: tuple[str, ...]
 ) -> None:
-    """Print the minimal permissions that CONFIG needs on AWS, as IAM policies; with --role a single one, for aws iam.
+    """Print the minimal permissions that CONFIG needs on AWS.
+
+    They are IAM policies; with --role a single one, for the command aws:
 
     fruitdask iam-policy CONFIG --role workers > policy.json;
     aws iam put-role-policy --role-name ROLE --policy-name fruitdask --policy-document file://policy.json

@@ -37,7 +37,7 @@ _SHOWN_CLASSES = 24
 def run(
     config: str, results: str | None, overrides: tuple[str, ...], overwrite: bool, retry_failed: bool, verbose: bool
 ) -> None:
-    """List the images, compute features, reduce them, write tables, figures and a report.
+    """Compute features, reduce them, and write tables and a page.
 
     PHOTOS_OR_CONFIG is a folder, an archive or a URL of photographs, or a configuration file. RESULTS is the folder or
     URL of the results, by default beside the photographs: PHOTOS-results.
@@ -83,7 +83,7 @@ def explore(config: str, results: str | None, overrides: tuple[str, ...], overwr
 @config_argument
 @set_option
 def report(config: str, overrides: tuple[str, ...]) -> None:
-    """Draw the figures and the page of CONFIG again, from stored results.
+    """Draw figures and page again from stored results.
 
     Needs no cluster and no images. Uses the settings in the sections plots and report.
     """

@@ -21,7 +21,7 @@ def validate(config: str, overrides: tuple[str, ...]) -> None:
 
 @click.command()
 def schema() -> None:
-    """Print the JSON schema of a configuration, which lets editors complete it."""
+    """Print the JSON schema of configurations, for editors."""
     from fruitdask.core.config import build_schema
 
     click.echo(json.dumps(build_schema(), indent=2))
@@ -33,7 +33,7 @@ def schema() -> None:
 @click.option("--size", "size_px", default=160, show_default=True, help="Side of the images, in pixels.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the differences between images.")
 def sample(folder: str, per_class: int, size_px: int, seed: int) -> None:
-    """Draw a small data set of turning fruits into FOLDER, in the style of Fruits-360."""
+    """Draw a small data set of turning fruits into FOLDER."""
     from fruitdask.core.sample import draw_sample
 
     with reported():

@@ -41,7 +41,9 @@ def similar(
     overrides: tuple[str, ...],
     verbose: bool,
 ) -> None:
-    """Find the images in OUTPUT whose features are nearest to those of each PHOTO.
+    """Find the images in OUTPUT that are most like each PHOTO.
+
+    Those are the images whose features are nearest to the features of PHOTO.
 
     OUTPUT is the folder or URL of a finished run, or its configuration file, for its storage options. PHOTO is the path
     of an image of the run, as in its table, or any photograph: a file or a URL, whose features the network of the run

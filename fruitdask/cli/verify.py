@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 @click.option("--repair", is_flag=True, help="Delete or restore damaged results, so that the next run repairs them.")
 @verbose_option
 def verify(output: str, repair: bool, verbose: bool) -> None:
-    """Read all results in OUTPUT and report everything that is damaged, missing or inconsistent.
+    """Report what is damaged, missing or inconsistent in OUTPUT.
 
-    OUTPUT is a folder or URL, or the configuration file of the run, for its storage options. Reads no image and starts
-    no cluster. Verifies what an unfinished run has stored so far. The exit code is 0 if there is no fault, or all were
+    Reads all results, but no image, and starts no cluster. OUTPUT is a folder or URL, or the configuration file of the
+    run, for its storage options. Verifies what an unfinished run has stored so far. The exit code is 0 if there is no fault, or all were
     repaired, and 1 otherwise.
 
     After --repair, the next fruitdask run computes only the damaged results again. No run may use OUTPUT meanwhile.
