@@ -269,7 +269,7 @@ def read_images(output: Location) -> pd.DataFrame:
             f"{output.url}: expected the catalog and the features of a run; {store.advise_repair(output)}"
         )
     images = catalog.drop(columns=list(store.VERSION_COLUMNS))
-    images.insert(2, "status", np.asarray(store.STATUSES)[store.StoredArray(group["status"], output)[:]])
+    images.insert(2, "status", np.asarray(store.STATUSES)[store.open_array(group, "status", output)[:]])
     return images
 
 
@@ -295,7 +295,7 @@ def open_features(output: Location, *, block_bytes: int = 0) -> tuple["da.Array"
     group = store.open_store(output)
     if group is None:
         raise OutputError(f"{output.url}: expected the features of a run, found none; run it first")
-    array, statuses = (store.StoredArray(group[name], output) for name in ("features", "status"))
+    array, statuses = (store.open_array(group, name, output) for name in ("features", "status"))
     status = np.asarray(statuses[:])
     n_chunks = max(1, block_bytes // (array.chunks[0] * array.chunks[1] * array.dtype.itemsize))
     chunks = (n_chunks * array.chunks[0], array.chunks[1])

@@ -174,7 +174,7 @@ def _check_run(output: Location, manifest: store.RunManifest, found: _Findings, 
         return
     group: Any = store.open_store(output)
     found.faults += _compare_descriptions(manifest, dict(group.attrs))
-    arrays = {name: store.StoredArray(group[name], output) for name in ("features", "status")}
+    arrays = {name: store.open_array(group, name, output) for name in ("features", "status")}
     components, faults = None, []
     if is_complete and manifest.pca is not None:
         components, faults = read_components(output, n_features=arrays["features"].shape[1])

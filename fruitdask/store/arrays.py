@@ -121,6 +121,12 @@ def open_store(output: Location) -> zarr.Group | None:
     return group
 
 
+def open_array(group: Any, name: str, output: Location) -> StoredArray:
+    """Open an array of a run for reading: its metadata are read again."""
+    with explained(output.child(FEATURES), "read", remedy=advise_repair(output)):
+        return StoredArray(group[name], output)
+
+
 def resize_store(output: Location, *, n_images: int, attributes: Mapping[str, Any]) -> None:
     """Make room for more images behind those that are there; an interrupted resizing is completed."""
     location = output.child(FEATURES)
@@ -148,7 +154,7 @@ def read_partition(output: Location, *, index: int, start: int) -> tuple[npt.NDA
     outcomes, group = read_table(output, name_outcomes(index)), open_store(output)
     if group is None:
         return None
-    return np.asarray(StoredArray(group["features"], output)[start : start + len(outcomes)]), outcomes
+    return np.asarray(open_array(group, "features", output)[start : start + len(outcomes)]), outcomes
 
 
 def write_partition(
