@@ -482,7 +482,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Server], dict[str, Any]], str]] = {
     "no key": (
         f"abfs://{CONTAINER}/x",
         lambda server: connect_by_key(server.url, "secret-4711"),
-        "cannot list .*: the account key is not one; correct account_key",
+        "cannot list .*: the account key is malformed; correct account_key",
     ),
     "missing container": (
         "abfs://none-such/x",

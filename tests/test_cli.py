@@ -291,14 +291,14 @@ def test_a_folder_is_enough(
 
 
 def test_results_may_go_elsewhere_than_a_configuration_says(config_path: Path, tmp_path: Path) -> None:
-    assert invoke("run", str(config_path), str(tmp_path / "elsewhere")).exit_code == 0
-    assert (tmp_path / "elsewhere" / "results.csv").exists() and not (tmp_path / "out").exists()
+    assert invoke("run", str(config_path), str(tmp_path / "elsewhere: 🍎")).exit_code == 0
+    assert (tmp_path / "elsewhere: 🍎" / "results.csv").exists() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("place", ["s3://bucket", "s3://bucket/", "zip://Test::s3://bucket"])
 def test_a_bucket_has_no_place_beside_it(place: str) -> None:
     refused = invoke("plan", place)
-    assert refused.exit_code == 2 and "there is no place for results beside it" in refused.output
+    assert refused.exit_code == 2 and "results cannot be stored beside a whole bucket" in refused.output
 
 
 @pytest.mark.slow

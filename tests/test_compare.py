@@ -1,4 +1,4 @@
-"""Comparison with a Spark job: Parquet folders that PySpark wrote (tests/benchmarks/spark_folder.py), against a run."""
+"""Comparison with a Spark job: Parquet folders that PySpark wrote (tests/data/write_spark.py), against a run."""
 
 import shutil
 from pathlib import Path

@@ -7,6 +7,7 @@ import io
 import pickle
 import re
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fruitdask.core.partition import Partition
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location, check_bucket, exists, explained, hash_file, write_file
 from fruitdask.errors import FruitdaskError, PartitionError, StorageError
+from fruitdask.pipeline.results import open_features
 from fruitdask.worker.fetch import ImageSource, Outcome, Stopwatch, read_batches
 
 # Where a connection is reset, aiohttp opens another one within the same attempt, once: such a request arrives twice as
@@ -282,15 +284,35 @@ def test_request_is_sent_as_often_as_configured(
     assert server.requests.total() == n_requests
 
 
+def test_features_that_cannot_be_opened_are_one_sentence_whichever_request_fails(
+    s3_server: str, s3_bucket: tuple[str, dict[str, Any]]
+) -> None:
+    healthy = Location(f"s3://{s3_bucket[0]}/out", s3_bucket[1])
+    store.create_store(healthy, n_images=2, n_features=2, images_per_partition=2, attributes={})
+    for n_passed in count():
+        requests = iter(range(n_passed))
+        with open_faulty_s3(
+            s3_server, fraction=1, kinds=["500"], concerns=lambda *_: next(requests, None) is None
+        ) as server:
+            try:
+                open_features(Location(healthy.url, make_options(server.url), attempts=1))
+                break
+            except StorageError:
+                pass
+    # The metadata of the group and of two arrays, and the statuses, which no chunk holds yet.
+    assert n_passed >= 4
+
+
 def test_chunk_is_asked_for_as_often_as_configured(s3_server: str, s3_bucket: tuple[str, dict[str, Any]]) -> None:
     with open_faulty_s3(s3_server, fraction=0, kinds=["truncated"]) as server:
         output = Location(f"s3://{s3_bucket[0]}/x", make_options(server.url), attempts=2)
         store.create_store(output, n_images=2, n_features=2, images_per_partition=2, attributes={})
-        group: Any = store.open_store(output)
-        group = pickle.loads(pickle.dumps(group))
+        stored = store.open_store(output)
+        assert stored is not None
+        array = pickle.loads(pickle.dumps(stored["features"].array))
         n_before, server.fraction = server.requests.total(), 1
         with pytest.raises(StorageError, match="^cannot read .*: the server closed the connection"), explained(
             output, "read"
         ):
-            group["features"][:]
+            array[:]
         assert server.requests.total() - n_before == 2

@@ -189,7 +189,7 @@ def test_flipped_byte_of_a_chunk_is_one_sentence(tmp_path: Path, name: str) -> N
     features = fill(output)
     path = tmp_path / "features.zarr" / name / "c" / ("2/0" if name == "features" else "2")
     flip_byte(path, 5)
-    array = store.StoredArray(store.open_store(output)[name], output)
+    array = store.open_store(output)[name]
     assert len(array[:4]) == 4
     with pytest.raises(
         DamageError, match=f"{path} is damaged .*checksum do not match.*it is partition 2: use fruitdask"

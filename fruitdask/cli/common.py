@@ -110,7 +110,7 @@ def load(config: str, overrides: tuple[str, ...], results: str | None = None) ->
 
     sections = describe_place(config, results)
     if sections is None and results is not None:
-        overrides += (f"output.url={json.dumps(results)}",)
+        overrides += (f"output.url={json.dumps(results, ensure_ascii=False)}",)
     if sections is not None and Path(config).is_dir():
         _refuse_results(Path(config))
     return load_config(sections or config, overrides=overrides)

@@ -29,7 +29,7 @@ _MAX_BACKOFF_SECONDS = 20
 _MAX_SINGLE_GET_BYTES = 1 << 30
 #: Files that are deleted or copied at the same time.
 _N_AT_ONCE = 16
-#: The form of a URL that Hadoop and Databricks use, here and in clouds of states: container@account.dfs.domain.
+#: The form of a URL that Hadoop and Databricks use, in any of Azure's clouds: container@account.dfs.domain.
 _FULL = re.compile(r"([^@/]+)@(([^./]+)\.)(?:dfs|blob)(\.[^/]+)")
 #: Options of fsspec, and of DefaultAzureCredential.
 _OTHER_OPTIONS = re.compile(
@@ -129,11 +129,10 @@ class Azure(AzureBlobFileSystem):  # type: ignore[misc]
         """Find the files below a folder."""
         path = self._strip_protocol(path).rstrip("/")
         rows: list[tuple[str, int, str]] = []
+        token: str | None = ""
         with suppress(ResourceNotFoundError):
-            page, token = await self._list_page(path, withdirs=withdirs)
-            rows.extend(page)
-            while token:
-                page, token = await self._list_page(path, token, withdirs=withdirs)
+            while token is not None:
+                page, token = await self._list_page(path, token or None, withdirs=withdirs)
                 rows.extend(page)
         files = {f"{path}/{name}": {"size": size, "ETag": etag} for name, size, etag in rows}
         if not files and await self._isfile(path):

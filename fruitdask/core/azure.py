@@ -37,7 +37,7 @@ _ADVICE_BY_CODE = {code: advice for advice, codes in _ADVICE.items() for code in
 
 #: The same for errors without a response, by the name of their class or of that of their cause.
 _ADVICE_BY_CLASS = {
-    "AzureSigningError": f"the account key is not one; correct {_CREDENTIALS}",
+    "AzureSigningError": f"the account key is malformed; correct {_CREDENTIALS}",
     "ClientConnectorCertificateError": "name the authority of the server's certificate in the variable SSL_CERT_FILE",
     "ClientConnectorError": "no server answers there; check the name of the storage account, and the network",
     "ServiceRequestTimeoutError": "no server answers there in time; check the network",

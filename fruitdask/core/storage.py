@@ -22,10 +22,9 @@ from fruitdask.errors import DamageError, FruitdaskError, StorageError
 
 _HASH_BLOCK_BYTES = 1 << 20
 
-#: Defaults for S3, in addition to those of s3fs (5 seconds to connect, 15 between bytes). Listings are not cached,
-#: because others write to the same folders. With one transfer per file, s3fs need not ask for its size before reading.
-_S3_OPTIONS: Mapping[str, Any] = {"use_listings_cache": False, "max_concurrency": 1}
-_AZURE_OPTIONS: Mapping[str, Any] = {"use_listings_cache": False, "max_concurrency": 1}
+#: Defaults for S3 and Azure. Listings are not cached, because others write to the same folders. With one transfer per
+#: file, the size need not be asked for before reading.
+_CLOUD_OPTIONS: Mapping[str, Any] = {"use_listings_cache": False, "max_concurrency": 1}
 #: Connections for all threads of a process; botocore's default is 10.
 _S3_CONFIG: Mapping[str, Any] = {"max_pool_connections": 256}
 #: Advice by the system's error number.
@@ -82,9 +81,9 @@ class Location:
         if self.is_s3:
             retries = {"mode": "standard", "total_max_attempts": self.attempts}
             config = {**_S3_CONFIG, "retries": retries, **options.get("config_kwargs", {})}
-            options = {**_S3_OPTIONS, **options, "config_kwargs": config}
+            options = {**_CLOUD_OPTIONS, **options, "config_kwargs": config}
         elif self.is_azure:
-            options = {**_AZURE_OPTIONS, **options, "attempts": self.attempts}
+            options = {**_CLOUD_OPTIONS, **options, "attempts": self.attempts}
         return options
 
     @property

@@ -12,7 +12,15 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask import report, store
-from fruitdask.analysis.comparison import AMBIGUOUS, UNMATCHED, align_scores, compare_vectors, match_paths
+from fruitdask.analysis.comparison import (
+    AMBIGUOUS,
+    UNMATCHED,
+    align_scores,
+    compare_vectors,
+    judge_features,
+    judge_scores,
+    match_paths,
+)
 from fruitdask.core.escaping import format_csv
 from fruitdask.core.spark import SparkFolder, open_spark
 from fruitdask.core.storage import Location, hide_secrets, write_file
@@ -24,12 +32,6 @@ from fruitdask.pipeline.results import RunResult, open_features, read_images
 _BLOCK_BYTES = 64 * 1024**2
 #: Components whose scores are compared: those of all images are in memory.
 _MAX_COMPONENTS = 10
-#: The same network and pixels differ by 1e-4 relative at most between engines, which is a cosine of 1 - 5e-9; 1e-5 is
-#: that of a relative difference of 0.0045.
-_COSINE_TOLERANCE, _ERROR_TOLERANCE = 1e-5, 5e-3
-#: Between these lie the medians of MobileNetV2 on 60 photographs: 0.995 bilinear and 0.960 nearest instead of bicubic
-#: resizing, but 0.708 with blue and red exchanged.
-_SIMILAR_COSINE = 0.9
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,54 +286,10 @@ def _conclude(pairs: _Pairs, widths: tuple[int, int], components: pd.DataFrame) 
             "network, layer and model.pooling on both sides (avg and max give one number per channel, flatten all)."
         )
     else:
-        has_features, (agrees, verdict) = bool(widths[1]), _judge_features(table)
+        has_features, (agrees, verdict) = bool(widths[1]), judge_features(table)
         if not has_features and not components.empty:
-            agrees, verdict = _judge_scores(components)
+            agrees, verdict = judge_scores(components)
         elif agrees and not components.empty:
-            agrees, more = _judge_scores(components)
+            agrees, more = judge_scores(components)
             verdict = f"{verdict.rstrip('.')}; {more[0].lower()}{more[1:]}"
     return Comparison(table, components, counts, *widths, agrees, verdict)
-
-
-def _judge_features(table: pd.DataFrame) -> tuple[bool, str]:
-    """Say in one sentence whether features agree, and why probably not."""
-    compared = table[table["status"] == "compared"]
-    if compared.empty:
-        return False, "Nothing could be compared: no matched image has features on both sides."
-    cosine, error = compared["cosine"], compared["relative_error"]
-    is_bad = (cosine < 1 - _COSINE_TOLERANCE) | (error > _ERROR_TOLERANCE)
-    n_bad, middle, worst = int(is_bad.sum()), float(cosine.median()), float(cosine.min())
-    if not n_bad:
-        return True, f"Features agree: all {len(compared):,} images have a cosine of 1 within {max(0, 1 - worst):.1g}."
-    if 2 * n_bad < len(compared):
-        example = compared["path"].iloc[int(error.argmax())]
-        return False, (
-            f"Features of {n_bad:,} of {len(compared):,} images differ, such as {example}, and the others agree: these "
-            "files probably changed between the two jobs, or were decoded in another way."
-        )
-    if middle >= 1 - _COSINE_TOLERANCE:
-        return False, (
-            f"Features point the same way (median cosine {middle:.6f}) but their lengths differ (median relative "
-            f"difference {error.median():.2g}): one side probably scales or normalizes them."
-        )
-    if middle >= _SIMILAR_COSINE:
-        return False, (
-            f"Features are close but not the same (median cosine {middle:.4f}): decoding or resizing probably differs "
-            "(Spark's ImageSchema resizes with Java, fruitdask with Pillow), or the precision of the network."
-        )
-    return False, (
-        f"Features differ (median cosine {middle:.3f}): likely causes are another network, layer or weights, another "
-        "preprocessing of pixels, or the order of colours (Spark's ImageSchema stores BGR)."
-    )
-
-
-def _judge_scores(components: pd.DataFrame) -> tuple[bool, str]:
-    """Say in one sentence whether scores agree."""
-    bad = components[components["relative_error"] > 2 * _ERROR_TOLERANCE]
-    if bad.empty:
-        return True, f"Scores of {len(components)} components agree once signs and offsets are removed."
-    numbers = ", ".join(str(number) for number in bad["component"])
-    return False, (
-        f"Scores do not agree on components {numbers} even without signs and offsets: the two PCAs were probably "
-        "fitted on different images (rows of zeros count in Spark's), or their variances are nearly equal."
-    )

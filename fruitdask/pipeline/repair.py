@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
 
 import pandas as pd
 from pydantic import ValidationError
@@ -20,13 +19,13 @@ _KNOWN = ("fruitdask", "fingerprint", "model")
 def restore_manifest(output: Location) -> store.RunManifest | None:
     """Restore a manifest from the attributes of the features; None if these are damaged too."""
     try:
-        group = store.open_store(output)
+        stored = store.open_store(output)
     except DamageError:
         return None
-    attributes: dict[str, Any] = dict(group.attrs) if group is not None else {}
-    if group is None or not store.is_intact(attributes) or not set(_KNOWN) <= set(attributes):
+    attributes = stored.attrs if stored is not None else {}
+    if stored is None or not store.is_intact(attributes) or not set(_KNOWN) <= set(attributes):
         return None
-    features: Any = group["features"]
+    features = stored["features"]
     try:
         return store.RunManifest(
             status="running",

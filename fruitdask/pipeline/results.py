@@ -263,13 +263,13 @@ class RunResult:
 
 def read_images(output: Location) -> pd.DataFrame:
     """Read ``path``, ``label``, ``status`` and what else the catalog says, such as ``split``, of all images."""
-    catalog, group = store.read_catalog(output), store.open_store(output)
-    if catalog is None or group is None:
+    catalog, stored = store.read_catalog(output), store.open_store(output)
+    if catalog is None or stored is None:
         raise OutputError(
             f"{output.url}: expected the catalog and the features of a run; {store.advise_repair(output)}"
         )
     images = catalog.drop(columns=list(store.VERSION_COLUMNS))
-    images.insert(2, "status", np.asarray(store.STATUSES)[store.open_array(group, "status", output)[:]])
+    images.insert(2, "status", np.asarray(store.STATUSES)[stored["status"][:]])
     return images
 
 
@@ -292,11 +292,10 @@ def open_features(output: Location, *, block_bytes: int = 0) -> tuple["da.Array"
     """
     import dask.array as da
 
-    group = store.open_store(output)
-    if group is None:
+    stored = store.open_store(output)
+    if stored is None:
         raise OutputError(f"{output.url}: expected the features of a run, found none; run it first")
-    array, statuses = (store.open_array(group, name, output) for name in ("features", "status"))
-    status = np.asarray(statuses[:])
+    array, status = stored["features"], np.asarray(stored["status"][:])
     n_chunks = max(1, block_bytes // (array.chunks[0] * array.chunks[1] * array.dtype.itemsize))
     chunks = (n_chunks * array.chunks[0], array.chunks[1])
     return da.from_array(array, chunks=chunks, name=False), status == store.STATUSES.index("ok")

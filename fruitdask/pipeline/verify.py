@@ -172,15 +172,16 @@ def _check_run(output: Location, manifest: store.RunManifest, found: _Findings, 
     if faults:
         found.notes.append("features, outcomes and results were not read, because their metadata is damaged")
         return
-    group: Any = store.open_store(output)
-    found.faults += _compare_descriptions(manifest, dict(group.attrs))
-    arrays = {name: store.open_array(group, name, output) for name in ("features", "status")}
+    stored = store.open_store(output)
+    if stored is None:
+        raise OutputError(f"{output.url}: expected features, found none: another command is deleting them")
+    found.faults += _compare_descriptions(manifest, stored.attrs)
     components, faults = None, []
     if is_complete and manifest.pca is not None:
-        components, faults = read_components(output, n_features=arrays["features"].shape[1])
+        components, faults = read_components(output, n_features=stored["features"].shape[1])
     found.faults += faults
     catalog = _read_catalog(output, manifest, found)
-    run = StoredRun(output, manifest, arrays, frozenset(committed), components, catalog)
+    run = StoredRun(output, manifest, stored.arrays, frozenset(committed), components, catalog)
     found.faults += _check_marks(run, found.notes)
     totals = check_partitions(run, progress)
     found.faults += totals.faults

@@ -7,7 +7,6 @@ from fruitdask.store.arrays import (
     create_thumbnails,
     delete_thumbnails,
     hash_arrays,
-    open_array,
     open_store,
     open_thumbnails,
     read_arrays,

@@ -72,6 +72,18 @@ class StoredArray:
                 self.array[index * size : (index + 1) * size]
 
 
+@dataclass(frozen=True, eq=False)
+class RunArrays:
+    """The arrays of a run, whose metadata were read once, and the attributes of their group."""
+
+    arrays: Mapping[str, StoredArray]
+    attrs: dict[str, Any]
+
+    def __getitem__(self, name: str) -> StoredArray:
+        """Return ``features`` or ``status``."""
+        return self.arrays[name]
+
+
 def create_store(
     output: Location, *, n_images: int, n_features: int, images_per_partition: int, attributes: Mapping[str, Any]
 ) -> None:
@@ -107,7 +119,7 @@ def create_store(
         _consolidate(group)
 
 
-def open_store(output: Location) -> zarr.Group | None:
+def open_store(output: Location) -> RunArrays | None:
     """Open the arrays of a run for reading."""
     location = output.child(FEATURES)
     with explained(location, "read", remedy=advise_repair(output)):
@@ -115,16 +127,9 @@ def open_store(output: Location) -> zarr.Group | None:
             return None
         # The arrays' own metadata, so that damage to them is found.
         group = zarr.open_group(**name_store(location), mode="r", use_consolidated=False)
-        for name in ("features", "status"):
-            group[name]
+        arrays = {name: StoredArray(group[name], output) for name in ("features", "status")}
     check_format(group.attrs, location.url)
-    return group
-
-
-def open_array(group: Any, name: str, output: Location) -> StoredArray:
-    """Open an array of a run for reading: its metadata are read again."""
-    with explained(output.child(FEATURES), "read", remedy=advise_repair(output)):
-        return StoredArray(group[name], output)
+    return RunArrays(arrays, dict(group.attrs))
 
 
 def resize_store(output: Location, *, n_images: int, attributes: Mapping[str, Any]) -> None:
@@ -151,10 +156,10 @@ def read_partition(output: Location, *, index: int, start: int) -> tuple[npt.NDA
     """Read the features, float32, and the outcomes of a partition; None if it is not committed."""
     if not exists(output.child(name_outcomes(index))):
         return None
-    outcomes, group = read_table(output, name_outcomes(index)), open_store(output)
-    if group is None:
+    outcomes, stored = read_table(output, name_outcomes(index)), open_store(output)
+    if stored is None:
         return None
-    return np.asarray(open_array(group, "features", output)[start : start + len(outcomes)]), outcomes
+    return np.asarray(stored["features"][start : start + len(outcomes)]), outcomes
 
 
 def write_partition(

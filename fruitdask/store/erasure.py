@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask.core.storage import Location, exists, explained
-from fruitdask.store.arrays import StoredArray, create_store, open_store, write_partition
+from fruitdask.store.arrays import create_store, open_store, write_partition
 from fruitdask.store.catalog import read_catalog, write_catalog
 from fruitdask.store.checks import find_strays
 from fruitdask.store.layout import (
@@ -39,10 +39,10 @@ def stage_rows(
     """
     staging = output.child(STAGING)
     delete_result(output, STAGING)
-    store: Any = open_store(output)
-    if store is None:
+    stored = open_store(output)
+    if stored is None:
         return
-    features, committed, catalog = StoredArray(store["features"], output), list_committed(output), read_catalog(output)
+    features, committed, catalog = stored["features"], list_committed(output), read_catalog(output)
     if catalog is None:
         return
     columns = OUTCOME_COLUMNS + VERSION_COLUMNS
@@ -51,7 +51,7 @@ def stage_rows(
         n_images=len(rows),
         n_features=features.shape[1],
         images_per_partition=images_per_partition,
-        attributes={**store.attrs, **attributes},
+        attributes={**stored.attrs, **attributes},
     )
     for index, start in enumerate(range(0, len(rows), images_per_partition)):
         chosen = rows[start : start + images_per_partition]

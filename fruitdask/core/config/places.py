@@ -28,7 +28,9 @@ def describe_place(place: str, results: str | None = None) -> dict[str, Any] | N
     else:
         return None
     if results is None and not beside:
-        raise ConfigError(f"{place}: there is no place for results beside it; name a folder or URL for them after it")
+        raise ConfigError(
+            f"{place}: results cannot be stored beside a whole bucket; give their folder or URL as the second argument"
+        )
     return {"input": {"url": url}, "output": {"url": results or f"{beside}-results"}}
 
 

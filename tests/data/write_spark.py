@@ -1,6 +1,6 @@
 """Write the Parquet folders of tests/data/spark with PySpark: features of the images that tests/test_compare.py draws.
 
-    python tests/benchmarks/spark_folder.py FOLDER
+    python tests/data/write_spark.py FOLDER
 
 Needs pyspark and Java 17 besides what the tests need. `arrays` holds arrays of floats, partitioned by label; `vectors`
 holds dense and sparse vectors of Spark ML, and the scores of its PCA.
