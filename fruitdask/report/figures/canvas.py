@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-
 from fruitdask.errors import ConfigError
 from fruitdask.report.figures.styles import FAINT, HAIRLINE, INK, MUTED, SMALL_SIZE, TEXT_SIZE
 
@@ -114,12 +112,13 @@ def fit_figure(figure: Figure, *, width: float = 0.0, height: float = 0.0) -> Fi
     above = high * (1 - max(slot.height for slot in slots)) if slots else _HEADER + _MARGIN
     texts = [*figure.texts, *figure.legends]
     widest = _SLACK * max(text.get_window_extent().width for text in texts) / figure.dpi
-    total = np.array([max(width + around, widest + 2 * _MARGIN), height + above])
-    size = np.array([(total[0] - around) / max(len(slots), 1), height])
+    total_width, total_height = max(width + around, widest + 2 * _MARGIN), height + above
+    inner = (total_width - around) / max(len(slots), 1)
     for number, (axes, slot) in enumerate(zip(figure.axes, slots, strict=True)):
-        corner = slot.p0 * (wide, high) - (number * (slot.width * wide - size[0]), 0)
-        axes.set_position([*(corner / total), *(size / total)])
-    figure.set_size_inches(total)
+        left = slot.x0 * wide - number * (slot.width * wide - inner)
+        bottom = slot.y0 * high
+        axes.set_position((left / total_width, bottom / total_height, inner / total_width, height / total_height))
+    figure.set_size_inches(total_width, total_height)
     figure.set_layout_engine(None)
     return figure
 
