@@ -19,11 +19,11 @@ from measuring import print_table
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parents[1]))
-from faulty_s3 import open_faulty_s3
-
 import fruitdask
 from fruitdask.cluster.ec2.prices import compute_request_cost
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from faulty_s3 import open_faulty_s3  # noqa: E402
 
 IMAGES_PER_PARTITION, FEW, MANY = 4, 10, 30
 #: Images per partition of a run of ten million, and their number.
