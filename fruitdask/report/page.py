@@ -22,21 +22,19 @@ if TYPE_CHECKING:
 _FOLDER = Path(__file__).parent
 #: Characters of Base64 for pictures to check, in the text and in the maps. With Bokeh's 1.3 MB, figures and points, the
 #: page stays well under 10 MB.
-_ISSUES_BYTES, _EXAMPLES_BYTES, _MAP_PICTURES_BYTES = 500_000, 2_000_000, 3_000_000
+_ISSUES_BYTES, _EXAMPLES_BYTES, _DUPLICATES_BYTES, _MAP_BYTES = 500_000, 2_000_000, 500_000, 3_000_000
 #: Sections by their anchor, in their order on the page.
 _SECTIONS = {
     "summary": "Summary",
     "predictions": "Predictions",
     "check": "To check",
-    "data": "Data",
-    "exploration": "Exploration",
-    "features": "Features",
+    "maps": "Map",
+    "classes": "Classes",
+    "examples": "Examples",
+    "quality": "Quality",
     "classifier": "Classifier",
-    "maps": "Maps",
-    "failures": "Failures",
-    "performance": "Performance",
-    "protection": "Data protection",
-    "reproduce": "Reproduce",
+    "data": "Data",
+    "record": "Record",
 }
 
 
@@ -85,33 +83,35 @@ def _build_context(data: ReportData) -> dict[str, Any]:
     scripts = [_read_bokeh()] * bool(views["maps"]) + [(_FOLDER / "page.js").read_text(encoding="utf-8")]
     return {
         "title": sections.choose_title(data.config),
-        "toc": [(anchor, name) for anchor, name in _SECTIONS.items() if views[anchor]],
+        "sections": {anchor: name for anchor, name in _SECTIONS.items() if views[anchor]},
         "palette": styles,
         "scripts": [_trust(script) for script in scripts],
         "script_hashes": [_hash_script(script) for script in scripts],
-        **views,
+        "views": views,
     }
 
 
 def _build_views(data: ReportData) -> dict[str, Any]:
     """Build the views of all sections, None where there is nothing to say."""
-    config, manifest, exploration = data.config, data.manifest, data.exploration
+    config, manifest, exploration, quality = data.config, data.manifest, data.exploration, data.quality
     counts = sections.count_images(manifest, data.results, exploration)
     return {
         "summary": sections.describe_summary(
-            config, counts=counts, manifest=manifest, exploration=exploration, quality=data.quality
+            config, counts=counts, manifest=manifest, exploration=exploration, quality=quality
         ),
-        "check": None if data.issues is None else _describe_issues(data.issues, exploration),
-        "data": sections.describe_data(counts, exploration),
-        "exploration": None if exploration is None else _describe_exploration(exploration, config),
-        "features": None if data.quality is None else _describe_features(data.quality, manifest),
-        "classifier": None if data.classifier is None else _describe_classifier(data.classifier),
         "predictions": None if data.predictions is None else _describe_predictions(data.predictions, exploration),
+        "check": None if data.issues is None else _describe_issues(data.issues, exploration),
         "maps": _describe_maps(data),
-        "failures": sections.describe_failures(data.failures),
-        "performance": None if manifest is None else sections.describe_performance(manifest, n_images=counts.n_images),
-        "protection": sections.describe_protection(config, manifest, exploration),
-        "reproduce": sections.describe_reproduction(config, manifest, exploration),
+        "classes": sections.describe_classes(counts, exploration, quality),
+        "examples": None if exploration is None else _describe_examples(exploration, config),
+        "quality": None if quality is None else _describe_quality(quality, manifest),
+        "classifier": None if data.classifier is None else _describe_classifier(data.classifier),
+        "data": _describe_data(data),
+        "record": {
+            "performance": manifest and sections.describe_performance(manifest, n_images=counts.n_images),
+            "protection": sections.describe_protection(config, manifest, exploration),
+            "reproduce": sections.describe_reproduction(config, manifest, exploration),
+        },
     }
 
 
@@ -125,6 +125,12 @@ def _describe_predictions(predictions: pd.DataFrame, exploration: Exploration | 
     return sections.describe_predictions(predictions, Thumbnails(exploration, max_bytes=_ISSUES_BYTES))
 
 
+def _describe_examples(exploration: Exploration, config: Config) -> sections.View | None:
+    """Describe pictures of each class."""
+    thumbnails = Thumbnails(exploration, max_bytes=_EXAMPLES_BYTES)
+    return sections.describe_examples(exploration, thumbnails, per_class=config.report.examples_per_class)
+
+
 def _describe_classifier(report: dict[str, Any]) -> sections.View:
     """Describe what cross-validation says of a classifier."""
     counts = np.array(report["linear_probe"]["confusion"], float)
@@ -136,35 +142,11 @@ def _describe_classifier(report: dict[str, Any]) -> sections.View:
     return {**report, "confusion_figure": figure}
 
 
-def _describe_exploration(exploration: Exploration, config: Config) -> sections.View:
-    """Describe what the images themselves say."""
-    thumbnails = Thumbnails(exploration, max_bytes=_EXAMPLES_BYTES)
-    differences = sections.describe_differences(exploration)
-    return {
-        "examples": sections.describe_examples(exploration, thumbnails, per_class=config.report.examples_per_class),
-        "colours": sections.describe_colours(exploration.classes),
-        "differences": differences,
-        "duplicates": sections.describe_duplicates(exploration, thumbnails),
-        "size_figure": _draw(
-            figures.plot_sizes(exploration.images), "Distribution of the images' sizes in bytes and in pixels."
-        ),
-        "difference_figure": differences
-        and _draw(
-            figures.plot_differences(exploration.classes),
-            "Mean squared difference between images of each class; the same numbers are in the table below.",
-        ),
-    }
-
-
-def _describe_features(quality: dict[str, Any], manifest: dict[str, Any] | None) -> sections.View:
+def _describe_quality(quality: dict[str, Any], manifest: dict[str, Any] | None) -> sections.View:
     """Describe the features and their quality."""
     variance, judged = quality.get("explained_variance"), quality.get("grouped") or quality
     confusion = judged["neighbors"]["confusion"]
     drawn = {
-        "silhouette_figure": _draw(
-            figures.plot_silhouettes(judged["silhouette"]),
-            "Silhouette of each class; the same numbers are in the table below.",
-        ),
         "confusion_figure": _draw(
             figures.plot_confusion(confusion["labels"], confusion["share"]),
             "Heat map: the class of an image in rows, the classes of its nearest neighbours in columns.",
@@ -178,13 +160,29 @@ def _describe_features(quality: dict[str, Any], manifest: dict[str, Any] | None)
     return sections.describe_quality(quality) | drawn | {"model": (manifest or {}).get("model")}
 
 
+def _describe_data(data: ReportData) -> sections.View | None:
+    """Describe the files: their sizes, duplicates, and what could not be used."""
+    view: sections.View = {"failures": sections.describe_failures(data.failures), "duplicates": [], "sizes": []}
+    if data.exploration is not None:
+        images = data.exploration.images
+        view["duplicates"] = sections.describe_duplicates(
+            data.exploration, Thumbnails(data.exploration, max_bytes=_DUPLICATES_BYTES)
+        )
+        view["bytes_total"] = int(images["bytes"].sum())
+        view["sizes"] = [
+            _draw(figures.plot_sizes(images, parts=[part]), f"Histogram of all images: {part.lower()}.")
+            for part in figures.SIZES
+        ]
+    return view if any(view.values()) else None
+
+
 def _describe_maps(data: ReportData) -> Maps | None:
     """Describe the interactive maps."""
     if data.results is None:
         return None
     ratio = (data.manifest or {}).get("pca", {}).get("explained_variance_ratio", [])
     axes = choose_axes(list(data.results.columns), data.config.plots.components, ratio)
-    thumbnails = Thumbnails(data.exploration, max_bytes=_MAP_PICTURES_BYTES)
+    thumbnails = Thumbnails(data.exploration, max_bytes=_MAP_BYTES)
     return (
         build_maps(data.results, axes, thumbnails=thumbnails, max_points=data.config.report.max_points)
         if axes
