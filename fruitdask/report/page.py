@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ _FOLDER = Path(__file__).parent
 #: Characters of Base64 for pictures to check, in the text and in the maps. With Bokeh's 1.3 MB, figures and points, the
 #: page stays well under 10 MB.
 _ISSUES_BYTES, _EXAMPLES_BYTES, _DUPLICATES_BYTES, _MAP_BYTES = 500_000, 2_000_000, 500_000, 3_000_000
+#: How much larger than in print a figure may be on a desktop.
+_ZOOM = 1.35
 #: Sections by their anchor, in their order on the page.
 _SECTIONS = {
     "summary": "Summary",
@@ -191,8 +194,9 @@ def _describe_maps(data: ReportData) -> Maps | None:
 
 
 def _draw(figure: "Figure", label: str) -> Any:
-    """Draw a figure into the page, with what a reader who cannot see it is told."""
-    return _trust(figures.render_svg(figure, label=label))
+    """Draw a figure into the page, with what a reader who cannot see it is told; on a desktop it may be larger."""
+    svg = figures.render_svg(figure, label=label)
+    return _trust(re.sub(r"max-width:(\d+)px", lambda found: f"max-width:{int(found[1]) * _ZOOM:.0f}px", svg, count=1))
 
 
 def _trust(text: str) -> Any:

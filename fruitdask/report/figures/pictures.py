@@ -41,13 +41,12 @@ def plot_examples(exploration: Exploration, *, per_class: int) -> Figure:
     title, classes = "Examples of each class", exploration.classes
     if classes.empty:
         return plot_nothing(title, "There are no classes to show.")
-    shown = classes.sort_index().sort_values("n_images", ascending=False, kind="stable").index[:_MAX_CLASSES]
+    largest = classes.sort_index().sort_values("n_images", ascending=False, kind="stable").index[:_MAX_CLASSES]
+    shown = largest.sort_values()
     n_blocks = 1 if len(shown) <= _CLASSES_PER_BLOCK else 2
     n_rows, n_pictures = math.ceil(len(shown) / n_blocks), len(_HEADINGS) + per_class
-    note = "The largest classes first" if len(classes) > 1 else ""
-    if n_left_out := len(classes) - len(shown):
-        note += f"; {n_left_out:,} smaller classes are not shown"
-    figure = start_figure(title, note)
+    n_left_out = len(classes) - len(shown)
+    figure = start_figure(title, f"{n_left_out:,} smaller classes are not shown" if n_left_out else "")
     for number, axes in enumerate(figure.subplots(1, n_blocks, squeeze=False)[0]):
         labels = shown[number * n_rows : (number + 1) * n_rows]
         for row, label in enumerate(labels):

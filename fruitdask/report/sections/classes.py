@@ -67,9 +67,17 @@ def _add_findings(rows: list[View], classes: pd.DataFrame) -> None:
         row |= {name: values.get(column) for column, name in _MEDIANS.items()}
         row |= {name: values.get(name) for name in _PAIRS}
         row["colours"] = parse_palette(str(values.get("palette")))
-        if row["mean_squared_difference"] is not None:
-            low, high = (row[name] if row[name] is not None else row[_PAIRS[0]] for name in ("pair_q05", "pair_q95"))
-            row["range"] = (low / limit, (high - low) / limit, row["mean_squared_difference"] / limit)
+        row["range"] = _place_range(row, limit)
+
+
+def _place_range(row: View, limit: float) -> tuple[float, float, float] | None:
+    """Place the range of differences on a bar that ends at `limit`: its start, its length, and the mean, 0 to 1."""
+    mean, low, high = (row[name] for name in ("mean_squared_difference", "pair_q05", "pair_q95"))
+    if mean is None:
+        return None
+    # A class of few images has a mean, but no quantiles.
+    low, high = (mean if value is None else value for value in (low, high))
+    return low / limit, (high - low) / limit, mean / limit
 
 
 def _add_quality(rows: list[View], quality: Mapping[str, Any]) -> None:
