@@ -4,6 +4,7 @@ import base64
 import hashlib
 import re
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,12 @@ from fruitdask.core.config import Config
 from fruitdask.report import figures, formats, sections
 from fruitdask.report.figures import styles
 from fruitdask.report.maps import Maps, build_maps, choose_axes
+from fruitdask.report.plots import Plots, list_plots
 from fruitdask.report.thumbnails import Thumbnails
 from fruitdask.store.exploration import Exploration
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from matplotlib.figure import Figure
 
 _FOLDER = Path(__file__).parent
@@ -61,9 +64,20 @@ class ReportData:
     #: Labels that the classifier of another run predicts for these images.
     predictions: pd.DataFrame | None = field(default=None, repr=False)
 
+    @cached_property
+    def plots(self) -> Plots:
+        """The figures that the data allow."""
+        return list_plots(self)
+
 
 def render_page(data: ReportData) -> str:
     """Render the page."""
+    return _load_template().render(_build_context(data)).lstrip()
+
+
+@cache
+def _load_template() -> "Template":
+    """Load the template of the page, whose compilation takes as long as several figures."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -77,7 +91,7 @@ def render_page(data: ReportData) -> str:
     environment.filters |= {
         name.removeprefix("format_"): value for name, value in vars(formats).items() if name.startswith("format_")
     }
-    return environment.get_template("page.html").render(_build_context(data)).lstrip()
+    return environment.get_template("page.html")
 
 
 def _build_context(data: ReportData) -> dict[str, Any]:
@@ -107,7 +121,7 @@ def _build_views(data: ReportData) -> dict[str, Any]:
         "maps": _describe_maps(data),
         "classes": sections.describe_classes(counts, exploration, quality),
         "examples": None if exploration is None else _describe_examples(exploration, config),
-        "quality": None if quality is None else _describe_quality(quality, manifest),
+        "quality": None if quality is None else _describe_quality(quality, data),
         "classifier": None if data.classifier is None else _describe_classifier(data.classifier),
         "data": _describe_data(data),
         "record": {
@@ -145,22 +159,20 @@ def _describe_classifier(report: dict[str, Any]) -> sections.View:
     return {**report, "confusion_figure": figure}
 
 
-def _describe_quality(quality: dict[str, Any], manifest: dict[str, Any] | None) -> sections.View:
+def _describe_quality(quality: dict[str, Any], data: ReportData) -> sections.View:
     """Describe the features and their quality."""
-    variance, judged = quality.get("explained_variance"), quality.get("grouped") or quality
-    confusion = judged["neighbors"]["confusion"]
     drawn = {
         "confusion_figure": _draw(
-            figures.plot_confusion(confusion["labels"], confusion["share"]),
+            data.plots["neighbors"](),
             "Heat map: the class of an image in rows, the classes of its nearest neighbours in columns.",
         ),
-        "variance_figure": variance
+        "variance_figure": quality.get("explained_variance")
         and _draw(
-            figures.plot_explained_variance(variance["ratio"], variance["n_components"]),
+            data.plots["explained_variance"](),
             "Explained variance by number of components; the numbers of interest are in the table below.",
         ),
     }
-    return sections.describe_quality(quality) | drawn | {"model": (manifest or {}).get("model")}
+    return sections.describe_quality(quality) | drawn | {"model": (data.manifest or {}).get("model")}
 
 
 def _describe_data(data: ReportData) -> sections.View | None:

@@ -89,8 +89,6 @@ def plot_map(
     axes = figure.subplots()
     _draw_points(axes, points, x=x, y=y, styles=styles)
     spans = np.ptp([axes.get_xlim(), axes.get_ylim()], axis=1)
-    if spans.max() <= _MAX_ASPECT * spans.min():
-        axes.set_aspect("equal", adjustable="datalim")
     axes.set_xlabel(tidy_label(x_label or _name_axis(x), n_characters=58))
     axes.set_ylabel(tidy_label(y_label or _name_axis(y), n_characters=44))
     axes.locator_params(nbins=6)
@@ -98,7 +96,10 @@ def plot_map(
         # Coordinates of t-SNE have no meaning.
         axes.set(xticks=[], yticks=[])
     _add_class_legend(figure, styles)
-    return fit_figure(figure, width=_MAP_INCHES[0], height=_MAP_INCHES[1])
+    fit_figure(figure, width=_MAP_INCHES[0], height=_MAP_INCHES[1])
+    if spans.max() <= _MAX_ASPECT * spans.min():
+        axes.set_aspect("equal", adjustable="datalim")
+    return figure
 
 
 @standard_settings()
