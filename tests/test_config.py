@@ -101,7 +101,7 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
             "input_px": None,
             "scale": "signed",
             "near_duplicate_bits": 2,
-            "thumbnail_px": 64,
+            "thumbnail_px": None,
             "max_thumbnails": 2000,
         },
         "quality": {"enabled": True, "n_neighbors": 5, "metric": "euclidean", "max_rows": 5000, "seed": 0},

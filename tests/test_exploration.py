@@ -50,11 +50,12 @@ def explore_here(
     source = ImageSource(
         Location(str(folder)), batch_size=3, max_pixels=10_000_000, fetch_attempts=1, concurrent_reads=4
     )
-    job = ExploreJob(source, Location(str(output)), input_px=px, thumbnail_px=config.thumbnail_px)
+    thumbnail_px = config.choose_thumbnail_px(len(catalog))
+    job = ExploreJob(source, Location(str(output)), input_px=px, thumbnail_px=thumbnail_px)
     store.create_thumbnails(
         job.output,
         n_images=len(catalog),
-        thumbnail_px=config.thumbnail_px,
+        thumbnail_px=thumbnail_px,
         images_per_partition=images_per_partition,
     )
     found, partitions = Accumulator(), list(split_catalog(catalog, images_per_partition))

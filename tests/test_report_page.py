@@ -254,7 +254,7 @@ def outline(html: str) -> Outline:
     return Outline(html)
 
 
-ALL = ["summary", "data", "exploration", "features", "maps", "failures", "performance", "protection", "reproduce"]
+ALL = ["summary", "maps", "classes", "examples", "quality", "data", "record"]
 NO_FAILURES = pd.DataFrame(columns=["path", "label", "status", "error", "attempts"])
 
 
@@ -262,17 +262,17 @@ NO_FAILURES = pd.DataFrame(columns=["path", "label", "status", "error", "attempt
     ("left_out", "missing"),
     [
         ({}, []),
-        ({"exploration": None}, ["exploration", "protection"]),
-        ({"quality": None}, ["features"]),
-        ({"failures": NO_FAILURES}, ["failures"]),
+        ({"exploration": None}, ["examples"]),
+        ({"exploration": None, "failures": NO_FAILURES}, ["examples", "data"]),
+        ({"quality": None}, ["quality"]),
         ({"results": None}, ["maps"]),
-        ({"manifest": None, "results": None, "quality": None}, ["features", "maps", "performance"]),
+        ({"manifest": None, "results": None, "quality": None}, ["quality", "maps"]),
         (
             {"manifest": None, "exploration": None, "results": None, "quality": None, "failures": NO_FAILURES},
-            ["data", "exploration", "features", "maps", "failures", "performance", "protection"],
+            ["maps", "classes", "examples", "quality", "data"],
         ),
     ],
-    ids=["all", "no exploration", "no quality", "no failures", "no results", "explored only", "nothing"],
+    ids=["all", "no exploration", "no failures either", "no quality", "no results", "explored only", "nothing"],
 )
 def test_render_page_shows_the_sections_it_has_data_for(left_out: dict[str, Any], missing: list[str]) -> None:
     outline = Outline(render_page(replace(make_report_data(), **left_out)))
@@ -294,9 +294,8 @@ def test_render_page_is_accessible(outline: Outline) -> None:
     ids = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     named = [attributes[key] for _, attributes in outline.tags for key in ("aria-labelledby",) if key in attributes]
-    linked = [
-        (link["href"] or "").removeprefix("#") for tag in ("a", "use") for link in outline.find(tag) if "href" in link
-    ]
+    addresses = [link["href"] or "" for tag in ("a", "use") for link in outline.find(tag) if {"href", "download"} & {*link} == {"href"}]
+    linked = [address.removeprefix("#") for address in addresses]
     assert {*named, *linked} <= set(ids)
     assert all(button.get("type") == "button" for button in outline.find("button"))
     assert {"header", "nav", "main", "footer"} <= {tag for tag, _ in outline.tags}
@@ -309,7 +308,7 @@ def test_render_page_points_nowhere_else(html: str, outline: Outline) -> None:
         for key in ("src", "href", "xlink:href", "srcset", "action", "data")
         if key in attributes
     ]
-    assert {re.match(r"#|data:image/(webp|png);base64,|data:,$", address) is not None for address in addresses} == {
+    assert {re.match(r"#|data:image/(webp|png);base64,|data:text/csv;base64,|data:,$", address) is not None for address in addresses} == {
         True
     }
     styles = "".join(outline.texts["style"])
@@ -345,7 +344,7 @@ def test_render_page_says_what_was_run_on_what(outline: Outline) -> None:
         "Images from s3://fruits/Test",
         "Finished 23 November 2026, 07:01 UTC",
         "99 % of the variance more than were computed",
-        "1 of the groups reaches over more than one class",
+        "1 group spans more than one class",
         "unreadable 2 The file is no image that can be decoded",
         "Turn images into features 20 s 3",
         "Photographs from eu-central-1 (Frankfurt, Germany)",
@@ -411,7 +410,7 @@ def test_render_page_bears_a_class_without_any_good_image() -> None:
     exploration = replace(data.exploration, classes=classes)
     outline = Outline(render_page(replace(data, exploration=exploration, quality=quality)))
     assert "nan" not in outline.text.lower() and "None" not in outline.text
-    assert "fruit_001 94 % –" in outline.text
+    assert re.search(r"fruit_001 20 \d 94 % – – –", outline.text)
 
 
 @pytest.mark.parametrize("n_rows", [1, 2])
@@ -504,12 +503,14 @@ def test_thumbnails_keep_the_colours_of_their_images() -> None:
 @pytest.mark.parametrize(
     ("url", "title", "expected"),
     [
-        ("s3://bucket/fruits/Test", None, "Test"),
+        ("s3://bucket/fruits/Test", None, "fruits/Test"),
+        ("s3://bucket/fruits", None, "bucket/fruits"),
         ("s3://bucket", None, "bucket"),
-        ("/photographs/apples/", None, "apples"),
+        ("/data/photographs/apples/", None, "photographs/apples"),
+        ("/apples", None, "apples"),
         ("s3://bucket/fruits", "Our apples", "Our apples"),
     ],
-    ids=["prefix", "bucket", "folder", "given"],
+    ids=["folder in a bucket", "folder of a bucket", "bucket", "folder", "at the root", "given"],
 )
 def test_choose_title(url: str, title: str | None, expected: str) -> None:
     config = load_config({"input": {"url": url}, "output": {"url": "s3://run"}, "report": {"title": title}})

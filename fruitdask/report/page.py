@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FOLDER = Path(__file__).parent
-#: Characters of Base64 for pictures to check, in the text and in the maps. With Bokeh's 1.3 MB, figures and points, the
+#: Characters of Base64 for pictures to check, examples, duplicates and the maps. With Bokeh's 1.3 MB, figures and points, the
 #: page stays well under 10 MB.
-_ISSUES_BYTES, _EXAMPLES_BYTES, _DUPLICATES_BYTES, _MAP_BYTES = 500_000, 2_000_000, 500_000, 3_000_000
+_ISSUES_BYTES, _EXAMPLES_BYTES, _DUPLICATES_BYTES, _MAP_BYTES = 1_000_000, 2_000_000, 750_000, 3_000_000
 #: How much larger than in print a figure may be on a desktop.
 _ZOOM = 1.35
 #: Sections by their anchor, in their order on the page.
@@ -134,18 +134,23 @@ def _build_views(data: ReportData) -> dict[str, Any]:
 
 def _describe_issues(issues: pd.DataFrame, exploration: Exploration | None) -> sections.View:
     """Describe the photographs to check."""
-    return sections.describe_issues(issues, Thumbnails(exploration, max_bytes=_ISSUES_BYTES))
+    thumbnails = Thumbnails(exploration, max_bytes=_ISSUES_BYTES, n_wanted=sections.count_pictured(issues["kind"]))
+    return sections.describe_issues(issues, thumbnails)
 
 
 def _describe_predictions(predictions: pd.DataFrame, exploration: Exploration | None) -> sections.View:
     """Describe predicted labels."""
-    return sections.describe_predictions(predictions, Thumbnails(exploration, max_bytes=_ISSUES_BYTES))
+    n_wanted = sections.count_pictured(predictions["label"])
+    thumbnails = Thumbnails(exploration, max_bytes=_ISSUES_BYTES, n_wanted=n_wanted)
+    return sections.describe_predictions(predictions, thumbnails)
 
 
 def _describe_examples(exploration: Exploration, config: Config) -> sections.View | None:
     """Describe pictures of each class."""
-    thumbnails = Thumbnails(exploration, max_bytes=_EXAMPLES_BYTES)
-    return sections.describe_examples(exploration, thumbnails, per_class=config.report.examples_per_class)
+    n_classes, per_class = len(exploration.classes), config.report.examples_per_class
+    n_wanted = n_classes * (3 + sections.count_examples(n_classes, per_class))
+    thumbnails = Thumbnails(exploration, max_bytes=_EXAMPLES_BYTES, n_wanted=n_wanted)
+    return sections.describe_examples(exploration, thumbnails, per_class=per_class)
 
 
 def _describe_classifier(report: dict[str, Any]) -> sections.View:
@@ -180,9 +185,9 @@ def _describe_data(data: ReportData) -> sections.View | None:
     view: sections.View = {"failures": sections.describe_failures(data.failures), "duplicates": [], "sizes": []}
     if data.exploration is not None:
         images = data.exploration.images
-        view["duplicates"] = sections.describe_duplicates(
-            data.exploration, Thumbnails(data.exploration, max_bytes=_DUPLICATES_BYTES)
-        )
+        n_wanted = int(images[["duplicate_group", "near_duplicate_group"]].notna().sum().sum())
+        thumbnails = Thumbnails(data.exploration, max_bytes=_DUPLICATES_BYTES, n_wanted=n_wanted)
+        view["duplicates"] = sections.describe_duplicates(data.exploration, thumbnails)
         view["bytes_total"] = int(images["bytes"].sum())
         view["sizes"] = [
             _draw(figures.plot_sizes(images, parts=[part]), f"Histogram of all images: {part.lower()}.")

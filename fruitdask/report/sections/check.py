@@ -12,6 +12,11 @@ from fruitdask.store import ISSUES_CSV
 _MAX_ISSUES, _MAX_LISTED_ISSUES = 12, 2_000
 
 
+def count_pictured(kinds: pd.Series) -> int:
+    """Count the pictures that some of each kind need, each with another one beside it."""
+    return int(2 * kinds.value_counts().clip(upper=_MAX_ISSUES).sum())
+
+
 def describe_issues(issues: pd.DataFrame, thumbnails: Thumbnails) -> View:
     """Describe the photographs to check: some of each kind, with the image that each conflicts with, and the list."""
     kinds = []
