@@ -50,6 +50,7 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
             "region": None,
             "classes": None,
             "exclude": (),
+            "exclude_from": None,
             "extensions": None,
             "hidden": False,
             "label_from": "parent",

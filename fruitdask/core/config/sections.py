@@ -63,6 +63,9 @@ class InputConfig(Section):
     )
     classes: tuple[str, ...] | None = Field(None, min_length=1, description="Classes to keep; null keeps all.")
     exclude: tuple[str, ...] = Field((), description="Patterns (fnmatch) to skip, such as pear_1/* or */IMG_20*.")
+    exclude_from: str | None = Field(
+        None, description="CSV or Parquet table (path, label) of images to skip, such as the page's selected.csv."
+    )
     extensions: tuple[str, ...] | None = Field(
         None,
         min_length=1,
