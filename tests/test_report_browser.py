@@ -325,9 +325,9 @@ def test_downloaded_paths_leave_images_out_erase_them_and_label_them(
     browser: Browser, sample_folder: Path, tiny_model: ModelConfig, tmp_path: Path, finish: Finish
 ) -> None:
     shutil.copytree(sample_folder, source := tmp_path / "in")
-    first = next(source.iterdir())
-    for name in ("=1+1.jpg", 'two [a] "b", c.jpg'):
-        next(first.glob("*.jpg")).rename(first / name)
+    first = min(source.iterdir())
+    for path, name in zip(sorted(first.iterdir()), ("=1+1.jpg", 'two [a] "b", c.jpg'), strict=False):
+        path.rename(first / name)
     (source / "=sum").mkdir()
     shutil.copy(first / "=1+1.jpg", source / "=sum" / "-1.jpg")
     config = configure(source, tmp_path / "out", tiny_model, explore=ON, report=ON)
