@@ -266,8 +266,12 @@ def test_search_selects_images_by_name(opened: Watched) -> None:
     page = opened.page
     page.locator("#search").fill("  FRUIT_003/R0_15")
     found = page.evaluate(LIST_SELECTED)
-    assert found[0] == found[1] == page.evaluate("""() => JSON.parse(document.getElementById("maps-data").textContent).paths
+    assert (
+        found[0]
+        == found[1]
+        == page.evaluate("""() => JSON.parse(document.getElementById("maps-data").textContent).paths
           .filter((path) => path.includes("fruit_003/r0_15")).length""")
+    )
     assert found[0] > 0
     assert page.locator("#selection-text").inner_text().startswith(f"{found[0]} selected: fruit_003 {found[0]}.")
     page.locator("#search").fill("no such fruit")

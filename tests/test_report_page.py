@@ -294,7 +294,12 @@ def test_render_page_is_accessible(outline: Outline) -> None:
     ids = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     named = [attributes[key] for _, attributes in outline.tags for key in ("aria-labelledby",) if key in attributes]
-    addresses = [link["href"] or "" for tag in ("a", "use") for link in outline.find(tag) if {"href", "download"} & {*link} == {"href"}]
+    addresses = [
+        link["href"] or ""
+        for tag in ("a", "use")
+        for link in outline.find(tag)
+        if {"href", "download"} & {*link} == {"href"}
+    ]
     linked = [address.removeprefix("#") for address in addresses]
     assert {*named, *linked} <= set(ids)
     assert all(button.get("type") == "button" for button in outline.find("button"))
@@ -308,9 +313,10 @@ def test_render_page_points_nowhere_else(html: str, outline: Outline) -> None:
         for key in ("src", "href", "xlink:href", "srcset", "action", "data")
         if key in attributes
     ]
-    assert {re.match(r"#|data:image/(webp|png);base64,|data:text/csv;base64,|data:,$", address) is not None for address in addresses} == {
-        True
-    }
+    assert {
+        re.match(r"#|data:image/(webp|png);base64,|data:text/csv;base64,|data:,$", address) is not None
+        for address in addresses
+    } == {True}
     styles = "".join(outline.texts["style"])
     assert "@import" not in styles and "url(" not in styles
 

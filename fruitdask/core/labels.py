@@ -179,9 +179,7 @@ def _read_table(location: Location, setting: str) -> pd.DataFrame:
         columns = _read_columns(data, location.path)
     except (ValueError, OSError, EOFError, zlib.error, NotImplementedError) as error:
         cause = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"{location.url}: expected a CSV or Parquet table in {setting}, found {cause}"
-        ) from error
+        raise ConfigError(f"{location.url}: expected a CSV or Parquet table in {setting}, found {cause}") from error
     if {"path", "label"} - columns.keys():
         raise ConfigError(
             f"{location.url}: expected the columns path and label in {setting}, found {', '.join(columns) or 'none'}"

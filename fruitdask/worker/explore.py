@@ -78,12 +78,12 @@ class ClassSums:
 
 
 def find_background(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Return a mask, shape (n, px, px), of the pixels that look like the edge of their image, where that has one colour.
+    """Return a mask, (n, px, px), of the pixels that look like the edge of their image, where that has one colour.
 
     A photograph whose edge has several colours has no background here, and neither has one that is all of one colour.
     """
-    rows, columns = thumbnails[:, [0, -1]], thumbnails[:, :, [0, -1]]
-    n, edge = len(thumbnails), np.concatenate([part.reshape(len(thumbnails), -1, 3) for part in (rows, columns)], axis=1)
+    n, rows, columns = len(thumbnails), thumbnails[:, [0, -1]], thumbnails[:, :, [0, -1]]
+    edge = np.concatenate([part.reshape(n, -1, 3) for part in (rows, columns)], axis=1)
     usual = np.median(edge, axis=1).astype(np.int16)[:, np.newaxis]
     on_edge, inside = (
         (np.abs(pixels.reshape(n, -1, 3) - usual) <= _BACKGROUND_LEVELS).all(axis=2) for pixels in (edge, thumbnails)

@@ -23,9 +23,7 @@ _MEDIANS = {"bytes_median": "bytes", "width_px_median": "width_px", "height_px_m
 _PAIRS = ("mean_squared_difference", "standard_error", "pair_q05", "pair_q50", "pair_q95")
 
 
-def describe_classes(
-    counts: Counts, exploration: Exploration | None, quality: Mapping[str, Any] | None
-) -> View | None:
+def describe_classes(counts: Counts, exploration: Exploration | None, quality: Mapping[str, Any] | None) -> View | None:
     """Describe the classes in alphabetical order, the largest ones if there are very many."""
     n_images = {label: each["ok"] + each["failed"] for label, each in counts.by_class().items()}
     if not n_images:

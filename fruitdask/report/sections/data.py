@@ -83,7 +83,5 @@ def describe_failures(failures: pd.DataFrame) -> View | None:
         # A run has a table of failures; an exploration lists them among its images.
         "file": FAILURES if "attempts" in failures else f"{EXPLORED_IMAGES}.csv",
         "reasons": reasons,
-        "rows": [
-            map_texts(hide_secrets, row) for row in rows[["path", "label", "status", "error"]].to_dict("records")
-        ],
+        "rows": [map_texts(hide_secrets, row) for row in rows[["path", "label", "status", "error"]].to_dict("records")],
     }

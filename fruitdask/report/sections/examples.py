@@ -39,9 +39,9 @@ def describe_examples(exploration: Exploration, thumbnails: Thumbnails, *, per_c
             "label": label,
             "pictures": shown,
             "n_shown": len({each["path"] for each in shown if each["path"]}),
-            "n_images": int(classes.at[label, "n_images"]),
+            "n_images": n_images,
         }
-        for label, shown in pictures.items()
+        for (label, shown), n_images in zip(pictures.items(), classes["n_images"].tolist(), strict=True)
         if shown
     ]
     return {"blocks": blocks, "n_without": len(classes) - len(blocks)} if blocks else None

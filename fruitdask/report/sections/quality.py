@@ -53,5 +53,3 @@ def _list_confusions(confusion: Mapping[str, Any]) -> list[View]:
     pairs = [divmod(int(place), share.shape[1]) for place in places]
     labels = confusion["labels"]
     return [{"label": labels[i], "other": labels[j], "share": share[i, j]} for i, j in pairs]
-
-

@@ -131,7 +131,8 @@ def describe_reproduction(config: Config, manifest: Mapping[str, Any] | None, ex
     """Describe how to reproduce the run."""
     tree = (manifest or {}).get("config") or config.model_dump(mode="json", fallback=str)
     # Reproducing the run must not delete these results.
-    tree = {name: _drop(section, "storage_options", "overwrite", "exclude", "exclude_from") for name, section in tree.items()}
+    dropped = ("storage_options", "overwrite", "exclude", "exclude_from")
+    tree = {name: _drop(section, *dropped) for name, section in tree.items()}
     summary: Mapping[str, Any] = manifest or (exploration.summary if exploration else {})
     versions = {"fruitdask": summary["fruitdask"]} if "fruitdask" in summary else {}
     return {
@@ -148,5 +149,3 @@ def _drop(section: Any, *keys: str) -> Any:
     if not isinstance(section, Mapping):
         return section
     return {key: value for key, value in section.items() if key not in keys}
-
-

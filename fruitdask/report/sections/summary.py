@@ -70,5 +70,3 @@ def _share_near_duplicates(exploration: Exploration | None) -> float:
     """Find the share of the images that look nearly the same as another one."""
     found = exploration.summary.get("near_duplicates") if exploration else None
     return found["n_images"] / len(exploration.images) if exploration and found else 0.0
-
-
