@@ -273,7 +273,11 @@ def test_search_selects_images_by_name(opened: Watched) -> None:
           .filter((path) => path.includes("fruit_003/r0_15")).length""")
     )
     assert found[0] > 0
-    assert page.locator("#selection-text").inner_text().startswith(f"{found[0]} selected: fruit_003 {found[0]}.")
+    assert (
+        page.locator("#selection-text")
+        .inner_text()
+        .startswith(f"{found[0]} selected: \u2068fruit_003\u2069: {found[0]}.")
+    )
     page.locator("#search").fill("no such fruit")
     assert page.locator("#selection-text").inner_text() == "No image on the map has such a name."
     assert page.locator("#selection-download").is_disabled()

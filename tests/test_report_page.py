@@ -18,10 +18,11 @@ from PIL import Image
 from sklearn.datasets import make_blobs
 
 from fruitdask.core.config import Config, load_config
+from fruitdask.core.escaping import read_csv
 from fruitdask.core.sample import CLASS_NAMES, render_fruit
 from fruitdask.report.maps import choose_axes, sample_points
 from fruitdask.report.page import ReportData, render_page
-from fruitdask.report.sections import choose_title
+from fruitdask.report.sections import choose_title, describe_duplicates
 from fruitdask.report.thumbnails import Thumbnails
 from fruitdask.store.exploration import Exploration
 
@@ -417,6 +418,30 @@ def test_render_page_bears_a_class_without_any_good_image() -> None:
     outline = Outline(render_page(replace(data, exploration=exploration, quality=quality)))
     assert "nan" not in outline.text.lower() and "None" not in outline.text
     assert re.search(r"fruit_001 20 \d 94 % – – –", outline.text)
+
+
+def test_render_page_shows_each_class_of_a_group_and_lists_all_groups() -> None:
+    data = make_report_data(900, 3, n_thumbnails=40)
+    assert data.exploration is not None
+    images = data.exploration.images.copy()
+    # One group across classes, of which almost all are in one class; and 299 pairs.
+    order = images.sort_values("label", kind="stable").index
+    images.loc[order, "near_duplicate_group"] = np.repeat(range(450), 2)
+    big = [*order[:302], *order[-1:]]
+    images.loc[big, "near_duplicate_group"] = 1_000
+    n_groups = images["near_duplicate_group"].nunique()
+    near = {"n_groups": n_groups, "n_images": 900, "n_groups_across_classes": 2}
+    summary = data.exploration.summary | {"near_duplicates": near}
+    exploration = replace(data.exploration, images=images, summary=summary)
+    view = describe_duplicates(exploration, Thumbnails(exploration, max_bytes=100_000))[1]
+    largest = next(group for group in view["groups"] if group["n_images"] == 303)
+    assert {each["label"] for each in largest["pictures"]} == set(largest["labels"]) and len(largest["labels"]) > 1
+    assert len(largest["pictures"]) == 12 and sum(largest["labels"].values()) == 303
+    assert len(view["groups"]) + len(view["more_groups"]) + view["n_unshown"] == n_groups
+    listed = read_csv(b64decode(view["csv"]), {"path": str, "label": str})
+    assert set(listed["path"]) == set(images["path"]) and view["n_listed"] == 900
+    text = Outline(render_page(replace(data, exploration=exploration))).text
+    assert f"The first 12 of {n_groups} groups" in text and "12 of 303 images are shown" in text
 
 
 @pytest.mark.parametrize("n_rows", [1, 2])

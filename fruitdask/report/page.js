@@ -196,7 +196,7 @@ const showMaps = async () => {
       counts.set(label, (counts.get(label) ?? 0) + 1);
     }
     const most = [...counts].sort((a, b) => b[1] - a[1]);
-    const listed = most.slice(0, 8).map(([label, n]) => `${label} ${n.toLocaleString("en")}`).join(", ");
+    const listed = most.slice(0, 8).map(([label, n]) => `\u2068${label}\u2069: ${n.toLocaleString("en")}`).join(", ");
     const rest = most.length > 8 ? ` and ${most.length - 8} more classes` : "";
     return `${points.length.toLocaleString("en")} selected: ${listed}${rest}.`;
   };

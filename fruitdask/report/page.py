@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FOLDER = Path(__file__).parent
-#: Characters of Base64 for pictures to check, examples, duplicates and the maps. With Bokeh's 1.3 MB, figures and points,
-#: the page stays well under 10 MB.
+#: Characters of Base64 for pictures to check, examples, duplicates and the maps. With Bokeh's 1.3 MB, figures and
+#: points, the page stays well under 10 MB.
 _ISSUES_BYTES, _EXAMPLES_BYTES, _DUPLICATES_BYTES, _MAP_BYTES = 1_000_000, 2_000_000, 750_000, 3_000_000
 #: How much larger than in print a figure may be on a desktop.
 _ZOOM = 1.35
