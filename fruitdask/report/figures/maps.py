@@ -186,12 +186,15 @@ def _draw_points(axes: Axes, points: pd.DataFrame, *, x: str, y: str, styles: Ma
     }
     side = float(np.clip(6 * (400 / n_points) ** 0.25, 1.7, 6))
     n_turns = 1 if n_points <= _MAX_VECTOR_POINTS else 8
-    places = {str(label): group[[x, y]].to_numpy(float) for label, group in points.groupby("label", observed=True)}
-    order = sorted(places, key=lambda label: (-len(places[label]), label))
+    # A plot per style, not per class: with thousands of classes, styles repeat, and each plot takes milliseconds.
+    places: dict[ClassStyle, list[npt.NDArray[np.float64]]] = {}
+    for label, group in points.groupby("label", observed=True):
+        places.setdefault(styles[str(label)], []).append(group[[x, y]].to_numpy(float))
+    series = sorted(((style, np.concatenate(parts)) for style, parts in places.items()), key=lambda one: -len(one[1]))
     for turn in range(n_turns):
-        for label in order:
-            if len(place := places[label][turn::n_turns]):
-                axes.plot(*place.T, **look, **_translate_style(styles[label], side))
+        for style, place in series:
+            if len(place := place[turn::n_turns]):
+                axes.plot(*place.T, **look, **_translate_style(style, side))
 
 
 def _translate_style(style: ClassStyle, side: float) -> dict[str, Any]:
