@@ -28,7 +28,7 @@ from fruitdask.core.storage import Location
 from fruitdask.errors import DamageError, StoreMismatchError
 from fruitdask.store.catalog import list_images, split_catalog
 from fruitdask.store.exploration import Exploration, read_exploration, write_exploration
-from fruitdask.worker.explore import ClassSums, ExploreJob, explore_partition
+from fruitdask.worker.explore import ClassSums, ExploreJob, explore_partition, find_background
 from fruitdask.worker.fetch import ImageSource
 
 #: Published for the same photographs (Fruits-360, original size): the "average MSE" between the images of a class.
@@ -50,11 +50,12 @@ def explore_here(
     source = ImageSource(
         Location(str(folder)), batch_size=3, max_pixels=10_000_000, fetch_attempts=1, concurrent_reads=4
     )
-    job = ExploreJob(source, Location(str(output)), input_px=px, thumbnail_px=config.thumbnail_px)
+    thumbnail_px = config.choose_thumbnail_px(len(catalog))
+    job = ExploreJob(source, Location(str(output)), input_px=px, thumbnail_px=thumbnail_px)
     store.create_thumbnails(
         job.output,
         n_images=len(catalog),
-        thumbnail_px=config.thumbnail_px,
+        thumbnail_px=thumbnail_px,
         images_per_partition=images_per_partition,
     )
     found, partitions = Accumulator(), list(split_catalog(catalog, images_per_partition))
@@ -224,6 +225,21 @@ def test_explore_finds_what_is_in_the_files(tmp_path: Path) -> None:
     assert len(found.thumbnails) == len(found.thumbnail_rows) == 3 and len(found.means) == 3
 
 
+def test_find_background_is_what_looks_like_an_edge_of_one_colour() -> None:
+    random = np.random.default_rng(0)
+    apple = np.full((64, 64, 3), 245, np.uint8)
+    apple[20:44, 20:44] = (180, 40, 30)
+    apple[30:34, 30:34] = 250
+    photograph = random.integers(0, 256, (64, 64, 3), np.uint8)
+    noisy = apple - random.integers(0, 12, apple.shape, np.uint8)
+    found = find_background(np.stack([apple, noisy, photograph, np.full_like(apple, 90)]))
+    # A highlight as white as the background counts as such.
+    expected = (apple > 200).all(axis=2)
+    np.testing.assert_array_equal(found, [expected, expected, np.zeros_like(expected), np.zeros_like(expected)])
+    sums = ClassSums.measure(apple[None], apple[None])
+    assert np.flatnonzero(sums.colours).tolist() == [(180 // 32) * 64 + (40 // 32) * 8] and sums.colours.max() == 560
+
+
 def test_exploration_reads_back(sample_folder: Path, tmp_path: Path) -> None:
     found = explore_here(sample_folder, tmp_path, max_thumbnails=7)
     output = Location(str(tmp_path))
@@ -243,7 +259,7 @@ def test_exploration_reads_back(sample_folder: Path, tmp_path: Path) -> None:
     assert pd.read_csv(tmp_path / "explore.csv")["path"].tolist() == found.images["path"].tolist()
     row = int(found.thumbnail_rows[3])
     with Image.open(sample_folder / found.images.at[row, "path"]) as image:
-        thumbnail = image.resize((32, 32), Image.Resampling.BICUBIC).resize((64, 64), Image.Resampling.BOX)
+        thumbnail = image.resize((32, 32), Image.Resampling.BICUBIC).resize((128, 128), Image.Resampling.BOX)
     np.testing.assert_array_equal(found.thumbnails[3], thumbnail)
 
 

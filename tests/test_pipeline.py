@@ -616,7 +616,7 @@ def test_exploration_is_made_up_for(make_config: MakeConfig, client: Any, explor
     assert again.n_computed == 0 and again.exploration is not None
     assert len(again.exploration.images) == 24 and again.exploration.images["status"].eq("ok").all()
     assert again.exploration.summary["input_px"] == explore.get("input_px", 32)
-    assert again.exploration.thumbnails.shape[1] == explore.get("thumbnail_px", 64)
+    assert again.exploration.thumbnails.shape[1] == explore.get("thumbnail_px", 128)
     np.testing.assert_array_equal(again.features.compute(), first.features.compute())
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from bokeh.core.enums import MarkerType
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
 from matplotlib.patches import Polygon
@@ -27,7 +29,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from fruitdask.report import figures
-from fruitdask.report.figures import maps, rows
+from fruitdask.report.figures import fonts, maps, rows
 from fruitdask.report.figures.canvas import pad_label, standard_settings, tidy_label
 from fruitdask.report.figures.styles import COLOURS, INK
 from fruitdask.store.exploration import Exploration
@@ -326,13 +328,13 @@ def test_plot_map_names_axes(
     assert n_ticks is None or len(axes.get_xticks()) == n_ticks
 
 
-def test_plot_class_counts_sorts_bars_and_tells_failures() -> None:
+def test_plot_class_counts_has_the_order_of_all_tables_and_tells_failures() -> None:
     classes = pd.DataFrame({"n_images": [5, 12345, 5, 40], "n_ok": [5, 12345, 5, 30]}, index=["b", "c", "a", "d"])
     figure = figures.plot_class_counts(classes)
-    assert get_rows(figure) == ["c", "d", "a", "b"]
+    assert get_rows(figure) == ["a", "b", "c", "d"]
     good, failed = get_bars(figure)[:4], get_bars(figure)[4:]
-    assert [bar[:2] for bar in good] == [(0, 12345), (0, 30), (0, 5), (0, 5)]
-    assert [bar[:2] for bar in failed] == [(12345, 0), (30, 10), (5, 0), (5, 0)]
+    assert [bar[:2] for bar in good] == [(0, 5), (0, 5), (0, 12345), (0, 30)]
+    assert [bar[:2] for bar in failed] == [(5, 0), (5, 0), (12345, 0), (30, 10)]
     assert {bar[2] for bar in good}.isdisjoint({bar[2] for bar in failed})
     assert "12,345" in list_texts(figure)
     assert "12,395 images in 4 classes; orange: 10 that could not be read" in list_texts(figure)
@@ -341,27 +343,26 @@ def test_plot_class_counts_sorts_bars_and_tells_failures() -> None:
 def test_plot_differences_shows_means_errors_and_ranges() -> None:
     classes = make_classes(labels := ["a", "b", "c"])
     figure = figures.plot_differences(classes)
-    by_mean = classes.loc[["a", "c"]].sort_values("mean_squared_difference", ascending=False)
-    assert get_rows(figure) == [*by_mean.index, labels[1]]
-    np.testing.assert_allclose(
-        [bar[:2] for bar in get_bars(figure)][:2], np.c_[by_mean["pair_q05"], by_mean["pair_q95"] - by_mean["pair_q05"]]
-    )
+    assert get_rows(figure) == labels
+    known = classes.loc[["a", "c"]]
+    ranges = np.c_[known["pair_q05"], known["pair_q95"] - known["pair_q05"]]
+    np.testing.assert_allclose([bar[:2] for bar in get_bars(figure)][::2], ranges)
     (axes,) = figure.axes
     dots = next(line for line in axes.lines if line.get_marker() == "o")
-    np.testing.assert_allclose(np.asarray(dots.get_xdata(), float)[:2], by_mean["mean_squared_difference"])
+    np.testing.assert_allclose(np.asarray(dots.get_xdata(), float)[::2], known["mean_squared_difference"])
     (whiskers,) = axes.collections
-    ends = [path.vertices[:, 0] for path in whiskers.get_paths()][:2]
-    np.testing.assert_allclose(np.diff(ends)[:, 0], 2 * by_mean["standard_error"])
+    ends = [path.vertices[:, 0] for path in whiskers.get_paths()][::2]
+    np.testing.assert_allclose(np.diff(ends)[:, 0], 2 * known["standard_error"])
     assert [text.get_text() for text in axes.texts] == ["–"]
 
 
-def test_plot_silhouettes_sorts_and_marks_what_is_below_zero() -> None:
+def test_plot_silhouettes_marks_what_is_below_zero() -> None:
     figure = figures.plot_silhouettes({"mean": -0.126, "by_class": {"a": -0.5, "b": None, "c": 0.75}})
-    assert get_rows(figure) == ["c", "a", "b"]
+    assert get_rows(figure) == ["a", "b", "c"]
     bars = get_bars(figure)
-    assert [width for _, width, _ in bars] == [0, -0.5, 0, 0.75, 0, 0]
+    assert [width for _, width, _ in bars] == [-0.5, 0, 0, 0, 0, 0.75]
     assert len({colour for _, _, colour in bars[:3]} | {bars[3][2]}) == 2
-    assert [text.get_text() for text in figure.axes[0].texts] == ["0.75", "−0.50", "–"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["−0.50", "–", "0.75"]
     assert any(text.startswith("Mean of all images −0.13.") for text in list_texts(figure))
 
 
@@ -425,8 +426,7 @@ def test_plot_sizes_of_equal_images() -> None:
 def test_plot_examples_chooses_pictures() -> None:
     exploration = make_exploration(["a", "b"])
     (axes,) = (figure := figures.plot_examples(exploration, per_class=3)).axes
-    order = list(exploration.classes["n_images"].sort_values(ascending=False).index)
-    assert get_rows(figure) == order
+    assert get_rows(figure) == (order := ["a", "b"])
     drawn: dict[str, list[tuple[int, int, int]]] = {"a": [], "b": []}
     for image in axes.images:
         left, _, _, top = image.get_extent()
@@ -443,10 +443,9 @@ def test_plot_examples_chooses_pictures() -> None:
 def test_plot_examples_shows_the_largest_classes_and_says_how_many_are_left_out() -> None:
     exploration = make_exploration([f"class {number:03d}" for number in range(130)], per_class=1)
     figure = figures.plot_examples(exploration, per_class=1)
-    assert get_rows(figure) == list(
-        exploration.classes["n_images"].sort_values(ascending=False, kind="stable").index[:40]
-    )
-    assert "The largest classes first; 90 smaller classes are not shown" in list_texts(figure)
+    largest = exploration.classes["n_images"].sort_values(ascending=False, kind="stable").index[:40]
+    assert get_rows(figure) == sorted(largest)
+    assert "90 smaller classes are not shown" in list_texts(figure)
 
 
 EMPTY, TABLE = make_classes(["a"]).iloc[:0], make_table(["a"], 3)
@@ -498,7 +497,7 @@ def test_more_classes_than_a_figure_holds_are_counted(monkeypatch: pytest.Monkey
     monkeypatch.setattr(maps, "_MAX_ENTRIES", 3)
     figure = figures.plot_class_counts(make_classes(labels := list("abcde")))
     assert len(get_rows(figure)) == 3
-    assert any("The first 3 of 5 classes." in text for text in list_texts(figure))
+    assert any("The largest 3 of 5 classes." in text for text in list_texts(figure))
     legend = list_legend(figures.plot_map(make_table(labels, 20), x="pca_1", y="pca_2", title="Map"))
     assert legend == ["a", "b", "… and 3 more"]
 
@@ -668,8 +667,34 @@ def test_matplotlib_loads_with_a_wrong_backend_and_keeps_a_right_one(tmp_path: P
 
 def test_matplotlibrc_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe")
-    code = (
-        "from fruitdask.report import figures\ntry: figures.load_matplotlib()\nexcept Exception as e: print(type(e).__name__, e)"
-    )
+    code = "from fruitdask.report import figures\ntry: figures.load_matplotlib()\nexcept Exception as e: print(type(e).__name__, e)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith("ConfigError matplotlib cannot be imported: 'utf-8' codec can't decode")
+
+
+def test_letters_without_a_font_are_noted_in_the_file_and_not_on_the_page() -> None:
+    # Cuneiform: none of the fonts that are looked for has it.
+    classes = pd.DataFrame({"n_images": [1, 2], "n_ok": [1, 2]}, index=["pear", "\U00012000\U00012001"])
+    pear, other = (figures.plot_class_counts(classes.iloc[:n]) for n in (1, 2))
+    assert [fonts.lacks_letters(figure) for figure in (pear, other)] == [False, True]
+    # It is in the file, in the row of text below the title.
+    short, long = (measure_note(figures.render_png(figure, dpi=100)) for figure in (pear, other))
+    assert long > short + 100
+    assert fonts.BOXES not in figures.render_svg(other)
+
+
+def measure_note(png: bytes) -> int:
+    """Find where the line below the title ends, in pixels at 100 dpi."""
+    grey = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
+    return int(np.flatnonzero((grey[30:44] < 200).any(axis=0)).max())
+
+
+def test_names_are_drawn_in_fonts_of_other_scripts_where_the_system_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    serif = next(font for font in fontManager.ttflist if font.name == "DejaVu Serif")
+    monkeypatch.setattr(fontManager, "ttflist", [*fontManager.ttflist, replace(serif, name="Noto Sans CJK SC")])
+    fonts.list_families.cache_clear()
+    try:
+        figure = figures.plot_class_counts(pd.DataFrame({"n_images": [1], "n_ok": [1]}, index=["pear"]))
+        assert figure.axes[0].get_yticklabels()[0].get_fontfamily() == ["DejaVu Sans", "Noto Sans CJK SC"]
+    finally:
+        fonts.list_families.cache_clear()

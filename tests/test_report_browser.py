@@ -1,6 +1,7 @@
 """The page in a real browser: headless Chromium, without any network."""
 
 import html
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
+from runs import ON, Finish, configure
 from test_report_page import HOSTILE, HOSTILE_END, make_report_data
 
+from fruitdask import report
+from fruitdask.cli import cli
+from fruitdask.core.config import InputConfig, ModelConfig
+from fruitdask.core.storage import Location
 from fruitdask.report.figures.styles import INK
 from fruitdask.report.page import render_page
+from fruitdask.store.catalog import list_images
 
 #: A browser of its own that asks nobody for anything.
 ARGUMENTS = [
@@ -254,6 +262,117 @@ def test_selection_is_shared_by_both_maps(opened: Watched) -> None:
     assert page.locator("#selection-text").text_content() == "Nothing is selected."
 
 
+def test_search_selects_images_by_name(opened: Watched) -> None:
+    page = opened.page
+    page.locator("#search").fill("  FRUIT_003/R0_15")
+    found = page.evaluate(LIST_SELECTED)
+    assert (
+        found[0]
+        == found[1]
+        == page.evaluate("""() => JSON.parse(document.getElementById("maps-data").textContent).paths
+          .filter((path) => path.includes("fruit_003/r0_15")).length""")
+    )
+    assert found[0] > 0
+    assert (
+        page.locator("#selection-text")
+        .inner_text()
+        .startswith(f"{found[0]} selected: \u2068fruit_003\u2069: {found[0]}.")
+    )
+    page.locator("#search").fill("no such fruit")
+    assert page.locator("#selection-text").inner_text() == "No image on the map has such a name."
+    assert page.locator("#selection-download").is_disabled()
+
+
+@pytest.mark.parametrize("opened", [{"permissions": ["clipboard-read", "clipboard-write"]}], indirect=True)
+def test_paths_of_selected_images_are_copied(opened: Watched) -> None:
+    page = opened.page
+    page.locator("#search").fill("fruit_004")
+    page.locator("#selection-copy").click()
+    n_selected = page.evaluate(LIST_SELECTED)[0]
+    page.get_by_text(f"{n_selected} copied.").wait_for()
+    copied = page.evaluate("() => navigator.clipboard.readText()").split("\n")
+    assert len(copied) == n_selected > 1 and all(path.startswith("fruit_004/") for path in copied)
+
+
+def test_pictures_enlarge_by_keyboard_and_give_the_focus_back(opened: Watched) -> None:
+    page = opened.page
+    pictures = page.locator("#examples button.picture:visible")
+    pictures.nth(1).focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#enlarged[open]")
+    path = pictures.nth(1).get_attribute("data-path")
+    assert path is not None and path in page.locator("#enlarged-text").inner_text()
+    enlarged = page.locator("#enlarged-content img")
+    assert enlarged.bounding_box()["width"] >= 3 * pictures.nth(1).bounding_box()["width"]
+    page.keyboard.press("ArrowRight")
+    assert pictures.nth(2).get_attribute("data-path") in page.locator("#enlarged-text").inner_text()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#enlarged-text").inner_text().startswith("Mean of all images of")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#enlarged", state="hidden")
+    assert pictures.nth(1).evaluate("(each) => each === document.activeElement")
+
+
+def test_a_selected_picture_and_a_figure_enlarge_by_mouse(opened: Watched) -> None:
+    page = opened.page
+    page.locator("#search").fill("fruit_005")
+    page.locator("#selection-pictures button.picture").first.click()
+    assert "fruit_005/" in page.locator("#enlarged-text").inner_text()
+    page.mouse.click(3, 3)
+    page.wait_for_selector("#enlarged", state="hidden")
+    page.locator("#quality .enlarge").first.click()
+    assert page.locator("#enlarged-content svg").count() == 1
+    assert page.locator("#enlarged-copy").is_hidden() and page.locator("#enlarged-after").is_hidden()
+    page.locator("#enlarged-close").click()
+    page.wait_for_selector("#enlarged", state="hidden")
+    assert opened.complaints == []
+
+
+def test_downloaded_paths_leave_images_out_erase_them_and_label_them(
+    browser: Browser, sample_folder: Path, tiny_model: ModelConfig, tmp_path: Path, finish: Finish
+) -> None:
+    shutil.copytree(sample_folder, source := tmp_path / "in")
+    first = min(source.iterdir())
+    for path, name in zip(sorted(first.iterdir()), ("=1+1.jpg", 'two [a] "b", c.jpg'), strict=False):
+        path.rename(first / name)
+    (source / "=sum").mkdir()
+    shutil.copy(first / "=1+1.jpg", source / "=sum" / "-1.jpg")
+    config = configure(source, tmp_path / "out", tiny_model, explore=ON, report=ON)
+    n_images, table = len(finish(config).table), tmp_path / "selected.csv"
+    with browser.new_context(accept_downloads=True) as context:
+        page = context.new_page()
+        page.goto((tmp_path / "out" / "report.html").as_uri())
+        page.wait_for_selector(READY, state="attached")
+        page.locator("#search").fill(first.name)
+        page.evaluate("() => { Bokeh.documents[0].roots()[0].renderers[0].data_source.selected.indices.push(0) }")
+        with page.expect_download() as download:
+            page.locator("#selection-download").click()
+        download.value.save_as(table)
+    selected = {"=sum/-1.jpg", *(f"{first.name}/{path.name}" for path in first.iterdir())}
+    labelled = list_images(InputConfig(url=str(source), manifest=str(table)))
+    assert set(labelled["path"]) == selected
+    left = list_images(InputConfig(url=str(source), exclude_from=str(table)))
+    assert not selected & {*left["path"]} and len(left) == n_images - len(selected)
+    (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    done = CliRunner().invoke(cli, ["erase", str(tmp_path / "run.yaml"), "--paths", str(table), "--yes"])
+    assert done.exit_code == 0 and f"{len(selected)} of {n_images} images" in done.output, done.output
+    results = report.read_results(Location(config.output.url))
+    assert list(results["path"]) == list(left["path"])
+
+
+@pytest.mark.parametrize("opened", [{"viewport": {"width": 1440, "height": 900}}, {"viewport": PHONE}], indirect=True)
+def test_figures_fit_into_the_width(opened: Watched) -> None:
+    page = opened.page
+    widths = page.evaluate("""() => [...document.querySelectorAll(".figure, .examples, .cards")].map((each) => {
+          const box = each.getBoundingClientRect();
+          return [each.scrollWidth - each.clientWidth, box.left, innerWidth - box.right];
+        })""")
+    assert len(widths) >= 5
+    assert all(hidden <= 1 and min(left, right) >= 0 for hidden, left, right in widths), widths
+    assert page.evaluate("() => document.documentElement.scrollWidth === innerWidth")
+
+
 @pytest.mark.parametrize("opened", [{"viewport": PHONE, "is_mobile": True, "has_touch": True}], indirect=True)
 def test_phone_shows_everything_without_scrolling_sideways(opened: Watched) -> None:
     page = opened.page
@@ -318,10 +437,21 @@ def test_contrast_of_text_is_enough(opened: Watched) -> None:
             }
           };
           let worst = [Infinity, ""];
-          for (const element of document.querySelectorAll("body *:not(svg *):not(script):not(noscript *)")) {
+          const mix = (front, back, opacity) => {
+            const [over, under] = [parse(front), parse(back)];
+            const share = opacity * (over[3] ?? 1);
+            return `rgb(${over.slice(0, 3).map((each, place) => share * each + (1 - share) * under[place]).join(" ")})`;
+          };
+          const inCell = (text) => /^\\d+$/.test(text.textContent.trim()) && text.getAttribute("style")?.includes("#ffffff");
+          for (const each of document.querySelectorAll("details")) each.open = true;
+          for (const element of document.querySelectorAll("body *:not(script):not(noscript *)")) {
             const hasText = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
-            if (!hasText || !element.checkVisibility()) continue;
-            const pair = [light(getComputedStyle(element).color), light(behind(element))].sort((a, b) => b - a);
+            // Numbers in white stand on dark cells of a heat map, which are an image.
+            if (!hasText || !element.checkVisibility() || inCell(element)) continue;
+            const style = getComputedStyle(element);
+            const back = behind(element);
+            const ink = element.closest("svg") ? mix(style.fill, back, style.fillOpacity * style.opacity) : style.color;
+            const pair = [light(ink), light(back)].sort((a, b) => b - a);
             const ratio = (pair[0] + 0.05) / (pair[1] + 0.05);
             if (ratio < worst[0]) worst = [ratio, element.outerHTML.slice(0, 200)];
           }
@@ -342,7 +472,7 @@ def test_page_works_in_a_frame_of_a_notebook(browser: Browser, report_file: Path
         page.goto(notebook.as_uri())
         frame = page.frames[1]
         frame.wait_for_selector(READY, state="attached")
-        frame.get_by_role("link", name="Reproduce").click()
+        frame.get_by_role("link", name="Record").click()
         assert frame.url == "about:srcdoc"
         assert frame.evaluate("() => scrollY") > 1_000
 

@@ -18,10 +18,11 @@ from PIL import Image
 from sklearn.datasets import make_blobs
 
 from fruitdask.core.config import Config, load_config
+from fruitdask.core.escaping import read_csv
 from fruitdask.core.sample import CLASS_NAMES, render_fruit
 from fruitdask.report.maps import choose_axes, sample_points
 from fruitdask.report.page import ReportData, render_page
-from fruitdask.report.sections import choose_title
+from fruitdask.report.sections import choose_title, describe_duplicates
 from fruitdask.report.thumbnails import Thumbnails
 from fruitdask.store.exploration import Exploration
 
@@ -254,7 +255,7 @@ def outline(html: str) -> Outline:
     return Outline(html)
 
 
-ALL = ["summary", "data", "exploration", "features", "maps", "failures", "performance", "protection", "reproduce"]
+ALL = ["summary", "maps", "classes", "examples", "quality", "data", "record"]
 NO_FAILURES = pd.DataFrame(columns=["path", "label", "status", "error", "attempts"])
 
 
@@ -262,17 +263,17 @@ NO_FAILURES = pd.DataFrame(columns=["path", "label", "status", "error", "attempt
     ("left_out", "missing"),
     [
         ({}, []),
-        ({"exploration": None}, ["exploration", "protection"]),
-        ({"quality": None}, ["features"]),
-        ({"failures": NO_FAILURES}, ["failures"]),
+        ({"exploration": None}, ["examples"]),
+        ({"exploration": None, "failures": NO_FAILURES}, ["examples", "data"]),
+        ({"quality": None}, ["quality"]),
         ({"results": None}, ["maps"]),
-        ({"manifest": None, "results": None, "quality": None}, ["features", "maps", "performance"]),
+        ({"manifest": None, "results": None, "quality": None}, ["quality", "maps"]),
         (
             {"manifest": None, "exploration": None, "results": None, "quality": None, "failures": NO_FAILURES},
-            ["data", "exploration", "features", "maps", "failures", "performance", "protection"],
+            ["maps", "classes", "examples", "quality", "data"],
         ),
     ],
-    ids=["all", "no exploration", "no quality", "no failures", "no results", "explored only", "nothing"],
+    ids=["all", "no exploration", "no failures either", "no quality", "no results", "explored only", "nothing"],
 )
 def test_render_page_shows_the_sections_it_has_data_for(left_out: dict[str, Any], missing: list[str]) -> None:
     outline = Outline(render_page(replace(make_report_data(), **left_out)))
@@ -294,9 +295,13 @@ def test_render_page_is_accessible(outline: Outline) -> None:
     ids = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     named = [attributes[key] for _, attributes in outline.tags for key in ("aria-labelledby",) if key in attributes]
-    linked = [
-        (link["href"] or "").removeprefix("#") for tag in ("a", "use") for link in outline.find(tag) if "href" in link
+    addresses = [
+        link["href"] or ""
+        for tag in ("a", "use")
+        for link in outline.find(tag)
+        if {"href", "download"} & {*link} == {"href"}
     ]
+    linked = [address.removeprefix("#") for address in addresses]
     assert {*named, *linked} <= set(ids)
     assert all(button.get("type") == "button" for button in outline.find("button"))
     assert {"header", "nav", "main", "footer"} <= {tag for tag, _ in outline.tags}
@@ -309,9 +314,10 @@ def test_render_page_points_nowhere_else(html: str, outline: Outline) -> None:
         for key in ("src", "href", "xlink:href", "srcset", "action", "data")
         if key in attributes
     ]
-    assert {re.match(r"#|data:image/(webp|png);base64,|data:,$", address) is not None for address in addresses} == {
-        True
-    }
+    assert {
+        re.match(r"#|data:image/(webp|png);base64,|data:text/csv;base64,|data:,$", address) is not None
+        for address in addresses
+    } == {True}
     styles = "".join(outline.texts["style"])
     assert "@import" not in styles and "url(" not in styles
 
@@ -345,7 +351,7 @@ def test_render_page_says_what_was_run_on_what(outline: Outline) -> None:
         "Images from s3://fruits/Test",
         "Finished 23 November 2026, 07:01 UTC",
         "99 % of the variance more than were computed",
-        "1 of the groups reaches over more than one class",
+        "1 group spans more than one class",
         "unreadable 2 The file is no image that can be decoded",
         "Turn images into features 20 s 3",
         "Photographs from eu-central-1 (Frankfurt, Germany)",
@@ -411,7 +417,31 @@ def test_render_page_bears_a_class_without_any_good_image() -> None:
     exploration = replace(data.exploration, classes=classes)
     outline = Outline(render_page(replace(data, exploration=exploration, quality=quality)))
     assert "nan" not in outline.text.lower() and "None" not in outline.text
-    assert "fruit_001 94 % –" in outline.text
+    assert re.search(r"fruit_001 20 \d 94 % – – –", outline.text)
+
+
+def test_render_page_shows_each_class_of_a_group_and_lists_all_groups() -> None:
+    data = make_report_data(900, 3, n_thumbnails=40)
+    assert data.exploration is not None
+    images = data.exploration.images.copy()
+    # One group across classes, of which almost all are in one class; and 299 pairs.
+    order = images.sort_values("label", kind="stable").index
+    images.loc[order, "near_duplicate_group"] = np.repeat(range(450), 2)
+    big = [*order[:302], *order[-1:]]
+    images.loc[big, "near_duplicate_group"] = 1_000
+    n_groups = images["near_duplicate_group"].nunique()
+    near = {"n_groups": n_groups, "n_images": 900, "n_groups_across_classes": 2}
+    summary = data.exploration.summary | {"near_duplicates": near}
+    exploration = replace(data.exploration, images=images, summary=summary)
+    view = describe_duplicates(exploration, Thumbnails(exploration, max_bytes=100_000))[1]
+    largest = next(group for group in view["groups"] if group["n_images"] == 303)
+    assert {each["label"] for each in largest["pictures"]} == set(largest["labels"]) and len(largest["labels"]) > 1
+    assert len(largest["pictures"]) == 12 and sum(largest["labels"].values()) == 303
+    assert len(view["groups"]) + len(view["more_groups"]) + view["n_unshown"] == n_groups
+    listed = read_csv(b64decode(view["csv"]), {"path": str, "label": str})
+    assert set(listed["path"]) == set(images["path"]) and view["n_listed"] == 900
+    text = Outline(render_page(replace(data, exploration=exploration))).text
+    assert f"The first 12 of {n_groups} groups" in text and "12 of 303 images are shown" in text
 
 
 @pytest.mark.parametrize("n_rows", [1, 2])
@@ -504,12 +534,14 @@ def test_thumbnails_keep_the_colours_of_their_images() -> None:
 @pytest.mark.parametrize(
     ("url", "title", "expected"),
     [
-        ("s3://bucket/fruits/Test", None, "Test"),
+        ("s3://bucket/fruits/Test", None, "fruits/Test"),
+        ("s3://bucket/fruits", None, "bucket/fruits"),
         ("s3://bucket", None, "bucket"),
-        ("/photographs/apples/", None, "apples"),
+        ("/data/photographs/apples/", None, "photographs/apples"),
+        ("/apples", None, "apples"),
         ("s3://bucket/fruits", "Our apples", "Our apples"),
     ],
-    ids=["prefix", "bucket", "folder", "given"],
+    ids=["folder in a bucket", "folder of a bucket", "bucket", "folder", "at the root", "given"],
 )
 def test_choose_title(url: str, title: str | None, expected: str) -> None:
     config = load_config({"input": {"url": url}, "output": {"url": "s3://run"}, "report": {"title": title}})

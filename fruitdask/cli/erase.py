@@ -17,14 +17,18 @@ if TYPE_CHECKING:
     "--path",
     "patterns",
     multiple=True,
-    required=True,
     metavar="PATTERN",
     help="Path of an image, relative to input.url, or a pattern such as 'pear_1/*' or '*/IMG_20*'. Repeatable.",
+)
+@click.option(
+    "--paths", "table", metavar="FILE", help="CSV or Parquet table (path, label), such as the page's selected.csv."
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @set_option
 @verbose_option
-def erase(config: str, patterns: tuple[str, ...], yes: bool, overrides: tuple[str, ...], verbose: bool) -> None:
+def erase(
+    config: str, patterns: tuple[str, ...], table: str | None, yes: bool, overrides: tuple[str, ...], verbose: bool
+) -> None:
     """Erase images from results.
 
     Their rows, names, features and thumbnails go, and the results of CONFIG are computed without them.
@@ -33,11 +37,15 @@ def erase(config: str, patterns: tuple[str, ...], yes: bool, overrides: tuple[st
     """
     from fruitdask.core.progress import choose_progress
 
+    if not patterns and table is None:
+        raise click.UsageError("expected the images to erase: --path PATTERN, or --paths FILE")
     again = "run the same command again; if it finds no such image, they are erased, and fruitdask run resumes"
     with reported(verbose=verbose, again=again):
         loaded = load(config, overrides)
+        from fruitdask.core.labels import read_paths
         from fruitdask.pipeline.erase import carry_out, plan_erasure
 
+        patterns += read_paths(table, "--paths") if table is not None else ()
         plan = plan_erasure(loaded, patterns)
         question = f"Erase {plan.n_erased:,} of {len(plan.images):,} images from {loaded.output.url}?"
         if not yes:

@@ -32,8 +32,13 @@ def read_csv(data: bytes, dtypes: Mapping[str, type]) -> pd.DataFrame:
     table = pd.read_csv(io.BytesIO(data), keep_default_na=False, dtype=dict(dtypes))
     for name, kind in dtypes.items():
         if kind is str:
-            table[name] = table[name].str.replace(rf"^'(?={_FORMULA})", "", regex=True)
+            table[name] = table[name].map(unquote_formula)
     return table
+
+
+def unquote_formula(text: str) -> str:
+    """Remove the apostrophe that `format_csv` puts before a text."""
+    return re.sub(rf"^'(?={_FORMULA})", "", text)
 
 
 def escape_controls(text: str, *, keeps_lines: bool = False) -> str:

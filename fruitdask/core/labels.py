@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import glob
 import gzip
 import io
 import os
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fruitdask.core.config import InputConfig
+from fruitdask.core.escaping import unquote_formula
 from fruitdask.core.listing import GROUPINGS, compile_rule, digest_version, find_rows
 from fruitdask.core.storage import Location, explained
 from fruitdask.errors import CatalogError, ConfigError
@@ -151,42 +153,65 @@ def _list_mistakes(unlisted: pd.Series, files: pd.Series, root: Location) -> Ite
 
 def read_labels(config: InputConfig) -> pd.DataFrame:
     """Read the table of labels."""
-    location = Location(str(config.manifest), config.storage_options if "://" in str(config.manifest) else {})
+    url = str(config.manifest)
+    return _read_table(Location(url, config.storage_options if "://" in url else {}), "input.manifest")
+
+
+def read_paths(url: str, setting: str) -> tuple[str, ...]:
+    """Read the paths of a table, as patterns that match them alone; a page's and fruitdask's own tables are such.
+
+    >>> path = getfixture("tmp_path") / "selected.csv"
+    >>> _ = path.write_text("path,label\\npear/a[1].jpg,pear\\n./=1.jpg,x\\n'=2.jpg,x\\n")
+    >>> read_paths(str(path), "--paths")
+    ('pear/a[[]1].jpg', '=1.jpg', '=2.jpg')
+    """
+    paths = _read_table(Location(url), setting)["path"]
+    # As `format_csv` and the page keep spreadsheets from reading a path as a formula.
+    paths = paths.map(unquote_formula).str.removeprefix("./")
+    return tuple(paths.map(glob.escape))
+
+
+def _read_table(location: Location, setting: str) -> pd.DataFrame:
+    """Read a table of labels; `setting` is what names it."""
     with explained(location, "read"):
         data = bytes(location.fs.cat_file(location.path))
     try:
-        if data.startswith(_GZIP):
-            data = gzip.decompress(data)
-        if data.startswith(_ZIP):
-            raise ValueError("an Excel workbook or another ZIP archive; save the table as CSV")
-        is_parquet = data.startswith(_PARQUET) or location.path.endswith((".parquet", ".pq"))
-        columns = _read_parquet(data) if is_parquet else _read_csv(data)
+        columns = _read_columns(data, location.path)
     except (ValueError, OSError, EOFError, zlib.error, NotImplementedError) as error:
         cause = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"{config.manifest}: expected a CSV or Parquet table in input.manifest, found {cause}"
-        ) from error
+        raise ConfigError(f"{location.url}: expected a CSV or Parquet table in {setting}, found {cause}") from error
     if {"path", "label"} - columns.keys():
         raise ConfigError(
-            f"{config.manifest}: expected the columns path and label in input.manifest, found "
-            f"{', '.join(columns) or 'none'}"
+            f"{location.url}: expected the columns path and label in {setting}, found {', '.join(columns) or 'none'}"
         )
     table = pd.DataFrame({name: columns[name] for name in _COLUMNS if name in columns})
+    _check_rows(table, f"{location.url}: expected", setting)
+    return table
+
+
+def _read_columns(data: bytes, path: str) -> dict[str, Any]:
+    """Read the columns of a CSV or Parquet table, which may be compressed."""
+    if data.startswith(_GZIP):
+        data = gzip.decompress(data)
+    if data.startswith(_ZIP):
+        raise ValueError("an Excel workbook or another ZIP archive; save the table as CSV")
+    is_parquet = data.startswith(_PARQUET) or path.endswith((".parquet", ".pq"))
+    return _read_parquet(data) if is_parquet else _read_csv(data)
+
+
+def _check_rows(table: pd.DataFrame, expected: str, setting: str) -> None:
+    """Refuse a table without rows, or with a path that is missing or leads out of the input."""
     if table.empty:
-        raise CatalogError(f"{config.manifest}: expected images in input.manifest, found no row")
+        raise CatalogError(f"{expected} images in {setting}, found no row")
     empty = (table[["path", "label"]] == "").any(axis=1)
     if empty.any():
         row = int(empty.argmax()) + 1
-        raise ConfigError(
-            f"{config.manifest}: expected a path and a label in each row of input.manifest, but row {row} lacks one"
-        )
+        raise ConfigError(f"{expected} a path and a label in each row of {setting}, but row {row} lacks one")
     leading_out = table["path"][table["path"].str.contains(_LEADS_OUT)]
     if len(leading_out):
         raise ConfigError(
-            f"{config.manifest}: expected paths inside input.url in input.manifest, found {leading_out.iloc[0]!r}; "
-            "write it without .."
+            f"{expected} paths inside input.url in {setting}, found {leading_out.iloc[0]!r}; write it without .."
         )
-    return table
 
 
 def _read_parquet(data: bytes) -> dict[str, Any]:

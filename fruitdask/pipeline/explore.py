@@ -87,9 +87,10 @@ class ImageExploration:
             source=inputs.source,
             output=inputs.output,
             input_px=settings.input_px or choose_input_px(inputs.config.model),
-            thumbnail_px=settings.thumbnail_px,
+            thumbnail_px=settings.choose_thumbnail_px(len(inputs.catalog)),
         )
-        explored = settings.model_copy(update={"input_px": self._job.input_px})
+        resolved = {"input_px": self._job.input_px, "thumbnail_px": self._job.thumbnail_px}
+        explored = settings.model_copy(update=resolved)
         self._manifest = store.ExplorationManifest(
             fruitdask=__version__,
             status="running",

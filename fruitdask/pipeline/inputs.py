@@ -100,7 +100,7 @@ def dump_config(config: Config) -> dict[str, Any]:
     options = {"storage_options"}
     # Settings for containers and shells may hold secrets, although they should not.
     cluster = {"env_vars", "docker_args", "extra_bootstrap", "worker_options", "scheduler_options", "options"}
-    exclude = {"input": options | {"exclude"}, "model": options, "output": options, "cluster": cluster}
+    exclude = {"input": options | {"exclude", "exclude_from"}, "model": options, "output": options, "cluster": cluster}
     dumped: dict[str, Any] = json.loads(config.model_dump_json(exclude=exclude))
     for section, key in URL_KEYS:
         if dumped[section][key] is not None:

@@ -86,8 +86,9 @@ def _prepare_output(inputs: Inputs, artifact: ModelArtifact, output: Location, *
     settings = inputs.config.explore
     if not settings.enabled or settings.input_px not in (None, artifact.input_px):
         return None
-    store.create_thumbnails(output, thumbnail_px=settings.thumbnail_px, **shape)
-    return ExploreJob(inputs.source, output, artifact.input_px, settings.thumbnail_px)
+    thumbnail_px = settings.choose_thumbnail_px(len(inputs.catalog))
+    store.create_thumbnails(output, thumbnail_px=thumbnail_px, **shape)
+    return ExploreJob(inputs.source, output, artifact.input_px, thumbnail_px)
 
 
 def _try_partition(partition: Partition, artifact: ModelArtifact, job: "FeaturizeJob") -> _Trial:

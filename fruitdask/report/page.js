@@ -20,10 +20,86 @@ addEventListener("afterprint", () => {
   for (const each of folded.splice(0)) each.open = false;
 });
 
+const find = (id) => document.getElementById(id);
+
+// Pages opened from a disk may copy; in a frame without that permission the older way works.
+const copy = async (text) => {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const area = document.createElement("textarea");
+    const place = find("enlarged").open ? find("enlarged") : document.body;
+    const focused = document.activeElement;
+    area.value = text;
+    place.append(area);
+    area.select();
+    const isCopied = document.execCommand("copy");
+    area.remove();
+    focused?.focus();
+    return isCopied;
+  }
+};
+
+// Pictures and figures, enlarged: the arrow keys go through the pictures of a section, Esc closes.
+const dialog = find("enlarged");
+const enlarged = { opener: null, pictures: [], place: 0 };
+const showEnlarged = (content, text, path) => {
+  find("enlarged-content").replaceChildren(content);
+  find("enlarged-text").textContent = text;
+  find("enlarged-copy").hidden = !path;
+  for (const id of ["enlarged-before", "enlarged-after"]) find(id).hidden = enlarged.pictures.length < 2;
+  if (!dialog.open) dialog.showModal();
+};
+const showPicture = (place) => {
+  enlarged.place = (place + enlarged.pictures.length) % enlarged.pictures.length;
+  const button = enlarged.pictures[enlarged.place];
+  const { path } = button.dataset;
+  const image = button.firstElementChild.cloneNode();
+  const { alt } = image;
+  for (const name of ["title", "width", "height"]) image.removeAttribute(name);
+  showEnlarged(image, !path || alt.includes(path) ? alt : `${alt}: ${path}`, path);
+};
+const showFigure = (figure) => {
+  enlarged.pictures = [];
+  showEnlarged(figure.querySelector("svg").cloneNode(true), figure.querySelector("figcaption").firstChild.textContent, "");
+};
+addEventListener("click", (event) => {
+  const opener = event.target.closest?.("button.picture, button.enlarge");
+  if (!opener) return;
+  enlarged.opener = opener;
+  if (opener.matches(".enlarge")) {
+    showFigure(opener.closest("figure"));
+  } else {
+    enlarged.pictures = [...opener.closest("section").querySelectorAll("button.picture")].filter((each) => each.checkVisibility());
+    showPicture(enlarged.pictures.indexOf(opener));
+  }
+});
+dialog.addEventListener("keydown", (event) => {
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (step && enlarged.pictures.length) showPicture(enlarged.place + step);
+});
+dialog.addEventListener("click", (event) => {
+  if (event.target === dialog) dialog.close();
+});
+dialog.addEventListener("close", () => enlarged.opener?.focus());
+find("enlarged-before").addEventListener("click", () => showPicture(enlarged.place - 1));
+find("enlarged-after").addEventListener("click", () => showPicture(enlarged.place + 1));
+find("enlarged-close").addEventListener("click", () => dialog.close());
+find("enlarged-copy").addEventListener("click", async () => {
+  const isCopied = await copy(enlarged.pictures[enlarged.place].dataset.path);
+  find("enlarged-text").textContent = isCopied ? "The path is copied." : "The browser does not let this page copy.";
+});
+
+// A table of labels: ./ before a path means the same file, and keeps a spreadsheet from reading it as a formula.
+const FORMULA = /^'*[=+\-@\t\r\n]/;
+const quote = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+const formatRow = (path, label) =>
+  `${quote(FORMULA.test(path) ? `./${path}` : path)},${quote(FORMULA.test(label) ? `'${label}` : label)}\r\n`;
+
 // The maps. Paths and labels are strangers' text: they reach the page as text nodes and attributes, never as HTML.
 const showMaps = async () => {
   const MAX_PICTURES = 24;
-  const find = (id) => document.getElementById(id);
   const data = JSON.parse(find("maps-data").textContent);
 
   // The page opens first; the maps, most of its work, follow.
@@ -105,28 +181,27 @@ const showMaps = async () => {
   });
 
   // Selection: one source for all maps, so what is selected in one is selected in the other.
+  const select = (points) => {
+    source.selected.indices = points;
+  };
   const keepVisible = () => {
     const kept = source.selected.indices.filter((point) => !isMuted(point));
-    if (kept.length < source.selected.indices.length) source.selected.indices = kept;
+    if (kept.length < source.selected.indices.length) select(kept);
   };
   const describeSelection = (points) => {
-    if (points.length === 0) return "Nothing is selected.";
+    if (points.length === 0) return find("search").value.trim() ? "No image on the map has such a name." : "Nothing is selected.";
     const counts = new Map();
     for (const point of points) {
       const label = data.labels[data.class_of_point[point]];
       counts.set(label, (counts.get(label) ?? 0) + 1);
     }
     const most = [...counts].sort((a, b) => b[1] - a[1]);
-    const listed = most.slice(0, 8).map(([label, n]) => `${label} ${n.toLocaleString("en")}`).join(", ");
+    const listed = most.slice(0, 8).map(([label, n]) => `\u2068${label}\u2069: ${n.toLocaleString("en")}`).join(", ");
     const rest = most.length > 8 ? ` and ${most.length - 8} more classes` : "";
     return `${points.length.toLocaleString("en")} selected: ${listed}${rest}.`;
   };
   const spread = (all, n) => all.filter((_, place) => Math.floor((place * n) / all.length) !== Math.floor(((place - 1) * n) / all.length));
-  const showSelection = () => {
-    keepVisible();
-    const points = source.selected.indices;
-    find("selection-text").textContent = describeSelection(points);
-    find("selection-clear").hidden = points.length === 0;
+  const showPictures = (points) => {
     const pictured = points.filter((point) => data.picture_of_point[point] >= 0);
     const shown = points.length === 1 ? points : spread(pictured, MAX_PICTURES);
     find("selection-pictures").replaceChildren(
@@ -134,18 +209,60 @@ const showMaps = async () => {
         const item = document.createElement("li");
         const caption = make("span", data.paths[point]);
         caption.className = "tag path";
-        item.append(makePicture(point) ?? "", caption);
+        const picture = makePicture(point);
+        if (picture) {
+          const button = make("button", "");
+          Object.assign(button, { type: "button", className: "picture", ariaHasPopup: "dialog" });
+          button.dataset.path = data.paths[point];
+          button.append(picture);
+          item.append(button);
+        }
+        item.append(caption);
         return item;
       }),
     );
+    return shown.length < points.length ? ` ${shown.length} of them are shown.` : "";
   };
+  const showSelection = () => {
+    keepVisible();
+    const points = source.selected.indices;
+    find("selection-text").textContent = describeSelection(points) + showPictures(points);
+    find("selection-done").textContent = "";
+    for (const id of ["selection-copy", "selection-download", "selection-clear"]) find(id).disabled = points.length === 0;
+  };
+  const say = (text) => {
+    find("selection-done").textContent = text;
+  };
+  find("selection-copy").addEventListener("click", async () => {
+    const paths = source.selected.indices.map((point) => data.paths[point]);
+    const isCopied = await copy(paths.join("\n"));
+    say(isCopied ? `${paths.length.toLocaleString("en")} copied.` : "The browser does not let this page copy; download them.");
+  });
+  find("selection-download").addEventListener("click", () => {
+    const points = [...source.selected.indices].sort((a, b) => a - b);
+    const rows = points.map((point) => formatRow(data.paths[point], data.labels[data.class_of_point[point]]));
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob(["path,label\r\n", ...rows], { type: "text/csv" }));
+    link.download = "selected.csv";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+    say(`${points.length.toLocaleString("en")} written to selected.csv.`);
+  });
+  const names = data.paths.map((path, point) => `${path}\n${data.labels[data.class_of_point[point]]}`.toLocaleLowerCase());
+  find("search").addEventListener("input", (event) => {
+    const wanted = event.target.value.trim().toLocaleLowerCase();
+    select(wanted ? names.flatMap((name, point) => (name.includes(wanted) ? [point] : [])) : []);
+    showSelection();
+  });
   source.selected.properties.indices.change.connect(() => {
     showSelection();
     // A finger cannot hover: what it taps is shown where it is.
     if (pointer.isTap) showTip(source.selected.indices.at(-1));
   });
   find("selection-clear").addEventListener("click", () => {
-    source.selected.indices = [];
+    find("search").value = "";
+    select([]);
+    showSelection();
   });
 
   // The box beside the pointer

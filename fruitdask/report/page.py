@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,23 +24,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FOLDER = Path(__file__).parent
-#: Characters of Base64 for pictures to check, in the text and in the maps. With Bokeh's 1.3 MB, figures and points, the
-#: page stays well under 10 MB.
-_ISSUES_BYTES, _EXAMPLES_BYTES, _MAP_PICTURES_BYTES = 500_000, 2_000_000, 3_000_000
+#: Characters of Base64 for pictures to check, examples, duplicates and the maps. With Bokeh's 1.3 MB, figures and
+#: points, the page stays well under 10 MB.
+_ISSUES_BYTES, _EXAMPLES_BYTES, _DUPLICATES_BYTES, _MAP_BYTES = 1_000_000, 2_000_000, 750_000, 3_000_000
+#: How much larger than in print a figure may be on a desktop.
+_ZOOM = 1.35
 #: Sections by their anchor, in their order on the page.
 _SECTIONS = {
     "summary": "Summary",
     "predictions": "Predictions",
     "check": "To check",
-    "data": "Data",
-    "exploration": "Exploration",
-    "features": "Features",
+    "maps": "Map",
+    "classes": "Classes",
+    "examples": "Examples",
+    "quality": "Quality",
     "classifier": "Classifier",
-    "maps": "Maps",
-    "failures": "Failures",
-    "performance": "Performance",
-    "protection": "Data protection",
-    "reproduce": "Reproduce",
+    "data": "Data",
+    "record": "Record",
 }
 
 
@@ -99,44 +100,57 @@ def _build_context(data: ReportData) -> dict[str, Any]:
     scripts = [_read_bokeh()] * bool(views["maps"]) + [(_FOLDER / "page.js").read_text(encoding="utf-8")]
     return {
         "title": sections.choose_title(data.config),
-        "toc": [(anchor, name) for anchor, name in _SECTIONS.items() if views[anchor]],
+        "sections": {anchor: name for anchor, name in _SECTIONS.items() if views[anchor]},
         "palette": styles,
         "scripts": [_trust(script) for script in scripts],
         "script_hashes": [_hash_script(script) for script in scripts],
-        **views,
+        "views": views,
     }
 
 
 def _build_views(data: ReportData) -> dict[str, Any]:
     """Build the views of all sections, None where there is nothing to say."""
-    config, manifest, exploration = data.config, data.manifest, data.exploration
+    config, manifest, exploration, quality = data.config, data.manifest, data.exploration, data.quality
     counts = sections.count_images(manifest, data.results, exploration)
     return {
         "summary": sections.describe_summary(
-            config, counts=counts, manifest=manifest, exploration=exploration, quality=data.quality
+            config, counts=counts, manifest=manifest, exploration=exploration, quality=quality
         ),
-        "check": None if data.issues is None else _describe_issues(data.issues, exploration),
-        "data": sections.describe_data(counts, exploration),
-        "exploration": None if exploration is None else _describe_exploration(exploration, data),
-        "features": None if data.quality is None else _describe_features(data.quality, data),
-        "classifier": None if data.classifier is None else _describe_classifier(data.classifier),
         "predictions": None if data.predictions is None else _describe_predictions(data.predictions, exploration),
+        "check": None if data.issues is None else _describe_issues(data.issues, exploration),
         "maps": _describe_maps(data),
-        "failures": sections.describe_failures(data.failures),
-        "performance": None if manifest is None else sections.describe_performance(manifest, n_images=counts.n_images),
-        "protection": sections.describe_protection(config, manifest, exploration),
-        "reproduce": sections.describe_reproduction(config, manifest, exploration),
+        "classes": sections.describe_classes(counts, exploration, quality),
+        "examples": None if exploration is None else _describe_examples(exploration, config),
+        "quality": None if quality is None else _describe_quality(quality, data),
+        "classifier": None if data.classifier is None else _describe_classifier(data.classifier),
+        "data": _describe_data(data),
+        "record": {
+            "performance": manifest and sections.describe_performance(manifest, n_images=counts.n_images),
+            "protection": sections.describe_protection(config, manifest, exploration),
+            "reproduce": sections.describe_reproduction(config, manifest, exploration),
+        },
     }
 
 
 def _describe_issues(issues: pd.DataFrame, exploration: Exploration | None) -> sections.View:
     """Describe the photographs to check."""
-    return sections.describe_issues(issues, Thumbnails(exploration, max_bytes=_ISSUES_BYTES))
+    thumbnails = Thumbnails(exploration, max_bytes=_ISSUES_BYTES, n_wanted=sections.count_pictured(issues["kind"]))
+    return sections.describe_issues(issues, thumbnails)
 
 
 def _describe_predictions(predictions: pd.DataFrame, exploration: Exploration | None) -> sections.View:
     """Describe predicted labels."""
-    return sections.describe_predictions(predictions, Thumbnails(exploration, max_bytes=_ISSUES_BYTES))
+    n_wanted = sections.count_pictured(predictions["label"])
+    thumbnails = Thumbnails(exploration, max_bytes=_ISSUES_BYTES, n_wanted=n_wanted)
+    return sections.describe_predictions(predictions, thumbnails)
+
+
+def _describe_examples(exploration: Exploration, config: Config) -> sections.View | None:
+    """Describe pictures of each class."""
+    n_classes, per_class = len(exploration.classes), config.report.examples_per_class
+    n_wanted = n_classes * (3 + sections.count_examples(n_classes, per_class))
+    thumbnails = Thumbnails(exploration, max_bytes=_EXAMPLES_BYTES, n_wanted=n_wanted)
+    return sections.describe_examples(exploration, thumbnails, per_class=per_class)
 
 
 def _describe_classifier(report: dict[str, Any]) -> sections.View:
@@ -150,33 +164,9 @@ def _describe_classifier(report: dict[str, Any]) -> sections.View:
     return {**report, "confusion_figure": figure}
 
 
-def _describe_exploration(exploration: Exploration, data: ReportData) -> sections.View:
-    """Describe what the images themselves say."""
-    thumbnails = Thumbnails(exploration, max_bytes=_EXAMPLES_BYTES)
-    differences = sections.describe_differences(exploration)
-    return {
-        "examples": sections.describe_examples(
-            exploration, thumbnails, per_class=data.config.report.examples_per_class
-        ),
-        "colours": sections.describe_colours(exploration.classes),
-        "differences": differences,
-        "duplicates": sections.describe_duplicates(exploration, thumbnails),
-        "size_figure": _draw(data.plots["sizes"](), "Distribution of the images' sizes in bytes and in pixels."),
-        "difference_figure": differences
-        and _draw(
-            data.plots["differences"](),
-            "Mean squared difference between images of each class; the same numbers are in the table below.",
-        ),
-    }
-
-
-def _describe_features(quality: dict[str, Any], data: ReportData) -> sections.View:
+def _describe_quality(quality: dict[str, Any], data: ReportData) -> sections.View:
     """Describe the features and their quality."""
     drawn = {
-        "silhouette_figure": _draw(
-            data.plots["silhouettes"](),
-            "Silhouette of each class; the same numbers are in the table below.",
-        ),
         "confusion_figure": _draw(
             data.plots["neighbors"](),
             "Heat map: the class of an image in rows, the classes of its nearest neighbours in columns.",
@@ -190,13 +180,29 @@ def _describe_features(quality: dict[str, Any], data: ReportData) -> sections.Vi
     return sections.describe_quality(quality) | drawn | {"model": (data.manifest or {}).get("model")}
 
 
+def _describe_data(data: ReportData) -> sections.View | None:
+    """Describe the files: their sizes, duplicates, and what could not be used."""
+    view: sections.View = {"failures": sections.describe_failures(data.failures), "duplicates": [], "sizes": []}
+    if data.exploration is not None:
+        images = data.exploration.images
+        n_wanted = int(images[["duplicate_group", "near_duplicate_group"]].notna().sum().sum())
+        thumbnails = Thumbnails(data.exploration, max_bytes=_DUPLICATES_BYTES, n_wanted=n_wanted)
+        view["duplicates"] = sections.describe_duplicates(data.exploration, thumbnails)
+        view["bytes_total"] = int(images["bytes"].sum())
+        view["sizes"] = [
+            _draw(figures.plot_sizes(images, parts=[part]), f"Histogram of all images: {part.lower()}.")
+            for part in figures.SIZES
+        ]
+    return view if any(view.values()) else None
+
+
 def _describe_maps(data: ReportData) -> Maps | None:
     """Describe the interactive maps."""
     if data.results is None:
         return None
     ratio = (data.manifest or {}).get("pca", {}).get("explained_variance_ratio", [])
     axes = choose_axes(list(data.results.columns), data.config.plots.components, ratio)
-    thumbnails = Thumbnails(data.exploration, max_bytes=_MAP_PICTURES_BYTES)
+    thumbnails = Thumbnails(data.exploration, max_bytes=_MAP_BYTES)
     return (
         build_maps(data.results, axes, thumbnails=thumbnails, max_points=data.config.report.max_points)
         if axes
@@ -205,8 +211,9 @@ def _describe_maps(data: ReportData) -> Maps | None:
 
 
 def _draw(figure: "Figure", label: str) -> Any:
-    """Draw a figure into the page, with what a reader who cannot see it is told."""
-    return _trust(figures.render_svg(figure, label=label))
+    """Draw a figure into the page, with what a reader who cannot see it is told; on a desktop it may be larger."""
+    svg = figures.render_svg(figure, label=label)
+    return _trust(re.sub(r"max-width:(\d+)px", lambda found: f"max-width:{int(found[1]) * _ZOOM:.0f}px", svg, count=1))
 
 
 def _trust(text: str) -> Any:

@@ -8,16 +8,21 @@ import numpy.typing as npt
 
 from fruitdask.store.exploration import Exploration
 
-#: Larger thumbnails are shrunk to this side, twice the size at which the smallest are shown.
-_MAX_PX = 72
+#: Sides to which thumbnails are shrunk: enough to be enlarged where all fit into the budget, else as they are shown.
+_LARGE_PX, _SMALL_PX = 128, 72
+#: Thumbnails by which the size of all is estimated.
+_N_TRIED = 12
 #: Quality of WebP, which needs about half the bytes of JPEG: 800 bytes for a photograph at 64 pixels.
 _QUALITY = 72
 
 
 class Thumbnails:
-    """Thumbnails of an exploration by path, until a budget of bytes is spent."""
+    """Thumbnails of an exploration by path, until a budget of bytes is spent.
 
-    def __init__(self, exploration: Exploration | None, *, max_bytes: int) -> None:
+    They are large where `n_wanted` of them are likely to fit into the budget; by default, where all do.
+    """
+
+    def __init__(self, exploration: Exploration | None, *, max_bytes: int, n_wanted: int | None = None) -> None:
         self._exploration = exploration
         self._places: dict[str, int] = {}
         if exploration is not None:
@@ -26,6 +31,13 @@ class Thumbnails:
         #: Paths of the images that have a thumbnail.
         self.paths = frozenset(self._places)
         self._left_bytes = max_bytes
+        self._px = _SMALL_PX
+        if self._places and exploration is not None:
+            n_there = len(self._places)
+            tried = exploration.thumbnails[np.linspace(0, n_there - 1, min(_N_TRIED, n_there)).astype(int)]
+            typical_bytes = np.mean([len(_encode_webp(pixels, _LARGE_PX)) for pixels in tried])
+            if typical_bytes * (n_there if n_wanted is None else n_wanted) <= max_bytes:
+                self._px = _LARGE_PX
 
     def encode(self, path: str) -> str | None:
         """Encode the thumbnail of an image."""
@@ -34,9 +46,9 @@ class Thumbnails:
             return None
         return self.encode_pixels(self._exploration.thumbnails[place])
 
-    def encode_pixels(self, pixels: npt.NDArray[np.uint8], *, max_px: int = _MAX_PX) -> str | None:
+    def encode_pixels(self, pixels: npt.NDArray[np.uint8], *, max_px: int | None = None) -> str | None:
         """Encode a picture, (height, width, 3) uint8, on the same budget."""
-        encoded = _encode_webp(pixels, max_px)
+        encoded = _encode_webp(pixels, max_px or self._px)
         if len(encoded) > self._left_bytes:
             return None
         self._left_bytes -= len(encoded)

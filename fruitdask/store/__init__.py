@@ -37,6 +37,7 @@ from fruitdask.store.layout import (
     COMPONENTS,
     EXPLORATION,
     EXPLORED_ARRAYS,
+    EXPLORED_CLASSES,
     EXPLORED_IMAGES,
     FAILURES,
     FEATURES,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask.core.config import InputConfig
-from fruitdask.core.labels import label_files, normalize_unique, read_labels
+from fruitdask.core.labels import label_files, normalize_unique, read_labels, read_paths
 from fruitdask.core.listing import GROUPINGS, Listing, find_rows, format_left_out, list_files
 from fruitdask.core.partition import VANISHED_BYTES, Partition
 from fruitdask.core.storage import Location, exists, explained, write_file
@@ -96,11 +96,15 @@ def _narrow(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
         catalog = _keep_classes(catalog, config)
     if config.limit is not None:
         catalog = catalog.iloc[sample_evenly(catalog, config.limit)].reset_index(drop=True)
-    if config.exclude:
+    patterns = config.exclude
+    if config.exclude_from is not None:
+        patterns += read_paths(config.exclude_from, "input.exclude_from")
+    if patterns:
         # Last, so that an image that is left out changes nothing about which others are in.
-        catalog = catalog[~match_paths(catalog["path"], config.exclude)].reset_index(drop=True)
+        catalog = catalog[~match_paths(catalog["path"], patterns)].reset_index(drop=True)
         if catalog.empty:
-            raise CatalogError(f"{config.url}: expected images besides those that input.exclude names, found none")
+            name = "input.exclude" if config.exclude else "input.exclude_from"
+            raise CatalogError(f"{config.url}: expected images besides those that {name} names, found none")
     return catalog
 
 

@@ -20,6 +20,11 @@ from fruitdask.worker.metadata import KINDS, find_metadata
 
 #: Colours are counted in 8 x 8 x 8 bins of 32 levels per channel.
 COLOUR_LEVELS = 8
+#: A pixel has the colour of the background if no channel is further from it, in byte levels.
+_BACKGROUND_LEVELS = 24
+#: An image has a background if this share of its edge has one colour, and if no more than that share of the image is
+#: background.
+_MIN_EDGE, _MAX_BACKGROUND = 0.8, 0.98
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,16 @@ class ClassSums:
     squares: int
     #: Sum of the thumbnails, shape (thumbnail_px, thumbnail_px, 3), int64.
     thumbnails: npt.NDArray[np.int64]
-    #: Histogram of the thumbnails' colours, shape (512,), int64; red varies slowest.
+    #: Histogram of the thumbnails' colours without the background, shape (512,), int64; red varies slowest.
     colours: npt.NDArray[np.int64]
 
     @classmethod
     def measure(cls, pixels: npt.NDArray[np.uint8], thumbnails: npt.NDArray[np.uint8]) -> Self:
         """Sum images of shape (n, px, px, 3) and their thumbnails."""
-        bins = (thumbnails // (256 // COLOUR_LEVELS)).reshape(-1, 3).astype(np.int64)
+        # About 64 x 64 pixels tell the colours of an image as well as more do.
+        step = max(1, thumbnails.shape[1] // 64)
+        sampled = thumbnails[:, ::step, ::step]
+        levels = (sampled // (256 // COLOUR_LEVELS))[~find_background(sampled)].astype(np.int64)
         flat = pixels.reshape(-1).astype(np.float64)
         return cls(
             n_images=len(pixels),
@@ -60,7 +68,7 @@ class ClassSums:
             # Exact: a batch's sum of squares stays far below 2**53.
             squares=int(flat @ flat),
             thumbnails=thumbnails.sum(axis=0, dtype=np.int64),
-            colours=np.bincount(bins @ [COLOUR_LEVELS**2, COLOUR_LEVELS, 1], minlength=COLOUR_LEVELS**3),
+            colours=np.bincount(levels @ [COLOUR_LEVELS**2, COLOUR_LEVELS, 1], minlength=COLOUR_LEVELS**3),
         )
 
     def add(self, other: "ClassSums") -> None:
@@ -70,6 +78,22 @@ class ClassSums:
         self.squares += other.squares
         self.thumbnails += other.thumbnails
         self.colours += other.colours
+
+
+def find_background(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Return a mask, (n, px, px), of the pixels that look like the edge of their image, where that has one colour.
+
+    A photograph whose edge has several colours has no background here, and neither has one that is all of one colour.
+    """
+    n, px = thumbnails.shape[:2]
+    rows, columns = thumbnails[:, [0, -1]], thumbnails[:, :, [0, -1]]
+    edge = np.concatenate([rows, columns.swapaxes(1, 2)], axis=1).reshape(n, 4 * px, 3)
+    usual = np.median(edge, axis=1).astype(np.int16)[:, np.newaxis]
+    on_edge, inside = (
+        (np.abs(pixels - usual) <= _BACKGROUND_LEVELS).all(axis=2) for pixels in (edge, thumbnails.reshape(n, px**2, 3))
+    )
+    has_background = (on_edge.mean(axis=1) >= _MIN_EDGE) & (inside.mean(axis=1) <= _MAX_BACKGROUND)
+    return np.asarray((inside & has_background[:, np.newaxis]).reshape(thumbnails.shape[:3]))
 
 
 def add_sums(total: dict[str, ClassSums], more: Mapping[str, ClassSums]) -> None:

@@ -63,6 +63,9 @@ class InputConfig(Section):
     )
     classes: tuple[str, ...] | None = Field(None, min_length=1, description="Classes to keep; null keeps all.")
     exclude: tuple[str, ...] = Field((), description="Patterns (fnmatch) to skip, such as pear_1/* or */IMG_20*.")
+    exclude_from: str | None = Field(
+        None, description="CSV or Parquet table (path, label) of images to skip, such as the page's selected.csv."
+    )
     extensions: tuple[str, ...] | None = Field(
         None,
         min_length=1,
@@ -291,8 +294,17 @@ class ExploreConfig(Section):
     near_duplicate_bits: int = Field(
         2, ge=0, le=8, description="Near duplicates differ in at most this many of 64 bits of their perceptual hashes."
     )
-    thumbnail_px: int = Field(64, ge=16, le=256, description="Side of the thumbnails, in pixels.")
+    thumbnail_px: int | None = Field(
+        None,
+        ge=16,
+        le=256,
+        description="Side of the thumbnails, in pixels; null: 128, or 64 for more than 20,000 images.",
+    )
     max_thumbnails: int = Field(2_000, ge=1, description="Maximum number of thumbnails, spread evenly over classes.")
+
+    def choose_thumbnail_px(self, n_images: int) -> int:
+        """Choose the side of the thumbnails; while images are explored, the output holds those of all images."""
+        return self.thumbnail_px or (128 if n_images <= 20_000 else 64)
 
 
 class QualityConfig(Section):

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from fruitdask.errors import ConfigError
+from fruitdask.report.figures.fonts import list_families, quiet_search
 from fruitdask.report.figures.styles import FAINT, HAIRLINE, INK, MUTED, SMALL_SIZE, TEXT_SIZE
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def standard_settings() -> Iterator[None]:
     load_matplotlib()
     from matplotlib import style
 
-    with _LOCK, warnings.catch_warnings(), style.context(["default", _STYLE]):
+    named = _STYLE | {"font.family": list_families()}
+    with _LOCK, quiet_search(), warnings.catch_warnings(), style.context(["default", named]):
         warnings.filterwarnings("ignore", message=r"Glyph \d+ ")
         yield
 

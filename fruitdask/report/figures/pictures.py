@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,8 @@ _MAX_CLASSES, _CLASSES_PER_BLOCK = 40, 20
 _CELL_INCHES, _HISTOGRAM_INCHES = 0.67, (3.0, 1.7)
 #: The part of a cell that its picture fills.
 _PICTURE = np.array([0.04, 0.96])
+#: Histograms of sizes.
+SIZES = ("File size", "Longer side")
 _HEADINGS = ("mean", "most\ntypical", "least\ntypical")
 _N_BINS = 30
 #: Sizes with a larger ratio are shown on a logarithmic axis.
@@ -39,13 +41,12 @@ def plot_examples(exploration: Exploration, *, per_class: int) -> Figure:
     title, classes = "Examples of each class", exploration.classes
     if classes.empty:
         return plot_nothing(title, "There are no classes to show.")
-    shown = classes.sort_index().sort_values("n_images", ascending=False, kind="stable").index[:_MAX_CLASSES]
+    largest = classes.sort_index().sort_values("n_images", ascending=False, kind="stable").index[:_MAX_CLASSES]
+    shown = largest.sort_values()
     n_blocks = 1 if len(shown) <= _CLASSES_PER_BLOCK else 2
     n_rows, n_pictures = math.ceil(len(shown) / n_blocks), len(_HEADINGS) + per_class
-    note = "The largest classes first" if len(classes) > 1 else ""
-    if n_left_out := len(classes) - len(shown):
-        note += f"; {n_left_out:,} smaller classes are not shown"
-    figure = start_figure(title, note)
+    n_left_out = len(classes) - len(shown)
+    figure = start_figure(title, f"{n_left_out:,} smaller classes are not shown" if n_left_out else "")
     for number, axes in enumerate(figure.subplots(1, n_blocks, squeeze=False)[0]):
         labels = shown[number * n_rows : (number + 1) * n_rows]
         for row, label in enumerate(labels):
@@ -67,22 +68,25 @@ def plot_examples(exploration: Exploration, *, per_class: int) -> Figure:
 
 
 @standard_settings()
-def plot_sizes(images: pd.DataFrame) -> Figure:
-    """Plot how large the images are."""
+def plot_sizes(images: pd.DataFrame, *, parts: Sequence[str] = SIZES) -> Figure:
+    """Plot how large the images are: the histograms of `parts` side by side."""
     from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
-    title = "Sizes of the images"
+    title = "Sizes of the images" if len(parts) > 1 else parts[0]
     if images.empty:
         return plot_nothing(title, "There are no images.")
     sides = images[["width_px", "height_px"]].dropna().to_numpy(float)
     n_bytes = images["bytes"].dropna().to_numpy(float)
     figure = start_figure(title, f"{len(images):,} image{'' if len(images) == 1 else 's'}")
-    left, right = figure.subplots(1, 2)
-    _draw_histogram(left, n_bytes, EngFormatter("B"), heading="File size")
-    left.set_xlabel(_describe_bytes(n_bytes))
-    _draw_histogram(right, sides.max(axis=1, initial=0), StrMethodFormatter("{x:,.0f} px"), heading="Longer side")
-    right.set_xlabel(_describe_sides(sides))
-    return fit_figure(figure, width=2 * _HISTOGRAM_INCHES[0], height=_HISTOGRAM_INCHES[1])
+    for part, axes in zip(parts, figure.subplots(1, len(parts), squeeze=False)[0], strict=True):
+        heading = part if len(parts) > 1 else ""
+        if part == SIZES[0]:
+            _draw_histogram(axes, n_bytes, EngFormatter("B"), heading=heading)
+            axes.set_xlabel(_describe_bytes(n_bytes))
+        else:
+            _draw_histogram(axes, sides.max(axis=1, initial=0), StrMethodFormatter("{x:,.0f} px"), heading=heading)
+            axes.set_xlabel(_describe_sides(sides))
+    return fit_figure(figure, width=len(parts) * _HISTOGRAM_INCHES[0], height=_HISTOGRAM_INCHES[1])
 
 
 def _choose_pictures(exploration: Exploration, label: str, *, per_class: int) -> Iterator[tuple[int, Image]]:

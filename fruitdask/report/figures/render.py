@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from xml.dom import minidom
 
 from fruitdask.report.figures.canvas import standard_settings, tidy_label
+from fruitdask.report.figures.fonts import BOXES, lacks_letters
 from fruitdask.report.figures.styles import INK
 
 if TYPE_CHECKING:
@@ -32,8 +34,23 @@ def render_png(figure: Figure, *, dpi: int) -> bytes:
     """Render a figure as PNG."""
     buffer = io.BytesIO()
     dpi = min(dpi, int(_MAX_PX / max(figure.get_size_inches())))
-    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    with _noted(figure):
+        figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
+
+
+@contextmanager
+def _noted(figure: Figure) -> Iterator[None]:
+    """Note below the title that letters are missing, where they are; the page's browser has fonts of its own."""
+    notes = figure.texts[1:2] if lacks_letters(figure) else []
+    texts = [note.get_text() for note in notes]
+    for note, text in zip(notes, texts, strict=True):
+        note.set_text(f"{text.rstrip('.')}. {BOXES}" if text else BOXES)
+        if note.get_window_extent().x1 > figure.bbox.x1:
+            note.set_text(BOXES)
+    yield
+    for note, text in zip(notes, texts, strict=True):
+        note.set_text(text)
 
 
 @standard_settings()

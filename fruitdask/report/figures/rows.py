@@ -108,7 +108,7 @@ def plot_colours(classes: pd.DataFrame) -> Figure:
         axes.set_xlim(0, 1)
         _mark_missing(axes, rows["palette"] == "")
 
-    note = "A colour is as wide as its share of all pixels of the class; the rest is left empty."
+    note = "A colour is as wide as its share of the pixels of the class without the background; the rest is left empty."
     return _plot_rows(classes, draw, by=None, title=title, note=note)
 
 
@@ -121,12 +121,16 @@ def _plot_rows(
     note: str,
     axis_label: str = "",
 ) -> Figure:
-    """Draw one row per class in one to three columns, the largest value first."""
-    if by is not None:
-        classes = classes.sort_index().sort_values(by, ascending=False, kind="stable", na_position="last")
-    shown = classes.iloc[:_MAX_ROWS]
+    """Draw one row per class in one to three columns, in the order of all tables: by name.
+
+    Of very many classes, those with the largest values are shown.
+    """
+    ordered = classes.sort_index()
+    largest = ordered if by is None else ordered.sort_values(by, ascending=False, kind="stable", na_position="last")
+    shown = largest.iloc[:_MAX_ROWS].sort_index()
     if len(shown) < len(classes):
-        note += f" The first {_MAX_ROWS} of {len(classes):,} classes."
+        which = "first" if by is None else "largest"
+        note += f" The {which} {_MAX_ROWS} of {len(classes):,} classes."
     n_columns = min(_MAX_COLUMNS, math.ceil(len(shown) / _ROWS_PER_COLUMN))
     n_rows = math.ceil(len(shown) / n_columns)
     row_inches, size = _WIDE if len(shown) <= _MAX_WIDE else _CLOSE
