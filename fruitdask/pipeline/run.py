@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fruitdask import report, store
 from fruitdask.core.config import Config
 from fruitdask.core.guard import leave_imported_script
-from fruitdask.core.progress import RunProgress
+from fruitdask.core.progress import RunProgress, resolve_progress
 from fruitdask.core.storage import exists
 from fruitdask.errors import FruitdaskError, LimitError, OutputError
 from fruitdask.pipeline.changes import format_changes
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    config: Config, *, retry_failed: bool = False, client: Any = None, progress: RunProgress | None = None
+    config: Config, *, retry_failed: bool = False, client: Any = None, progress: RunProgress | bool | None = None
 ) -> RunResult:
     """
     Run the whole pipeline: list, featurize, reduce, write. Work that an earlier run has done is not repeated.
@@ -43,8 +43,8 @@ def run(
         Whether to compute images again that failed in an earlier run.
     client : distributed.Client, optional
         A cluster to use instead of the configured one; it is left open.
-    progress : RunProgress, optional
-        Shows progress; silent by default.
+    progress : RunProgress or bool, optional
+        Shows progress: by default on a terminal and in a notebook; False never does.
 
     Returns
     -------
@@ -65,11 +65,11 @@ def carry_out(
     applied: Applied | None = None,
     retry_failed: bool = False,
     client: Any = None,
-    progress: RunProgress | None = None,
+    progress: RunProgress | bool | None = None,
 ) -> RunResult:
     """Run the whole pipeline, with principal components of its own or those of another run."""
     leave_imported_script()
-    progress = progress or RunProgress()
+    progress = resolve_progress(progress)
     with progress, ExitStack() as locks:
         state = prepare(config, progress, client=client, locks=locks, retry_failed=retry_failed, applied=applied)
         check_failures(state, state.pending.n_failed)
@@ -105,7 +105,7 @@ def carry_out(
     return RunResult(state.output, manifest.dump(), n_computed=state.pending.n_images, changes=changes)
 
 
-def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
+def plan(config: Config, *, progress: RunProgress | bool | None = None) -> Plan:
     """
     Plan a run: its work, time, machines and cost, estimated from a few images that are computed on this machine.
 
@@ -113,8 +113,8 @@ def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
     ----------
     config : Config
         The run, from `fruitdask.load_config`.
-    progress : RunProgress, optional
-        Shows progress; silent by default.
+    progress : RunProgress or bool, optional
+        Shows progress: by default on a terminal and in a notebook; False never does.
 
     Returns
     -------
@@ -127,7 +127,7 @@ def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
         If the run would fail before it starts.
     """
     leave_imported_script()
-    progress = progress or RunProgress()
+    progress = resolve_progress(progress)
     with progress:
         return estimate(_describe_work(prepare(config, progress), None), progress)
 
