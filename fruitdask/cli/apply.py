@@ -1,5 +1,7 @@
 """The command that applies a finished run to other images."""
 
+import time
+
 import click
 
 from fruitdask.cli.common import find_output, overwrite_option, reported, set_option, verbose_option
@@ -36,6 +38,7 @@ def apply(
     """
     from fruitdask.core.progress import choose_progress
 
+    started = time.perf_counter()
     overrides += ("output.overwrite=true",) if overwrite else ()
     again = "stored results are kept, run the same command again to resume" + ", without --overwrite" * overwrite
     with reported(verbose=verbose, again=again):
@@ -50,4 +53,5 @@ def apply(
         if config.cluster.kind == "local":
             prepare_local()
         applied = describe_applied(result)
-        print_summary(carry_out(config, applied=applied, retry_failed=retry_failed, progress=choose_progress()))
+        applied_result = carry_out(config, applied=applied, retry_failed=retry_failed, progress=choose_progress())
+        print_summary(applied_result, waited_seconds=time.perf_counter() - started)

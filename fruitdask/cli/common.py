@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -27,6 +28,8 @@ _EXIT_CODES: tuple[tuple[Any, int], ...] = (
     ((errors.WeightsUnavailableError, errors.EngineError), 1),
     (errors.FruitdaskError, 2),
 )
+#: Columns before the value of a row, and rows that are not broken.
+_INDENT, _PLACES = 20, ("results", "report", "table", "failures")
 _LOG_FORMAT = "%(asctime)s %(name)s: %(message)s"
 
 set_option = click.option(
@@ -39,8 +42,12 @@ set_option = click.option(
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Delete earlier results in the output folder and start again."
 )
+model_option = click.option("--model", metavar="NAME", help="The network, short for --set model.name=NAME.")
+weights_option = click.option(
+    "--weights", metavar="FILE", help="Its weights or a model of your own, short for --set model.weights=FILE."
+)
 verbose_option = click.option("--verbose", "-v", is_flag=True, help="Log internal steps, and show tracebacks.")
-config_argument = click.argument("config")
+config_argument = click.argument("config", metavar="CONFIG_OR_RESULTS")
 results_argument = click.argument("results", required=False)
 #: A command that starts from photographs takes a folder too.
 photographs_argument = click.argument("config", metavar="PHOTOS_OR_CONFIG")
@@ -104,26 +111,53 @@ def _end(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
 
 
+def override_model(model: str | None, weights: str | None) -> tuple[str, ...]:
+    """Return the overrides that the options of the network are short for."""
+    given = {"model.name": model, "model.weights": weights}
+    return tuple(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None)
+
+
 def load(config: str, overrides: tuple[str, ...], results: str | None = None) -> "Config":
     """Load the configuration of a command: a file, or photographs without one."""
-    from fruitdask.core.config import describe_place, load_config
+    from fruitdask.core.config import load_config
 
-    sections = describe_place(config, results)
+    sections = describe_photographs(config, results)
     if sections is None and results is not None:
         overrides += (f"output.url={json.dumps(results, ensure_ascii=False)}",)
-    if sections is not None and Path(config).is_dir():
-        _refuse_results(Path(config))
     return load_config(sections or config, overrides=overrides)
+
+
+def describe_photographs(place: str, results: str | None = None) -> dict[str, Any] | None:
+    """Describe a run on photographs alone; None for a file, or a place that is missing."""
+    from fruitdask.core.config import describe_place
+
+    sections = describe_place(place, results)
+    if sections is not None and Path(place).is_dir():
+        _refuse_results(Path(place))
+    return sections
 
 
 def _refuse_results(folder: Path) -> None:
     """Refuse the results of a run in place of photographs: their figures are images too."""
-    from fruitdask.store import EXPLORATION, MANIFEST
+    from fruitdask.store import CONFIG, EXPLORATION, MANIFEST
 
     if any((folder / name).exists() for name in (MANIFEST, EXPLORATION)):
         raise errors.ConfigError(
-            f"{folder}: expected a folder of photographs or a configuration file, found the results of a run"
+            f"{folder}: expected photographs or a configuration file, found the results of a run; to run it "
+            f"again, name {folder / CONFIG}"
         )
+
+
+def load_results(place: str, overrides: tuple[str, ...], *, sections: tuple[str, ...] | None = None) -> "Config":
+    """Load the configuration of a command on results: that of a folder or URL of results, or a file; of results only
+    some sections if these are enough.
+    """
+    from fruitdask.core.config import load_config
+    from fruitdask.core.storage import Location
+    from fruitdask.pipeline.config import read_config
+
+    tree = None if Path(place).is_file() else read_config(Location(place.rstrip("/")), sections=sections)
+    return load_config(tree, overrides=overrides) if tree is not None else load(place, overrides)
 
 
 def find_output(output: str) -> tuple[str, dict[str, Any]]:
@@ -142,7 +176,18 @@ def print_rows(rows: dict[str, str], *above: Any) -> None:
     console = Console()
     for each in above:
         console.print(each)
+    # Other programs read lines, and a person copies places.
+    n_columns = max(console.width - _INDENT, _INDENT) if console.is_terminal else None
     for name, value in rows.items():
         if value:
-            row = f"[bold]{name:>18}[/bold]  {escape(show(value, keeps_lines=True))}"
-            console.print(row, highlight=False, soft_wrap=True)
+            text = _indent(show(value, keeps_lines=True), None if name in _PLACES else n_columns)
+            console.print(f"[bold]{name:>18}[/bold]  {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _indent(text: str, n_columns: int | None) -> str:
+    """Align the lines of a value with its first one, after breaking them between words if there is a width."""
+    lines = [line.strip() for line in text.split("\n")]
+    if n_columns is not None:
+        wrapped = (wrap(line, n_columns, break_long_words=False, break_on_hyphens=False) for line in lines)
+        lines = [part for parts in wrapped for part in parts]
+    return ("\n" + " " * _INDENT).join(lines)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from fruitdask.cli.common import config_argument, load, reported, set_option
+from fruitdask.cli.common import config_argument, load_results, reported, set_option
 
 if TYPE_CHECKING:
     from fruitdask.cluster.ec2.policies import Permission, Role
@@ -38,7 +38,7 @@ def iam_policy(
     from fruitdask.cluster.ec2.policies import ROLES, build_policies, list_actions
 
     with reported():
-        loaded = load(config, overrides)
+        loaded = load_results(config, overrides)
         roles: tuple[Role, ...] = ROLES if role == "both" else (role,)
         policies = build_policies(loaded, role_name=role_name)
         if explain:

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from fruitdask.cli.common import config_argument, load, reported, set_option
+from fruitdask.cli.common import config_argument, load_results, reported, set_option
 
 
 @click.command()
@@ -15,7 +15,7 @@ def validate(config: str, overrides: tuple[str, ...]) -> None:
     from fruitdask.worker.models import check_name
 
     with reported():
-        check_name(load(config, overrides).model)
+        check_name(load_results(config, overrides).model)
         click.echo(f"{config} is valid.")
 
 

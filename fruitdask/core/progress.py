@@ -119,7 +119,7 @@ class LiveProgress(LineProgress):
             (f"{self._n_done:,}/{self._n_images:,}", "green"),
             *([(f"{self._n_failed:,} failed", "red")] if self._n_failed else []),
             (f"{rate:,.1f} images/s", "cyan"),
-            (f"{remaining} left", "yellow"),
+            *([(f"{remaining} left", "yellow")] if self._n_done < self._n_images else []),
         ]
 
     def _finish(self) -> None:

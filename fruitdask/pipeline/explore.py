@@ -17,6 +17,7 @@ from fruitdask.core.progress import RunProgress, resolve_progress
 from fruitdask.core.storage import exists
 from fruitdask.core.version import __version__
 from fruitdask.errors import OutputError
+from fruitdask.pipeline.config import write_config
 from fruitdask.pipeline.inputs import Inputs, prepare_inputs, resolve_erasure
 from fruitdask.pipeline.record import describe_processing, describe_protection
 from fruitdask.pipeline.report import render
@@ -66,6 +67,8 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | bool 
                 exploration.complete(client, progress)
         else:
             exploration.renew_record()
+        if store.read_run(inputs.output) is None:
+            write_config(inputs.output, config)
         progress.begin("Drawing")
         render(config, inputs.output)
     found = read_exploration(inputs.output)

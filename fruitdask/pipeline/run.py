@@ -13,6 +13,7 @@ from fruitdask.core.storage import exists
 from fruitdask.errors import FruitdaskError, LimitError, OutputError
 from fruitdask.pipeline.changes import format_changes
 from fruitdask.pipeline.check import find_issues, write_issues
+from fruitdask.pipeline.config import write_config
 from fruitdask.pipeline.explore import ImageExploration
 from fruitdask.pipeline.featurize import check_failures, compute_features, record_vanished
 from fruitdask.pipeline.inputs import dump_config
@@ -77,7 +78,7 @@ def carry_out(
             progress.say("Warning: model.weights is random; features of an untrained network say little about images.")
         exploration = _plan_exploration(state)
         if state.manifest is not None and state.is_reduced and state.is_rendered and exploration is None:
-            return RunResult(state.output, state.manifest.dump(), n_computed=0)
+            return RunResult(state.output, state.manifest.dump(), n_computed=0, seconds=state.clock.describe())
         store.delete_strays(state.output)
         _check_limits(state, client, progress)
         changes = state.changes
@@ -100,9 +101,18 @@ def carry_out(
             progress.begin("Closing the cluster")
         manifest = _record_run(state, manifest)
         store.write_manifest(state.output, manifest)
+        # It may have changed although there was nothing to compute.
+        write_config(state.output, config)
         progress.begin("Drawing")
-        manifest = render(config, state.output) or manifest
-    return RunResult(state.output, manifest.dump(), n_computed=state.pending.n_images, changes=changes)
+        with state.clock.measure("draw"):
+            manifest = render(config, state.output) or manifest
+    return RunResult(
+        state.output,
+        manifest.dump(),
+        n_computed=state.pending.n_images,
+        changes=changes,
+        seconds=state.clock.describe(),
+    )
 
 
 def plan(config: Config, *, progress: RunProgress | bool | None = None) -> Plan:

@@ -8,7 +8,7 @@ from fruitdask.core.config.clusters import (
     EC2ClusterConfig,
     LocalClusterConfig,
 )
-from fruitdask.core.config.loading import URL_KEYS, build_schema, load_config
+from fruitdask.core.config.loading import URL_KEYS, build_schema, load_config, resolve_paths
 from fruitdask.core.config.places import describe_place
 from fruitdask.core.config.sections import (
     PILLOW_LIMIT_PIXELS,
@@ -23,6 +23,7 @@ from fruitdask.core.config.sections import (
     Solver,
     rename_solver,
 )
+from fruitdask.core.config.sources import parse_file
 
 __all__ = [
     "PILLOW_LIMIT_PIXELS",
@@ -45,5 +46,7 @@ __all__ = [
     "build_schema",
     "describe_place",
     "load_config",
+    "parse_file",
     "rename_solver",
+    "resolve_paths",
 ]
