@@ -132,30 +132,34 @@ def describe_photographs(place: str, results: str | None = None) -> dict[str, An
     from fruitdask.core.config import describe_place
 
     sections = describe_place(place, results)
-    if sections is not None and Path(place).is_dir():
-        _refuse_results(Path(place))
+    if sections is not None and (written := _find_config(place)):
+        # Their figures are images too.
+        raise errors.ConfigError(
+            f"{place}: expected photographs or a configuration file, found the results of a run; to run it again, name "
+            f"{written}"
+        )
     return sections
 
 
-def _refuse_results(folder: Path) -> None:
-    """Refuse the results of a run in place of photographs: their figures are images too."""
-    from fruitdask.store import CONFIG, EXPLORATION, MANIFEST
+def _find_config(place: str) -> Path | None:
+    """Find the place of the configuration in a local folder of results; None for anything else."""
+    from fruitdask.store.layout import CONFIG, EXPLORATION, MANIFEST
 
-    if any((folder / name).exists() for name in (MANIFEST, EXPLORATION)):
-        raise errors.ConfigError(
-            f"{folder}: expected photographs or a configuration file, found the results of a run; to run it "
-            f"again, name {folder / CONFIG}"
-        )
+    has_results = any(Path(place, name).exists() for name in (MANIFEST, EXPLORATION))
+    return Path(place, CONFIG) if has_results else None
 
 
 def load_results(place: str, overrides: tuple[str, ...], *, sections: tuple[str, ...] | None = None) -> "Config":
-    """Load the configuration of a command on results: that of a folder or URL of results, or a file; of results only
-    some sections if these are enough.
+    """Load the configuration of a command on results: a file, or that in a folder or URL of results, of which only some
+    sections may be enough.
     """
     from fruitdask.core.config import load_config
     from fruitdask.core.storage import Location
     from fruitdask.pipeline.config import read_config
 
+    if sections is None and (written := _find_config(place)) and written.is_file():
+        # The results may have been moved.
+        return load_config(written, overrides=(f"output.url={json.dumps(place, ensure_ascii=False)}", *overrides))
     tree = None if Path(place).is_file() else read_config(Location(place.rstrip("/")), sections=sections)
     return load_config(tree, overrides=overrides) if tree is not None else load(place, overrides)
 

@@ -182,7 +182,8 @@ def _print_exploration(found: "Exploration", config: "Config") -> None:
     n_failed = summary["n_images"] - summary["n_ok"]
     rows = {
         "images": f"{summary['n_ok']:,} readable, {n_failed:,} not",
-        "failures": f"{config.output.url.rstrip('/')}/{EXPLORED_IMAGES}.csv, its columns status and error" * (n_failed > 0),
+        "failures": f"{config.output.url.rstrip('/')}/{EXPLORED_IMAGES}.csv, its columns status and error"
+        * (n_failed > 0),
         "left out": format_left_out(summary.get("left_out", {}), is_default=config.input.extensions is None),
         **_describe_findings(summary),
         "results": config.output.url,

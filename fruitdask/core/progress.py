@@ -118,7 +118,7 @@ class LiveProgress(LineProgress):
         return [
             (f"{self._n_done:,}/{self._n_images:,}", "green"),
             *([(f"{self._n_failed:,} failed", "red")] if self._n_failed else []),
-            (f"{rate:,.1f} images/s", "cyan"),
+            (f"{rate:,.{1 if rate < 100 else 0}f} images/s", "cyan"),
             *([(f"{remaining} left", "yellow")] if self._n_done < self._n_images else []),
         ]
 

@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fruitdask import store
-from fruitdask.core.config import Config, parse_file, resolve_paths
+from fruitdask.core.config import URL_KEYS, Config, parse_file
 from fruitdask.core.storage import Location, exists, explained, write_file
 from fruitdask.core.version import __version__
 from fruitdask.pipeline.inputs import dump_config
@@ -38,9 +37,9 @@ def read_config(output: Location, *, sections: Sequence[str] | None = None) -> d
         text = location.fs.cat_file(location.path).decode()
     tree, _ = parse_file(text, location.url)
     if sections is not None:
+        # The input is required, but not read.
         tree = {name: tree[name] for name in sections if name in tree} | {"input": {"url": output.url}}
-    base = Path(output.path) if output.is_local else Path.cwd()
-    return resolve_paths(tree, base, location.url) | {"output": {**tree.get("output", {}), "url": output.url}}
+    return tree | {"output": tree.get("output", {}) | {"url": output.url}}
 
 
 def describe_config(config: Config) -> dict[str, Any]:
@@ -49,6 +48,9 @@ def describe_config(config: Config) -> dict[str, Any]:
     for name, section in whole.items():
         hidden = {key: value for key, value in section.items() if key not in described[name] and value}
         described[name] |= {key: _hide(value, f"{name}_{key}") for key, value in hidden.items()}
+    for section, key in URL_KEYS:
+        if described[section][key] != whole[section][key]:
+            described[section][key] = _hide(whole[section][key], f"{section}_{key}")
     # Deleting what is there is for once.
     described["output"]["overwrite"] = False
     return described

@@ -92,7 +92,11 @@ def fetch_page(url: str, *, storage_options: Mapping[str, Any] | None = None) ->
     output = Location(url.rstrip("/") or "/", storage_options or {})
     location = output.child(store.PAGE)
     if not exists(location):
-        found = "results without a page; draw it with fruitdask report" if store.has_begun(output) else "no results"
+        found = (
+            "results without a page; draw it with fruitdask report"
+            if store.has_begun(output)
+            else "no results; check the folder"
+        )
         raise OutputError(f"{location.url}: expected the page of a run or an exploration, found {found}")
     if location.is_local:
         return Path(location.path)

@@ -8,7 +8,7 @@ from fruitdask.core.config.clusters import (
     EC2ClusterConfig,
     LocalClusterConfig,
 )
-from fruitdask.core.config.loading import URL_KEYS, build_schema, load_config, resolve_paths
+from fruitdask.core.config.loading import URL_KEYS, build_schema, load_config
 from fruitdask.core.config.places import describe_place
 from fruitdask.core.config.sections import (
     PILLOW_LIMIT_PIXELS,
@@ -48,5 +48,4 @@ __all__ = [
     "load_config",
     "parse_file",
     "rename_solver",
-    "resolve_paths",
 ]

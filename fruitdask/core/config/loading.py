@@ -84,13 +84,13 @@ def _read_sources(
     else:
         base = Path(source).resolve().parent
         tree, origin = parse_file(_read_text(Path(source)), name)
-    tree, sources = resolve_paths(_expand_env(tree, origin), base, name), [origin]
+    tree, sources = _resolve_paths(_expand_env(tree, origin), base, name), [origin]
     for override in overrides:
         parsed = parse_override(override)
         if parsed is None:
             raise ConfigError(explain_override(override))
         top, origin = parsed
-        tree = _merge(tree, resolve_paths(_expand_env(top, origin), Path.cwd(), "--set"))
+        tree = _merge(tree, _resolve_paths(_expand_env(top, origin), Path.cwd(), "--set"))
         sources.append(origin)
     return tree, sources
 
@@ -147,7 +147,7 @@ def _expand_env(tree: Any, source: Source) -> Any:
     return expanded
 
 
-def resolve_paths(tree: dict[str, Any], base: Path, name: str) -> dict[str, Any]:
+def _resolve_paths(tree: dict[str, Any], base: Path, name: str) -> dict[str, Any]:
     """Make the paths of a tree absolute; URLs stay as they are."""
     for section, key in URL_KEYS:
         value = tree.get(section, {}).get(key) if isinstance(tree.get(section), dict) else None
