@@ -291,6 +291,26 @@ def test_a_folder_is_enough(
     assert f"name {Path('to: elsewhere', 'config.yaml')}" in refused.output
 
 
+def test_photographs_stand_for_the_results_beside_them(tiny_model: ModelConfig, finish: Finish, tmp_path: Path) -> None:
+    draw(tmp_path / "in", "fig/1.png", "fig/2.png")
+    finish(configure(tmp_path / "in", tmp_path / "in-results", tiny_model))
+    for command in ("verify", "validate", "report"):
+        done = invoke(command, str(tmp_path / "in"))
+        assert done.exit_code == 0, done.output
+    assert f"{tmp_path}/in-results/report.html" in done.output
+    # Not those beside the results.
+    assert invoke("check", str(tmp_path / "in" / "fig")).exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "explore", "report", "validate"])
+def test_a_place_that_is_not_there_is_one_sentence(command: str, tmp_path: Path) -> None:
+    refused = invoke(command, f"{tmp_path}/apples")
+    assert (refused.exit_code, refused.stderr) == (
+        2,
+        f"fruitdask: {tmp_path}/apples: there is no such folder, archive or configuration file; check the path\n",
+    )
+
+
 def test_short_options_name_the_network(config_path: Path) -> None:
     named = invoke("run", str(config_path), "--model", "MobilNetV2", "--weights", "imagenet")
     assert named.exit_code == 2 and "did you mean MobileNetV2" in named.stderr

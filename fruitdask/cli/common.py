@@ -30,6 +30,8 @@ _EXIT_CODES: tuple[tuple[Any, int], ...] = (
 )
 #: Columns before the value of a row, and rows that are not broken.
 _INDENT, _PLACES = 20, ("results", "report", "table", "failures")
+#: Ends of the names of configuration files.
+_ENDINGS = (".yaml", ".yml")
 _LOG_FORMAT = "%(asctime)s %(name)s: %(message)s"
 
 set_option = click.option(
@@ -122,6 +124,8 @@ def load(config: str, overrides: tuple[str, ...], results: str | None = None) ->
     from fruitdask.core.config import load_config
 
     sections = describe_photographs(config, results)
+    if sections is None and not config.endswith(_ENDINGS) and not Path(config).exists():
+        raise errors.ConfigError(f"{config}: there is no such folder, archive or configuration file; check the path")
     if sections is None and results is not None:
         overrides += (f"output.url={json.dumps(results, ensure_ascii=False)}",)
     return load_config(sections or config, overrides=overrides)
@@ -143,10 +147,21 @@ def describe_photographs(place: str, results: str | None = None) -> dict[str, An
 
 def _find_config(place: str) -> Path | None:
     """Find the place of the configuration in a local folder of results; None for anything else."""
+    if not Path(place).is_dir():
+        return None
     from fruitdask.store.layout import CONFIG, EXPLORATION, MANIFEST
 
     has_results = any(Path(place, name).exists() for name in (MANIFEST, EXPLORATION))
     return Path(place, CONFIG) if has_results else None
+
+
+def _find_results(place: str) -> str:
+    """Find the results beside a local folder of photographs; anything else, results among them, is returned as it is."""
+    from fruitdask.core.config import describe_place
+
+    sections = describe_place(place) if Path(place).is_dir() and not _find_config(place) else None
+    beside = sections["output"]["url"] if sections is not None else place
+    return beside if _find_config(beside) else place
 
 
 def load_results(place: str, overrides: tuple[str, ...], *, sections: tuple[str, ...] | None = None) -> "Config":
@@ -157,6 +172,7 @@ def load_results(place: str, overrides: tuple[str, ...], *, sections: tuple[str,
     from fruitdask.core.storage import Location
     from fruitdask.pipeline.config import read_config
 
+    place = _find_results(place)
     if sections is None and (written := _find_config(place)) and written.is_file():
         # The results may have been moved.
         return load_config(written, overrides=(f"output.url={json.dumps(place, ensure_ascii=False)}", *overrides))
@@ -165,9 +181,9 @@ def load_results(place: str, overrides: tuple[str, ...], *, sections: tuple[str,
 
 
 def find_output(output: str) -> tuple[str, dict[str, Any]]:
-    """Find the output folder that a folder, a URL or a configuration file names, and its storage options."""
+    """Find the results that a folder, a URL, a configuration file or photographs name, and their storage options."""
     if not Path(output).is_file():
-        return output, {}
+        return _find_results(output), {}
     config = load(output, ())
     return config.output.url, dict(config.output.storage_options)
 
