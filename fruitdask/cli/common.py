@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import get_terminal_size
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -72,19 +73,30 @@ def reported(*, verbose: bool = False, again: str = "run the same command again"
         # A SettingsError has one sentence per line; a line break in another message is part of a name.
         sentences = str(error).split("\n") if isinstance(error, errors.SettingsError) else [str(error)]
         for sentence in sentences:
-            click.echo(f"fruitdask: {show(_clean(sentence))}", err=True)
+            _tell(show(_clean(sentence)))
         sys.exit(next(code for kinds, code in _EXIT_CODES if isinstance(error, kinds)))
     except ValueError as error:
         # Dask reads its files when it is imported.
         if not str(error).startswith("A dask config file"):
             raise
-        click.echo(f"fruitdask: {show(_clean(' '.join(str(error).split())))}; correct or delete it", err=True)
+        _tell(f"{show(_clean(' '.join(str(error).split())))}; correct or delete it")
         sys.exit(2)
     except KeyboardInterrupt:
-        click.echo(f"fruitdask: interrupted; {again}", err=True)
+        _tell(f"interrupted; {again}")
         sys.exit(_INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _tell(sentence: str) -> None:
+    """Write a sentence to standard error, on a terminal broken between words."""
+    n_columns = get_terminal_size().columns if sys.stderr.isatty() else None
+    click.echo("\n".join(_break(f"fruitdask: {sentence}", n_columns)), err=True)
+
+
+def _break(line: str, n_columns: int | None) -> list[str]:
+    """Break a line between words, if there is a width."""
+    return [line] if n_columns is None else wrap(line, n_columns, break_long_words=False, break_on_hyphens=False)
 
 
 class _SafeFormatter(logging.Formatter):
@@ -164,6 +176,21 @@ def _find_results(place: str) -> str:
     return beside if _find_config(beside) else place
 
 
+def prepare_cluster(config: "Config") -> None:
+    """Prepare a local cluster while this process imports."""
+    if config.cluster.kind != "local":
+        return
+    from fruitdask.cluster import prepare_local
+
+    # The process that it starts inherits this, and would end with a traceback while it imports: a terminal sends Ctrl-C
+    # to all processes.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        prepare_local()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def load_results(place: str, overrides: tuple[str, ...], *, sections: tuple[str, ...] | None = None) -> "Config":
     """Load the configuration of a command on results: a file, or that in a folder or URL of results, of which only some
     sections may be enough.
@@ -206,8 +233,5 @@ def print_rows(rows: dict[str, str], *above: Any) -> None:
 
 def _indent(text: str, n_columns: int | None) -> str:
     """Align the lines of a value with its first one, after breaking them between words if there is a width."""
-    lines = [line.strip() for line in text.split("\n")]
-    if n_columns is not None:
-        wrapped = (wrap(line, n_columns, break_long_words=False, break_on_hyphens=False) for line in lines)
-        lines = [part for parts in wrapped for part in parts]
+    lines = [part for line in text.split("\n") for part in _break(line.strip(), n_columns)]
     return ("\n" + " " * _INDENT).join(lines)

@@ -13,6 +13,7 @@ from fruitdask.cli.common import (
     override_model,
     overwrite_option,
     photographs_argument,
+    prepare_cluster,
     print_rows,
     reported,
     results_argument,
@@ -66,7 +67,8 @@ def run(
     overrides = override_model(model, weights) + overrides + ("output.overwrite=true",) * overwrite
     again = "stored results are kept, run the same command again to resume" + ", without --overwrite" * overwrite
     with reported(verbose=verbose, again=again):
-        loaded = _load_and_prepare(config, overrides, results)
+        loaded = load(config, overrides, results)
+        prepare_cluster(loaded)
         from fruitdask.pipeline.run import run as run_pipeline
 
         result = run_pipeline(loaded, retry_failed=retry_failed, progress=choose_progress())
@@ -90,7 +92,8 @@ def explore(config: str, results: str | None, overrides: tuple[str, ...], overwr
 
     overrides += ("output.overwrite=true",) if overwrite else ()
     with reported(verbose=verbose):
-        loaded = _load_and_prepare(config, overrides, results)
+        loaded = load(config, overrides, results)
+        prepare_cluster(loaded)
         from fruitdask.pipeline.explore import explore as explore_images
 
         _print_exploration(explore_images(loaded, progress=choose_progress()), loaded)
@@ -110,16 +113,6 @@ def report(config: str, overrides: tuple[str, ...]) -> None:
         from fruitdask.pipeline.report import render_report
 
         click.echo(f"Wrote {render_report(loaded).location.url}")
-
-
-def _load_and_prepare(config: str, overrides: tuple[str, ...], results: str | None) -> "Config":
-    """Load the configuration of a command that uses a cluster, and prepare a local one while this process imports."""
-    from fruitdask.cluster import prepare_local
-
-    loaded = load(config, overrides, results)
-    if loaded.cluster.kind == "local":
-        prepare_local()
-    return loaded
 
 
 def print_summary(result: "RunResult", *, waited_seconds: float) -> None:
