@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import yaml
 from runs import EXTRAS, OFF, Finish, MakeConfig, configure, draw
@@ -111,6 +112,14 @@ def test_read_config_is_of_the_place_where_it_is(make_config: MakeConfig, finish
     for name in ("manifest.json", "explore.json"):
         (tmp_path / "moved" / name).unlink(missing_ok=True)
     assert read_config(output) is None
+
+
+def test_read_config_is_of_a_url_too(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:
+    finish(make_config())
+    fsspec.filesystem("memory").put(str(tmp_path / "out"), "/configured", recursive=True)
+    read = read_config(Location("memory://configured"))
+    assert read is not None
+    assert load_config(read) == make_config(output={"url": "memory://configured"})
 
 
 def test_the_header_says_how_to_run_it(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def _find_config(place: str) -> Path | None:
 
 
 def _find_results(place: str) -> str:
-    """Find the results beside a local folder of photographs; anything else, results among them, is returned as it is."""
+    """Find the results beside a local folder of photographs; anything else is returned as it is."""
     from fruitdask.core.config import describe_place
 
     sections = describe_place(place) if Path(place).is_dir() and not _find_config(place) else None

@@ -129,7 +129,7 @@ def print_summary(result: "RunResult", *, waited_seconds: float) -> None:
     rows = {
         "images": f"{n_ok:,} ok, {n_images - n_ok:,} failed"
         + (f", {n_vanished:,} of them no longer in the input" if n_vanished else ""),
-        "failures": f"{result.output.child(FAILURES).url}" if n_ok < n_images else "",
+        "failures": result.output.child(FAILURES).url if n_ok < n_images else "",
         "left out": format_left_out(manifest.get("left_out", {}), is_default=is_default),
         "since the last run": format_changes(result.changes),
         "model": _format_model(manifest["model"]),
@@ -175,8 +175,7 @@ def _print_exploration(found: "Exploration", config: "Config") -> None:
     n_failed = summary["n_images"] - summary["n_ok"]
     rows = {
         "images": f"{summary['n_ok']:,} readable, {n_failed:,} not",
-        "failures": f"{config.output.url.rstrip('/')}/{EXPLORED_IMAGES}.csv, its columns status and error"
-        * (n_failed > 0),
+        "failures": f"{config.output.url.rstrip('/')}/{EXPLORED_IMAGES}.csv" if n_failed else "",
         "left out": format_left_out(summary.get("left_out", {}), is_default=config.input.extensions is None),
         **_describe_findings(summary),
         "results": config.output.url,
