@@ -96,6 +96,8 @@ class LiveProgress(LineProgress):
             self._finish()
         else:
             self._bar.stop_task(self._task)
+        # In a notebook, rich would leave what it has drawn last.
+        self._bar.refresh()
         self._bar.stop()
 
     def begin(self, stage: str) -> None:
