@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 def iam_policy(
     config: str, role: 'Role | Literal["both"]', role_name: str | None, explain: bool, overrides: tuple[str, ...]
 ) -> None:
-    """Print the minimal permissions that CONFIG needs on AWS.
+    """Print the minimal permissions that a run needs on AWS.
 
     They are IAM policies; with --role a single one, for the command aws:
 
-    fruitdask iam-policy CONFIG --role workers > policy.json;
+    \b
+    fruitdask iam-policy CONFIG --role workers > policy.json
     aws iam put-role-policy --role-name ROLE --policy-name fruitdask --policy-document file://policy.json
     """
     from fruitdask.cluster.ec2.policies import ROLES, build_policies, list_actions

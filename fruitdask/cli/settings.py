@@ -11,7 +11,7 @@ from fruitdask.cli.common import config_argument, load_results, reported, set_op
 @config_argument
 @set_option
 def validate(config: str, overrides: tuple[str, ...]) -> None:
-    """Check CONFIG without reading the data."""
+    """Check a configuration without reading the data."""
     from fruitdask.worker.models import check_name
 
     with reported():
