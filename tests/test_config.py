@@ -19,6 +19,7 @@ from fruitdask.core.config import (
     CustomClusterConfig,
     EC2ClusterConfig,
     LocalClusterConfig,
+    build_reference,
     build_schema,
     load_config,
 )
@@ -810,6 +811,14 @@ def test_build_schema_describes_every_key() -> None:
     properties = list_properties(build_schema())
     assert len(properties) > 40
     assert [name for name, node in properties if not node.get("description") and name not in sections] == []
+
+
+def test_reference_is_that_of_the_schema() -> None:
+    reference = (CONFIGS[0].parent / "README.md").read_text(encoding="utf-8")
+    assert reference == build_reference(), "write it again: fruitdask schema --markdown > configs/README.md"
+    for section, fields in build_schema()["$defs"].items():
+        missing = [key for key in fields["properties"] if f"{key}` |" not in reference and key != "kind"]
+        assert missing == [] or {*missing} <= {"tsne"}, section
 
 
 def test_load_config_refuses_to_plot_components_that_are_not_kept(tmp_path: Path) -> None:

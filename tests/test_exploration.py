@@ -17,7 +17,7 @@ from fruitdask import store
 from fruitdask.analysis.duplicates import group_duplicates, group_near_duplicates
 from fruitdask.analysis.exploration import (
     Accumulator,
-    _describe_class,
+    _describe_distances,
     mean_squared_difference,
     measure_partition,
     summarize_findings,
@@ -148,11 +148,8 @@ def test_standard_error_is_that_of_repeated_samples() -> None:
     def measure(n: int) -> tuple[float, float]:
         pixels = (rng.integers(100, 110, (n, 2, 2, 3)) + rng.integers(0, 60, (n, 1, 1, 1))).astype(np.uint8)
         distances = ((pixels - pixels.mean(axis=0)) ** 2).mean(axis=(1, 2, 3))
-        group = pd.DataFrame(
-            {"distance_to_mean": distances, "path": "", "mean_red": 0, "mean_green": 0, "mean_blue": 0}
-        )
-        found = _describe_class(group, ClassSums.measure(pixels, pixels), np.empty(0), scale="bytes")
-        return found["mean_squared_difference"], found["standard_error"]
+        difference = mean_squared_difference(ClassSums.measure(pixels, pixels), scale="bytes")
+        return difference, _describe_distances(distances, np.empty(0))["standard_error"]
 
     means, errors = np.array([measure(40) for _ in range(300)]).T
     assert errors.mean() == pytest.approx(means.std(), rel=0.15)

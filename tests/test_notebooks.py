@@ -1,8 +1,12 @@
-"""The notebooks: stripped of outputs, in short cells, without functions of their own, and running; what costs money
-stays off.
+"""The notebooks: in short cells, without functions of their own, and running; what costs money stays off.
+
+Their outputs are stored. They are checked as those of a run here are, and must be of the same kinds. After changing a
+notebook or an output, store them again with ``pytest tests/test_notebooks.py --write-golden``.
 """
 
 import ast
+import copy
+import itertools
 import json
 import re
 import shutil
@@ -17,20 +21,23 @@ from loopback_ec2 import LoopbackEC2
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("01_explore", "02_run", "03_map", "04_cloud", "05_answers")
+NAMES = ("00_start", "01_explore", "02_run", "03_map", "04_cloud", "05_answers")
 REGION = "eu-west-1"
-#: Images of the demo here.
-N_IMAGES = 48
+#: Images of the demo, and here.
+N_DEMO_IMAGES, N_IMAGES = 144, 48
+#: Where the stored outputs say that they were made, and the size of a picture in them at the most.
+HOME, MAX_PICTURE_BYTES = "/home/you/fruitdask", 1_000_000
 #: Nothing listens there: whoever asks AWS for anything gets an error.
 NOWHERE = "http://127.0.0.1:9"
 #: A worker of a cluster that is being closed may find the scheduler gone before itself; Dask then logs a traceback that
 #: means nothing.
+PAGE_NOTE = "<p><i>Run this cell, and the page appears here.</i></p>"
 LAST_HEARTBEAT = re.compile(
     r"^\S+ \S+ - distributed\.worker - ERROR - Failed to communicate with scheduler during heartbeat\.$.*?^\S*CommClosedError: .*?$\n?",
     re.MULTILINE | re.DOTALL,
 )
 
-Execute = Callable[[str], nbformat.NotebookNode]
+Execute = Callable[..., nbformat.NotebookNode]
 
 
 def read(name: str) -> nbformat.NotebookNode:
@@ -75,7 +82,13 @@ def count_pictures(notebook: nbformat.NotebookNode) -> int:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def is_written(request: pytest.FixtureRequest) -> bool:
+    """Whether to store the outputs, instead of comparing them."""
+    return bool(request.config.getoption("--write-golden"))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, is_written: bool) -> Iterator[Path]:
     """A copy of the notebooks and of what they read; Jupyter keeps to it, its kernel is this interpreter, and AWS is
     out of reach.
     """
@@ -86,7 +99,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     demo = folder / "configs" / "demo.yaml"
     text = demo.read_text()
     assert "sample: {per_class: 24}" in text
-    demo.write_text(text.replace("per_class: 24", f"per_class: {N_IMAGES // 6}"))
+    if not is_written:
+        demo.write_text(text.replace("per_class: 24", f"per_class: {N_IMAGES // 6}"))
     kernel = folder / "jupyter" / "kernels" / "python3" / "kernel.json"
     kernel.parent.mkdir(parents=True)
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -102,10 +116,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def execute(workplace: Path) -> Execute:
-    """Execute a notebook in the shared folder, in which each finds what those before it have left."""
+def execute(workplace: Path, is_written: bool) -> Execute:
+    """Execute a notebook in the shared folder, in which each finds what those before it have left. Its outputs, unless
+    `is_as_stored` is False, are of the same kinds as those that are stored.
+    """
 
-    def run(name: str) -> nbformat.NotebookNode:
+    def run(name: str, *, is_as_stored: bool = True) -> nbformat.NotebookNode:
         notebook = nbformat.read(workplace / "notebooks" / f"{name}.ipynb", as_version=nbformat.NO_CONVERT)
         resources = {"metadata": {"path": str(workplace / "notebooks")}}
         # A cell that raises ends this with a CellExecutionError that shows its traceback.
@@ -113,18 +129,70 @@ def execute(workplace: Path) -> Execute:
         settings = {"timeout": 300, "iopub_timeout": 60, "kernel_name": "python3", "resources": resources}
         executed = NotebookClient(notebook, **settings).execute()
         assert not list_complaints(executed)
+        kept = tidy(executed, workplace)
+        if is_as_stored and is_written:
+            nbformat.write(kept, ROOT / "notebooks" / f"{name}.ipynb")
+        elif is_as_stored:
+            assert list_kinds(kept) == list_kinds(read(name)), "store the outputs again: --write-golden"
         return executed
 
     return run
 
 
+def tidy(executed: nbformat.NotebookNode, workplace: Path) -> nbformat.NotebookNode:
+    """Make what is stored: without progress, the page and what differs from run to run."""
+    kept = copy.deepcopy(executed)
+    kept.metadata.language_info = {"name": "python"}
+    for cell in kept.cells:
+        cell.metadata = {}
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            cell.outputs = [output for output in cell.outputs if not is_passing(output)]
+            for output in cell.outputs:
+                tidy_output(output, workplace)
+    return kept
+
+
+def is_passing(output: nbformat.NotebookNode) -> bool:
+    """Whether an output is the progress of a run."""
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {}) or output.get("name") == "stderr"
+
+
+def tidy_output(output: nbformat.NotebookNode, workplace: Path) -> None:
+    """Leave the page, the number of a cell, and places of this machine out of an output."""
+    output.pop("metadata", None)
+    if output.output_type in ("display_data", "execute_result"):
+        output.metadata = {}
+    if "execution_count" in output:
+        output.execution_count = None
+    if "text" in output:
+        output.text = output.text.replace(str(workplace), HOME)
+    for kind, value in output.get("data", {}).items():
+        if isinstance(value, str) and kind.startswith("text/"):
+            output.data[kind] = PAGE_NOTE if "<iframe" in value else value.replace(str(workplace), HOME)
+
+
+def list_kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:
+    """List the kinds of each code cell's outputs; what is printed may come in several pieces."""
+    kinds = [
+        [f"{output.output_type} {output.get('name', '')} {sorted(output.get('data', {}))}" for output in cell.outputs]
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+    return [[kind for kind, _ in itertools.groupby(one)] for one in kinds]
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_notebook_is_valid_and_stripped(name: str) -> None:
+def test_notebook_is_valid_and_its_outputs_are_small(name: str) -> None:
     notebook = read(name)
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     assert set(notebook.metadata) == {"kernelspec", "language_info"} and notebook.metadata.kernelspec.name == "python3"
-    assert not list_outputs(notebook)
+    assert list_outputs(notebook) and not list_complaints(notebook)
+    text = json.dumps([output.get("data", output.get("text")) for output in list_outputs(notebook)])
+    assert not re.search(r"<iframe|/tmp/|/root/|127\.0\.0\.1:\d", text)
+    pictures = [output.data["image/png"] for output in list_outputs(notebook) if "image/png" in output.get("data", {})]
+    assert max(map(len, pictures), default=0) < MAX_PICTURE_BYTES
     assert all(cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
     assert not any(cell.metadata for cell in notebook.cells)
 
@@ -150,11 +218,18 @@ def test_notebook_explains_and_links_to_what_is_there(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_00_start(execute: Execute, workplace: Path) -> None:
+    for notebook in (execute("00_start"), read("00_start")):
+        assert count_pictures(notebook) == 1 and len(list_sources(notebook)) == 5
+    assert (workplace / "demo" / "results" / "report.html").is_file()
+
+
+@pytest.mark.slow
 def test_01_explore(execute: Execute, workplace: Path) -> None:
-    executed = execute("01_explore")
-    by_hand, fruitdask = re.findall(r"^(?:by hand|fruitdask): +(\S+)", join_prints(executed), re.MULTILINE)
-    assert float(by_hand) == pytest.approx(float(fruitdask), rel=1e-6)
-    assert count_pictures(executed) == 6
+    for notebook in (execute("01_explore"), read("01_explore")):
+        by_hand, fruitdask = re.findall(r"^(?:by hand|fruitdask): +(\S+)", join_prints(notebook), re.MULTILINE)
+        assert float(by_hand) == pytest.approx(float(fruitdask), rel=1e-6)
+        assert count_pictures(notebook) == 6
     assert (workplace / "demo" / "results" / "explore.csv").is_file()
 
 
@@ -164,9 +239,10 @@ def test_05_answers(execute: Execute, workplace: Path) -> None:
     listed = (workplace / "demo" / "answers" / "results" / "issues.csv").read_text()
     planted = re.findall(r"^planted: (\S+), (\S+), (\S+) (\S+)$", join_prints(executed), re.MULTILINE)[0]
     assert all(f"/{name}," in listed for name in planted)
-    shown = "".join(output.data.get("text/html", "") for output in list_outputs(executed) if "data" in output)
-    assert "unknown" in shown and "held-out images right" in shown
-    assert count_pictures(executed) >= 3
+    for notebook in (executed, read("05_answers")):
+        shown = "".join(output.data.get("text/html", "") for output in list_outputs(notebook) if "data" in output)
+        assert "unknown" in shown and "held-out images right" in shown
+        assert count_pictures(notebook) >= 3
 
 
 @pytest.mark.slow
@@ -175,30 +251,32 @@ def test_02_run(execute: Execute, workplace: Path) -> None:
     pages = [output.data.get("text/html", "") for output in list_outputs(executed) if "data" in output]
     assert sum("<iframe" in page and "Data protection" in page for page in pages) == 1
     assert any("/status" in page for page in pages), "no link to the dashboard"
-    prints = join_prints(executed)
-    assert float(re.findall(r"largest difference: (\S+)", prints)[0]) < 1e-3
-    assert "images computed this time: 0\n" in prints
+    for notebook in (executed, read("02_run")):
+        prints = join_prints(notebook)
+        assert float(re.findall(r"largest difference: (\S+)", prints)[0]) < 1e-3
+        assert "images computed this time: 0\n" in prints
     assert (workplace / "demo" / "results" / "report.html").is_file()
 
 
 @pytest.mark.slow
 def test_03_map(execute: Execute) -> None:
-    executed = execute("03_map")
-    prints = join_prints(executed)
-    assert float(re.findall(r"largest difference from the table: (\S+)", prints)[0]) < 1e-3
-    n_neighbours = 5 * N_IMAGES
-    n_foreign = int(re.findall(rf"(\d+) of {n_neighbours} neighbours are of another class", prints)[0])
-    assert f"{1 - n_foreign / n_neighbours:.3f} of the neighbours" in prints
-    assert count_pictures(executed) == 11
+    for notebook, n_images in ((execute("03_map"), N_IMAGES), (read("03_map"), N_DEMO_IMAGES)):
+        prints = join_prints(notebook)
+        assert float(re.findall(r"largest difference from the table: (\S+)", prints)[0]) < 1e-3
+        n_neighbours = 5 * n_images
+        n_foreign = int(re.findall(rf"(\d+) of {n_neighbours} neighbours are of another class", prints)[0])
+        assert f"{1 - n_foreign / n_neighbours:.3f} of the neighbours" in prints
+        assert count_pictures(notebook) == 11
 
 
 @pytest.mark.slow
 def test_04_cloud_spends_nothing_unless_told_to(execute: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("BUCKET", "INSTANCE_PROFILE", "DOCKER_IMAGE"):
+    for variable in ("INSTANCE_PROFILE", "DOCKER_IMAGE"):
         monkeypatch.setenv(f"FRUITDASK_{variable}", "there-is-one")
-    prints = join_prints(execute("04_cloud"))
-    assert "S3 is off and EC2 is off\n" in prints
-    assert prints.endswith("to s3://there-is-one/fruitdask-notebook/results\n")
+    for notebook in (execute("04_cloud"), read("04_cloud")):
+        prints = join_prints(notebook)
+        assert "S3 is off and EC2 is off\n" in prints
+        assert prints.endswith("to s3://my-bucket/fruitdask-notebook/results\n")
 
 
 @pytest.mark.slow
@@ -213,7 +291,7 @@ def test_04_cloud_on_ec2(execute: Execute, monkeypatch: pytest.MonkeyPatch) -> N
         names = {"SPEND_MONEY": "1", "BUCKET": "fruits", "DOCKER_IMAGE": "any", "INSTANCE_PROFILE": "workers"}
         for name, value in {**names, "CLIENT_CIDR": "127.0.0.1/32"}.items():
             monkeypatch.setenv(f"FRUITDASK_{name}", value)
-        prints = join_prints(execute("04_cloud"))
+        prints = join_prints(execute("04_cloud", is_as_stored=False))
         assert "S3 is ON and EC2 is ON\n" in prints
         assert f"{N_IMAGES} images in s3://fruits/fruitdask-notebook/photographs\n" in prints
         assert f"{{'ok': {N_IMAGES}}} in s3://fruits/fruitdask-notebook/results\n" in prints

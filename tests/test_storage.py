@@ -349,6 +349,17 @@ def test_unknown_storage_option_is_named(s3_server: str, options: dict[str, Any]
         exists(Location("s3://bucket/x", {"endpoint_url": s3_server, **options}))
 
 
+def test_times_of_s3_are_those_of_boto3(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
+    bucket, options = s3_bucket
+    s3_client.put_object(Bucket=bucket, Key="a/1.jpg", Body=b"x")
+    fs = Location(f"s3://{bucket}", options).fs
+    # Listings have times in ISO 8601, headers in the format of e-mail.
+    for operation, keys in (("list_objects_v2", {}), ("head_object", {"Key": "a/1.jpg"})):
+        ours, theirs = fs.call_s3(operation, Bucket=bucket, **keys), getattr(s3_client, operation)(Bucket=bucket, **keys)
+        times = [(found.get("Contents") or [found])[0]["LastModified"] for found in (ours, theirs)]
+        assert times[0] == times[1] and times[0].utcoffset() == times[1].utcoffset()
+
+
 def test_check_bucket_tells_a_missing_bucket_from_an_empty_one(s3_bucket: tuple[str, dict[str, Any]]) -> None:
     bucket, options = s3_bucket
     check_bucket(Location(f"s3://{bucket}/none", options))

@@ -112,11 +112,18 @@ def mean_squared_difference(sums: ClassSums, *, scale: str = "signed") -> float:
     because the square, written out over all i and j, contains each unordered pair twice. Both sums are integers, so the
     result is exact up to one rounding. It is twice the unbiased variance, averaged over pixels and channels.
     """
-    n, total = sums.n_images, sums.pixels.ravel().astype(object)
+    n = sums.n_images
     if n < 2:
         return float("nan")
-    over_pairs = n * sums.squares - int(total @ total)
+    over_pairs = n * sums.squares - _square(sums.pixels.ravel().astype(np.int64))
     return float(over_pairs / (n * (n - 1) // 2) / sums.pixels.size / _LEVELS_PER_UNIT[scale] ** 2)
+
+
+def _square(vector: npt.NDArray[np.int64]) -> int:
+    """Compute the exact scalar product of a vector of counts with itself, which may need more than 64 bits."""
+    # Sums over images of up to 2**40 have halves of 20 bits, and those of a million values do not overflow.
+    high, low = np.divmod(vector, 1 << 20)
+    return (int(high @ high) << 40) + (int(high @ low) << 21) + int(low @ low)
 
 
 def summarize_findings(
@@ -132,21 +139,27 @@ def summarize_findings(
     parts = sorted(measured, key=lambda part: part.start)
     rows = np.concatenate([part.rows for part in parts])
     thumbnails = np.concatenate([part.thumbnails for part in parts])
+    distances = np.concatenate([part.distances for part in parts])
+    members_of = {str(label): np.asarray(rows) for label, rows in images.groupby("label").indices.items()}
+    described_classes, means = {}, []
+    for label in sorted(members_of):
+        members, sums = members_of[label], found.sums.get(label)
+        difference = float("nan") if sums is None else mean_squared_difference(sums, scale=config.scale)
+        factor = _scale_distances(distances[members], difference, scale=config.scale)
+        distances[members] *= factor
+        pairs = _measure_pairs(thumbnails[np.isin(rows, members)]) * factor
+        described_classes[label] = (
+            {"palette": "" if sums is None else _format_palette(sums.colours), "mean_squared_difference": difference}
+            | _describe_distances(distances[members], pairs)
+            | _find_typical(images["path"], members, distances)
+        )
+        means.append(_round_mean(sums, thumbnails.shape[1:]))
     images = images.assign(
-        distance_to_mean=np.concatenate([part.distances for part in parts]),
+        distance_to_mean=distances,
         duplicate_group=group_duplicates(images["content_hash"]),
         near_duplicate_group=group_near_duplicates(images["perceptual_hash"], max_bits=config.near_duplicate_bits),
     )
-    described_classes, means = {}, []
-    for label, group in images.groupby("label"):
-        name, sums = str(label), found.sums.get(str(label))
-        factor = _scale_distances(group["distance_to_mean"], sums, scale=config.scale)
-        images.loc[group.index, "distance_to_mean"] *= factor
-        pairs = _measure_pairs(thumbnails[np.isin(rows, group.index)]) * factor
-        group = images.loc[group.index]
-        described_classes[name] = _count_files(group) | _describe_class(group, sums, pairs, scale=config.scale)
-        means.append(_round_mean(sums, thumbnails.shape[1:]))
-    classes = pd.DataFrame.from_dict(described_classes, orient="index").rename_axis("label")
+    classes = pd.concat([_count_files(images), pd.DataFrame.from_dict(described_classes, orient="index")], axis=1)
     summary = described | {
         "n_images": len(images),
         "n_ok": int((images["perceptual_hash"] != "").sum()),
@@ -161,7 +174,7 @@ def summarize_findings(
     order = np.argsort(np.concatenate([rows, more]))
     return Exploration(
         images=images.astype({"distance_to_mean": np.float32}),
-        classes=classes,
+        classes=classes.rename_axis("label"),
         thumbnail_rows=np.concatenate([rows, more])[order],
         thumbnails=np.concatenate([thumbnails, _read_thumbnails(reference.output, more)])[order],
         means=np.stack(means),
@@ -175,16 +188,16 @@ def _read_thumbnails(output: Location, rows: npt.NDArray[np.int64]) -> npt.NDArr
         return np.asarray(open_thumbnails(output, mode="r").oindex[rows], np.uint8)
 
 
-def _scale_distances(distances: pd.Series, sums: ClassSums | None, *, scale: str) -> float:
+def _scale_distances(distances: npt.NDArray[np.float64], difference: float, *, scale: str) -> float:
     """Find the factor from squared levels of thumbnails to the scale's unit at full size.
 
     Thumbnails are smooth, so they differ less. The factor makes the mean over all pairs, which is 2 / (n - 1) times the
-    sum of the distances from the mean, equal to its exact value.
+    sum of the distances from the mean, equal to its exact value, `difference`.
     """
-    of_thumbnails = 2 * distances.sum() / max(1, distances.count() - 1)
-    if sums is None or sums.n_images < 2 or of_thumbnails == 0:
+    of_thumbnails = 2 * np.nansum(distances) / max(1, np.isfinite(distances).sum() - 1)
+    if np.isnan(difference) or of_thumbnails == 0:
         return 1 / _LEVELS_PER_UNIT[scale] ** 2
-    return float(mean_squared_difference(sums, scale=scale) / of_thumbnails)
+    return float(difference / of_thumbnails)
 
 
 def _measure_pairs(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
@@ -197,39 +210,54 @@ def _measure_pairs(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]
     return np.asarray(pdist(flat, "sqeuclidean") / flat.shape[1])
 
 
-def _count_files(group: pd.DataFrame) -> dict[str, Any]:
-    """Count and measure the files of a class."""
-    return {
-        "n_images": len(group),
-        "n_ok": int((group["perceptual_hash"] != "").sum()),
-        "bytes_total": int(group["bytes"].sum()),
-        "bytes_median": float(group["bytes"].median()),
-        "width_px_median": float(group["width_px"].astype(float).median()),
-        "height_px_median": float(group["height_px"].astype(float).median()),
-        "n_duplicates": int(group["duplicate_group"].notna().sum()),
-        "n_near_duplicates": int(group["near_duplicate_group"].notna().sum()),
-        **{f"n_{kind}": int(group[f"has_{kind}"].sum()) for kind in KINDS},
-    }
+def _count_files(images: pd.DataFrame) -> pd.DataFrame:
+    """Count and measure the files of each class."""
+    numbers = pd.DataFrame(
+        {
+            "n_ok": images["perceptual_hash"] != "",
+            "bytes": images["bytes"],
+            **{side: images[side].astype(float) for side in ("width_px", "height_px")},
+            "n_duplicates": images["duplicate_group"].notna(),
+            "n_near_duplicates": images["near_duplicate_group"].notna(),
+            **{f"n_{kind}": images[f"has_{kind}"] for kind in KINDS},
+            **{f"mean_{colour}": images[f"mean_{colour}"].astype(float) for colour in _COLOURS},
+        }
+    ).groupby(images["label"])
+    counts = ("n_duplicates", "n_near_duplicates", *(f"n_{kind}" for kind in KINDS))
+    return pd.DataFrame(
+        {
+            "n_images": numbers.size(),
+            "n_ok": numbers["n_ok"].sum(),
+            "bytes_total": numbers["bytes"].sum(),
+            **{f"{name}_median": numbers[name].median() for name in ("bytes", "width_px", "height_px")},
+            **{name: numbers[name].sum() for name in counts},
+            **{f"mean_{colour}": numbers[f"mean_{colour}"].mean() for colour in _COLOURS},
+        }
+    )
 
 
-def _describe_class(
-    group: pd.DataFrame, sums: ClassSums | None, pairs: npt.NDArray[np.float64], *, scale: str
-) -> dict[str, Any]:
-    """Describe how the images of a class look and differ."""
-    distances = group["distance_to_mean"].dropna()
+def _describe_distances(distances: npt.NDArray[np.float64], pairs: npt.NDArray[np.float64]) -> dict[str, float]:
+    """Describe how much the images of a class differ."""
+    known = distances[np.isfinite(distances)]
     quantiles = np.quantile(pairs, _QUANTILES) if len(pairs) >= _MIN_PAIRS else np.full(len(_QUANTILES), np.nan)
-    n = len(distances)
+    n = len(known)
     return {
-        **{f"mean_{colour}": float(group[f"mean_{colour}"].mean()) for colour in _COLOURS},
-        "palette": "" if sums is None else _format_palette(sums.colours),
-        "mean_squared_difference": float("nan") if sums is None else mean_squared_difference(sums, scale=scale),
         # The mean over pairs is a U-statistic (Hoeffding 1948): its variance is 4 / n times that of an image's mean
         # difference from the others, which is n / (n - 1) times its distance from the mean, plus a constant.
-        "standard_error": float(2 * n / (n - 1) * distances.std() / np.sqrt(n)) if n > 1 else float("nan"),
+        "standard_error": float(2 * n / (n - 1) * known.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan"),
         **{f"pair_q{quantile * 100:02.0f}": float(q) for quantile, q in zip(_QUANTILES, quantiles, strict=True)},
-        "most_typical": group.at[distances.idxmin(), "path"] if n else "",
-        "least_typical": group.at[distances.idxmax(), "path"] if n else "",
     }
+
+
+def _find_typical(
+    paths: pd.Series, members: npt.NDArray[np.intp], distances: npt.NDArray[np.float64]
+) -> dict[str, str]:
+    """Find the images of a class that are nearest to its mean image and farthest from it; empty if none is readable."""
+    known = members[np.isfinite(distances[members])]
+    if not len(known):
+        return {"most_typical": "", "least_typical": ""}
+    nearest, farthest = known[distances[known].argmin()], known[distances[known].argmax()]
+    return {"most_typical": str(paths.iloc[nearest]), "least_typical": str(paths.iloc[farthest])}
 
 
 def _format_palette(colours: npt.NDArray[np.int64]) -> str:

@@ -20,11 +20,12 @@ def validate(config: str, overrides: tuple[str, ...]) -> None:
 
 
 @click.command()
-def schema() -> None:
+@click.option("--markdown", is_flag=True, help="Print a reference of all keys for people instead.")
+def schema(markdown: bool) -> None:
     """Print the JSON schema of configurations, for editors."""
-    from fruitdask.core.config import build_schema
+    from fruitdask.core.config import build_reference, build_schema
 
-    click.echo(json.dumps(build_schema(), indent=2))
+    click.echo(build_reference() if markdown else json.dumps(build_schema(), indent=2), nl=not markdown)
 
 
 @click.command()

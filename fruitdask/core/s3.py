@@ -2,9 +2,12 @@
 
 import io
 from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
 from aiobotocore.httpsession import AIOHTTPSession
+from aiobotocore.session import AioSession
+from botocore.utils import parse_timestamp
 from fsspec import register_implementation
 from s3fs import S3FileSystem
 
@@ -18,10 +21,19 @@ class S3(S3FileSystem):  # type: ignore[misc]
     """
 
     retries = 1
+    session: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         config = {"http_session_cls": _WholeSession, **(kwargs.pop("config_kwargs", None) or {})}
         super().__init__(*args, config_kwargs=config, **kwargs)
+
+    async def set_session(self, *args: Any, **kwargs: Any) -> Any:
+        """Connect, with a session whose clients parse times of modification fast: they take most of a listing."""
+        if self.session is None:
+            self.session = AioSession(**self.kwargs)
+            parsers = self.session.get_component("response_parser_factory")
+            parsers.set_parser_defaults(timestamp_parser=_parse_timestamp)
+        return await super().set_session(*args, **kwargs)
 
     def list_page(
         self, path: str, token: str | None = None, *, n_max: int = 1000
@@ -51,6 +63,15 @@ class S3(S3FileSystem):  # type: ignore[misc]
         with suppress(OSError):
             return "Status" in self.call_s3("get_bucket_versioning", Bucket=self.split_path(path)[0])
         return False
+
+
+def _parse_timestamp(value: Any) -> datetime:
+    """Parse a time as S3 writes it, and any other as botocore does."""
+    try:
+        return datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        parsed: datetime = parse_timestamp(value)
+        return parsed
 
 
 class _WholeSession(AIOHTTPSession):  # type: ignore[misc]

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,12 @@ from fruitdask.core.config import Config
 from fruitdask.report import figures, formats, sections
 from fruitdask.report.figures import styles
 from fruitdask.report.maps import Maps, build_maps, choose_axes
+from fruitdask.report.plots import Plots, list_plots
 from fruitdask.report.thumbnails import Thumbnails
 from fruitdask.store.exploration import Exploration
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from matplotlib.figure import Figure
 
 _FOLDER = Path(__file__).parent
@@ -60,9 +63,20 @@ class ReportData:
     #: Labels that the classifier of another run predicts for these images.
     predictions: pd.DataFrame | None = field(default=None, repr=False)
 
+    @cached_property
+    def plots(self) -> Plots:
+        """The figures that the data allow."""
+        return list_plots(self)
+
 
 def render_page(data: ReportData) -> str:
     """Render the page."""
+    return _load_template().render(_build_context(data)).lstrip()
+
+
+@cache
+def _load_template() -> "Template":
+    """Load the template of the page, whose compilation takes as long as several figures."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -76,7 +90,7 @@ def render_page(data: ReportData) -> str:
     environment.filters |= {
         name.removeprefix("format_"): value for name, value in vars(formats).items() if name.startswith("format_")
     }
-    return environment.get_template("page.html").render(_build_context(data)).lstrip()
+    return environment.get_template("page.html")
 
 
 def _build_context(data: ReportData) -> dict[str, Any]:
@@ -103,8 +117,8 @@ def _build_views(data: ReportData) -> dict[str, Any]:
         ),
         "check": None if data.issues is None else _describe_issues(data.issues, exploration),
         "data": sections.describe_data(counts, exploration),
-        "exploration": None if exploration is None else _describe_exploration(exploration, config),
-        "features": None if data.quality is None else _describe_features(data.quality, manifest),
+        "exploration": None if exploration is None else _describe_exploration(exploration, data),
+        "features": None if data.quality is None else _describe_features(data.quality, data),
         "classifier": None if data.classifier is None else _describe_classifier(data.classifier),
         "predictions": None if data.predictions is None else _describe_predictions(data.predictions, exploration),
         "maps": _describe_maps(data),
@@ -136,46 +150,44 @@ def _describe_classifier(report: dict[str, Any]) -> sections.View:
     return {**report, "confusion_figure": figure}
 
 
-def _describe_exploration(exploration: Exploration, config: Config) -> sections.View:
+def _describe_exploration(exploration: Exploration, data: ReportData) -> sections.View:
     """Describe what the images themselves say."""
     thumbnails = Thumbnails(exploration, max_bytes=_EXAMPLES_BYTES)
     differences = sections.describe_differences(exploration)
     return {
-        "examples": sections.describe_examples(exploration, thumbnails, per_class=config.report.examples_per_class),
+        "examples": sections.describe_examples(
+            exploration, thumbnails, per_class=data.config.report.examples_per_class
+        ),
         "colours": sections.describe_colours(exploration.classes),
         "differences": differences,
         "duplicates": sections.describe_duplicates(exploration, thumbnails),
-        "size_figure": _draw(
-            figures.plot_sizes(exploration.images), "Distribution of the images' sizes in bytes and in pixels."
-        ),
+        "size_figure": _draw(data.plots["sizes"](), "Distribution of the images' sizes in bytes and in pixels."),
         "difference_figure": differences
         and _draw(
-            figures.plot_differences(exploration.classes),
+            data.plots["differences"](),
             "Mean squared difference between images of each class; the same numbers are in the table below.",
         ),
     }
 
 
-def _describe_features(quality: dict[str, Any], manifest: dict[str, Any] | None) -> sections.View:
+def _describe_features(quality: dict[str, Any], data: ReportData) -> sections.View:
     """Describe the features and their quality."""
-    variance, judged = quality.get("explained_variance"), quality.get("grouped") or quality
-    confusion = judged["neighbors"]["confusion"]
     drawn = {
         "silhouette_figure": _draw(
-            figures.plot_silhouettes(judged["silhouette"]),
+            data.plots["silhouettes"](),
             "Silhouette of each class; the same numbers are in the table below.",
         ),
         "confusion_figure": _draw(
-            figures.plot_confusion(confusion["labels"], confusion["share"]),
+            data.plots["neighbors"](),
             "Heat map: the class of an image in rows, the classes of its nearest neighbours in columns.",
         ),
-        "variance_figure": variance
+        "variance_figure": quality.get("explained_variance")
         and _draw(
-            figures.plot_explained_variance(variance["ratio"], variance["n_components"]),
+            data.plots["explained_variance"](),
             "Explained variance by number of components; the numbers of interest are in the table below.",
         ),
     }
-    return sections.describe_quality(quality) | drawn | {"model": (manifest or {}).get("model")}
+    return sections.describe_quality(quality) | drawn | {"model": (data.manifest or {}).get("model")}
 
 
 def _describe_maps(data: ReportData) -> Maps | None:

@@ -126,7 +126,7 @@ def open_store(output: Location) -> RunArrays | None:
         if not exists(location.child("status", "zarr.json")):
             return None
         # The arrays' own metadata, so that damage to them is found.
-        group = zarr.open_group(**name_store(location), mode="r", use_consolidated=False)
+        group = zarr.open_group(**name_store(location), mode="r", use_consolidated=False, zarr_format=3)
         arrays = {name: StoredArray(group[name], output) for name in ("features", "status")}
     check_format(group.attrs, location.url)
     return RunArrays(arrays, dict(group.attrs))
@@ -137,7 +137,7 @@ def resize_store(output: Location, *, n_images: int, attributes: Mapping[str, An
     location = output.child(FEATURES)
     with explained(location, "write"):
         # Consolidated metadata are stale as soon as an array is resized: they are left out and written last.
-        group: Any = zarr.open_group(**name_store(location), mode="r+", use_consolidated=False)
+        group: Any = zarr.open_group(**name_store(location), mode="r+", use_consolidated=False, zarr_format=3)
         for array in (group["features"], group["status"]):
             array.resize((n_images, *array.shape[1:]))
         group.attrs.update(seal(dict(group.attrs) | dict(attributes)))
@@ -180,7 +180,6 @@ def write_partition(
     rows = slice(start, start + len(features))
     with explained(location, "write"):
         try:
-            # Naming the format saves the requests by which Zarr looks for its older one.
             group: Any = zarr.open_group(**name_store(location), mode="r+", zarr_format=3)
         except FileNotFoundError as error:
             raise StorageError(
@@ -219,7 +218,8 @@ def create_thumbnails(output: Location, *, n_images: int, thumbnail_px: int, ima
 
 def open_thumbnails(output: Location, *, mode: Literal["r", "r+"]) -> Any:
     """Open the array of thumbnails."""
-    return zarr.open_array(**name_store(output.child(THUMBNAILS)), mode=mode)
+    # Naming the format saves the requests by which Zarr looks for its older one.
+    return zarr.open_array(**name_store(output.child(THUMBNAILS)), mode=mode, zarr_format=3)
 
 
 def delete_thumbnails(output: Location) -> None:
@@ -248,7 +248,7 @@ def read_arrays(location: Location) -> dict[str, npt.NDArray[Any]]:
     """Read a group of small arrays, by name."""
     remedy = advise_repair(Location(location.url.rpartition("/")[0], location.storage_options))
     with explained(location, "read", remedy=remedy):
-        group = zarr.open_group(**name_store(location), mode="r")
+        group = zarr.open_group(**name_store(location), mode="r", zarr_format=3)
         check_format(group.attrs, location.url)
         arrays = dict(group.arrays())
         for name, array in arrays.items():
@@ -261,7 +261,7 @@ def copy_arrays(source: Location, target: Location) -> None:
     """Copy a group of small arrays."""
     arrays = read_arrays(source)
     with explained(source, "read"):
-        group = zarr.open_group(**name_store(source), mode="r")
+        group = zarr.open_group(**name_store(source), mode="r", zarr_format=3)
         arrays_there: dict[str, Any] = dict(group.arrays())
         attributes = dict(group.attrs)
     dimensions = {name: array.metadata.dimension_names for name, array in arrays_there.items()}

@@ -10,6 +10,7 @@ from fruitdask.core.config.clusters import (
 )
 from fruitdask.core.config.loading import URL_KEYS, build_schema, load_config
 from fruitdask.core.config.places import describe_place
+from fruitdask.core.config.reference import build_reference
 from fruitdask.core.config.sections import (
     PILLOW_LIMIT_PIXELS,
     CheckConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "QualityConfig",
     "ReduceConfig",
     "Solver",
+    "build_reference",
     "build_schema",
     "describe_place",
     "load_config",

@@ -104,7 +104,7 @@ def start_figure(title: str, note: str = "") -> Figure:
 
 def fit_figure(figure: Figure, *, width: float = 0.0, height: float = 0.0) -> Figure:
     """Set the total width and the height of a row of axes in inches; labels around them come on top."""
-    # In a large figure, labels take as many inches as in one that fits.
+    # Labels take as many inches in a large figure as in one that fits, and layout takes longer than all the rest.
     wide, high = width + 12.0, height + 20.0
     _lay_out(figure, wide, high)
     slots = [axes.get_position(original=True) for axes in figure.axes]
@@ -112,8 +112,14 @@ def fit_figure(figure: Figure, *, width: float = 0.0, height: float = 0.0) -> Fi
     above = high * (1 - max(slot.height for slot in slots)) if slots else _HEADER + _MARGIN
     texts = [*figure.texts, *figure.legends]
     widest = _SLACK * max(text.get_window_extent().width for text in texts) / figure.dpi
-    _lay_out(figure, max(width + around, widest + 2 * _MARGIN), height + above)
-    figure.set_layout_engine("none")
+    total_width, total_height = max(width + around, widest + 2 * _MARGIN), height + above
+    inner = (total_width - around) / max(len(slots), 1)
+    for number, (axes, slot) in enumerate(zip(figure.axes, slots, strict=True)):
+        left = slot.x0 * wide - number * (slot.width * wide - inner)
+        bottom = slot.y0 * high
+        axes.set_position((left / total_width, bottom / total_height, inner / total_width, height / total_height))
+    figure.set_size_inches(total_width, total_height)
+    figure.set_layout_engine(None)
     return figure
 
 

@@ -89,8 +89,6 @@ def plot_map(
     axes = figure.subplots()
     _draw_points(axes, points, x=x, y=y, styles=styles)
     spans = np.ptp([axes.get_xlim(), axes.get_ylim()], axis=1)
-    if spans.max() <= _MAX_ASPECT * spans.min():
-        axes.set_aspect("equal", adjustable="datalim")
     axes.set_xlabel(tidy_label(x_label or _name_axis(x), n_characters=58))
     axes.set_ylabel(tidy_label(y_label or _name_axis(y), n_characters=44))
     axes.locator_params(nbins=6)
@@ -98,7 +96,10 @@ def plot_map(
         # Coordinates of t-SNE have no meaning.
         axes.set(xticks=[], yticks=[])
     _add_class_legend(figure, styles)
-    return fit_figure(figure, width=_MAP_INCHES[0], height=_MAP_INCHES[1])
+    fit_figure(figure, width=_MAP_INCHES[0], height=_MAP_INCHES[1])
+    if spans.max() <= _MAX_ASPECT * spans.min():
+        axes.set_aspect("equal", adjustable="datalim")
+    return figure
 
 
 @standard_settings()
@@ -185,12 +186,15 @@ def _draw_points(axes: Axes, points: pd.DataFrame, *, x: str, y: str, styles: Ma
     }
     side = float(np.clip(6 * (400 / n_points) ** 0.25, 1.7, 6))
     n_turns = 1 if n_points <= _MAX_VECTOR_POINTS else 8
-    places = {str(label): group[[x, y]].to_numpy(float) for label, group in points.groupby("label", observed=True)}
-    order = sorted(places, key=lambda label: (-len(places[label]), label))
+    # A plot per style, not per class: with thousands of classes, styles repeat, and each plot takes milliseconds.
+    places: dict[ClassStyle, list[npt.NDArray[np.float64]]] = {}
+    for label, group in points.groupby("label", observed=True):
+        places.setdefault(styles[str(label)], []).append(group[[x, y]].to_numpy(float))
+    series = sorted(((style, np.concatenate(parts)) for style, parts in places.items()), key=lambda one: -len(one[1]))
     for turn in range(n_turns):
-        for label in order:
-            if len(place := places[label][turn::n_turns]):
-                axes.plot(*place.T, **look, **_translate_style(styles[label], side))
+        for style, place in series:
+            if len(place := place[turn::n_turns]):
+                axes.plot(*place.T, **look, **_translate_style(style, side))
 
 
 def _translate_style(style: ClassStyle, side: float) -> dict[str, Any]:
