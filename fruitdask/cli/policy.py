@@ -34,7 +34,8 @@ def iam_policy(
 
     \b
     fruitdask iam-policy CONFIG --role workers > policy.json
-    aws iam put-role-policy --role-name ROLE --policy-name fruitdask --policy-document file://policy.json
+    aws iam put-role-policy --role-name ROLE --policy-name fruitdask \\
+        --policy-document file://policy.json
     """
     from fruitdask.cluster.ec2.policies import ROLES, build_policies, list_actions
 
