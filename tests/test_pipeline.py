@@ -122,7 +122,7 @@ def test_run_leaves_what_the_architecture_lists(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         [*explored, "explore_classes.csv", "explore_classes.parquet", "catalog.parquet", "features.zarr", "figures"]
         + ["manifest.json", "partitions", "pca.zarr", "quality.json", "report.html", "results.csv", "results.parquet"]
-        + ["issues.csv", "issues.parquet"]
+        + ["config.yaml", "issues.csv", "issues.parquet"]
     )
     assert sorted(path.stem for path in (tmp_path / "out" / "figures").iterdir()) == sorted(store.FIGURE_NAMES)
     table = result.table

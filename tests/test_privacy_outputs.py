@@ -305,7 +305,7 @@ def test_nothing_planted_is_in_local_results_or_printed(planted: tuple[int, dict
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
         said += done.stdout + done.stderr
-    assert f"gps {n_positions}" in said
+    assert f"positions {n_positions}" in said
     found, n_images = search(fsspec.filesystem("file"), str(tmp_path / "out"))
     assert found == {} and n_images > 24
     assert not [secret for secret in SECRETS.values() if secret in said]

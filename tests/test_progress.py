@@ -1,13 +1,21 @@
 """Progress as a log and as a terminal shows it."""
 
 import io
+import os
+import re
+import sys
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from fruitdask.core import progress
-from fruitdask.core.progress import LineProgress, LiveProgress, RunProgress, choose_progress
+from fruitdask.core.progress import LineProgress, LiveProgress, RunProgress, choose_progress, resolve_progress
+
+
+def read_lines(reporter: LiveProgress) -> list[str]:
+    """Read the lines that are drawn now."""
+    return [str(line) for line in reporter._bar.get_renderables()]
 
 
 def show(reporter: RunProgress) -> None:
@@ -54,6 +62,37 @@ def test_live_progress_shows_bar_rate_and_failures() -> None:
         assert expected in text
 
 
+@pytest.mark.parametrize(
+    ("width", "n_images", "n_figures"),
+    [(60, 90, 3), (60, 1_000_000, 2), (80, 90, 4), (80, 1_000_000, 4), (200, 90, 4), (200, 10_000_000, 4)],
+)
+def test_figures_of_a_live_line_are_whole_at_any_width(width: int, n_images: int, n_figures: int) -> None:
+    reporter = LiveProgress(Console(file=io.StringIO(), width=width, force_terminal=True))
+    reporter.begin("Starting the cluster and building the network")
+    reporter.begin("Featurizing")
+    reporter.begin_images(n_images, n_done=0)
+    reporter._started -= 10
+    reporter.advance(n_images // 2, n_failed=2)
+    before, line = read_lines(reporter)
+    # Two columns are left for the ^C of a terminal.
+    assert before == "✓ 0:00:00 Starting the cluster and building the network" and len(line) <= min(width - 2, 140)
+    figures = [f"{n_images // 2:,}/{n_images:,}", "2 failed", r"[\d,.]+ images/s", r"0:00:1\d left"]
+    assert re.fullmatch(rf". 0:00:00 Featurizing (━+─+ )?{' '.join(figures[:n_figures])}", line), line
+    assert "━" in line or n_images > 90
+
+
+def test_each_stage_has_one_line_and_the_interrupted_one_says_so() -> None:
+    reporter = LiveProgress(Console(file=io.StringIO(), width=80, force_terminal=True))
+    with pytest.raises(KeyboardInterrupt, match="^pressed$"), reporter:
+        reporter.begin("Listing images")
+        reporter.begin("Featurizing")
+        reporter.begin_images(8, n_done=4)
+        raise KeyboardInterrupt("pressed")
+    first, second = read_lines(reporter)
+    assert first == "✓ 0:00:00 Listing images"
+    assert re.fullmatch("✗ 0:00:00 Featurizing ━+─+ 4/8 0.0 images/s -:--:-- left", second)
+
+
 def test_live_progress_on_a_terminal_without_unicode() -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     show(LiveProgress(Console(file=out, width=200, force_terminal=True, color_system=None)))
@@ -73,3 +112,18 @@ def test_choose_progress_draws_in_a_notebook_only_with_widgets(
     if not has_widgets:
         monkeypatch.setattr(progress, "find_spec", lambda name: None)
     assert type(choose_progress(Console(force_jupyter=True))) is expected
+
+
+def test_resolve_progress_shows_where_a_person_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = RunProgress()
+    assert resolve_progress(own) is own
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    # Some set this for all programs, also for those whose output goes into a file.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert type(resolve_progress(None)) is RunProgress and type(resolve_progress(False)) is RunProgress
+    monkeypatch.delenv("FORCE_COLOR")
+    assert type(resolve_progress(True)) is LineProgress
+    ends = os.openpty()
+    with os.fdopen(ends[0]), os.fdopen(ends[1], "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert type(resolve_progress(None)) is LiveProgress and type(resolve_progress(False)) is RunProgress

@@ -14,6 +14,8 @@ from fruitdask.cli.clusters import clusters
 from fruitdask.cli.compare import compare
 from fruitdask.cli.erase import erase
 from fruitdask.cli.export import export
+from fruitdask.cli.init import init
+from fruitdask.cli.open import open_
 from fruitdask.cli.plan import plan
 from fruitdask.cli.policy import iam_policy
 from fruitdask.cli.run import explore, report, run
@@ -39,7 +41,23 @@ def cli() -> None:
     """
 
 
-_COMMANDS = (run, plan, explore, report, check, similar, apply, train, predict, export, compare, verify, erase)
+_COMMANDS = (
+    init,
+    run,
+    plan,
+    explore,
+    open_,
+    report,
+    check,
+    similar,
+    apply,
+    train,
+    predict,
+    export,
+    compare,
+    verify,
+    erase,
+)
 _HELPERS = (validate, schema, sample, iam_policy, clusters)
 for _command in _COMMANDS + _HELPERS:
     cli.add_command(_command)

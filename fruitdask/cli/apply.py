@@ -1,8 +1,10 @@
 """The command that applies a finished run to other images."""
 
+import time
+
 import click
 
-from fruitdask.cli.common import find_output, overwrite_option, reported, set_option, verbose_option
+from fruitdask.cli.common import find_output, overwrite_option, prepare_cluster, reported, set_option, verbose_option
 from fruitdask.cli.run import print_summary
 
 
@@ -36,18 +38,18 @@ def apply(
     """
     from fruitdask.core.progress import choose_progress
 
+    started = time.perf_counter()
     overrides += ("output.overwrite=true",) if overwrite else ()
     again = "stored results are kept, run the same command again to resume" + ", without --overwrite" * overwrite
     with reported(verbose=verbose, again=again):
         url, options = find_output(output)
-        from fruitdask.cluster import prepare_local
         from fruitdask.pipeline.apply import configure, describe_applied
         from fruitdask.pipeline.open import open as open_result
         from fruitdask.pipeline.run import carry_out
 
         result = open_result(url, storage_options=options)
         config = configure(result, input=source, output=target, overrides=overrides)
-        if config.cluster.kind == "local":
-            prepare_local()
+        prepare_cluster(config)
         applied = describe_applied(result)
-        print_summary(carry_out(config, applied=applied, retry_failed=retry_failed, progress=choose_progress()))
+        applied_result = carry_out(config, applied=applied, retry_failed=retry_failed, progress=choose_progress())
+        print_summary(applied_result, waited_seconds=time.perf_counter() - started)

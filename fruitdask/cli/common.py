@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -27,6 +29,10 @@ _EXIT_CODES: tuple[tuple[Any, int], ...] = (
     ((errors.WeightsUnavailableError, errors.EngineError), 1),
     (errors.FruitdaskError, 2),
 )
+#: Columns before the value of a row, and rows that are not broken.
+_INDENT, _PLACES = 20, ("results", "report", "table", "failures")
+#: Ends of the names of configuration files.
+_ENDINGS = (".yaml", ".yml")
 _LOG_FORMAT = "%(asctime)s %(name)s: %(message)s"
 
 set_option = click.option(
@@ -39,8 +45,12 @@ set_option = click.option(
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Delete earlier results in the output folder and start again."
 )
+model_option = click.option("--model", metavar="NAME", help="The network, short for --set model.name=NAME.")
+weights_option = click.option(
+    "--weights", metavar="FILE", help="Its weights or a model of your own, short for --set model.weights=FILE."
+)
 verbose_option = click.option("--verbose", "-v", is_flag=True, help="Log internal steps, and show tracebacks.")
-config_argument = click.argument("config")
+config_argument = click.argument("config", metavar="CONFIG_OR_RESULTS")
 results_argument = click.argument("results", required=False)
 #: A command that starts from photographs takes a folder too.
 photographs_argument = click.argument("config", metavar="PHOTOS_OR_CONFIG")
@@ -63,19 +73,30 @@ def reported(*, verbose: bool = False, again: str = "run the same command again"
         # A SettingsError has one sentence per line; a line break in another message is part of a name.
         sentences = str(error).split("\n") if isinstance(error, errors.SettingsError) else [str(error)]
         for sentence in sentences:
-            click.echo(f"fruitdask: {show(_clean(sentence))}", err=True)
+            _tell(show(_clean(sentence)))
         sys.exit(next(code for kinds, code in _EXIT_CODES if isinstance(error, kinds)))
     except ValueError as error:
         # Dask reads its files when it is imported.
         if not str(error).startswith("A dask config file"):
             raise
-        click.echo(f"fruitdask: {show(_clean(' '.join(str(error).split())))}; correct or delete it", err=True)
+        _tell(f"{show(_clean(' '.join(str(error).split())))}; correct or delete it")
         sys.exit(2)
     except KeyboardInterrupt:
-        click.echo(f"fruitdask: interrupted; {again}", err=True)
+        _tell(f"interrupted; {again}")
         sys.exit(_INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _tell(sentence: str) -> None:
+    """Write a sentence to standard error, on a terminal broken between words."""
+    n_columns = get_terminal_size().columns if sys.stderr.isatty() else None
+    click.echo("\n".join(_break(f"fruitdask: {sentence}", n_columns)), err=True)
+
+
+def _break(line: str, n_columns: int | None) -> list[str]:
+    """Break a line between words, if there is a width."""
+    return [line] if n_columns is None else wrap(line, n_columns, break_long_words=False, break_on_hyphens=False)
 
 
 class _SafeFormatter(logging.Formatter):
@@ -104,32 +125,92 @@ def _end(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
 
 
+def override_model(model: str | None, weights: str | None) -> tuple[str, ...]:
+    """Return the overrides that the options of the network are short for."""
+    given = {"model.name": model, "model.weights": weights}
+    return tuple(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None)
+
+
 def load(config: str, overrides: tuple[str, ...], results: str | None = None) -> "Config":
     """Load the configuration of a command: a file, or photographs without one."""
-    from fruitdask.core.config import describe_place, load_config
+    from fruitdask.core.config import load_config
 
-    sections = describe_place(config, results)
+    sections = describe_photographs(config, results)
+    if sections is None and not config.endswith(_ENDINGS) and not Path(config).exists():
+        raise errors.ConfigError(f"{config}: there is no such folder, archive or configuration file; check the path")
     if sections is None and results is not None:
         overrides += (f"output.url={json.dumps(results, ensure_ascii=False)}",)
-    if sections is not None and Path(config).is_dir():
-        _refuse_results(Path(config))
     return load_config(sections or config, overrides=overrides)
 
 
-def _refuse_results(folder: Path) -> None:
-    """Refuse the results of a run in place of photographs: their figures are images too."""
-    from fruitdask.store import EXPLORATION, MANIFEST
+def describe_photographs(place: str, results: str | None = None) -> dict[str, Any] | None:
+    """Describe a run on photographs alone; None for a file, or a place that is missing."""
+    from fruitdask.core.config import describe_place
 
-    if any((folder / name).exists() for name in (MANIFEST, EXPLORATION)):
+    sections = describe_place(place, results)
+    if sections is not None and (written := _find_config(place)):
+        # Their figures are images too.
         raise errors.ConfigError(
-            f"{folder}: expected a folder of photographs or a configuration file, found the results of a run"
+            f"{place}: expected photographs or a configuration file, found the results of a run; to run it again, name "
+            f"{written}"
         )
+    return sections
+
+
+def _find_config(place: str) -> Path | None:
+    """Find the place of the configuration in a local folder of results; None for anything else."""
+    if not Path(place).is_dir():
+        return None
+    from fruitdask.store.layout import CONFIG, EXPLORATION, MANIFEST
+
+    has_results = any(Path(place, name).exists() for name in (MANIFEST, EXPLORATION))
+    return Path(place, CONFIG) if has_results else None
+
+
+def _find_results(place: str) -> str:
+    """Find the results beside a local folder of photographs; anything else is returned as it is."""
+    from fruitdask.core.config import describe_place
+
+    sections = describe_place(place) if Path(place).is_dir() and not _find_config(place) else None
+    beside = sections["output"]["url"] if sections is not None else place
+    return beside if _find_config(beside) else place
+
+
+def prepare_cluster(config: "Config") -> None:
+    """Prepare a local cluster while this process imports."""
+    if config.cluster.kind != "local":
+        return
+    from fruitdask.cluster import prepare_local
+
+    # The process that it starts inherits this, and would end with a traceback while it imports: a terminal sends Ctrl-C
+    # to all processes.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        prepare_local()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def load_results(place: str, overrides: tuple[str, ...], *, sections: tuple[str, ...] | None = None) -> "Config":
+    """Load the configuration of a command on results: a file, or that in a folder or URL of results, of which only some
+    sections may be enough.
+    """
+    from fruitdask.core.config import load_config
+    from fruitdask.core.storage import Location
+    from fruitdask.pipeline.config import read_config
+
+    place = _find_results(place)
+    if sections is None and (written := _find_config(place)) and written.is_file():
+        # The results may have been moved.
+        return load_config(written, overrides=(f"output.url={json.dumps(place, ensure_ascii=False)}", *overrides))
+    tree = None if Path(place).is_file() else read_config(Location(place.rstrip("/")), sections=sections)
+    return load_config(tree, overrides=overrides) if tree is not None else load(place, overrides)
 
 
 def find_output(output: str) -> tuple[str, dict[str, Any]]:
-    """Find the output folder that a folder, a URL or a configuration file names, and its storage options."""
+    """Find the results that a folder, a URL, a configuration file or photographs name, and their storage options."""
     if not Path(output).is_file():
-        return output, {}
+        return _find_results(output), {}
     config = load(output, ())
     return config.output.url, dict(config.output.storage_options)
 
@@ -142,7 +223,15 @@ def print_rows(rows: dict[str, str], *above: Any) -> None:
     console = Console()
     for each in above:
         console.print(each)
+    # Other programs read lines, and a person copies places.
+    n_columns = max(console.width - _INDENT, _INDENT) if console.is_terminal else None
     for name, value in rows.items():
         if value:
-            row = f"[bold]{name:>18}[/bold]  {escape(show(value, keeps_lines=True))}"
-            console.print(row, highlight=False, soft_wrap=True)
+            text = _indent(show(value, keeps_lines=True), None if name in _PLACES else n_columns)
+            console.print(f"[bold]{name:>18}[/bold]  {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _indent(text: str, n_columns: int | None) -> str:
+    """Align the lines of a value with its first one, after breaking them between words if there is a width."""
+    lines = [part for line in text.split("\n") for part in _break(line.strip(), n_columns)]
+    return ("\n" + " " * _INDENT).join(lines)

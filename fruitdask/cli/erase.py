@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fruitdask.cli.common import config_argument, load, print_rows, reported, set_option, verbose_option
+from fruitdask.cli.common import config_argument, load_results, print_rows, reported, set_option, verbose_option
 
 if TYPE_CHECKING:
     from fruitdask.core.config import Config
@@ -31,7 +31,7 @@ def erase(
 ) -> None:
     """Erase images from results.
 
-    Their rows, names, features and thumbnails go, and the results of CONFIG are computed without them.
+    Their rows, names, features and thumbnails go, and the results of the run are computed without them.
 
     The image files are not deleted: delete them, or add them to input.exclude.
     """
@@ -41,7 +41,7 @@ def erase(
         raise click.UsageError("expected the images to erase: --path PATTERN, or --paths FILE")
     again = "run the same command again; if it finds no such image, they are erased, and fruitdask run resumes"
     with reported(verbose=verbose, again=again):
-        loaded = load(config, overrides)
+        loaded = load_results(config, overrides)
         from fruitdask.core.labels import read_paths
         from fruitdask.pipeline.erase import carry_out, plan_erasure
 

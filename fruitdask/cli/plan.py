@@ -6,25 +6,42 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fruitdask.cli.common import load, photographs_argument, print_rows, reported, set_option, verbose_option
+from fruitdask.cli.common import (
+    load,
+    model_option,
+    override_model,
+    photographs_argument,
+    print_rows,
+    reported,
+    set_option,
+    verbose_option,
+    weights_option,
+)
 from fruitdask.errors import LimitError
 
 if TYPE_CHECKING:
     from fruitdask.core.config import Config
     from fruitdask.pipeline.plan import Plan
 
-#: A line break in a value, aligned with its first line.
-_NEXT_LINE = "\n" + " " * 20
 #: US dollars below which a cost is not shown.
 _CENT = 0.005
 
 
 @click.command()
 @photographs_argument
+@model_option
+@weights_option
 @click.option("--json", "is_json", is_flag=True, help="Print the plan as JSON.")
 @set_option
 @verbose_option
-def plan(config: str, is_json: bool, overrides: tuple[str, ...], verbose: bool) -> None:
+def plan(
+    config: str,
+    model: str | None,
+    weights: str | None,
+    is_json: bool,
+    overrides: tuple[str, ...],
+    verbose: bool,
+) -> None:
     """Estimate time, memory, machines and cost of a run.
 
     Starts no cluster, but tries a few dozen images on this machine. The exit code is 4 if a policy or a limit would
@@ -33,7 +50,7 @@ def plan(config: str, is_json: bool, overrides: tuple[str, ...], verbose: bool) 
     from fruitdask.core.progress import choose_progress
 
     with reported(verbose=verbose):
-        loaded = load(config, overrides)
+        loaded = load(config, override_model(model, weights) + overrides)
         from fruitdask.pipeline.run import plan as plan_run
 
         found = plan_run(loaded, progress=choose_progress())
@@ -68,9 +85,9 @@ def _describe(plan: "Plan", config: "Config", path: str) -> dict[str, str]:
         "workers": f"{plan.n_workers:,} of {plan.threads_per_worker:,} threads",
         "memory": memory,
         "time": f"about {format_seconds(plan.total_seconds)}: {seconds}",
-        "instances": _NEXT_LINE.join(_list_machines(plan)),
+        "instances": "\n".join(_list_machines(plan)),
         "regions": f"{regions}; {_describe_allowed(config)}",
-        "bytes moved": _NEXT_LINE.join(
+        "bytes moved": "\n".join(
             f"{movement.what}: {format_bytes(movement.n_bytes)} from {movement.source} to {movement.target}"
             + (f", ${movement.dollars:.2f}" if movement.dollars >= _CENT else "")
             for movement in plan.movements
@@ -79,8 +96,8 @@ def _describe(plan: "Plan", config: "Config", path: str) -> dict[str, str]:
         "cost": _format_costs(plan),
         "limits": _describe_limits(plan, config),
         "AWS permissions": f"{len(plan.actions)} actions; see fruitdask iam-policy {path}" if plan.actions else "",
-        "assumed": _NEXT_LINE.join(plan.assumptions),
-        "warnings": _NEXT_LINE.join(plan.warnings),
+        "assumed": "\n".join(plan.assumptions),
+        "warnings": "\n".join(plan.warnings),
     }
 
 

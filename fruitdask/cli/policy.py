@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from fruitdask.cli.common import config_argument, load, reported, set_option
+from fruitdask.cli.common import config_argument, load_results, reported, set_option
 
 if TYPE_CHECKING:
     from fruitdask.cluster.ec2.policies import Permission, Role
@@ -28,17 +28,19 @@ if TYPE_CHECKING:
 def iam_policy(
     config: str, role: 'Role | Literal["both"]', role_name: str | None, explain: bool, overrides: tuple[str, ...]
 ) -> None:
-    """Print the minimal permissions that CONFIG needs on AWS.
+    """Print the minimal permissions that a run needs on AWS.
 
     They are IAM policies; with --role a single one, for the command aws:
 
-    fruitdask iam-policy CONFIG --role workers > policy.json;
-    aws iam put-role-policy --role-name ROLE --policy-name fruitdask --policy-document file://policy.json
+    \b
+    fruitdask iam-policy CONFIG --role workers > policy.json
+    aws iam put-role-policy --role-name ROLE --policy-name fruitdask \\
+        --policy-document file://policy.json
     """
     from fruitdask.cluster.ec2.policies import ROLES, build_policies, list_actions
 
     with reported():
-        loaded = load(config, overrides)
+        loaded = load_results(config, overrides)
         roles: tuple[Role, ...] = ROLES if role == "both" else (role,)
         policies = build_policies(loaded, role_name=role_name)
         if explain:

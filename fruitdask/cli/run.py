@@ -1,5 +1,6 @@
 """Commands that compute results: run, explore, report."""
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -7,14 +8,19 @@ import click
 from fruitdask.cli.common import (
     config_argument,
     load,
+    load_results,
+    model_option,
+    override_model,
     overwrite_option,
     photographs_argument,
+    prepare_cluster,
     print_rows,
     reported,
     results_argument,
     set_option,
     show,
     verbose_option,
+    weights_option,
 )
 
 if TYPE_CHECKING:
@@ -25,17 +31,28 @@ if TYPE_CHECKING:
     from fruitdask.store.exploration import Exploration
 
 _SHOWN_CLASSES = 24
+#: What metadata hold, by its name in the counts.
+_METADATA = {"exif": "camera data", "gps": "positions", "serial": "serial numbers", "name": "names"}
 
 
 @click.command()
 @photographs_argument
 @results_argument
+@model_option
+@weights_option
 @set_option
 @overwrite_option
 @click.option("--retry-failed", is_flag=True, help="Retry images that failed in earlier runs.")
 @verbose_option
 def run(
-    config: str, results: str | None, overrides: tuple[str, ...], overwrite: bool, retry_failed: bool, verbose: bool
+    config: str,
+    results: str | None,
+    model: str | None,
+    weights: str | None,
+    overrides: tuple[str, ...],
+    overwrite: bool,
+    retry_failed: bool,
+    verbose: bool,
 ) -> None:
     """Compute features, reduce them, and write tables and a page.
 
@@ -46,14 +63,16 @@ def run(
     """
     from fruitdask.core.progress import choose_progress
 
-    overrides += ("output.overwrite=true",) if overwrite else ()
+    started = time.perf_counter()
+    overrides = override_model(model, weights) + overrides + ("output.overwrite=true",) * overwrite
     again = "stored results are kept, run the same command again to resume" + ", without --overwrite" * overwrite
     with reported(verbose=verbose, again=again):
-        loaded = _load_and_prepare(config, overrides, results)
+        loaded = load(config, overrides, results)
+        prepare_cluster(loaded)
         from fruitdask.pipeline.run import run as run_pipeline
 
         result = run_pipeline(loaded, retry_failed=retry_failed, progress=choose_progress())
-        print_summary(result)
+        print_summary(result, waited_seconds=time.perf_counter() - started)
 
 
 @click.command()
@@ -73,7 +92,8 @@ def explore(config: str, results: str | None, overrides: tuple[str, ...], overwr
 
     overrides += ("output.overwrite=true",) if overwrite else ()
     with reported(verbose=verbose):
-        loaded = _load_and_prepare(config, overrides, results)
+        loaded = load(config, overrides, results)
+        prepare_cluster(loaded)
         from fruitdask.pipeline.explore import explore as explore_images
 
         _print_exploration(explore_images(loaded, progress=choose_progress()), loaded)
@@ -85,43 +105,36 @@ def explore(config: str, results: str | None, overrides: tuple[str, ...], overwr
 def report(config: str, overrides: tuple[str, ...]) -> None:
     """Draw figures and page again from stored results.
 
-    Needs no cluster and no images. Uses the settings in the sections plots and report.
+    Needs no cluster and no images. Uses the settings in the sections plots and report of a configuration file, or of
+    the configuration in a folder of results.
     """
     with reported():
-        loaded = load(config, overrides)
+        loaded = load_results(config, overrides, sections=("output", "plots", "report", "privacy"))
         from fruitdask.pipeline.report import render_report
 
         click.echo(f"Wrote {render_report(loaded).location.url}")
 
 
-def _load_and_prepare(config: str, overrides: tuple[str, ...], results: str | None) -> "Config":
-    """Load the configuration of a command that uses a cluster, and prepare a local one while this process imports."""
-    from fruitdask.cluster import prepare_local
-
-    loaded = load(config, overrides, results)
-    if loaded.cluster.kind == "local":
-        prepare_local()
-    return loaded
-
-
-def print_summary(result: "RunResult") -> None:
-    """Print the results of a run and their location."""
+def print_summary(result: "RunResult", *, waited_seconds: float) -> None:
+    """Print the results of a run, their location, and how long the command took."""
     from fruitdask.core.listing import format_left_out
     from fruitdask.pipeline.changes import format_changes
+    from fruitdask.store import FAILURES
 
     manifest, counts = result.manifest, result.manifest["counts"]
     n_images, n_ok, n_vanished = manifest["n_images"], counts["by_status"].get("ok", 0), counts.get("vanished", 0)
     is_done = result.n_computed == 0 and not result.changes
     above = [f"All {n_images:,} images were already done: nothing to compute."] if is_done else []
-    seconds, is_default = manifest["seconds"], manifest["config"]["input"].get("extensions") is None
+    seconds, is_default = result.seconds, manifest["config"]["input"].get("extensions") is None
     rows = {
         "images": f"{n_ok:,} ok, {n_images - n_ok:,} failed"
         + (f", {n_vanished:,} of them no longer in the input" if n_vanished else ""),
+        "failures": result.output.child(FAILURES).url if n_ok < n_images else "",
         "left out": format_left_out(manifest.get("left_out", {}), is_default=is_default),
         "since the last run": format_changes(result.changes),
         "model": _format_model(manifest["model"]),
-        "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items() if stage != "worker"),
-        "workers' time": _format_shares(manifest),
+        "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in {**seconds, "total": waited_seconds}.items()),
+        "workers' time": _format_shares(manifest) if result.n_computed else "",
         "speed": (
             f"{result.n_computed / seconds['featurize']:.1f} images/s while featurizing"
             if result.n_computed and "featurize" in seconds
@@ -131,6 +144,7 @@ def print_summary(result: "RunResult") -> None:
         "explained variance": _format_explained(manifest.get("pca")),
         "same class": _format_quality(result.quality),
         "to check": _format_issues(manifest.get("issues")),
+        **_describe_findings(_read_findings(result)),
         "results": result.output.url,
         "report": result.report.location.url if manifest["config"]["report"]["enabled"] else "",
     }
@@ -143,6 +157,7 @@ def _print_exploration(found: "Exploration", config: "Config") -> None:
     from rich.table import Table
 
     from fruitdask.core.listing import format_left_out
+    from fruitdask.store import EXPLORED_IMAGES, PAGE
 
     table = Table("class", "images", "median px", "difference", "near duplicates", title=None)
     for column in table.columns[1:]:
@@ -157,20 +172,41 @@ def _print_exploration(found: "Exploration", config: "Config") -> None:
     if len(found.classes) > _SHOWN_CLASSES:
         table.add_row(f"... and {len(found.classes) - _SHOWN_CLASSES} more classes")
     summary = found.summary
+    n_failed = summary["n_images"] - summary["n_ok"]
     rows = {
-        "images": f"{summary['n_ok']:,} readable, {summary['n_images'] - summary['n_ok']:,} not",
+        "images": f"{summary['n_ok']:,} readable, {n_failed:,} not",
+        "failures": f"{config.output.url.rstrip('/')}/{EXPLORED_IMAGES}.csv" if n_failed else "",
         "left out": format_left_out(summary.get("left_out", {}), is_default=config.input.extensions is None),
-        "duplicates": _format_groups(summary["duplicates"]),
-        "near duplicates": _format_groups(summary["near_duplicates"]),
-        "files that contain": ", ".join(f"{kind} {count:,}" for kind, count in summary["metadata"].items()),
+        **_describe_findings(summary),
         "results": config.output.url,
-        "report": f"{config.output.url.rstrip('/')}/report.html" if config.report.enabled else "",
+        "report": f"{config.output.url.rstrip('/')}/{PAGE}" if config.report.enabled else "",
     }
     print_rows(rows, table)
 
 
+def _read_findings(result: "RunResult") -> dict[str, Any]:
+    """Read the counts of the exploration of a run; empty if it did not explore."""
+    from fruitdask.store import read_exploration_manifest
+
+    explored = read_exploration_manifest(result.output) if result.manifest["config"]["explore"]["enabled"] else None
+    return explored.dump() if explored is not None and explored.is_complete else {}
+
+
+def _describe_findings(summary: dict[str, Any]) -> dict[str, str]:
+    """Describe the counts of an exploration."""
+    if not summary:
+        return {}
+    return {
+        "duplicates": _format_groups(summary["duplicates"]),
+        "near duplicates": _format_groups(summary["near_duplicates"]),
+        "files that contain": ", ".join(f"{_METADATA[kind]} {count:,}" for kind, count in summary["metadata"].items()),
+    }
+
+
 def _format_groups(groups: dict[str, int]) -> str:
     """Describe the numbers of duplicate images and groups."""
+    if not groups["n_images"]:
+        return "none"
     n_across = groups["n_groups_across_classes"]
     across = f", {n_across:,} of them across classes" if n_across else ""
     return f"{groups['n_images']:,} images in {groups['n_groups']:,} groups{across}"

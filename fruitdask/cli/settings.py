@@ -4,18 +4,18 @@ import json
 
 import click
 
-from fruitdask.cli.common import config_argument, load, reported, set_option
+from fruitdask.cli.common import config_argument, load_results, reported, set_option
 
 
 @click.command()
 @config_argument
 @set_option
 def validate(config: str, overrides: tuple[str, ...]) -> None:
-    """Check CONFIG without reading the data."""
+    """Check a configuration without reading the data."""
     from fruitdask.worker.models import check_name
 
     with reported():
-        check_name(load(config, overrides).model)
+        check_name(load_results(config, overrides).model)
         click.echo(f"{config} is valid.")
 
 

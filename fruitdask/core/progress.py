@@ -1,24 +1,21 @@
 """Progress of a run: a live bar on a terminal or in a notebook, plain lines elsewhere."""
 
 import time
+from collections.abc import Iterator
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Self
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, RenderableType
+from rich.progress import Progress, Task
 from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 5.0
+#: Columns of a bar; a shorter one is left out.
+_SHORTEST_BAR, _LONGEST_BAR = 4, 40
+#: Columns of what a terminal writes when Ctrl-C is pressed.
+_INTERRUPTED_WIDTH = len("^C")
+_SIGNS = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
 class RunProgress:
@@ -81,21 +78,11 @@ class LineProgress(RunProgress):
 
 
 class LiveProgress(LineProgress):
-    """A live bar with images, images per second, remaining time and failures."""
+    """A live line for each stage: its time, and a bar with images, images per second, remaining time and failures."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        is_unicode = console.encoding.startswith("utf")
-        self._bar = Progress(
-            SpinnerColumn("dots" if is_unicode else "line", finished_text="[green]✓" if is_unicode else "*"),
-            TextColumn("{task.description}"),
-            _ForImages(BarColumn(bar_width=28)),
-            _ForImages(MofNCompleteColumn()),
-            _ForImages(_RateColumn()),
-            _ForImages(TimeRemainingColumn()),
-            TimeElapsedColumn(),
-            console=console,
-        )
+        self._bar = _Stages(console=console)
         self._task = self._bar.add_task("", visible=False)
 
     def __enter__(self) -> Self:
@@ -107,6 +94,10 @@ class LiveProgress(LineProgress):
         """Finish the last stage and stop drawing."""
         if kind is None:
             self._finish()
+        else:
+            self._bar.stop_task(self._task)
+        # In a notebook, rich would leave what it has drawn last.
+        self._bar.refresh()
         self._bar.stop()
 
     def begin(self, stage: str) -> None:
@@ -117,11 +108,21 @@ class LiveProgress(LineProgress):
     def begin_images(self, n_images: int, *, n_done: int) -> None:
         """Turn the stage's line into a bar."""
         super().begin_images(n_images, n_done=n_done)
-        self._bar.update(self._task, total=n_images, completed=n_done, rate=0.0, failed=0, counts_images=True)
+        self._bar.update(self._task, total=n_images, completed=n_done, figures=self._format_figures(0.0))
 
     def _show(self, now: float, rate: float) -> None:
         """Update the bar."""
-        self._bar.update(self._task, completed=self._n_done, rate=rate, failed=self._n_failed)
+        self._bar.update(self._task, completed=self._n_done, figures=self._format_figures(rate))
+
+    def _format_figures(self, rate: float) -> list[tuple[str, str]]:
+        """Format images, failures, images per second and remaining time, each with its style."""
+        remaining = timedelta(seconds=round((self._n_images - self._n_done) / rate)) if rate else "-:--:--"
+        return [
+            (f"{self._n_done:,}/{self._n_images:,}", "green"),
+            *([(f"{self._n_failed:,} failed", "red")] if self._n_failed else []),
+            (f"{rate:,.{1 if rate < 100 else 0}f} images/s", "cyan"),
+            *([(f"{remaining} left", "yellow")] if self._n_done < self._n_images else []),
+        ]
 
     def _finish(self) -> None:
         """Mark the current stage as finished."""
@@ -130,27 +131,47 @@ class LiveProgress(LineProgress):
         self._bar.update(self._task, total=total, completed=total)
 
 
-class _ForImages(ProgressColumn):
-    """A column that is empty until a stage counts images."""
+class _Stages(Progress):
+    """A line for each stage, as wide as it needs to be, whatever the other stages are called."""
 
-    def __init__(self, column: ProgressColumn) -> None:
-        self._column = column
-        super().__init__()
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """Render the lines."""
+        # The constructor of the base asks too, before there is a console.
+        for task in self.tasks:
+            # A terminal writes ^C where the cursor is: a full last line would break there, and be drawn twice.
+            width = self.console.width - _INTERRUPTED_WIDTH
+            if task.visible:
+                yield _render_stage(task, width, is_unicode=self.console.encoding.startswith("utf"))
 
-    def render(self, task: Task) -> Text:
-        """Render the wrapped column, or nothing."""
-        return self._column(task) if task.fields.get("counts_images") else Text("")  # type: ignore[return-value]
+
+def _render_stage(task: Task, width: int, *, is_unicode: bool) -> RenderableType:
+    """Render a stage: its state, time and name, and where it counts images, figures as far as there is room, and a bar
+    in what is left.
+    """
+    elapsed = timedelta(seconds=int(task.finished_time if task.finished_time is not None else task.elapsed or 0))
+    line = Text.assemble(_choose_sign(task, is_unicode), " ", (str(elapsed), "yellow"), " ", task.description)
+    figures = Text()
+    for text, style in task.fields.get("figures", ()):
+        if line.cell_len + figures.cell_len + len(text) + 1 <= width:
+            figures.append(" ").append(text, style)
+    n_free = width - line.cell_len - figures.cell_len - 1
+    if figures and n_free >= _SHORTEST_BAR:
+        full, empty = ("━", "─") if is_unicode else ("#", "-")
+        n_cells = min(n_free, _LONGEST_BAR)
+        n_full = int(n_cells * task.percentage / 100)
+        line.append(" ").append(full * n_full, "green").append(empty * (n_cells - n_full), "dim")
+    line.append(figures).truncate(width)
+    return line
 
 
-class _RateColumn(ProgressColumn):
-    """Images per second, and the number of failures if there are any."""
-
-    def render(self, task: Task) -> Text:
-        """Render both."""
-        text = Text(f"{task.fields['rate']:.1f} images/s", style="cyan")
-        if task.fields["failed"]:
-            text.append(f"  {task.fields['failed']:,} failed", style="red")
-        return text
+def _choose_sign(task: Task, is_unicode: bool) -> tuple[str, str]:
+    """Choose the sign before a stage: whether it is finished, was stopped, or goes on."""
+    if task.finished:
+        return ("✓" if is_unicode else "*", "green")
+    if task.stop_time is not None:
+        return ("✗" if is_unicode else "x", "red")
+    signs = _SIGNS if is_unicode else "-\\|/"
+    return signs[int(10 * (task.elapsed or 0)) % len(signs)], "green"
 
 
 def choose_progress(console: Console | None = None) -> RunProgress:
@@ -171,3 +192,12 @@ def choose_progress(console: Console | None = None) -> RunProgress:
     # In a notebook without ipywidgets, rich would warn at each update of its bar.
     is_live = console.is_terminal or console.is_jupyter and find_spec("ipywidgets") is not None
     return LiveProgress(console) if is_live else LineProgress(console)
+
+
+def resolve_progress(progress: RunProgress | bool | None) -> RunProgress:
+    """Resolve the argument of a function: True shows progress, False does not, None does where a person looks."""
+    if isinstance(progress, RunProgress):
+        return progress
+    console = Console(stderr=True)
+    is_shown = console.is_jupyter or console.file.isatty() if progress is None else progress
+    return choose_progress(console) if is_shown else RunProgress()

@@ -24,7 +24,7 @@ def apply(
     overrides: Sequence[str] = (),
     retry_failed: bool = False,
     client: Any = None,
-    progress: RunProgress | None = None,
+    progress: RunProgress | bool | None = None,
 ) -> RunResult:
     """
     Apply a finished run to other images, as a run of its own that can be resumed and repeated.
@@ -45,8 +45,8 @@ def apply(
         Whether to compute images again that failed in an earlier run.
     client : distributed.Client, optional
         A cluster to use instead of the configured one; it is left open.
-    progress : RunProgress, optional
-        Shows progress; silent by default.
+    progress : RunProgress or bool, optional
+        Shows progress: by default on a terminal and in a notebook; False never does.
 
     Returns
     -------

@@ -28,6 +28,10 @@ class Clock(Stopwatch):
         """The seconds so far, to the millisecond."""
         return {stage: round(seconds, 3) for stage, seconds in super().seconds.items()}
 
+    def describe(self) -> dict[str, float]:
+        """Return the seconds of each stage, and of all together."""
+        return self.seconds | {"total": self.total_seconds}
+
     @property
     def total_seconds(self) -> float:
         """Seconds since the run began."""

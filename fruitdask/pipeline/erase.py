@@ -14,7 +14,7 @@ from fruitdask import store
 from fruitdask.cluster.regions import check_regions
 from fruitdask.core.config import Config
 from fruitdask.core.guard import leave_imported_script
-from fruitdask.core.progress import RunProgress
+from fruitdask.core.progress import RunProgress, resolve_progress
 from fruitdask.core.storage import Location, keeps_versions
 from fruitdask.errors import (
     CatalogError,
@@ -83,7 +83,7 @@ class Erasure:
 
 
 def erase(
-    config: Config, patterns: Sequence[str], *, client: Any = None, progress: RunProgress | None = None
+    config: Config, patterns: Sequence[str], *, client: Any = None, progress: RunProgress | bool | None = None
 ) -> Erasure:
     """
     Erase images from the results of a run, and compute everything that depends on all images again without them.
@@ -99,8 +99,8 @@ def erase(
         Patterns of paths relative to ``input.url``, as for ``fnmatch.fnmatchcase``: ``*`` matches slashes too.
     client : distributed.Client, optional
         A cluster to use instead of the configured one; it is left open.
-    progress : RunProgress, optional
-        Shows progress; silent by default.
+    progress : RunProgress or bool, optional
+        Shows progress: by default on a terminal and in a notebook; False never does.
 
     Returns
     -------
@@ -147,9 +147,9 @@ def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
     return ErasurePlan(config, tuple(patterns), images, is_erased, listing, is_complete, size)
 
 
-def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | None = None) -> Erasure:
+def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | bool | None = None) -> Erasure:
     """Erase the planned images, and compute the results again."""
-    progress = progress or RunProgress()
+    progress = resolve_progress(progress)
     with progress:
         progress.begin("Erasing")
         with store.locked(open_output(plan.config)):

@@ -13,10 +13,11 @@ from fruitdask.core.config import Config
 from fruitdask.core.fingerprint import EXPLORATION, describe_settings
 from fruitdask.core.guard import leave_imported_script
 from fruitdask.core.partition import Partition
-from fruitdask.core.progress import RunProgress
+from fruitdask.core.progress import RunProgress, resolve_progress
 from fruitdask.core.storage import exists
 from fruitdask.core.version import __version__
 from fruitdask.errors import OutputError
+from fruitdask.pipeline.config import write_config
 from fruitdask.pipeline.inputs import Inputs, prepare_inputs, resolve_erasure
 from fruitdask.pipeline.record import describe_processing, describe_protection
 from fruitdask.pipeline.report import render
@@ -26,7 +27,7 @@ from fruitdask.worker.explore import ExploreJob, Findings, explore_partition, pr
 from fruitdask.worker.models import choose_input_px
 
 
-def explore(config: Config, *, client: Any = None, progress: RunProgress | None = None) -> Exploration:
+def explore(config: Config, *, client: Any = None, progress: RunProgress | bool | None = None) -> Exploration:
     """
     Describe the images without a network: sizes, colours, duplicates, metadata; write tables, figures and a page.
 
@@ -36,8 +37,8 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | None 
         Names the images and the output, from `fruitdask.load_config`.
     client : distributed.Client, optional
         A cluster to use instead of the configured one; it is left open.
-    progress : RunProgress, optional
-        Shows progress; silent by default.
+    progress : RunProgress or bool, optional
+        Shows progress: by default on a terminal and in a notebook; False never does.
 
     Returns
     -------
@@ -50,7 +51,7 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | None 
         If something is wrong; see the subclasses in `fruitdask.errors`.
     """
     leave_imported_script()
-    progress = progress or RunProgress()
+    progress = resolve_progress(progress)
     with progress, ExitStack() as stack:
         inputs = prepare_inputs(config, progress, client=client)
         stack.enter_context(store.locked(inputs.output))
@@ -66,6 +67,8 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | None 
                 exploration.complete(client, progress)
         else:
             exploration.renew_record()
+        if store.read_run(inputs.output) is None:
+            write_config(inputs.output, config)
         progress.begin("Drawing")
         render(config, inputs.output)
     found = read_exploration(inputs.output)

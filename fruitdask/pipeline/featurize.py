@@ -22,6 +22,7 @@ from fruitdask.core.progress import RunProgress
 from fruitdask.core.version import __version__
 from fruitdask.errors import PartitionError, TooManyFailuresError
 from fruitdask.pipeline.changes import carry_components
+from fruitdask.pipeline.config import write_config
 from fruitdask.pipeline.explore import ImageExploration
 from fruitdask.pipeline.inputs import dump_config
 from fruitdask.pipeline.record import describe_processing, describe_protection
@@ -149,6 +150,7 @@ def _begin_output(state: RunState, computation: dict[str, Any], client: Any = No
     }
     manifest = store.RunManifest.model_validate(computation | begun)
     store.write_manifest(state.output, manifest)
+    write_config(state.output, state.config)
     protection = describe_protection(state.config.privacy, state.output.child(store.MANIFEST), client)
     attributes = {
         "fruitdask": __version__,

@@ -47,9 +47,9 @@ class Inputs:
 
 def prepare_inputs(config: Config, progress: RunProgress, *, client: Any = None) -> Inputs:
     """Check input and output, draw the sample if one is configured, and list the images."""
-    progress.begin("Listing images")
-    source = Location(config.input.url, config.input.storage_options)
-    output = open_output(config)
+    source, output = Location(config.input.url, config.input.storage_options), open_output(config)
+    is_drawn = config.input.sample is not None and source.is_local and not exists(source)
+    progress.begin("Drawing sample photographs" if is_drawn else "Listing images")
     _check_places(source, output)
     if config.cluster.kind == "ec2" and client is None:
         _check_reach(source, output)
@@ -60,9 +60,10 @@ def prepare_inputs(config: Config, progress: RunProgress, *, client: Any = None)
             f"input.sample: expected input.url to be a local folder, found {source.url}; draw one with: fruitdask "
             "sample FOLDER"
         )
-    if config.input.sample is not None and not exists(source):
+    if config.input.sample is not None and is_drawn:
         sample = config.input.sample
         draw_sample(source.path, per_class=sample.per_class, size_px=sample.size_px, seed=sample.seed)
+        progress.begin("Listing images")
     options = config.featurize.model_dump(include={"max_pixels", "decode", "fetch_attempts", "concurrent_reads"})
     options["batch_size"] = config.featurize.batch_size or choose_batch_size(config.model, config.cluster)
     listing = list_input(config.input)

@@ -1,8 +1,11 @@
 """Renders figures and the page from stored results; needs neither a cluster nor images."""
 
 import html
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import pandas as pd
@@ -82,6 +85,24 @@ def render_report(config: Config) -> Report:
         store.finish_erasing(output)
         render(config.model_copy(update={"report": config.report.model_copy(update={"enabled": True})}), output)
     return Report(output.child(store.PAGE))
+
+
+def fetch_page(url: str, *, storage_options: Mapping[str, Any] | None = None) -> Path:
+    """Return the page of some results as a file of this machine: a copy if they are elsewhere."""
+    output = Location(url.rstrip("/") or "/", storage_options or {})
+    location = output.child(store.PAGE)
+    if not exists(location):
+        found = (
+            "results without a page; draw it with fruitdask report"
+            if store.has_begun(output)
+            else "no results; check the folder"
+        )
+        raise OutputError(f"{location.url}: expected the page of a run or an exploration, found {found}")
+    if location.is_local:
+        return Path(location.path)
+    with NamedTemporaryFile("w", encoding="utf-8", prefix="fruitdask-", suffix=".html", delete=False) as file:
+        file.write(Report(location).read())
+    return Path(file.name)
 
 
 def describe_rendering(config: Config, output: Location) -> dict[str, Any]:

@@ -38,12 +38,15 @@ class RunResult:
         Images that this run computed; the others were computed before.
     changes : Mapping[str, int]
         Images ``added``, ``changed``, ``vanished``, ``retried`` and ``kept``, if this run has changed earlier results.
+    seconds : Mapping[str, float]
+        Seconds that this run took, by stage and in ``total``; empty for results that were opened.
     """
 
     output: Location
     manifest: dict[str, Any] = field(repr=False)
     n_computed: int
     changes: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def table(self) -> pd.DataFrame:

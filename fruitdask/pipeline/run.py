@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from fruitdask import report, store
 from fruitdask.core.config import Config
 from fruitdask.core.guard import leave_imported_script
-from fruitdask.core.progress import RunProgress
+from fruitdask.core.progress import RunProgress, resolve_progress
 from fruitdask.core.storage import exists
 from fruitdask.errors import FruitdaskError, LimitError, OutputError
 from fruitdask.pipeline.changes import format_changes
 from fruitdask.pipeline.check import find_issues, write_issues
+from fruitdask.pipeline.config import write_config
 from fruitdask.pipeline.explore import ImageExploration
 from fruitdask.pipeline.featurize import check_failures, compute_features, record_vanished
 from fruitdask.pipeline.inputs import dump_config
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    config: Config, *, retry_failed: bool = False, client: Any = None, progress: RunProgress | None = None
+    config: Config, *, retry_failed: bool = False, client: Any = None, progress: RunProgress | bool | None = None
 ) -> RunResult:
     """
     Run the whole pipeline: list, featurize, reduce, write. Work that an earlier run has done is not repeated.
@@ -43,8 +44,8 @@ def run(
         Whether to compute images again that failed in an earlier run.
     client : distributed.Client, optional
         A cluster to use instead of the configured one; it is left open.
-    progress : RunProgress, optional
-        Shows progress; silent by default.
+    progress : RunProgress or bool, optional
+        Shows progress: by default on a terminal and in a notebook; False never does.
 
     Returns
     -------
@@ -65,11 +66,11 @@ def carry_out(
     applied: Applied | None = None,
     retry_failed: bool = False,
     client: Any = None,
-    progress: RunProgress | None = None,
+    progress: RunProgress | bool | None = None,
 ) -> RunResult:
     """Run the whole pipeline, with principal components of its own or those of another run."""
     leave_imported_script()
-    progress = progress or RunProgress()
+    progress = resolve_progress(progress)
     with progress, ExitStack() as locks:
         state = prepare(config, progress, client=client, locks=locks, retry_failed=retry_failed, applied=applied)
         check_failures(state, state.pending.n_failed)
@@ -77,7 +78,7 @@ def carry_out(
             progress.say("Warning: model.weights is random; features of an untrained network say little about images.")
         exploration = _plan_exploration(state)
         if state.manifest is not None and state.is_reduced and state.is_rendered and exploration is None:
-            return RunResult(state.output, state.manifest.dump(), n_computed=0)
+            return RunResult(state.output, state.manifest.dump(), n_computed=0, seconds=state.clock.describe())
         store.delete_strays(state.output)
         _check_limits(state, client, progress)
         changes = state.changes
@@ -100,12 +101,21 @@ def carry_out(
             progress.begin("Closing the cluster")
         manifest = _record_run(state, manifest)
         store.write_manifest(state.output, manifest)
+        # It may have changed although there was nothing to compute.
+        write_config(state.output, config)
         progress.begin("Drawing")
-        manifest = render(config, state.output) or manifest
-    return RunResult(state.output, manifest.dump(), n_computed=state.pending.n_images, changes=changes)
+        with state.clock.measure("draw"):
+            manifest = render(config, state.output) or manifest
+    return RunResult(
+        state.output,
+        manifest.dump(),
+        n_computed=state.pending.n_images,
+        changes=changes,
+        seconds=state.clock.describe(),
+    )
 
 
-def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
+def plan(config: Config, *, progress: RunProgress | bool | None = None) -> Plan:
     """
     Plan a run: its work, time, machines and cost, estimated from a few images that are computed on this machine.
 
@@ -113,8 +123,8 @@ def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
     ----------
     config : Config
         The run, from `fruitdask.load_config`.
-    progress : RunProgress, optional
-        Shows progress; silent by default.
+    progress : RunProgress or bool, optional
+        Shows progress: by default on a terminal and in a notebook; False never does.
 
     Returns
     -------
@@ -127,7 +137,7 @@ def plan(config: Config, *, progress: RunProgress | None = None) -> Plan:
         If the run would fail before it starts.
     """
     leave_imported_script()
-    progress = progress or RunProgress()
+    progress = resolve_progress(progress)
     with progress:
         return estimate(_describe_work(prepare(config, progress), None), progress)
 

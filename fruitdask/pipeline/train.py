@@ -215,7 +215,7 @@ def predict(
     storage_options: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
     client: Any = None,
-    progress: RunProgress | None = None,
+    progress: RunProgress | bool | None = None,
 ) -> pd.DataFrame:
     """
     Predict the labels of other images, by the classifier that was trained on a finished run.
@@ -234,8 +234,8 @@ def predict(
         Settings such as ``"cluster.kind=local"`` that override those of the finished run.
     client : distributed.Client, optional
         A cluster to use instead of the configured one; it is left open.
-    progress : RunProgress, optional
-        Shows progress; silent by default.
+    progress : RunProgress or bool, optional
+        Shows progress: by default on a terminal and in a notebook; False never does.
 
     Returns
     -------

@@ -13,7 +13,7 @@ import pandas as pd
 
 from fruitdask import report, store
 from fruitdask.core.config import ExploreConfig, QualityConfig, ReduceConfig
-from fruitdask.core.progress import RunProgress
+from fruitdask.core.progress import RunProgress, resolve_progress
 from fruitdask.core.storage import Location, exists
 from fruitdask.errors import DamageError, FruitdaskError, OutputError
 from fruitdask.pipeline.repair import repair_faults, restore_manifest, shape_store
@@ -80,7 +80,7 @@ def verify(
     *,
     storage_options: Mapping[str, Any] | None = None,
     repair: bool = False,
-    progress: RunProgress | None = None,
+    progress: RunProgress | bool | None = None,
 ) -> Verification:
     """
     Read everything in an output folder again, and report what is damaged or inconsistent.
@@ -93,8 +93,8 @@ def verify(
         Options of the fsspec file system.
     repair : bool
         Delete or restore what is damaged, so that the next run computes that, and only that, again.
-    progress : RunProgress, optional
-        Shows progress; silent by default.
+    progress : RunProgress or bool, optional
+        Shows progress: by default on a terminal and in a notebook; False never does.
 
     Returns
     -------
@@ -108,7 +108,7 @@ def verify(
     StorageError
         If the storage fails.
     """
-    output, progress = Location(str(output_url).rstrip("/") or "/", storage_options or {}), progress or RunProgress()
+    output, progress = Location(str(output_url).rstrip("/") or "/", storage_options or {}), resolve_progress(progress)
     with progress, store.locked(output) if repair and store.has_begun(output) else nullcontext():
         found = _verify(output, progress)
         faults = list(found.faults)

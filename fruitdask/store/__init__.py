@@ -35,6 +35,7 @@ from fruitdask.store.layout import (
     CLASSIFIER,
     CLASSIFIER_REPORT,
     COMPONENTS,
+    CONFIG,
     EXPLORATION,
     EXPLORED_ARRAYS,
     EXPLORED_CLASSES,

@@ -16,13 +16,13 @@ from fruitdask.store.arrays import create_store, open_store, write_partition
 from fruitdask.store.catalog import read_catalog, write_catalog
 from fruitdask.store.checks import find_strays
 from fruitdask.store.layout import (
+    ALL_NAMES,
     COMPONENTS,
-    EXPLORATION_NAMES,
+    CONFIG,
     FEATURES,
     MANIFEST,
     OUTCOME_COLUMNS,
     PARTITIONS,
-    RUN_NAMES,
     STAGING,
     VERSION_COLUMNS,
 )
@@ -73,8 +73,8 @@ def finish_erasing(output: Location) -> None:
     if manifest is None:
         return
     if manifest.status == "erasing":
-        kept = (STAGING, MANIFEST) if manifest.applied is None else (STAGING, MANIFEST, COMPONENTS)
-        for name in EXPLORATION_NAMES + RUN_NAMES:
+        kept = (STAGING, CONFIG, MANIFEST) + ((COMPONENTS,) if manifest.applied is not None else ())
+        for name in ALL_NAMES:
             if name not in kept:
                 delete_result(output, name)
         delete_strays(output)

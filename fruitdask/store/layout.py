@@ -6,6 +6,8 @@ OUTCOME_COLUMNS = ("path", "label", "status", "error", "attempts")
 #: Further columns of an outcome file: the version of the image's file, as the catalog has it.
 VERSION_COLUMNS = ("bytes", "version")
 
+#: The configuration of the last run, to be run again.
+CONFIG = "config.yaml"
 #: The manifests of a run and of an exploration: written first, and complete last.
 MANIFEST, EXPLORATION = "manifest.json", "explore.json"
 #: The lock. It is not a result, and only its owner deletes it.
@@ -56,9 +58,8 @@ def name_outcomes(index: int) -> str:
     return f"{PARTITIONS}/{index:05d}.parquet"
 
 
-#: Everything that a run or an exploration writes, and may therefore delete. Deleted in this order: commit marks before
-#: their data, and a
-#: manifest last, because it says that the others are ours.
+#: What a run or an exploration writes, and may therefore delete. Deleted in this order: commit marks before their data,
+#: and a manifest last, because it says that the others are ours.
 RUN_NAMES = (
     STAGING,
     PARTITIONS,
@@ -85,3 +86,5 @@ EXPLORATION_NAMES = (
     PAGE,
     EXPLORATION,
 )
+#: All of them, in the order in which they are deleted: the configuration stays as long as it can.
+ALL_NAMES = (*EXPLORATION_NAMES[:-1], *RUN_NAMES[:-1], CONFIG, EXPLORATION, MANIFEST)

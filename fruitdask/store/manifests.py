@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from fruitdask.core.fingerprint import compare_fingerprints
 from fruitdask.core.storage import Location, exists, explained, write_file
 from fruitdask.errors import DamageError, OutputError, StorageError, StoreMismatchError
-from fruitdask.store.layout import CATALOG, CHECKSUM, EXPLORATION, EXPLORATION_NAMES, MANIFEST, QUALITY, RUN_NAMES
+from fruitdask.store.layout import ALL_NAMES, CATALOG, CHECKSUM, EXPLORATION, MANIFEST, QUALITY, RUN_NAMES
 from fruitdask.store.schema import (
     ExplorationManifest,
     Manifest,
@@ -37,7 +37,7 @@ def check_output(
     """Decide whether a run may use an output folder; returns the manifest of the run that it continues."""
     manifest, exploration = read_run(output), read_exploration_manifest(output)
     if manifest is None:
-        names = EXPLORATION_NAMES + RUN_NAMES if exploration is None else RUN_NAMES
+        names = ALL_NAMES if exploration is None else RUN_NAMES
         foreign = [name for name in names if exists(output.child(name))]
         if foreign:
             raise OutputError(
@@ -171,7 +171,7 @@ def clear_output(output: Location) -> None:
     for manifest in (read_run(output), read_exploration_manifest(output)):
         if manifest is not None:
             write_manifest(output, manifest.mark_deleting())
-    for name in EXPLORATION_NAMES + RUN_NAMES:
+    for name in ALL_NAMES:
         delete_result(output, name)
 
 

@@ -24,6 +24,7 @@ from fruitdask.core.config.sections import (
     Solver,
     rename_solver,
 )
+from fruitdask.core.config.sources import parse_file
 
 __all__ = [
     "PILLOW_LIMIT_PIXELS",
@@ -47,5 +48,6 @@ __all__ = [
     "build_schema",
     "describe_place",
     "load_config",
+    "parse_file",
     "rename_solver",
 ]
