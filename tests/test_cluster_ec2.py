@@ -26,9 +26,9 @@ from distributed import wait
 from loopback_ec2 import LoopbackEC2, LoopbackInstance, Refusal
 
 from fruitdask.cluster import list_usage, open_client
+from fruitdask.cluster.cloud.prices import Usage
 from fruitdask.cluster.ec2.instances import terminate_run
 from fruitdask.cluster.ec2.network import find_network
-from fruitdask.cluster.ec2.prices import Usage
 from fruitdask.core.config import AdaptiveConfig, EC2ClusterConfig
 from fruitdask.errors import ClusterStartError, ConfigError
 
@@ -120,7 +120,7 @@ def ending() -> Iterator[threading.Event]:
     event = threading.Event()
     handler = logging.Handler()
     handler.emit = lambda record: event.set() if record.getMessage().startswith("ending run") else None
-    logger = logging.getLogger("fruitdask.cluster.ec2.cluster")
+    logger = logging.getLogger("fruitdask.cluster.cloud.cluster")
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

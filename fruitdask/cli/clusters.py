@@ -148,7 +148,7 @@ def _build_table(found: Iterable["Instance"]) -> "Table":
 
 def _format_cost(instances: Iterable["Instance"]) -> str:
     """Format the cost of instances so far; a dash if a price is unknown."""
-    from fruitdask.cluster.ec2.prices import Usage, compute_cost
+    from fruitdask.cluster.cloud.prices import Usage, compute_cost
 
     cost = compute_cost(Usage(one.instance_type, one.is_spot, one.region, one.age_seconds) for one in instances)
     return "-" if cost.unpriced else f"${cost.dollars:.2f}"

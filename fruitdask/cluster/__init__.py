@@ -5,9 +5,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from fruitdask.cluster.address import open_address
+from fruitdask.cluster.cloud.prices import Usage
 from fruitdask.cluster.custom import open_custom
 from fruitdask.cluster.ec2 import open_ec2
-from fruitdask.cluster.ec2.prices import Usage
 from fruitdask.cluster.local import choose_workers, open_local, prepare_local
 from fruitdask.core.config import ClusterConfig
 from fruitdask.core.guard import leave_imported_script

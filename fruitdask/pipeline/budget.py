@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fruitdask.cluster import list_usage, open_client
-from fruitdask.cluster.ec2.prices import PRICES_OF, Cost, Usage, compute_cost
+from fruitdask.cluster.cloud.prices import PRICES_OF, Cost, Usage, compute_cost
 from fruitdask.core.config import ClusterConfig, EC2ClusterConfig, LimitsConfig
 from fruitdask.errors import ConfigError, LimitError
 from fruitdask.store.schema import CostRecord

@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fruitdask.cluster import choose_workers, open_client
-from fruitdask.cluster.ec2.machines import InstanceType, describe_types
-from fruitdask.cluster.ec2.policies import list_actions
-from fruitdask.cluster.ec2.prices import (
+from fruitdask.cluster.cloud.prices import (
     PRICES_OF,
     Usage,
     compute_request_cost,
     compute_transfer_cost,
     find_hourly_price,
 )
+from fruitdask.cluster.ec2.machines import InstanceType, describe_types
+from fruitdask.cluster.ec2.policies import list_actions
 from fruitdask.cluster.regions import LOCAL, UNKNOWN
 from fruitdask.core.config import Config, EC2ClusterConfig
 from fruitdask.core.progress import RunProgress

@@ -3,6 +3,7 @@
 from fruitdask.core.config.clusters import (
     AdaptiveConfig,
     AddressClusterConfig,
+    CloudClusterConfig,
     ClusterConfig,
     CustomClusterConfig,
     EC2ClusterConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "AdaptiveConfig",
     "AddressClusterConfig",
     "CheckConfig",
+    "CloudClusterConfig",
     "ClusterConfig",
     "Config",
     "CustomClusterConfig",
