@@ -11,7 +11,7 @@ from fruitdask.errors import ClusterStartError, ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fruitdask.cluster.ec2.instances import Instance
+    from fruitdask.cluster.cloud.instances import Instance
 
 _N_REGIONS_AT_ONCE = 8
 

@@ -90,12 +90,16 @@ class Machine(VMInterface):  # type: ignore[misc]
         """Describe its state, with what it has printed last."""
         raise NotImplementedError
 
+    async def end_vm(self) -> None:
+        """End it in the cloud."""
+        await super().destroy_vm()
+
     async def destroy_vm(self) -> None:
         """End it, if it exists; if that fails, it is ended by its tag at the end of the run."""
         if not self.id:
             return
         try:
-            await super().destroy_vm()
+            await self.end_vm()
         except self.cluster.errors as error:
             logger.warning("%s was not terminated: %s", self.id, explain_cloud_error(error))
         else:

@@ -3,6 +3,7 @@
 from fruitdask.core.config.clusters import (
     AdaptiveConfig,
     AddressClusterConfig,
+    AzureClusterConfig,
     CloudClusterConfig,
     ClusterConfig,
     CustomClusterConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "URL_KEYS",
     "AdaptiveConfig",
     "AddressClusterConfig",
+    "AzureClusterConfig",
     "CheckConfig",
     "CloudClusterConfig",
     "ClusterConfig",

@@ -162,6 +162,61 @@ class EC2ClusterConfig(CloudClusterConfig):
         return re.match(r"(?!g4ad)(g|gr|p)\d", self.types[1]) is not None
 
 
+class AzureClusterConfig(CloudClusterConfig):
+    """A Dask cluster on virtual machines of Azure that starts for a run and ends with it.
+
+    Most options have the names that ``dask_cloudprovider.azure.AzureVMCluster`` gives them; where its defaults are
+    harmful, ours differ.
+    """
+
+    kind: Literal["azure"]
+    location: str = Field(min_length=1, description="Location, such as westeurope.")
+    resource_group: str = Field(min_length=1, description="Resource group of the network, and of all machines.")
+    subscription_id: str | None = Field(None, description="Subscription; null takes AZURE_SUBSCRIPTION_ID.")
+    vnet: str = Field(min_length=1, description="Virtual network in the resource group.")
+    subnet: str | None = Field(None, description="Name of the subnet; null takes the first one.")
+    security_group: str = Field(
+        min_length=1, description="Network security group that admits this machine to the scheduler's port, 8786."
+    )
+    public_ingress: bool = Field(False, description="Give the scheduler a public address.")
+    identity: str | None = Field(
+        None,
+        description="User-assigned identity (name or resource id) by which machines read storage and delete themselves.",
+    )
+    vm_size: str = Field("Standard_D2s_v5", min_length=1, description="Size of the workers.")
+    scheduler_vm_size: str = Field("Standard_B2s_v2", min_length=1, description="Size of the scheduler.")
+    vm_image: dict[str, str] | None = Field(
+        None, description="Machine image: {publisher, offer, sku, version} or {id}; null takes Ubuntu."
+    )
+    disk_size: int = Field(40, ge=30, le=1023, description="Size of each machine's disk, in GB.")
+    encryption_at_host: bool = Field(
+        False, description="Encrypt caches on the host too; the subscription must allow it."
+    )
+    tags: dict[str, str] = Field({}, description="Tags of all resources, in addition to that of fruitdask.")
+
+    @field_validator("location")
+    @classmethod
+    def _normalize_location(cls, location: str) -> str:
+        """Write "West Europe" as Azure's API does."""
+        return location.replace(" ", "").lower()
+
+    @property
+    def types(self) -> tuple[str, str]:
+        """Sizes of the machines of the scheduler and of the workers."""
+        return self.scheduler_vm_size, self.vm_size
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the workers have an NVIDIA GPU, by the name of their size; NVv4 and MI300X are AMD's."""
+        return re.match(r"(?i)standard_n[cdv](?!.*(as_v4|mi300))", self.vm_size) is not None
+
+    @property
+    def n_cpus(self) -> int:
+        """The vCPUs of a worker, which are the first number in the name of its size."""
+        found = re.search(r"_[A-Za-z]+(\d+)", self.vm_size)
+        return int(found[1]) if found else 1
+
+
 class CustomClusterConfig(Section):
     """A Dask cluster of any class, such as those of dask-jobqueue, that starts for a run and ends with it."""
 
@@ -208,5 +263,6 @@ class CustomClusterConfig(Section):
 
 
 ClusterConfig = Annotated[
-    LocalClusterConfig | AddressClusterConfig | EC2ClusterConfig | CustomClusterConfig, Field(discriminator="kind")
+    LocalClusterConfig | AddressClusterConfig | EC2ClusterConfig | AzureClusterConfig | CustomClusterConfig,
+    Field(discriminator="kind"),
 ]
