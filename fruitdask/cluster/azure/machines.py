@@ -58,10 +58,11 @@ class Arm:
         for client in (self.compute, self.network, self.credential):
             client.close()
 
-    def list_resources(self, run_id: str | None) -> list[Resource]:
+    def list_resources(self, run_id: str | None, kinds: Iterable[str] = _KINDS) -> list[Resource]:
         """List what fruitdask has created for a run, or for all runs."""
         found = []
-        for kind, operations in self.kinds.items():
+        for kind in kinds:
+            operations = self.kinds[kind]
             listing = operations.list_by_resource_group if kind == "disk" else operations.list
             for one in listing(self.group):
                 # Azure makes the disk of a machine, and does not say whether it gives it the machine's tags.
@@ -128,7 +129,7 @@ def find_subscription(subscription: str | None) -> str:
 
 def list_states(arm: Arm, run_id: str, suspects: Iterable[str]) -> dict[str, State]:
     """Ask for the states of a run's machines; those that may have ended are asked for one by one."""
-    machines = {one.name: one.found for one in arm.list_resources(run_id) if one.kind == _KINDS[0]}
+    machines = {one.name: one.found for one in arm.list_resources(run_id, _KINDS[:1])}
     suspects = set(suspects)
     states = {name: State(False, "deleted") for name in suspects - machines.keys()}
     for name, machine in machines.items():

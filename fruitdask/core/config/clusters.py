@@ -181,7 +181,7 @@ class AzureClusterConfig(CloudClusterConfig):
     public_ingress: bool = Field(False, description="Give the scheduler a public address.")
     identity: str | None = Field(
         None,
-        description="User-assigned identity (name or resource id) by which machines read storage and delete themselves.",
+        description="User-assigned identity, by name or id, with which machines read storage and delete themselves.",
     )
     vm_size: str = Field("Standard_D2s_v5", min_length=1, description="Size of the workers.")
     scheduler_vm_size: str = Field("Standard_B2s_v2", min_length=1, description="Size of the scheduler.")
