@@ -56,6 +56,20 @@ def configure(**options: Any) -> AzureClusterConfig:
     return AzureClusterConfig(**describe(**options))
 
 
+@pytest.fixture(scope="module")
+def storage(request: pytest.FixtureRequest, sample_folder: Path) -> Iterator[dict[str, Any]]:
+    """Options of an Azure Storage account with the drawn images; npm, which may have to fetch it, needs the network."""
+    from azure.storage.blob import BlobServiceClient
+
+    with run_azurite(request) as port:
+        options = connect_by_key(f"http://127.0.0.1:{port}")
+        with BlobServiceClient.from_connection_string(options["connection_string"]) as blobs:
+            container = blobs.create_container(CONTAINER)
+            for path in sample_folder.rglob("*.jpg"):
+                container.upload_blob(f"images/{path.relative_to(sample_folder).as_posix()}", path.read_bytes())
+        yield options
+
+
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackAzure]:
     """An Azure on which nothing may be left."""
@@ -561,31 +575,20 @@ def test_list_instances_tells_spot_and_age(cloud: LoopbackAzure) -> None:
 
 
 def test_run_on_azure_has_the_features_of_a_local_run(
+    storage: dict[str, Any],
     cloud: LoopbackAzure,
-    request: pytest.FixtureRequest,
     sample_folder: Path,
     tiny_model: ModelConfig,
     finish: Finish,
     tmp_path: Path,
 ) -> None:
     """Images in Blob Storage, machines on Azure, results in Blob Storage, equal to those of this machine."""
-    from azure.storage.blob import BlobServiceClient
-
-    with run_azurite(request) as port:
-        options = connect_by_key(f"http://127.0.0.1:{port}")
-        with BlobServiceClient.from_connection_string(options["connection_string"]) as blobs:
-            container = blobs.create_container(CONTAINER)
-            for path in sample_folder.rglob("*.jpg"):
-                container.upload_blob(f"images/{path.relative_to(sample_folder).as_posix()}", path.read_bytes())
-        config = configure_run(
-            f"abfs://{CONTAINER}/images", f"abfs://{CONTAINER}/results", tiny_model, cluster=describe(n_workers=2)
-        )
-        tree = config.model_dump()
-        for section in ("input", "output"):
-            tree[section]["storage_options"] = options
-        result = fruitdask.run(fruitdask.load_config(tree))
-        there = result.features.compute()
-        local = finish(configure_run(sample_folder, tmp_path / "results", tiny_model))
-        np.testing.assert_allclose(there, local.features.compute(), rtol=1e-6, atol=1e-6)
-        assert list(result.table["path"]) == list(local.table["path"])
-        assert [machine.plan.role for machine in cloud.machines.values()] == ["scheduler", "worker", "worker"]
+    images, results = (f"abfs://{CONTAINER}/{name}" for name in ("images", "results"))
+    tree = configure_run(images, results, tiny_model, cluster=describe(n_workers=2)).model_dump()
+    for section in ("input", "output"):
+        tree[section]["storage_options"] = storage
+    result = fruitdask.run(fruitdask.load_config(tree))
+    local = finish(configure_run(sample_folder, tmp_path / "results", tiny_model))
+    np.testing.assert_allclose(result.features.compute(), local.features.compute(), rtol=1e-6, atol=1e-6)
+    assert list(result.table["path"]) == list(local.table["path"])
+    assert [machine.plan.role for machine in cloud.machines.values()] == ["scheduler", "worker", "worker"]

@@ -23,7 +23,6 @@ import dask_cloudprovider.config  # noqa: F401  Its defaults come first: a setti
 import pytest
 from cluster_events import (  # noqa: F401
     PATIENCE_SECONDS,
-    ending,
     interrupt_self,
     make_slow_square,
     raise_error,

@@ -162,7 +162,8 @@ def terminate_run(arm: Arm, run_id: str) -> list[str]:
                 f"({(refused and explain_azure_error(refused)) or 'still there'}); delete them in the resource group "
                 f"{arm.group}"
             )
-        deleted.update(dict.fromkeys(one.name for one in left if one.kind == _KINDS[0]))
+        machines = [one.name for one in left if one.kind == _KINDS[0]]
+        deleted.update(dict.fromkeys(machines if machines or deleted else names))
         refused = _delete(arm, [(one.kind, one.name) for one in left])
         time.sleep(_POLL_SECONDS if refused else 0)
     return list(deleted)

@@ -108,6 +108,8 @@ def _connect(config: CloudClusterConfig, cluster: "CloudCluster", stack: ExitSta
 
 def _terminate(cluster: "CloudCluster") -> None:
     """End the machines of a run by their tag."""
+    from fruitdask.cluster.cloud.cluster import explain_cause
+
     if not cluster.fleet.has_asked:
         return
     try:
@@ -116,7 +118,8 @@ def _terminate(cluster: "CloudCluster") -> None:
         # Machines that still run cost money, so the user must know, whatever the error.
         left = ", ".join(cluster.list_running()) or "machines, if any,"
         raise ClusterStartError(
-            f"{left} of run {cluster.settings.run_id} may still run, because they could not be terminated ({error}); "
+            f"{left} of run {cluster.settings.run_id} may still run, because they could not be terminated "
+            f"({explain_cause(error)}); "
             f"terminate them: {cluster.cleanup_command}"
         ) from error
     for machine_id in cluster.list_running():
