@@ -299,6 +299,7 @@ class LoopbackAzure:
     def use(self, patch: pytest.MonkeyPatch) -> None:
         """Let all Azure clients of this process and its children talk to this, which may be asked again soon."""
         patch.setattr("fruitdask.cluster.azure.cluster.RunCluster.poll_seconds", 0.2)
+        patch.setattr("fruitdask.cluster.cloud.cluster._SLOW_POLL_SECONDS", 2.0)
         for name in ("cluster", "machines"):
             patch.setattr(f"fruitdask.cluster.azure.{name}._POLL_SECONDS", 0.05)
         for name, value in self.environment.items():

@@ -21,13 +21,7 @@ import boto3
 import dask.config
 import dask_cloudprovider.config  # noqa: F401  Its defaults come first: a setting that makes their section takes them along when it goes.
 import pytest
-from cluster_events import (  # noqa: F401
-    PATIENCE_SECONDS,
-    interrupt_self,
-    make_slow_square,
-    raise_error,
-    wait_until,
-)
+from cluster_events import PATIENCE_SECONDS, interrupt_self, make_slow_square, raise_error, wait_until
 from distributed import wait
 from loopback_ec2 import LoopbackEC2, LoopbackInstance, Refusal
 

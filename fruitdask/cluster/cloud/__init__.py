@@ -119,8 +119,7 @@ def _terminate(cluster: "CloudCluster") -> None:
         left = ", ".join(cluster.list_running()) or "machines, if any,"
         raise ClusterStartError(
             f"{left} of run {cluster.settings.run_id} may still run, because they could not be terminated "
-            f"({explain_cause(error)}); "
-            f"terminate them: {cluster.cleanup_command}"
+            f"({explain_cause(error)}); terminate them: {cluster.cleanup_command}"
         ) from error
     for machine_id in cluster.list_running():
         cluster.fleet.note_end(machine_id)
