@@ -15,9 +15,9 @@ from PIL import Image
 from fruitdask.core.config import (
     PILLOW_LIMIT_PIXELS,
     AddressClusterConfig,
+    AzureClusterConfig,
     Config,
     CustomClusterConfig,
-    AzureClusterConfig,
     EC2ClusterConfig,
     LocalClusterConfig,
     build_schema,
@@ -373,7 +373,10 @@ def test_load_config_takes_an_address_for_a_running_cluster() -> None:
         ),
         ("model: {pooling: mean}", r"line 3: model\.pooling: expected avg, max or flatten, found 'mean'$"),
         ("model: {input_px: 16}", r"line 3: model\.input_px: expected at least 32, found 16$"),
-        ("cluster:\n  kind: slurm", r"line 4: cluster\.kind: expected local, address, ec2, azure or custom, found 'slurm'$"),
+        (
+            "cluster:\n  kind: slurm",
+            r"line 4: cluster\.kind: expected local, address, ec2, azure or custom, found 'slurm'$",
+        ),
         (
             "cluster:\n  kind: loacl",
             r"line 4: cluster\.kind: expected local, address, ec2, azure or custom, found 'loacl'; did you mean local\?$",

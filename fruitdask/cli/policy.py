@@ -67,7 +67,7 @@ def _print_azure_roles(
             if permission.role in roles:
                 click.echo(f"{permission.role}: {permission.action:<65} {permission.reason}")
         return
-    found = build_roles(cluster, config)
+    found = build_roles(config)
     click.echo(json.dumps({role: found[role] for role in roles} if len(roles) > 1 else found[roles[0]], indent=2))
     click.echo("fruitdask: save each role in a file of its name (--role), then:", err=True)
     for command in list_commands(cluster, config):

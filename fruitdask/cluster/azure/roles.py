@@ -69,8 +69,11 @@ def list_permissions(config: Config) -> Iterator[Permission]:
     yield from (Permission("workers", action, reason) for action, reason in of_machines)
 
 
-def build_roles(cluster: AzureClusterConfig, config: Config) -> dict[Role, dict[str, Any]]:
+def build_roles(config: Config) -> dict[Role, dict[str, Any]]:
     """Build the custom roles of the launcher and of the machines, for one resource group."""
+    cluster = config.cluster
+    if not isinstance(cluster, AzureClusterConfig):
+        return {}
     permissions = list(list_permissions(config))
     return {
         role: {
