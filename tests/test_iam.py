@@ -888,7 +888,7 @@ def test_command_prints_roles_of_azure_and_how_to_assign_them(tmp_path: Path) ->
     assert "Microsoft.Network/publicIPAddresses/write" not in roles["launcher"]["Actions"]
     commands = [line for line in found.stderr.splitlines() if line.startswith("az role ")]
     assert [line.split()[2] for line in commands] == ["definition", "assignment"] * 2 + ["assignment"] * 4
-    assert f'--role "fruitdask workers in fruits" --assignee-object-id "$(az identity show' in commands[3]
+    assert '--role "fruitdask workers in fruits" --assignee-object-id "$(az identity show' in commands[3]
     assert commands[3].endswith(f"--scope {scope}") and '"Storage Blob Data Contributor"' in commands[-1]
     assert json.loads(invoke(tmp_path, "--role", "workers", **AZURE).stdout) == roles["workers"]
 

@@ -60,7 +60,7 @@ class _Machine(Machine):
 
     async def end_vm(self) -> None:
         """Delete it, with all that belongs to it."""
-        await self.cluster.call_async(delete_machine, self.cluster.arm, self.name)
+        await self.cluster.call_async(delete_machine, self.cluster.arm, self.cluster.settings.run_id, self.name)
 
     async def describe(self) -> str:
         """Describe its state, with the end of its console output."""

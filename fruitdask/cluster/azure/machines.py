@@ -72,10 +72,6 @@ class Arm:
                     found.append(Resource(kind, one.name, own, one))
         return found
 
-    def begin_delete(self, kind: str, name: str) -> Any:
-        """Begin to delete a resource; one that is gone is no error."""
-        return self.kinds[kind].begin_delete(self.group, name)
-
     def find_power(self, name: str) -> str:
         """Find whether a machine is running, stopped, or gone."""
         from azure.core.exceptions import ResourceNotFoundError
@@ -84,8 +80,8 @@ class Arm:
             statuses = self.compute.virtual_machines.instance_view(self.group, name).statuses or ()
         except ResourceNotFoundError:
             return "deleted"
-        codes = [str(status.code) for status in statuses]
-        return next((code.partition("/")[2] for code in codes if code.startswith("PowerState/")), "starting")
+        states = [str(status.code).partition("/") for status in statuses]
+        return next((power for kind, _, power in states if kind == "PowerState"), "starting")
 
 
 @contextmanager
@@ -164,14 +160,14 @@ def terminate_run(arm: Arm, run_id: str) -> list[str]:
             )
         machines = [one.name for one in left if one.kind == _KINDS[0]]
         deleted.update(dict.fromkeys(machines if machines or deleted else names))
-        refused = _delete(arm, [(one.kind, one.name) for one in left])
+        refused = _delete(arm, left)
         time.sleep(_POLL_SECONDS if refused else 0)
     return list(deleted)
 
 
-def delete_machine(arm: Arm, name: str) -> None:
+def delete_machine(arm: Arm, run_id: str, name: str) -> None:
     """Delete a machine with all that belongs to it; what cannot be deleted yet is left to the end of the run."""
-    _delete(arm, [(kind, name_part(name, kind)) for kind in _KINDS])
+    _delete(arm, [one for one in arm.list_resources(run_id) if one.name.startswith(name)])
 
 
 def name_part(name: str, kind: str) -> str:
@@ -179,16 +175,16 @@ def name_part(name: str, kind: str) -> str:
     return name if kind == _KINDS[0] else f"{name}-{kind.replace(' ', '-')}"
 
 
-def _delete(arm: Arm, resources: list[tuple[str, str]]) -> Exception | None:
+def _delete(arm: Arm, resources: list[Resource]) -> Exception | None:
     """Delete resources, first the machines; return the last refusal of what may succeed later."""
     from azure.core.exceptions import HttpResponseError
 
     refused: Exception | None = None
     for kind in _KINDS:
         pollers = []
-        for name in (name for each, name in resources if each == kind):
+        for name in (one.name for one in resources if one.kind == kind):
             try:
-                pollers.append(arm.begin_delete(kind, name))
+                pollers.append(arm.kinds[kind].begin_delete(arm.group, name))
             except HttpResponseError as error:
                 if error.status_code not in _CONFLICTS:
                     raise
