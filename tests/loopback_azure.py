@@ -150,8 +150,6 @@ class Machine:
 
     def _boot(self) -> None:
         """Do what the custom data say, until the machine is deleted."""
-        lifetime = self.plan.lifetime_minutes
-        deadline = None if lifetime is None else time.monotonic() + 60 * lifetime
         if self.plan.problem or self.plan.image in self.cloud.faults.unpullable:
             self.log_path.write_text(f"docker: cannot pull the image {self.plan.image!r} {self.plan.problem}\n")
         elif self.plan.command:
@@ -162,7 +160,7 @@ class Machine:
                 environment=build_environment(self.folder) | self.plan.variables,
             )
             while not self._over.is_set() and not self._container.wait(0.02):
-                if deadline is not None and time.monotonic() > deadline:
+                if self.cloud.lifetime_is_over.is_set() and self.plan.lifetime_minutes is not None:
                     break
         if not self._over.is_set() and self.plan.shuts_down:
             self._end_itself()
@@ -249,6 +247,8 @@ class LoopbackAzure:
         self.calls: list[Call] = []
         self.machines: dict[str, Machine] = {}
         self.is_closing = False
+        #: Makes the timers of all machines that have one go off.
+        self.lifetime_is_over = threading.Event()
         self.changed = threading.Condition(threading.RLock())
         self.subscription, self.group = str(uuid.uuid4()), "fruits"
         self.base = f"/subscriptions/{self.subscription}/resourceGroups/{self.group}/providers"
