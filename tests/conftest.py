@@ -1,7 +1,9 @@
 """Fixtures that several test modules share: real photographs, real weights, a real S3 server, a drawn data set."""
 
 import compileall
+import logging
 import signal
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,3 +178,18 @@ def finish(client: Any, tmp_path_factory: pytest.TempPathFactory) -> Finish:
     its images.
     """
     return FinishedRuns(tmp_path_factory.mktemp("finished"), client)
+
+
+@pytest.fixture
+def ending() -> Iterator[threading.Event]:
+    """Set as soon as a cluster begins to end."""
+    event = threading.Event()
+    handler = logging.Handler()
+    handler.emit = lambda record: event.set() if record.getMessage().startswith("ending run") else None
+    logger = logging.getLogger("fruitdask.cluster.cloud.cluster")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield event
+    logger.removeHandler(handler)
+    logger.setLevel(level)

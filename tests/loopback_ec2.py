@@ -45,7 +45,7 @@ from xml.sax.saxutils import escape
 import boto3
 import dask.config
 import pytest
-from machines import Container, find_processes, localize, read_plan, reserve_network
+from machines import Container, build_environment, find_processes, localize, read_plan, reserve_network
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.ec2.exceptions import EC2ClientError
 from moto.ec2.models import ec2_backends
@@ -57,7 +57,6 @@ from moto.s3.models import s3_backends
 from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 
-import fruitdask
 from fruitdask.core.s3 import S3
 
 MAX_USER_DATA_BYTES = 16_384
@@ -289,12 +288,7 @@ class _Machine:
 
     def _build_environment(self) -> dict[str, str]:
         """Build the environment of the container, of which the user data have the last word."""
-        kept = ("LANG", "LC_ALL", "LD_LIBRARY_PATH")
-        environment = {name: os.environ[name] for name in kept if name in os.environ}
-        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        environment |= {"HOME": str(self.folder / "home"), "TMPDIR": str(self.folder / "tmp")}
-        # The same fruitdask as the test's, wherever that was found.
-        environment["PYTHONPATH"] = str(Path(fruitdask.__file__).parents[1])
+        environment = build_environment(self.folder)
         environment |= self.cloud.build_environment(self.instance.id, has_credentials=self._has_credentials())
         return environment | self.plan.variables
 
@@ -540,8 +534,8 @@ class LoopbackEC2:
 
     def use(self, patch: pytest.MonkeyPatch) -> None:
         """Let all AWS clients of this process and its children talk to this, which may be asked again soon."""
-        for name in ("cluster", "instances"):
-            patch.setattr(f"fruitdask.cluster.ec2.{name}._POLL_SECONDS", 0.2)
+        patch.setattr("fruitdask.cluster.cloud.cluster.CloudCluster.poll_seconds", 0.2)
+        patch.setattr("fruitdask.cluster.ec2.instances._POLL_SECONDS", 0.2)
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN"):
             patch.delenv(name, raising=False)
         for name, value in self.environment.items():

@@ -111,6 +111,10 @@ def _keep_spare() -> None:
     spawn = multiprocessing.util.spawnv_passfds
 
     def spawn_once(path: bytes, arguments: list[str], files: list[int]) -> int:
+        if arguments[-1] != "--multiprocessing-fork":
+            # The tracker of resources, which multiprocessing starts first.
+            pid_of_tracker: int = spawn(path, arguments, files)
+            return pid_of_tracker
         multiprocessing.util.spawnv_passfds = spawn
         numbers = sorted(map(int, files))
         request = {"code": arguments[-2], "environment": dict(os.environ), "numbers": numbers}

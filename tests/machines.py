@@ -42,6 +42,7 @@ class Plan:
     variables: dict[str, str] = field(default_factory=dict)
     lifetime_minutes: float | None = None
     shuts_down: bool = False
+    files: dict[str, str] = field(default_factory=dict)
     problem: str = ""
 
 
@@ -50,12 +51,13 @@ def read_plan(user_data: str) -> Plan:
     if not user_data.startswith("#cloud-config"):
         return Plan(problem="user data are no cloud-config")
     try:
-        lines = (yaml.safe_load(user_data) or {}).get("runcmd") or []
+        loaded = yaml.safe_load(user_data) or {}
     except yaml.YAMLError as error:
         return Plan(problem=f"cloud-init cannot read the user data: {error}")
+    lines = loaded.get("runcmd") or []
     if not all(isinstance(line, str | list) for line in lines):
         return Plan(problem="cloud-init runs only strings and lists of strings")
-    plan = Plan()
+    plan = Plan(files={file["path"]: file["content"] for file in loaded.get("write_files") or []})
     for line in lines:
         _read_line(plan, line if isinstance(line, str) else shlex.join(line))
         if plan.problem:
@@ -67,6 +69,8 @@ def _read_line(plan: Plan, line: str) -> None:
     """Read a command of cloud-init's."""
     if re.match(r"\s*(sudo\s+)?docker\s+run\s", line):
         _read_docker(plan, _split_in_shell(line))
+    elif seconds := re.match(r"systemd-run --on-active=(\d+)\s", line):
+        plan.lifetime_minutes = int(seconds[1]) / 60
     elif minutes := re.search(r"\bshutdown\s+-[hP]\s+\+(\d+)", line):
         plan.lifetime_minutes = float(minutes[1])
     elif re.search(r"\bshutdown\s+-[hP]\s+now\b", line):
@@ -144,6 +148,16 @@ def _add_host(spec: str, address: str) -> str:
     for worker in [loaded] if "cls" in loaded else loaded.values():
         worker["opts"].setdefault("host", address)
     return json.dumps(loaded)
+
+
+def build_environment(folder: Path) -> dict[str, str]:
+    """Build the environment of a container, in which nothing of this process's settings is left."""
+    kept = ("LANG", "LC_ALL", "LD_LIBRARY_PATH")
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
+    # The same fruitdask as the test's, wherever that was found.
+    return environment | {"PYTHONPATH": str(Path(fruitdask.__file__).parents[1])}
 
 
 class Container:

@@ -55,17 +55,19 @@ def run_node(
             process.communicate()
 
 
-def make_certificate(folder: Path) -> tuple[str, str]:
-    """Make a certificate for this machine that signs itself; gives the files of certificate and key."""
+def make_certificate(folder: Path, *names: str) -> tuple[str, str]:
+    """Make a certificate for this machine, under these names too, that signs itself; gives the files of certificate
+    and key.
+    """
     key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name(
         [x509.NameAttribute(NameOID.COMMON_NAME, "loopback")]
     )
-    now = datetime.now(UTC)
+    now, address = datetime.now(UTC), x509.IPAddress(ip_address("127.0.0.1"))
     certificate = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([address, *map(x509.DNSName, names)]), critical=False)
         .sign(key, hashes.SHA256())
     )
     pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()

@@ -5,7 +5,6 @@ running.
 import asyncio
 import contextlib
 import json
-import logging
 import operator
 import os
 import signal
@@ -22,13 +21,14 @@ import boto3
 import dask.config
 import dask_cloudprovider.config  # noqa: F401  Its defaults come first: a setting that makes their section takes them along when it goes.
 import pytest
+from cluster_events import PATIENCE_SECONDS, interrupt_self, make_slow_square, raise_error, wait_until
 from distributed import wait
 from loopback_ec2 import LoopbackEC2, LoopbackInstance, Refusal
 
 from fruitdask.cluster import list_usage, open_client
+from fruitdask.cluster.cloud.prices import Usage
 from fruitdask.cluster.ec2.instances import terminate_run
 from fruitdask.cluster.ec2.network import find_network
-from fruitdask.cluster.ec2.prices import Usage
 from fruitdask.core.config import AdaptiveConfig, EC2ClusterConfig
 from fruitdask.errors import ClusterStartError, ConfigError
 
@@ -38,8 +38,6 @@ pytestmark = [
 ]
 
 SECRET = "planted-4f1c"
-#: How long to wait for what comes soon.
-PATIENCE_SECONDS = 60
 
 
 def configure(**options: Any) -> EC2ClusterConfig:
@@ -87,14 +85,6 @@ def drop_rules(cloud: LoopbackEC2) -> None:
             client.revoke_security_group_ingress(GroupId=group["GroupId"], IpPermissions=group["IpPermissions"])
 
 
-def wait_until(condition: Callable[[], Any], what: str) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.02)
-
-
 def on_call(cloud: LoopbackEC2, patch: pytest.MonkeyPatch, action: str, n: int, do: Callable[[], Any]) -> None:
     """Do something before the n-th call of an action is answered."""
     note, seen = cloud.note, []
@@ -107,26 +97,6 @@ def on_call(cloud: LoopbackEC2, patch: pytest.MonkeyPatch, action: str, n: int, 
                 do()
 
     patch.setattr(cloud, "note", note_and_do)
-
-
-def interrupt_self(number: int = signal.SIGINT) -> None:
-    """Type Ctrl-C."""
-    os.kill(os.getpid(), number)
-
-
-@pytest.fixture
-def ending() -> Iterator[threading.Event]:
-    """Set as soon as a cluster begins to end."""
-    event = threading.Event()
-    handler = logging.Handler()
-    handler.emit = lambda record: event.set() if record.getMessage().startswith("ending run") else None
-    logger = logging.getLogger("fruitdask.cluster.ec2.cluster")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield event
-    logger.removeHandler(handler)
-    logger.setLevel(level)
 
 
 @dataclass
@@ -476,11 +446,6 @@ def test_ctrl_c_while_the_scheduler_comes_up(cloud: LoopbackEC2, monkeypatch: py
     assert len(cloud.instances(None)) == 1
 
 
-def raise_error() -> None:
-    """Fail."""
-    raise LookupError("in the block")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "expected"),
@@ -544,16 +509,6 @@ def test_instances_that_cannot_be_terminated_are_named(cloud: LoopbackEC2) -> No
     cloud.faults.refusals.clear()
     assert len(terminate_run(cloud.region, cloud.instances()[0].tags["fruitdask:run"])) == 2
     drop_rules(cloud)
-
-
-def make_slow_square() -> Callable[[int], int]:
-    """Make a function that takes some time; being local, it travels by value to workers that do not have this module."""
-
-    def square(number: int) -> int:
-        time.sleep(0.2)
-        return number**2
-
-    return square
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from PIL import Image
 from fruitdask.core.config import (
     PILLOW_LIMIT_PIXELS,
     AddressClusterConfig,
+    AzureClusterConfig,
     Config,
     CustomClusterConfig,
     EC2ClusterConfig,
@@ -374,10 +375,13 @@ def test_load_config_takes_an_address_for_a_running_cluster() -> None:
         ),
         ("model: {pooling: mean}", r"line 3: model\.pooling: expected avg, max or flatten, found 'mean'$"),
         ("model: {input_px: 16}", r"line 3: model\.input_px: expected at least 32, found 16$"),
-        ("cluster:\n  kind: slurm", r"line 4: cluster\.kind: expected local, address, ec2 or custom, found 'slurm'$"),
+        (
+            "cluster:\n  kind: slurm",
+            r"line 4: cluster\.kind: expected local, address, ec2, azure or custom, found 'slurm'$",
+        ),
         (
             "cluster:\n  kind: loacl",
-            r"line 4: cluster\.kind: expected local, address, ec2 or custom, found 'loacl'; did you mean local\?$",
+            r"line 4: cluster\.kind: expected local, address, ec2, azure or custom, found 'loacl'; did you mean local\?$",
         ),
         (
             "cluster: local",
@@ -749,7 +753,8 @@ def test_load_config_reads_the_examples(path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(name, "given")
     config = load_config(path)
     is_on_s3 = path.name.startswith(("aws", "fargate", "kubernetes", "s3"))
-    assert (config.input.url[0], config.output.url[0]) == (("s", "s") if is_on_s3 else ("/", "/"))
+    first = "s" if is_on_s3 else "a" if path.name == "azure.yaml" else "/"
+    assert (config.input.url[0], config.output.url[0]) == (first, first)
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.name.startswith("aws")], ids=lambda path: path.name)
@@ -765,8 +770,35 @@ def test_examples_in_the_cloud_keep_to_the_eu_and_end(path: Path, monkeypatch: p
     assert is_gpu == (config.model.engine == "tensorflow") == ("gpu" in path.name)
 
 
+def test_example_on_azure_keeps_to_the_eu_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCOUNT", "DOCKER_IMAGE", "IDENTITY"):
+        monkeypatch.setenv(f"FRUITDASK_{name}", "given")
+    config = load_config(next(path for path in CONFIGS if path.name == "azure.yaml"))
+    assert isinstance(config.cluster, AzureClusterConfig) and config.privacy.allowed_regions == "eu"
+    assert {config.input.region, config.output.region, config.cluster.location} == {"westeurope"}
+    assert (config.cluster.identity, config.cluster.public_ingress) == ("given", False)
+    assert set(config.cluster.types) <= set(config.cluster.hourly_prices)
+    assert config.limits.max_cost and config.limits.max_hours
+
+
+@pytest.mark.parametrize(
+    ("size", "has_gpu", "n_cpus"),
+    [
+        ("Standard_D4s_v5", False, 4),
+        ("Standard_NC4as_T4_v3", True, 4),
+        ("standard_nd96isr_h100_v5", True, 96),
+        ("Standard_NV8as_v4", False, 8),
+        ("Standard_ND96isr_MI300X_v5", False, 96),
+    ],
+)
+def test_sizes_on_azure_tell_gpus_and_cpus(size: str, has_gpu: bool, n_cpus: int) -> None:
+    names = dict.fromkeys(("resource_group", "vnet", "security_group", "docker_image"), "x")
+    cluster = AzureClusterConfig(kind="azure", location="westeurope", vm_size=size, **names)
+    assert (cluster.has_gpu, cluster.n_cpus) == (has_gpu, n_cpus)
+
+
 def test_examples_include_the_demo() -> None:
-    names = "demo local s3-local-cluster aws aws-gpu fargate kubernetes slurm"
+    names = "demo local s3-local-cluster aws aws-gpu azure fargate kubernetes slurm"
     assert {f"{name}.yaml" for name in names.split()} <= {path.name for path in CONFIGS}
 
 
@@ -862,7 +894,7 @@ def test_load_config_tells_all_mistakes_at_once_in_the_order_of_the_file(tmp_pat
         ("model.pooling: max", "unknown key model.pooling; write model: {pooling: ...}"),
         ("Model: {}", "unknown key Model; did you mean model?"),
         ("featurize: {batch-size: 3}", "unknown key featurize.batch-size; did you mean batch_size?"),
-        ("cluster: {spot: true}", "unknown key cluster.spot; only a cluster with kind: ec2 has this key"),
+        ("cluster: {spot: true}", "unknown key cluster.spot; only a cluster with kind: ec2 or azure has this key"),
         ("cluster: {kind: address, adress: x}", "unknown key cluster.adress; did you mean address?"),
         ("model: {name: 1}", 'model.name: expected text, found 1; put it in quotes: "1"'),
         ("model: {name: 007}", 'model.name: expected text, found 007; put it in quotes: "007"'),
@@ -912,7 +944,7 @@ def test_load_config_explains_a_mistake_in_words_of_the_configuration(tmp_path: 
         ("reduce.tsne=true", "reduce.tsne: expected keys and values, found true; write reduce.tsne.enabled=true"),
         (
             "cluster.kind=loacl",
-            "cluster.kind: expected local, address, ec2 or custom, found 'loacl'; did you mean local?",
+            "cluster.kind: expected local, address, ec2, azure or custom, found 'loacl'; did you mean local?",
         ),
         ("modle.name=x", "--set modle.name=x: unknown key modle; did you mean model?"),
     ],

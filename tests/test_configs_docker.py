@@ -88,9 +88,7 @@ def test_image_installs_fruitdask_under_the_constraints(tmp_path: Path, gpu: str
     subprocess.run(["/bin/sh", "-c", list_arguments("RUN")[0]], check=True, cwd=tmp_path, env=environment)
     assert (tmp_path / "constraints.txt").read_text() == constraints + "\n"
     extra = "tensorflow[and-cuda]|" if gpu else ""
-    expected = (
-        f"pip|install|--no-cache-dir|--constraint|constraints.txt|.[openvino]|{extra}python|-m|fruitdask|--version|"
-    )
+    expected = f"pip|install|--no-cache-dir|--constraint|constraints.txt|.[azure,openvino]|{extra}python|-m|fruitdask|--version|"
     assert (tmp_path / "told").read_text() == expected
 
 
@@ -111,7 +109,8 @@ def test_build_pins_this_environment(tmp_path: Path) -> None:
     assert f"{given['PYTHON']}.0" in SpecifierSet(settings["options"]["python_requires"])
     pins = dict(line.split("==") for line in given["CONSTRAINTS"].splitlines())
     pins = {re.sub("[-_.]+", "-", name): version for name, version in pins.items()}
-    lines = settings["options"]["install_requires"] + settings["options.extras_require"]["openvino"]
+    extras = settings["options.extras_require"]
+    lines = settings["options"]["install_requires"] + extras["openvino"] + extras["azure"]
     needed = [Requirement(line) for line in lines.split("\n") if line]
     assert [line for line in needed if pins[re.sub("[-_.]+", "-", line.name.lower())] not in line.specifier] == []
     assert "fruitdask" not in pins

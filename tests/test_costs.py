@@ -2,7 +2,7 @@
 
 import pytest
 
-from fruitdask.cluster.ec2.prices import (
+from fruitdask.cluster.cloud.prices import (
     Usage,
     compute_cost,
     compute_request_cost,

@@ -863,3 +863,41 @@ def test_cluster_asks_ec2_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> N
     assert {action for action in EC2_ACTIONS if action not in {question[0] for question in questions}} == {
         "ec2:GetConsoleOutput"
     }
+
+
+AZURE = {
+    "kind": "azure",
+    "location": "westeurope",
+    "subscription_id": "0-1",
+    "docker_image": "any",
+    "identity": "fruit-machines",
+    **dict.fromkeys(("resource_group", "vnet", "security_group"), "fruits"),
+}
+
+
+def test_command_prints_roles_of_azure_and_how_to_assign_them(tmp_path: Path) -> None:
+    urls = ("--set", "input.url=abfs://photos/in", "--set", "output.url=abfs://results/out")
+    found = invoke(tmp_path, *urls, **AZURE)
+    roles, scope = json.loads(found.stdout), "/subscriptions/0-1/resourceGroups/fruits"
+    assert [role["AssignableScopes"] for role in roles.values()] == [[scope]] * 2
+    assert roles["workers"]["Actions"] == [
+        "Microsoft.Compute/virtualMachines/delete",
+        "Microsoft.Compute/disks/delete",
+        "Microsoft.Network/networkInterfaces/delete",
+    ]
+    assert "Microsoft.Network/publicIPAddresses/write" not in roles["launcher"]["Actions"]
+    commands = [line for line in found.stderr.splitlines() if line.startswith("az role ")]
+    assert [line.split()[2] for line in commands] == ["definition", "assignment"] * 2 + ["assignment"] * 4
+    assert '--role "fruitdask workers in fruits" --assignee-object-id "$(az identity show' in commands[3]
+    assert commands[3].endswith(f"--scope {scope}") and '"Storage Blob Data Contributor"' in commands[-1]
+    assert json.loads(invoke(tmp_path, "--role", "workers", **AZURE).stdout) == roles["workers"]
+
+
+def test_command_explains_each_action_on_azure(tmp_path: Path) -> None:
+    lines = invoke(tmp_path, "--explain", **AZURE, public_ingress=True).stdout.splitlines()
+    assert any(
+        re.match(r"launcher: Microsoft.Network/publicIPAddresses/write +creates the public", line) for line in lines
+    )
+    assert any(
+        re.match(r"workers: Microsoft.Compute/virtualMachines/delete +lets a machine delete", line) for line in lines
+    )

@@ -215,6 +215,24 @@ def test_plan_warns_of_what_would_go_wrong(cloud: LoopbackEC2, monkeypatch: pyte
     assert "no instance type p9.huge" in unknown and "was not checked" in unknown
 
 
+def test_plan_on_azure_uses_the_prices_of_the_configuration() -> None:
+    places = dict.fromkeys(("resource_group", "vnet", "security_group", "docker_image"), "any")
+    cluster = {"kind": "azure", "location": "westeurope", "n_workers": 3, "vm_size": "Standard_D4s_v5", **places}
+    sections = {"input": {"url": "abfs://photos/in"}, "output": {"url": "abfs://results/out"}, "cluster": cluster}
+    regions = dict.fromkeys(("input", "output", "cluster"), "westeurope")
+    found = build_plan(sections, regions=regions)
+    identity, unpriced = found.warnings
+    assert "without cluster.identity, machines cannot delete themselves" in identity
+    assert "no price of Standard_B2s_v2 in westeurope, Standard_D4s_v5 in westeurope is known" in unpriced
+    assert (found.n_workers, found.threads_per_worker, found.dollars) == (3, 4, 0)
+    cluster |= {"identity": "id", "spot": True, "hourly_prices": {"Standard_B2s_v2": 0.1, "spot:Standard_D4s_v5": 0.2}}
+    found = build_plan(sections | {"limits": {"max_cost": 0.001}}, regions=regions)
+    scheduler, worker = found.machines
+    expected = (0.1 * scheduler.seconds + 3 * 0.2 * worker.seconds) / 3600
+    assert found.dollars == pytest.approx(expected) and found.warnings == ()
+    assert "Microsoft.Compute/virtualMachines/write" in found.actions and len(found.exceeded) == 1
+
+
 @pytest.mark.cloud
 @needs_loopback
 def test_plan_on_ec2_starts_nothing_and_writes_nothing(

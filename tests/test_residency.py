@@ -32,6 +32,7 @@ from fruitdask.pipeline.record import describe_processing
 PARIS, VIRGINIA, LONDON = "photographs-paris", "photographs-virginia", "photographs-london"
 REGIONS = {PARIS: "eu-west-3", VIRGINIA: "us-east-1", LONDON: "eu-west-2"}
 AMAZON = {"endpoint_url": "http://s3.eu-west-3.amazonaws.com"}
+AZURE = {"kind": "azure", **dict.fromkeys(("docker_image", "resource_group", "vnet", "security_group"), "i")}
 
 MakeConfig = Callable[..., Config]
 
@@ -339,9 +340,10 @@ def test_other_protocols_need_a_declared_region(make_config: MakeConfig, url: st
         ({"address": "tls://10.0.0.5:8786", "region": "eu-west-3"}, "eu-west-3"),
         ({"kind": "ec2", "docker_image": "i", "region": "eu-west-3", "availability_zone": "eu-west-3b"}, "eu-west-3"),
         ({"kind": "ec2", "docker_image": "i"}, "eu-south-2"),
+        ({**AZURE, "location": "West Europe"}, "westeurope"),
         ({"class": "dask_jobqueue.SLURMCluster", "n_workers": 1, "region": "francecentral"}, "francecentral"),
     ],
-    ids=["local", "loopback", "localhost", "declared", "ec2", "ec2, environment", "custom"],
+    ids=["local", "loopback", "localhost", "declared", "ec2", "ec2, environment", "azure", "custom"],
 )
 def test_cluster_that_is_allowed(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, cluster: dict[str, Any], expected: str
@@ -364,13 +366,14 @@ def test_cluster_that_is_allowed(
         ({"class": "a.B", "n_workers": 1, "region": "us-east-1"}, "the cluster of class a.B is in us-east-1, but"),
         ({"address": "127.0.0.1:8786", "region": "us-east-1"}, "the cluster at 127.0.0.1:8786 is in us-east-1, but"),
         ({"kind": "ec2", "docker_image": "i", "region": "us-east-1"}, "the cluster on EC2 is in us-east-1, but"),
+        ({**AZURE, "location": "uksouth"}, "the cluster on Azure is in uksouth, but"),
         ({"kind": "ec2", "docker_image": "i"}, "no region is set for the cluster on EC2; add cluster.region"),
         (
             {"kind": "ec2", "docker_image": "i", "region": "eu-west-3", "availability_zone": ["eu-west-3a", "x-1a"]},
             "expected cluster.availability_zone to name a zone of eu-west-3 such as eu-west-3a, found x-1a",
         ),
     ],
-    ids=["address", "custom", "custom elsewhere", "tunnel", "ec2", "ec2 nowhere", "zone"],
+    ids=["address", "custom", "custom elsewhere", "tunnel", "ec2", "azure", "ec2 nowhere", "zone"],
 )
 def test_cluster_that_is_refused(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, cluster: dict[str, Any], problem: str

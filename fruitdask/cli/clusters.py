@@ -1,7 +1,9 @@
-"""Commands that find and terminate instances on EC2."""
+"""Commands that find and terminate machines on EC2 and Azure."""
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,79 +13,137 @@ from fruitdask.errors import ClusterStartError, ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fruitdask.cluster.ec2.instances import Instance
+    from fruitdask.cluster.cloud.instances import Instance
 
 _N_REGIONS_AT_ONCE = 8
 
-_region_option = click.option(
-    "--region",
-    "regions",
-    multiple=True,
-    help="AWS region; by default that of the profile or the environment. Repeatable.",
+_OPTIONS = (
+    click.option("--cloud", type=click.Choice(["ec2", "azure"]), default="ec2", show_default=True, help="Which cloud."),
+    click.option(
+        "--region",
+        "regions",
+        multiple=True,
+        help="AWS region; by default that of the profile or the environment. Repeatable.",
+    ),
+    click.option("--all-regions", is_flag=True, help="All AWS regions that the account can use."),
+    click.option("--resource-group", metavar="NAME", help="Resource group on Azure."),
+    click.option("--subscription", metavar="ID", help="Subscription on Azure; by default AZURE_SUBSCRIPTION_ID."),
 )
-_all_option = click.option("--all-regions", is_flag=True, help="All regions that the account can use.")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where machines are searched: what it is called, how they are listed and ended there, and what is done last."""
+
+    name: str
+    noun: str
+    list_instances: "Callable[[str | None], list[Instance]]"
+    terminate_run: Callable[[str, str], list[str]]
+    close: Callable[[], None]
+
+
+def _search_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say where to search."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
 
 
 @click.group()
 def clusters() -> None:
-    """Find and terminate instances that fruitdask has started."""
+    """Find and terminate machines that fruitdask has started."""
 
 
 @clusters.command("list")
-@_region_option
-@_all_option
-def list_(regions: tuple[str, ...], all_regions: bool) -> None:
-    """List runs that have instances, with their age and their cost so far.
+@_search_options
+def list_(**search: Any) -> None:
+    """List runs that have machines, with their age and their cost so far.
 
-    Instances that have ended are not counted. Prices are those of fruitdask's table; spot instances cost less.
+    Instances that have ended are not counted. Prices are those of fruitdask's table, which has none of Azure; spot
+    instances cost less.
     """
-    with reported():
-        _find(regions, all_regions=all_regions)
+    with reported(), _open_place(**search) as place:
+        _find(place)
 
 
 @clusters.command()
-@_region_option
-@_all_option
-@click.option("--run", "run_id", metavar="ID", help="Only the instances of this run.")
+@_search_options
+@click.option("--run", "run_id", metavar="ID", help="Only the machines of this run.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def cleanup(regions: tuple[str, ...], all_regions: bool, run_id: str | None, yes: bool) -> None:
-    """Terminate instances that fruitdask has started.
+def cleanup(run_id: str | None, yes: bool, **search: Any) -> None:
+    """Terminate machines that fruitdask has started.
 
-    Stored results are kept. A run whose instances are terminated ends with an error, and can be run again.
+    Stored results are kept. A run whose machines are terminated ends with an error, and can be run again. On Azure,
+    their disks, network interfaces and addresses are deleted too.
     """
-    with reported():
-        from fruitdask.cluster.ec2.instances import terminate_run
-
-        found, searched = _find(regions, all_regions=all_regions, run_id=run_id)
+    with reported(), _open_place(**search) as place:
+        found = _find(place, run_id)
         if found and not yes:
-            click.confirm(f"Terminate {len(found)} instance{'s' * (len(found) != 1)}?", abort=True)
+            click.confirm(f"Terminate {len(found)} {place.noun}{'s' * (len(found) != 1)}?", abort=True)
         for region, run in dict.fromkeys((one.region, one.run_id) for one in found):
-            ended = terminate_run(region, run)
+            ended = place.terminate_run(region, run)
             click.echo(f"Terminated {', '.join(ended) or 'nothing (all had ended)'} of run {run} in {region}.")
+        place.close()
+
+
+@contextmanager
+def _open_place(
+    cloud: str, regions: Sequence[str], all_regions: bool, resource_group: str | None, subscription: str | None
+) -> Iterator[_Place]:
+    """Open the place that the options name."""
+    if cloud == "ec2":
+        if resource_group or subscription:
+            raise ConfigError("--resource-group and --subscription are only for --cloud azure; add it, or remove them")
+        yield _find_place_on_ec2(regions, all_regions=all_regions)
+        return
+    if regions or all_regions:
+        raise ConfigError("--region and --all-regions are only for --cloud ec2; give --resource-group alone")
+    if not resource_group:
+        raise ConfigError("--cloud azure needs --resource-group NAME, that of cluster.resource_group")
+    from fruitdask.cluster.azure.machines import list_instances, open_arm, terminate_run
+
+    action = "list or delete the machines of fruitdask"
+    with open_arm(resource_group, subscription=subscription, action=action) as arm:
+        yield _Place(
+            name=f"the resource group {resource_group}",
+            noun="machine",
+            list_instances=lambda run_id: list_instances(arm, run_id=run_id),
+            terminate_run=lambda _, run_id: terminate_run(arm, run_id),
+            close=lambda: None,
+        )
+
+
+def _find_place_on_ec2(regions: Sequence[str], *, all_regions: bool) -> _Place:
+    """Find the regions to search."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from fruitdask.cluster.ec2.instances import list_instances, terminate_run
+
+    searched = _choose_regions(regions, all_regions=all_regions)
+
+    def list_all(run_id: str | None) -> "list[Instance]":
+        with ThreadPoolExecutor(_N_REGIONS_AT_ONCE) as pool:
+            listed = list(pool.map(lambda region: list_instances(region, run_id=run_id), searched))
+        return [one for instances in listed for one in instances]
+
+    def close() -> None:
         for region in searched:
             _close_group(region)
 
+    return _Place(", ".join(searched), "instance", list_all, terminate_run, close)
 
-def _find(
-    regions: Sequence[str], *, all_regions: bool, run_id: str | None = None
-) -> tuple[list["Instance"], list[str]]:
-    """Find and print the instances that have not ended; return them and the searched regions."""
-    from concurrent.futures import ThreadPoolExecutor
 
+def _find(place: _Place, run_id: str | None = None) -> "list[Instance]":
+    """Find and print the machines that have not ended."""
     from rich.console import Console
 
-    from fruitdask.cluster.ec2.instances import list_instances
-
-    searched = _choose_regions(regions, all_regions=all_regions)
-    with ThreadPoolExecutor(_N_REGIONS_AT_ONCE) as pool:
-        listed = list(pool.map(lambda region: list_instances(region, run_id=run_id), searched))
-    found = [one for instances in listed for one in instances if not one.is_ending]
+    found = [one for one in place.list_instances(run_id) if not one.is_ending]
     if found:
-        Console().print(_build_table(found))
+        Console().print(_build_table(found, place.noun))
     else:
         owner = f"run {run_id}" if run_id else "fruitdask"
-        click.echo(f"No instance of {owner} in {', '.join(searched)}.")
-    return found, searched
+        click.echo(f"No {place.noun} of {owner} in {place.name}.")
+    return found
 
 
 def _close_group(region: str) -> None:
@@ -128,7 +188,7 @@ def _choose_regions(regions: Sequence[str], *, all_regions: bool) -> list[str]:
         raise ConfigError(f"no AWS region is set; {remedy}") from error
 
 
-def _build_table(found: Iterable["Instance"]) -> "Table":
+def _build_table(found: Iterable["Instance"], noun: str) -> "Table":
     """Build the table of runs."""
     from rich.table import Table
 
@@ -137,7 +197,7 @@ def _build_table(found: Iterable["Instance"]) -> "Table":
     runs: dict[tuple[str, str], list[Instance]] = {}
     for one in found:
         runs.setdefault((one.region, one.run_id), []).append(one)
-    table = Table("run", "region", "instances", "types", "age", "cost so far")
+    table = Table("run", "region", f"{noun}s", "types", "age", "cost so far")
     table.columns[0].no_wrap = True
     for (region, run_id), instances in runs.items():
         types = ", ".join(sorted({f"{one.instance_type}{' (spot)' * one.is_spot}" for one in instances}))
@@ -148,7 +208,7 @@ def _build_table(found: Iterable["Instance"]) -> "Table":
 
 def _format_cost(instances: Iterable["Instance"]) -> str:
     """Format the cost of instances so far; a dash if a price is unknown."""
-    from fruitdask.cluster.ec2.prices import Usage, compute_cost
+    from fruitdask.cluster.cloud.prices import Usage, compute_cost
 
     cost = compute_cost(Usage(one.instance_type, one.is_spot, one.region, one.age_seconds) for one in instances)
     return "-" if cost.unpriced else f"${cost.dollars:.2f}"

@@ -1,4 +1,4 @@
-"""The command that prints IAM policies."""
+"""The command that prints IAM policies, or roles of Azure."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from fruitdask.cli.common import config_argument, load_results, reported, set_op
 
 if TYPE_CHECKING:
     from fruitdask.cluster.ec2.policies import Permission, Role
-    from fruitdask.core.config import Config
+    from fruitdask.core.config import AzureClusterConfig, Config
 
 
 @click.command("iam-policy")
@@ -28,20 +28,25 @@ if TYPE_CHECKING:
 def iam_policy(
     config: str, role: 'Role | Literal["both"]', role_name: str | None, explain: bool, overrides: tuple[str, ...]
 ) -> None:
-    """Print the minimal permissions that a run needs on AWS.
+    """Print the minimal permissions that a run needs on AWS or Azure.
 
-    They are IAM policies; with --role a single one, for the command aws:
+    On AWS they are IAM policies; with --role a single one, for the command aws:
 
     \b
     fruitdask iam-policy CONFIG --role workers > policy.json
     aws iam put-role-policy --role-name ROLE --policy-name fruitdask \\
         --policy-document file://policy.json
+
+    For a cluster on Azure they are definitions of custom roles, with the commands
+    of az that create and assign them.
     """
     from fruitdask.cluster.ec2.policies import ROLES, build_policies, list_actions
 
     with reported():
         loaded = load_results(config, overrides)
         roles: tuple[Role, ...] = ROLES if role == "both" else (role,)
+        if loaded.cluster.kind == "azure":
+            return _print_azure_roles(loaded, loaded.cluster, roles, explain=explain)
         policies = build_policies(loaded, role_name=role_name)
         if explain:
             for line in _explain(policies, list_actions(loaded, role_name=role_name), roles):
@@ -52,6 +57,24 @@ def iam_policy(
             click.echo(f"fruitdask: {config} needs no permission on AWS here", err=True)
         for note in _list_notes(loaded, role_name):
             click.echo(f"fruitdask: {note}", err=True)
+
+
+def _print_azure_roles(
+    config: "Config", cluster: "AzureClusterConfig", roles: "tuple[Role, ...]", *, explain: bool
+) -> None:
+    """Print the roles of Azure, and how to assign them."""
+    from fruitdask.cluster.azure.roles import build_roles, list_commands, list_permissions
+
+    if explain:
+        for permission in list_permissions(config):
+            if permission.role in roles:
+                click.echo(f"{permission.role}: {permission.action:<65} {permission.reason}")
+        return
+    found = build_roles(config)
+    click.echo(json.dumps({role: found[role] for role in roles} if len(roles) > 1 else found[roles[0]], indent=2))
+    click.echo("fruitdask: save each role in a file of its name (--role), then:", err=True)
+    for command in list_commands(cluster, config):
+        click.echo(command, err=True)
 
 
 def _explain(

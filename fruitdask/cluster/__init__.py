@@ -5,9 +5,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from fruitdask.cluster.address import open_address
+from fruitdask.cluster.azure import open_azure
+from fruitdask.cluster.cloud.prices import Usage
 from fruitdask.cluster.custom import open_custom
 from fruitdask.cluster.ec2 import open_ec2
-from fruitdask.cluster.ec2.prices import Usage
 from fruitdask.cluster.local import choose_workers, open_local, prepare_local
 from fruitdask.core.config import ClusterConfig
 from fruitdask.core.guard import leave_imported_script
@@ -15,7 +16,13 @@ from fruitdask.core.guard import leave_imported_script
 __all__ = ["choose_workers", "list_usage", "open_client", "prepare_local"]
 
 _OPENERS: dict[str, Callable[[Any], AbstractContextManager[Any]]]
-_OPENERS = {"local": open_local, "address": open_address, "ec2": open_ec2, "custom": open_custom}
+_OPENERS = {
+    "local": open_local,
+    "address": open_address,
+    "ec2": open_ec2,
+    "azure": open_azure,
+    "custom": open_custom,
+}
 
 
 def open_client(config: ClusterConfig) -> AbstractContextManager[Any]:
@@ -24,7 +31,7 @@ def open_client(config: ClusterConfig) -> AbstractContextManager[Any]:
 
     Parameters
     ----------
-    config : LocalClusterConfig, AddressClusterConfig, EC2ClusterConfig or CustomClusterConfig
+    config : LocalClusterConfig, AddressClusterConfig, EC2ClusterConfig, AzureClusterConfig or CustomClusterConfig
         Which cluster. One that was already running is left running.
 
     Returns

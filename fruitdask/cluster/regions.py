@@ -189,6 +189,8 @@ def _find_cluster(cluster: ClusterConfig, scheduler: str | None) -> _Finding:
     """Find where the cluster is."""
     if cluster.kind == "ec2" and scheduler is None:
         return _find_ec2(cluster.region or find_default_region(), cluster.availability_zone)
+    if cluster.kind == "azure" and scheduler is None:
+        return _Finding("cluster", "the cluster on Azure", cluster.location)
     if cluster.kind == "custom" and scheduler is None:
         problem = f"privacy.allowed_regions needs the region of {cluster.name}, which is unknown; add cluster.region"
         return _Finding("cluster", cluster.name, cluster.region or UNKNOWN, problem="" if cluster.region else problem)

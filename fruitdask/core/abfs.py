@@ -3,23 +3,19 @@
 import asyncio
 import inspect
 import io
-import logging
 import random
 import re
 from contextlib import suppress
 from typing import Any
 
 from adlfs import AzureBlobFileSystem
+from fsspec import register_implementation
+from fsspec.asyn import _run_coros_in_chunks, get_loop, sync, sync_wrapper
+
 from azure.core.credentials import AzureSasCredential
 from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
 from azure.core.pipeline.transport import AioHttpTransport
 from azure.storage.blob.aio import BlobServiceClient, ExponentialRetry
-from fsspec import register_implementation
-from fsspec.asyn import _run_coros_in_chunks, get_loop, sync, sync_wrapper
-
-# The client logs each request, and failures that are also raised; only --verbose shows the latter.
-logging.getLogger("azure").addHandler(logging.NullHandler())
-logging.getLogger("azure.core.pipeline.policies.http_logging_policy").setLevel(logging.WARNING)
 
 #: Seconds to connect, and between bytes, as for S3; the client's defaults are 20 and 60.
 _CONNECT_SECONDS, _READ_SECONDS = 5, 15

@@ -1,7 +1,16 @@
 """Explanations of errors of Azure: what happened in one sentence, and what to do."""
 
+import logging
+from typing import Any
+
 from fruitdask.core.aws import list_causes
 
+# The clients log each request, and failures that are also raised; only --verbose shows the latter.
+logging.getLogger("azure").addHandler(logging.NullHandler())
+logging.getLogger("azure.core.pipeline.policies.http_logging_policy").setLevel(logging.WARNING)
+
+#: Tag of all that a run creates on Azure; its value is the run's id.
+RUN_TAG = "fruitdask-run"
 _CREDENTIALS = "account_key, sas_token or connection_string in storage_options"
 #: What to do, by the codes of an error of Azure Storage: https://learn.microsoft.com/rest/api/storageservices
 _ADVICE = {
@@ -35,6 +44,31 @@ _ADVICE = {
 }
 _ADVICE_BY_CODE = {code: advice for advice, codes in _ADVICE.items() for code in codes.split()}
 
+#: The same for Resource Manager, which starts machines.
+_ARM_ADVICE = {
+    "there is no such subscription, or these credentials cannot see it; check cluster.subscription_id (az account "
+    "list)": "SubscriptionNotFound InvalidSubscriptionId InvalidAuthenticationTokenTenant",
+    "there is no such resource group; create it (az group create), or check its name": "ResourceGroupNotFound",
+    "these credentials do not allow it; fruitdask iam-policy CONFIG prints the roles that do": (
+        "AuthorizationFailed LinkedAuthorizationFailed 403"
+    ),
+    "log in again (az login)": "AuthenticationFailed ExpiredAuthenticationToken InvalidAuthenticationToken 401",
+    "the quota of the subscription is used up; ask for more (az vm list-usage), or use fewer or smaller workers": (
+        "QuotaExceeded OperationNotAllowed"
+    ),
+    "Azure has no capacity there now; try another cluster.vm_size, another location, or spot: false": (
+        "SkuNotAvailable AllocationFailed ZonalAllocationFailed OverconstrainedAllocationRequest"
+    ),
+    "there is no such location, or it has no such machines; check cluster.location": (
+        "LocationNotAvailableForResourceType InvalidLocation NoRegisteredProviderFound"
+    ),
+    "there is no such image; check cluster.vm_image": "PlatformImageNotFound ImageNotFound GalleryImageNotFound",
+    "it does not exist; check its name in the configuration": "ResourceNotFound NotFound 404",
+    "Azure asks for fewer requests; try again later": "TooManyRequests 429",
+    "the server has failed; try again later": "InternalServerError InternalExecutionError 500 502 503 504",
+}
+_ARM_ADVICE_BY_CODE = {code: advice for advice, codes in _ARM_ADVICE.items() for code in codes.split()}
+
 #: The same for errors without a response, by the name of their class or of that of their cause.
 _ADVICE_BY_CLASS = {
     "AzureSigningError": f"the account key is malformed; correct {_CREDENTIALS}",
@@ -45,7 +79,9 @@ _ADVICE_BY_CLASS = {
     "ServiceRequestError": "the server closed the connection; check the network, or try again",
     "ServiceResponseError": "the server closed the connection; check the network, or try again",
     "IncompleteReadError": "the server closed the connection; check the network, or try again",
-    "ClientAuthenticationError": f"found no Azure credentials; log in (az login), or give {_CREDENTIALS}",
+    "ClientAuthenticationError": (
+        f"found no Azure credentials; log in (az login), use a managed identity, or for storage give {_CREDENTIALS}"
+    ),
 }
 
 
@@ -63,10 +99,18 @@ def explain_azure_error(error: BaseException) -> str | None:
     said = str(cause).strip().split("\n")[0].strip() or type(cause).__name__
     status = getattr(cause, "status_code", None)
     if status is not None:
-        code = getattr(cause, "error_code", None) or status
-        code = str(getattr(code, "value", code))
-        advice = _ADVICE_BY_CODE.get(code) or _ADVICE_BY_CODE.get(str(status))
+        code, advices = _find_code(cause)
+        said = said.removeprefix(f"({code}) ")
+        advice = advices.get(code) or advices.get(str(status))
         return f"{said.rstrip('.')} ({code})" + (f": {advice}" if advice else "")
     classes = [*type(getattr(cause, "inner_exception", None)).__mro__, *type(cause).__mro__]
     advice = next((_ADVICE_BY_CLASS[each.__name__] for each in classes if each.__name__ in _ADVICE_BY_CLASS), None)
     return f"{said.rstrip('.')}: {advice}" if advice else said
+
+
+def _find_code(error: Any) -> tuple[str, dict[str, str]]:
+    """Find the code of an error, and what to do by codes: errors of Resource Manager have an object for it."""
+    if not hasattr(error, "error_code") and (code := getattr(getattr(error, "error", None), "code", None)):
+        return str(code), _ARM_ADVICE_BY_CODE
+    code = getattr(error, "error_code", None) or error.status_code
+    return str(getattr(code, "value", code)), _ADVICE_BY_CODE

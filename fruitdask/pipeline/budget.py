@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from fruitdask.cluster import list_usage, open_client
-from fruitdask.cluster.ec2.prices import PRICES_OF, Cost, Usage, compute_cost
-from fruitdask.core.config import ClusterConfig, EC2ClusterConfig, LimitsConfig
+from fruitdask.cluster.cloud.prices import PRICES_OF, Cost, Usage, compute_cost
+from fruitdask.core.config import CloudClusterConfig, ClusterConfig, EC2ClusterConfig, LimitsConfig
 from fruitdask.errors import ConfigError, LimitError
 from fruitdask.store.schema import CostRecord
 from fruitdask.worker.fetch import Stopwatch
@@ -103,8 +103,7 @@ class Budget:
             figures["dollars"] = round(figures["dollars"] + compute_cluster_cost(self._cluster, usages).dollars, 6)
         if not instances:
             return None
-        has_own_prices = isinstance(self._cluster, EC2ClusterConfig) and self._cluster.hourly_prices
-        prices_of = f"configuration, else {PRICES_OF}" if has_own_prices else PRICES_OF
+        prices_of = describe_prices(self._cluster)
         unpriced: dict[str, Any] = {"without_price": self._hour.unpriced} if self._hour.unpriced else {}
         return CostRecord(dollars=round(self.spent_dollars, 6), instances=instances, prices_of=prices_of, **unpriced)
 
@@ -117,7 +116,7 @@ class Budget:
         second.
         """
         limits, cluster = self._limits, self._cluster
-        if not isinstance(cluster, EC2ClusterConfig):
+        if not isinstance(cluster, CloudClusterConfig):
             return cluster
         seconds = [cluster.max_lifetime]
         if limits.max_hours is not None:
@@ -128,16 +127,23 @@ class Budget:
 
 
 def compute_cluster_cost(cluster: ClusterConfig, usages: Iterable[Usage]) -> Cost:
-    """Compute what the instances of a cluster cost, with their volumes and public addresses."""
+    """Compute what the machines of a cluster cost; of volumes and public addresses, only EC2's have known prices."""
+    if isinstance(cluster, EC2ClusterConfig):
+        has_address = not cluster.use_private_ip
+        return compute_cost(usages, cluster.hourly_prices, volume_gb=cluster.filesystem_size, has_address=has_address)
+    return compute_cost(usages, cluster.hourly_prices) if isinstance(cluster, CloudClusterConfig) else Cost(0.0)
+
+
+def describe_prices(cluster: ClusterConfig) -> str:
+    """Describe where the prices of a cluster come from."""
     if not isinstance(cluster, EC2ClusterConfig):
-        return Cost(0.0)
-    has_address = not cluster.use_private_ip
-    return compute_cost(usages, cluster.hourly_prices, volume_gb=cluster.filesystem_size, has_address=has_address)
+        return "configuration"
+    return f"configuration, else {PRICES_OF}" if cluster.hourly_prices else PRICES_OF
 
 
 def _list_hour(cluster: ClusterConfig, region: str) -> list[Usage]:
-    """List one hour of use of all instances of a cluster."""
-    if not isinstance(cluster, EC2ClusterConfig):
+    """List one hour of use of all machines of a cluster."""
+    if not isinstance(cluster, CloudClusterConfig):
         return []
     scheduler_type, worker_type = cluster.types
     workers = [Usage(worker_type, cluster.spot, region, 3600)] * cluster.max_workers

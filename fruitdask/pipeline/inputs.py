@@ -11,7 +11,7 @@ import pandas as pd
 
 from fruitdask import store
 from fruitdask.cluster.regions import check_regions, find_regions
-from fruitdask.core.config import URL_KEYS, Config, load_config
+from fruitdask.core.config import URL_KEYS, CloudClusterConfig, Config, load_config
 from fruitdask.core.fingerprint import DECODING, compare_fingerprints, describe_settings
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.sample import draw_sample
@@ -51,8 +51,8 @@ def prepare_inputs(config: Config, progress: RunProgress, *, client: Any = None)
     is_drawn = config.input.sample is not None and source.is_local and not exists(source)
     progress.begin("Drawing sample photographs" if is_drawn else "Listing images")
     _check_places(source, output)
-    if config.cluster.kind == "ec2" and client is None:
-        _check_reach(source, output)
+    if isinstance(config.cluster, CloudClusterConfig) and client is None:
+        _check_reach(source, output, config.cluster.kind)
     scheduler = client.scheduler.address if client is not None else None
     regions = check_regions(config, scheduler=scheduler) if config.privacy.allowed_regions is not None else None
     if config.input.sample is not None and not source.is_local:
@@ -157,13 +157,14 @@ def _find_account(place: Location) -> str | None:
     return str(place.fs.service_client.url) if place.is_azure else None
 
 
-def _check_reach(source: Location, output: Location) -> None:
-    """Refuse local folders for instances on EC2."""
+def _check_reach(source: Location, output: Location, kind: str) -> None:
+    """Refuse local folders for machines in a cloud."""
+    protocol = {"ec2": "s3://", "azure": "abfs://"}[kind]
     for key, place in (("input.url", source), ("output.url", output)):
         if place.base.is_local:
             raise ConfigError(
-                f"{key} {place.url} is on this machine, which the instances of cluster.kind: ec2 cannot read; put it "
-                "on s3://"
+                f"{key} {place.url} is on this machine, which the machines of cluster.kind: {kind} cannot read; put it "
+                f"on {protocol}"
             )
 
 

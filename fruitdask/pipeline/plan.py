@@ -6,17 +6,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fruitdask.cluster import choose_workers, open_client
-from fruitdask.cluster.ec2.machines import InstanceType, describe_types
-from fruitdask.cluster.ec2.policies import list_actions
-from fruitdask.cluster.ec2.prices import (
+from fruitdask.cluster.azure.roles import list_permissions
+from fruitdask.cluster.cloud.prices import (
     PRICES_OF,
     Usage,
     compute_request_cost,
     compute_transfer_cost,
     find_hourly_price,
 )
+from fruitdask.cluster.ec2.machines import InstanceType, describe_types
+from fruitdask.cluster.ec2.policies import list_actions
 from fruitdask.cluster.regions import LOCAL, UNKNOWN
-from fruitdask.core.config import Config, EC2ClusterConfig
+from fruitdask.core.config import AzureClusterConfig, CloudClusterConfig, Config, EC2ClusterConfig
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location
 from fruitdask.errors import ClusterStartError
@@ -200,10 +201,10 @@ class Work:
         return self.inputs.config
 
     @property
-    def ec2(self) -> EC2ClusterConfig | None:
-        """The cluster on EC2 that would be started, if any."""
+    def cloud(self) -> CloudClusterConfig | None:
+        """The cluster in a cloud that would be started, if any."""
         cluster = self.config.cluster
-        return cluster if cluster.kind == "ec2" and self.client is None else None
+        return cluster if isinstance(cluster, CloudClusterConfig) and self.client is None else None
 
 
 def estimate(work: Work, progress: RunProgress) -> Plan:
@@ -213,6 +214,12 @@ def estimate(work: Work, progress: RunProgress) -> Plan:
         artifact = wait_for_artifact()
     sample = try_images(work.inputs, artifact) if work.n_left else None
     return Estimator(work, sample, n_features=artifact.n_features, input_px=artifact.input_px).build_plan()
+
+
+def list_needed_actions(config: Config) -> set[str]:
+    """List the actions that must be allowed on AWS and Azure."""
+    actions = {permission.action for permission in list_actions(config)}
+    return actions | {permission.action for permission in list_permissions(config)}
 
 
 class Estimator:
@@ -253,7 +260,7 @@ class Estimator:
             regions=work.inputs.regions,
             movements=movements,
             costs=costs,
-            actions=tuple(sorted({permission.action for permission in list_actions(self._config)})),
+            actions=tuple(sorted(list_needed_actions(self._config))),
             exceeded=tuple(self._list_exceeded(seconds, costs)),
             assumptions=tuple(self._list_assumptions(types, costs)),
             warnings=tuple(self._warnings),
@@ -261,22 +268,28 @@ class Estimator:
 
     def _describe_types(self) -> Mapping[str, InstanceType]:
         """Ask AWS for the memory and cores of the instances; a plan is useful without an answer too."""
-        ec2 = self._work.ec2
-        if ec2 is None:
+        cloud = self._work.cloud
+        if isinstance(cloud, AzureClusterConfig) and cloud.identity is None:
+            self._warnings.append(
+                "without cluster.identity, machines cannot delete themselves: if this machine dies they only stop, and "
+                "are paid for until fruitdask clusters cleanup --cloud azure; nor can they read storage without keys"
+            )
+        if not isinstance(cloud, EC2ClusterConfig):
             return {}
         try:
-            return describe_types(ec2.region, ec2.types)
+            return describe_types(cloud.region, cloud.types)
         except ClusterStartError as error:
             self._warnings.append(f"{error}; so the memory of the instances was not checked")
             return {}
 
     def _count_workers(self, types: Mapping[str, InstanceType]) -> tuple[int, int]:
         """Count workers and the threads of each."""
-        cluster, ec2 = self._config.cluster, self._work.ec2
-        if ec2 is not None:
-            worker_type = types.get(ec2.types[1])
-            n_cpus = worker_type.n_cpus if worker_type else _FEWEST_CPUS
-            return ec2.max_workers, int(ec2.worker_options.get("nthreads", n_cpus))
+        cluster, cloud = self._config.cluster, self._work.cloud
+        if cloud is not None:
+            worker_type = types.get(cloud.types[1])
+            n_cpus = cloud.n_cpus if isinstance(cloud, AzureClusterConfig) else _FEWEST_CPUS
+            n_cpus = worker_type.n_cpus if worker_type else n_cpus
+            return cloud.max_workers, int(cloud.worker_options.get("nthreads", n_cpus))
         if cluster.kind == "local" and self._work.client is None:
             from dask.system import CPU_COUNT
             from distributed.system import MEMORY_LIMIT
@@ -294,7 +307,7 @@ class Estimator:
         sample, work = self._sample, self._work
         if sample is None:
             return {"list": work.list_seconds, "start": 0.0, "featurize": 0.0, "finish": 0.0}
-        boots = 2 * _BOOT_SECONDS if work.ec2 else 0.0
+        boots = 2 * _BOOT_SECONDS if work.cloud else 0.0
         again = sample.image_seconds["fetch"] + sample.image_seconds["decode"] if self._n_reads > 1 else 0.0
         image_seconds = (_CROWDED if n_slots > 1 else 1.0) * (sum(sample.image_seconds.values()) + again)
         n_images = len(work.inputs.catalog)
@@ -312,13 +325,13 @@ class Estimator:
 
     def _list_machines(self, types: Mapping[str, InstanceType], seconds: float) -> Iterator[Machine]:
         """List the instances; workers are launched once the scheduler runs."""
-        ec2 = self._work.ec2
-        if ec2 is None or self._sample is None:
+        cloud = self._work.cloud
+        if cloud is None or self._sample is None:
             return
         region = self._work.inputs.regions["cluster"]
-        counts = {"scheduler": (1, False, seconds), "worker": (ec2.max_workers, ec2.spot, seconds - _BOOT_SECONDS)}
-        for name, (role, (n_instances, is_spot, each_seconds)) in zip(ec2.types, counts.items(), strict=True):
-            price = find_hourly_price(name, region=region, is_spot=is_spot, hourly_prices=ec2.hourly_prices)
+        counts = {"scheduler": (1, False, seconds), "worker": (cloud.max_workers, cloud.spot, seconds - _BOOT_SECONDS)}
+        for name, (role, (n_instances, is_spot, each_seconds)) in zip(cloud.types, counts.items(), strict=True):
+            price = find_hourly_price(name, region=region, is_spot=is_spot, hourly_prices=cloud.hourly_prices)
             memory_bytes = types[name].memory_bytes if name in types else None
             yield Machine(role, name, n_instances, is_spot, region, each_seconds, price, memory_bytes)
 
@@ -361,7 +374,7 @@ class Estimator:
         if place in ("input", "output"):
             is_aws = self._is_on_s3(place)
         else:
-            is_aws = place == "cluster" and self._work.ec2 is not None
+            is_aws = place == "cluster" and isinstance(self._work.cloud, EC2ClusterConfig)
         return region if is_aws and region not in (LOCAL, UNKNOWN) else None
 
     def _is_on_s3(self, place: str) -> bool:
@@ -409,7 +422,7 @@ class Estimator:
 
     def _list_assumptions(self, types: Mapping[str, InstanceType], costs: dict[str, float]) -> Iterator[str]:
         """List the assumptions behind the estimate."""
-        ec2, config = self._work.ec2, self._config
+        cloud, config = self._work.cloud, self._config
         if self._sample is not None:
             yield (
                 "a thread there is as fast as a core here, a quarter slower when all are busy, and files arrive as "
@@ -417,20 +430,30 @@ class Estimator:
             )
         if any(instance_type.has_gpu for instance_type in types.values()):
             yield "GPUs count as cores of this machine, although they are faster"
-        if ec2 is not None:
+        if cloud is not None:
             yield (
                 f"an instance is ready {_BOOT_SECONDS:g} s after its launch, and workers are launched when the "
                 "scheduler is ready"
             )
-            yield (
-                f"prices are those of cluster.hourly_prices, else of {PRICES_OF}, without taxes, free tiers and t3's "
-                "surplus credits"
-            )
-            if ec2.spot and not any(name.startswith("spot:") for name in ec2.hourly_prices):
-                yield "spot instances cost as much as on-demand ones, which is their maximum"
-            if ec2.adaptive:
-                yield "all workers run all the time"
+            yield from self._list_price_assumptions(cloud)
         if costs["transfer"]:
             yield "this machine is not on AWS"
         if config.reduce.enabled and config.reduce.tsne.enabled:
             yield "the time of t-SNE is not included"
+
+    def _list_price_assumptions(self, cloud: CloudClusterConfig) -> Iterator[str]:
+        """List the assumptions behind the prices."""
+        if isinstance(cloud, EC2ClusterConfig):
+            yield (
+                f"prices are those of cluster.hourly_prices, else of {PRICES_OF}, without taxes, free tiers and t3's "
+                "surplus credits"
+            )
+        else:
+            yield (
+                "prices are those of cluster.hourly_prices, without disks, addresses and transfers; a worker has as "
+                "many vCPUs as the name of its size says"
+            )
+        if cloud.spot and not any(name.startswith("spot:") for name in cloud.hourly_prices):
+            yield "spot instances cost as much as on-demand ones, which is their maximum"
+        if cloud.adaptive:
+            yield "all workers run all the time"

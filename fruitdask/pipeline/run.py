@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from fruitdask import report, store
-from fruitdask.core.config import Config
+from fruitdask.core.config import CloudClusterConfig, Config
 from fruitdask.core.guard import leave_imported_script
 from fruitdask.core.progress import RunProgress, resolve_progress
 from fruitdask.core.storage import exists
@@ -185,7 +185,7 @@ def _plan_exploration(state: RunState) -> ImageExploration | None:
 def _check_limits(state: RunState, client: Any, progress: RunProgress) -> None:
     """Refuse a run that would exceed a limit before anything is started."""
     limits = state.config.limits
-    costs = limits.max_cost is not None and client is None and state.config.cluster.kind == "ec2"
+    costs = limits.max_cost is not None and client is None and isinstance(state.config.cluster, CloudClusterConfig)
     if not (state.pending.n_images and (costs or limits.max_hours is not None)):
         return
     exceeded = estimate(_describe_work(state, client), progress).exceeded

@@ -3,11 +3,10 @@
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from itertools import count
 from typing import Any
 
+from fruitdask.cluster.cloud.instances import Instance, find_role
 from fruitdask.core.aws import RUN_TAG, create_client, explain_aws_error, find_default_region
 from fruitdask.errors import ClusterStartError
 
@@ -15,32 +14,6 @@ _TERMINATE_TIMEOUT_SECONDS = 60.0
 _POLL_SECONDS = 1.0
 #: https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
 _MAX_IDS_PER_CALL = 1000
-
-
-@dataclass(frozen=True)
-class Instance:
-    """An instance of a run, as EC2 described it."""
-
-    id: str
-    run_id: str
-    role: str
-    instance_type: str
-    is_spot: bool
-    region: str
-    state: str
-    #: When it was launched, with a time zone.
-    launched_at: datetime
-    tags: dict[str, str] = field(repr=False)
-
-    @property
-    def age_seconds(self) -> float:
-        """Seconds since its launch."""
-        return (datetime.now(UTC) - self.launched_at).total_seconds()
-
-    @property
-    def is_ending(self) -> bool:
-        """Whether it is ending or has ended, and no longer costs anything."""
-        return self.state in ("shutting-down", "terminated")
 
 
 @contextmanager
@@ -106,8 +79,7 @@ def _describe(entry: dict[str, Any], region: str) -> Instance:
     return Instance(
         id=entry["InstanceId"],
         run_id=tags[RUN_TAG],
-        # dask-cloudprovider names its instances.
-        role="scheduler" if tags.get("Name", "").endswith("-scheduler") else "worker",
+        role=find_role(tags.get("Name", "")),
         instance_type=entry["InstanceType"],
         is_spot=entry.get("InstanceLifecycle") == "spot",
         region=region,

@@ -3,6 +3,8 @@
 from fruitdask.core.config.clusters import (
     AdaptiveConfig,
     AddressClusterConfig,
+    AzureClusterConfig,
+    CloudClusterConfig,
     ClusterConfig,
     CustomClusterConfig,
     EC2ClusterConfig,
@@ -31,7 +33,9 @@ __all__ = [
     "URL_KEYS",
     "AdaptiveConfig",
     "AddressClusterConfig",
+    "AzureClusterConfig",
     "CheckConfig",
+    "CloudClusterConfig",
     "ClusterConfig",
     "Config",
     "CustomClusterConfig",

@@ -67,25 +67,60 @@ class AdaptiveConfig(Section):
         return self
 
 
-class EC2ClusterConfig(Section):
+class CloudClusterConfig(Section):
+    """What Dask clusters in all clouds have in common: they start for a run and end with it."""
+
+    n_workers: int = Field(2, ge=1, description="Workers to start with.")
+    docker_image: str = Field(
+        min_length=1, description="Image with fruitdask that all machines run; see configs/docker/Dockerfile."
+    )
+    docker_args: str = Field("", repr=False, description="Further arguments of docker run.")
+    spot: bool = Field(
+        False, description="Run workers on spot machines: cheaper, and replaced when the cloud ends them."
+    )
+    extra_bootstrap: list[str] = Field([], repr=False, description="Shell commands before the container starts.")
+    env_vars: dict[str, str] = Field({}, repr=False, description="Variables of the containers; never credentials.")
+    worker_options: dict[str, Any] = Field({}, description="Options of the worker class, such as nthreads.")
+    scheduler_options: dict[str, Any] = Field({}, description="Options of the scheduler.")
+    worker_class: str = Field("dask.distributed.Nanny", description="Class of the workers, by its import path.")
+    worker_module: str | None = Field(None, description="Module to run for workers instead of worker_class.")
+    adaptive: AdaptiveConfig | None = Field(None, description="Grow and shrink between {minimum, maximum} workers.")
+    start_timeout: Seconds = Field(600, description="How long to wait for the scheduler and the first worker.")
+    idle_timeout: Seconds = Field(1200, description="Machines end themselves after this time without work or client.")
+    max_lifetime: Seconds = Field(43200, description="Machines end themselves after this time, whatever happens.")
+    hourly_prices: dict[str, PositiveFloat] = Field(
+        {}, description="US dollars per hour by type or size of machine (spot:TYPE for spot)."
+    )
+
+    @property
+    def types(self) -> tuple[str, str]:
+        """Types or sizes of the machines of the scheduler and of the workers."""
+        raise NotImplementedError
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the workers have an NVIDIA GPU, by the name of their type or size."""
+        raise NotImplementedError
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers at once."""
+        return self.adaptive.maximum if self.adaptive else self.n_workers
+
+
+class EC2ClusterConfig(CloudClusterConfig):
     """A Dask cluster on Amazon EC2 that starts for a run and ends with it.
 
-    The options up to ``volume_tags`` have the names that ``dask_cloudprovider.aws.EC2Cluster`` gives them; where its
-    defaults are harmful, ours differ.
+    Most options have the names that ``dask_cloudprovider.aws.EC2Cluster`` gives them; where its defaults are harmful,
+    ours differ.
     """
 
     kind: Literal["ec2"]
     region: str | None = Field(None, description="Region; null takes that of the AWS profile or environment.")
     availability_zone: str | list[str] | None = Field(None, description="Zone, or several; null lets AWS choose.")
-    n_workers: int = Field(2, ge=1, description="Workers to start with.")
-    docker_image: str = Field(
-        min_length=1, description="Image with fruitdask that all instances run; see configs/docker/Dockerfile."
-    )
-    docker_args: str = Field("", repr=False, description="Further arguments of docker run.")
     instance_type: str | None = Field(None, description="Type of all instances, instead of the next two.")
     scheduler_instance_type: str | None = Field(None, description="Type of the scheduler; null takes t3.medium.")
     worker_instance_type: str | None = Field(None, description="Type of the workers; null takes m6i.large.")
-    spot: bool = Field(False, description="Run workers on spot instances: cheaper, and replaced when AWS ends them.")
     iam_instance_profile: dict[str, str] | None = Field(
         None, description="Instance profile that lets workers read and write S3: {Name: ...} or {Arn: ...}."
     )
@@ -93,31 +128,18 @@ class EC2ClusterConfig(Section):
     bootstrap: bool | None = Field(
         None, description="Install Docker from docker.com on start, as EC2Cluster does; null installs it if missing."
     )
-    extra_bootstrap: list[str] = Field([], repr=False, description="Shell commands before the container starts.")
     vpc: str | None = Field(None, description="VPC; null takes the default one.")
     subnet_id: str | None = Field(None, description="Subnet; null takes one of the VPC.")
     security_groups: list[str] | None = Field(None, description="Security groups; null: one that admits this machine.")
     use_private_ip: bool = Field(False, description="Use private addresses only; instances get no public ones.")
     filesystem_size: int = Field(40, ge=8, description="Size of each instance's encrypted volume, in GB.")
     key_name: str | None = Field(None, description="SSH key pair for the instances.")
-    env_vars: dict[str, str] = Field({}, repr=False, description="Variables of the containers; never credentials.")
-    worker_options: dict[str, Any] = Field({}, description="Options of the worker class, such as nthreads.")
-    scheduler_options: dict[str, Any] = Field({}, description="Options of the scheduler.")
-    worker_class: str = Field("dask.distributed.Nanny", description="Class of the workers, by its import path.")
-    worker_module: str | None = Field(None, description="Module to run for workers instead of worker_class.")
     enable_detailed_monitoring: bool = Field(False, description="Detailed monitoring by CloudWatch, which costs extra.")
     instance_tags: dict[str, str] = Field({}, description="Tags of the instances, in addition to those of fruitdask.")
     volume_tags: dict[str, str] = Field({}, description="Tags of the volumes, in addition to those of fruitdask.")
     client_cidr: str | None = Field(
         None,
         description="Addresses that the new security group admits to the scheduler; null asks AWS for this machine's.",
-    )
-    adaptive: AdaptiveConfig | None = Field(None, description="Grow and shrink between {minimum, maximum} workers.")
-    start_timeout: Seconds = Field(600, description="How long to wait for the scheduler and the first worker.")
-    idle_timeout: Seconds = Field(1200, description="Instances end themselves after this time without work or client.")
-    max_lifetime: Seconds = Field(43200, description="Instances end themselves after this time, whatever happens.")
-    hourly_prices: dict[str, PositiveFloat] = Field(
-        {}, description="US dollars per hour by instance type (spot:TYPE for spot), instead of fruitdask's price table."
     )
 
     @model_validator(mode="after")
@@ -139,10 +161,60 @@ class EC2ClusterConfig(Section):
         """Whether the workers have an NVIDIA GPU, by the name of their type; those of g4ad are AMD's."""
         return re.match(r"(?!g4ad)(g|gr|p)\d", self.types[1]) is not None
 
+
+class AzureClusterConfig(CloudClusterConfig):
+    """A Dask cluster on virtual machines of Azure that starts for a run and ends with it.
+
+    Most options have the names that ``dask_cloudprovider.azure.AzureVMCluster`` gives them; where its defaults are
+    harmful, ours differ.
+    """
+
+    kind: Literal["azure"]
+    location: str = Field(min_length=1, description="Location, such as westeurope.")
+    resource_group: str = Field(min_length=1, description="Resource group of the network, and of all machines.")
+    subscription_id: str | None = Field(None, description="Subscription; null takes AZURE_SUBSCRIPTION_ID.")
+    vnet: str = Field(min_length=1, description="Virtual network in the resource group.")
+    subnet: str | None = Field(None, description="Name of the subnet; null takes the first one.")
+    security_group: str = Field(
+        min_length=1, description="Network security group that admits this machine to the scheduler's port, 8786."
+    )
+    public_ingress: bool = Field(False, description="Give the scheduler a public address.")
+    identity: str | None = Field(
+        None,
+        description="User-assigned identity, by name or id, with which machines read storage and delete themselves.",
+    )
+    vm_size: str = Field("Standard_D2s_v5", min_length=1, description="Size of the workers.")
+    scheduler_vm_size: str = Field("Standard_B2s_v2", min_length=1, description="Size of the scheduler.")
+    vm_image: dict[str, str] | None = Field(
+        None, description="Machine image: {publisher, offer, sku, version} or {id}; null takes Ubuntu."
+    )
+    disk_size: int = Field(40, ge=30, le=1023, description="Size of each machine's disk, in GB.")
+    encryption_at_host: bool = Field(
+        False, description="Encrypt caches on the host too; the subscription must allow it."
+    )
+    tags: dict[str, str] = Field({}, description="Tags of all resources, in addition to that of fruitdask.")
+
+    @field_validator("location")
+    @classmethod
+    def _normalize_location(cls, location: str) -> str:
+        """Write "West Europe" as Azure's API does."""
+        return location.replace(" ", "").lower()
+
     @property
-    def max_workers(self) -> int:
-        """The most workers at once."""
-        return self.adaptive.maximum if self.adaptive else self.n_workers
+    def types(self) -> tuple[str, str]:
+        """Sizes of the machines of the scheduler and of the workers."""
+        return self.scheduler_vm_size, self.vm_size
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the workers have an NVIDIA GPU, by the name of their size; NVv4 and MI300X are AMD's."""
+        return re.match(r"(?i)standard_n[cdv](?!.*(as_v4|mi300))", self.vm_size) is not None
+
+    @property
+    def n_cpus(self) -> int:
+        """The vCPUs of a worker, which are the first number in the name of its size."""
+        found = re.search(r"_[A-Za-z]+(\d+)", self.vm_size)
+        return int(found[1]) if found else 1
 
 
 class CustomClusterConfig(Section):
@@ -191,5 +263,6 @@ class CustomClusterConfig(Section):
 
 
 ClusterConfig = Annotated[
-    LocalClusterConfig | AddressClusterConfig | EC2ClusterConfig | CustomClusterConfig, Field(discriminator="kind")
+    LocalClusterConfig | AddressClusterConfig | EC2ClusterConfig | AzureClusterConfig | CustomClusterConfig,
+    Field(discriminator="kind"),
 ]

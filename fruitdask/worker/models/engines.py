@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from fruitdask.core.config import ClusterConfig, ModelConfig
+from fruitdask.core.config import CloudClusterConfig, ClusterConfig, ModelConfig
 from fruitdask.errors import ModelError
 from fruitdask.worker.models import openvino, tensorflow
 from fruitdask.worker.models.artifact import ModelArtifact, Predictor
@@ -81,8 +81,8 @@ def choose_engine(config: ModelConfig, *, has_gpu: bool | None = None) -> str:
 
 
 def _has_gpu(cluster: ClusterConfig) -> bool:
-    """Whether workers have an NVIDIA GPU; workers of any cluster but ec2 are assumed to be like this machine."""
-    return cluster.has_gpu if cluster.kind == "ec2" else _has_nvidia_gpu()
+    """Whether workers have an NVIDIA GPU; those of clusters that fruitdask does not start are like this machine."""
+    return cluster.has_gpu if isinstance(cluster, CloudClusterConfig) else _has_nvidia_gpu()
 
 
 def _has_nvidia_gpu() -> bool:

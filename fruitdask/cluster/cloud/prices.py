@@ -1,4 +1,4 @@
-"""What machines on Amazon EC2 cost, by the configuration's prices or else a small table. No price is ever fetched."""
+"""What machines in the cloud cost, by the configuration's prices or a small table of EC2's. No price is fetched."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

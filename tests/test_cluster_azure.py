@@ -1,0 +1,631 @@
+"""Clusters on Azure, on the loopback Azure: real schedulers and workers over TLS. Whatever happens, nothing is left."""
+
+import asyncio
+import json
+import operator
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dask.config
+import dask_cloudprovider.config  # noqa: F401  Its defaults come first: a setting that makes their section takes them along when it goes.
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+from cluster_events import PATIENCE_SECONDS, interrupt_self, make_slow_square, raise_error, wait_until
+from distributed import wait
+from loopback_azure import Call, LoopbackAzure, Machine, Refusal
+from runs import Finish, configure as configure_run
+from test_azure import CONTAINER, connect_by_key, run_azurite
+
+import fruitdask
+from fruitdask.cli import cli
+from fruitdask.cluster import list_usage, open_client
+from fruitdask.cluster.azure.machines import list_instances, open_arm, terminate_run
+from fruitdask.cluster.azure.roles import build_roles
+from fruitdask.cluster.cloud.prices import Usage
+from fruitdask.core.config import AzureClusterConfig, ModelConfig
+from fruitdask.errors import ClusterStartError, ConfigError
+
+pytestmark = [
+    pytest.mark.cloud,
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc"),
+]
+
+SECRET = "planted-4f1c"
+PLACE = {"location": "westeurope", "resource_group": "fruits", "vnet": "vnet", "security_group": "nsg"}
+
+
+def describe(**options: Any) -> dict[str, Any]:
+    """Describe a cluster of one worker whose machines may delete themselves."""
+    defaults = {"docker_image": "any", "n_workers": 1, "worker_options": {"nthreads": 1}, "identity": "fruit-machines"}
+    return {"kind": "azure", **PLACE, **defaults, **options}
+
+
+def configure(**options: Any) -> AzureClusterConfig:
+    """Configure such a cluster."""
+    return AzureClusterConfig(**describe(**options))
+
+
+@pytest.fixture(scope="module")
+def storage(request: pytest.FixtureRequest, sample_folder: Path) -> Iterator[dict[str, Any]]:
+    """Options of an Azure Storage account with the drawn images; npm, which may have to fetch it, needs the network."""
+    from azure.storage.blob import BlobServiceClient
+
+    with run_azurite(request) as port:
+        options = connect_by_key(f"http://127.0.0.1:{port}")
+        with BlobServiceClient.from_connection_string(options["connection_string"]) as blobs:
+            container = blobs.create_container(CONTAINER)
+            for path in sample_folder.rglob("*.jpg"):
+                container.upload_blob(f"images/{path.relative_to(sample_folder).as_posix()}", path.read_bytes())
+        yield options
+
+
+@pytest.fixture
+def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackAzure]:
+    """An Azure on which nothing may be left."""
+    with LoopbackAzure() as cloud:
+        cloud.use(monkeypatch)
+        yield cloud
+        check_nothing_left(cloud)
+
+
+def check_nothing_left(cloud: LoopbackAzure) -> None:
+    """Make sure that no machine, disk, network interface, address, process or setting of TLS is left."""
+    assert cloud.wait_until_quiet(PATIENCE_SECONDS), [machine.log() for machine in cloud.alive()]
+    assert cloud.list_resources() == [] and cloud.processes() == []
+    assert dask.config.get("distributed.comm.tls.ca-file") is None
+    assert not dask.config.get("distributed.comm.require-encryption")
+
+
+def on_call(
+    cloud: LoopbackAzure, patch: pytest.MonkeyPatch, what: tuple[str, str], n: int, do: Callable[[], Any]
+) -> None:
+    """Do something before the n-th request of a method about a kind of resources is answered."""
+    note, seen = cloud.note, []
+
+    def note_and_do(call: Any) -> None:
+        note(call)
+        if (call.method, call.kind) == what:
+            seen.append(call)
+            if len(seen) == n:
+                do()
+
+    patch.setattr(cloud, "note", note_and_do)
+
+
+def invoke(*arguments: str, answer: str | None = None) -> tuple[int, str]:
+    """Run a command in this process; gives its exit code and what it prints."""
+    result = CliRunner(env={"COLUMNS": "160"}).invoke(cli, arguments, input=answer)
+    return result.exit_code, result.output
+
+
+@dataclass
+class Run:
+    """What could be seen of a run while it lasted, and afterwards."""
+
+    client: Any
+    greeting: str | None
+    threshold: str | None
+    workers: list[dict[str, Any]]
+    machines: list[Machine]
+    interfaces: list[dict[str, Any]]
+    resources: list[str]
+    tags: list[dict[str, str]]
+    usage: list[Usage]
+    calls: list[Call]
+
+
+async def observe_run(cloud: LoopbackAzure) -> Run:
+    """Start two workers within a running event loop, as a notebook would, and look around."""
+    config = configure(
+        location="West Europe",
+        n_workers=2,
+        spot=True,
+        public_ingress=True,
+        encryption_at_host=True,
+        env_vars={"GREETING": "good day: # 1"},
+        extra_bootstrap=["echo 'a: b' # c"],
+        tags={"team": "fruits"},
+    )
+    with open_client(config) as client:
+        client.wait_for_workers(2, timeout=PATIENCE_SECONDS)
+        machines = cloud.alive()
+        return Run(
+            client=client,
+            greeting=client.submit(os.getenv, "GREETING").result(PATIENCE_SECONDS),
+            threshold=client.submit(os.getenv, "MALLOC_TRIM_THRESHOLD_").result(PATIENCE_SECONDS),
+            workers=list(client.scheduler_info(n_workers=-1)["workers"].values()),
+            machines=machines,
+            interfaces=[cloud.find(f"{machine.name}-network-interface") for machine in machines],
+            resources=cloud.list_resources(),
+            tags=[cloud.find(name)["tags"] for name in cloud.list_resources() if not name.startswith("disks")],
+            usage=list_usage(client),
+            calls=cloud.calls,
+        )
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """A run, with a secret in the user's settings of Dask, of which nothing is left."""
+    with LoopbackAzure() as cloud, pytest.MonkeyPatch.context() as patch:
+        cloud.use(patch)
+        with dask.config.set({"cloudprovider.digitalocean.token": SECRET}):
+            run = asyncio.run(observe_run(cloud))
+        check_nothing_left(cloud)
+    yield run
+
+
+def test_cluster_computes_over_tls(run: Run) -> None:
+    """Tasks run on the machines, with the environment of the configuration, in an event loop as in a script."""
+    assert (run.greeting, run.threshold) == ("good day: # 1", str(64 * 1024**2))
+    assert [machine.plan.role for machine in run.machines] == ["scheduler", "worker", "worker"]
+    assert run.client.cluster.scheduler_address.startswith("tls://") and run.client.cluster.security.require_encryption
+    assert all(worker["nanny"].startswith("tls://") for worker in run.workers)
+    assert {worker["name"] for worker in run.workers} == {machine.name for machine in run.machines[1:]}
+
+
+def test_custom_data_are_small_and_hold_no_secrets(run: Run) -> None:
+    """Of the settings of Dask only those of TLS travel, and nothing of the client's credentials."""
+    for machine in run.machines:
+        assert len(machine.custom_data.encode()) < 10_000
+        serialized = machine.custom_data.partition('DASK_INTERNAL_INHERIT_CONFIG="')[2].partition('"')[0]
+        settings = dask.config.deserialize(serialized)
+        assert set(settings) == {"distributed"} and set(settings["distributed"]) == {"comm", "scheduler"}
+        assert settings["distributed"]["comm"]["tls"]["worker"]["key"].startswith("-----BEGIN PRIVATE KEY")
+        texts = machine.custom_data + json.dumps(settings)
+        assert not [word for word in (SECRET, "loopback", "AZURE_", "ccount") if word in texts]
+
+
+def test_custom_data_end_machines(run: Run) -> None:
+    """After max_lifetime, after idle_timeout, and after the container; Ubuntu's Docker where the image has none."""
+    for machine in run.machines:
+        runs = yaml.safe_load(machine.custom_data)["runcmd"]
+        assert runs[0].startswith("systemd-run --on-active=43200 /bin/sh -c 'python3 /opt/fruitdask/end_machine.py")
+        assert "apt-get install -y docker.io" in runs[1] and runs[2] == "echo 'a: b' # c"
+        assert runs[-1] == "python3 /opt/fruitdask/end_machine.py && sleep 600; shutdown -h now"
+        assert "--gpus" not in machine.custom_data and "bootstrap" not in machine.custom_data
+    assert "--idle-timeout 1200s" in run.machines[0].custom_data and "--no-dashboard" in run.machines[0].custom_data
+    assert all('"death_timeout": 1200' in machine.custom_data for machine in run.machines[1:])
+
+
+def test_all_that_belongs_to_a_run_is_tagged_and_ends_with_its_machine(run: Run) -> None:
+    """The scheduler has an address, if it is asked for; nothing else has."""
+    kinds = [name.partition("/")[0] for name in run.resources]
+    assert kinds == ["disks"] * 3 + ["networkinterfaces"] * 3 + ["publicipaddresses"] + ["virtualmachines"] * 3
+    run_id = run.client.cluster.settings.run_id
+    assert run.tags == [{"team": "fruits", "fruitdask-run": run_id}] * 7
+    for machine, interface in zip(run.machines, run.interfaces, strict=True):
+        properties = machine.body["properties"]
+        assert properties["storageProfile"]["osDisk"]["deleteOption"] == "Delete"
+        assert properties["networkProfile"]["networkInterfaces"][0]["properties"] == {"deleteOption": "Delete"}
+        [configuration] = interface["properties"]["ipConfigurations"]
+        public = configuration["properties"].get("publicIPAddress")
+        assert (public and public["properties"]) == ({"deleteOption": "Delete"} if machine is run.machines[0] else None)
+
+
+def test_machines_have_an_identity_and_workers_are_spot(run: Run) -> None:
+    """The identity is one of the resource group, unless its id says otherwise."""
+    for machine in run.machines:
+        [identity] = machine.body["identity"]["userAssignedIdentities"]
+        assert identity.endswith(
+            "resourceGroups/fruits/providers/Microsoft.ManagedIdentity/userAssignedIdentities/fruit-machines"
+        )
+        assert machine.body["properties"]["securityProfile"] == {"encryptionAtHost": True}
+    assert [machine.is_spot for machine in run.machines] == [False, True, True]
+    spot = run.machines[1].body["properties"]
+    assert spot["evictionPolicy"] == "Delete" and spot["billingProfile"] == {"maxPrice": -1}
+
+
+def name_action(call: Call) -> str:
+    """Name the action of Azure that a request needs."""
+    kind, _, part = call.kind.partition("/")
+    provider = "Compute" if kind in ("virtualMachines", "disks") else "Network"
+    verb = {"GET": "read", "PUT": "write", "DELETE": "delete", "POST": "action"}[call.method]
+    return "/".join(filter(None, (f"Microsoft.{provider}", kind, part, verb)))
+
+
+def test_roles_allow_what_is_asked_of_azure(run: Run) -> None:
+    """The launcher asks for nothing that its role does not have, and its role has little more."""
+    config = fruitdask.load_config(
+        {"input": {"url": "abfs://a/b"}, "output": {"url": "abfs://a/c"}, "cluster": describe(public_ingress=True)}
+    )
+    role = set(build_roles(config)["launcher"]["Actions"])
+    asked = {name_action(call) for call in run.calls}
+    assert asked <= role
+    unseen = {action.removeprefix("Microsoft.") for action in role - asked}
+    # Azure itself asks for the first ones; the last one is for machines that do not start.
+    assert unseen == {
+        "Compute/disks/write",
+        "Network/networkInterfaces/join/action",
+        "Network/networkSecurityGroups/join/action",
+        "Network/publicIPAddresses/join/action",
+        "Network/virtualNetworks/subnets/join/action",
+        "ManagedIdentity/userAssignedIdentities/assign/action",
+        "Compute/virtualMachines/retrieveBootDiagnosticsData/action",
+    }
+
+
+def test_usage_is_known_also_after_the_end(run: Run) -> None:
+    """One entry a machine, which stands still after the end."""
+    after = list_usage(run.client)
+    sizes = [("Standard_B2s_v2", False), ("Standard_D2s_v5", True), ("Standard_D2s_v5", True)]
+    assert [(one.instance_type, one.is_spot) for one in after] == sizes and after[0].region == "westeurope"
+    assert all(0 < early.seconds < late.seconds < 120 for early, late in zip(run.usage, after, strict=True))
+    assert list_usage(run.client) == after
+
+
+def test_scheduler_that_never_comes_up(cloud: LoopbackAzure) -> None:
+    """The start has a deadline, and the error says what to look at."""
+    cloud.faults.never_boots = {"scheduler"}
+    expected = (
+        r"scheduler did not start within cluster.start_timeout \(3 s\): machine dask-\w+-scheduler \(Standard_B2s_v2, "
+        r"image any, ubuntu.*\) is running; check that this machine is in the virtual network.*security group nsg"
+    )
+    with pytest.raises(ClusterStartError, match=expected):
+        with open_client(configure(start_timeout=3)):
+            pass
+    assert len(cloud.machines) == 1
+
+
+def test_image_that_cannot_be_pulled(cloud: LoopbackAzure) -> None:
+    """The machine deletes itself, which is noticed long before the deadline."""
+    cloud.faults.unpullable = {"nobody/nothing:1"}
+    expected = r"scheduler ended before it started to listen: .*nobody/nothing:1.* is deleted.*pull"
+    with pytest.raises(ClusterStartError, match=expected):
+        with open_client(configure(docker_image="nobody/nothing:1")):
+            pass
+
+
+def test_machine_that_may_not_delete_itself_is_deleted_by_its_client(cloud: LoopbackAzure) -> None:
+    """It stops, which does not free it; its console tells why."""
+    cloud.faults.unpullable, cloud.faults.may_delete = {"nobody/nothing:1"}, False
+    expected = r"is stopped; its console ends: .*cannot pull the image.*cannot delete itself: HTTP Error 403"
+    with pytest.raises(ClusterStartError, match=expected):
+        with open_client(configure(docker_image="nobody/nothing:1")):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("refusal", "expected"),
+    [
+        pytest.param(
+            Refusal("virtualMachines", "QuotaExceeded", name="scheduler"),
+            r"cluster on Azure did not start: .*QuotaExceeded\): the quota of the subscription",
+            id="scheduler",
+        ),
+        pytest.param(
+            Refusal("virtualMachines", "OperationNotAllowed", name="worker"), "no worker could be .*quota", id="quota"
+        ),
+        pytest.param(
+            Refusal("virtualMachines", "SkuNotAvailable", name="worker"), "no worker could be .*capacity", id="capacity"
+        ),
+        pytest.param(
+            Refusal("networkInterfaces", "AuthorizationFailed", status=403), "did not start: .*iam-policy", id="denied"
+        ),
+    ],
+)
+def test_refused_launches(cloud: LoopbackAzure, refusal: Refusal, expected: str) -> None:
+    """What Azure refuses is said in words, at once."""
+    cloud.faults.refusals.append(refusal)
+    with pytest.raises(ClusterStartError, match=expected):
+        with open_client(configure(n_workers=2)):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "expected"),
+    [
+        pytest.param(
+            {"location": "eastus"}, {}, "vnet is in westeurope, but cluster.location is eastus", id="location"
+        ),
+        pytest.param(
+            {"subscription_id": "s"}, {}, "no such subscription, or.*cluster.subscription_id", id="subscription"
+        ),
+        pytest.param({"resource_group": "g"}, {}, "no such resource group; create it", id="group"),
+        pytest.param({"vnet": "v"}, {}, "resource group fruits has no virtual network v; create it", id="vnet"),
+        pytest.param({"security_group": "n"}, {}, "resource group fruits has no security group n;", id="nsg"),
+        pytest.param({"subnet": "s"}, {}, r"has no subnet s \(it has default\)", id="subnet"),
+        pytest.param(
+            {"env_vars": {f"X{n}": "x" * 900 for n in range(80)}},
+            {},
+            r"custom data of a machine would have \d+,\d+ bytes, but Azure accepts 65,535 \(cluster.env_vars: 7",
+            id="custom data",
+        ),
+    ],
+)
+def test_what_is_not_there(
+    cloud: LoopbackAzure, options: dict[str, Any], environment: dict[str, None], expected: str
+) -> None:
+    """Nothing is launched, and one sentence says what is missing."""
+    with pytest.raises(ClusterStartError, match=expected) as caught:
+        with open_client(configure(**options)):
+            pass
+    assert "\n" not in str(caught.value) and cloud.machines == {}
+
+
+def test_credentials_and_subscription_that_nobody_gave(cloud: LoopbackAzure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence each."""
+    with monkeypatch.context() as patch:
+        patch.delenv("AZURE_SUBSCRIPTION_ID")
+        with pytest.raises(ConfigError, match="no Azure subscription is set; give its id .*cluster.subscription_id"):
+            with open_client(configure()):
+                pass
+    with monkeypatch.context() as patch:
+        patch.delenv("AZURE_CLIENT_SECRET")
+        patch.setenv("AZURE_TOKEN_CREDENTIALS", "EnvironmentCredential")
+        with pytest.raises(ClusterStartError, match="found no Azure credentials; log in .*az login"):
+            with open_client(configure()):
+                pass
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind of cluster that needs more packages says which."""
+    monkeypatch.setitem(sys.modules, "azure.mgmt.network", None)
+    with pytest.raises(ConfigError, match=r"azure.mgmt.network\); run pip install 'fruitdask\[azure\]'"):
+        with open_client(configure()):
+            pass
+
+
+@pytest.mark.parametrize("name", ["AZURE_CLIENT_SECRET", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_KEY"])
+def test_credentials_in_variables_are_refused(name: str) -> None:
+    """Everybody who may see a machine could read them."""
+    with pytest.raises(ConfigError, match=f"{name} looks like a credential.*cluster.identity"):
+        with open_client(configure(env_vars={name: "x"})):
+            pass
+
+
+def test_start_goes_on_with_the_first_worker(cloud: LoopbackAzure) -> None:
+    """A worker that Azure refuses leaves nothing and is tried again; the run does not wait for it."""
+    cloud.faults.refusals.append(Refusal("virtualMachines", "SkuNotAvailable", name="worker", count=1))
+    with open_client(configure(n_workers=2, spot=True)) as client:
+        assert len(client.scheduler_info()["workers"]) == 1
+        client.wait_for_workers(2, timeout=PATIENCE_SECONDS)
+        assert len([name for name in cloud.list_resources() if name.startswith("networkinterfaces")]) == 3
+
+
+@pytest.mark.parametrize("n", [pytest.param(1, id="scheduler"), pytest.param(2, id="worker")])
+def test_ctrl_c_while_a_machine_is_being_created(
+    cloud: LoopbackAzure, monkeypatch: pytest.MonkeyPatch, ending: threading.Event, n: int
+) -> None:
+    """A request that Azure has been sent does not escape, even if it is answered late."""
+
+    def interrupt() -> None:
+        interrupt_self()
+        assert ending.wait(PATIENCE_SECONDS)
+        # Long enough for several looks, if there were any.
+        time.sleep(0.5)
+
+    on_call(cloud, monkeypatch, ("PUT", "virtualMachines"), n, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        with open_client(configure()):
+            pass
+    assert len(cloud.machines) == n
+
+
+def test_ctrl_c_while_the_scheduler_comes_up(cloud: LoopbackAzure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting can be interrupted, and typing Ctrl-C once more does not keep machines alive."""
+    cloud.faults.never_boots = {"scheduler"}
+    on_call(cloud, monkeypatch, ("GET", "virtualMachines/instanceView"), 2, interrupt_self)
+    on_call(cloud, monkeypatch, ("DELETE", "virtualMachines"), 1, interrupt_self)
+    with pytest.raises(KeyboardInterrupt):
+        with open_client(configure()):
+            pass
+    assert len(cloud.machines) == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        pytest.param(raise_error, LookupError, id="exception"),
+        pytest.param(interrupt_self, KeyboardInterrupt, id="ctrl-c"),
+        pytest.param(lambda: interrupt_self(signal.SIGTERM), SystemExit, id="sigterm"),
+    ],
+)
+def test_end_in_the_middle(cloud: LoopbackAzure, what: Callable[[], None], expected: type[BaseException]) -> None:
+    """While tasks run."""
+    # As the command line does.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(expected, match="in the block|143|^$"):
+            with open_client(configure()) as client:
+                future = client.submit(time.sleep, 600)
+                wait_until(lambda: client.processing(), "the task runs")
+                what()
+                future.result(PATIENCE_SECONDS)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_killed_client(cloud: LoopbackAzure, tmp_path: Path) -> None:
+    """Machines delete themselves when nobody is there any more to delete them."""
+    script = f"""
+import sys, time
+sys.path[:0] = {sys.path!r}
+from fruitdask.cluster import open_client
+from fruitdask.core.config import AzureClusterConfig
+if __name__ == "__main__":
+    with open_client(AzureClusterConfig(**{describe(idle_timeout=8)!r})) as client:
+        futures = client.map(time.sleep, [0.05 + n / 1e6 for n in range(10_000)])
+        futures[0].result()
+        print("computing", flush=True)
+        client.gather(futures)
+"""
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    with subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "computing\n"
+        assert len(cloud.alive()) == 2
+        process.kill()
+    assert cloud.wait_until_quiet(PATIENCE_SECONDS)
+    deleted = {call.caller for call in cloud.calls if (call.method, call.kind) == ("DELETE", "virtualMachines")}
+    assert deleted == set(cloud.machines)
+
+
+def test_max_lifetime(cloud: LoopbackAzure) -> None:
+    """Machines end whatever the client does, and closing what is gone is no error."""
+    with open_client(configure()) as client:
+        first = list(cloud.machines.values())
+        future = client.submit(time.sleep, 600)
+        cloud.lifetime_is_over.set()
+        wait_until(lambda: {machine.power for machine in first} == {"deleted"}, "they have deleted themselves")
+        scheduler, worker = (machine.name for machine in first)
+        running = client.cluster.list_running
+        wait_until(lambda: not {scheduler, worker} & set(running()), "the ends are noticed")
+        future.cancel()
+    deleted = {call.caller for call in cloud.calls if (call.method, call.kind) == ("DELETE", "virtualMachines")}
+    assert {scheduler, worker} <= deleted
+
+
+def test_machines_that_cannot_be_deleted_are_named(cloud: LoopbackAzure) -> None:
+    """Whoever pays for them is told which they are, and what to do."""
+    refusal = Refusal("virtualMachines", "AuthorizationFailed", status=403, method="DELETE")
+    expected = (
+        r"dask-\w+-scheduler, dask-\w+-worker-\w+ of run \w+ may still run.*iam-policy.*"
+        r"clusters cleanup --cloud azure --subscription \S+ --resource-group fruits"
+    )
+    with pytest.raises(ClusterStartError, match=expected):
+        with open_client(configure()) as client:
+            run_id = client.cluster.settings.run_id
+            cloud.faults.refusals.append(refusal)
+    cloud.faults.refusals.clear()
+    with open_arm("fruits", subscription=None, action="clean up") as arm:
+        assert len(terminate_run(arm, run_id)) == 2
+
+
+def test_evicted_worker_is_replaced(cloud: LoopbackAzure) -> None:
+    """All results are there, although a worker went in the middle, and another came for it."""
+    with open_client(configure(n_workers=2, spot=True)) as client:
+        client.wait_for_workers(2, timeout=PATIENCE_SECONDS)
+        futures = client.map(make_slow_square(), range(24))
+        victim = cloud.alive("worker")[-1]
+        wait(futures[:6], timeout=PATIENCE_SECONDS)
+        cloud.evict(victim)
+        assert client.gather(futures) == [number**2 for number in range(24)]
+        wait_until(lambda: len(cloud.alive("worker")) == 2, "another worker is launched")
+        client.wait_for_workers(2, timeout=PATIENCE_SECONDS)
+    assert len(list_usage(client)) == 4
+
+
+def test_stopped_worker_is_replaced_and_deleted(cloud: LoopbackAzure) -> None:
+    """A worker whose container has ended, and which may not delete itself, would be paid for."""
+    cloud.faults.may_delete = False
+    with open_client(configure()) as client:
+        [worker] = cloud.alive("worker")
+        os.kill(client.submit(os.getppid).result(PATIENCE_SECONDS), signal.SIGKILL)
+        wait_until(lambda: worker.power == "deleted", "the stopped machine is deleted")
+        wait_until(lambda: len(cloud.alive("worker")) == 1, "another worker is launched")
+        assert client.submit(operator.add, 40, 2).result(PATIENCE_SECONDS) == 42
+
+
+def test_scaling_down_loses_nothing(cloud: LoopbackAzure) -> None:
+    """Data that nobody could compute again are handed over to the worker that stays."""
+    with open_client(configure(n_workers=2)) as client:
+        client.wait_for_workers(2, timeout=PATIENCE_SECONDS)
+        futures = client.scatter(list(range(24)))
+        assert len(client.has_what()) == 2 and all(client.has_what().values())
+        client.cluster.scale(1)
+        wait_until(lambda: len(cloud.list_resources()) == 6, "a worker is deleted with all that belongs to it")
+        assert client.gather(futures) == list(range(24))
+
+
+@pytest.fixture
+def leftovers(cloud: LoopbackAzure) -> LoopbackAzure:
+    """A machine of a run, and a disk and an address of another one."""
+    cloud.faults.never_boots = {"other"}
+    tags = [{"fruitdask-run": run_id} for run_id in ("0" * 12, "f" * 12)]
+    names = [f"dask-{'0' * 12}-worker-1", f"dask-{'f' * 12}-scheduler"]
+    nic = cloud.put(
+        "Microsoft.Network/networkInterfaces",
+        f"{names[0]}-network-interface",
+        {
+            "tags": tags[0],
+            "properties": {"ipConfigurations": [{"properties": {"privateIPAddress": f"{cloud.network}.9"}}]},
+        },
+    )
+    properties = {
+        "hardwareProfile": {"vmSize": "Standard_D2s_v5"},
+        "osProfile": {},
+        "storageProfile": {"osDisk": {"name": f"{names[0]}-disk", "deleteOption": "Delete"}},
+        "networkProfile": {"networkInterfaces": [{"id": nic["id"]}]},
+    }
+    body = {"location": "westeurope", "tags": tags[0], "properties": properties}
+    cloud._put(
+        f"{cloud.base}/Microsoft.Compute/virtualMachines/{names[0]}",
+        "Microsoft.Compute/virtualMachines",
+        names[0],
+        body,
+    )
+    cloud.put("Microsoft.Compute/disks", f"{names[1]}-disk", {})
+    cloud.put("Microsoft.Network/publicIPAddresses", f"{names[1]}-public-address", {"tags": tags[1]})
+    return cloud
+
+
+def test_clusters_list_and_cleanup(leftovers: LoopbackAzure) -> None:
+    """They find machines, and what is left of others; cleanup deletes it after asking."""
+    where = ("--cloud", "azure", "--resource-group", "fruits")
+    code, printed = invoke("clusters", "list", *where)
+    [one, other] = [line for line in printed.splitlines() if re.search("0{12}|f{12}", line)]
+    assert code == 0 and "Standard_D2s_v5" in one and "disk, public address" in other and "westeurope" in other
+    code, printed = invoke("clusters", "cleanup", *where, answer="n\n")
+    assert code == 1 and "Terminate 3" in printed and len(leftovers.list_resources()) == 5
+    code, printed = invoke("clusters", "cleanup", *where, "--run", "f" * 12, "--yes")
+    assert code == 0 and f"of run {'f' * 12} in westeurope" in printed and len(leftovers.list_resources()) == 3
+    code, printed = invoke("clusters", "cleanup", *where, "--yes")
+    assert code == 0 and f"Terminated dask-{'0' * 12}-worker-1 of run {'0' * 12} in westeurope." in printed
+    assert invoke("clusters", "list", *where) == (0, "No machine of fruitdask in the resource group fruits.\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        pytest.param(("--cloud", "azure"), 2, "--cloud azure needs --resource-group NAME", id="group"),
+        pytest.param(("--cloud", "azure", "--resource-group", "g"), 5, "no such resource group", id="no group"),
+        pytest.param(
+            ("--cloud", "azure", "--resource-group", "g", "--region", "x"), 2, "only for --cloud ec2", id="region"
+        ),
+        pytest.param(("--resource-group", "g"), 2, "only for --cloud azure", id="ec2"),
+    ],
+)
+def test_clusters_explains_mistakes(cloud: LoopbackAzure, arguments: tuple[str, ...], code: int, expected: str) -> None:
+    """One sentence each."""
+    found, printed = invoke("clusters", "list", *arguments)
+    assert (found, printed.count("\n")) == (code, 1) and expected in printed
+
+
+def test_list_instances_tells_spot_and_age(cloud: LoopbackAzure) -> None:
+    """As for EC2."""
+    with open_client(configure(spot=True)), open_arm("fruits", subscription=None, action="look") as arm:
+        scheduler, worker = list_instances(arm)
+        assert (scheduler.role, scheduler.is_spot, worker.role, worker.is_spot) == ("scheduler", False, "worker", True)
+        assert 0 < worker.age_seconds < scheduler.age_seconds < 120 and worker.region == "westeurope"
+
+
+def test_run_on_azure_has_the_features_of_a_local_run(
+    storage: dict[str, Any],
+    cloud: LoopbackAzure,
+    sample_folder: Path,
+    tiny_model: ModelConfig,
+    finish: Finish,
+    tmp_path: Path,
+) -> None:
+    """Images in Blob Storage, machines on Azure, results in Blob Storage, equal to those of this machine."""
+    images, results = (f"abfs://{CONTAINER}/{name}" for name in ("images", "results"))
+    tree = configure_run(images, results, tiny_model, cluster=describe(n_workers=2)).model_dump()
+    for section in ("input", "output"):
+        tree[section]["storage_options"] = storage
+    result = fruitdask.run(fruitdask.load_config(tree))
+    local = finish(configure_run(sample_folder, tmp_path / "results", tiny_model))
+    np.testing.assert_allclose(result.features.compute(), local.features.compute(), rtol=1e-6, atol=1e-6)
+    assert list(result.table["path"]) == list(local.table["path"])
+    assert [machine.plan.role for machine in cloud.machines.values()] == ["scheduler", "worker", "worker"]
