@@ -199,10 +199,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = False
 
     def finish(self) -> None:
-        """Close all of the connection."""
-        with contextlib.suppress(OSError, ValueError):
-            super().finish()
-        self.connection.close()
+        """Close all of the connection, whose other end may have gone."""
+        for part in (self.wfile, self.rfile, self.connection):
+            with contextlib.suppress(OSError, ValueError):
+                part.close()
 
     def answer(self) -> None:
         """Answer a request."""

@@ -79,9 +79,7 @@ _ADVICE_BY_CLASS = {
     "ServiceRequestError": "the server closed the connection; check the network, or try again",
     "ServiceResponseError": "the server closed the connection; check the network, or try again",
     "IncompleteReadError": "the server closed the connection; check the network, or try again",
-    "ClientAuthenticationError": (
-        f"found no Azure credentials; log in (az login), use a managed identity, or for storage give {_CREDENTIALS}"
-    ),
+    "ClientAuthenticationError": f"found no Azure credentials; log in (az login), or give {_CREDENTIALS}",
 }
 
 
