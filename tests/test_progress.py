@@ -10,7 +10,14 @@ import pytest
 from rich.console import Console
 
 from fruitdask.core import progress
-from fruitdask.core.progress import LineProgress, LiveProgress, RunProgress, choose_progress, resolve_progress
+from fruitdask.core.progress import (
+    LineProgress,
+    LiveProgress,
+    NotebookProgress,
+    RunProgress,
+    choose_progress,
+    resolve_progress,
+)
 
 
 def read_lines(reporter: LiveProgress) -> list[str]:
@@ -105,13 +112,24 @@ def test_choose_progress_looks_at_the_console() -> None:
     assert type(choose_progress(Console(file=io.StringIO(), force_terminal=True))) is LiveProgress
 
 
-@pytest.mark.parametrize(("has_widgets", "expected"), [(True, LiveProgress), (False, LineProgress)])
-def test_choose_progress_draws_in_a_notebook_only_with_widgets(
-    monkeypatch: pytest.MonkeyPatch, has_widgets: bool, expected: type[RunProgress]
-) -> None:
-    if not has_widgets:
-        monkeypatch.setattr(progress, "find_spec", lambda name: None)
-    assert type(choose_progress(Console(force_jupyter=True))) is expected
+def test_notebook_progress_replaces_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, str]] = []
+
+    class Handle:
+        def update(self, data: dict[str, str], *, raw: bool) -> None:
+            assert raw
+            shown.append(data)
+
+    def display(data: object, *, raw: bool = False, display_id: bool = False) -> Handle | None:
+        # Messages are displayed by rich, as outputs of their own.
+        return Handle() if raw and display_id else None
+
+    monkeypatch.setattr("IPython.display.display", display)
+    found = choose_progress(Console(force_jupyter=True))
+    assert type(found) is NotebookProgress
+    show(found)
+    assert "100/100" in shown[-1]["text/plain"] and "100/100" in shown[-1]["text/html"]
+    assert shown[-1]["text/html"].startswith("<pre>") and "<b>" not in shown[-1]["text/html"]
 
 
 def test_resolve_progress_shows_where_a_person_looks(monkeypatch: pytest.MonkeyPatch) -> None:

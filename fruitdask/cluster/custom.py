@@ -3,12 +3,13 @@
 import difflib
 import inspect
 import re
+import signal
 import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any
 
 from fruitdask.cluster.closing import close_uninterrupted
@@ -40,7 +41,8 @@ def load_class(path: str) -> Callable[..., Any]:
 
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(import_module(module), name)
+        with _kept_interrupts():
+            found = getattr(import_module(module), name)
     except ImportError as error:
         package = (error.name or module).partition(".")[0].replace("_", "-")
         raise ConfigError(
@@ -56,6 +58,17 @@ def load_class(path: str) -> Callable[..., Any]:
         )
     build: Callable[..., Any] = found
     return build
+
+
+@contextmanager
+def _kept_interrupts() -> Iterator[None]:
+    """Keep what Ctrl-C does: when it is imported, dask-jobqueue makes it end the process with exit code 0."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if current_thread() is main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def complete_options(build: Callable[..., Any], config: CustomClusterConfig) -> dict[str, Any]:

@@ -1,16 +1,19 @@
 """Progress of a run: a live bar on a terminal or in a notebook, plain lines elsewhere."""
 
+import html
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from importlib.util import find_spec
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, RenderableType
 from rich.progress import Progress, Task
 from rich.text import Text
 
-_SECONDS_BETWEEN_LINES = 5.0
+if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
+
+_SECONDS_BETWEEN_LINES, _SECONDS_BETWEEN_DRAWINGS = 5.0, 0.2
 #: Columns of a bar; a shorter one is left out.
 _SHORTEST_BAR, _LONGEST_BAR = 4, 40
 #: Columns of what a terminal writes when Ctrl-C is pressed.
@@ -96,8 +99,6 @@ class LiveProgress(LineProgress):
             self._finish()
         else:
             self._bar.stop_task(self._task)
-        # In a notebook, rich would leave what it has drawn last.
-        self._bar.refresh()
         self._bar.stop()
 
     def begin(self, stage: str) -> None:
@@ -129,6 +130,47 @@ class LiveProgress(LineProgress):
         task = next(task for task in self._bar.tasks if task.id == self._task)
         total = task.total if task.total is not None else 1
         self._bar.update(self._task, total=total, completed=total)
+
+
+class NotebookProgress(LiveProgress):
+    """The same lines in the output of a notebook's cell, without widgets, drawn again whenever they change."""
+
+    _display: "DisplayHandle | None" = None
+    _drawn = 0.0
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        from IPython.display import display
+
+        self._display = display(self._render(), raw=True, display_id=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        """Finish the last stage."""
+        super().__exit__(kind, *details)
+        self._draw()
+
+    def begin(self, stage: str) -> None:
+        """Finish the previous stage and draw a line for the next one."""
+        super().begin(stage)
+        self._draw()
+
+    def _show(self, now: float, rate: float) -> None:
+        """Update the bar, unless that was done a moment ago."""
+        super()._show(now, rate)
+        if now - self._drawn >= _SECONDS_BETWEEN_DRAWINGS:
+            self._drawn = now
+            self._draw()
+
+    def _draw(self) -> None:
+        """Draw the lines in place of those before."""
+        if self._display is not None:
+            self._display.update(self._render(), raw=True)
+
+    def _render(self) -> dict[str, str]:
+        """Render the lines as text and as HTML."""
+        text = "\n".join(str(line) for line in self._bar.get_renderables())
+        return {"text/plain": text, "text/html": f"<pre>{html.escape(text)}</pre>"}
 
 
 class _Stages(Progress):
@@ -186,12 +228,12 @@ def choose_progress(console: Console | None = None) -> RunProgress:
     Returns
     -------
     RunProgress
-        A live bar on a terminal or in a notebook that has ipywidgets, lines elsewhere.
+        A live bar on a terminal or in a notebook, lines elsewhere.
     """
     console = console or Console(stderr=True)
-    # In a notebook without ipywidgets, rich would warn at each update of its bar.
-    is_live = console.is_terminal or console.is_jupyter and find_spec("ipywidgets") is not None
-    return LiveProgress(console) if is_live else LineProgress(console)
+    if console.is_jupyter:
+        return NotebookProgress(console)
+    return LiveProgress(console) if console.is_terminal else LineProgress(console)
 
 
 def resolve_progress(progress: RunProgress | bool | None) -> RunProgress:

@@ -20,7 +20,7 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 import fruitdask
-from fruitdask.cluster.ec2.prices import compute_request_cost
+from fruitdask.cluster.cloud.prices import compute_request_cost
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from faulty_s3 import open_faulty_s3  # noqa: E402
