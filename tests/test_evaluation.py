@@ -146,6 +146,19 @@ def test_summarize_quality_of_two_pairs_is_what_one_computes_by_hand() -> None:
     }
 
 
+def test_summarize_quality_of_very_many_classes_tabulates_those_that_are_confused() -> None:
+    labels = np.repeat([f"class {number:03}" for number in range(400)], 2)
+    features = np.repeat(np.arange(400.0), 2)[:, np.newaxis] * 1000 + np.tile([0.0, 1.0], 400)[:, np.newaxis]
+    # The last two classes have each other's places.
+    labels[[-1, -3]] = labels[[-3, -1]]
+    quality = summarize(features, labels, n_neighbors=1)
+    assert len(quality["neighbors"]["by_class"]) == 400
+    confusion = quality["neighbors"]["confusion"]
+    assert confusion["labels"] == [*(f"class {number:03}" for number in range(298)), "class 398", "class 399"]
+    np.testing.assert_array_equal(np.array(confusion["share"])[-2:, -2:], [[0, 1], [1, 0]])
+    np.testing.assert_array_equal(np.array(confusion["share"])[:298, :298], np.eye(298))
+
+
 def test_summarize_quality_averages_over_images_not_classes() -> None:
     quality = summarize([0, 1, 2, 50], ["a", "a", "a", "b"], n_neighbors=1)
     assert quality["neighbors"]["agreement"] == 0.75

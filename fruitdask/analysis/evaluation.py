@@ -12,6 +12,8 @@ from fruitdask.errors import ReduceError
 
 #: Fractions of the variance for which to report the number of components.
 _FRACTIONS = (0.8, 0.9, 0.95, 0.99)
+#: Classes in a table of confusions: a table of all pairs of 10,000 classes would take gigabytes.
+_MAX_CONFUSED = 300
 #: A series is a folder's files that differ in one number: at least this many on average ...
 _MIN_SERIES = 10
 #: ... of which at least this fraction have their nearest neighbour within a tenth of the series.
@@ -56,7 +58,8 @@ def summarize_quality(
         ``neighbors``: ``k``, the number of neighbours, fewer than ``n_neighbors`` if there are fewer other images;
         ``agreement``, the mean fraction (0 to 1) of an image's neighbours that share its class, also ``by_class``;
         ``confusion``, for each of its ``labels`` a row of ``share``, the fractions of its images' neighbours in each
-        class, which add up to 1. With fewer than two images the agreements are None and the confusion is empty.
+        class, which add up to 1; of more than 300 classes those that are confused most. With fewer than two images the
+        agreements are None and the confusion is empty.
 
         ``grouped``, with ``groups``: the same two, compared only with images of other groups, ``n_groups``, and
         ``classes_of_one_group``, whose images no other group can vouch for: they have no figures of their own (None)
@@ -243,17 +246,29 @@ def _summarize_neighbors(
     neighbors: npt.NDArray[np.int64], classes: list[str], codes: npt.NDArray[np.int64], is_judged: npt.NDArray[np.bool_]
 ) -> dict[str, Any]:
     """Count the classes of the neighbours."""
-    k, n_classes = neighbors.shape[1], len(classes)
+    k = neighbors.shape[1]
     if k == 0:
         confusion: dict[str, Any] = {"labels": [], "share": []}
         return {"k": 0, "agreement": None, "by_class": dict.fromkeys(classes), "confusion": confusion}
     of_neighbors = codes[neighbors]
     agreement = (of_neighbors == codes[:, np.newaxis]).mean(axis=1)
-    # scikit-learn's confusion_matrix counts the same, but warns of a single class.
-    pairs = np.bincount(codes.repeat(k) * n_classes + of_neighbors.ravel(), minlength=n_classes * n_classes)
-    counts = pairs.reshape(n_classes, n_classes)
-    confusion = {"labels": classes, "share": (counts / counts.sum(axis=1, keepdims=True)).tolist()}
+    confusion = _tabulate_confusion(codes, of_neighbors, classes)
     return {"k": k, **_average(agreement, classes, codes, is_judged, "agreement"), "confusion": confusion}
+
+
+def _tabulate_confusion(
+    codes: npt.NDArray[np.int64], of_neighbors: npt.NDArray[np.int64], classes: list[str]
+) -> dict[str, Any]:
+    """Tabulate the classes of the neighbours, of the classes that are confused most."""
+    from scipy.sparse import coo_array
+
+    # scikit-learn's confusion_matrix counts the same, but all pairs of classes, and warns of a single class.
+    places = codes.repeat(of_neighbors.shape[1]), of_neighbors.ravel()
+    counts = coo_array((np.ones(of_neighbors.size), places), shape=(len(classes), len(classes))).tocsr()
+    totals = counts.sum(axis=1)
+    shown = np.sort(np.argsort(counts.diagonal() - totals, kind="stable")[:_MAX_CONFUSED])
+    share = counts[shown][:, shown].toarray() / totals[shown, np.newaxis]
+    return {"labels": [classes[code] for code in shown], "share": share.tolist()}
 
 
 def _average(

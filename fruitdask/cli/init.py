@@ -16,7 +16,7 @@ _SAMPLE = """
   # Draws photographs of fruits if that folder does not exist. To use your own, name their folder and delete this line.
   sample: {per_class: 24}"""
 _TEMPLATE = """\
-# Run it with: fruitdask run FILE. The README describes all settings; fruitdask validate FILE checks them.
+# Run it: fruitdask run FILE. All settings: fruitdask schema --markdown. Check it: fruitdask validate FILE.
 input:
   # A folder with one folder per class, or an archive or a URL of one.
   url: %(url)s%(sample)s

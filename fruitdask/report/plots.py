@@ -66,7 +66,12 @@ def _list_quality(data: "ReportData") -> Plots:
     explained, confusion = data.quality.get("explained_variance"), judged["neighbors"]["confusion"]
     plots: Plots = {
         "silhouettes": partial(figures.plot_silhouettes, judged["silhouette"]),
-        "neighbors": partial(figures.plot_confusion, confusion["labels"], confusion["share"]),
+        "neighbors": partial(
+            figures.plot_confusion,
+            confusion["labels"],
+            confusion["share"],
+            n_classes=len(judged["neighbors"]["by_class"]),
+        ),
     }
     if explained is not None:
         plots["explained_variance"] = partial(

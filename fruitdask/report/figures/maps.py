@@ -144,10 +144,12 @@ def plot_confusion(
     *,
     title: str = "Classes of nearest neighbours",
     columns: str = "classes of its nearest neighbours",
+    n_classes: int = 0,
 ) -> Figure:
     """Plot which classes the nearest neighbours of each class's images belong to, or what else the columns are.
 
-    `share` holds fractions (0 to 1): the class of an image in rows, those of its neighbours in columns.
+    `share` holds fractions (0 to 1): the class of an image in rows, those of its neighbours in columns. `n_classes` is
+    the number of all classes, if only those that are confused most are shown.
     """
     n = len(labels)
     if not n:
@@ -157,6 +159,7 @@ def plot_confusion(
     cell, size = (0.5, TEXT_SIZE) if n <= 8 else (0.3, SMALL_SIZE) if is_numbered else (max(0.08, 6 / n), 5.0)
     cell = min(cell, 26 / n)
     note = f"Row: class of an image. Column: {columns}" + (", in %." if is_numbered else ".")
+    note += f" The {n} classes that are confused most, of {n_classes:,}." if n_classes > n else ""
     figure = start_figure(title, note)
     axes = figure.subplots()
     axes.imshow(_shade(shares), interpolation="none", aspect="auto")

@@ -16,7 +16,7 @@ def describe_quality(quality: Mapping[str, Any]) -> View:
     pairs = _list_confusions(judged["neighbors"]["confusion"])
     return {
         **describe_agreement(quality),
-        "n_classes": len(judged["neighbors"]["confusion"]["labels"]),
+        "n_classes": len(judged["neighbors"]["by_class"]),
         "n_images": quality["n_images"],
         "n_images_with_features": quality["n_images_with_features"],
         "metric": quality["metric"],
