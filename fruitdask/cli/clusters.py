@@ -57,7 +57,7 @@ def clusters() -> None:
 @clusters.command("list")
 @_search_options
 def list_(**search: Any) -> None:
-    """List runs that have machines, with their age and their cost so far.
+    """List runs that have machines, with age and cost.
 
     Instances that have ended are not counted. Prices are those of fruitdask's table, which has none of Azure; spot
     instances cost less.

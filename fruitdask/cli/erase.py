@@ -33,7 +33,8 @@ def erase(
 
     Their rows, names, features and thumbnails go, and the results of the run are computed without them.
 
-    The image files are not deleted: delete them, or add them to input.exclude.
+    The image files are not deleted: delete them, or leave them out by
+    input.exclude or input.exclude_from.
     """
     from fruitdask.core.progress import choose_progress
 
