@@ -67,10 +67,15 @@ def run_in_process(*arguments: str, **environment: str) -> subprocess.CompletedP
 def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(config_path: Path) -> None:
     use_own_cluster(config_path)
     change(config_path, **dict.fromkeys(EXTRAS, ON))
-    first = run_in_process("run", str(config_path), "--set", "reduce.tsne.enabled=true", COLUMNS="120")
+    log = config_path.parent / "log.jsonl"
+    arguments = ["--set", "reduce.tsne.enabled=true", "--log-json", str(log)]
+    first = run_in_process("run", str(config_path), *arguments, COLUMNS="120")
     assert (first.returncode, "Traceback" in first.stderr) == (0, False)
     for expected in ("Listing images", "Dask dashboard: http://127.0.0.1:", "24 of 24 images", "0 failed", "Reducing"):
         assert expected in first.stderr
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert {"Listing images", "Reducing"} < {line["stage"] for line in lines} and lines[-1]["ended"] == "complete"
+    assert [line["n_failed"] for line in lines if line.get("n_done") == 24] == [0]
     report = config_path.parent / "out" / "report.html"
     for expected in ("pear_1", "24 ok, 0 failed", "images/s", "predict", "idle", "by 2 components", str(report)):
         assert expected in first.stdout

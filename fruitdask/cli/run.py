@@ -1,6 +1,7 @@
 """Commands that compute results: run, explore, report."""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -43,6 +44,7 @@ _METADATA = {"exif": "camera data", "gps": "positions", "serial": "serial number
 @set_option
 @overwrite_option
 @click.option("--retry-failed", is_flag=True, help="Retry images that failed in earlier runs.")
+@click.option("--log-json", metavar="FILE", help="Append the progress to a file, as lines of JSON.")
 @verbose_option
 def run(
     config: str,
@@ -52,6 +54,7 @@ def run(
     overrides: tuple[str, ...],
     overwrite: bool,
     retry_failed: bool,
+    log_json: str | None,
     verbose: bool,
 ) -> None:
     """Compute features, reduce them, and write tables and a page.
@@ -61,6 +64,7 @@ def run(
 
     Run it again after an interruption, or after images were added, changed or removed: it reuses stored results.
     """
+    from fruitdask.core.json_log import JsonLog
     from fruitdask.core.progress import choose_progress
 
     started = time.perf_counter()
@@ -68,10 +72,11 @@ def run(
     again = "stored results are kept, run the same command again to resume" + ", without --overwrite" * overwrite
     with reported(verbose=verbose, again=again):
         loaded = load(config, overrides, results)
+        progress = choose_progress() if log_json is None else JsonLog(choose_progress(), Path(log_json))
         prepare_cluster(loaded)
         from fruitdask.pipeline.run import run as run_pipeline
 
-        result = run_pipeline(loaded, retry_failed=retry_failed, progress=choose_progress())
+        result = run_pipeline(loaded, retry_failed=retry_failed, progress=progress)
         print_summary(result, waited_seconds=time.perf_counter() - started)
 
 
