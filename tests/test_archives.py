@@ -296,7 +296,7 @@ def configure_ec2(url: str, **options: Any) -> Config:
 
 def test_archive_on_this_machine_is_out_of_reach_of_instances(tmp_path: Path) -> None:
     url = pack_zip(tmp_path / "photos", {"a/1.jpg": b"x"})
-    with pytest.raises(ConfigError, match=r"input\.url zip://::\S+ is on this machine, which the instances"):
+    with pytest.raises(ConfigError, match=r"input\.url zip://::\S+ is on this machine, which the machines of cluster"):
         prepare_inputs(configure_ec2(url), RunProgress())
 
 

@@ -791,6 +791,6 @@ def test_run_refuses_folders_that_instances_cannot_reach(make_config: MakeConfig
     other = ({"input", "output"} - {key.removesuffix(".url")}).pop()
     cluster = EC2ClusterConfig(kind="ec2", docker_image="me/fruitdask:1")
     config = make_config(**{other: {"url": "s3://elsewhere/folder"}}).model_copy(update={"cluster": cluster})
-    message = f"{key} /.* is on this machine, which the instances of cluster.kind: ec2 cannot read"
+    message = f"{key} /.* is on this machine, which the machines of cluster.kind: ec2 cannot read"
     with pytest.raises(ConfigError, match=message):
         fruitdask.run(config)
