@@ -2,9 +2,13 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
+
+import pytest
 
 #: How long to wait for what comes soon.
 PATIENCE_SECONDS = 60
@@ -26,6 +30,31 @@ def interrupt_self(number: int = signal.SIGINT) -> None:
 def raise_error() -> None:
     """Fail."""
     raise LookupError("in the block")
+
+
+#: What ends a block in the middle, by its test's id, and the exception that leaves it.
+ENDS = [
+    pytest.param(raise_error, LookupError, id="exception"),
+    pytest.param(interrupt_self, KeyboardInterrupt, id="ctrl-c"),
+    pytest.param(lambda: interrupt_self(signal.SIGTERM), SystemExit, id="sigterm"),
+]
+
+
+def end_in_the_middle(
+    cluster: AbstractContextManager[Any], what: Callable[[], None], expected: type[BaseException]
+) -> None:
+    """Use a cluster, and end that while a task runs."""
+    # As the command line does.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(expected, match="in the block|143|^$"):
+            with cluster as client:
+                future = client.submit(time.sleep, 600)
+                wait_until(lambda: client.processing(), "the task runs")
+                what()
+                future.result(PATIENCE_SECONDS)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def make_slow_square() -> Callable[[int], int]:
