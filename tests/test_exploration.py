@@ -135,6 +135,17 @@ def test_sums_of_a_class_do_not_overflow() -> None:
     assert total.pixels.tolist() == [[[8_160_000_000] * 3] * 2] * 2
 
 
+def test_mean_squared_difference_of_billions_of_images_is_exact() -> None:
+    # Sums of 2**32 images, whose squares need more than 64 bits; the reference computes with integers of any size.
+    n, rng = 1 << 32, np.random.default_rng(0)
+    pixels = rng.integers(0, 255 * n, (32, 32, 3))
+    squares = sum(int(value) ** 2 for value in pixels.ravel()) // n + 12_345_678
+    sums = ClassSums(n, pixels, squares, np.zeros((1, 1, 3), np.int64), np.zeros(512, np.int64))
+    over_pairs = n * squares - sum(int(value) ** 2 for value in pixels.ravel())
+    expected = over_pairs / (n * (n - 1) // 2) / pixels.size
+    assert mean_squared_difference(sums, scale="bytes") == pytest.approx(expected, rel=1e-12)
+
+
 def test_mean_squared_difference_loses_nothing_where_images_hardly_differ() -> None:
     pixels = np.full((200, 224, 224, 3), 250, np.uint8)
     pixels[0, 0, 0, 0] = 251
