@@ -1,6 +1,7 @@
 """Fixtures that several test modules share: real photographs, real weights, a real S3 server, a drawn data set."""
 
 import compileall
+import importlib
 import logging
 import signal
 import threading
@@ -44,8 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile the package once: where PYTHONDONTWRITEBYTECODE is set, each process that a test starts would do it."""
+    """Compile the package and its kernels once: else each process that a test starts may do it."""
     if not hasattr(config, "workerinput"):
+        importlib.import_module("fruitdask.worker.images.kernel")
         compileall.compile_dir(Path(fruitdask.__file__).parent, quiet=1)
 
 

@@ -227,6 +227,9 @@ from pathlib import Path
 from PIL import Image
 from fruitdask.core.listing import can_read_heic
 from fruitdask.worker.images import decode_image
+from fruitdask.worker.images.resize import resize_square
+# Compilers and tables may have threads of their own.
+resize_square(Image.new("RGB", (64, 64)), 8)
 assert can_read_heic() and "pillow_heif" not in sys.modules
 before = dict(Image.OPEN)
 def count():

@@ -19,6 +19,7 @@ from fruitdask.core.config import Config, ModelConfig
 from fruitdask.core.partition import Partition
 from fruitdask.core.storage import Location
 from fruitdask.worker.fetch import ImageSource, Stopwatch, read_batches
+from fruitdask.worker.images.resize import resize_square
 
 pytestmark = pytest.mark.slow
 
@@ -124,6 +125,8 @@ def _measure_reading(folder: Path, name: str, size: int, n_files: int) -> int:
     """Read the same file many times over; gives the bytes by which memory has grown at most."""
     source = ImageSource(Location(str(folder)), 16, 10_000_000, fetch_attempts=1, concurrent_reads=16)
     partition = Partition(0, 0, (name,) * n_files, ("any",) * n_files, (size,) * n_files, (0,) * n_files)
+    # The kernels of resizing, of which a worker has one set.
+    resize_square(Image.new("RGB", (64, 64)), 8)
     before = _read_peak()
     batches = read_batches(partition, source, input_px=32, watch=Stopwatch(), on_asked=lambda: None)
     statuses = [outcome.status for batch in batches for outcome in batch.outcomes]

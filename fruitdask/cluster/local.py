@@ -21,7 +21,7 @@ _BYTES_PER_WORKER = 2 * 1024**3
 #: Ctrl-C in a terminal reaches every process of the group; only the client handles it, and closes the workers.
 _IGNORE_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 #: Modules that the process imports from which workers are forked; the first is Dask's own.
-_PRELOADED = ["distributed.nanny", "fruitdask.worker.featurize"]
+_PRELOADED = ["distributed.nanny", "fruitdask.worker.featurize", "fruitdask.worker.images.kernel"]
 #: Variables to set before a worker starts, whatever the environment has: Dask leaves its own values in the environment
 #: of a process that has started workers. The first three are Dask's defaults.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | MALLOC_VARIABLES

@@ -20,6 +20,7 @@ from fruitdask.worker.images.pixels import (
     find_frame,
     lay_frame_on_white,
 )
+from fruitdask.worker.images.resize import resize_square
 
 #: Formats to decode, told by content; Pillow knows more, some of which start other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")
@@ -62,9 +63,9 @@ def decode_image(data: bytes, *, size_px: int, max_pixels: int, is_fast: bool = 
                 turn = _find_turn(image)
                 rgb = convert_to_rgb(image, choose_narrowing(image, data))
                 rgb = lay_frame_on_white(rgb, frame) if frame else rgb
-                pixels = rgb.resize((size_px, size_px), Image.Resampling.BICUBIC)
+                pixels = resize_square(rgb, size_px)
             # Turning the small square costs a fraction of turning the image, and no second image at full size.
-            return np.asarray(pixels if turn is None else pixels.transpose(turn))
+            return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
     except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
