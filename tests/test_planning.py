@@ -194,6 +194,9 @@ def test_expected_cost_is_what_arithmetic_says(cloud: LoopbackEC2, monkeypatch: 
         "requests": (1000 + 10 * 14) * 0.00043 / 1000 + (1 + 10 * 4) * 0.0054 / 1000,
     }
     assert found.costs == pytest.approx(expected) and found.dollars == pytest.approx(sum(expected.values()))
+    busy = found.seconds["featurize"] / running
+    paid = busy * (expected["instances"] + expected["volumes"] + expected["addresses"])
+    assert found.dollars_per_million == pytest.approx(1000 * (paid + expected["transfer"] + expected["requests"]))
     hours, cost = found.exceeded
     assert f"about {found.total_seconds / 3600:.2g} hours, and limits.max_hours is 0.05" in hours
     assert "after $0.01 already spent, and limits.max_cost is $0.02" in cost
@@ -393,7 +396,8 @@ def test_cost_of_a_run_on_ec2_is_in_the_manifest_with_that_of_its_interrupted_pa
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(second.model_dump(mode="json", exclude_defaults=True)))
     shown = CliRunner().invoke(cli, ["run", str(path)])
-    assert f"${2 * paid:.2f} for 0.07 hours of instances, by prices of configuration, else January 2026" in shown.stdout
+    each = f"${1e6 * 2 * paid / result.manifest['n_images']:.2f} per million images"
+    assert f"${2 * paid:.2f} for 0.07 hours of instances ({each}), by prices of configuration" in " ".join(shown.stdout.split())
 
 
 def configure_budget(cost: float, **limits: float) -> Budget:

@@ -133,4 +133,5 @@ def _format_costs(plan: "Plan") -> str:
     if not plan.dollars:
         return "nothing to AWS"
     parts = ", ".join(f"{name} ${dollars:.2f}" for name, dollars in plan.costs.items() if dollars >= _CENT)
-    return f"about ${plan.dollars:.2f}: {parts}" if parts else "less than a cent"
+    total = f"about ${plan.dollars:.2f}: {parts}" if parts else "less than a cent"
+    return f"{total}; a further million images ${plan.dollars_per_million:.2f}" if plan.n_left else total

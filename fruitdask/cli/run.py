@@ -145,7 +145,7 @@ def print_summary(result: "RunResult", *, waited_seconds: float) -> None:
             if result.n_computed and "featurize" in seconds
             else ""
         ),
-        "cost": _format_cost(manifest.get("cost")),
+        "cost": _format_cost(manifest.get("cost"), n_images=manifest["n_images"]),
         "explained variance": _format_explained(manifest.get("pca")),
         "same class": _format_quality(result.quality),
         "to check": _format_issues(manifest.get("issues")),
@@ -254,13 +254,14 @@ def _format_shares(manifest: dict[str, Any]) -> str:
     return ", ".join(f"{stage} {value / whole:.0%}" for stage, value in shares) if whole else ""
 
 
-def _format_cost(cost: dict[str, Any] | None) -> str:
+def _format_cost(cost: dict[str, Any] | None, *, n_images: int) -> str:
     """Format the cost of a run's instances, including those of interrupted attempts."""
     if cost is None:
         return ""
     hours = sum(figures["seconds"] for figures in cost["instances"].values()) / 3600
     unknown = f", without {', '.join(cost['without_price'])}" if "without_price" in cost else ""
-    return f"${cost['dollars']:.2f} for {hours:.2f} hours of instances, by prices of {cost['prices_of']}{unknown}"
+    each = f"${1e6 * cost['dollars'] / n_images:.2f} per million images"
+    return f"${cost['dollars']:.2f} for {hours:.2f} hours of instances ({each}), by prices of {cost['prices_of']}{unknown}"
 
 
 def _format_explained(pca: dict[str, Any] | None) -> str:

@@ -168,6 +168,13 @@ class Plan:
         """Expected cost in US dollars."""
         return sum(self.costs.values())
 
+    @property
+    def dollars_per_million(self) -> float:
+        """Expected US dollars for each further million images: without the start and the end of the run."""
+        per_run = sum(self.costs[name] for name in ("instances", "volumes", "addresses"))
+        share = self.seconds["featurize"] / (self.total_seconds - self.seconds["list"] or 1.0)
+        return 1e6 * (share * per_run + self.costs["transfer"] + self.costs["requests"]) / max(1, self.n_left)
+
     def describe(self) -> dict[str, Any]:
         """
         Return the plan as JSON.
@@ -177,7 +184,7 @@ class Plan:
         dict[str, Any]
             All of its values.
         """
-        names = ("n_partitions", "features_bytes", "worker_bytes", "total_seconds", "dollars")
+        names = ("n_partitions", "features_bytes", "worker_bytes", "total_seconds", "dollars", "dollars_per_million")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
 
