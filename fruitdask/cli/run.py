@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from fruitdask.store.exploration import Exploration
 
 _SHOWN_CLASSES = 24
+#: Images from which on the cost of a run is told per million.
+_FEWEST_PRICED = 10_000
 #: What metadata hold, by its name in the counts.
 _METADATA = {"exif": "camera data", "gps": "positions", "serial": "serial numbers", "name": "names"}
 
@@ -260,8 +262,9 @@ def _format_cost(cost: dict[str, Any] | None, *, n_images: int) -> str:
         return ""
     hours = sum(figures["seconds"] for figures in cost["instances"].values()) / 3600
     unknown = f", without {', '.join(cost['without_price'])}" if "without_price" in cost else ""
-    each = f"${1e6 * cost['dollars'] / n_images:.2f} per million images"
-    return f"${cost['dollars']:.2f} for {hours:.2f} hours of instances ({each}), by prices of {cost['prices_of']}{unknown}"
+    # The start of the instances costs more than few images do.
+    each = f" (${1e6 * cost['dollars'] / n_images:.2f} per million images)" if n_images >= _FEWEST_PRICED else ""
+    return f"${cost['dollars']:.2f} for {hours:.2f} hours of instances{each}, by prices of {cost['prices_of']}{unknown}"
 
 
 def _format_explained(pca: dict[str, Any] | None) -> str:
