@@ -1,4 +1,4 @@
-"""Resizing to a square: Pillow's bicubic filter, bit for bit, in about a quarter of its time."""
+"""Resizing to a square: Pillow's bicubic filter, bit for bit, in a quarter of its time."""
 
 from functools import cache, lru_cache
 from typing import Any
