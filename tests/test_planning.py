@@ -21,7 +21,7 @@ from runs import MakeConfig, configure
 import fruitdask
 from fruitdask import store
 from fruitdask.cli import cli
-from fruitdask.cli.run import _format_cost
+from fruitdask.cli.summary import _advise, _compute_shares, _format_cost
 from fruitdask.core.config import EC2ClusterConfig, LimitsConfig, LocalClusterConfig, ModelConfig
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location
@@ -433,3 +433,34 @@ def test_cluster_that_costs_nothing_has_no_cost() -> None:
     budget = Budget(LimitsConfig(max_cost=1), LocalClusterConfig(), region="local", spent=None, elapsed_seconds=0)
     budget.check()
     assert budget.describe() is None and budget.spent_dollars == 0
+
+
+@pytest.mark.parametrize(
+    ("spent", "engine", "expected"),
+    [
+        (
+            {"decode": 120.0, "predict": 70.0},
+            "openvino",
+            "decoding took longest: set featurize.decode: fast, or use more",
+        ),
+        ({"fetch": 180.0, "predict": 9.0}, "openvino", "reading files took longest: raise featurize.concurrent_reads"),
+        ({"decode": 50.0, "predict": 130.0}, "tensorflow", "the network took longest: install fruitdask[openvino]"),
+        ({"decode": 10.0, "predict": 20.0}, "openvino", "workers waited longest: lower featurize.images_per_partition"),
+        ({"decode": 80.0, "predict": 80.0, "write": 40.0}, "openvino", "decoding took longest"),
+        ({"decode": 70.0, "predict": 70.0, "write": 60.0}, "openvino", ""),
+        ({}, "openvino", ""),
+    ],
+    ids=["decode", "fetch", "network", "idle", "even at the bound", "nothing for long", "nothing computed"],
+)
+def test_summary_says_what_limited_a_long_run(spent: dict[str, float], engine: str, expected: str) -> None:
+    manifest = {
+        "seconds": {"featurize": 100.0, "worker": spent},
+        "cluster": {"n_threads": 2},
+        "config": {"featurize": {"decode": "exact"}},
+        "model": {"engine": engine},
+    }
+    advice = _advise(_compute_shares(manifest), manifest)
+    assert advice.startswith(expected) and bool(advice) == bool(expected)
+    manifest["seconds"]["featurize"] = 59.0
+    manifest["cluster"]["n_threads"] = 4
+    assert not _advise(_compute_shares(manifest), manifest)

@@ -5,7 +5,7 @@ import time
 import click
 
 from fruitdask.cli.common import find_output, overwrite_option, prepare_cluster, reported, set_option, verbose_option
-from fruitdask.cli.run import print_summary
+from fruitdask.cli.summary import print_summary
 
 
 @click.command()
