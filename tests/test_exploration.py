@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +17,17 @@ from runs import OFF
 import fruitdask
 from fruitdask import store
 from fruitdask.analysis.duplicates import group_duplicates, group_near_duplicates
-from fruitdask.analysis.exploration import (
-    Accumulator,
-    _describe_distances,
-    mean_squared_difference,
-    measure_partition,
-    summarize_findings,
-)
-from fruitdask.core.config import Config, ExploreConfig, InputConfig, load_config
+from fruitdask.analysis.exploration import _describe_distances
+from fruitdask.core.config import Config, load_config
+from fruitdask.core.progress import RunProgress
 from fruitdask.core.sample import draw_sample
 from fruitdask.core.storage import Location
 from fruitdask.errors import DamageError, StoreMismatchError
-from fruitdask.store.catalog import list_images, split_catalog
-from fruitdask.store.exploration import Exploration, read_exploration, write_exploration
-from fruitdask.worker.explore import ClassSums, ExploreJob, explore_partition, find_background
-from fruitdask.worker.fetch import ImageSource
+from fruitdask.pipeline import explore as explore_module
+from fruitdask.pipeline.explore import ImageExploration
+from fruitdask.pipeline.inputs import prepare_inputs
+from fruitdask.store.exploration import Exploration, read_exploration
+from fruitdask.worker.sums import ClassSums, find_background, mean_squared_difference
 
 #: Published for the same photographs (Fruits-360, original size): the "average MSE" between the images of a class.
 PUBLISHED = {
@@ -41,42 +39,41 @@ PUBLISHED = {
 }
 
 
+def run_here(
+    client: Any, function: Any, pieces: Any, *, delivered: Any, on_result: Callable[[Any], None], probe: Any = None
+) -> None:
+    """Run tasks in this process, the last ones first, on copies as a cluster would."""
+    for piece in reversed(list(pieces)):
+        on_result(pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps((piece, delivered)))))))
+
+
 def explore_here(
-    folder: Path, output: Path, *, images_per_partition: int = 5, px: int = 32, **settings: Any
+    folder: Path,
+    output: Path,
+    *,
+    images_per_partition: int = 5,
+    px: int = 32,
+    labels: Sequence[str] | None = None,
+    **settings: Any,
 ) -> Exploration:
-    """Explore a folder without a cluster."""
-    catalog = list_images(InputConfig(url=str(folder)))
-    config = ExploreConfig(**settings)
-    source = ImageSource(
-        Location(str(folder)), batch_size=3, max_pixels=10_000_000, fetch_attempts=1, concurrent_reads=4
-    )
-    thumbnail_px = config.choose_thumbnail_px(len(catalog))
-    job = ExploreJob(source, Location(str(output)), input_px=px, thumbnail_px=thumbnail_px)
-    store.create_thumbnails(
-        job.output,
-        n_images=len(catalog),
-        thumbnail_px=thumbnail_px,
-        images_per_partition=images_per_partition,
-    )
-    found, partitions = Accumulator(), list(split_catalog(catalog, images_per_partition))
-    for partition in reversed(partitions):
-        found.add(explore_partition(partition, job))
-    images = found.images
-    reference = found.build_reference(images, config, job.output)
-    measured = [measure_partition(partition, reference) for partition in reversed(partitions)]
-    return summarize_findings(
-        found,
-        images,
-        measured,
-        reference=reference,
-        config=config,
-        described={
-            "fruitdask": "test",
-            "fingerprint": {"catalog": ""},
-            "input_px": job.input_px,
-            "finished": "2026-11-27T12:00:00+00:00",
-        },
-    )
+    """Explore a folder without a cluster, its images in the order of their paths with other labels if there are any."""
+    tree = {"input": {"url": str(folder)}, "output": {"url": str(output)}, "explore": {"input_px": px} | settings}
+    if labels is not None:
+        table = folder.parent / f"{output.name}.csv"
+        pd.DataFrame({"path": list_paths(folder), "label": labels}).to_csv(table, index=False)
+        tree["input"] |= {"manifest": str(table)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explore_module, "map_partitions", run_here)
+        inputs = prepare_inputs(load_config(tree), RunProgress())
+        ImageExploration(inputs, images_per_partition=images_per_partition).complete(None, RunProgress())
+    found = read_exploration(Location(str(output)))
+    assert found is not None
+    return found
+
+
+def list_paths(folder: Path) -> list[str]:
+    """List the images of a folder in the order of their paths."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def read_pixels(paths: list[Path], px: int) -> np.ndarray:
@@ -251,27 +248,21 @@ def test_find_background_is_what_looks_like_an_edge_of_one_colour() -> None:
     assert np.flatnonzero(sums.colours).tolist() == [(180 // 32) * 64 + (40 // 32) * 8] and sums.colours.max() == 560
 
 
-def test_exploration_reads_back(sample_folder: Path, tmp_path: Path) -> None:
+def test_explored_tables_and_thumbnails_are_of_the_images(sample_folder: Path, tmp_path: Path) -> None:
     found = explore_here(sample_folder, tmp_path, max_thumbnails=7)
-    output = Location(str(tmp_path))
-    assert read_exploration(output) is None
-    write_exploration(output, found)
-    read = read_exploration(output)
-    assert read is not None
-    pd.testing.assert_frame_equal(read.images, found.images)
-    pd.testing.assert_frame_equal(read.classes, found.classes)
-    np.testing.assert_array_equal(read.thumbnails, found.thumbnails)
-    np.testing.assert_array_equal(read.thumbnail_rows, found.thumbnail_rows)
-    np.testing.assert_array_equal(read.means, found.means)
+    assert list(found.images["path"]) == list_paths(sample_folder)
     # Besides the 7 that were asked for, the most and the least typical of each of the 6 classes.
-    shown = set(read.images["path"].iloc[read.thumbnail_rows])
-    assert {*read.classes["most_typical"], *read.classes["least_typical"]} <= shown
-    assert 12 <= len(read.thumbnails) == len(shown) <= 7 + 12 and read.summary["status"] == "complete"
-    assert pd.read_csv(tmp_path / "explore.csv")["path"].tolist() == found.images["path"].tolist()
-    row = int(found.thumbnail_rows[3])
-    with Image.open(sample_folder / found.images.at[row, "path"]) as image:
-        thumbnail = image.resize((32, 32), Image.Resampling.BICUBIC).resize((128, 128), Image.Resampling.BOX)
-    np.testing.assert_array_equal(found.thumbnails[3], thumbnail)
+    shown = set(found.images["path"].iloc[found.thumbnail_rows])
+    assert {*found.classes["most_typical"], *found.classes["least_typical"]} <= shown
+    assert 12 <= len(found.thumbnails) == len(shown) <= 7 + 12 and found.summary["status"] == "complete"
+    read = pd.read_csv(tmp_path / "explore.csv")
+    assert list(read["path"]) == list_paths(sample_folder) and list(read) == list(found.images)
+    assert not (tmp_path / "exploring").exists() and "compared_px" not in found.summary
+    for place in (3, -1):
+        path = sample_folder / found.images["path"][found.thumbnail_rows[place]]
+        with Image.open(path) as image:
+            thumbnail = image.resize((32, 32), Image.Resampling.BICUBIC).resize((128, 128), Image.Resampling.BOX)
+        np.testing.assert_array_equal(found.thumbnails[place], thumbnail)
 
 
 def test_explore_again_looks_at_nothing(sample_folder: Path, client: Any, tmp_path: Path) -> None:
@@ -286,9 +277,18 @@ def test_explore_again_looks_at_nothing(sample_folder: Path, client: Any, tmp_pa
     assert not other.classes["mean_squared_difference"].equals(first.classes["mean_squared_difference"])
 
 
-def test_group_duplicates_leaves_out_what_is_alone() -> None:
-    groups = group_duplicates(pd.Series(["b", "", "a", "b", "a", "c", ""], index=range(10, 17)))
-    assert groups.tolist() == [0, pd.NA, 1, 0, 1, pd.NA, pd.NA] and groups.dtype == "Int64"
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 2**64 - 1]), st.booleans()), max_size=30))
+def test_group_duplicates_equals_a_dictionary(rows: list[tuple[int, int, bool]]) -> None:
+    keys = np.array([row[:2] for row in rows], np.uint64).reshape(-1, 2)
+    is_known = np.array([row[2] for row in rows], bool)
+    members: dict[tuple[int, int], list[int]] = {}
+    for place, (first, second, known) in enumerate(rows):
+        if known:
+            members.setdefault((first, second), []).append(place)
+    expected = np.full(len(rows), -1)
+    for number, places in enumerate(places for places in members.values() if len(places) > 1):
+        expected[places] = number
+    np.testing.assert_array_equal(group_duplicates(keys, is_known), expected)
 
 
 @pytest.mark.parametrize("max_bits", [0, 1, 3, 8])
@@ -303,7 +303,11 @@ def test_group_near_duplicates_equals_comparing_all(max_bits: int) -> None:
             flipped ^= np.uint64(1) << column.astype(np.uint64)
         values = np.concatenate([values, flipped])
     values = rng.permutation(values)
-    groups = group_near_duplicates(pd.Series([f"{value:016x}" for value in values]), max_bits=max_bits)
+    # A hash of an image that cannot be read is none, whatever it is.
+    is_known = np.arange(len(values)) % 9 > 0
+    found = group_near_duplicates(values, is_known, max_bits=max_bits)
+    assert (found[~is_known] == -1).all()
+    values, groups = values[is_known], pd.Series(found[is_known]).replace(-1, pd.NA)
     leader = np.arange(len(values))
     for first, second in itertools.combinations(range(len(values)), 2):
         if int(values[first] ^ values[second]).bit_count() <= max_bits:
@@ -381,13 +385,13 @@ def test_group_near_duplicates_takes_many_that_are_all_alike() -> None:
     centre = rng.integers(0, 2**64, dtype=np.uint64)
     flips = np.uint64(1) << rng.integers(0, 64, (3000, 3), dtype=np.uint64)
     values = centre ^ flips[:, 0] ^ flips[:, 1] ^ flips[:, 2]
-    groups = group_near_duplicates(pd.Series([f"{value:016x}" for value in values]), max_bits=8)
-    assert groups.nunique() == 1 and groups.notna().all()
+    groups = group_near_duplicates(values, np.ones(len(values), bool), max_bits=8)
+    assert groups.tolist() == [0] * len(values)
 
 
 def test_damaged_exploration_is_one_sentence(sample_folder: Path, tmp_path: Path) -> None:
     output = Location(str(tmp_path))
-    write_exploration(output, explore_here(sample_folder, tmp_path))
+    explore_here(sample_folder, tmp_path)
     store.delete_result(output, "explore.zarr/means")
     with pytest.raises(DamageError, match="explore.zarr is damaged .means is missing.; use fruitdask verify"):
         read_exploration(output)

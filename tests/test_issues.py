@@ -115,7 +115,14 @@ def test_near_duplicates_agree_in_hash_and_colour_and_are_in_different_parts() -
     table = pd.DataFrame(rows, columns=["perceptual_hash", "colour", "content_hash", "part"])
     colours = pd.DataFrame(table.pop("colour").tolist(), columns=["mean_red", "mean_green", "mean_blue"])
     parts = table.pop("part").to_numpy()
-    pairs = issues.find_near_pairs(pd.concat([table, colours], axis=1), parts, max_bits=2)
+    hashes = table.pop("perceptual_hash")
+    found_in_files = {
+        "perceptual_hash": [np.uint64(int(text or "0", 16)) for text in hashes],
+        "has_look": hashes != "",
+        # Only the first and its copy are equal files.
+        "duplicate_group": np.where(table.pop("content_hash") == "a", 0.0, np.nan),
+    }
+    pairs = issues.find_near_pairs(colours.assign(**found_in_files), parts, max_bits=2)
     found = {frozenset(pair) for pair in pairs.T.tolist()}
     assert found == {frozenset(pair) for pair in ((0, 1), (1, 3), (3, 5))}
     assert pairs.dtype == np.int64

@@ -773,11 +773,11 @@ def test_thumbnails_of_all_images_go_when_the_exploration_is_complete(
         path.write_bytes(b"broken")
     with pytest.raises(TooManyFailuresError, match="images failed"):
         fruitdask.run(make_config(explore=ON, input={"url": str(source)}), client=client)
-    assert (tmp_path / "out" / "thumbnails.zarr").exists()
+    assert (tmp_path / "out" / "exploring").exists()
     fruitdask.run(
         make_config(explore=ON, input={"url": str(source)}, featurize={"max_failed_fraction": 0.5}), client=client
     )
-    assert not (tmp_path / "out" / "thumbnails.zarr").exists()
+    assert not (tmp_path / "out" / "exploring").exists()
 
 
 def test_manifest_keeps_no_secret_of_a_url(make_config: MakeConfig) -> None:

@@ -113,9 +113,8 @@ class ImageNumbers:
     def fill(self, start: int, table: Any) -> int:
         """Fill in the numbers of some images from an Arrow table of `NUMBERS`; returns the row after the last."""
         rows = slice(start, start + table.num_rows)
-        for name, array in (("content_hash", self.contents), ("perceptual_hash", self.looks)):
-            numbers, is_known = parse_hashes(table[name])
-            array[rows][is_known] = numbers[:, :2] if array.ndim == 2 else numbers[:, 0]
+        self.contents[rows] = parse_hashes(table["content_hash"], n_bits=256)[0][:, :2]
+        self.looks[rows] = parse_hashes(table["perceptual_hash"], n_bits=64)[0][:, 0]
         self.bytes[rows] = table["bytes"].to_numpy()
         for column, name in enumerate(("width_px", "height_px")):
             self.sides[rows, column] = table[name].fill_null(0).to_numpy()
@@ -125,23 +124,23 @@ class ImageNumbers:
         return start + int(table.num_rows)
 
 
-def parse_hashes(column: Any) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
-    """Parse an Arrow column of hashes of one length, in hexadecimal digits or empty.
+def parse_hashes(column: Any, *, n_bits: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+    """Parse an Arrow column of hashes in hexadecimal digits, of so many bits or empty.
 
-    Returns the hashes that are there, shape (n, k), uint64, and which rows have one.
+    Returns shape (n, n_bits // 64), uint64, and which rows have a hash.
 
     >>> import pyarrow
-    >>> numbers, is_known = parse_hashes(pyarrow.array(["00000000000000ff", "", "00000000000000fe"]))
+    >>> numbers, is_known = parse_hashes(pyarrow.array(["00000000000000ff", "", "00000000000000fe"]), n_bits=64)
     >>> numbers.tolist(), is_known.tolist()
-    ([[255], [254]], [True, False, True])
+    ([[255], [0], [254]], [True, False, True])
     """
     import pyarrow.compute
 
     is_known = np.asarray(pyarrow.compute.utf8_length(column), np.int64) > 0
-    text = "".join(column.filter(pyarrow.array(is_known)).to_pylist())
-    n_known = int(is_known.sum())
-    numbers = np.frombuffer(bytes.fromhex(text), ">u8").astype(np.uint64)
-    return numbers.reshape(n_known, len(numbers) // max(1, n_known)), is_known
+    digits = "".join(column.filter(pyarrow.array(is_known)).to_pylist())
+    numbers = np.zeros((len(is_known), n_bits // 64), np.uint64)
+    numbers[is_known] = np.frombuffer(bytes.fromhex(digits), ">u8").reshape(-1, n_bits // 64)
+    return numbers, is_known
 
 
 @dataclass(frozen=True, eq=False)

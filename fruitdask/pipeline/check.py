@@ -114,10 +114,8 @@ def _read_findings(output: Location, paths: pd.Series) -> pd.DataFrame:
         is_same = is_same and list(here) == list(paths.iloc[start : start + len(here)])
         start += len(here)
         found = block.select(_FINDINGS).to_pandas().astype({"duplicate_group": "float64"} | _SIZES)
-        hashes, is_known = parse_hashes(block["perceptual_hash"])
-        looks = np.zeros(len(found), np.uint64)
-        looks[is_known] = hashes[:, 0] if len(hashes) else 0
-        images.append(found.assign(perceptual_hash=looks, has_look=is_known))
+        looks, has_look = parse_hashes(block["perceptual_hash"], n_bits=64)
+        images.append(found.assign(perceptual_hash=looks[:, 0], has_look=has_look))
     table: pd.DataFrame = pd.concat(images, ignore_index=True)
     if is_same and len(table) == len(paths):
         return table
