@@ -2,8 +2,11 @@
 
 import io
 import itertools
+import os
 import pickle
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +14,20 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from runs import OFF
 
 import fruitdask
 from fruitdask import store
+from fruitdask.analysis import exploration as exploration_module
 from fruitdask.analysis.duplicates import group_duplicates, group_near_duplicates
 from fruitdask.analysis.exploration import _describe_distances
 from fruitdask.core.config import Config, load_config
+from fruitdask.core.partition import ClassBlock
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.sample import draw_sample
 from fruitdask.core.storage import Location
-from fruitdask.errors import DamageError, StoreMismatchError
+from fruitdask.errors import DamageError, PartitionError, StoreMismatchError
 from fruitdask.pipeline import explore as explore_module
 from fruitdask.pipeline.explore import ImageExploration
 from fruitdask.pipeline.inputs import prepare_inputs
@@ -395,3 +400,204 @@ def test_damaged_exploration_is_one_sentence(sample_folder: Path, tmp_path: Path
     store.delete_result(output, "explore.zarr/means")
     with pytest.raises(DamageError, match="explore.zarr is damaged .means is missing.; use fruitdask verify"):
         read_exploration(output)
+
+
+def explore_plainly(folder: Path, labels: Sequence[str], *, px: int, thumbnail_px: int) -> pd.DataFrame:
+    """Explore all images of a folder at once with Pillow and NumPy alone; one row per class."""
+    classes: dict[str, list[tuple[str, np.ndarray, np.ndarray]]] = {label: [] for label in sorted(set(labels))}
+    for path, label in zip(list_paths(folder), labels, strict=True):
+        with suppress(UnidentifiedImageError), Image.open(folder / path) as image:
+            whole = image.convert("RGB").resize((px, px), Image.Resampling.BICUBIC)
+            small = whole.resize((thumbnail_px, thumbnail_px), Image.Resampling.BOX)
+            classes[label].append((path, np.asarray(whole, float), np.asarray(small, float)))
+    rows = []
+    for label, members in classes.items():
+        row: dict[str, Any] = {"n_images": labels.count(label), "n_ok": len(members), "most_typical": ""}
+        row |= {"mean_squared_difference": np.nan, "mean": np.full((thumbnail_px, thumbnail_px, 3), 255.0)}
+        if members:
+            thumbnails = np.stack([small for *_, small in members])
+            row["mean"] = thumbnails.mean(axis=0)
+            distances = ((thumbnails - row["mean"]) ** 2).mean(axis=(1, 2, 3))
+            row["most_typical"] = members[int(distances.argmin())][0]
+        if len(members) > 1:
+            pixels = np.stack([whole for _, whole, _ in members]) / 127.5
+            row["mean_squared_difference"] = 2 * pixels.var(axis=0, ddof=1).mean()
+        rows.append(row)
+    return pd.DataFrame(rows, index=list(classes))
+
+
+def check_classes(found: Exploration, expected: pd.DataFrame) -> None:
+    """Check what was found about classes against a plain exploration."""
+    assert list(found.classes.index) == list(expected.index)
+    for name in ("n_images", "n_ok", "most_typical"):
+        assert found.classes[name].tolist() == expected[name].tolist()
+    np.testing.assert_allclose(
+        found.classes["mean_squared_difference"], expected["mean_squared_difference"].astype(float), rtol=1e-9
+    )
+    # Half a level may be rounded to either side.
+    np.testing.assert_allclose(found.means, np.stack(expected["mean"]), atol=0.5 + 1e-9)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of noise, each darker or lighter, of which some cannot be read."""
+    folder, random = tmp_path_factory.mktemp("mixed") / "in", np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(400):
+        path = folder / f"{number:03d}.png"
+        if number % 23 == 5:
+            path.write_bytes(b"no image")
+        else:
+            low, high = sorted(random.integers(0, 257, 2) // 2 * 2)
+            save(path, Image.fromarray(random.integers(low, high + 1, (20, 20, 3), dtype=np.int64).astype(np.uint8)))
+    return folder
+
+
+@pytest.mark.parametrize("images_per_partition", [10, 64, 400])
+@pytest.mark.parametrize("way", ["one", "alternating", "runs", "empty"])
+def test_classes_are_those_of_a_plain_exploration(
+    mixed: Path, tmp_path: Path, way: str, images_per_partition: int
+) -> None:
+    labels = {
+        # One class across many partitions; two in each; a few of different sizes; some without a readable image.
+        "one": ["all"] * 400,
+        "alternating": [f"class {number % 7}" for number in range(400)],
+        "runs": [f"class {int(number**0.5)}" for number in range(400)],
+        "empty": ["unreadable" if number % 23 == 5 else "readable" for number in range(400)],
+    }[way]
+    found = explore_here(
+        mixed, tmp_path / "out", images_per_partition=images_per_partition, px=16, thumbnail_px=16, labels=labels
+    )
+    check_classes(found, explore_plainly(mixed, labels, px=16, thumbnail_px=16))
+    assert found.images["label"].tolist() == labels and (tmp_path / "out" / "explore.parquet").exists()
+
+
+def test_classes_in_several_blocks_are_those_of_a_plain_exploration(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, run_here_alone = list[ClassBlock](), run_here
+
+    def run_and_count(client: Any, function: Any, pieces: Any, **settings: Any) -> None:
+        pieces = list(pieces)
+        blocks.extend(piece for piece in pieces if isinstance(piece, ClassBlock))
+        run_here_alone(client, function, pieces, **settings)
+
+    monkeypatch.setattr(exploration_module, "_SUMS_PER_BLOCK", 64)
+    labels = [f"class {number * 7 % 300:03d}" for number in range(400)]
+    with monkeypatch.context() as patch:
+        patch.setitem(explore_here.__globals__, "run_here", run_and_count)
+        found = explore_here(mixed, tmp_path / "out", images_per_partition=50, px=16, thumbnail_px=16, labels=labels)
+    check_classes(found, explore_plainly(mixed, labels, px=16, thumbnail_px=16))
+    # Each class is in one block, and a block does not read more than it may.
+    assert len(blocks) > 5 and [block.start for block in blocks] == [0, *(block.stop for block in blocks[:-1])]
+    assert blocks[-1].stop == 300 and all(len(block.codes) <= 64 for block in blocks)
+
+
+def test_many_classes_in_a_row_are_compared_at_half_the_size(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = [f"class {number % 100:02d}" for number in range(400)]
+    # Sums of 100 classes of 64 pixels have 4.9 MB.
+    monkeypatch.setattr(exploration_module, "_MAX_SUMS_BYTES", 1_300_000)
+    found = explore_here(mixed, tmp_path / "out", images_per_partition=100, px=64, thumbnail_px=16, labels=labels)
+    assert found.summary["compared_px"] == 32 and found.summary["input_px"] == 64
+    read = [path for path in list_paths(mixed)[7::100] if int(path[:3]) % 23 != 5]
+    pixels = [
+        np.asarray(
+            Image.open(mixed / path).resize((64, 64), Image.Resampling.BICUBIC).resize((32, 32), Image.Resampling.BOX)
+        )
+        / 127.5
+        for path in read
+    ]
+    assert found.classes.at["class 07", "mean_squared_difference"] == pytest.approx(
+        compare_all_pairs(np.stack(pixels)).mean(), rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("n_classes", [1, 106, 107, 512])
+def test_compared_px_keeps_sums_small_whatever_the_partitions(n_classes: int) -> None:
+    px = exploration_module.choose_compared_px(np.arange(100_000) % n_classes, 224)
+    assert px == {1: 224, 106: 224, 107: 112, 512: 56}[n_classes]
+    assert n_classes * px**2 * 3 * 4 <= 64_000_000
+
+
+def interrupt_after(n_partitions: int, config: Config, client: Any) -> set[int]:
+    """Explore until some partitions are committed; returns those that are."""
+    output = Location(config.output.url)
+    explore, seen = explore_module.map_partitions, 0
+
+    def interrupt(*arguments: Any, on_result: Any, **settings: Any) -> None:
+        def note(result: Any) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == n_partitions:
+                raise KeyboardInterrupt("in this test")
+            on_result(result)
+
+        explore(*arguments, on_result=note, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explore_module, "map_partitions", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="in this test"):
+            fruitdask.explore(config, client=client)
+    while any(client.run(lambda dask_worker: len(dask_worker.state.all_running_tasks)).values()):
+        pass
+    (folder,) = Path(output.path, "exploring").iterdir()
+    return {int(path.stem) for path in (folder / "rows").iterdir()}
+
+
+def test_interrupted_exploration_reads_no_finished_partition_again(mixed: Path, tmp_path: Path, client: Any) -> None:
+    folder = shutil.copytree(mixed, tmp_path / "in")
+    config = make_config(folder, tmp_path / "out", **{"explore.input_px": 16})
+    whole = fruitdask.explore(make_config(folder, tmp_path / "whole", **{"explore.input_px": 16}), client=client)
+    done = interrupt_after(3, config, client)
+    assert 3 <= len(done) < 13
+    # An image that is read again would be seen, for it is another one now; catalogs know files by size and age.
+    size = 32
+    for path in (folder / f"{row:03d}.png" for row in range(400) if row // size in done):
+        data, age = path.read_bytes(), path.stat().st_mtime_ns
+        path.write_bytes(b"x" * len(data))
+        os.utime(path, ns=(age, age))
+    found = fruitdask.explore(config, client=client)
+    pd.testing.assert_frame_equal(found.images, whole.images)
+    pd.testing.assert_frame_equal(found.classes, whole.classes)
+    np.testing.assert_array_equal(found.thumbnails, whole.thumbnails)
+    assert not (tmp_path / "out" / "exploring").exists()
+
+
+def test_other_settings_take_nothing_of_an_interrupted_exploration(mixed: Path, tmp_path: Path, client: Any) -> None:
+    interrupt_after(3, make_config(mixed, tmp_path / "out", **{"explore.input_px": 16}), client)
+    found, fresh = (
+        fruitdask.explore(make_config(mixed, tmp_path / name, **{"explore.input_px": 24}), client=client)
+        for name in ("out", "fresh")
+    )
+    pd.testing.assert_frame_equal(found.images, fresh.images)
+    pd.testing.assert_frame_equal(found.classes, fresh.classes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"), [("rows", "flipped"), ("sums", "cut"), ("thumbnails", "flipped"), ("thumbnails", "lost")]
+)
+def test_damaged_working_file_is_said_once_and_explored_again(
+    mixed: Path, tmp_path: Path, client: Any, kind: str, damage: str
+) -> None:
+    config = make_config(mixed, tmp_path / "out", **{"explore.input_px": 16, "explore.thumbnail_px": 16})
+    done = interrupt_after(12, config, client)
+    (file,) = (tmp_path / "out" / "exploring").glob(f"*/{kind}/{min(done):05d}.*")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.unlink() if damage == "lost" else file.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
+    with pytest.raises((DamageError, PartitionError), match=f"{kind}/{min(done):05d}.* is damaged .*; run again"):
+        fruitdask.explore(config, client=client)
+    found = fruitdask.explore(config, client=client)
+    check_classes(found, explore_plainly(mixed, ["in"] * 400, px=16, thumbnail_px=16))
+
+
+def test_images_that_the_storage_did_not_deliver_are_read_again(tmp_path: Path, mixed: Path, client: Any) -> None:
+    config = make_config(mixed, tmp_path / "out", **{"explore.input_px": 16})
+    done = interrupt_after(3, config, client)
+    (file,) = (tmp_path / "out" / "exploring").glob(f"*/rows/{min(done):05d}.parquet")
+    rows = pd.read_parquet(file)
+    store.write_table(Location(str(file)), rows.assign(status="unreachable", error="the storage was away"))
+    found = fruitdask.explore(config, client=client)
+    assert not found.images["status"].eq("unreachable").any()
