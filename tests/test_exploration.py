@@ -348,6 +348,14 @@ def test_images_that_are_all_the_same_do_not_differ(tmp_path: Path) -> None:
     assert found.classes.at["a", "n_duplicates"] == found.classes.at["a", "n_near_duplicates"] == 20
 
 
+def test_black_images_have_black_means_and_thumbnails(tmp_path: Path) -> None:
+    for number in range(3):
+        save(tmp_path / "in" / "night" / f"{number}.png", Image.new("RGB", (30, 30)))
+    found = explore_here(tmp_path / "in", tmp_path / "out", images_per_partition=2)
+    assert found.means.shape[0] == 1 and len(found.thumbnails) == 3
+    assert found.means.max() == found.thumbnails.max() == 0
+
+
 def test_images_that_cannot_be_read_are_all_that_there_is(tmp_path: Path, client: Any) -> None:
     (tmp_path / "in" / "a").mkdir(parents=True)
     for number in range(3):
@@ -585,7 +593,7 @@ def test_damaged_working_file_is_said_once_and_explored_again(
     done = interrupt_after(12, config, client)
     (file,) = (tmp_path / "out" / "exploring").glob(f"*/{kind}/{min(done):05d}.*")
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[50] ^= 1
     file.unlink() if damage == "lost" else file.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
     with pytest.raises((DamageError, PartitionError), match=f"{kind}/{min(done):05d}.* is damaged .*; run again"):
         fruitdask.explore(config, client=client)

@@ -237,9 +237,9 @@ def add_array(
 def open_array(location: Location, name: str) -> Any:
     """Open an array of a group to write parts of it."""
     with explained(location, "write"):
+        array = zarr.open_array(**name_store(location.child(name)), mode="r+", zarr_format=3)
         # A chunk that is not there is missing then, not one of zeros.
-        store = name_store(location.child(name))
-        return zarr.open_array(**store, mode="r+", zarr_format=3, config={"write_empty_chunks": True})
+        return array.with_config({"write_empty_chunks": True})
 
 
 class LazyArray:
