@@ -314,8 +314,7 @@ class ExplorationManifest(Manifest):
     n_images: int | None = None
     n_ok: int | None = None
     input_px: int | None = None
-    #: Side at which images of a class were compared, where it is smaller than `input_px`: the classes of images in a row
-    #: are so many that sums at full size would have filled the memory.
+    #: Side at which images were compared, if smaller than `input_px` because very many classes alternate.
     compared_px: int | None = None
     scale: str | None = None
     near_duplicate_bits: int | None = None
