@@ -310,10 +310,13 @@ class ImageExploration:
             row = rows.stop
 
     def _read_thumbnails(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        """Read the thumbnails of some images."""
-        places = zip(*(part.tolist() for part in np.divmod(rows, self._images_per_partition)), strict=True)
-        found = self.job.workspace.read_thumbnails([(index, place, place + 1) for index, place in places])
-        return np.asarray(found["pixels"])
+        """Read the thumbnails of some images, given in ascending order."""
+        indices, places = np.divmod(rows, self._images_per_partition)
+        # Images that follow each other in a partition are one request.
+        starts = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (places == 0))
+        lengths = np.diff(starts, append=len(rows))
+        pieces = zip(indices[starts].tolist(), places[starts].tolist(), (places[starts] + lengths).tolist(), strict=True)
+        return np.asarray(self.job.workspace.read_thumbnails(list(pieces))["pixels"])
 
     def _name_images(self, rows: pd.Series) -> pd.Series:
         """Return the paths of rows; empty for -1."""

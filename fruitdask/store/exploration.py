@@ -52,7 +52,7 @@ class Exploration:
         ``content_hash`` (SHA-256), ``perceptual_hash`` (64 bits) and the groups ``duplicate_group`` and
         ``near_duplicate_group``; ``has_exif``, ``has_gps``, ``has_serial``, ``has_name``; ``mean_red``, ``mean_green``,
         ``mean_blue`` (0 to 255); ``contrast`` (standard deviation of grey levels) and ``sharpness`` (variance of their
-        Laplacian) at the size of comparison; ``distance_to_mean``, the mean squared difference from the mean image of
+        Laplacian) at ``input_px``; ``distance_to_mean``, the mean squared difference from the mean image of
         the class.
     classes : pandas.DataFrame
         One row per class, its label the index: counts, bytes, median sizes, colours, ``mean_squared_difference`` over
@@ -65,7 +65,8 @@ class Exploration:
     means : numpy.ndarray
         The mean image of each class, shape (n_classes, px, px, 3), uint8.
     summary : dict[str, Any]
-        Scale, input size, counts and seconds.
+        Scale, input size, counts and times; ``compared_px``, the side at which images were compared, if it is smaller
+        than ``input_px`` because very many classes alternate.
     """
 
     images: pd.DataFrame = field(repr=False)
