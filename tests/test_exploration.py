@@ -461,7 +461,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("images_per_partition", [10, 64, 400])
+@pytest.mark.parametrize("images_per_partition", [7, 64])
 @pytest.mark.parametrize("way", ["one", "alternating", "runs", "empty"])
 def test_classes_are_those_of_a_plain_exploration(
     mixed: Path, tmp_path: Path, way: str, images_per_partition: int

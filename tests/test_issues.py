@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageFilter
-from runs import ON, Finish, configure
+from runs import OFF, ON, Finish, configure
 from scipy.spatial.distance import cdist
 
 import fruitdask
@@ -18,7 +18,9 @@ from fruitdask.analysis import issues
 from fruitdask.cli import cli
 from fruitdask.core.config import ModelConfig
 from fruitdask.core.sample import draw_sample
+from fruitdask.core.storage import Location
 from fruitdask.errors import OutputError
+from fruitdask.pipeline import check as check_module
 
 KINDS = list(issues.KINDS)
 
@@ -241,3 +243,21 @@ def test_a_damaged_list_is_a_fault_and_is_made_again(
     assert result.n_computed == 0 and fruitdask.verify(str(tmp_path / "out")).is_well
     pd.testing.assert_frame_equal(result.issues, expected)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["issues"]["by_kind"]
+
+
+def test_findings_of_an_exploration_are_aligned_with_the_rows_of_a_store(sample_folder: Path, tmp_path: Path) -> None:
+    tree = {"input": {"url": str(sample_folder)}, "output": {"url": str(tmp_path)}, "explore": {"input_px": 32}}
+    images = fruitdask.explore(fruitdask.load_config(tree | dict.fromkeys(("plots", "report"), OFF))).images
+    # After the input has grown, rows of a store have another order, and some are of images that have vanished.
+    order = np.random.default_rng(0).permutation(len(images))
+    paths = pd.concat([images["path"].iloc[order], pd.Series(["gone.jpg"])], ignore_index=True)
+    for rows, names in ((np.arange(len(images)), images["path"]), (order, paths)):
+        found = check_module._read_findings(Location(str(tmp_path)), names)
+        assert len(found) == len(names)
+        for name in ("width_px", "mean_red", "sharpness"):
+            expected = images[name].iloc[rows].to_numpy(np.float64, na_value=np.nan)
+            np.testing.assert_allclose(found[name].iloc[: len(rows)], expected, rtol=1e-6)
+        hashes = [int(text, 16) for text in images["perceptual_hash"].iloc[rows]]
+        assert found["perceptual_hash"].iloc[: len(rows)].tolist() == hashes
+        assert found["has_look"].tolist() == [True] * len(rows) + [False] * (len(names) - len(rows))
+    assert np.isnan(found["mean_red"].iloc[-1])
