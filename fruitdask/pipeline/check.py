@@ -86,11 +86,11 @@ def find_issues(settings: CheckConfig, output: Location, catalog: pd.DataFrame) 
         bits = exploration.near_duplicate_bits or 0
         found += _find_alike(features, is_ok, images, _number_parts(catalog, codes), bits)
     table = pd.concat(found, ignore_index=True)
-    rows, paths = table["row"].to_numpy(np.int64), catalog["path"].to_numpy()
-    table["path"], table["label"] = paths[rows], classes[codes[rows]]
-    for name, source, names in (("other", "other_row", paths), ("suggestion", "class", classes)):
+    rows, paths = table["row"].to_numpy(np.int64), catalog["path"]
+    table["path"], table["label"] = paths.iloc[rows].to_numpy(), classes[codes[rows]]
+    for name, source, names in (("other", "other_row", paths), ("suggestion", "class", pd.Series(classes))):
         chosen = table[source].fillna(-1).to_numpy(np.int64)
-        table[name] = np.where(chosen >= 0, names[chosen], "")
+        table[name] = np.where(chosen >= 0, names.iloc[chosen].to_numpy(), "")
     return rank_issues(table[list(COLUMNS)].astype({"score": np.float64, "agreement": np.float64}))
 
 
