@@ -314,8 +314,8 @@ class ImageExploration:
         indices, places = np.divmod(rows, self._images_per_partition)
         # Images that follow each other in a partition are one request.
         starts = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (places == 0))
-        lengths = np.diff(starts, append=len(rows))
-        pieces = zip(indices[starts].tolist(), places[starts].tolist(), (places[starts] + lengths).tolist(), strict=True)
+        stops = places[starts] + np.diff(starts, append=len(rows))
+        pieces = zip(indices[starts].tolist(), places[starts].tolist(), stops.tolist(), strict=True)
         return np.asarray(self.job.workspace.read_thumbnails(list(pieces))["pixels"])
 
     def _name_images(self, rows: pd.Series) -> pd.Series:
