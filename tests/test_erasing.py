@@ -26,7 +26,7 @@ from fruitdask.core.config import ModelConfig
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location, keeps_versions
 from fruitdask.errors import CatalogError, ConfigError, OutputError, StoreMismatchError
-from fruitdask.pipeline import budget
+from fruitdask.pipeline import budget, explore as explore_module
 
 #: A colour that no drawn fruit has.
 PLANTED = (255, 0, 255)
@@ -313,6 +313,26 @@ def test_erase_an_image_that_failed(make_config: MakeConfig, client: Any, source
     assert result is not None and result.manifest["counts"]["by_status"] == {"ok": 24, "unreadable": 1}
     assert find_texts(Location(str(tmp_path / "out")), "face.png") == set()
     assert list(pd.read_csv(tmp_path / "out" / "failures.csv")["path"]) == ["pear_1/r0_1.jpg"]
+
+
+def test_erase_takes_the_working_files_of_an_interrupted_exploration(
+    make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(make_config())
+    config, output = make_config(explore=ON), Location(str(tmp_path / "out"))
+
+    def interrupt(*_: Any, **settings: Any) -> None:
+        raise KeyboardInterrupt("in this test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(explore_module, "write_tables", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="in this test"):
+            fruitdask.run(config, client=client)
+    working = {url for url, text in find_texts(output, *SECRETS) if "/exploring/" in url}
+    assert working
+    result = fruitdask.erase(config, PATTERNS, client=client).result
+    assert find_texts(output, *SECRETS, "jane_doe", "exploring") == set()
+    assert result is not None and result.exploration is not None and len(result.exploration.images) == 23
 
 
 def test_leftovers_of_killed_writers_go_too(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:

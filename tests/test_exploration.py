@@ -2,6 +2,11 @@
 
 import io
 import itertools
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +14,25 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from runs import OFF
 
 import fruitdask
 from fruitdask import store
+from fruitdask.analysis import exploration as exploration_module
 from fruitdask.analysis.duplicates import group_duplicates, group_near_duplicates
-from fruitdask.analysis.exploration import (
-    Accumulator,
-    _describe_distances,
-    mean_squared_difference,
-    measure_partition,
-    summarize_findings,
-)
-from fruitdask.core.config import Config, ExploreConfig, InputConfig, load_config
+from fruitdask.analysis.exploration import _describe_distances
+from fruitdask.core.config import Config, load_config
+from fruitdask.core.partition import ClassBlock
+from fruitdask.core.progress import RunProgress
 from fruitdask.core.sample import draw_sample
 from fruitdask.core.storage import Location
-from fruitdask.errors import DamageError, StoreMismatchError
-from fruitdask.store.catalog import list_images, split_catalog
-from fruitdask.store.exploration import Exploration, read_exploration, write_exploration
-from fruitdask.worker.explore import ClassSums, ExploreJob, explore_partition, find_background
-from fruitdask.worker.fetch import ImageSource
+from fruitdask.errors import DamageError, PartitionError, StoreMismatchError
+from fruitdask.pipeline import explore as explore_module
+from fruitdask.pipeline.explore import ImageExploration
+from fruitdask.pipeline.inputs import prepare_inputs
+from fruitdask.store.exploration import Exploration, read_exploration
+from fruitdask.worker.sums import ClassSums, find_background, mean_squared_difference
 
 #: Published for the same photographs (Fruits-360, original size): the "average MSE" between the images of a class.
 PUBLISHED = {
@@ -41,42 +44,41 @@ PUBLISHED = {
 }
 
 
+def run_here(
+    client: Any, function: Any, pieces: Any, *, delivered: Any, on_result: Callable[[Any], None], probe: Any = None
+) -> None:
+    """Run tasks in this process, the last ones first, on copies as a cluster would."""
+    for piece in reversed(list(pieces)):
+        on_result(pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps((piece, delivered)))))))
+
+
 def explore_here(
-    folder: Path, output: Path, *, images_per_partition: int = 5, px: int = 32, **settings: Any
+    folder: Path,
+    output: Path,
+    *,
+    images_per_partition: int = 5,
+    px: int = 32,
+    labels: Sequence[str] | None = None,
+    **settings: Any,
 ) -> Exploration:
-    """Explore a folder without a cluster."""
-    catalog = list_images(InputConfig(url=str(folder)))
-    config = ExploreConfig(**settings)
-    source = ImageSource(
-        Location(str(folder)), batch_size=3, max_pixels=10_000_000, fetch_attempts=1, concurrent_reads=4
-    )
-    thumbnail_px = config.choose_thumbnail_px(len(catalog))
-    job = ExploreJob(source, Location(str(output)), input_px=px, thumbnail_px=thumbnail_px)
-    store.create_thumbnails(
-        job.output,
-        n_images=len(catalog),
-        thumbnail_px=thumbnail_px,
-        images_per_partition=images_per_partition,
-    )
-    found, partitions = Accumulator(), list(split_catalog(catalog, images_per_partition))
-    for partition in reversed(partitions):
-        found.add(explore_partition(partition, job))
-    images = found.images
-    reference = found.build_reference(images, config, job.output)
-    measured = [measure_partition(partition, reference) for partition in reversed(partitions)]
-    return summarize_findings(
-        found,
-        images,
-        measured,
-        reference=reference,
-        config=config,
-        described={
-            "fruitdask": "test",
-            "fingerprint": {"catalog": ""},
-            "input_px": job.input_px,
-            "finished": "2026-11-27T12:00:00+00:00",
-        },
-    )
+    """Explore a folder without a cluster, its images in the order of their paths with other labels if there are any."""
+    tree = {"input": {"url": str(folder)}, "output": {"url": str(output)}, "explore": {"input_px": px} | settings}
+    if labels is not None:
+        table = folder.parent / f"{output.name}.csv"
+        pd.DataFrame({"path": list_paths(folder), "label": labels}).to_csv(table, index=False)
+        tree["input"] |= {"manifest": str(table)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explore_module, "map_partitions", run_here)
+        inputs = prepare_inputs(load_config(tree), RunProgress())
+        ImageExploration(inputs, images_per_partition=images_per_partition).complete(None, RunProgress())
+    found = read_exploration(Location(str(output)))
+    assert found is not None
+    return found
+
+
+def list_paths(folder: Path) -> list[str]:
+    """List the images of a folder in the order of their paths."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def read_pixels(paths: list[Path], px: int) -> np.ndarray:
@@ -251,27 +253,21 @@ def test_find_background_is_what_looks_like_an_edge_of_one_colour() -> None:
     assert np.flatnonzero(sums.colours).tolist() == [(180 // 32) * 64 + (40 // 32) * 8] and sums.colours.max() == 560
 
 
-def test_exploration_reads_back(sample_folder: Path, tmp_path: Path) -> None:
+def test_explored_tables_and_thumbnails_are_of_the_images(sample_folder: Path, tmp_path: Path) -> None:
     found = explore_here(sample_folder, tmp_path, max_thumbnails=7)
-    output = Location(str(tmp_path))
-    assert read_exploration(output) is None
-    write_exploration(output, found)
-    read = read_exploration(output)
-    assert read is not None
-    pd.testing.assert_frame_equal(read.images, found.images)
-    pd.testing.assert_frame_equal(read.classes, found.classes)
-    np.testing.assert_array_equal(read.thumbnails, found.thumbnails)
-    np.testing.assert_array_equal(read.thumbnail_rows, found.thumbnail_rows)
-    np.testing.assert_array_equal(read.means, found.means)
+    assert list(found.images["path"]) == list_paths(sample_folder)
     # Besides the 7 that were asked for, the most and the least typical of each of the 6 classes.
-    shown = set(read.images["path"].iloc[read.thumbnail_rows])
-    assert {*read.classes["most_typical"], *read.classes["least_typical"]} <= shown
-    assert 12 <= len(read.thumbnails) == len(shown) <= 7 + 12 and read.summary["status"] == "complete"
-    assert pd.read_csv(tmp_path / "explore.csv")["path"].tolist() == found.images["path"].tolist()
-    row = int(found.thumbnail_rows[3])
-    with Image.open(sample_folder / found.images.at[row, "path"]) as image:
-        thumbnail = image.resize((32, 32), Image.Resampling.BICUBIC).resize((128, 128), Image.Resampling.BOX)
-    np.testing.assert_array_equal(found.thumbnails[3], thumbnail)
+    shown = set(found.images["path"].iloc[found.thumbnail_rows])
+    assert {*found.classes["most_typical"], *found.classes["least_typical"]} <= shown
+    assert 12 <= len(found.thumbnails) == len(shown) <= 7 + 12 and found.summary["status"] == "complete"
+    read = pd.read_csv(tmp_path / "explore.csv")
+    assert list(read["path"]) == list_paths(sample_folder) and list(read) == list(found.images)
+    assert not (tmp_path / "exploring").exists() and "compared_px" not in found.summary
+    for place in (3, -1):
+        path = sample_folder / found.images["path"][found.thumbnail_rows[place]]
+        with Image.open(path) as image:
+            thumbnail = image.resize((32, 32), Image.Resampling.BICUBIC).resize((128, 128), Image.Resampling.BOX)
+        np.testing.assert_array_equal(found.thumbnails[place], thumbnail)
 
 
 def test_explore_again_looks_at_nothing(sample_folder: Path, client: Any, tmp_path: Path) -> None:
@@ -286,9 +282,18 @@ def test_explore_again_looks_at_nothing(sample_folder: Path, client: Any, tmp_pa
     assert not other.classes["mean_squared_difference"].equals(first.classes["mean_squared_difference"])
 
 
-def test_group_duplicates_leaves_out_what_is_alone() -> None:
-    groups = group_duplicates(pd.Series(["b", "", "a", "b", "a", "c", ""], index=range(10, 17)))
-    assert groups.tolist() == [0, pd.NA, 1, 0, 1, pd.NA, pd.NA] and groups.dtype == "Int64"
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 2**64 - 1]), st.booleans()), max_size=30))
+def test_group_duplicates_equals_a_dictionary(rows: list[tuple[int, int, bool]]) -> None:
+    keys = np.array([row[:2] for row in rows], np.uint64).reshape(-1, 2)
+    is_known = np.array([row[2] for row in rows], bool)
+    members: dict[tuple[int, int], list[int]] = {}
+    for place, (first, second, known) in enumerate(rows):
+        if known:
+            members.setdefault((first, second), []).append(place)
+    expected = np.full(len(rows), -1)
+    for number, places in enumerate(places for places in members.values() if len(places) > 1):
+        expected[places] = number
+    np.testing.assert_array_equal(group_duplicates(keys, is_known), expected)
 
 
 @pytest.mark.parametrize("max_bits", [0, 1, 3, 8])
@@ -303,7 +308,11 @@ def test_group_near_duplicates_equals_comparing_all(max_bits: int) -> None:
             flipped ^= np.uint64(1) << column.astype(np.uint64)
         values = np.concatenate([values, flipped])
     values = rng.permutation(values)
-    groups = group_near_duplicates(pd.Series([f"{value:016x}" for value in values]), max_bits=max_bits)
+    # A hash of an image that cannot be read is none, whatever it is.
+    is_known = np.arange(len(values)) % 9 > 0
+    found = group_near_duplicates(values, is_known, max_bits=max_bits)
+    assert (found[~is_known] == -1).all()
+    values, groups = values[is_known], pd.Series(found[is_known]).replace(-1, pd.NA)
     leader = np.arange(len(values))
     for first, second in itertools.combinations(range(len(values)), 2):
         if int(values[first] ^ values[second]).bit_count() <= max_bits:
@@ -337,6 +346,14 @@ def test_images_that_are_all_the_same_do_not_differ(tmp_path: Path) -> None:
     assert found.classes.at["a", "mean_squared_difference"] == 0 and found.classes.at["a", "standard_error"] == 0
     assert found.images["distance_to_mean"].tolist() == [0.0] * 20
     assert found.classes.at["a", "n_duplicates"] == found.classes.at["a", "n_near_duplicates"] == 20
+
+
+def test_black_images_have_black_means_and_thumbnails(tmp_path: Path) -> None:
+    for number in range(3):
+        save(tmp_path / "in" / "night" / f"{number}.png", Image.new("RGB", (30, 30)))
+    found = explore_here(tmp_path / "in", tmp_path / "out", images_per_partition=2)
+    assert found.means.shape[0] == 1 and len(found.thumbnails) == 3
+    assert found.means.max() == found.thumbnails.max() == 0
 
 
 def test_images_that_cannot_be_read_are_all_that_there_is(tmp_path: Path, client: Any) -> None:
@@ -381,13 +398,214 @@ def test_group_near_duplicates_takes_many_that_are_all_alike() -> None:
     centre = rng.integers(0, 2**64, dtype=np.uint64)
     flips = np.uint64(1) << rng.integers(0, 64, (3000, 3), dtype=np.uint64)
     values = centre ^ flips[:, 0] ^ flips[:, 1] ^ flips[:, 2]
-    groups = group_near_duplicates(pd.Series([f"{value:016x}" for value in values]), max_bits=8)
-    assert groups.nunique() == 1 and groups.notna().all()
+    groups = group_near_duplicates(values, np.ones(len(values), bool), max_bits=8)
+    assert groups.tolist() == [0] * len(values)
 
 
 def test_damaged_exploration_is_one_sentence(sample_folder: Path, tmp_path: Path) -> None:
     output = Location(str(tmp_path))
-    write_exploration(output, explore_here(sample_folder, tmp_path))
+    explore_here(sample_folder, tmp_path)
     store.delete_result(output, "explore.zarr/means")
     with pytest.raises(DamageError, match="explore.zarr is damaged .means is missing.; use fruitdask verify"):
         read_exploration(output)
+
+
+def explore_plainly(folder: Path, labels: Sequence[str], *, px: int, thumbnail_px: int) -> pd.DataFrame:
+    """Explore all images of a folder at once with Pillow and NumPy alone; one row per class."""
+    classes: dict[str, list[tuple[str, np.ndarray, np.ndarray]]] = {label: [] for label in sorted(set(labels))}
+    for path, label in zip(list_paths(folder), labels, strict=True):
+        with suppress(UnidentifiedImageError), Image.open(folder / path) as image:
+            whole = image.convert("RGB").resize((px, px), Image.Resampling.BICUBIC)
+            small = whole.resize((thumbnail_px, thumbnail_px), Image.Resampling.BOX)
+            classes[label].append((path, np.asarray(whole, float), np.asarray(small, float)))
+    rows = []
+    for label, members in classes.items():
+        row: dict[str, Any] = {"n_images": labels.count(label), "n_ok": len(members), "most_typical": ""}
+        row |= {"mean_squared_difference": np.nan, "mean": np.full((thumbnail_px, thumbnail_px, 3), 255.0)}
+        if members:
+            thumbnails = np.stack([small for *_, small in members])
+            row["mean"] = thumbnails.mean(axis=0)
+            distances = ((thumbnails - row["mean"]) ** 2).mean(axis=(1, 2, 3))
+            row["most_typical"] = members[int(distances.argmin())][0]
+        if len(members) > 1:
+            pixels = np.stack([whole for _, whole, _ in members]) / 127.5
+            row["mean_squared_difference"] = 2 * pixels.var(axis=0, ddof=1).mean()
+        rows.append(row)
+    return pd.DataFrame(rows, index=list(classes))
+
+
+def check_classes(found: Exploration, expected: pd.DataFrame) -> None:
+    """Check what was found about classes against a plain exploration."""
+    assert list(found.classes.index) == list(expected.index)
+    for name in ("n_images", "n_ok", "most_typical"):
+        assert found.classes[name].tolist() == expected[name].tolist()
+    np.testing.assert_allclose(
+        found.classes["mean_squared_difference"], expected["mean_squared_difference"].astype(float), rtol=1e-9
+    )
+    # Half a level may be rounded to either side.
+    np.testing.assert_allclose(found.means, np.stack(expected["mean"]), atol=0.5 + 1e-9)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of noise, each darker or lighter, of which some cannot be read."""
+    folder, random = tmp_path_factory.mktemp("mixed") / "in", np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(400):
+        path = folder / f"{number:03d}.png"
+        if number % 23 == 5:
+            path.write_bytes(b"no image")
+        else:
+            low, high = sorted(random.integers(0, 257, 2) // 2 * 2)
+            save(path, Image.fromarray(random.integers(low, high + 1, (20, 20, 3), dtype=np.int64).astype(np.uint8)))
+    return folder
+
+
+@pytest.mark.parametrize("images_per_partition", [7, 64])
+@pytest.mark.parametrize("way", ["one", "alternating", "runs", "empty"])
+def test_classes_are_those_of_a_plain_exploration(
+    mixed: Path, tmp_path: Path, way: str, images_per_partition: int
+) -> None:
+    labels = {
+        # One class across many partitions; two in each; a few of different sizes; some without a readable image.
+        "one": ["all"] * 400,
+        "alternating": [f"class {number % 7}" for number in range(400)],
+        "runs": [f"class {int(number**0.5)}" for number in range(400)],
+        "empty": ["unreadable" if number % 23 == 5 else "readable" for number in range(400)],
+    }[way]
+    found = explore_here(
+        mixed, tmp_path / "out", images_per_partition=images_per_partition, px=16, thumbnail_px=16, labels=labels
+    )
+    check_classes(found, explore_plainly(mixed, labels, px=16, thumbnail_px=16))
+    assert found.images["label"].tolist() == labels and (tmp_path / "out" / "explore.parquet").exists()
+
+
+def test_classes_in_several_blocks_are_those_of_a_plain_exploration(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, run_here_alone = list[ClassBlock](), run_here
+
+    def run_and_count(client: Any, function: Any, pieces: Any, **settings: Any) -> None:
+        pieces = list(pieces)
+        blocks.extend(piece for piece in pieces if isinstance(piece, ClassBlock))
+        run_here_alone(client, function, pieces, **settings)
+
+    monkeypatch.setattr(exploration_module, "_SUMS_PER_BLOCK", 64)
+    labels = [f"class {number * 7 % 300:03d}" for number in range(400)]
+    with monkeypatch.context() as patch:
+        patch.setitem(explore_here.__globals__, "run_here", run_and_count)
+        found = explore_here(mixed, tmp_path / "out", images_per_partition=50, px=16, thumbnail_px=16, labels=labels)
+    check_classes(found, explore_plainly(mixed, labels, px=16, thumbnail_px=16))
+    # Each class is in one block, and a block does not read more than it may.
+    assert len(blocks) > 5 and [block.start for block in blocks] == [0, *(block.stop for block in blocks[:-1])]
+    assert blocks[-1].stop == 300 and all(len(block.codes) <= 64 for block in blocks)
+
+
+def test_many_classes_in_a_row_are_compared_at_half_the_size(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = [f"class {number % 100:02d}" for number in range(400)]
+    # Sums of 100 classes of 64 pixels have 4.9 MB.
+    monkeypatch.setattr(exploration_module, "_MAX_SUMS_BYTES", 1_300_000)
+    found = explore_here(mixed, tmp_path / "out", images_per_partition=100, px=64, thumbnail_px=16, labels=labels)
+    assert found.summary["compared_px"] == 32 and found.summary["input_px"] == 64
+    read = [path for path in list_paths(mixed)[7::100] if int(path[:3]) % 23 != 5]
+    pixels = [
+        np.asarray(
+            Image.open(mixed / path).resize((64, 64), Image.Resampling.BICUBIC).resize((32, 32), Image.Resampling.BOX)
+        )
+        / 127.5
+        for path in read
+    ]
+    assert found.classes.at["class 07", "mean_squared_difference"] == pytest.approx(
+        compare_all_pairs(np.stack(pixels)).mean(), rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("n_classes", [1, 106, 107, 512])
+def test_compared_px_keeps_sums_small_whatever_the_partitions(n_classes: int) -> None:
+    px = exploration_module.choose_compared_px(np.arange(100_000) % n_classes, 224)
+    assert px == {1: 224, 106: 224, 107: 112, 512: 56}[n_classes]
+    assert n_classes * px**2 * 3 * 4 <= 64_000_000
+
+
+def interrupt_after(n_partitions: int, config: Config, client: Any) -> set[int]:
+    """Explore until some partitions are committed; returns those that are."""
+    output = Location(config.output.url)
+    explore, seen = explore_module.map_partitions, 0
+
+    def interrupt(*arguments: Any, on_result: Any, **settings: Any) -> None:
+        def note(result: Any) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == n_partitions:
+                raise KeyboardInterrupt("in this test")
+            on_result(result)
+
+        explore(*arguments, on_result=note, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explore_module, "map_partitions", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="in this test"):
+            fruitdask.explore(config, client=client)
+    while any(client.run(lambda dask_worker: len(dask_worker.state.all_running_tasks)).values()):
+        pass
+    (folder,) = Path(output.path, "exploring").iterdir()
+    return {int(path.stem) for path in (folder / "rows").iterdir()}
+
+
+def test_interrupted_exploration_reads_no_finished_partition_again(mixed: Path, tmp_path: Path, client: Any) -> None:
+    folder = shutil.copytree(mixed, tmp_path / "in")
+    config = make_config(folder, tmp_path / "out", **{"explore.input_px": 16})
+    whole = fruitdask.explore(make_config(folder, tmp_path / "whole", **{"explore.input_px": 16}), client=client)
+    done = interrupt_after(3, config, client)
+    assert 3 <= len(done) < 13
+    # An image that is read again would be seen, for it is another one now; catalogs know files by size and age.
+    size = 32
+    for path in (folder / f"{row:03d}.png" for row in range(400) if row // size in done):
+        data, age = path.read_bytes(), path.stat().st_mtime_ns
+        path.write_bytes(b"x" * len(data))
+        os.utime(path, ns=(age, age))
+    found = fruitdask.explore(config, client=client)
+    pd.testing.assert_frame_equal(found.images, whole.images)
+    pd.testing.assert_frame_equal(found.classes, whole.classes)
+    np.testing.assert_array_equal(found.thumbnails, whole.thumbnails)
+    assert not (tmp_path / "out" / "exploring").exists()
+
+
+def test_other_settings_take_nothing_of_an_interrupted_exploration(mixed: Path, tmp_path: Path, client: Any) -> None:
+    interrupt_after(3, make_config(mixed, tmp_path / "out", **{"explore.input_px": 16}), client)
+    found, fresh = (
+        fruitdask.explore(make_config(mixed, tmp_path / name, **{"explore.input_px": 24}), client=client)
+        for name in ("out", "fresh")
+    )
+    pd.testing.assert_frame_equal(found.images, fresh.images)
+    pd.testing.assert_frame_equal(found.classes, fresh.classes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"), [("rows", "flipped"), ("sums", "cut"), ("thumbnails", "flipped"), ("thumbnails", "lost")]
+)
+def test_damaged_working_file_is_said_once_and_explored_again(
+    mixed: Path, tmp_path: Path, client: Any, kind: str, damage: str
+) -> None:
+    config = make_config(mixed, tmp_path / "out", **{"explore.input_px": 16, "explore.thumbnail_px": 16})
+    done = interrupt_after(12, config, client)
+    (file,) = (tmp_path / "out" / "exploring").glob(f"*/{kind}/{min(done):05d}.*")
+    data = bytearray(file.read_bytes())
+    data[50] ^= 1
+    file.unlink() if damage == "lost" else file.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
+    with pytest.raises((DamageError, PartitionError), match=f"{kind}/{min(done):05d}.* is damaged .*; run again"):
+        fruitdask.explore(config, client=client)
+    found = fruitdask.explore(config, client=client)
+    check_classes(found, explore_plainly(mixed, ["in"] * 400, px=16, thumbnail_px=16))
+
+
+def test_images_that_the_storage_did_not_deliver_are_read_again(tmp_path: Path, mixed: Path, client: Any) -> None:
+    config = make_config(mixed, tmp_path / "out", **{"explore.input_px": 16})
+    done = interrupt_after(3, config, client)
+    (file,) = (tmp_path / "out" / "exploring").glob(f"*/rows/{min(done):05d}.parquet")
+    rows = pd.read_parquet(file)
+    store.write_table(Location(str(file)), rows.assign(status="unreachable", error="the storage was away"))
+    found = fruitdask.explore(config, client=client)
+    assert not found.images["status"].eq("unreachable").any()

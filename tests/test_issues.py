@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageFilter
-from runs import ON, Finish, configure
+from runs import OFF, ON, Finish, configure
 from scipy.spatial.distance import cdist
 
 import fruitdask
@@ -18,7 +18,9 @@ from fruitdask.analysis import issues
 from fruitdask.cli import cli
 from fruitdask.core.config import ModelConfig
 from fruitdask.core.sample import draw_sample
+from fruitdask.core.storage import Location
 from fruitdask.errors import OutputError
+from fruitdask.pipeline import check as check_module
 
 KINDS = list(issues.KINDS)
 
@@ -115,7 +117,14 @@ def test_near_duplicates_agree_in_hash_and_colour_and_are_in_different_parts() -
     table = pd.DataFrame(rows, columns=["perceptual_hash", "colour", "content_hash", "part"])
     colours = pd.DataFrame(table.pop("colour").tolist(), columns=["mean_red", "mean_green", "mean_blue"])
     parts = table.pop("part").to_numpy()
-    pairs = issues.find_near_pairs(pd.concat([table, colours], axis=1), parts, max_bits=2)
+    hashes = table.pop("perceptual_hash")
+    found_in_files = {
+        "perceptual_hash": [np.uint64(int(text or "0", 16)) for text in hashes],
+        "has_look": hashes != "",
+        # Only the first and its copy are equal files.
+        "duplicate_group": np.where(table.pop("content_hash") == "a", 0.0, np.nan),
+    }
+    pairs = issues.find_near_pairs(colours.assign(**found_in_files), parts, max_bits=2)
     found = {frozenset(pair) for pair in pairs.T.tolist()}
     assert found == {frozenset(pair) for pair in ((0, 1), (1, 3), (3, 5))}
     assert pairs.dtype == np.int64
@@ -234,3 +243,21 @@ def test_a_damaged_list_is_a_fault_and_is_made_again(
     assert result.n_computed == 0 and fruitdask.verify(str(tmp_path / "out")).is_well
     pd.testing.assert_frame_equal(result.issues, expected)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["issues"]["by_kind"]
+
+
+def test_findings_of_an_exploration_are_aligned_with_the_rows_of_a_store(sample_folder: Path, tmp_path: Path) -> None:
+    tree = {"input": {"url": str(sample_folder)}, "output": {"url": str(tmp_path)}, "explore": {"input_px": 32}}
+    images = fruitdask.explore(fruitdask.load_config(tree | dict.fromkeys(("plots", "report"), OFF))).images
+    # After the input has grown, rows of a store have another order, and some are of images that have vanished.
+    order = np.random.default_rng(0).permutation(len(images))
+    paths = pd.concat([images["path"].iloc[order], pd.Series(["gone.jpg"])], ignore_index=True)
+    for rows, names in ((np.arange(len(images)), images["path"]), (order, paths)):
+        found = check_module._read_findings(Location(str(tmp_path)), names)
+        assert len(found) == len(names)
+        for name in ("width_px", "mean_red", "sharpness"):
+            expected = images[name].iloc[rows].to_numpy(np.float64, na_value=np.nan)
+            np.testing.assert_allclose(found[name].iloc[: len(rows)], expected, rtol=1e-6)
+        hashes = [int(text, 16) for text in images["perceptual_hash"].iloc[rows]]
+        assert found["perceptual_hash"].iloc[: len(rows)].tolist() == hashes
+        assert found["has_look"].tolist() == [True] * len(rows) + [False] * (len(names) - len(rows))
+    assert np.isnan(found["mean_red"].iloc[-1])

@@ -621,7 +621,7 @@ def test_exploration_is_made_up_for(make_config: MakeConfig, client: Any, explor
 
 
 def test_exploration_of_an_interrupted_run_is_complete(
-    make_config: MakeConfig, finish: Finish, client: Any, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, finish: Finish, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     expected = finish(make_config(explore=ON)).exploration
     check, overwrite = featurize_module.check_failures, make_config(explore=ON, output={"overwrite": True})
@@ -635,8 +635,13 @@ def test_exploration_of_an_interrupted_run_is_complete(
         patch.setattr(featurize_module, "check_failures", interrupt)
         with pytest.raises(KeyboardInterrupt, match="in this test"):
             fruitdask.run(overwrite, client=client)
+    # Finished partitions are not read again.
+    index = min(store.list_committed(Location(str(tmp_path / "out"))))
+    (mark,) = (tmp_path / "out" / "exploring").glob(f"*/rows/{index:05d}.parquet")
+    store.write_table(Location(str(mark)), pd.read_parquet(mark).assign(format="seen"))
     result = fruitdask.run(make_config(explore=ON), client=client)
     assert expected is not None and result.exploration is not None and result.n_computed < 24
+    expected.images.loc[expected.images.index // 5 == index, "format"] = "seen"
     pd.testing.assert_frame_equal(result.exploration.images, expected.images)
     pd.testing.assert_frame_equal(result.exploration.classes, expected.classes)
 
@@ -773,11 +778,11 @@ def test_thumbnails_of_all_images_go_when_the_exploration_is_complete(
         path.write_bytes(b"broken")
     with pytest.raises(TooManyFailuresError, match="images failed"):
         fruitdask.run(make_config(explore=ON, input={"url": str(source)}), client=client)
-    assert (tmp_path / "out" / "thumbnails.zarr").exists()
+    assert (tmp_path / "out" / "exploring").exists()
     fruitdask.run(
         make_config(explore=ON, input={"url": str(source)}, featurize={"max_failed_fraction": 0.5}), client=client
     )
-    assert not (tmp_path / "out" / "thumbnails.zarr").exists()
+    assert not (tmp_path / "out" / "exploring").exists()
 
 
 def test_manifest_keeps_no_secret_of_a_url(make_config: MakeConfig) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import random
 import re
 import socket
 import sys
@@ -23,6 +24,7 @@ from fruitdask.core.storage import (
     find_encryption,
     hash_file,
     hide_secrets,
+    stream_file,
     write_file,
 )
 from fruitdask.errors import StorageError
@@ -355,7 +357,9 @@ def test_times_of_s3_are_those_of_boto3(s3_bucket: tuple[str, dict[str, Any]], s
     fs = Location(f"s3://{bucket}", options).fs
     # Listings have times in ISO 8601, headers in the format of e-mail.
     for operation, keys in (("list_objects_v2", {}), ("head_object", {"Key": "a/1.jpg"})):
-        ours, theirs = fs.call_s3(operation, Bucket=bucket, **keys), getattr(s3_client, operation)(Bucket=bucket, **keys)
+        ours, theirs = fs.call_s3(operation, Bucket=bucket, **keys), getattr(s3_client, operation)(
+            Bucket=bucket, **keys
+        )
         times = [(found.get("Contents") or [found])[0]["LastModified"] for found in (ours, theirs)]
         assert times[0] == times[1] and times[0].utcoffset() == times[1].utcoffset()
 
@@ -385,3 +389,23 @@ def test_find_encryption_asks_s3_alone(tmp_path: Path, s3_bucket: tuple[str, dic
         StorageError, match=r"cannot read s3://.*/none: HeadObject: Not Found \(404\): there is no such"
     ):
         find_encryption(Location(f"s3://{bucket}/none", options))
+
+
+@pytest.mark.parametrize("n_bytes", [0, 10, 6 * MIB, 12 * MIB], ids=["empty", "small", "a part", "parts"])
+@pytest.mark.parametrize("place", [open_local, open_s3], ids=["local", "s3"], indirect=True)
+def test_streamed_file_is_there_whole_or_not_at_all(place: Place, n_bytes: int) -> None:
+    target, data = place.root.child("streamed", "a.bin"), random.Random(0).randbytes(n_bytes)
+
+    def write(file: Any) -> None:
+        for start in range(0, n_bytes, MIB):
+            file.write(data[start : start + MIB])
+
+    with pytest.raises(KeyboardInterrupt, match="in this test"), stream_file(target) as file:
+        write(file)
+        raise KeyboardInterrupt("in this test")
+    place.root.fs.invalidate_cache()
+    assert place.root.fs.find(place.root.path) == []
+    with stream_file(target) as file:
+        write(file)
+    assert place.get("streamed/a.bin") == data
+    assert place.root.fs.find(place.root.path) == [target.path]

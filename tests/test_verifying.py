@@ -405,8 +405,8 @@ ERRORS: dict[str, tuple[Callable[[Location], Any], str]] = {
         "partitions/00009.parquet: the run has no such partition; a repair deletes it",
     ),
     "thumbnails": (
-        lambda output: store.create_thumbnails(output, n_images=24, thumbnail_px=8, images_per_partition=5),
-        "thumbnails.zarr: it is left over from a finished exploration",
+        lambda output: store.write_table(output.child("exploring", "a", "rows", "00000.parquet"), pd.DataFrame()),
+        "exploring: it is left over from a finished exploration",
     ),
     "erasure": (
         lambda output: store.write_table(output.child("erasing", "00000.parquet"), pd.DataFrame()),
@@ -448,7 +448,7 @@ def test_verify_of_an_exploration_alone(finished: Path, tmp_path: Path) -> None:
     flip(output / "explore.parquet", 50)
     found = fruitdask.verify(str(output), repair=True)
     assert {fault.remedy for fault in found.faults} == {"explore"}
-    assert fruitdask.verify(str(output)).notes == ("the exploration is not finished: the next run explores all images",)
+    assert fruitdask.verify(str(output)).notes == ("the exploration is not finished: the next run finishes it",)
 
 
 def test_verify_leaves_an_erasure_that_was_interrupted_alone(finished: Path, tmp_path: Path) -> None:

@@ -4,42 +4,82 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 _HASH_BITS = 64
 #: Pairs to compare at once: 8 MB of differences.
 _PAIRS_AT_ONCE = 1 << 20
+#: Hashes in a range that is compared together with others.
+_MAX_SMALL = 32
 
 
-def group_duplicates(hashes: pd.Series) -> pd.Series:
-    """Number the groups of rows with the same hash.
+def group_duplicates(keys: npt.NDArray[np.uint64], is_known: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """Number the groups of rows with the same key, shape (n, k), in the order of their first rows.
 
-    >>> group_duplicates(pd.Series(["a", "b", "", "a", ""])).tolist()
-    [0, <NA>, <NA>, 0, <NA>]
+    Returns shape (n,), int32; -1 for rows that are alone or have no key.
+
+    >>> keys = np.array([[7, 1], [7, 2], [0, 0], [7, 1], [0, 0]], np.uint64)
+    >>> group_duplicates(keys, np.array([True, True, False, True, False]))
+    array([ 0, -1, -1,  0, -1], dtype=int32)
     """
-    is_shared = hashes.ne("") & hashes.duplicated(keep=False)
-    groups = pd.Series(pd.NA, index=hashes.index, dtype="Int64")
-    groups[is_shared] = pd.factorize(hashes[is_shared])[0]
+    rows = np.flatnonzero(is_known)
+    # Stable, so the rows of a group stay in their order.
+    rows = rows[np.lexsort(tuple(keys[rows, column] for column in range(keys.shape[1])))]
+    is_first = np.ones(len(rows), bool)
+    is_first[1:] = (keys[rows[1:]] != keys[rows[:-1]]).any(axis=1)
+    starts = np.flatnonzero(is_first)
+    sizes = np.diff(starts, append=len(rows))
+    starts, sizes = starts[sizes > 1], sizes[sizes > 1]
+    numbers = np.empty(len(starts), np.int32)
+    numbers[np.argsort(rows[starts])] = np.arange(len(starts))
+    groups = np.full(len(keys), -1, np.int32)
+    # Rows of a group follow each other.
+    members = np.arange(sizes.sum()) + np.repeat(starts - np.cumsum(sizes) + sizes, sizes)
+    groups[rows[members]] = np.repeat(numbers, sizes)
     return groups
 
 
-def group_near_duplicates(hashes: pd.Series, *, max_bits: int) -> pd.Series:
+def group_near_duplicates(
+    hashes: npt.NDArray[np.uint64], is_known: npt.NDArray[np.bool_], *, max_bits: int
+) -> npt.NDArray[np.int32]:
     """Number the groups of rows whose 64-bit hashes differ in at most so many bits, directly or through others.
+
+    Returns shape (n,), int32; -1 for rows that are alone or have no hash.
 
     Exact without comparing all pairs: two hashes that differ in at most ``max_bits`` bits agree in at least one of
     ``max_bits + 1`` bands of bits (the pigeonhole principle; Norouzi, Punjani and Fleet 2014, "Fast exact search in
     Hamming space with multi-index hashing"), so only hashes that share a band are compared.
 
-    >>> hashes = pd.Series(["00000000000000ff", "00000000000000fe", "ff00000000000000"])
-    >>> group_near_duplicates(hashes, max_bits=1).tolist()
-    [0, 0, <NA>]
+    >>> hashes = np.array([0xFF, 0xFE, 0xFF << 56], np.uint64)
+    >>> group_near_duplicates(hashes, np.ones(3, bool), max_bits=1)
+    array([ 0,  0, -1], dtype=int32)
     """
-    known = hashes[hashes != ""]
-    codes, unique = pd.factorize(known)
-    components = _connect(np.array([int(text, 16) for text in unique], np.uint64), max_bits)
+    unique, codes = np.unique(hashes[is_known], return_inverse=True)
     # The number of a component serves as a hash.
-    numbers = pd.Series(components[codes].astype(str), index=known.index)
-    return group_duplicates(numbers.reindex(hashes.index, fill_value=""))
+    components = np.zeros((len(hashes), 1), np.uint64)
+    components[is_known, 0] = _connect(unique, max_bits)[codes]
+    return group_duplicates(components, is_known)
+
+
+def choose_groups(
+    groups: npt.NDArray[np.int32], codes: npt.NDArray[np.int32], *, n_groups: int, n_rows: int
+) -> npt.NDArray[np.int64]:
+    """Choose rows of groups, as many groups as are wanted and as many more as make up `n_rows`: those across classes
+    first, and large ones before small ones.
+
+    >>> choose_groups(np.array([0, 0, 1, -1, 1], np.int32), np.array([3, 3, 3, 3, 4]), n_groups=1, n_rows=1)
+    array([2, 4])
+    """
+    rows = np.flatnonzero(groups >= 0)
+    if not len(rows):
+        return rows
+    rows = rows[np.lexsort((codes[rows], groups[rows]))]
+    numbers = groups[rows]
+    is_other = np.diff(codes[rows], prepend=-1) != 0
+    is_other[np.flatnonzero(np.diff(numbers, prepend=-1))] = True
+    sizes, n_labels = np.bincount(numbers), np.bincount(numbers, is_other)
+    order = np.lexsort((-sizes, -n_labels))
+    n_chosen = max(n_groups, int(np.searchsorted(np.cumsum(sizes[order]), n_rows)) + 1)
+    return np.flatnonzero(np.isin(groups, order[:n_chosen]))
 
 
 def _connect(values: npt.NDArray[np.uint64], max_bits: int) -> npt.NDArray[np.int64]:
@@ -75,9 +115,32 @@ def find_close_pairs(values: npt.NDArray[np.uint64], max_bits: int) -> Iterator[
         order = np.argsort(band, kind="stable")
         starts = np.flatnonzero(np.diff(band[order], prepend=~band[order[:1]]))
         sizes = np.diff(starts, append=len(order))
-        for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
-            members = order[start : start + size]
-            yield from _compare(values, members, max_bits)
+        is_large, is_small = sizes > _MAX_SMALL, (sizes > 1) & (sizes <= _MAX_SMALL)
+        yield from _compare_small(values, order, starts[is_small], sizes[is_small], max_bits)
+        for start, size in zip(starts[is_large], sizes[is_large], strict=True):
+            yield from _compare(values, order[start : start + size], max_bits)
+
+
+def _compare_small(
+    values: npt.NDArray[np.uint64],
+    order: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.int64],
+    max_bits: int,
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Compare all pairs of hashes in each of many small ranges of `order`, some ranges at once."""
+    n_ranges = _PAIRS_AT_ONCE // _MAX_SMALL
+    for first in range(0, len(starts), n_ranges):
+        size = sizes[first : first + n_ranges]
+        ends = np.repeat(starts[first : first + n_ranges] + size, size)
+        places = np.arange(size.sum()) + np.repeat(starts[first : first + n_ranges] + size - np.cumsum(size), size)
+        for distance in range(1, int(size.max(initial=1))):
+            is_inside = places + distance < ends
+            places, ends = places[is_inside], ends[is_inside]
+            one, other = order[places], order[places + distance]
+            is_close = np.bitwise_count(values[one] ^ values[other]) <= max_bits
+            if is_close.any():
+                yield np.stack([one[is_close], other[is_close]])
 
 
 def _compare(

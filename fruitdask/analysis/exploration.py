@@ -1,6 +1,6 @@
-"""Combine the findings of tasks: differences within classes, typical images, colours, duplicates, counts."""
+"""Combine what an exploration found about each image: differences within classes, duplicates, counts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,183 +9,198 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask.analysis.duplicates import group_duplicates, group_near_duplicates
-from fruitdask.core.config import ExploreConfig
-from fruitdask.core.partition import Partition
-from fruitdask.core.storage import Location, explained
-from fruitdask.store import open_thumbnails
-from fruitdask.store.catalog import sample_evenly
-from fruitdask.store.exploration import Exploration
-from fruitdask.worker.explore import COLOUR_LEVELS, ClassSums, Findings, add_sums
+from fruitdask.core.partition import ClassBlock
+from fruitdask.worker.compare import ClassFacts
 from fruitdask.worker.metadata import KINDS
+from fruitdask.worker.sums import LEVELS_PER_UNIT
 
-#: Byte levels per unit of each scale.
-_LEVELS_PER_UNIT = {"signed": 127.5, "unit": 255.0, "bytes": 1.0}
+#: The columns of the rows of images that are combined.
+NUMBERS = (
+    *("content_hash", "perceptual_hash", "bytes", "width_px", "height_px"),
+    *(f"has_{kind}" for kind in KINDS),
+    *("mean_red", "mean_green", "mean_blue"),
+)
 _QUANTILES = (0.05, 0.5, 0.95)
 #: Fewer pairs have no meaningful quantiles.
 _MIN_PAIRS = 10
 #: Images per class whose pairs give the quantiles: 19,900 pairs.
 _MAX_PAIRED = 200
-_PALETTE_COLOURS = 6
-_COLOURS = ("red", "green", "blue")
+_SUMMED = tuple(f"has_{kind}" for kind in KINDS)
+_MEANS = ("mean_red", "mean_green", "mean_blue")
+#: Bytes of sums to which those of any 512 images in a row are limited ...
+_MAX_SUMS_BYTES, _IMAGES_TOGETHER = 64_000_000, 512
+#: ... by comparing images at half the size, again and again, but not below this side.
+_MIN_COMPARED_PX = 16
+#: A task adds up at most so many sums of one class in one partition, unless it has a single class, ...
+_SUMS_PER_BLOCK = 1_024
+#: ... and its totals have at most so many bytes, unless it has a single class.
+_TOTAL_BYTES = 64_000_000
 
 
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """The mean images from which a second pass, over the thumbnails, measures distances."""
-
-    #: The output folder, which holds the thumbnails.
-    output: Location
-    #: Mean thumbnail of each class, float64, 0 to 255.
-    means: Mapping[str, npt.NDArray[np.float64]]
-    #: Catalog rows whose thumbnails to keep, ascending, int64.
-    kept_rows: npt.NDArray[np.int64]
-    unreadable_rows: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class Distances:
-    """Distances of the images of a partition from the mean images of their classes."""
-
-    #: Catalog row of the partition's first image.
-    start: int
-    #: Mean squared differences, shape (n,), float64, in byte levels; NaN for an unreadable image.
-    distances: npt.NDArray[np.float64]
-    #: Catalog rows of the thumbnails.
-    rows: npt.NDArray[np.int64]
-    thumbnails: npt.NDArray[np.uint8]
-
-
-class Accumulator:
-    """Accumulates the findings of tasks in any order."""
-
-    def __init__(self) -> None:
-        self._images: dict[int, pd.DataFrame] = {}
-        self.sums: dict[str, ClassSums] = {}
-
-    def add(self, findings: Findings) -> None:
-        """Add the findings of a task."""
-        self._images[findings.start] = findings.images
-        add_sums(self.sums, findings.sums)
-
-    def __contains__(self, partition: Partition) -> bool:
-        """Whether the findings of a partition have been added."""
-        return partition.start in self._images
-
-    @property
-    def images(self) -> pd.DataFrame:
-        """Rows of all images in the order of the catalog."""
-        images = pd.concat([self._images[start] for start in sorted(self._images)], ignore_index=True)
-        looks = dict.fromkeys((*(f"mean_{colour}" for colour in _COLOURS), "contrast", "sharpness"), np.float32)
-        return images.astype({"width_px": "Int32", "height_px": "Int32", **looks})
-
-    def build_reference(self, images: pd.DataFrame, config: ExploreConfig, output: Location) -> Reference:
-        """Build the reference for the second pass."""
-        is_readable = (images["perceptual_hash"] != "").to_numpy()
-        chosen = sample_evenly(images[is_readable], config.max_thumbnails)
-        return Reference(
-            output,
-            means={label: sums.thumbnails / sums.n_images for label, sums in self.sums.items()},
-            kept_rows=np.flatnonzero(is_readable)[chosen],
-            unreadable_rows=np.flatnonzero(~is_readable),
-        )
-
-
-def measure_partition(partition: Partition, reference: Reference) -> Distances:
-    """Measure the distances of a partition's images from the mean images of their classes."""
-    rows = np.arange(partition.start, partition.start + len(partition.paths))
-    thumbnails = _read_thumbnails(reference.output, rows)
-    distances = pd.Series(np.nan, index=rows)
-    for row in np.setdiff1d(rows, reference.unreadable_rows):
-        thumbnail, label = thumbnails[row - rows[0]], partition.labels[row - rows[0]]
-        distances[row] = np.mean((thumbnail - reference.means[label]) ** 2)
-    kept = np.intersect1d(rows, reference.kept_rows)
-    return Distances(partition.start, np.asarray(distances, np.float64), kept, thumbnails[kept - rows[0]])
-
-
-def mean_squared_difference(sums: ClassSums, *, scale: str = "signed") -> float:
-    """Compute the mean squared difference over all unordered pairs of images of a class, without visiting the pairs.
-
-    For vectors x_1 ... x_n,
-
-        sum over i < j of |x_i - x_j|^2  =  n * sum over i of |x_i|^2  -  |sum over i of x_i|^2,
-
-    because the square, written out over all i and j, contains each unordered pair twice. Both sums are integers, so the
-    result is exact up to one rounding. It is twice the unbiased variance, averaged over pixels and channels.
+def choose_compared_px(codes: npt.NDArray[np.integer[Any]], input_px: int) -> int:
+    """Choose the side at which images are compared: that of the network, unless their classes, given by their codes in
+    the order of the catalog, alternate so much that the sums over them would fill the memory.
     """
-    n = sums.n_images
-    if n < 2:
-        return float("nan")
-    over_pairs = n * sums.squares - _square(sums.pixels.ravel().astype(np.int64))
-    return float(over_pairs / (n * (n - 1) // 2) / sums.pixels.size / _LEVELS_PER_UNIT[scale] ** 2)
+    starts = range(0, len(codes), _IMAGES_TOGETHER)
+    n_classes = max(len(np.unique(codes[start : start + _IMAGES_TOGETHER])) for start in starts)
+    px = input_px
+    while n_classes * px**2 * 3 * 4 > _MAX_SUMS_BYTES and px // 2 >= _MIN_COMPARED_PX:
+        px //= 2
+    return px
 
 
-def _square(vector: npt.NDArray[np.int64]) -> int:
-    """Compute the exact scalar product of a vector of counts with itself, which may need more than 64 bits."""
-    # Sums over images of up to 2**40 have halves of 20 bits, and those of a million values do not overflow.
-    high, low = np.divmod(vector, 1 << 20)
-    return (int(high @ high) << 40) + (int(high @ low) << 21) + int(low @ low)
+def plan_comparison(
+    codes: npt.NDArray[np.integer[Any]], n_classes: int, *, images_per_partition: int, total_bytes: int
+) -> list[ClassBlock]:
+    """Divide classes into blocks of a bounded number of sums; `codes` are those of all images, in the order of the
+    catalog, and `total_bytes` what the sums of one class take.
+    """
+    pairs = np.unique(np.arange(len(codes)) // images_per_partition * n_classes + codes)
+    partitions, held = np.divmod(pairs, n_classes)
+    # The position of each class among those of its partition.
+    places = np.arange(len(pairs)) - np.searchsorted(partitions, partitions)
+    n_sums, blocks, start = np.bincount(held, minlength=n_classes), list[ClassBlock](), 0
+    for code in range(n_classes):
+        is_full = n_sums[start : code + 1].sum() > _SUMS_PER_BLOCK or (code + 1 - start) * total_bytes > _TOTAL_BYTES
+        if is_full and code > start:
+            blocks.append(_describe_block(len(blocks), start, code, partitions, held, places))
+            start = code
+    return [*blocks, _describe_block(len(blocks), start, n_classes, partitions, held, places)]
 
 
-def summarize_findings(
-    found: Accumulator,
-    images: pd.DataFrame,
-    measured: Iterable[Distances],
-    *,
-    reference: Reference,
-    config: ExploreConfig,
-    described: dict[str, Any],
-) -> Exploration:
-    """Summarize the findings and distances of all partitions."""
-    parts = sorted(measured, key=lambda part: part.start)
-    rows = np.concatenate([part.rows for part in parts])
-    thumbnails = np.concatenate([part.thumbnails for part in parts])
-    distances = np.concatenate([part.distances for part in parts])
-    members_of = {str(label): np.asarray(rows) for label, rows in images.groupby("label").indices.items()}
-    described_classes, means = {}, []
-    for label in sorted(members_of):
-        members, sums = members_of[label], found.sums.get(label)
-        difference = float("nan") if sums is None else mean_squared_difference(sums, scale=config.scale)
-        factor = _scale_distances(distances[members], difference, scale=config.scale)
-        distances[members] *= factor
-        pairs = _measure_pairs(thumbnails[np.isin(rows, members)]) * factor
-        described_classes[label] = (
-            {"palette": "" if sums is None else _format_palette(sums.colours), "mean_squared_difference": difference}
-            | _describe_distances(distances[members], pairs)
-            | _find_typical(images["path"], members, distances)
+def _describe_block(
+    index: int,
+    start: int,
+    stop: int,
+    partitions: npt.NDArray[np.int64],
+    held: npt.NDArray[np.int64],
+    places: npt.NDArray[np.int64],
+) -> ClassBlock:
+    """Describe where the sums of a range of classes are."""
+    chosen = np.flatnonzero((held >= start) & (held < stop))
+    # Classes that follow each other do so in each partition too.
+    firsts = chosen[np.flatnonzero(np.diff(partitions[chosen], prepend=-1))]
+    counts = np.diff(np.searchsorted(chosen, firsts), append=len(chosen))
+    pieces = zip(partitions[firsts].tolist(), places[firsts].tolist(), (places[firsts] + counts).tolist(), strict=True)
+    return ClassBlock(index, start, stop, tuple(pieces), tuple(held[chosen].tolist()))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageNumbers:
+    """Numbers about all images, in the order of the catalog: some 60 bytes per image."""
+
+    #: Codes of their classes, int32.
+    codes: npt.NDArray[np.int32]
+    #: First 128 bits of the hash of the content, shape (n, 2), uint64; zeros where there was none.
+    contents: npt.NDArray[np.uint64]
+    #: Perceptual hashes, uint64; meaningless for images that are not readable.
+    looks: npt.NDArray[np.uint64]
+    #: int64.
+    bytes: npt.NDArray[np.int64]
+    #: Sizes in pixels, shape (n, 2), int32; 0 where they are not known.
+    sides: npt.NDArray[np.int32]
+    #: Sums over the images of each class, by column.
+    sums: dict[str, npt.NDArray[np.float64]]
+
+    @classmethod
+    def allocate(cls, codes: npt.NDArray[np.int32], n_classes: int) -> "ImageNumbers":
+        """Make room for the numbers of images."""
+        n = len(codes)
+        sums = {name: np.zeros(n_classes) for name in (*_SUMMED, *_MEANS)}
+        contents, looks = np.zeros((n, 2), np.uint64), np.zeros(n, np.uint64)
+        return cls(codes, contents, looks, np.zeros(n, np.int64), np.zeros((n, 2), np.int32), sums)
+
+    def fill(self, start: int, table: Any) -> int:
+        """Fill in the numbers of some images from an Arrow table of `NUMBERS`; returns the row after the last."""
+        rows = slice(start, start + table.num_rows)
+        self.contents[rows] = parse_hashes(table["content_hash"], n_bits=256)[0][:, :2]
+        self.looks[rows] = parse_hashes(table["perceptual_hash"], n_bits=64)[0][:, 0]
+        self.bytes[rows] = table["bytes"].to_numpy()
+        for column, name in enumerate(("width_px", "height_px")):
+            self.sides[rows, column] = table[name].fill_null(0).to_numpy()
+        for name, total in self.sums.items():
+            values = np.nan_to_num(table[name].to_numpy().astype(np.float64))
+            total += np.bincount(self.codes[rows], values, len(total))
+        return start + int(table.num_rows)
+
+
+def parse_hashes(column: Any, *, n_bits: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+    """Parse an Arrow column of hashes in hexadecimal digits, of so many bits or empty.
+
+    Returns shape (n, n_bits // 64), uint64, and which rows have a hash.
+
+    >>> import pyarrow
+    >>> numbers, is_known = parse_hashes(pyarrow.array(["00000000000000ff", "", "00000000000000fe"]), n_bits=64)
+    >>> numbers.tolist(), is_known.tolist()
+    ([[255], [0], [254]], [True, False, True])
+    """
+    import pyarrow.compute
+
+    is_known = np.asarray(pyarrow.compute.utf8_length(column), np.int64) > 0
+    digits = "".join(column.filter(pyarrow.array(is_known)).to_pylist())
+    numbers = np.zeros((len(is_known), n_bits // 64), np.uint64)
+    numbers[is_known] = np.frombuffer(bytes.fromhex(digits), ">u8").reshape(-1, n_bits // 64)
+    return numbers, is_known
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Groups of duplicates by image, int32; -1 for images without any."""
+
+    duplicates: npt.NDArray[np.int32]
+    near_duplicates: npt.NDArray[np.int32]
+
+    @classmethod
+    def find(cls, numbers: ImageNumbers, is_readable: npt.NDArray[np.bool_], *, max_bits: int) -> "Groups":
+        """Find the groups."""
+        return cls(
+            group_duplicates(numbers.contents, np.asarray(numbers.contents.any(axis=1))),
+            group_near_duplicates(numbers.looks, is_readable, max_bits=max_bits),
         )
-        means.append(_round_mean(sums, thumbnails.shape[1:]))
-    images = images.assign(
-        distance_to_mean=distances,
-        duplicate_group=group_duplicates(images["content_hash"]),
-        near_duplicate_group=group_near_duplicates(images["perceptual_hash"], max_bits=config.near_duplicate_bits),
-    )
-    classes = pd.concat([_count_files(images), pd.DataFrame.from_dict(described_classes, orient="index")], axis=1)
-    summary = described | {
-        "n_images": len(images),
-        "n_ok": int((images["perceptual_hash"] != "").sum()),
-        "scale": config.scale,
-        "near_duplicate_bits": config.near_duplicate_bits,
-        "duplicates": _count_groups(images, "duplicate_group"),
-        "near_duplicates": _count_groups(images, "near_duplicate_group"),
-        "metadata": {kind: int(images[f"has_{kind}"].sum()) for kind in KINDS},
-    }
-    is_typical = images["path"].isin([*classes["most_typical"], *classes["least_typical"]])
-    more = np.setdiff1d(np.flatnonzero(is_typical), rows)
-    order = np.argsort(np.concatenate([rows, more]))
-    return Exploration(
-        images=images.astype({"distance_to_mean": np.float32}),
-        classes=classes.rename_axis("label"),
-        thumbnail_rows=np.concatenate([rows, more])[order],
-        thumbnails=np.concatenate([thumbnails, _read_thumbnails(reference.output, more)])[order],
-        means=np.stack(means),
-        summary=summary,
-    )
+
+    def count(self, codes: npt.NDArray[np.int32]) -> dict[str, dict[str, int]]:
+        """Count the groups of each kind."""
+        return {name: _count_groups(getattr(self, name), codes) for name in ("duplicates", "near_duplicates")}
 
 
-def _read_thumbnails(output: Location, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    """Read the thumbnails of some catalog rows."""
-    with explained(output, "read thumbnails from", remedy="explore again"):
-        return np.asarray(open_thumbnails(output, mode="r").oindex[rows], np.uint8)
+def describe_classes(
+    numbers: ImageNumbers,
+    distances: npt.NDArray[np.float64],
+    groups: Groups,
+    facts: Sequence[ClassFacts],
+    *,
+    labels: Sequence[str],
+    scale: str,
+    sampled_rows: npt.NDArray[np.int64],
+    read_thumbnails: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.uint8]],
+) -> pd.DataFrame:
+    """Describe the classes, and scale the distances of their images in place to the unit of `scale`.
+
+    Instead of their paths, it has the rows of the most and least typical images, -1 where no image is readable.
+    """
+    order = np.argsort(numbers.codes, kind="stable")
+    ends = np.cumsum(np.bincount(numbers.codes, minlength=len(labels)))
+    rows = []
+    for fact, end, n_images in zip(facts, ends, np.diff(ends, prepend=0), strict=True):
+        members = order[end - n_images : end]
+        differences = fact.mean_squared_difference
+        factor = _scale_distances(distances[members], differences, scale=scale)
+        distances[members] *= factor
+        pairs = _measure_pairs(read_thumbnails(_choose_paired(sampled_rows, members))) * factor
+        rows.append(
+            _count_files(numbers, members, groups, fact)
+            | {"palette": fact.palette, "mean_squared_difference": differences}
+            | _describe_distances(distances[members], pairs)
+            | _find_typical(members, distances)
+        )
+    return pd.DataFrame(rows, index=pd.Index(labels, name="label"))
+
+
+def _choose_paired(sampled_rows: npt.NDArray[np.int64], members: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Choose images of a class from a sample of all."""
+    chosen = np.intersect1d(sampled_rows, members, assume_unique=True)
+    # A regular sample, as consecutive images are often alike.
+    return chosen[:: max(1, -(-len(chosen) // _MAX_PAIRED))]
 
 
 def _scale_distances(distances: npt.NDArray[np.float64], difference: float, *, scale: str) -> float:
@@ -196,44 +211,38 @@ def _scale_distances(distances: npt.NDArray[np.float64], difference: float, *, s
     """
     of_thumbnails = 2 * np.nansum(distances) / max(1, np.isfinite(distances).sum() - 1)
     if np.isnan(difference) or of_thumbnails == 0:
-        return 1 / _LEVELS_PER_UNIT[scale] ** 2
+        return 1 / LEVELS_PER_UNIT[scale] ** 2
     return float(difference / of_thumbnails)
 
 
 def _measure_pairs(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """Measure the mean squared difference, in byte levels, of each pair of a sample of thumbnails."""
+    """Measure the mean squared difference, in byte levels, of each pair of thumbnails."""
     from scipy.spatial.distance import pdist
 
-    # A regular sample, as consecutive images are often alike.
-    chosen = thumbnails[:: max(1, -(-len(thumbnails) // _MAX_PAIRED))]
-    flat = chosen.reshape(len(chosen), int(np.prod(thumbnails.shape[1:])))
+    flat = thumbnails.reshape(len(thumbnails), int(np.prod(thumbnails.shape[1:])))
     return np.asarray(pdist(flat, "sqeuclidean") / flat.shape[1])
 
 
-def _count_files(images: pd.DataFrame) -> pd.DataFrame:
-    """Count and measure the files of each class."""
-    numbers = pd.DataFrame(
-        {
-            "n_ok": images["perceptual_hash"] != "",
-            "bytes": images["bytes"],
-            **{side: images[side].astype(float) for side in ("width_px", "height_px")},
-            "n_duplicates": images["duplicate_group"].notna(),
-            "n_near_duplicates": images["near_duplicate_group"].notna(),
-            **{f"n_{kind}": images[f"has_{kind}"] for kind in KINDS},
-            **{f"mean_{colour}": images[f"mean_{colour}"].astype(float) for colour in _COLOURS},
-        }
-    ).groupby(images["label"])
-    counts = ("n_duplicates", "n_near_duplicates", *(f"n_{kind}" for kind in KINDS))
-    return pd.DataFrame(
-        {
-            "n_images": numbers.size(),
-            "n_ok": numbers["n_ok"].sum(),
-            "bytes_total": numbers["bytes"].sum(),
-            **{f"{name}_median": numbers[name].median() for name in ("bytes", "width_px", "height_px")},
-            **{name: numbers[name].sum() for name in counts},
-            **{f"mean_{colour}": numbers[f"mean_{colour}"].mean() for colour in _COLOURS},
-        }
-    )
+def _count_files(
+    numbers: ImageNumbers, members: npt.NDArray[np.int64], groups: Groups, fact: ClassFacts
+) -> dict[str, Any]:
+    """Count and measure the files of a class."""
+    sides = numbers.sides[members]
+    sides = sides[sides[:, 0] > 0].astype(np.float64)
+    # The median of none is a warning.
+    width, height = np.median(sides, axis=0) if len(sides) else (np.nan, np.nan)
+    return {
+        "n_images": len(members),
+        "n_ok": fact.n_ok,
+        "bytes_total": int(numbers.bytes[members].sum()),
+        "bytes_median": float(np.median(numbers.bytes[members])),
+        "width_px_median": float(width),
+        "height_px_median": float(height),
+        "n_duplicates": int((groups.duplicates[members] >= 0).sum()),
+        "n_near_duplicates": int((groups.near_duplicates[members] >= 0).sum()),
+        **{f"n_{kind}": int(numbers.sums[f"has_{kind}"][fact.code]) for kind in KINDS},
+        **{name: numbers.sums[name][fact.code] / fact.n_ok if fact.n_ok else np.nan for name in _MEANS},
+    }
 
 
 def _describe_distances(distances: npt.NDArray[np.float64], pairs: npt.NDArray[np.float64]) -> dict[str, float]:
@@ -249,38 +258,25 @@ def _describe_distances(distances: npt.NDArray[np.float64], pairs: npt.NDArray[n
     }
 
 
-def _find_typical(
-    paths: pd.Series, members: npt.NDArray[np.intp], distances: npt.NDArray[np.float64]
-) -> dict[str, str]:
-    """Find the images of a class that are nearest to its mean image and farthest from it; empty if none is readable."""
+def _find_typical(members: npt.NDArray[np.int64], distances: npt.NDArray[np.float64]) -> dict[str, int]:
+    """Find the images of a class that are nearest to its mean image and farthest from it; -1 if none is readable."""
     known = members[np.isfinite(distances[members])]
     if not len(known):
-        return {"most_typical": "", "least_typical": ""}
-    nearest, farthest = known[distances[known].argmin()], known[distances[known].argmax()]
-    return {"most_typical": str(paths.iloc[nearest]), "least_typical": str(paths.iloc[farthest])}
-
-
-def _format_palette(colours: npt.NDArray[np.int64]) -> str:
-    """Format the centres and shares of the most frequent bins of colours."""
-    step = 256 // COLOUR_LEVELS
-    most = [index for index in np.argsort(-colours, kind="stable")[:_PALETTE_COLOURS] if colours[index]]
-    centres = [np.array(np.unravel_index(index, (COLOUR_LEVELS,) * 3)) * step + step // 2 for index in most]
-    shares = colours[most] / colours.sum()
-    return ", ".join(f"#{r:02x}{g:02x}{b:02x} {share:.3f}" for (r, g, b), share in zip(centres, shares, strict=True))
-
-
-def _round_mean(sums: ClassSums | None, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """Round the mean thumbnail of a class to bytes; white if the class has none."""
-    if sums is None:
-        return np.full(shape, 255, np.uint8)
-    return np.asarray(np.rint(sums.thumbnails / sums.n_images), np.uint8)
-
-
-def _count_groups(images: pd.DataFrame, column: str) -> dict[str, int]:
-    """Count groups of duplicates, their images, and the groups across several classes."""
-    grouped = images.dropna(subset=column).groupby(column)["label"]
+        return {"most_typical": -1, "least_typical": -1}
     return {
-        "n_groups": int(grouped.ngroups),
-        "n_images": int(grouped.size().sum()),
-        "n_groups_across_classes": int((grouped.nunique() > 1).sum()),
+        "most_typical": int(known[distances[known].argmin()]),
+        "least_typical": int(known[distances[known].argmax()]),
+    }
+
+
+def _count_groups(groups: npt.NDArray[np.int32], codes: npt.NDArray[np.int32]) -> dict[str, int]:
+    """Count groups of duplicates, their images, and the groups across several classes."""
+    rows = np.flatnonzero(groups >= 0)
+    rows = rows[np.lexsort((codes[rows], groups[rows]))]
+    numbers, labels = groups[rows], codes[rows]
+    is_across = (numbers[1:] == numbers[:-1]) & (labels[1:] != labels[:-1])
+    return {
+        "n_groups": int(groups.max(initial=-1)) + 1,
+        "n_images": len(rows),
+        "n_groups_across_classes": len(np.unique(numbers[1:][is_across])),
     }

@@ -247,15 +247,19 @@ def _score(deviations: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.where(deviations > _MIN_DEVIATION, 1 - _MIN_DEVIATION / (2 * deviations), np.nan)
 
 
-def find_copies(hashes: pd.Series) -> npt.NDArray[np.int64]:
+def find_copies(groups: pd.Series) -> npt.NDArray[np.int64]:
     """Find for each copy the row of the first image with the same content, shape (n,), int64; -1 for the others.
 
-    >>> find_copies(pd.Series(["a", "b", "", "a", ""])).tolist()
-    [-1, -1, -1, 0, -1]
+    `groups` are numbers of equal files, NaN for those that are alone.
+
+    >>> find_copies(pd.Series([0, 1, np.nan, 0, 1])).tolist()
+    [-1, -1, -1, 0, 1]
     """
-    is_copy = (hashes != "") & hashes.duplicated()
-    firsts = pd.Series(np.arange(len(hashes))).groupby(hashes.to_numpy()).transform("min").to_numpy()
-    return np.where(is_copy, firsts, -1)
+    firsts, rows = np.full(len(groups), -1, np.int64), np.flatnonzero(groups.notna())
+    numbers = groups.to_numpy()[rows]
+    _, places, inverse = np.unique(numbers, return_index=True, return_inverse=True)
+    firsts[rows] = rows[places[inverse]]
+    return np.where(firsts == np.arange(len(groups)), -1, firsts)
 
 
 def find_near_pairs(images: pd.DataFrame, parts: npt.NDArray[np.int64], *, max_bits: int) -> npt.NDArray[np.int64]:
@@ -264,16 +268,17 @@ def find_near_pairs(images: pd.DataFrame, parts: npt.NDArray[np.int64], *, max_b
     Returns index labels of `images`, which are positions in `parts`, shape (2, n_pairs), int64. Equal files are no
     pairs. One of many images of a part that look the same stands for all of them, so that their number does not matter.
     """
-    known = images[images["perceptual_hash"] != ""]
+    known = images[images["has_look"]]
     looks = (known[_MEANS] // (_COLOUR_LEVELS / 2)).assign(hash=known["perceptual_hash"], part=parts[known.index])
     rows = looks.drop_duplicates().index.to_numpy()
     chosen = images.loc[rows]
-    hashes = np.array([int(text, 16) for text in chosen["perceptual_hash"]], np.uint64)
-    colours, contents = chosen[_MEANS].to_numpy(np.float64), chosen["content_hash"].to_numpy()
+    hashes, contents = (chosen[name].to_numpy() for name in ("perceptual_hash", "duplicate_group"))
+    colours = chosen[_MEANS].to_numpy(np.float64)
     found = [np.empty((2, 0), np.int64)]
     for pairs in find_close_pairs(hashes, max_bits):
         first, second = pairs
         is_pair = (np.abs(colours[first] - colours[second]) <= _COLOUR_LEVELS).all(axis=1)
+        # Files that are alone differ from all others: NaN is not equal to itself.
         is_pair &= (parts[rows[first]] != parts[rows[second]]) & (contents[first] != contents[second])
         found.append(rows[pairs[:, is_pair]])
     return np.unique(np.concatenate(found, axis=1), axis=1)

@@ -107,7 +107,15 @@ def _describe_findings(summary: dict[str, Any]) -> dict[str, str]:
         "duplicates": _format_groups(summary["duplicates"]),
         "near duplicates": _format_groups(summary["near_duplicates"]),
         "files that contain": ", ".join(f"{_METADATA[kind]} {count:,}" for kind, count in summary["metadata"].items()),
+        "compared": _describe_size(summary),
     }
+
+
+def _describe_size(summary: dict[str, Any]) -> str:
+    """Say why images were compared at a smaller size, if they were."""
+    if "compared_px" not in summary:
+        return ""
+    return f"at {summary['compared_px']} px instead of {summary['input_px']}, as very many classes alternate"
 
 
 def _format_groups(groups: dict[str, int]) -> str:

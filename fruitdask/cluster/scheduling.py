@@ -9,12 +9,14 @@ from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from fruitdask.core.partition import Partition
+from fruitdask.core.partition import ClassBlock, Partition
 from fruitdask.errors import FruitdaskError, PartitionError
 
 Result = TypeVar("Result")
+#: What is scheduled.
+Piece: TypeAlias = Partition | ClassBlock
 
 #: Partitions in flight per thread of the cluster: one finishing, one running, one waiting at the worker.
 _PARTITIONS_PER_THREAD = 3
@@ -35,7 +37,7 @@ _POLL_SECONDS, _MAX_PAUSED_POLLS = 10, 4
 def map_partitions(
     client: Any,
     function: Callable[..., Result],
-    partitions: Iterable[Partition],
+    partitions: Iterable[Piece],
     *arguments: Any,
     delivered: Any,
     on_result: Callable[[Result], None],
@@ -49,7 +51,7 @@ def map_partitions(
     partition that excludes them.
     """
     tasks = _Tasks(client, delivered, arguments)
-    deadly: list[Partition] = []
+    deadly: list[Piece] = []
     ended = threading.Event()
     try:
         threading.Thread(target=_monitor_pauses, args=(client, tasks, ended), daemon=True).start()
@@ -85,20 +87,20 @@ class _Tasks:
         self._client = client
         self._arguments = arguments
         self._broadcast = _Broadcast(client, delivered, self._check)
-        self._in_flight: dict[Any, Partition] = {}
+        self._in_flight: dict[Any, Piece] = {}
         self._reason = ""
         self.n_done = 0
 
     def run(
-        self, function: Callable[..., Result], partitions: Iterable[Partition]
-    ) -> Iterator[tuple[Partition, Result | _Death]]:
+        self, function: Callable[..., Result], partitions: Iterable[Piece]
+    ) -> Iterator[tuple[Piece, Result | _Death]]:
         """Run a function over partitions, a bounded number at a time, and yield results in the order of completion."""
         from distributed import as_completed
 
         queue, completed, n_losses = iter(partitions), as_completed(), Counter[int]()
         self._broadcast.renew()
 
-        def submit(partition: Partition) -> None:
+        def submit(partition: Piece) -> None:
             self._check()
             arguments = (partition, self._broadcast.future, *self._arguments)
             key = f"{function.__name__}-{uuid.uuid4().hex}"
@@ -126,7 +128,7 @@ class _Tasks:
             for partition in islice(queue, max(0, _count_window(self._client) - len(self._in_flight))):
                 submit(partition)
 
-    def run_alone(self, function: Callable[..., Result], partition: Partition) -> Result | _Death:
+    def run_alone(self, function: Callable[..., Result], partition: Piece) -> Result | _Death:
         """Run a function on a partition while no other task runs that could kill a worker."""
         ((_, result),) = self.run(function, [partition])
         return result
@@ -150,11 +152,11 @@ class _Tasks:
 
 
 def _run_deadly(
-    tasks: _Tasks, function: Callable[..., Result], partition: Partition, probe: Callable[..., object] | None
+    tasks: _Tasks, function: Callable[..., Result], partition: Piece, probe: Callable[..., object] | None
 ) -> Result:
     """Run a function on a partition that was running when workers died, excluding its poison images."""
     result = tasks.run_alone(function, partition)
-    if isinstance(result, _Death) and probe is not None:
+    if isinstance(result, _Death) and probe is not None and isinstance(partition, Partition):
         everything = frozenset(range(len(partition.paths)))
 
         def kills(places: Sequence[int]) -> bool:
@@ -165,7 +167,7 @@ def _run_deadly(
         result = tasks.run_alone(function, replace(partition, excluded=partition.excluded | found))
     if isinstance(result, _Death):
         raise PartitionError(
-            f"{_name(partition)} kills its workers, whichever images are excluded ({result.message}); give workers "
+            f"{partition} kills its workers, whichever images are excluded ({result.message}); give workers "
             "more memory, or set a smaller featurize.max_pixels or featurize.images_per_partition"
         )
     return result
@@ -294,7 +296,7 @@ def _call(function: Callable[..., Result], *arguments: Any) -> Result:
     raise finished
 
 
-def _get_result(future: Any, partition: Partition) -> Any:
+def _get_result(future: Any, partition: Piece) -> Any:
     """Get a task's result, or name its images in the error; raises CancelledError if it was lost with its worker."""
     from distributed import KilledWorker
 
@@ -306,9 +308,4 @@ def _get_result(future: Any, partition: Partition) -> Any:
         return _Death(str(error))
     except Exception as error:
         kind = "" if isinstance(error, FruitdaskError) else f" ({type(error).__name__})"
-        raise PartitionError(f"{_name(partition)} failed: {str(error) or type(error).__name__}{kind}") from error
-
-
-def _name(partition: Partition) -> str:
-    """Name a partition by its images."""
-    return f"partition {partition.index} ({partition.paths[0]} to {partition.paths[-1]})"
+        raise PartitionError(f"{partition} failed: {str(error) or type(error).__name__}{kind}") from error

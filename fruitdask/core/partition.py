@@ -1,4 +1,4 @@
-"""A partition: a range of the catalog that is computed, stored and retried as one."""
+"""Partitions and blocks of classes: what is computed, stored and retried as one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +33,10 @@ class Partition:
     #: Places of poison images, which kill the process that opens them.
     excluded: frozenset[int] = frozenset()
 
+    def __str__(self) -> str:
+        """Name it by its images."""
+        return f"partition {self.index} ({self.paths[0]} to {self.paths[-1]})"
+
     @property
     def places_to_read(self) -> tuple[int, ...]:
         """Places of the images to compute that have not vanished."""
@@ -55,3 +59,21 @@ class Partition:
         }
         excluded = frozenset(row for row, place in enumerate(places) if place in self.excluded)
         return replace(self, **chosen, rows=None, excluded=excluded)
+
+
+@dataclass(frozen=True)
+class ClassBlock:
+    """A range of classes, in alphabetical order, whose sums are added up by one task."""
+
+    index: int
+    #: Position of the first class among all, and that after the last.
+    start: int
+    stop: int
+    #: The partitions that hold these classes, each with the range of these among its own classes.
+    pieces: tuple[tuple[int, int, int], ...]
+    #: The position of each class in these ranges.
+    codes: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """Name it by its number of classes."""
+        return f"the comparison of {self.stop - self.start:,} classes"

@@ -262,6 +262,31 @@ def write_file(location: Location, data: bytes) -> None:
             os.replace(temporary, path)
 
 
+@contextmanager
+def stream_file(location: Location) -> Iterator[Any]:
+    """Open a file that is written bit by bit: it appears whole at the end of the block, and after an error not at all.
+
+    The disk or the object store holds what was written so far, the memory a few megabytes of it.
+    """
+    fs, path = location.fs, location.path
+    with explained(location, "write"):
+        if location.is_local:
+            with _temporary_file(path) as temporary:
+                with open(temporary, "wb") as file:
+                    yield file
+                os.replace(temporary, path)
+            return
+        upload = fs.open(path, "wb")
+        try:
+            yield upload
+        except BaseException:
+            upload.discard()
+            # Otherwise the garbage collector would complete the upload.
+            upload.closed = True
+            raise
+        upload.close()
+
+
 def create_file(location: Location, data: bytes) -> None:
     """Write a whole file atomically if it does not exist; of several concurrent writers, only one succeeds."""
     fs, path = location.fs, location.path
@@ -281,7 +306,7 @@ def create_file(location: Location, data: bytes) -> None:
 
 
 @contextmanager
-def _temporary_file(path: str, data: bytes) -> Iterator[str]:
+def _temporary_file(path: str, data: bytes = b"") -> Iterator[str]:
     """Write a temporary file in the same folder, and delete it at the end if it is still there."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.part"

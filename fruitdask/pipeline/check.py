@@ -16,13 +16,16 @@ from fruitdask.pipeline.open import open as open_result
 from fruitdask.pipeline.reduce import BLOCK_BYTES
 from fruitdask.pipeline.results import RunResult, open_features
 from fruitdask.store.catalog import sample_evenly
-from fruitdask.store.exploration import Exploration, read_exploration
+from fruitdask.store.exploration import read_images
 
 if TYPE_CHECKING:
     import dask.array as da
 
     from fruitdask.analysis.issues import Votes
 
+#: Columns of an exploration that tell issues.
+_SIZES = dict.fromkeys(("width_px", "height_px"), "float32")
+_FINDINGS = ("duplicate_group", *_SIZES, "mean_red", "mean_green", "mean_blue", "contrast", "sharpness")
 #: Pairs of near duplicates whose features are compared: one block of them is in memory.
 _PAIRS_AT_ONCE = 4_096
 
@@ -74,19 +77,20 @@ def find_issues(settings: CheckConfig, output: Location, catalog: pd.DataFrame) 
     codes, classes = np.asarray(labels.cat.codes, np.int64), np.asarray(labels.cat.categories, str)
     features, is_ok = open_features(output, block_bytes=BLOCK_BYTES)
     found = [pd.DataFrame(columns=["row", "kind", "score", "other_row", "class", "agreement"])]
-    exploration = read_exploration(output)
-    images = _align(exploration, catalog)
+    exploration = store.read_exploration_manifest(output)
+    is_explored = exploration is not None and exploration.is_complete
+    images = _read_findings(output, catalog["path"]) if is_explored else pd.DataFrame(index=catalog.index)
     if is_ok.sum() > 1:
         found += _find_by_features(settings, features, is_ok, images, catalog, codes)
-    if exploration is not None:
-        bits = exploration.summary["near_duplicate_bits"]
+    if exploration is not None and is_explored:
+        bits = exploration.near_duplicate_bits or 0
         found += _find_alike(features, is_ok, images, _number_parts(catalog, codes), bits)
     table = pd.concat(found, ignore_index=True)
-    rows, paths = table["row"].to_numpy(np.int64), catalog["path"].to_numpy()
-    table["path"], table["label"] = paths[rows], classes[codes[rows]]
-    for name, source, names in (("other", "other_row", paths), ("suggestion", "class", classes)):
+    rows, paths = table["row"].to_numpy(np.int64), catalog["path"]
+    table["path"], table["label"] = paths.iloc[rows].to_numpy(), classes[codes[rows]]
+    for name, source, names in (("other", "other_row", paths), ("suggestion", "class", pd.Series(classes))):
         chosen = table[source].fillna(-1).to_numpy(np.int64)
-        table[name] = np.where(chosen >= 0, names[chosen], "")
+        table[name] = np.where(chosen >= 0, names.iloc[chosen].to_numpy(), "")
     return rank_issues(table[list(COLUMNS)].astype({"score": np.float64, "agreement": np.float64}))
 
 
@@ -100,13 +104,27 @@ def write_issues(output: Location, issues: pd.DataFrame) -> tuple[dict[str, str]
     )
 
 
-def _align(exploration: Exploration | None, catalog: pd.DataFrame) -> pd.DataFrame:
-    """Give the findings of an exploration the rows of the catalog."""
-    if exploration is None:
-        return pd.DataFrame(index=catalog.index)
-    rows = find_rows(catalog["path"], exploration.images["path"])
-    images = exploration.images.reindex(rows).reset_index(drop=True)
-    return images.fillna({"perceptual_hash": "", "content_hash": ""})
+def _read_findings(output: Location, paths: pd.Series) -> pd.DataFrame:
+    """Read numbers that an exploration found, for the rows of a catalog: some 50 bytes per image."""
+    from fruitdask.analysis.exploration import parse_hashes
+
+    images, is_same, start = [], True, 0
+    for block in read_images(output, ("path", "perceptual_hash", *_FINDINGS)):
+        here = block["path"].to_pandas()
+        is_same = is_same and list(here) == list(paths.iloc[start : start + len(here)])
+        start += len(here)
+        found = block.select(_FINDINGS).to_pandas().astype({"duplicate_group": "float64"} | _SIZES)
+        looks, has_look = parse_hashes(block["perceptual_hash"], n_bits=64)
+        images.append(found.assign(perceptual_hash=looks[:, 0], has_look=has_look))
+    table: pd.DataFrame = pd.concat(images, ignore_index=True)
+    if is_same and len(table) == len(paths):
+        return table
+    # The store has other rows than the listing since images were added.
+    rows = find_rows(paths, pd.concat([block["path"].to_pandas() for block in read_images(output, ("path",))]))
+    aligned: pd.DataFrame = table.iloc[rows].reset_index(drop=True)
+    aligned.loc[rows < 0, aligned.columns.drop(["perceptual_hash", "has_look"])] = np.nan
+    aligned["has_look"] &= rows >= 0
+    return aligned
 
 
 def _number_parts(catalog: pd.DataFrame, codes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -175,7 +193,7 @@ def _find_alike(
     """Find copies, and near duplicates in another class or split."""
     from fruitdask.analysis.issues import find_copies, find_near_pairs, measure_pairs
 
-    copies = find_copies(images["content_hash"])
+    copies = find_copies(images["duplicate_group"])
     rows = np.flatnonzero(copies >= 0)
     # Copies in one class and split do less harm.
     scores = np.where(parts[rows] != parts[copies[rows]], 1.0, 0.5)

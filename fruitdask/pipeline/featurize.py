@@ -201,8 +201,8 @@ def _featurize(
         n_failed += summary.n_failed
         pending.done.add(summary.index)
         seconds.update(summary.seconds)
-        if exploration is not None and summary.findings is not None:
-            exploration.add(summary.findings)
+        if exploration is not None and summary.is_explored:
+            exploration.add(summary.index)
         progress.advance(summary.n_images, n_failed=summary.n_failed)
         check_failures(state, n_failed)
         state.budget.check()

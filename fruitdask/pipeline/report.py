@@ -8,17 +8,29 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fruitdask import report, store
+from fruitdask.analysis.duplicates import choose_groups
 from fruitdask.core.config import Config
 from fruitdask.core.storage import Location, exists, explained
 from fruitdask.errors import OutputError
 from fruitdask.pipeline.inputs import dump_config, open_output
 from fruitdask.report import ReportData
-from fruitdask.store.exploration import Exploration, read_exploration
+from fruitdask.report.sections.data import MAX_GROUPS, MAX_LISTED
+from fruitdask.store.exploration import (
+    Exploration,
+    list_unreadable,
+    open_exploration,
+    read_classes,
+    read_groups,
+    read_sizes,
+)
 
 _FRAME_HEIGHT_PX = 800
+#: Images whose sizes are drawn; of more, an even sample.
+_MAX_SIZES = 1_000_000
 #: The sections of the configuration that determine figures, page and the record of processing on it.
 _SECTIONS = ("plots", "report", "privacy")
 
@@ -143,7 +155,7 @@ def _read_complete(output: Location) -> store.RunManifest | None:
 def _read_data(config: Config, output: Location, manifest: store.RunManifest | None) -> ReportData:
     """Read the stored results of a run, an exploration, or both."""
     is_run = manifest is not None
-    exploration = read_exploration(output)
+    exploration = _open_exploration(output)
     if not is_run and exploration is None:
         raise OutputError(
             f"{output.url}: expected a finished run or exploration, found none; use fruitdask run or fruitdask explore "
@@ -153,8 +165,9 @@ def _read_data(config: Config, output: Location, manifest: store.RunManifest | N
         config=config,
         manifest=manifest.dump() if manifest is not None else None,
         exploration=exploration,
+        sizes=None if exploration is None else _read_sizes(output, exploration),
         results=report.read_results(output) if is_run else None,
-        failures=report.read_failures(output) if exploration is None or is_run else _list_unreadable(exploration),
+        failures=report.read_failures(output) if exploration is None or is_run else list_unreadable(output),
         quality=store.read_quality(output) if is_run else None,
         classifier=store.read_json(output.child(store.CLASSIFIER_REPORT)),
         predictions=_read_predictions(output),
@@ -167,7 +180,16 @@ def _read_predictions(output: Location) -> pd.DataFrame | None:
     return store.read_table(output, store.PREDICTIONS) if exists(output.child(store.PREDICTIONS)) else None
 
 
-def _list_unreadable(exploration: Exploration) -> pd.DataFrame:
-    """List the images that an exploration could not read, like the failures of a run."""
-    images = exploration.images
-    return images.loc[images["status"] != "ok", ["path", "label", "status", "error"]]
+def _open_exploration(output: Location) -> Exploration | None:
+    """Open an exploration with the images that the page shows or lists."""
+    summary = store.read_exploration_manifest(output)
+    if summary is None or not summary.is_complete:
+        return None
+    codes, *groups = read_groups(output, read_classes(output).index)
+    shown = [choose_groups(each, codes, n_groups=MAX_GROUPS, n_rows=MAX_LISTED) for each in groups]
+    return open_exploration(output, np.concatenate(shown))
+
+
+def _read_sizes(output: Location, exploration: Exploration) -> pd.DataFrame:
+    """Read the sizes of images for histograms."""
+    return read_sizes(output, n_images=exploration.summary["n_images"], max_images=_MAX_SIZES)

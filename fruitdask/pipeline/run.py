@@ -177,8 +177,8 @@ def _plan_exploration(state: RunState) -> ImageExploration | None:
         exploration = ImageExploration(state.inputs, images_per_partition=state.images_per_partition)
         if state.config.output.overwrite or not exploration.is_done:
             return exploration
-    # An interrupted exploration may have left the thumbnails of all images.
-    store.delete_thumbnails(state.output)
+    # An interrupted exploration may have left thumbnails of all images.
+    store.delete_exploring(state.output)
     return None
 
 

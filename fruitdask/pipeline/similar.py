@@ -21,6 +21,7 @@ from fruitdask.pipeline.plan import LOCAL_REDUCE_BYTES
 from fruitdask.pipeline.results import RunResult, open_features, read_images
 from fruitdask.report.similar import render_matches
 from fruitdask.report.thumbnails import Thumbnails
+from fruitdask.store.exploration import open_exploration
 from fruitdask.worker.fetch import Photograph, read_photographs
 
 #: Features are searched in blocks of about this size: what a block costs besides its product is then a small part.
@@ -111,10 +112,10 @@ def render_similar(result: RunResult, queries: Queries, table: pd.DataFrame, *, 
     source = Location(config.input.url, config.input.storage_options, attempts=1)
     shown = dict.fromkeys([*(name for name in queries.names if name not in places), *table["path"]])
     pixels = _read_pixels(places | {path: source.child(path) for path in shown}, config)
-    stored = result.exploration if len(pixels) < len(places) + len(shown) else None
+    stored = open_exploration(result.output) if len(pixels) < len(places) + len(shown) else None
     if stored is not None:
-        kept = dict(zip(stored.images["path"].iloc[stored.thumbnail_rows], stored.thumbnails, strict=True))
-        pixels = {path: kept[path] for path in shown if path in kept} | pixels
+        kept = {path: place for place, path in enumerate(stored.images["path"].iloc[stored.thumbnail_rows])}
+        pixels = {path: stored.thumbnails[kept[path]] for path in shown if path in kept} | pixels
     pictures = {name: thumbnails.encode_pixels(each, max_px=_PICTURE_PX) for name, each in pixels.items()}
     return render_matches(table, title=result.output.url, pictures=pictures)
 

@@ -18,6 +18,7 @@ from fruitdask.pipeline.inputs import Inputs
 from fruitdask.store.catalog import sample_evenly, split_catalog
 from fruitdask.worker.explore import ExploreJob
 from fruitdask.worker.models import ModelArtifact, load_predictor
+from fruitdask.worker.sums import COLOUR_LEVELS
 
 if TYPE_CHECKING:
     from fruitdask.worker.featurize import FeaturizeJob, PartitionSummary
@@ -87,8 +88,8 @@ def _prepare_output(inputs: Inputs, artifact: ModelArtifact, output: Location, *
     if not settings.enabled or settings.input_px not in (None, artifact.input_px):
         return None
     thumbnail_px = settings.choose_thumbnail_px(len(inputs.catalog))
-    store.create_thumbnails(output, thumbnail_px=thumbnail_px, **shape)
-    return ExploreJob(inputs.source, output, artifact.input_px, thumbnail_px)
+    workspace = store.Workspace(output, "trial", thumbnail_px, artifact.input_px, n_colours=COLOUR_LEVELS**3)
+    return ExploreJob(inputs.source, workspace, artifact.input_px)
 
 
 def _try_partition(partition: Partition, artifact: ModelArtifact, job: "FeaturizeJob") -> _Trial:

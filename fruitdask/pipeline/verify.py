@@ -315,7 +315,7 @@ def _check_exploration(output: Location, manifest: store.RunManifest | None, fou
     if summary is None:
         return
     if not summary.is_complete:
-        found.notes.append("the exploration is not finished: the next run explores all images")
+        found.notes.append("the exploration is not finished: the next run finishes it")
         return
     is_same = manifest is not None and manifest.fingerprint.get("catalog") == summary.fingerprint["catalog"]
     if manifest is not None and not is_same:
@@ -327,5 +327,5 @@ def _check_exploration(output: Location, manifest: store.RunManifest | None, fou
                 "images again"
             )
     yield from check_exploration(output, summary, found.catalog if is_same else None)
-    if exists(output.child(store.THUMBNAILS)):
-        yield Fault(store.THUMBNAILS, "it is left over from a finished exploration", "delete")
+    if exists(output.child(store.EXPLORING)):
+        yield Fault(store.EXPLORING, "it is left over from a finished exploration", "delete")

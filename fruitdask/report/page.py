@@ -63,6 +63,8 @@ class ReportData:
     classifier: dict[str, Any] | None = field(default=None, repr=False)
     #: Labels that the classifier of another run predicts for these images.
     predictions: pd.DataFrame | None = field(default=None, repr=False)
+    #: Sizes of the files of the images that were explored, or of an even sample; None if `exploration` has all images.
+    sizes: pd.DataFrame | None = field(default=None, repr=False)
 
     @cached_property
     def plots(self) -> Plots:
@@ -188,9 +190,11 @@ def _describe_data(data: ReportData) -> sections.View | None:
         n_wanted = int(images[["duplicate_group", "near_duplicate_group"]].notna().sum().sum())
         thumbnails = Thumbnails(data.exploration, max_bytes=_DUPLICATES_BYTES, n_wanted=n_wanted)
         view["duplicates"] = sections.describe_duplicates(data.exploration, thumbnails)
-        view["bytes_total"] = int(images["bytes"].sum())
+        view["bytes_total"] = int(data.exploration.classes["bytes_total"].sum())
+        sizes = images if data.sizes is None else data.sizes
+        of = {"n_images": int(data.exploration.classes["n_images"].sum())}
         view["sizes"] = [
-            _draw(figures.plot_sizes(images, parts=[part]), f"Histogram of all images: {part.lower()}.")
+            _draw(figures.plot_sizes(sizes, parts=[part], **of), f"Histogram of the images: {part.lower()}.")
             for part in figures.SIZES
         ]
     return view if any(view.values()) else None

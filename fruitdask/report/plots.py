@@ -29,9 +29,10 @@ def _list_exploration(data: "ReportData") -> Plots:
     if data.exploration is None:
         return {}
     classes = data.exploration.classes
+    sizes, n_images = data.sizes, int(classes["n_images"].sum())
     return {
         "classes": partial(figures.plot_class_counts, classes),
-        "sizes": partial(figures.plot_sizes, data.exploration.images),
+        "sizes": partial(figures.plot_sizes, data.exploration.images if sizes is None else sizes, n_images=n_images),
         "examples": partial(figures.plot_examples, data.exploration, per_class=_EXAMPLES_PER_CLASS),
         "colours": partial(figures.plot_colours, classes),
         "differences": partial(figures.plot_differences, classes),

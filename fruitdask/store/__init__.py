@@ -4,11 +4,8 @@ from fruitdask.store.arrays import (
     StoredArray,
     copy_arrays,
     create_store,
-    create_thumbnails,
-    delete_thumbnails,
     hash_arrays,
     open_store,
-    open_thumbnails,
     read_arrays,
     read_partition,
     resize_store,
@@ -30,6 +27,7 @@ from fruitdask.store.checks import (
     restore_store,
 )
 from fruitdask.store.erasure import delete_strays, finish_erasing, stage_rows
+from fruitdask.store.workspace import Workspace, delete_exploring
 from fruitdask.store.layout import (
     CATALOG,
     CLASSIFIER,
@@ -40,6 +38,7 @@ from fruitdask.store.layout import (
     EXPLORED_ARRAYS,
     EXPLORED_CLASSES,
     EXPLORED_IMAGES,
+    EXPLORING,
     FAILURES,
     FEATURES,
     FIGURE_NAMES,
@@ -57,7 +56,6 @@ from fruitdask.store.layout import (
     RESULTS_CSV,
     STAGING,
     STATUSES,
-    THUMBNAILS,
     VERSION_COLUMNS,
     name_figure,
     name_outcomes,

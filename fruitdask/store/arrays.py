@@ -1,10 +1,11 @@
-"""Arrays, in Zarr: features and statuses of a run, thumbnails of an exploration, small ones such as components."""
+"""Arrays, in Zarr: features and statuses of a run, and small ones such as components."""
 
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from zarr.storage import FsspecStore
 
 from fruitdask.core.storage import Location, exists, explained
 from fruitdask.errors import StorageError
-from fruitdask.store.layout import FEATURES, RUN_NAMES, STATUSES, THUMBNAILS, name_outcomes
+from fruitdask.store.layout import FEATURES, RUN_NAMES, STATUSES, name_outcomes
 from fruitdask.store.manifests import advise_repair, delete_result
 from fruitdask.store.schema import check_format, seal
 from fruitdask.store.tables import read_table, write_table
@@ -23,6 +24,8 @@ from fruitdask.store.tables import read_table, write_table
 #: How chunks are stored: compressed as Zarr does by default, then with a checksum, by which a reader of any language
 #: finds damage.
 _COMPRESSORS = (ZstdCodec(), Crc32cCodec())
+#: Chunks of an array that stay in memory while it is read by rows.
+_CACHE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,42 +194,6 @@ def write_partition(
     write_table(output.child(name_outcomes(index)), outcomes)
 
 
-def create_thumbnails(output: Location, *, n_images: int, thumbnail_px: int, images_per_partition: int) -> None:
-    """Create the array that holds the thumbnails of all images while they are explored, one chunk a partition.
-
-    An array of the same shape is used again: all of it will be overwritten, and a straggling task of an earlier run may
-    still write to it.
-    """
-    location, image = output.child(THUMBNAILS), (thumbnail_px, thumbnail_px, 3)
-    shape, chunks = (n_images, *image), (images_per_partition, *image)
-    with explained(location, "write"):
-        if exists(location.child("zarr.json")):
-            found = open_thumbnails(output, mode="r")
-            if (found.shape, found.chunks) == (shape, chunks):
-                return
-        delete_result(output, THUMBNAILS)
-        zarr.create_array(
-            **name_store(location),
-            shape=shape,
-            chunks=chunks,
-            dtype=np.uint8,
-            fill_value=0,
-            compressors=_COMPRESSORS,
-            dimension_names=("image", "y", "x", "channel"),
-        )
-
-
-def open_thumbnails(output: Location, *, mode: Literal["r", "r+"]) -> Any:
-    """Open the array of thumbnails."""
-    # Naming the format saves the requests by which Zarr looks for its older one.
-    return zarr.open_array(**name_store(output.child(THUMBNAILS)), mode=mode, zarr_format=3)
-
-
-def delete_thumbnails(output: Location) -> None:
-    """Delete the array of thumbnails, of which only a sample is kept elsewhere."""
-    delete_result(output, THUMBNAILS)
-
-
 def write_arrays(
     location: Location, arrays: Mapping[str, tuple[npt.NDArray[Any], Sequence[str]]], attributes: Mapping[str, Any]
 ) -> None:
@@ -244,17 +211,97 @@ def write_arrays(
             )
 
 
+def create_arrays(location: Location, attributes: Mapping[str, Any]) -> None:
+    """Create an empty group of arrays, in place of an earlier one."""
+    with explained(location, "write"):
+        zarr.open_group(**name_store(location), mode="w", attributes=seal(attributes))
+
+
+def add_array(
+    location: Location, name: str, *, shape: Sequence[int], n_rows: int, dtype: Any, dimensions: Sequence[str]
+) -> Any:
+    """Add an array to a group, to be filled by parts; a chunk has `n_rows` rows."""
+    with explained(location, "write"):
+        group = zarr.open_group(**name_store(location), mode="r+", zarr_format=3)
+        return group.create_array(
+            name,
+            shape=tuple(shape),
+            chunks=(n_rows, *(max(1, size) for size in shape[1:])),
+            dtype=dtype,
+            dimension_names=tuple(dimensions),
+            compressors=_COMPRESSORS,
+            config={"write_empty_chunks": True},
+        )
+
+
+def open_array(location: Location, name: str) -> Any:
+    """Open an array of a group to write parts of it."""
+    with explained(location, "write"):
+        array = zarr.open_array(**name_store(location.child(name)), mode="r+", zarr_format=3)
+        # A chunk that is not there is missing then, not one of zeros.
+        return array.with_config({"write_empty_chunks": True})
+
+
+class LazyArray:
+    """An array of a group that is read by chunks, of which the last ones used stay in memory."""
+
+    def __init__(self, array: Any, location: Location, remedy: str) -> None:
+        self._array, self._location, self._remedy = array, location, remedy
+        self.shape: tuple[int, ...] = array.shape
+        self._size: int = array.chunks[0]
+        chunk_bytes = self._size * int(np.prod(self.shape[1:])) * array.dtype.itemsize
+        self._read = lru_cache(max(1, _CACHE_BYTES // max(1, chunk_bytes)))(self._read_chunk)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> npt.NDArray[Any]:
+        """Read a row, or several."""
+        if isinstance(rows, int | np.integer):
+            return np.asarray(self._read(int(rows) // self._size)[int(rows) % self._size])
+        chosen = np.arange(len(self))[rows]
+        found = [self[row] for row in chosen]
+        return np.stack(found) if found else np.empty((0, *self.shape[1:]), self._array.dtype)
+
+    def _read_chunk(self, number: int) -> npt.NDArray[Any]:
+        """Read a chunk."""
+        with explained(self._location, "read", remedy=self._remedy):
+            return np.asarray(self._array[number * self._size : (number + 1) * self._size])
+
+
+def open_lazily(location: Location) -> dict[str, LazyArray]:
+    """Open the arrays of a group without reading them, after checking that all of their chunks are there."""
+    remedy = advise_repair(Location(location.url.rpartition("/")[0], location.storage_options))
+    with explained(location, "read", remedy=remedy):
+        return {name: LazyArray(array, location, remedy) for name, array in _list_arrays(location).items()}
+
+
+def check_chunks(location: Location, remedy: str) -> None:
+    """Read each chunk of a group of arrays, one at a time."""
+    with explained(location, "read", remedy=remedy):
+        for array in _list_arrays(location).values():
+            size = array.chunks[0] if array.shape else 1
+            for start in range(0, array.shape[0] if array.shape else 0, size):
+                array[start : start + size]
+
+
+def _list_arrays(location: Location) -> dict[str, Any]:
+    """List the arrays of a group, all of whose chunks are there."""
+    group = zarr.open_group(**name_store(location), mode="r", zarr_format=3)
+    check_format(group.attrs, location.url)
+    arrays: dict[str, Any] = dict(group.arrays())
+    for name, array in arrays.items():
+        if array.nchunks_initialized < array.nchunks:
+            raise ValueError(f"chunks of {name} are missing")
+    return arrays
+
+
 def read_arrays(location: Location) -> dict[str, npt.NDArray[Any]]:
     """Read a group of small arrays, by name."""
     remedy = advise_repair(Location(location.url.rpartition("/")[0], location.storage_options))
     with explained(location, "read", remedy=remedy):
-        group = zarr.open_group(**name_store(location), mode="r", zarr_format=3)
-        check_format(group.attrs, location.url)
-        arrays = dict(group.arrays())
-        for name, array in arrays.items():
-            if array.nchunks_initialized < array.nchunks:
-                raise ValueError(f"chunks of {name} are missing")
-        return {name: np.asarray(array[...]) for name, array in arrays.items()}
+        return {name: np.asarray(array[...]) for name, array in _list_arrays(location).items()}
 
 
 def copy_arrays(source: Location, target: Location) -> None:

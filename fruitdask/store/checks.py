@@ -14,7 +14,7 @@ import zarr
 
 from fruitdask.core.storage import Location, describe_cause, exists, explained, hash_file, write_file
 from fruitdask.errors import DamageError, FormatError, OutputError
-from fruitdask.store.arrays import StoredArray, create_store, name_store, read_arrays
+from fruitdask.store.arrays import StoredArray, check_chunks, create_store, name_store
 from fruitdask.store.layout import EXPLORATION, FEATURES, MANIFEST, STATUSES, name_outcomes
 from fruitdask.store.manifests import advise_repair, read_exploration_manifest, read_quality, read_run
 from fruitdask.store.outcomes import read_outcomes
@@ -259,7 +259,7 @@ def check_arrays(
     if not is_intact(attributes):
         yield Fault(f"{name}/zarr.json", "its attributes do not match their checksum", remedy)
     try:
-        read_arrays(location)
+        check_chunks(location, advise_repair(output))
     except DamageError as error:
         yield Fault(name, describe_damage(error), remedy)
     found = {array: stored.metadata.dimension_names for array, stored in arrays.items()}

@@ -27,7 +27,8 @@ FAILURES = "failures.csv"
 CLASSIFIER, CLASSIFIER_REPORT = "classifier.zarr", "classifier.json"
 #: Labels predicted by the classifier of another run.
 PREDICTIONS, PREDICTIONS_CSV = "predictions.parquet", "predictions.csv"
-THUMBNAILS = "thumbnails.zarr"
+#: Working files of an exploration, deleted at its end.
+EXPLORING = "exploring"
 #: Findings of an exploration: arrays, and tables as Parquet and CSV.
 EXPLORED_ARRAYS = "explore.zarr"
 EXPLORED_IMAGES, EXPLORED_CLASSES = "explore", "explore_classes"
@@ -58,6 +59,13 @@ def name_outcomes(index: int) -> str:
     return f"{PARTITIONS}/{index:05d}.parquet"
 
 
+def name_working(exploration: str, kind: str, index: int) -> str:
+    """Return the name of a working file: the ``rows`` of a partition, which commit it, its ``sums`` or ``thumbnails``,
+    or the ``means`` of a class.
+    """
+    return f"{EXPLORING}/{exploration}/{kind}/{index:05d}.{'parquet' if kind == 'rows' else 'bin'}"
+
+
 #: What a run or an exploration writes, and may therefore delete. Deleted in this order: commit marks before their data,
 #: and a manifest last, because it says that the others are ours.
 RUN_NAMES = (
@@ -79,7 +87,7 @@ RUN_NAMES = (
     MANIFEST,
 )
 EXPLORATION_NAMES = (
-    THUMBNAILS,
+    EXPLORING,
     EXPLORED_ARRAYS,
     *(f"{table}.{ending}" for table in (EXPLORED_IMAGES, EXPLORED_CLASSES) for ending in ("parquet", "csv")),
     *(name_figure(name) for name in FIGURE_NAMES),

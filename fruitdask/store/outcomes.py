@@ -17,7 +17,11 @@ _PARTITIONS_AT_ONCE = 256
 
 def list_committed(output: Location) -> set[int]:
     """List the committed partitions."""
-    folder = output.child(PARTITIONS)
+    return list_marks(output.child(PARTITIONS))
+
+
+def list_marks(folder: Location) -> set[int]:
+    """List the partitions whose commit marks are in a folder."""
     with explained(folder, "list"):
         folder.fs.invalidate_cache()
         names = [path.rsplit("/", 1)[-1] for path in folder.fs.find(folder.path)]

@@ -314,6 +314,8 @@ class ExplorationManifest(Manifest):
     n_images: int | None = None
     n_ok: int | None = None
     input_px: int | None = None
+    #: Side at which images were compared, if smaller than `input_px` because very many classes alternate.
+    compared_px: int | None = None
     scale: str | None = None
     near_duplicate_bits: int | None = None
     duplicates: DuplicatesRecord | None = None
@@ -324,7 +326,8 @@ class ExplorationManifest(Manifest):
     def _check_complete(self) -> Self:
         """Require what every complete exploration writes."""
         if self.is_complete:
-            own = [name for name in ExplorationManifest.model_fields if name not in Manifest.model_fields]
+            optional = {*Manifest.model_fields, "compared_px"}
+            own = [name for name in ExplorationManifest.model_fields if name not in optional]
             missing = [name for name in ("finished", *own) if getattr(self, name) is None]
             if missing or "catalog" not in self.fingerprint:
                 raise ValueError(f"no entry {(missing or ['fingerprint.catalog'])[0]!r}")

@@ -1,9 +1,8 @@
 """Explore the images of one partition on a worker: rows about each image, sums over each class, and thumbnails."""
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,19 +11,11 @@ from PIL import Image
 
 from fruitdask.cluster.scheduling import let_next_begin
 from fruitdask.core.partition import Partition
-from fruitdask.core.storage import Location, explained
-from fruitdask.store import open_thumbnails
+from fruitdask.store import Workspace
 from fruitdask.worker.fetch import Batch, ImageSource, Outcome, Stopwatch, read_batches
 from fruitdask.worker.images import read_header
 from fruitdask.worker.metadata import KINDS, find_metadata
-
-#: Colours are counted in 8 x 8 x 8 bins of 32 levels per channel.
-COLOUR_LEVELS = 8
-#: A pixel has the colour of the background if no channel is further from it, in byte levels.
-_BACKGROUND_LEVELS = 24
-#: An image has a background if this share of its edge has one colour, and if no more than that share of the image is
-#: background.
-_MIN_EDGE, _MAX_BACKGROUND = 0.8, 0.98
+from fruitdask.worker.sums import ClassSums
 
 
 @dataclass(frozen=True)
@@ -32,88 +23,19 @@ class ExploreJob:
     """What a task needs besides its partition; picklable and small."""
 
     source: ImageSource
-    #: The output folder, which already holds the array of thumbnails.
-    output: Location
-    #: Side to which images are resized for comparison.
+    #: Where it writes.
+    workspace: Workspace
+    #: Side to which images are resized.
     input_px: int
-    thumbnail_px: int
 
 
-@dataclass(eq=False)
-class ClassSums:
-    """Exact integer sums over images of a class; those of disjoint sets of images add up."""
+@dataclass(frozen=True)
+class ExploredPartition:
+    """What a task reports: counts, never rows or pixels."""
 
+    index: int
     n_images: int
-    #: Sum of the pixels (0 to 255), shape (px, px, 3); uint32 for one batch, int64 after adding.
-    pixels: npt.NDArray[np.integer[Any]]
-    #: Sum of the squares of all pixel values.
-    squares: int
-    #: Sum of the thumbnails, shape (thumbnail_px, thumbnail_px, 3), int64.
-    thumbnails: npt.NDArray[np.int64]
-    #: Histogram of the thumbnails' colours without the background, shape (512,), int64; red varies slowest.
-    colours: npt.NDArray[np.int64]
-
-    @classmethod
-    def measure(cls, pixels: npt.NDArray[np.uint8], thumbnails: npt.NDArray[np.uint8]) -> Self:
-        """Sum images of shape (n, px, px, 3) and their thumbnails."""
-        # About 64 x 64 pixels tell the colours of an image as well as more do.
-        step = max(1, thumbnails.shape[1] // 64)
-        sampled = thumbnails[:, ::step, ::step]
-        levels = (sampled // (256 // COLOUR_LEVELS))[~find_background(sampled)].astype(np.int64)
-        flat = pixels.reshape(-1).astype(np.float64)
-        return cls(
-            n_images=len(pixels),
-            # Enough for 16 million images, at half the size for the way to the client.
-            pixels=pixels.sum(axis=0, dtype=np.uint32),
-            # Exact: a batch's sum of squares stays far below 2**53.
-            squares=int(flat @ flat),
-            thumbnails=thumbnails.sum(axis=0, dtype=np.int64),
-            colours=np.bincount(levels @ [COLOUR_LEVELS**2, COLOUR_LEVELS, 1], minlength=COLOUR_LEVELS**3),
-        )
-
-    def add(self, other: "ClassSums") -> None:
-        """Add the sums of other images."""
-        self.n_images += other.n_images
-        self.pixels = np.add(self.pixels, other.pixels, dtype=np.int64)
-        self.squares += other.squares
-        self.thumbnails += other.thumbnails
-        self.colours += other.colours
-
-
-def find_background(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Return a mask, (n, px, px), of the pixels that look like the edge of their image, where that has one colour.
-
-    A photograph whose edge has several colours has no background here, and neither has one that is all of one colour.
-    """
-    n, px = thumbnails.shape[:2]
-    rows, columns = thumbnails[:, [0, -1]], thumbnails[:, :, [0, -1]]
-    edge = np.concatenate([rows, columns.swapaxes(1, 2)], axis=1).reshape(n, 4 * px, 3)
-    usual = np.median(edge, axis=1).astype(np.int16)[:, np.newaxis]
-    on_edge, inside = (
-        (np.abs(pixels - usual) <= _BACKGROUND_LEVELS).all(axis=2) for pixels in (edge, thumbnails.reshape(n, px**2, 3))
-    )
-    has_background = (on_edge.mean(axis=1) >= _MIN_EDGE) & (inside.mean(axis=1) <= _MAX_BACKGROUND)
-    return np.asarray((inside & has_background[:, np.newaxis]).reshape(thumbnails.shape[:3]))
-
-
-def add_sums(total: dict[str, ClassSums], more: Mapping[str, ClassSums]) -> None:
-    """Add sums class by class."""
-    for label, sums in more.items():
-        if label in total:
-            total[label].add(sums)
-        else:
-            total[label] = sums
-
-
-@dataclass(frozen=True, eq=False)
-class Findings:
-    """The results of a task, without pixels of single images, as they go to the client."""
-
-    #: Catalog row of the partition's first image.
-    start: int
-    images: pd.DataFrame
-    #: Sums by class.
-    sums: dict[str, ClassSums]
+    n_failed: int
 
 
 class Explorer:
@@ -123,35 +45,36 @@ class Explorer:
         self._partition = partition
         self._job = job
         self._rows: list[dict[str, Any]] = []
-        self._sums: dict[str, ClassSums] = {}
-        px = job.thumbnail_px
-        self._thumbnails = np.zeros((len(partition.paths), px, px, 3), np.uint8)
+        self._places = {label: place for place, label in enumerate(sorted(set(partition.labels)))}
+        self._sums = np.zeros(len(self._places), job.workspace.sums_type)
+        self._thumbnails = np.zeros(len(partition.paths), job.workspace.thumbnail_type)
 
     def add(self, batch: Batch) -> None:
         """Explore a batch."""
         described = [_describe_file(outcome) for outcome in batch.outcomes]
-        thumbnails = self._thumbnails[batch.start : batch.start + len(batch.outcomes)]
-        for row, pixels in zip(batch.rows, batch.pixels, strict=True):
+        places = batch.start + np.asarray(batch.rows, np.intp)
+        thumbnails = np.empty((len(places), *self._thumbnails["pixels"].shape[1:]), np.uint8)
+        for row, pixels, thumbnail in zip(batch.rows, batch.pixels, thumbnails, strict=True):
             image = Image.fromarray(pixels)
-            thumbnails[row] = np.asarray(image.resize(thumbnails.shape[1:3], Image.Resampling.BOX))
-            described[row] |= _describe_look(image, thumbnails[row])
+            thumbnail[:] = _shrink(image, len(thumbnail))
+            described[row] |= _describe_look(image, thumbnail)
         self._rows += described
+        self._thumbnails["is_readable"][places], self._thumbnails["pixels"][places] = True, thumbnails
+        compared = _shrink_all(batch.pixels, self._job.workspace.compared_px)
         labels = np.array([batch.outcomes[row].label for row in batch.rows], object)
         for label in dict.fromkeys(labels):
             is_label = labels == label
-            sums = ClassSums.measure(batch.pixels[is_label], thumbnails[batch.rows][is_label])
-            add_sums(self._sums, {label: sums})
+            ClassSums.measure(compared[is_label], thumbnails[is_label]).add_to(self._sums[self._places[label]])
 
-    def finish(self) -> Findings:
-        """Store the thumbnails and return the findings."""
-        rows = slice(self._partition.start, self._partition.start + len(self._thumbnails))
-        with explained(self._job.output, "write thumbnails to"):
-            open_thumbnails(self._job.output, mode="r+")[rows] = self._thumbnails
-        return Findings(self._partition.start, pd.DataFrame(self._rows, columns=list(_EMPTY)), self._sums)
+    def finish(self) -> ExploredPartition:
+        """Store what was found."""
+        rows = pd.DataFrame(self._rows, columns=list(_EMPTY)).astype(_TYPES)
+        self._job.workspace.write_partition(self._partition.index, rows, sums=self._sums, thumbnails=self._thumbnails)
+        return ExploredPartition(self._partition.index, len(rows), int((rows["status"] != "ok").sum()))
 
 
-def explore_partition(partition: Partition, job: ExploreJob) -> Findings:
-    """Explore the images of a partition and store their thumbnails."""
+def explore_partition(partition: Partition, job: ExploreJob) -> ExploredPartition:
+    """Explore the images of a partition and store what was found."""
     return _explore(partition, job).finish()
 
 
@@ -185,6 +108,22 @@ _EMPTY: dict[str, Any] = {
     "contrast": np.nan,
     "sharpness": np.nan,
 }
+#: Types of columns that a partition without a readable image would not tell.
+_TYPES = dict.fromkeys(("width_px", "height_px"), "Int32") | {
+    name: np.float32 for name, value in _EMPTY.items() if isinstance(value, float)
+}
+
+
+def _shrink(image: Image.Image, px: int) -> npt.NDArray[np.uint8]:
+    """Shrink an image, as the mean of the pixels that become one."""
+    return np.asarray(image.resize((px, px), Image.Resampling.BOX))
+
+
+def _shrink_all(pixels: npt.NDArray[np.uint8], px: int) -> npt.NDArray[np.uint8]:
+    """Shrink images of shape (n, px, px, 3), if they are larger than wanted."""
+    if not len(pixels) or pixels.shape[1] == px:
+        return pixels
+    return np.stack([_shrink(Image.fromarray(each), px) for each in pixels])
 
 
 def _describe_file(outcome: Outcome) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from fruitdask.core.partition import Partition
 from fruitdask.core.storage import Location
 from fruitdask.errors import StorageError
 from fruitdask.store import OUTCOME_COLUMNS, VERSION_COLUMNS, read_partition, write_partition
-from fruitdask.worker.explore import ExploreJob, Explorer, Findings
+from fruitdask.worker.explore import ExploreJob, Explorer
 from fruitdask.worker.fetch import Batch, ImageSource, Photograph, Stopwatch, read_batches, read_photographs
 from fruitdask.worker.models import ModelArtifact, load_predictor, prepare_engine
 from fruitdask.worker.models.artifact import Predictor
@@ -43,8 +43,8 @@ class PartitionSummary:
     bytes_read: int
     #: Seconds by stage: ``fetch``, ``decode``, ``predict``, ``write``, ``load`` (of the network) and ``explore``.
     seconds: dict[str, float]
-    #: What exploring the images found, if the job asked for it.
-    findings: Findings | None = field(default=None, repr=False)
+    #: Whether its images were explored too.
+    is_explored: bool = False
 
     @property
     def n_failed(self) -> int:
@@ -120,13 +120,14 @@ def _featurize(
         with watch.measure("predict"):
             _predict(batch, predict, features)
         rows += [[getattr(outcome, column) for column in OUTCOME_COLUMNS] for outcome in batch.outcomes]
-    table, findings = pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)), None
+    table = pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS))
     if is_stored:
         with watch.measure("write"):
-            findings = explorer.finish() if explorer is not None else None
+            if explorer is not None:
+                explorer.finish()
             _store(partition, job.output, features, table, before)
     statuses = dict(Counter(table["status"]))
-    return PartitionSummary(partition.index, len(table), statuses, bytes_read, watch.seconds, findings)
+    return PartitionSummary(partition.index, len(table), statuses, bytes_read, watch.seconds, explorer is not None)
 
 
 def _read_before(partition: Partition, output: Location) -> tuple[Partition, _Stored | None]:

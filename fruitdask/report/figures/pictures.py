@@ -68,8 +68,8 @@ def plot_examples(exploration: Exploration, *, per_class: int) -> Figure:
 
 
 @standard_settings()
-def plot_sizes(images: pd.DataFrame, *, parts: Sequence[str] = SIZES) -> Figure:
-    """Plot how large the images are: the histograms of `parts` side by side."""
+def plot_sizes(images: pd.DataFrame, *, parts: Sequence[str] = SIZES, n_images: int | None = None) -> Figure:
+    """Plot how large the images, or a sample of `n_images`, are: the histograms of `parts` side by side."""
     from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
     title = "Sizes of the images" if len(parts) > 1 else parts[0]
@@ -77,7 +77,9 @@ def plot_sizes(images: pd.DataFrame, *, parts: Sequence[str] = SIZES) -> Figure:
         return plot_nothing(title, "There are no images.")
     sides = images[["width_px", "height_px"]].dropna().to_numpy(float)
     n_bytes = images["bytes"].dropna().to_numpy(float)
-    figure = start_figure(title, f"{len(images):,} image{'' if len(images) == 1 else 's'}")
+    shown, n_all = f"{len(images):,}", len(images) if n_images is None else n_images
+    shown += f" of {n_all:,}" if n_all != len(images) else ""
+    figure = start_figure(title, f"{shown} image{'' if n_all == 1 else 's'}")
     for part, axes in zip(parts, figure.subplots(1, len(parts), squeeze=False)[0], strict=True):
         heading = part if len(parts) > 1 else ""
         if part == SIZES[0]:

@@ -105,7 +105,8 @@ def _describe_differences(exploration: Exploration) -> View | None:
     return {
         "scale": scale,
         "largest": largest,
-        "input_px": exploration.summary.get("input_px"),
+        "compared_px": exploration.summary.get("compared_px") or exploration.summary.get("input_px"),
+        "is_reduced": "compared_px" in exploration.summary,
         "most": (values.index[-1], values.iloc[-1]),
         "least": (values.index[0], values.iloc[0]),
     }

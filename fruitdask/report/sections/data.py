@@ -9,9 +9,9 @@ from fruitdask.store import EXPLORED_IMAGES, FAILURES
 from fruitdask.store.exploration import Exploration
 
 #: Groups of duplicates with pictures, those that can be unfolded besides, and pictures of a group.
-_MAX_PICTURED, _MAX_GROUPS, _MAX_GROUP_PICTURES = 12, 200, 12
+_MAX_PICTURED, MAX_GROUPS, _MAX_GROUP_PICTURES = 12, 200, 12
 #: Rows of the list of all groups that the page carries: about 100 bytes each.
-_MAX_LISTED = 5_000
+MAX_LISTED = 5_000
 _MAX_FAILURES = 50
 _MEANINGS = {
     "unreadable": "The file is no image that can be decoded: it is damaged, cut short, or something else under an "
@@ -30,27 +30,27 @@ def describe_duplicates(exploration: Exploration, thumbnails: Thumbnails) -> lis
     return [
         exploration.summary[key]
         | {"kind": key, "bits": exploration.summary.get("near_duplicate_bits"), "column": column}
-        | _describe_groups(exploration.images, column, thumbnails)
+        | _describe_groups(exploration.images, column, thumbnails, n_groups=exploration.summary[key]["n_groups"])
         for column, key in kinds.items()
         if key in exploration.summary
     ]
 
 
-def _describe_groups(images: pd.DataFrame, column: str, thumbnails: Thumbnails) -> View:
-    """Describe the groups, those across classes first and large ones before small ones, and list all their images."""
+def _describe_groups(images: pd.DataFrame, column: str, thumbnails: Thumbnails, *, n_groups: int) -> View:
+    """Describe the groups, those across classes first and large ones before small ones, and list their images."""
     members = images.loc[images[column].notna(), [column, "path", "label"]]
     sizes = members.groupby(column).agg(n_labels=("label", "nunique"), n_images=("path", "size"))
     order = sizes.sort_values(["n_labels", "n_images"], ascending=False, kind="stable").index
     rank = members[column].map(dict(zip(order, range(len(order)), strict=True)))
     members = members.iloc[rank.to_numpy(int).argsort(kind="stable")]
     groups = [group for _, group in members.groupby(column, sort=False)]
-    shown = [_choose_members(group, thumbnails) for group in groups[:_MAX_GROUPS]]
+    shown = [_choose_members(group, thumbnails) for group in groups[:MAX_GROUPS]]
     return {
         "groups": shown[:_MAX_PICTURED],
         "more_groups": shown[_MAX_PICTURED:],
-        "n_unshown": len(groups) - len(shown),
-        "csv": embed_csv(members.head(_MAX_LISTED)),
-        "n_listed": min(len(members), _MAX_LISTED),
+        "n_unshown": n_groups - len(shown),
+        "csv": embed_csv(members.head(MAX_LISTED)),
+        "n_listed": min(len(members), MAX_LISTED),
         "file": f"{EXPLORED_IMAGES}.csv",
     }
 

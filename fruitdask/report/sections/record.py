@@ -80,7 +80,7 @@ def describe_protection(
     metadata = exploration.summary.get("metadata") if exploration else None
     if "regions" not in summary and metadata is None:
         return None
-    n_images = len(exploration.images) if exploration else 0
+    n_images = exploration.summary["n_images"] if exploration and metadata else 0
     record = summary.get("processing", {})
     return {
         "input": show_place(config.input.url),

@@ -22,9 +22,13 @@ def count_images(
         ok, failed = (Counter({label: each[key] for label, each in by_class.items()}) for key in ("ok", "failed"))
         return Counts(ok_by_class=ok, failed_by_class=failed)
     counts = Counts()
-    table = results if results is not None else exploration.images if exploration else None
-    if table is not None:
-        counts.add(table)
+    if results is not None:
+        counts.add(results)
+    elif exploration is not None:
+        classes = exploration.classes
+        for label, n_images, n_ok in classes[["n_images", "n_ok"]].itertuples():
+            counts.ok_by_class[label] += n_ok
+            counts.failed_by_class[label] += n_images - n_ok
     return counts
 
 
@@ -69,4 +73,4 @@ def _say_left_out(config: Config, manifest: Mapping[str, Any], exploration: Expl
 def _share_near_duplicates(exploration: Exploration | None) -> float:
     """Find the share of the images that look nearly the same as another one."""
     found = exploration.summary.get("near_duplicates") if exploration else None
-    return found["n_images"] / len(exploration.images) if exploration and found else 0.0
+    return found["n_images"] / exploration.summary["n_images"] if exploration and found else 0.0
