@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -253,13 +254,32 @@ def describe_cause(error: BaseException) -> str:
 
 def write_file(location: Location, data: bytes) -> None:
     """Write a whole file atomically: object stores commit at the end of an upload, local files are renamed."""
+    if not location.is_local:
+        with explained(location, "write"):
+            location.fs.pipe_file(location.path, data)
+        return
+    with open_new(location) as file:
+        file.write(data)
+
+
+@contextmanager
+def open_new(location: Location) -> Iterator[BinaryIO]:
+    """Open a file to be written piece by piece; it appears, or replaces another, once all of it is written.
+
+    For object stores, the pieces are collected in a temporary file of this machine.
+    """
     fs, path = location.fs, location.path
     with explained(location, "write"):
-        if not location.is_local:
-            fs.pipe_file(path, data)
+        if location.is_local:
+            with _temporary_file(path) as temporary:
+                with open(temporary, "wb") as file:
+                    yield file
+                os.replace(temporary, path)
             return
-        with _temporary_file(path, data) as temporary:
-            os.replace(temporary, path)
+        with TemporaryDirectory(prefix="fruitdask-") as folder:
+            with open(os.path.join(folder, "file"), "wb") as file:
+                yield file
+            fs.put_file(file.name, path)
 
 
 def create_file(location: Location, data: bytes) -> None:
@@ -269,7 +289,9 @@ def create_file(location: Location, data: bytes) -> None:
         # Amazon's S3 guarantees this; not all others do.
         fs.pipe_file(path, data, mode="create")
         return
-    with _temporary_file(path, data) as temporary:
+    with _temporary_file(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(data)
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -281,13 +303,11 @@ def create_file(location: Location, data: bytes) -> None:
 
 
 @contextmanager
-def _temporary_file(path: str, data: bytes) -> Iterator[str]:
-    """Write a temporary file in the same folder, and delete it at the end if it is still there."""
+def _temporary_file(path: str) -> Iterator[str]:
+    """Name a temporary file in the same folder, and delete it at the end if it is there."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.part"
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
         yield temporary
     finally:
         if os.path.exists(temporary):
