@@ -24,12 +24,14 @@ from fruitdask.core.config import InputConfig
 from fruitdask.core.partition import VANISHED_BYTES, Partition
 from fruitdask.core.sample import CLASS_NAMES
 from fruitdask.errors import CatalogError, ConfigError, StorageError
+from fruitdask.store import catalog as catalog_module
 from fruitdask.store.catalog import (
     COLUMNS,
     choose_partition_size,
     hash_catalog,
     list_images,
     merge_listing,
+    sample_evenly,
     split_catalog,
     take_listing,
 )
@@ -539,15 +541,34 @@ def test_merge_listing_moves_no_row_and_gives_the_listing_back(
         )
 
     stored, listing = list_numbers(numbers, 100), list_numbers(later, 200).sort_values("path", ignore_index=True)
-    merged = merge_listing(stored, listing)
+    merged = merge_listing([stored.iloc[start : start + 5] for start in range(0, max(1, len(stored)), 5)], listing)
     assert list(merged["path"][: len(stored)]) == list(stored["path"])
     added = list(merged["path"][len(stored) :])
     assert added == sorted(added) and len(merged) == len(later | set(numbers))
     assert set(merged["path"][merged["bytes"] == VANISHED_BYTES]) == set(stored["path"]) - set(listing["path"])
     assert hash_catalog(take_listing(merged)) == hash_catalog(listing)
-    pd.testing.assert_frame_equal(merge_listing(merged, listing), merged)
+    pd.testing.assert_frame_equal(merge_listing([merged], listing), merged)
     written = merged.assign(label=merged["label"].astype("str"))
     assert hash_catalog(take_listing(written)) == hash_catalog(listing)
+
+
+@given(labels=st.lists(st.sampled_from("abc")), limit=st.integers(1, 30), n_rows=st.integers(1, 10))
+def test_sample_evenly_takes_the_first_ranks_of_each_class(labels: list[str], limit: int, n_rows: int) -> None:
+    catalog = pd.DataFrame({"path": [f"{n}.jpg" for n in range(len(labels))], "label": labels}, dtype="str")
+    hashes = pd.util.hash_pandas_object(catalog["path"], index=False)
+    turns = hashes.groupby(catalog["label"]).rank(method="first")
+    expected = pd.DataFrame({"turn": turns, "hash": hashes}).sort_values(["turn", "hash"]).index[:limit]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog_module, "_ROWS_AT_ONCE", n_rows)
+        assert sample_evenly(catalog, limit).tolist() == sorted(expected)
+
+
+@pytest.mark.parametrize("among", [{1}, {0, 3}, set()], ids=["one", "ends", "none"])
+def test_split_catalog_gives_some_partitions_as_it_gives_them_among_all(among: set[int]) -> None:
+    paths = [f"{n}.jpg" for n in range(10)]
+    catalog = pd.DataFrame({"path": paths, "label": "a", "bytes": range(10), "version": range(10)})
+    wanted = [partition for partition in split_catalog(catalog, 3) if partition.index in among]
+    assert list(split_catalog(catalog, 3, among=among)) == wanted
 
 
 def test_partition_knows_which_images_to_read() -> None:

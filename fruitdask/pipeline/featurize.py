@@ -156,7 +156,7 @@ def _begin_output(state: RunState, computation: dict[str, Any], client: Any = No
         "fruitdask": __version__,
         "fingerprint": state.fingerprint,
         "model": manifest.model.dump(),
-        "class_names": sorted(set(state.rows.catalog["label"])),
+        "class_names": sorted(state.rows.catalog["label"].unique()),
     }
     _make_room(state, n_features, attributes)
     return manifest.change(processing=manifest.processing | protection)
@@ -224,8 +224,8 @@ def _featurize(
 def _list_todo(state: RunState) -> Iterator[Partition]:
     """Yield the pending partitions, with the positions to compute in each."""
     todo = state.pending.todo
-    parts = split_catalog(state.rows.catalog, state.images_per_partition)
-    return (replace(part, rows=todo[part.index]) for part in parts if part.index in todo)
+    parts = split_catalog(state.rows.catalog, state.images_per_partition, among=todo)
+    return (replace(part, rows=todo[part.index]) for part in parts)
 
 
 def _describe_computation(state: RunState, artifact: ModelArtifact, client: Any) -> dict[str, Any]:
