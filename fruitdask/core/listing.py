@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,8 @@ _SAME, _BROKEN = "links to what is listed already", "broken links"
 #: Maximum of endings that are counted separately, and that are shown.
 _MAX_ENDINGS, _MAX_SHOWN = 1_000, 10
 _ENDING = re.compile(r"\.[\w+~-]{1,15}")
+#: Folders that are searched one by one, each by a request or more; more of them are searched at once.
+_MAX_FOLDERS = 10_000
 
 #: A listed file: path, bytes, and a text that changes when the file does.
 _Row = tuple[str, int, str]
@@ -298,12 +301,28 @@ def _list_pages(root: Location) -> Iterator[_Row]:
 
 def _find_files(root: Location) -> Iterator[_Row]:
     """List the files below a folder of any other file system, whose root may have an empty name or a slash."""
-    fs, top = root.fs, root.path
-    fs.invalidate_cache()
-    for path, info in fs.find(top, detail=True).items():
+    top = root.path
+    for path, info in _find_by_folder(root.fs, top):
         # Some stores have a file with the name of the folder.
         if info["type"] == "file" and path != top:
             yield (path[len(top) + 1 :] if top else path.lstrip("/")), int(info.get("size") or 0), _read_version(info)
+
+
+def _find_by_folder(fs: Any, top: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Find files in the order of paths, one folder after the other: fsspec keeps a dictionary per file."""
+    fs.invalidate_cache()
+    entries: list[dict[str, Any]] = []
+    with suppress(FileNotFoundError, NotADirectoryError):
+        entries = fs.ls(top, detail=True)
+    if sum(entry["type"] == "directory" for entry in entries) > _MAX_FOLDERS:
+        yield from fs.find(top, detail=True).items()
+        return
+    for entry in sorted(entries, key=lambda each: each["name"].rstrip("/") + "/" * (each["type"] == "directory")):
+        if entry["type"] == "directory" and entry["name"].rstrip("/") != top:
+            yield from fs.find(entry["name"], detail=True).items()
+            fs.invalidate_cache()
+        else:
+            yield entry["name"], entry
 
 
 def _read_version(info: Mapping[str, object]) -> str:

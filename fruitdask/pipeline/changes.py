@@ -129,7 +129,7 @@ def carry_components(manifest: store.RunManifest | None, n_changed: int) -> Comp
 
 
 def _count_changes(before: pd.DataFrame, now: pd.DataFrame) -> dict[str, int]:
-    """Count the differences between rows of a stored catalog and the same rows now; those that have come back are new."""
+    """Count the differences between rows of a stored catalog and the same rows now; what has come back is new."""
     was, is_there = ((table["bytes"] != VANISHED_BYTES).to_numpy() for table in (before, now))
     is_equal = _equal(before, now, ("label", *store.VERSION_COLUMNS))
     return {

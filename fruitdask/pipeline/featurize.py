@@ -13,8 +13,6 @@ from importlib.metadata import version
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from fruitdask import report, store
 from fruitdask.cluster.scheduling import map_partitions
 from fruitdask.core.partition import Partition
@@ -80,8 +78,7 @@ def check_failures(state: RunState, n_failed: int) -> None:
     if n_failed <= limit * state.n_listed:
         return
     tables = store.read_outcomes(state.output, sorted(state.pending.done))
-    failures = [table[table["status"] != "ok"] for table in tables]
-    report.write_failures(state.output, pd.concat(failures))
+    report.write_failures(state.output, (table[table["status"] != "ok"] for table in tables))
     raise TooManyFailuresError(
         f"{n_failed:,} of {state.n_listed:,} images failed, more than featurize.max_failed_fraction ({limit:g}) "
         "allows; see "

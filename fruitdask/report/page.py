@@ -51,7 +51,7 @@ class ReportData:
     config: Config
     manifest: dict[str, Any] | None
     exploration: Exploration | None = field(repr=False)
-    #: The table of all images with their coordinates.
+    #: The table of all images with their coordinates, or of the images that are drawn.
     results: pd.DataFrame | None = field(repr=False)
     #: ``path``, ``label``, ``status``, ``error`` and ``attempts`` of the images that could not be used.
     failures: pd.DataFrame = field(repr=False)
@@ -63,6 +63,8 @@ class ReportData:
     classifier: dict[str, Any] | None = field(default=None, repr=False)
     #: Labels that the classifier of another run predicts for these images.
     predictions: pd.DataFrame | None = field(default=None, repr=False)
+    #: Images with coordinates that are not in `results`.
+    n_hidden: int = 0
 
     @cached_property
     def plots(self) -> Plots:
@@ -204,7 +206,13 @@ def _describe_maps(data: ReportData) -> Maps | None:
     axes = choose_axes(list(data.results.columns), data.config.plots.components, ratio)
     thumbnails = Thumbnails(data.exploration, max_bytes=_MAP_BYTES)
     return (
-        build_maps(data.results, axes, thumbnails=thumbnails, max_points=data.config.report.max_points)
+        build_maps(
+            data.results,
+            axes,
+            thumbnails=thumbnails,
+            max_points=data.config.report.max_points,
+            n_hidden=data.n_hidden,
+        )
         if axes
         else None
     )

@@ -70,6 +70,7 @@ from fruitdask.store.manifests import (
     delete_result,
     describe_mismatch,
     has_begun,
+    open_digested,
     read_exploration_manifest,
     read_json,
     read_quality,

@@ -204,8 +204,8 @@ def merge_listing(
 ) -> pd.DataFrame:
     """Bring the catalog of a store, read in blocks, up to date with the input as it is now.
 
-    `on_block` is called with each block as it was, and with its columns ``label``, ``bytes`` and ``version`` as they are
-    now. The paths of the result are in the memory of the blocks.
+    `on_block` is called with each block as it was, and with its columns ``label``, ``bytes`` and ``version`` as they
+    are now. The paths of the result are in the memory of the blocks.
     """
     paths, blocks, start = listing["path"], list[dict[str, Any]](), 0
     words = {name: _Words(listing[name]) for name in ("label", *GROUPINGS) if name in listing}
@@ -215,7 +215,10 @@ def merge_listing(
         is_listed, start = places >= 0, start + len(block)
         is_new[places[is_listed]] = False
         is_same &= bool(np.array_equal(places, np.arange(start - len(block), start)))
-        now = {"bytes": _take(listing["bytes"], places, VANISHED_BYTES), "version": _take(listing["version"], places, 0)}
+        now = {
+            "bytes": _take(listing["bytes"], places, VANISHED_BYTES),
+            "version": _take(listing["version"], places, 0),
+        }
         now |= {name: each.merge(block.get(name), places) for name, each in words.items()}
         on_block(block, pd.DataFrame(now | {"label": words["label"].name(now["label"])}))
         blocks.append({"path": block["path"], **now})
@@ -239,7 +242,7 @@ def take_listing(stored: pd.DataFrame) -> pd.DataFrame:
 
 
 class _Words:
-    """The words of a column, by their codes in a listing; words of images that it does not have get codes of their own."""
+    """The words of a column, by their codes in a listing; others of images that it does not have get new codes."""
 
     def __init__(self, listed: pd.Series) -> None:
         self._listed = listed.astype("category").cat
@@ -396,10 +399,14 @@ def write_catalog(output: Location, catalog: pd.DataFrame) -> None:
     # Categories would keep the names of classes of which no image is left, and a dictionary of paths would hold each of
     # them.
     words = [name for name in ("label", *GROUPINGS) if name in catalog]
-    blocks = (catalog.iloc[start : start + _ROWS_IN_MEMORY] for start in range(0, max(1, len(catalog)), _ROWS_IN_MEMORY))
+    blocks = (
+        catalog.iloc[start : start + _ROWS_IN_MEMORY] for start in range(0, max(1, len(catalog)), _ROWS_IN_MEMORY)
+    )
     texts = (pa.Table.from_pandas(block.astype(dict.fromkeys(words, "str")), preserve_index=False) for block in blocks)
     first = next(texts)
     options = {"compression": "zstd", "use_dictionary": words, "write_page_checksum": True}
-    with open_new(output.child(CATALOG)) as file, pyarrow.parquet.ParquetWriter(file, first.schema, **options) as writer:
+    with open_new(output.child(CATALOG)) as file, pyarrow.parquet.ParquetWriter(
+        file, first.schema, **options
+    ) as writer:
         for table in chain([first], texts):
             writer.write_table(table)

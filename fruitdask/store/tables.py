@@ -1,7 +1,7 @@
 """Parquet tables whose pages carry checksums."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,21 +17,21 @@ def write_table(location: Location, table: pd.DataFrame) -> None:
     write_file(location, table.to_parquet(index=False, write_page_checksum=True))
 
 
-def read_table(output: Location, *names: str) -> pd.DataFrame:
-    """Read a Parquet file."""
+def read_table(output: Location, *names: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Read a Parquet file, or some of its columns."""
     location = output.child(*names)
     with explained(location, "read"):
         data = location.fs.cat_file(location.path)
     with decoded(location, output):
-        table: pd.DataFrame = decode_table(data).to_pandas()
+        table: pd.DataFrame = decode_table(data, columns).to_pandas()
     return table
 
 
-def decode_table(data: bytes) -> Any:
+def decode_table(data: bytes, columns: Sequence[str] | None = None) -> Any:
     """Decode a Parquet file and verify the checksums of its pages."""
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read()
+    return pyarrow.parquet.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read(columns)
 
 
 @contextmanager

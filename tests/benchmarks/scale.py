@@ -59,7 +59,12 @@ class MadeUp(fsspec.AbstractFileSystem):
         else:
             n_here = len(range(int(folder[0][6:]), int(n_images), int(n_classes)))
             found = [
-                {"name": f"{top}/{folder[0]}/photo_{n:07}.jpg", "type": "file", "size": 100_000 + n, "ETag": f"{n:032x}"}
+                {
+                    "name": f"{top}/{folder[0]}/photo_{n:07}.jpg",
+                    "type": "file",
+                    "size": 100_000 + n,
+                    "ETag": f"{n:032x}",
+                }
                 for n in range(n_here)
             ]
         return found if detail else [each["name"] for each in found]
