@@ -503,6 +503,25 @@ def test_list_images_takes_a_few_bytes_a_file(tmp_path: Path) -> None:
     assert catalog.memory_usage(deep=True).sum() / len(names) < len(names[0]) + 1 + 8 + 4 + 8 + 8
 
 
+@pytest.mark.usefixtures("clean_memory")
+@pytest.mark.parametrize("n_at_once", [1, 10], ids=["all folders at once", "folder by folder"])
+def test_list_images_of_other_storages_lists_each_file_once_in_the_order_of_paths(
+    monkeypatch: pytest.MonkeyPatch, n_at_once: int
+) -> None:
+    names = ["a/1.jpg", "a/b/c/2.jpg", "a-/3.jpg", "a.jpg", "b/4.jpg", "b/.hidden/5.jpg", "b/notes.txt", "é/ü.jpg"]
+    fs = fsspec.filesystem("memory")
+    fs.pipe({f"/photographs/{name}": name.encode() for name in names})
+    searched = list[str]()
+    monkeypatch.setattr("fruitdask.core.listing._MAX_FOLDERS", n_at_once)
+    find = fs.find
+    monkeypatch.setattr(fs, "find", lambda path, **options: searched.append(path) or find(path, **options))
+    catalog = list_images(InputConfig(url="memory://photographs"))
+    assert list(catalog["path"]) == sorted(["a/1.jpg", "a/b/c/2.jpg", "a-/3.jpg", "a.jpg", "b/4.jpg", "é/ü.jpg"])
+    assert list(catalog["bytes"]) == [len(path.encode()) for path in catalog["path"]]
+    folders = ["/photographs"] if n_at_once == 1 else [f"/photographs/{name}" for name in ("a-", "a", "b", "é")]
+    assert searched == folders
+
+
 @given(n_images=st.integers(1, 5_000_000))
 def test_choose_partition_size_stays_in_its_range_and_makes_about_16(n_images: int) -> None:
     size = choose_partition_size(n_images)
@@ -561,6 +580,9 @@ def test_sample_evenly_takes_the_first_ranks_of_each_class(labels: list[str], li
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalog_module, "_ROWS_AT_ONCE", n_rows)
         assert sample_evenly(catalog, limit).tolist() == sorted(expected)
+        among = np.arange(len(labels)) % 3 > 0
+        some = sample_evenly(catalog[among].reset_index(drop=True), limit)
+        assert sample_evenly(catalog, limit, among=among).tolist() == np.flatnonzero(among)[some].tolist()
 
 
 @pytest.mark.parametrize("among", [{1}, {0, 3}, set()], ids=["one", "ends", "none"])

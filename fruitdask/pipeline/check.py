@@ -1,6 +1,7 @@
 """Finds photographs to check, from stored features and the findings of an exploration."""
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from fruitdask.analysis.issues import Votes
 
+#: Blocks of features whose images are compared before the next ones are: two million images of 1280 features.
+_BLOCKS_AT_ONCE = 512
 #: Pairs of near duplicates whose features are compared: one block of them is in memory.
 _PAIRS_AT_ONCE = 4_096
 
@@ -71,7 +74,7 @@ def find_issues(settings: CheckConfig, output: Location, catalog: pd.DataFrame) 
     from fruitdask.analysis.issues import COLUMNS, rank_issues
 
     labels = catalog["label"].astype("category").cat.remove_unused_categories()
-    codes, classes = np.asarray(labels.cat.codes, np.int64), np.asarray(labels.cat.categories, str)
+    codes, classes = np.asarray(labels.cat.codes), np.asarray(labels.cat.categories, str)
     features, is_ok = open_features(output, block_bytes=BLOCK_BYTES)
     found = [pd.DataFrame(columns=["row", "kind", "score", "other_row", "class", "agreement"])]
     exploration = read_exploration(output)
@@ -82,11 +85,11 @@ def find_issues(settings: CheckConfig, output: Location, catalog: pd.DataFrame) 
         bits = exploration.summary["near_duplicate_bits"]
         found += _find_alike(features, is_ok, images, _number_parts(catalog, codes), bits)
     table = pd.concat(found, ignore_index=True)
-    rows, paths = table["row"].to_numpy(np.int64), catalog["path"].to_numpy()
-    table["path"], table["label"] = paths[rows], classes[codes[rows]]
-    for name, source, names in (("other", "other_row", paths), ("suggestion", "class", classes)):
+    rows = table["row"].to_numpy(np.int64)
+    table["path"], table["label"] = catalog["path"].iloc[rows].array, classes[codes[rows]]
+    for name, source, names in (("other", "other_row", catalog["path"]), ("suggestion", "class", pd.Series(classes))):
         chosen = table[source].fillna(-1).to_numpy(np.int64)
-        table[name] = np.where(chosen >= 0, names[chosen], "")
+        table[name] = np.where(chosen >= 0, names.iloc[chosen].to_numpy(object), "")
     return rank_issues(table[list(COLUMNS)].astype({"score": np.float64, "agreement": np.float64}))
 
 
@@ -109,7 +112,7 @@ def _align(exploration: Exploration | None, catalog: pd.DataFrame) -> pd.DataFra
     return images.fillna({"perceptual_hash": "", "content_hash": ""})
 
 
-def _number_parts(catalog: pd.DataFrame, codes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _number_parts(catalog: pd.DataFrame, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
     """Number the parts of the data that should have no image in common: classes, and splits of each."""
     splits = catalog["split"].to_numpy(str) if "split" in catalog else np.zeros(len(catalog), np.int64)
     return np.asarray(pd.DataFrame({"code": codes, "split": splits}).groupby(["code", "split"]).ngroup(), np.int64)
@@ -121,7 +124,7 @@ def _find_by_features(
     is_ok: npt.NDArray[np.bool_],
     images: pd.DataFrame,
     catalog: pd.DataFrame,
-    codes: npt.NDArray[np.int64],
+    codes: npt.NDArray[np.integer],
 ) -> Iterator[pd.DataFrame]:
     """Find probably wrong labels, and images that are unlike their class."""
     from fruitdask.analysis.evaluation import number_groups
@@ -129,40 +132,50 @@ def _find_by_features(
 
     rows = np.flatnonzero(is_ok)
     groups = number_groups(catalog["group"].to_numpy(str)) if "group" in catalog else np.arange(len(catalog))
-    votes = _collect_votes(settings, features, rows, catalog, codes, groups)
-    scores = find_label_issues(votes, codes[rows])
-    agreement = votes.group_shares if "group" in catalog else np.nan
-    columns = {"row": rows, "kind": "label", "score": scores, "other_row": votes.nearest, "class": votes.codes}
-    yield pd.DataFrame(columns | {"agreement": agreement})[np.isfinite(scores)]
-    for kind, scores in find_odd_values(images.iloc[rows], codes[rows], votes.distances):
+    distances = [np.empty(0)]
+    for here, votes in _collect_votes(settings, features, is_ok, catalog, codes, groups):
+        scores = find_label_issues(votes, codes[here])
+        agreement = votes.group_shares if "group" in catalog else np.nan
+        columns = {"row": here, "kind": "label", "score": scores, "other_row": votes.nearest, "class": votes.codes}
+        yield pd.DataFrame(columns | {"agreement": agreement})[np.isfinite(scores)]
+        distances.append(votes.distances)
+    for kind, scores in find_odd_values(images.iloc[rows], codes[rows], np.concatenate(distances)):
         yield pd.DataFrame({"row": rows, "kind": kind, "score": scores})[np.isfinite(scores)]
 
 
 def _collect_votes(
     settings: CheckConfig,
     features: "da.Array",
-    rows: npt.NDArray[np.int64],
+    is_ok: npt.NDArray[np.bool_],
     catalog: pd.DataFrame,
-    codes: npt.NDArray[np.int64],
+    codes: npt.NDArray[np.integer],
     groups: npt.NDArray[np.int64],
-) -> "Votes":
-    """Let neighbours vote on the classes of all images with features, block by block where the features are."""
+) -> Iterator[tuple[npt.NDArray[np.int64], "Votes"]]:
+    """Let neighbours vote on the classes of all images with features, block by block where the features are.
+
+    Yields the rows of many blocks, and the votes on them: those on all images would fill the memory.
+    """
     import dask.base
     from dask.delayed import delayed
 
     from fruitdask.analysis.issues import Reference, Votes, collect_votes
 
-    chosen = rows[sample_evenly(catalog.iloc[rows], settings.max_rows)]
+    chosen = sample_evenly(catalog, settings.max_rows, among=is_ok)
     known = features[chosen].rechunk((-1, -1)).to_delayed().ravel()[0]
-    reference = delayed(Reference.build)(known, chosen, codes[chosen], groups[chosen], n_classes=int(codes.max()) + 1)
-    tasks, start = [], 0
-    for block, size in zip(features.to_delayed().ravel(), features.chunks[0], strict=True):
-        here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + size)]
-        vote = delayed(collect_votes)
-        known = block[here - start] if len(here) < size else block
-        tasks.append(vote(known, here, codes[here], groups[here], reference, n_neighbors=settings.n_neighbors))
-        start += size
-    return Votes.concatenate(dask.base.compute(*tasks))
+    codes_there = codes[chosen].astype(np.int64)
+    reference = delayed(Reference.build)(known, chosen, codes_there, groups[chosen], n_classes=int(codes.max()) + 1)
+    (reference,) = dask.base.persist(reference)
+    ends = np.cumsum(features.chunks[0])
+    blocks = zip(features.to_delayed().ravel(), ends - features.chunks[0], ends, strict=True)
+    while some := list(islice(blocks, _BLOCKS_AT_ONCE)):
+        tasks, rows = [], []
+        for block, start, stop in some:
+            here = start + np.flatnonzero(is_ok[start:stop])
+            found = block[here - start] if len(here) < stop - start else block
+            arguments = (found, here, codes[here].astype(np.int64), groups[here], reference)
+            tasks.append(delayed(collect_votes)(*arguments, n_neighbors=settings.n_neighbors))
+            rows.append(here)
+        yield np.concatenate(rows), Votes.concatenate(dask.base.compute(*tasks))
 
 
 def _find_alike(

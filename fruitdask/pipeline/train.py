@@ -173,8 +173,7 @@ def train(
 
     result = results if isinstance(results, RunResult) else open_result(str(results), storage_options)
     images = read_images(result.output)
-    rows = np.flatnonzero(images["status"] == "ok")
-    rows = rows[sample_evenly(images.iloc[rows], max_rows)]
+    rows = sample_evenly(images, max_rows, among=(images["status"] == "ok").to_numpy())
     chosen = images.iloc[rows]
     features = open_features(result.output, block_bytes=BLOCK_BYTES)[0][rows].compute(scheduler="threads")
     groups = chosen["group"].to_numpy(str) if "group" in chosen else None

@@ -145,8 +145,10 @@ def split_catalog(
             yield Partition(index, start, paths, labels, sizes, versions)
 
 
-def sample_evenly(catalog: pd.DataFrame, limit: int) -> npt.NDArray[np.int64]:
-    """Choose at most ``limit`` rows, the same number of each class as far as it has them.
+def sample_evenly(
+    catalog: pd.DataFrame, limit: int, *, among: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.int64]:
+    """Choose at most ``limit`` rows, of all or of some, the same number of each class as far as it has them.
 
     Rows are taken class by class in turn, within a class by a hash of the path: the choice is reproducible, looks
     random, and a larger limit keeps what a smaller one chose.
@@ -160,8 +162,9 @@ def sample_evenly(catalog: pd.DataFrame, limit: int) -> npt.NDArray[np.int64]:
     rows, hashes, start = np.empty(0, np.int64), np.empty(0, np.uint64), 0
     # What is chosen among some of the rows includes what is chosen of them in the end.
     for block in _hash_rows(catalog["path"], n_rows=max(limit, _ROWS_AT_ONCE)):
-        rows = np.append(rows, np.arange(start, start := start + len(block)))
-        hashes = np.append(hashes, block.view(np.uint64))
+        here = slice(start, start := start + len(block))
+        places = np.arange(len(block)) if among is None else np.flatnonzero(among[here])
+        rows, hashes = np.append(rows, here.start + places), np.append(hashes, block.view(np.uint64)[places])
         chosen = _deal(codes[rows], hashes)[:limit]
         rows, hashes = rows[chosen], hashes[chosen]
     return np.sort(rows)

@@ -11,8 +11,9 @@ the files of the output and all that is made of them. Made up are
   of which one in a thousand is a failure, by the functions that the real one calls. Nothing imports TensorFlow.
 
 ``grow`` is a run after each class has got 1 % more images, which lie between the others; ``explore`` is left out by
-default. Memory is the largest resident memory of the client's own process in each stage, as Linux counts it. The law of
-growth follows from a few sizes: --images 100000 1000000 prints how seconds grow from one to the next.
+default. Seconds of CPU and memory, the largest resident in each stage as Linux counts it, are those of the client's own
+process. The law of growth follows from a few sizes: --images 100000 1000000 prints how seconds grow from one to the next.
+
 """
 
 import argparse
@@ -119,18 +120,19 @@ class Meter:
     """Seconds and peak memory of this process by stage; a stage begins where the product says so."""
 
     def __init__(self) -> None:
-        self.stages: list[tuple[str, float, int]] = []
+        self.stages: list[tuple[str, float, float, int]] = []
         self._begin("Starting")
 
     def _begin(self, name: str) -> None:
-        self._name, self._started = name, time.perf_counter()
+        self._name, self._started, self._cpu_started = name, time.perf_counter(), time.process_time()
         Path("/proc/self/clear_refs").write_text("5")  # The high-water mark begins anew.
 
     def begin(self, name: str) -> None:
         """Finish a stage and begin the next one."""
         status = Path("/proc/self/status").read_text()
         peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-        self.stages.append((self._name, time.perf_counter() - self._started, peak))
+        seconds = time.perf_counter() - self._started, time.process_time() - self._cpu_started
+        self.stages.append((self._name, *seconds, peak))
         self._begin(name)
 
 
@@ -196,19 +198,21 @@ def measure_command(command: str, folder: Path, n_images: int, arguments: argpar
     return json.loads(target.read_text())  # type: ignore[no-any-return]
 
 
-def measure_size(n_images: int, arguments: argparse.Namespace) -> dict[tuple[str, str], tuple[float, float]]:
-    """Carry out the commands one after the other on an output; returns seconds and MB by command and stage."""
-    found: dict[tuple[str, str], tuple[float, float]] = {}
+def measure_size(n_images: int, arguments: argparse.Namespace) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """Carry out the commands one after the other on an output; returns seconds, seconds of CPU and MB by command and stage."""
+    found: dict[tuple[str, str], tuple[float, float, float]] = {}
     folder = Path(tempfile.mkdtemp(prefix="scale-", dir=arguments.folder))
     try:
         n_listed = n_images
         for command in arguments.commands:
             n_listed += n_images // 100 if command == "grow" else 0
             stages = measure_command(command, folder, n_listed, arguments)
-            stages.append(("all", sum(stage[1] for stage in stages), max(stage[2] for stage in stages)))
-            for stage, seconds, peak in stages:
-                found[command, stage] = seconds, peak / MB
-                print(f"{n_listed:>11,} {command:8}{stage:46}{seconds:8.1f} s{peak / MB:8.0f} MB", flush=True)
+            sums = (sum(stage[place] for stage in stages) for place in (1, 2))
+            stages.append(("all", *sums, max(stage[3] for stage in stages)))
+            for stage, seconds, cpu_seconds, peak in stages:
+                found[command, stage] = seconds, cpu_seconds, peak / MB
+                line = f"{seconds:8.1f} s{cpu_seconds:8.1f} s of CPU{peak / MB:8.0f} MB"
+                print(f"{n_listed:>11,} {command:8}{stage:46}{line}", flush=True)
     finally:
         if not arguments.keep:
             shutil.rmtree(folder)
@@ -229,9 +233,9 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="Append the table to this file too.")
     arguments = parser.parse_args()
     measured = {n_images: measure_size(n_images, arguments) for n_images in arguments.images}
-    columns = ["command", "stage", *(f"{n:,}: {unit}" for n in measured for unit in ("s", "MB"))]
+    columns = ["command", "stage", *(f"{n:,}: {unit}" for n in measured for unit in ("s", "CPU s", "MB"))]
     rows = [
-        [*key, *(f"{value:,.{1 - place}f}" for size in measured.values() for place, value in enumerate(size[key]))]
+        [*key, *(f"{value:,.{place < 2:d}f}" for size in measured.values() for place, value in enumerate(size[key]))]
         for key in measured[arguments.images[0]]
     ]
     print_table(columns, rows, arguments.markdown)
