@@ -1,7 +1,7 @@
 """Finds photographs to check, from stored features and the findings of an exploration."""
 
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,10 +22,10 @@ from fruitdask.store.exploration import Exploration, read_exploration
 if TYPE_CHECKING:
     import dask.array as da
 
-    from fruitdask.analysis.issues import Votes
+    from fruitdask.analysis.issues import Reference, Votes
 
-#: Blocks of features whose images are compared before the next ones are: two million images of 1280 features.
-_BLOCKS_AT_ONCE = 512
+#: Blocks of features whose images are compared before the next ones are: a million images of 1280 features.
+_BLOCKS_AT_ONCE = 256
 #: Pairs of near duplicates whose features are compared: one block of them is in memory.
 _PAIRS_AT_ONCE = 4_096
 
@@ -158,24 +158,51 @@ def _collect_votes(
     import dask.base
     from dask.delayed import delayed
 
-    from fruitdask.analysis.issues import Reference, Votes, collect_votes
+    from fruitdask.analysis.issues import Reference, Votes
 
     chosen = sample_evenly(catalog, settings.max_rows, among=is_ok)
     known = features[chosen].rechunk((-1, -1)).to_delayed().ravel()[0]
     codes_there = codes[chosen].astype(np.int64)
     reference = delayed(Reference.build)(known, chosen, codes_there, groups[chosen], n_classes=int(codes.max()) + 1)
     (reference,) = dask.base.persist(reference)
-    ends = np.cumsum(features.chunks[0])
-    blocks = zip(features.to_delayed().ravel(), ends - features.chunks[0], ends, strict=True)
+    starts, vote = np.cumsum((0, *features.chunks[0])), delayed(_vote_on_block)
+    blocks = zip(features.to_delayed().ravel(), pairwise(starts), strict=True)
     while some := list(islice(blocks, _BLOCKS_AT_ONCE)):
-        tasks, rows = [], []
-        for block, start, stop in some:
-            here = start + np.flatnonzero(is_ok[start:stop])
-            found = block[here - start] if len(here) < stop - start else block
-            arguments = (found, here, codes[here].astype(np.int64), groups[here], reference)
-            tasks.append(delayed(collect_votes)(*arguments, n_neighbors=settings.n_neighbors))
-            rows.append(here)
-        yield np.concatenate(rows), Votes.concatenate(dask.base.compute(*tasks))
+        tasks = [
+            vote(
+                block,
+                start,
+                np.flatnonzero(~is_ok[start:stop]),
+                codes[start:stop],
+                groups[start:stop] if "group" in catalog else None,
+                reference,
+                n_neighbors=settings.n_neighbors,
+            )
+            for block, (start, stop) in some
+        ]
+        first, last = some[0][1][0], some[-1][1][1]
+        yield first + np.flatnonzero(is_ok[first:last]), Votes.concatenate(dask.base.compute(*tasks))
+
+
+def _vote_on_block(
+    features: npt.NDArray[np.float32],
+    start: int,
+    failed: npt.NDArray[np.int64],
+    codes: npt.NDArray[np.integer],
+    groups: npt.NDArray[np.int64] | None,
+    reference: "Reference",
+    *,
+    n_neighbors: int,
+) -> "Votes":
+    """Let neighbours vote on the classes of the images of a block that have features; without groups, each is one."""
+    from fruitdask.analysis.issues import collect_votes
+
+    rows = np.delete(start + np.arange(len(features)), failed)
+    here = rows - start
+    of_rows = rows if groups is None else groups[here]
+    return collect_votes(
+        features[here], rows, codes[here].astype(np.int64), of_rows, reference, n_neighbors=n_neighbors
+    )
 
 
 def _find_alike(

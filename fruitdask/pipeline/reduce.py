@@ -119,7 +119,7 @@ def reduce_features(
     # Kept components are truncated; t-SNE and quality need more of them.
     needs_fit = kept is None or (not is_applied and (settings.tsne.enabled or quality_settings.enabled))
     found, problem = _find_components(settings, ok) if needs_fit else (kept, "")
-    quality = _measure_quality(quality_settings, ok, images.iloc[rows], found)
+    quality = _measure_quality(quality_settings, ok, images, rows, found)
     if found is None:
         return Reduction(None, Scores(features, None), None, quality, {}, is_kept=False, problem=problem)
     fitted = truncate_pca(found, settings.n_components) if kept is None else kept
@@ -156,12 +156,17 @@ def _find_components(settings: ReduceConfig, features: "da.Array") -> "tuple[PCA
 def select_blocks(features: "da.Array", is_chosen: npt.NDArray[np.bool_]) -> "da.Array":
     """Select rows of features (image, feature) block by block: the numbers of all rows would be part of the graph."""
     import dask.array as da
+    from dask.delayed import delayed
 
     if is_chosen.all():
         return features
-    starts = np.cumsum((0, *features.chunks[0]))
-    masks = [is_chosen[start:stop] for start, stop in pairwise(starts)]
-    blocks = [block[mask] for block, mask in zip(features.blocks, masks, strict=True) if mask.any()]
+    starts, blocks = np.cumsum((0, *features.chunks[0])), list[da.Array]()
+    for block, (start, stop) in zip(features.to_delayed().ravel(), pairwise(starts), strict=True):
+        left_out = np.flatnonzero(~is_chosen[start:stop])
+        if len(left_out) < stop - start:
+            kept = delayed(np.delete)(block, left_out, 0)
+            shape = (stop - start - len(left_out), *features.shape[1:])
+            blocks.append(da.from_delayed(kept, shape, features.dtype))
     selected: da.Array = da.concatenate(blocks) if blocks else features[:0]
     return selected
 
@@ -179,17 +184,21 @@ def fit_components(settings: ReduceConfig, features: "da.Array") -> "PCA":
 
 
 def _measure_quality(
-    settings: QualityConfig, features: "da.Array", images: pd.DataFrame, found: "PCA | None"
+    settings: QualityConfig,
+    features: "da.Array",
+    images: pd.DataFrame,
+    rows: npt.NDArray[np.int64],
+    found: "PCA | None",
 ) -> dict[str, Any] | None:
-    """Measure on a sample of the images how well the features separate the classes."""
+    """Measure on a sample of the images with features, of some rows, how well these separate the classes."""
     from fruitdask.analysis.evaluation import explain_variance, find_series, summarize_quality
     from fruitdask.analysis.neighbors import find_neighbors
 
     if not settings.enabled:
         return None
-    sampled = sample_rows(len(images), max_rows=settings.max_rows, seed=settings.seed)
-    chosen = (features if len(sampled) == len(images) else features[sampled]).compute()
-    images = images.iloc[sampled]
+    sampled = sample_rows(len(rows), max_rows=settings.max_rows, seed=settings.seed)
+    chosen = (features if len(sampled) == len(rows) else features[sampled]).compute()
+    images = images.iloc[rows[sampled]]
     quality = {
         "n_images": len(sampled),
         "n_images_with_features": features.shape[0],

@@ -240,7 +240,8 @@ def _reduce_features(
         if state.rows.changes and manifest.groupings != state.groupings:
             # Splits and groups may change without anything to compute.
             store.write_catalog(state.output, state.rows.catalog)
-        outcomes = store.read_outcomes(state.output, range(state.n_partitions))
+        n_at_once = store.count_at_once(state.images_per_partition)
+        outcomes = store.read_outcomes(state.output, range(state.n_partitions), partitions_at_once=n_at_once)
         groupings = {name: state.rows.catalog[name] for name in state.groupings}
         counts, digests = report.write_results(
             state.output, outcomes, pca=reduction.scores, tsne=reduction.tsne, groupings=groupings

@@ -79,6 +79,6 @@ from fruitdask.store.manifests import (
     write_json,
     write_manifest,
 )
-from fruitdask.store.outcomes import list_committed, read_outcomes, read_rows
+from fruitdask.store.outcomes import count_at_once, list_committed, read_outcomes, read_rows
 from fruitdask.store.schema import AppliedRecord, ExplorationManifest, IssuesRecord, RunManifest, is_intact
 from fruitdask.store.tables import read_table, write_table
