@@ -133,9 +133,17 @@ def can_read_heic() -> bool:
 
 
 def list_files(
-    root: Location, extensions: tuple[str, ...] | None, *, takes_hidden: bool, rules: Mapping[str, str]
+    root: Location,
+    extensions: tuple[str, ...] | None,
+    *,
+    takes_hidden: bool,
+    rules: Mapping[str, str],
+    on_listed: Callable[[int], None] = lambda n_files: None,
 ) -> Listing:
-    """List the files below a location; `rules` say how label, split and group follow from a path."""
+    """List the files below a location; `rules` say how label, split and group follow from a path.
+
+    `on_listed` is called with the number of files found so far.
+    """
     selection = _Selection(_choose_extensions(extensions), takes_hidden=takes_hidden)
     columns = _Columns(PurePosixPath(root.path).name or PurePosixPath(root.base.path).stem, rules)
     with explained(root, "list"):
@@ -143,6 +151,7 @@ def list_files(
         while rows := list(islice(found, _ROWS_AT_ONCE)):
             _check_names([path for path, _, _ in rows], root)
             columns.extend(rows)
+            on_listed(len(columns))
     return Listing(columns.to_frame(), _sort_kinds(selection.left_out), columns.describe_merged())
 
 
@@ -228,6 +237,10 @@ class _Columns:
         self._by_folder = {name for name, rule in self._rules.items() if rule in ("parent", "first")}
         # The first folder of each class, and a second one of each class with several.
         self._first, self._other = dict[int, str](), dict[int, str]()
+
+    def __len__(self) -> int:
+        """Return the number of files."""
+        return len(self._sizes)
 
     def extend(self, rows: Sequence[_Row]) -> None:
         """Append files, many at once, which takes less time."""

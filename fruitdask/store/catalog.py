@@ -76,8 +76,8 @@ def list_images(config: InputConfig) -> pd.DataFrame:
     return list_input(config).files
 
 
-def list_input(config: InputConfig) -> Listing:
-    """List the images of an input, and say what was left out."""
+def list_input(config: InputConfig, *, on_listed: Callable[[int], None] = lambda n_files: None) -> Listing:
+    """List the images of an input, and say what was left out; `on_listed` is called with the number found so far."""
     root = Location(config.url, config.storage_options)
     _check_folder(root, config)
     table = read_labels(config) if config.manifest is not None else None
@@ -87,6 +87,7 @@ def list_input(config: InputConfig) -> Listing:
         ("",) if has_table else config.extensions,
         takes_hidden=has_table or config.hidden,
         rules=config.rules,
+        on_listed=on_listed,
     )
     if listing.files.empty:
         raise CatalogError(_explain_empty(root, config, listing))
