@@ -46,7 +46,8 @@ class Classifier:
     report : dict[str, Any]
         How it was trained and what cross-validation says of it: ``classes``, ``n_images``, ``n_groups`` (None if groups
         are unknown), ``n_folds``; for ``linear_probe``, which predicts, and for ``nearest_neighbors`` the ``accuracy``
-        (0 to 1) with its 95 % ``interval``, ``by_class`` and the ``confusion``; ``unknown_distance``.
+        (0 to 1) with its 95 % ``interval``, ``by_class`` and the ``confusion`` of the classes ``confused``;
+        ``unknown_distance``.
     probe : LinearProbe
         Its weights.
     rows : numpy.ndarray

@@ -157,10 +157,18 @@ def _describe_examples(exploration: Exploration, config: Config) -> sections.Vie
 
 def _describe_classifier(report: dict[str, Any]) -> sections.View:
     """Describe what cross-validation says of a classifier."""
-    counts = np.array(report["linear_probe"]["confusion"], float)
-    shares = (counts / counts.sum(axis=1, keepdims=True)).tolist()
+    probe = report["linear_probe"]
+    shown = probe.get("confused", report["classes"])
+    totals = np.array([probe["by_class"][name]["n_images"] for name in shown])
+    shares = (np.array(probe["confusion"], float) / totals[:, np.newaxis]).tolist()
     figure = _draw(
-        figures.plot_confusion(report["classes"], shares, title="Predicted classes", columns="the predicted class"),
+        figures.plot_confusion(
+            shown,
+            shares,
+            title="Predicted classes",
+            columns="the predicted class",
+            n_classes=len(report["classes"]),
+        ),
         "Heat map: the class of an image in rows, the predicted classes in columns.",
     )
     return {**report, "confusion_figure": figure}
