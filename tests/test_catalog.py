@@ -24,12 +24,14 @@ from fruitdask.core.config import InputConfig
 from fruitdask.core.partition import VANISHED_BYTES, Partition
 from fruitdask.core.sample import CLASS_NAMES
 from fruitdask.errors import CatalogError, ConfigError, StorageError
+from fruitdask.store import catalog as catalog_module
 from fruitdask.store.catalog import (
     COLUMNS,
     choose_partition_size,
     hash_catalog,
     list_images,
     merge_listing,
+    sample_evenly,
     split_catalog,
     take_listing,
 )
@@ -501,6 +503,25 @@ def test_list_images_takes_a_few_bytes_a_file(tmp_path: Path) -> None:
     assert catalog.memory_usage(deep=True).sum() / len(names) < len(names[0]) + 1 + 8 + 4 + 8 + 8
 
 
+@pytest.mark.usefixtures("clean_memory")
+@pytest.mark.parametrize("n_at_once", [1, 10], ids=["all folders at once", "folder by folder"])
+def test_list_images_of_other_storages_lists_each_file_once_in_the_order_of_paths(
+    monkeypatch: pytest.MonkeyPatch, n_at_once: int
+) -> None:
+    names = ["a/1.jpg", "a/b/c/2.jpg", "a-/3.jpg", "a.jpg", "b/4.jpg", "b/.hidden/5.jpg", "b/notes.txt", "é/ü.jpg"]
+    fs = fsspec.filesystem("memory")
+    fs.pipe({f"/photographs/{name}": name.encode() for name in names})
+    searched = list[str]()
+    monkeypatch.setattr("fruitdask.core.listing._MAX_FOLDERS", n_at_once)
+    find = fs.find
+    monkeypatch.setattr(fs, "find", lambda path, **options: searched.append(path) or find(path, **options))
+    catalog = list_images(InputConfig(url="memory://photographs"))
+    assert list(catalog["path"]) == sorted(["a/1.jpg", "a/b/c/2.jpg", "a-/3.jpg", "a.jpg", "b/4.jpg", "é/ü.jpg"])
+    assert list(catalog["bytes"]) == [len(path.encode()) for path in catalog["path"]]
+    folders = ["/photographs"] if n_at_once == 1 else [f"/photographs/{name}" for name in ("a-", "a", "b", "é")]
+    assert searched == folders
+
+
 @given(n_images=st.integers(1, 5_000_000))
 def test_choose_partition_size_stays_in_its_range_and_makes_about_16(n_images: int) -> None:
     size = choose_partition_size(n_images)
@@ -539,15 +560,37 @@ def test_merge_listing_moves_no_row_and_gives_the_listing_back(
         )
 
     stored, listing = list_numbers(numbers, 100), list_numbers(later, 200).sort_values("path", ignore_index=True)
-    merged = merge_listing(stored, listing)
+    merged = merge_listing([stored.iloc[start : start + 5] for start in range(0, max(1, len(stored)), 5)], listing)
     assert list(merged["path"][: len(stored)]) == list(stored["path"])
     added = list(merged["path"][len(stored) :])
     assert added == sorted(added) and len(merged) == len(later | set(numbers))
     assert set(merged["path"][merged["bytes"] == VANISHED_BYTES]) == set(stored["path"]) - set(listing["path"])
     assert hash_catalog(take_listing(merged)) == hash_catalog(listing)
-    pd.testing.assert_frame_equal(merge_listing(merged, listing), merged)
+    pd.testing.assert_frame_equal(merge_listing([merged], listing), merged)
     written = merged.assign(label=merged["label"].astype("str"))
     assert hash_catalog(take_listing(written)) == hash_catalog(listing)
+
+
+@given(labels=st.lists(st.sampled_from("abc")), limit=st.integers(1, 30), n_rows=st.integers(1, 10))
+def test_sample_evenly_takes_the_first_ranks_of_each_class(labels: list[str], limit: int, n_rows: int) -> None:
+    catalog = pd.DataFrame({"path": [f"{n}.jpg" for n in range(len(labels))], "label": labels}, dtype="str")
+    hashes = pd.util.hash_pandas_object(catalog["path"], index=False)
+    turns = hashes.groupby(catalog["label"]).rank(method="first")
+    expected = pd.DataFrame({"turn": turns, "hash": hashes}).sort_values(["turn", "hash"]).index[:limit]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog_module, "_ROWS_AT_ONCE", n_rows)
+        assert sample_evenly(catalog, limit).tolist() == sorted(expected)
+        among = np.arange(len(labels)) % 3 > 0
+        some = sample_evenly(catalog[among].reset_index(drop=True), limit)
+        assert sample_evenly(catalog, limit, among=among).tolist() == np.flatnonzero(among)[some].tolist()
+
+
+@pytest.mark.parametrize("among", [{1}, {0, 3}, set()], ids=["one", "ends", "none"])
+def test_split_catalog_gives_some_partitions_as_it_gives_them_among_all(among: set[int]) -> None:
+    paths = [f"{n}.jpg" for n in range(10)]
+    catalog = pd.DataFrame({"path": paths, "label": "a", "bytes": range(10), "version": range(10)})
+    wanted = [partition for partition in split_catalog(catalog, 3) if partition.index in among]
+    assert list(split_catalog(catalog, 3, among=among)) == wanted
 
 
 def test_partition_knows_which_images_to_read() -> None:

@@ -67,6 +67,20 @@ def test_evaluation_equals_sklearn_on_the_same_folds(grouped: bool) -> None:
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
+def test_evaluation_of_very_many_classes_shows_those_with_the_most_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifier, "_MAX_CONFUSED", 4)
+    rng, names = np.random.default_rng(0), [f"class {n:02}" for n in range(12)]
+    codes = rng.integers(0, 12, 500)
+    guesses = np.where(rng.random(500) < np.linspace(0.2, 0.9, 12)[codes], codes, rng.integers(0, 12, 500))
+    found = classifier.evaluate(codes, guesses, names, None)
+    whole = confusion_matrix(codes, guesses)
+    shown = sorted(sorted(range(12), key=lambda code: (whole[code, code] - whole[code].sum(), code))[:4])
+    assert found["confused"] == [names[code] for code in shown]
+    assert found["confusion"] == whole[np.ix_(shown, shown)].tolist()
+    precision = precision_score(codes, guesses, average=None)
+    np.testing.assert_allclose([each["precision"] for each in found["by_class"].values()], precision)
+
+
 def test_images_of_one_object_do_not_vouch_for_each_other() -> None:
     rng = np.random.default_rng(0)
     # Objects differ more than classes, and photographs of one object hardly at all.

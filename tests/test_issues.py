@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from hypothesis import given, strategies as st
 from PIL import Image, ImageFilter
 from runs import OFF, ON, Finish, configure
 from scipy.spatial.distance import cdist
@@ -88,6 +89,20 @@ def test_few_images_have_no_wrong_labels(n_images: int) -> None:
     votes = vote(features[:n_images], np.arange(n_images))
     # Each image is the only one of its class: nobody can vote for it.
     assert (votes.codes == -1).all() and not np.isfinite(issues.find_label_issues(votes, np.arange(n_images))).any()
+
+
+@given(
+    rows=st.lists(st.tuples(st.sampled_from([0, 1, 5]), st.none() | st.floats(-9, 9)), max_size=60),
+    floor=st.sampled_from([0.5, 2.0]),
+)
+def test_deviations_are_those_of_pandas(rows: list[tuple[int, float | None]], floor: float) -> None:
+    table = pd.DataFrame(rows, columns=["code", "value"]).astype({"code": np.int64, "value": np.float64})
+    deviations = table["value"] - table.groupby("code")["value"].transform("median")
+    spread = deviations.abs().groupby(table["code"]).transform("median")
+    is_small = deviations.groupby(table["code"]).transform("count") < 10
+    expected = deviations / (spread.where(~is_small, deviations.abs().median()) / 0.6745).clip(lower=floor)
+    found = issues.measure_deviations(table["value"].to_numpy(), table["code"].to_numpy(), floor=floor)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_deviations_are_those_from_the_median_of_the_class() -> None:

@@ -53,6 +53,27 @@ def test_line_progress_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_line_progress_says_every_few_seconds_how_many_images_were_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, now = io.StringIO(), 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    with LineProgress(Console(file=out, width=200)) as reporter:
+        for now in (1.0, 4.0, 6.0, 8.0, 12.0):
+            reporter.show_listed(int(1_000 * now), now)
+    assert out.getvalue().splitlines() == [
+        "6,000 images listed, 1,000 images/s",
+        "12,000 images listed, 1,000 images/s",
+    ]
+
+
+def test_live_progress_shows_how_many_images_were_listed_of_an_unknown_number() -> None:
+    with LiveProgress(Console(file=io.StringIO(), width=80, force_terminal=True)) as reporter:
+        reporter.begin("Listing images")
+        reporter.show_listed(400, 4.0)
+        assert read_lines(reporter)[-1].endswith(" Listing images")
+        reporter.show_listed(2_000_000, 10.0)
+        assert read_lines(reporter)[-1].endswith(" Listing images 2,000,000 200,000 images/s")
+
+
 def test_line_progress_writes_stages_and_the_last_count() -> None:
     out = io.StringIO()
     show(LineProgress(Console(file=out, width=200)))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import make_blobs
 
+from fruitdask import report
 from fruitdask.core.config import Config, load_config
 from fruitdask.core.escaping import read_csv
 from fruitdask.core.sample import CLASS_NAMES, render_fruit
+from fruitdask.core.storage import Location
 from fruitdask.report.maps import choose_axes, sample_points
 from fruitdask.report.page import ReportData, render_page
 from fruitdask.report.sections import choose_title, describe_duplicates
@@ -478,6 +481,34 @@ def test_sample_points_is_even_over_classes_and_always_the_same() -> None:
     assert counts["fruit_000"] == n_small and set(counts[["fruit_001", "fruit_002", "fruit_003"]]) <= {30, 31}
     np.testing.assert_array_equal(chosen, sample_points(results, axes, max_points=100, with_thumbnail=frozenset()))
     assert np.isfinite(results[["pca_1", "tsne_1"]].to_numpy()[chosen]).all()
+
+
+@pytest.mark.parametrize("max_points", [1, 60, 299, 300, 1_000], ids=str)
+def test_read_points_chooses_among_pieces_as_among_all(tmp_path: Path, max_points: int) -> None:
+    n_images, random, output = 400, np.random.default_rng(1), Location(str(tmp_path))
+    scores = random.normal(size=(n_images, 3)).astype(np.float32)
+    scores[random.random(n_images) < 0.25] = np.nan
+    tsne = np.where(random.random((n_images, 1)) < 0.1, scores[:, :2], np.nan)
+    labels = np.where(random.random(n_images) < 0.9, "often", random.choice(list("abc"), n_images))
+    columns = {
+        "path": [f"{n}.jpg" for n in range(n_images)],
+        "label": labels,
+        "status": "ok",
+        "error": "",
+        "attempts": 1,
+    }
+    outcomes = pd.DataFrame(columns)
+    pieces = [outcomes.iloc[start : start + 30] for start in range(0, n_images, 30)]
+    report.write_results(output, pieces, pca=scores, tsne=tsne)
+    shown = frozenset(f"{n}.jpg" for n in range(0, n_images, 9))
+    table, n_hidden = report.read_points(output, (1, 3), [0.5, 0.3, 0.2], max_points=max_points, with_thumbnail=shown)
+    whole = report.read_results(output)
+    if max_points < n_images:
+        axes, order = choose_axes(list(whole), (1, 3), [0.5, 0.3, 0.2]), np.random.default_rng(0).random(n_images)
+        whole = whole.iloc[sample_points(whole, axes, max_points=max_points, with_thumbnail=shown, order=order)]
+    assert table["path"].tolist() == whole["path"].tolist()
+    np.testing.assert_array_equal(table[["pca_1", "pca_3", "tsne_2"]], whole[["pca_1", "pca_3", "tsne_2"]])
+    assert n_hidden == np.isfinite(scores[:, 0]).sum() - np.isfinite(table["pca_1"]).sum()
 
 
 def test_sample_points_prefers_images_on_both_maps_then_those_with_thumbnails() -> None:

@@ -24,7 +24,7 @@ from fruitdask.core.storage import (
     find_encryption,
     hash_file,
     hide_secrets,
-    stream_file,
+    open_new,
     write_file,
 )
 from fruitdask.errors import StorageError
@@ -163,6 +163,23 @@ def test_write_file_leaves_only_the_file_itself(tmp_path: Path) -> None:
     write_file(Location(str(tmp_path / "x.bin")), b"1")
     write_file(Location(str(tmp_path / "x.bin")), b"2")
     assert list_names(tmp_path) == ["x.bin"]
+
+
+def test_open_new_writes_pieces_and_makes_the_folders(place: Place) -> None:
+    pieces = [bytes([number]) * MIB for number in range(12)]
+    with open_new(place.root.child("a", "b c", "ü#[1].bin")) as file:
+        for piece in pieces:
+            file.write(piece)
+    assert place.get("a/b c/ü#[1].bin") == b"".join(pieces)
+
+
+def test_open_new_that_is_given_up_keeps_the_old_content(place: Place) -> None:
+    place.put("x.bin", b"old")
+    with pytest.raises(ValueError, match="the pieces ended early"), open_new(place.root.child("x.bin")) as file:
+        file.write(b"new")
+        raise ValueError("the pieces ended early")
+    assert place.get("x.bin") == b"old"
+    assert place.root.fs.find(place.root.path) == [place.root.child("x.bin").path]
 
 
 def test_write_file_onto_a_folder_fails_and_leaves_it_alone(tmp_path: Path) -> None:
@@ -400,12 +417,12 @@ def test_streamed_file_is_there_whole_or_not_at_all(place: Place, n_bytes: int) 
         for start in range(0, n_bytes, MIB):
             file.write(data[start : start + MIB])
 
-    with pytest.raises(KeyboardInterrupt, match="in this test"), stream_file(target) as file:
+    with pytest.raises(KeyboardInterrupt, match="in this test"), open_new(target) as file:
         write(file)
         raise KeyboardInterrupt("in this test")
     place.root.fs.invalidate_cache()
     assert place.root.fs.find(place.root.path) == []
-    with stream_file(target) as file:
+    with open_new(target) as file:
         write(file)
     assert place.get("streamed/a.bin") == data
     assert place.root.fs.find(place.root.path) == [target.path]

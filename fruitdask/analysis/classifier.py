@@ -19,6 +19,8 @@ _MAX_ITERATIONS = 1_000
 #: Neighbours that vote in the second classifier.
 _N_NEIGHBORS = 5
 _MAX_FOLDS = 5
+#: Classes in a table of confusions.
+_MAX_CONFUSED = 300
 #: A new image is unknown if its nearest training image is farther than that of this fraction of the held-out images.
 _KNOWN_FRACTION = 0.99
 #: Two-sided 95 % quantile of the normal distribution.
@@ -96,8 +98,9 @@ def train(
     With groups no group is in both the training and the test part of a fold. Returns the probe, fitted to all images,
     and JSON: ``classes``; ``n_images``, ``n_groups`` (None without groups), ``n_folds``; for ``linear_probe`` and
     ``nearest_neighbors`` the ``accuracy`` and its 95 % ``interval``, ``by_class`` the recall with its interval, the
-    precision and the number of images, and ``confusion``, counts with true classes in rows; ``unknown_distance``, the
-    cosine distance from the nearest training image beyond which an image is unknown.
+    precision and the number of images, and ``confusion``, counts with true classes in rows, of the classes
+    ``confused``, which are those with the most errors if there are very many; ``unknown_distance``, the cosine distance
+    from the nearest training image beyond which an image is unknown.
     """
     classes, codes = np.unique(np.asarray(labels, str), return_inverse=True)
     numbers = None if groups is None else number_groups(groups)
@@ -130,8 +133,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare out-of-fold guesses with the labels."""
     n_classes, is_right = len(classes), guesses == codes
-    confusion = np.bincount(codes * n_classes + guesses, minlength=n_classes**2).reshape(n_classes, n_classes)
-    guessed = np.maximum(confusion.sum(axis=0), 1)
+    guessed = np.bincount(guesses, minlength=n_classes)
+    right = np.bincount(codes[is_right], minlength=n_classes)
+    wrong = np.bincount(codes[~is_right], minlength=n_classes)
+    # A table of all pairs of 10,000 classes would take gigabytes.
+    shown = np.sort(np.argsort(-wrong, kind="stable")[:_MAX_CONFUSED])
+    place = np.full(n_classes, -1)
+    place[shown] = np.arange(len(shown))
+    pairs = np.stack([place[codes], place[guesses]])
+    confusion = np.zeros((len(shown), len(shown)), np.int64)
+    np.add.at(confusion, tuple(pairs[:, (pairs >= 0).all(axis=0)]), 1)
     return {
         "accuracy": float(is_right.mean()),
         "interval": measure_interval(is_right, groups),
@@ -142,10 +153,11 @@ def evaluate(
                 "interval": measure_interval(
                     is_right[codes == code], None if groups is None else groups[codes == code]
                 ),
-                "precision": float(confusion[code, code] / guessed[code]),
+                "precision": float(right[code] / max(1, guessed[code])),
             }
             for code, name in enumerate(classes)
         },
+        "confused": [classes[code] for code in shown],
         "confusion": confusion.tolist(),
     }
 

@@ -191,28 +191,40 @@ def _count(
     return np.asarray((weights & (reference.codes[voters] == codes[:, np.newaxis])).sum(axis=1))
 
 
-def find_label_issues(votes: Votes, codes: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def find_label_issues(votes: Votes, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
     """Score how probable it is that labels are wrong, 0 to 1; NaN for those that are not doubted."""
     margins = votes.shares - votes.own_shares
     return np.where((votes.codes >= 0) & (votes.codes != codes) & (margins >= _MIN_MARGIN), margins, np.nan)
 
 
-def measure_deviations(values: npt.NDArray[Any], codes: npt.NDArray[np.int64], *, floor: float) -> npt.NDArray[Any]:
+def measure_deviations(values: npt.NDArray[Any], codes: npt.NDArray[np.integer], *, floor: float) -> npt.NDArray[Any]:
     """Measure how many robust standard deviations values are above (or below) the median of their class.
 
     >>> measure_deviations(np.array([1.0, 2, 3, 40]), np.zeros(4, int), floor=1.0).round(1).tolist()
     [-1.0, -0.3, 0.3, 25.3]
     """
-    table = pd.DataFrame({"value": np.asarray(values, np.float64), "code": codes})
-    deviations = table["value"] - table.groupby("code")["value"].transform("median")
-    spread = deviations.abs().groupby(table["code"]).transform("median")
-    is_small = deviations.groupby(table["code"]).transform("count") < _MIN_IMAGES
-    spread = spread.where(~is_small, deviations.abs().median()) / _MAD
-    return np.asarray(deviations / spread.clip(lower=floor))
+    values, order = np.asarray(values, np.float64), np.argsort(codes, kind="stable")
+    classes, firsts = np.unique(codes[order], return_index=True)
+    deviations, spreads = np.full(len(values), np.nan), np.full(int(classes.max(initial=-1)) + 1, np.nan)
+    for code, rows in zip(classes, np.split(order, firsts[1:]), strict=False):
+        with np.errstate(invalid="ignore"):
+            deviations[rows] = values[rows] - _find_median(values[rows])
+        if np.count_nonzero(~np.isnan(deviations[rows])) >= _MIN_IMAGES:
+            spreads[code] = _find_median(np.abs(deviations[rows]))
+    spreads[np.isnan(spreads)] = _find_median(np.abs(deviations))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        deviations /= np.maximum(spreads / _MAD, floor)[codes]
+    return deviations
+
+
+def _find_median(values: npt.NDArray[np.float64]) -> float:
+    """Return the median of the known values; NaN if there are none."""
+    known = values[~np.isnan(values)]
+    return float(np.median(known, overwrite_input=True)) if len(known) else np.nan
 
 
 def find_odd_values(
-    images: pd.DataFrame, codes: npt.NDArray[np.int64], distances: npt.NDArray[Any]
+    images: pd.DataFrame, codes: npt.NDArray[np.integer], distances: npt.NDArray[Any]
 ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Yield kinds of issues, and for each the scores of all images, 0 to 1; NaN for those without it.
 

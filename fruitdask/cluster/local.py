@@ -37,6 +37,8 @@ _SETTINGS = {
     "distributed.nanny.pre-spawn-environ": _ENVIRONMENT,
     # After this time, Dask removes a lost worker permanently if it is down, as one may be that a poison image kills.
     "distributed.deploy.lost-worker-timeout": "10000 hours",
+    # Dask keeps so many messages for its developers, of which each holds a partition here; by default a thousand.
+    "distributed.admin.low-level-log-length": 10,
     # Users may have set these for long-lived clusters; this one ends only with its run.
     "distributed.scheduler.idle-timeout": None,
     "distributed.scheduler.no-workers-timeout": None,

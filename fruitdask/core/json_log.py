@@ -48,6 +48,10 @@ class JsonLog(RunProgress):
         self._shown.begin(stage)
         self._write()
 
+    def show_listed(self, n_images: int, seconds: float) -> None:
+        """Hand the number of listed images on."""
+        self._shown.show_listed(n_images, seconds)
+
     def begin_images(self, n_images: int, *, n_done: int) -> None:
         """Begin to count in both."""
         super().begin_images(n_images, n_done=n_done)

@@ -5,11 +5,14 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import groupby, islice, repeat
+from operator import le
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +48,12 @@ _SAME, _BROKEN = "links to what is listed already", "broken links"
 #: Maximum of endings that are counted separately, and that are shown.
 _MAX_ENDINGS, _MAX_SHOWN = 1_000, 10
 _ENDING = re.compile(r"\.[\w+~-]{1,15}")
+#: Folders that are searched one by one, each by a request or more; more of them are searched at once.
+_MAX_FOLDERS = 10_000
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+#: Files that are listed and described at once.
+_ROWS_AT_ONCE = 8_192
 
 #: A listed file: path, bytes, and a text that changes when the file does.
 _Row = tuple[str, int, str]
@@ -86,6 +95,10 @@ class _Selection:
 
     def takes(self, name: str) -> bool:
         """Check the name of a file in a folder that is not hidden, and count it if it is skipped."""
+        lower = name.lower()
+        # Most names are plain.
+        if lower[:1] != "." and lower[lower.rfind(".") :] in self._endings and lower not in _SYSTEM_NAMES:
+            return True
         if self.hides(name):
             self.left_out[HIDDEN] += 1
         elif self.has_ending(name):
@@ -120,15 +133,25 @@ def can_read_heic() -> bool:
 
 
 def list_files(
-    root: Location, extensions: tuple[str, ...] | None, *, takes_hidden: bool, rules: Mapping[str, str]
+    root: Location,
+    extensions: tuple[str, ...] | None,
+    *,
+    takes_hidden: bool,
+    rules: Mapping[str, str],
+    on_listed: Callable[[int], None] = lambda n_files: None,
 ) -> Listing:
-    """List the files below a location; `rules` say how label, split and group follow from a path."""
+    """List the files below a location; `rules` say how label, split and group follow from a path.
+
+    `on_listed` is called with the number of files found so far.
+    """
     selection = _Selection(_choose_extensions(extensions), takes_hidden=takes_hidden)
     columns = _Columns(PurePosixPath(root.path).name or PurePosixPath(root.base.path).stem, rules)
     with explained(root, "list"):
-        for path, size, version in _list_rows(root, selection):
-            _check_name(path, root)
-            columns.append(path, size, version)
+        found = _list_rows(root, selection)
+        while rows := list(islice(found, _ROWS_AT_ONCE)):
+            _check_names([path for path, _, _ in rows], root)
+            columns.extend(rows)
+            on_listed(len(columns))
     return Listing(columns.to_frame(), _sort_kinds(selection.left_out), columns.describe_merged())
 
 
@@ -180,7 +203,13 @@ def compile_rule(rule: str) -> Rule:
 
 def digest_version(version: str) -> int:
     """Hash the version of a file to 64 bits."""
-    return int.from_bytes(hashlib.blake2b(version.encode(), digest_size=8).digest(), "little", signed=True)
+    return digest_versions([version])[0]
+
+
+def digest_versions(versions: Sequence[str]) -> list[int]:
+    """Hash the versions of files to 64 bits each."""
+    digests = [hashlib.blake2b(version.encode(), digest_size=8).digest() for version in versions]
+    return np.frombuffer(b"".join(digests), "<i8").tolist()  # type: ignore[no-any-return]
 
 
 def find_rows(paths: pd.Series, among: pd.Series) -> npt.NDArray[np.int64]:
@@ -207,25 +236,35 @@ class _Columns:
         # Files of one folder have the same class, unless a pattern depends on their names.
         self._by_folder = {name for name, rule in self._rules.items() if rule in ("parent", "first")}
         # The first folder of each class, and a second one of each class with several.
-        self._folder, self._first, self._other = "", dict[int, str](), dict[int, str]()
+        self._first, self._other = dict[int, str](), dict[int, str]()
 
-    def append(self, path: str, size: int, version: str) -> None:
-        """Append a file."""
-        encoded = path.encode()
-        self._is_sorted &= self._last <= encoded
-        self._last = encoded
-        self._paths += encoded
-        self._ends.append(len(self._paths))
-        folder = path.rpartition("/")[0]
-        is_same = folder == self._folder and len(self._sizes) > 0
+    def __len__(self) -> int:
+        """Return the number of files."""
+        return len(self._sizes)
+
+    def extend(self, rows: Sequence[_Row]) -> None:
+        """Append files, many at once, which takes less time."""
+        paths, sizes, versions = zip(*rows, strict=True)
+        encoded = [path.encode() for path in paths]
+        self._is_sorted &= self._last <= encoded[0] and all(map(le, encoded, encoded[1:]))
+        self._last = encoded[-1]
+        self._paths += b"".join(encoded)
+        self._ends.extend((np.cumsum([len(path) for path in encoded]) + self._ends[-1]).tolist())
+        self._sizes.extend(sizes)
+        self._versions.extend(digest_versions(versions))
+        for folder, here in groupby(paths, key=_get_folder):
+            self._append_names(folder, list(here))
+
+    def _append_names(self, folder: str, paths: list[str]) -> None:
+        """Append the classes, splits and groups of consecutive files of a folder."""
         for name, codes in self._codes.items():
-            codes.append(codes[-1] if is_same and name in self._by_folder else self._encode(name, path))
-        if not is_same:
-            self._folder, code = folder, self._codes["label"][-1]
-            if self._first.setdefault(code, folder) != folder:
-                self._other.setdefault(code, folder)
-        self._sizes.append(size)
-        self._versions.append(digest_version(version))
+            if name in self._by_folder:
+                codes.extend(repeat(self._encode(name, paths[0]), len(paths)))
+            else:
+                codes.extend(self._encode(name, path) for path in paths)
+        code = self._codes["label"][-len(paths)]
+        if self._first.setdefault(code, folder) != folder:
+            self._other.setdefault(code, folder)
 
     def _encode(self, name: str, path: str) -> int:
         """Extract the class, the split or the group from a path, as a code."""
@@ -269,14 +308,21 @@ class _Columns:
         return table if self._is_sorted else table.sort_values("path", ignore_index=True)
 
 
-def _check_name(path: str, root: Location) -> None:
-    """Refuse a name that cannot be stored or read back."""
+def _get_folder(path: str) -> str:
+    """Return the folder of a file."""
+    return path.rpartition("/")[0]
+
+
+def _check_names(paths: Sequence[str], root: Location) -> None:
+    """Refuse names that cannot be stored or read back."""
+    together = "\n".join(paths)
     # Python represents bytes that are not UTF-8 as lone surrogates.
-    if not path.isascii() and any("\ud800" <= character <= "\udfff" for character in path):
-        raise CatalogError(f"{root.url}: found the file name {path!r}, expected names in UTF-8; rename that file")
+    if not together.isascii() and (odd := next((path for path in paths if _SURROGATE.search(path)), None)):
+        raise CatalogError(f"{root.url}: found the file name {odd!r}, expected names in UTF-8; rename that file")
     # s3fs reads the rest as the version of an object.
-    if root.is_s3 and "?versionId=" in path:
-        raise CatalogError(f"{root.url}: found the object {path!r}, expected names without ?versionId=; rename it")
+    if root.is_s3 and "?versionId=" in together:
+        odd = next(path for path in paths if "?versionId=" in path)
+        raise CatalogError(f"{root.url}: found the object {odd!r}, expected names without ?versionId=; rename it")
 
 
 def _list_rows(root: Location, selection: _Selection) -> Iterator[_Row]:
@@ -298,12 +344,28 @@ def _list_pages(root: Location) -> Iterator[_Row]:
 
 def _find_files(root: Location) -> Iterator[_Row]:
     """List the files below a folder of any other file system, whose root may have an empty name or a slash."""
-    fs, top = root.fs, root.path
-    fs.invalidate_cache()
-    for path, info in fs.find(top, detail=True).items():
+    top = root.path
+    for path, info in _find_by_folder(root.fs, top):
         # Some stores have a file with the name of the folder.
         if info["type"] == "file" and path != top:
             yield (path[len(top) + 1 :] if top else path.lstrip("/")), int(info.get("size") or 0), _read_version(info)
+
+
+def _find_by_folder(fs: Any, top: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Find files in the order of paths, one folder after the other: fsspec keeps a dictionary per file."""
+    fs.invalidate_cache()
+    entries: list[dict[str, Any]] = []
+    with suppress(FileNotFoundError, NotADirectoryError):
+        entries = fs.ls(top, detail=True)
+    if not 0 < sum(entry["type"] == "directory" for entry in entries) <= _MAX_FOLDERS:
+        yield from fs.find(top, detail=True).items()
+        return
+    for entry in sorted(entries, key=lambda each: each["name"].rstrip("/") + "/" * (each["type"] == "directory")):
+        if entry["type"] == "directory" and entry["name"].rstrip("/") != top:
+            yield from fs.find(entry["name"], detail=True).items()
+            fs.invalidate_cache()
+        else:
+            yield entry["name"], entry
 
 
 def _read_version(info: Mapping[str, object]) -> str:

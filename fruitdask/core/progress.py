@@ -41,6 +41,9 @@ class RunProgress:
         """Show that a stage begins."""
         self.say(f"{stage} ...")
 
+    def show_listed(self, n_images: int, seconds: float) -> None:
+        """Show how many images were listed so far, of an unknown number, and in how many seconds."""
+
     def begin_images(self, n_images: int, *, n_done: int) -> None:
         """Start to count images, and their time."""
         self._n_images, self._n_done, self._n_before, self._n_failed = n_images, n_done, n_done, 0
@@ -67,6 +70,12 @@ class LineProgress(RunProgress):
     def say(self, message: str) -> None:
         """Write a line."""
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def show_listed(self, n_images: int, seconds: float) -> None:
+        """Write a line if the last one is some seconds old."""
+        if seconds >= _SECONDS_BETWEEN_LINES <= time.monotonic() - self._written:
+            self._written = time.monotonic()
+            self.say(f"{n_images:,} images listed, {n_images / seconds:,.0f} images/s")
 
     def _show(self, now: float, rate: float) -> None:
         """Write a line if the last one is some seconds old, or if all images are done."""
@@ -105,6 +114,12 @@ class LiveProgress(LineProgress):
         """Finish the previous stage and draw a line for the next one."""
         self._finish()
         self._task = self._bar.add_task(stage, total=None)
+
+    def show_listed(self, n_images: int, seconds: float) -> None:
+        """Show them if the stage takes some seconds."""
+        if seconds >= _SECONDS_BETWEEN_LINES:
+            figures = [(f"{n_images:,}", "green"), (f"{n_images / seconds:,.0f} images/s", "cyan")]
+            self._bar.update(self._task, figures=figures)
 
     def begin_images(self, n_images: int, *, n_done: int) -> None:
         """Turn the stage's line into a bar."""
@@ -155,6 +170,13 @@ class NotebookProgress(LiveProgress):
         super().begin(stage)
         self._draw()
 
+    def show_listed(self, n_images: int, seconds: float) -> None:
+        """Update the figures, unless that was done a moment ago."""
+        super().show_listed(n_images, seconds)
+        if time.monotonic() - self._drawn >= _SECONDS_BETWEEN_DRAWINGS:
+            self._drawn = time.monotonic()
+            self._draw()
+
     def _show(self, now: float, rate: float) -> None:
         """Update the bar, unless that was done a moment ago."""
         super()._show(now, rate)
@@ -197,7 +219,7 @@ def _render_stage(task: Task, width: int, *, is_unicode: bool) -> RenderableType
         if line.cell_len + figures.cell_len + len(text) + 1 <= width:
             figures.append(" ").append(text, style)
     n_free = width - line.cell_len - figures.cell_len - 1
-    if figures and n_free >= _SHORTEST_BAR:
+    if figures and task.total is not None and n_free >= _SHORTEST_BAR:
         full, empty = ("━", "─") if is_unicode else ("#", "-")
         n_cells = min(n_free, _LONGEST_BAR)
         n_full = int(n_cells * task.percentage / 100)

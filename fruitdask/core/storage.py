@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -253,20 +254,19 @@ def describe_cause(error: BaseException) -> str:
 
 def write_file(location: Location, data: bytes) -> None:
     """Write a whole file atomically: object stores commit at the end of an upload, local files are renamed."""
-    fs, path = location.fs, location.path
-    with explained(location, "write"):
-        if not location.is_local:
-            fs.pipe_file(path, data)
-            return
-        with _temporary_file(path, data) as temporary:
-            os.replace(temporary, path)
+    if not location.is_local:
+        with explained(location, "write"):
+            location.fs.pipe_file(location.path, data)
+        return
+    with open_new(location) as file:
+        file.write(data)
 
 
 @contextmanager
-def stream_file(location: Location) -> Iterator[Any]:
-    """Open a file that is written bit by bit: it appears whole at the end of the block, and after an error not at all.
+def open_new(location: Location) -> Iterator[BinaryIO]:
+    """Open a file to be written piece by piece; it appears, or replaces another, once all of it is written.
 
-    The disk or the object store holds what was written so far, the memory a few megabytes of it.
+    For object stores, the pieces are collected in a temporary file of this machine.
     """
     fs, path = location.fs, location.path
     with explained(location, "write"):
@@ -276,15 +276,10 @@ def stream_file(location: Location) -> Iterator[Any]:
                     yield file
                 os.replace(temporary, path)
             return
-        upload = fs.open(path, "wb")
-        try:
-            yield upload
-        except BaseException:
-            upload.discard()
-            # Otherwise the garbage collector would complete the upload.
-            upload.closed = True
-            raise
-        upload.close()
+        with TemporaryDirectory(prefix="fruitdask-") as folder:
+            with open(os.path.join(folder, "file"), "wb") as file:
+                yield file
+            fs.put_file(file.name, path)
 
 
 def create_file(location: Location, data: bytes) -> None:
@@ -294,7 +289,9 @@ def create_file(location: Location, data: bytes) -> None:
         # Amazon's S3 guarantees this; not all others do.
         fs.pipe_file(path, data, mode="create")
         return
-    with _temporary_file(path, data) as temporary:
+    with _temporary_file(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(data)
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -306,13 +303,11 @@ def create_file(location: Location, data: bytes) -> None:
 
 
 @contextmanager
-def _temporary_file(path: str, data: bytes = b"") -> Iterator[str]:
-    """Write a temporary file in the same folder, and delete it at the end if it is still there."""
+def _temporary_file(path: str) -> Iterator[str]:
+    """Name a temporary file in the same folder, and delete it at the end if it is there."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.part"
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
         yield temporary
     finally:
         if os.path.exists(temporary):

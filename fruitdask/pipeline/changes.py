@@ -4,6 +4,7 @@ Only the outcome files say what is done. Each names the versions of its image fi
 the catalog is computed again. So a run resumes from any interruption, even if the input has changed meanwhile.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import pandas as pd
 
 from fruitdask import store
 from fruitdask.core.partition import VANISHED_BYTES
-from fruitdask.core.storage import Location
+from fruitdask.core.storage import Location, exists
 from fruitdask.errors import StoreMismatchError
 from fruitdask.pipeline.inputs import Inputs
 from fruitdask.store.catalog import merge_listing
@@ -55,11 +56,15 @@ class PendingWork:
 
 def order_images(inputs: Inputs, *, has_commits: bool) -> Rows:
     """Order the images of the input like the rows of the output."""
-    stored = store.read_catalog(inputs.output) if has_commits else None
-    if stored is None:
+    if not (has_commits and exists(inputs.output.child(store.CATALOG))):
         return Rows(inputs.catalog, {})
-    catalog = merge_listing(stored, inputs.catalog)
-    changes = _count_changes(stored, catalog)
+    changes = Counter[str]()
+    stored = store.read_catalog_blocks(inputs.output)
+    catalog = merge_listing(
+        stored, inputs.catalog, on_block=lambda before, now: changes.update(_count_changes(before, now))
+    )
+    changes["added"] += len(catalog) - changes.total()
+    del changes["absent"]
     n_left = changes["changed"] + changes["kept"]
     n_before = n_left + changes["vanished"]
     if 2 * n_left < n_before:
@@ -68,7 +73,7 @@ def order_images(inputs: Inputs, *, has_commits: bool) -> Rows:
                 inputs.output, f"only {n_left:,} of its {n_before:,} images are in the input of this run"
             )
         )
-    return Rows(catalog, changes)
+    return Rows(catalog, dict(changes))
 
 
 def find_pending(
@@ -89,7 +94,7 @@ def find_pending(
     )
     for table in tables:
         read = table[table.index < n_images]
-        is_done[read.index] = _equal(read, catalog.iloc[read.index], ("label", *versions))
+        is_done[read.index] = _equal(read, catalog[["label", *versions]].iloc[read.index], ("label", *versions))
         is_failed[read.index] = read["status"] != "ok"
         is_out_of_reach[read.index] = read["status"] == "unreachable"
     is_failed &= is_done & is_present
@@ -123,16 +128,16 @@ def carry_components(manifest: store.RunManifest | None, n_changed: int) -> Comp
     return manifest.pca.change(fit=fit.change(n_changed=fit.n_changed + n_changed))
 
 
-def _count_changes(stored: pd.DataFrame, catalog: pd.DataFrame) -> dict[str, int]:
-    """Count the differences between a stored catalog and the one that extends it."""
-    same = catalog.iloc[: len(stored)]
-    was, is_there = ((table["bytes"] != VANISHED_BYTES).to_numpy() for table in (stored, same))
-    is_equal = _equal(stored, same, ("label", *store.VERSION_COLUMNS))
+def _count_changes(before: pd.DataFrame, now: pd.DataFrame) -> dict[str, int]:
+    """Count the differences between rows of a stored catalog and the same rows now; what has come back is new."""
+    was, is_there = ((table["bytes"] != VANISHED_BYTES).to_numpy() for table in (before, now))
+    is_equal = _equal(before, now, ("label", *store.VERSION_COLUMNS))
     return {
-        "added": len(catalog) - len(stored) + int((is_there & ~was).sum()),
+        "added": int((is_there & ~was).sum()),
         "changed": int((is_there & was & ~is_equal).sum()),
         "vanished": int((was & ~is_there).sum()),
         "kept": int((was & is_there & is_equal).sum()),
+        "absent": int((~was & ~is_there).sum()),
     }
 
 

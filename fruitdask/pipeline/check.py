@@ -1,6 +1,7 @@
 """Finds photographs to check, from stored features and the findings of an exploration."""
 
 from collections.abc import Iterator, Mapping
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,11 +22,13 @@ from fruitdask.store.exploration import read_images
 if TYPE_CHECKING:
     import dask.array as da
 
-    from fruitdask.analysis.issues import Votes
+    from fruitdask.analysis.issues import Reference, Votes
 
 #: Columns of an exploration that tell issues.
 _SIZES = dict.fromkeys(("width_px", "height_px"), "float32")
 _FINDINGS = ("duplicate_group", *_SIZES, "mean_red", "mean_green", "mean_blue", "contrast", "sharpness")
+#: Blocks of features whose images are compared before the next ones are: a million images of 1280 features.
+_BLOCKS_AT_ONCE = 256
 #: Pairs of near duplicates whose features are compared: one block of them is in memory.
 _PAIRS_AT_ONCE = 4_096
 
@@ -74,7 +77,7 @@ def find_issues(settings: CheckConfig, output: Location, catalog: pd.DataFrame) 
     from fruitdask.analysis.issues import COLUMNS, rank_issues
 
     labels = catalog["label"].astype("category").cat.remove_unused_categories()
-    codes, classes = np.asarray(labels.cat.codes, np.int64), np.asarray(labels.cat.categories, str)
+    codes, classes = np.asarray(labels.cat.codes), np.asarray(labels.cat.categories, str)
     features, is_ok = open_features(output, block_bytes=BLOCK_BYTES)
     found = [pd.DataFrame(columns=["row", "kind", "score", "other_row", "class", "agreement"])]
     exploration = store.read_exploration_manifest(output)
@@ -87,10 +90,10 @@ def find_issues(settings: CheckConfig, output: Location, catalog: pd.DataFrame) 
         found += _find_alike(features, is_ok, images, _number_parts(catalog, codes), bits)
     table = pd.concat(found, ignore_index=True)
     rows, paths = table["row"].to_numpy(np.int64), catalog["path"]
-    table["path"], table["label"] = paths.iloc[rows].to_numpy(), classes[codes[rows]]
+    table["path"], table["label"] = paths.iloc[rows].array, classes[codes[rows]]
     for name, source, names in (("other", "other_row", paths), ("suggestion", "class", pd.Series(classes))):
         chosen = table[source].fillna(-1).to_numpy(np.int64)
-        table[name] = np.where(chosen >= 0, names.iloc[chosen].to_numpy(), "")
+        table[name] = np.where(chosen >= 0, names.iloc[chosen].to_numpy(object), "")
     return rank_issues(table[list(COLUMNS)].astype({"score": np.float64, "agreement": np.float64}))
 
 
@@ -127,7 +130,7 @@ def _read_findings(output: Location, paths: pd.Series) -> pd.DataFrame:
     return aligned
 
 
-def _number_parts(catalog: pd.DataFrame, codes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _number_parts(catalog: pd.DataFrame, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
     """Number the parts of the data that should have no image in common: classes, and splits of each."""
     splits = catalog["split"].to_numpy(str) if "split" in catalog else np.zeros(len(catalog), np.int64)
     return np.asarray(pd.DataFrame({"code": codes, "split": splits}).groupby(["code", "split"]).ngroup(), np.int64)
@@ -139,7 +142,7 @@ def _find_by_features(
     is_ok: npt.NDArray[np.bool_],
     images: pd.DataFrame,
     catalog: pd.DataFrame,
-    codes: npt.NDArray[np.int64],
+    codes: npt.NDArray[np.integer],
 ) -> Iterator[pd.DataFrame]:
     """Find probably wrong labels, and images that are unlike their class."""
     from fruitdask.analysis.evaluation import number_groups
@@ -147,40 +150,77 @@ def _find_by_features(
 
     rows = np.flatnonzero(is_ok)
     groups = number_groups(catalog["group"].to_numpy(str)) if "group" in catalog else np.arange(len(catalog))
-    votes = _collect_votes(settings, features, rows, catalog, codes, groups)
-    scores = find_label_issues(votes, codes[rows])
-    agreement = votes.group_shares if "group" in catalog else np.nan
-    columns = {"row": rows, "kind": "label", "score": scores, "other_row": votes.nearest, "class": votes.codes}
-    yield pd.DataFrame(columns | {"agreement": agreement})[np.isfinite(scores)]
-    for kind, scores in find_odd_values(images.iloc[rows], codes[rows], votes.distances):
+    distances = [np.empty(0)]
+    for here, votes in _collect_votes(settings, features, is_ok, catalog, codes, groups):
+        scores = find_label_issues(votes, codes[here])
+        agreement = votes.group_shares if "group" in catalog else np.nan
+        columns = {"row": here, "kind": "label", "score": scores, "other_row": votes.nearest, "class": votes.codes}
+        yield pd.DataFrame(columns | {"agreement": agreement})[np.isfinite(scores)]
+        distances.append(votes.distances)
+    for kind, scores in find_odd_values(images.iloc[rows], codes[rows], np.concatenate(distances)):
         yield pd.DataFrame({"row": rows, "kind": kind, "score": scores})[np.isfinite(scores)]
 
 
 def _collect_votes(
     settings: CheckConfig,
     features: "da.Array",
-    rows: npt.NDArray[np.int64],
+    is_ok: npt.NDArray[np.bool_],
     catalog: pd.DataFrame,
-    codes: npt.NDArray[np.int64],
+    codes: npt.NDArray[np.integer],
     groups: npt.NDArray[np.int64],
-) -> "Votes":
-    """Let neighbours vote on the classes of all images with features, block by block where the features are."""
+) -> Iterator[tuple[npt.NDArray[np.int64], "Votes"]]:
+    """Let neighbours vote on the classes of all images with features, block by block where the features are.
+
+    Yields the rows of many blocks, and the votes on them: those on all images would fill the memory.
+    """
     import dask.base
     from dask.delayed import delayed
 
-    from fruitdask.analysis.issues import Reference, Votes, collect_votes
+    from fruitdask.analysis.issues import Reference, Votes
 
-    chosen = rows[sample_evenly(catalog.iloc[rows], settings.max_rows)]
+    chosen = sample_evenly(catalog, settings.max_rows, among=is_ok)
     known = features[chosen].rechunk((-1, -1)).to_delayed().ravel()[0]
-    reference = delayed(Reference.build)(known, chosen, codes[chosen], groups[chosen], n_classes=int(codes.max()) + 1)
-    tasks, start = [], 0
-    for block, size in zip(features.to_delayed().ravel(), features.chunks[0], strict=True):
-        here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + size)]
-        vote = delayed(collect_votes)
-        known = block[here - start] if len(here) < size else block
-        tasks.append(vote(known, here, codes[here], groups[here], reference, n_neighbors=settings.n_neighbors))
-        start += size
-    return Votes.concatenate(dask.base.compute(*tasks))
+    codes_there = codes[chosen].astype(np.int64)
+    reference = delayed(Reference.build)(known, chosen, codes_there, groups[chosen], n_classes=int(codes.max()) + 1)
+    (reference,) = dask.base.persist(reference)
+    starts, vote = np.cumsum((0, *features.chunks[0])), delayed(_vote_on_block)
+    blocks = zip(features.to_delayed().ravel(), pairwise(starts), strict=True)
+    while some := list(islice(blocks, _BLOCKS_AT_ONCE)):
+        tasks = [
+            vote(
+                block,
+                start,
+                np.flatnonzero(~is_ok[start:stop]),
+                codes[start:stop],
+                groups[start:stop] if "group" in catalog else None,
+                reference,
+                n_neighbors=settings.n_neighbors,
+            )
+            for block, (start, stop) in some
+        ]
+        first, last = some[0][1][0], some[-1][1][1]
+        yield first + np.flatnonzero(is_ok[first:last]), Votes.concatenate(dask.base.compute(*tasks))
+
+
+def _vote_on_block(
+    features: npt.NDArray[np.float32],
+    start: int,
+    failed: npt.NDArray[np.int64],
+    codes: npt.NDArray[np.integer],
+    groups: npt.NDArray[np.int64] | None,
+    reference: "Reference",
+    *,
+    n_neighbors: int,
+) -> "Votes":
+    """Let neighbours vote on the classes of the images of a block that have features; without groups, each is one."""
+    from fruitdask.analysis.issues import collect_votes
+
+    rows = np.delete(start + np.arange(len(features)), failed)
+    here = rows - start
+    of_rows = rows if groups is None else groups[here]
+    return collect_votes(
+        features[here], rows, codes[here].astype(np.int64), of_rows, reference, n_neighbors=n_neighbors
+    )
 
 
 def _find_alike(

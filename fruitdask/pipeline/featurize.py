@@ -13,8 +13,6 @@ from importlib.metadata import version
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from fruitdask import report, store
 from fruitdask.cluster.scheduling import map_partitions
 from fruitdask.core.partition import Partition
@@ -80,8 +78,7 @@ def check_failures(state: RunState, n_failed: int) -> None:
     if n_failed <= limit * state.n_listed:
         return
     tables = store.read_outcomes(state.output, sorted(state.pending.done))
-    failures = [table[table["status"] != "ok"] for table in tables]
-    report.write_failures(state.output, pd.concat(failures))
+    report.write_failures(state.output, (table[table["status"] != "ok"] for table in tables))
     raise TooManyFailuresError(
         f"{n_failed:,} of {state.n_listed:,} images failed, more than featurize.max_failed_fraction ({limit:g}) "
         "allows; see "
@@ -156,7 +153,7 @@ def _begin_output(state: RunState, computation: dict[str, Any], client: Any = No
         "fruitdask": __version__,
         "fingerprint": state.fingerprint,
         "model": manifest.model.dump(),
-        "class_names": sorted(set(state.rows.catalog["label"])),
+        "class_names": sorted(state.rows.catalog["label"].unique()),
     }
     _make_room(state, n_features, attributes)
     return manifest.change(processing=manifest.processing | protection)
@@ -224,8 +221,8 @@ def _featurize(
 def _list_todo(state: RunState) -> Iterator[Partition]:
     """Yield the pending partitions, with the positions to compute in each."""
     todo = state.pending.todo
-    parts = split_catalog(state.rows.catalog, state.images_per_partition)
-    return (replace(part, rows=todo[part.index]) for part in parts if part.index in todo)
+    parts = split_catalog(state.rows.catalog, state.images_per_partition, among=todo)
+    return (replace(part, rows=todo[part.index]) for part in parts)
 
 
 def _describe_computation(state: RunState, artifact: ModelArtifact, client: Any) -> dict[str, Any]:

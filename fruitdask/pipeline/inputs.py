@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -66,7 +67,10 @@ def prepare_inputs(config: Config, progress: RunProgress, *, client: Any = None)
         progress.begin("Listing images")
     options = config.featurize.model_dump(include={"max_pixels", "decode", "fetch_attempts", "concurrent_reads"})
     options["batch_size"] = config.featurize.batch_size or choose_batch_size(config.model, config.cluster)
-    listing = list_input(config.input)
+    started = time.monotonic()
+    listing = list_input(
+        config.input, on_listed=lambda n_images: progress.show_listed(n_images, time.monotonic() - started)
+    )
     for note in listing.notes:
         progress.say(f"Note: {note}.")
     if output.is_s3 or output.is_azure:

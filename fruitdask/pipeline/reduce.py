@@ -1,6 +1,7 @@
 """Reduces stored features to a few numbers per image."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
     from fruitdask.analysis.pca import PCA
 
-Scores = npt.NDArray[np.float32]
-
 #: Features are reduced in blocks of about this size, several chunks each: smaller blocks take half as much time again.
 BLOCK_BYTES = 20 * 1024**2
 #: Maximum number of rows projected at once.
@@ -31,15 +30,46 @@ _REFIT_FRACTION = 0.1
 
 
 @dataclass(frozen=True, eq=False)
+class Scores:
+    """
+    Scores of all images on components, computed for the rows that are asked for: all of them may not fit into memory.
+
+    All blocks of rows have the same shape, padded at the end, so an image has the same position in its block however
+    many images follow, and the matrix product gives it bit for bit the same scores.
+    """
+
+    #: Features (image, feature).
+    features: "da.Array"
+    fitted: "PCA | None"
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.features)
+
+    def __getitem__(self, rows: slice, /) -> npt.NDArray[np.float32]:
+        """Compute some rows, shape (n, n_components), float32."""
+        import dask.array as da
+
+        features = self.features[rows]
+        n_images, n_features = features.shape
+        if self.fitted is None:
+            return np.empty((n_images, 0), np.float32)
+        n_rows = min(_PROJECTED_ROWS, max(1, BLOCK_BYTES // (features.dtype.itemsize * n_features)))
+        padded = da.pad(features, ((0, -n_images % n_rows), (0, 0))).rechunk((n_rows, n_features))
+        scores: npt.NDArray[np.float32] = self.fitted.transform(padded)[:n_images].astype(np.float32).compute()
+        return scores
+
+
+@dataclass(frozen=True, eq=False)
 class Reduction:
     """The reduced features of a run."""
 
     #: The principal components; None if there are none.
     components: "PCA | None"
-    #: Scores (image, component), float32; NaN for failed images. Without components there are no columns.
-    scores: Scores
+    #: NaN for failed images; without components there are no columns.
+    scores: "Scores"
     #: Coordinates of t-SNE (image, 2), float32; NaN for images that failed or were not sampled.
-    tsne: Scores | None
+    tsne: npt.NDArray[np.float32] | None
     #: How well the features separate the classes; None if not configured.
     quality: dict[str, Any] | None
     #: Number of fitted images, number changed since, and the settings of the fit; JSON.
@@ -83,18 +113,16 @@ def reduce_features(
 
     features, is_ok = open_features(output, block_bytes=BLOCK_BYTES)
     rows = np.flatnonzero(is_ok)
-    ok = features if is_ok.all() else features[rows]
+    ok = select_blocks(features, is_ok)
     if len(rows) < MIN_IMAGES and not is_applied:
         kept = None
     # Kept components are truncated; t-SNE and quality need more of them.
     needs_fit = kept is None or (not is_applied and (settings.tsne.enabled or quality_settings.enabled))
     found, problem = _find_components(settings, ok) if needs_fit else (kept, "")
-    quality = _measure_quality(quality_settings, ok, images.iloc[rows], found)
+    quality = _measure_quality(quality_settings, ok, images, rows, found)
     if found is None:
-        scores = np.empty((len(is_ok), 0), np.float32)
-        return Reduction(None, scores, None, quality, {}, is_kept=False, problem=problem)
+        return Reduction(None, Scores(features, None), None, quality, {}, is_kept=False, problem=problem)
     fitted = truncate_pca(found, settings.n_components) if kept is None else kept
-    scores = _project(features, fitted)
     tsne = None
     if settings.tsne.enabled:
         sampled = sample_rows(len(rows), max_rows=settings.tsne.max_rows, seed=settings.tsne.seed)
@@ -103,28 +131,12 @@ def reduce_features(
         tsne = _spread(embedding, rows[sampled], len(is_ok))
     if kept is None or fit is None:
         fit = {"n_images": len(rows), "n_changed": 0} | _describe_settings(settings)
-    return Reduction(fitted, scores, tsne, quality, fit, is_kept=kept is not None)
+    return Reduction(fitted, Scores(features, fitted), tsne, quality, fit, is_kept=kept is not None)
 
 
 def _describe_settings(settings: ReduceConfig) -> dict[str, Any]:
     """Return the settings that a fit depends on."""
     return settings.model_dump(include={"n_components", "solver", "seed"})
-
-
-def _project(features: "da.Array", fitted: "PCA") -> Scores:
-    """
-    Project all images onto components; images without features give NaN.
-
-    All blocks have the same shape, padded at the end, so an image has the same position in its block however many
-    images follow, and the matrix product gives it bit for bit the same scores.
-    """
-    import dask.array as da
-
-    n_images, n_features = features.shape
-    n_rows = min(_PROJECTED_ROWS, max(1, BLOCK_BYTES // (features.dtype.itemsize * n_features)))
-    padded = da.pad(features, ((0, -n_images % n_rows), (0, 0))).rechunk((n_rows, n_features))
-    scores: Scores = fitted.transform(padded)[:n_images].astype(np.float32).compute()
-    return scores
 
 
 def _find_components(settings: ReduceConfig, features: "da.Array") -> "tuple[PCA | None, str]":
@@ -141,6 +153,24 @@ def _find_components(settings: ReduceConfig, features: "da.Array") -> "tuple[PCA
         return None, f"No principal components were computed: {error}."
 
 
+def select_blocks(features: "da.Array", is_chosen: npt.NDArray[np.bool_]) -> "da.Array":
+    """Select rows of features (image, feature) block by block: the numbers of all rows would be part of the graph."""
+    import dask.array as da
+    from dask.delayed import delayed
+
+    if is_chosen.all():
+        return features
+    starts, blocks = np.cumsum((0, *features.chunks[0])), list[da.Array]()
+    for block, (start, stop) in zip(features.to_delayed().ravel(), pairwise(starts), strict=True):
+        left_out = np.flatnonzero(~is_chosen[start:stop])
+        if len(left_out) < stop - start:
+            kept = delayed(np.delete)(block, left_out, 0)
+            shape = (stop - start - len(left_out), *features.shape[1:])
+            blocks.append(da.from_delayed(kept, shape, features.dtype))
+    selected: da.Array = da.concatenate(blocks) if blocks else features[:0]
+    return selected
+
+
 def fit_components(settings: ReduceConfig, features: "da.Array") -> "PCA":
     """Fit all principal components, or with an estimating solver as many as are used."""
     from fruitdask.analysis.pca import PCA
@@ -154,17 +184,21 @@ def fit_components(settings: ReduceConfig, features: "da.Array") -> "PCA":
 
 
 def _measure_quality(
-    settings: QualityConfig, features: "da.Array", images: pd.DataFrame, found: "PCA | None"
+    settings: QualityConfig,
+    features: "da.Array",
+    images: pd.DataFrame,
+    rows: npt.NDArray[np.int64],
+    found: "PCA | None",
 ) -> dict[str, Any] | None:
-    """Measure on a sample of the images how well the features separate the classes."""
+    """Measure on a sample of the images with features, of some rows, how well these separate the classes."""
     from fruitdask.analysis.evaluation import explain_variance, find_series, summarize_quality
     from fruitdask.analysis.neighbors import find_neighbors
 
     if not settings.enabled:
         return None
-    sampled = sample_rows(len(images), max_rows=settings.max_rows, seed=settings.seed)
-    chosen = (features if len(sampled) == len(images) else features[sampled]).compute()
-    images = images.iloc[sampled]
+    sampled = sample_rows(len(rows), max_rows=settings.max_rows, seed=settings.seed)
+    chosen = (features if len(sampled) == len(rows) else features[sampled]).compute()
+    images = images.iloc[rows[sampled]]
     quality = {
         "n_images": len(sampled),
         "n_images_with_features": features.shape[0],

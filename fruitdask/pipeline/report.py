@@ -31,6 +31,8 @@ from fruitdask.store.exploration import (
 _FRAME_HEIGHT_PX = 800
 #: Images whose sizes are drawn; of more, an even sample.
 _MAX_SIZES = 1_000_000
+#: Images in a figure: more would hide each other.
+_MAX_DRAWN = 200_000
 #: The sections of the configuration that determine figures, page and the record of processing on it.
 _SECTIONS = ("plots", "report", "privacy")
 
@@ -161,12 +163,23 @@ def _read_data(config: Config, output: Location, manifest: store.RunManifest | N
             f"{output.url}: expected a finished run or exploration, found none; use fruitdask run or fruitdask explore "
             "first"
         )
+    results, n_hidden = None, 0
+    if manifest is not None:
+        ratio = manifest.pca.explained_variance_ratio if manifest.pca is not None else ()
+        results, n_hidden = report.read_points(
+            output,
+            config.plots.components,
+            ratio,
+            max_points=max(_MAX_DRAWN, config.report.max_points),
+            with_thumbnail=report.Thumbnails(exploration, max_bytes=0).paths,
+        )
     return ReportData(
         config=config,
         manifest=manifest.dump() if manifest is not None else None,
         exploration=exploration,
+        results=results,
+        n_hidden=n_hidden,
         sizes=None if exploration is None else _read_sizes(output, exploration),
-        results=report.read_results(output) if is_run else None,
         failures=report.read_failures(output) if exploration is None or is_run else list_unreadable(output),
         quality=store.read_quality(output) if is_run else None,
         classifier=store.read_json(output.child(store.CLASSIFIER_REPORT)),

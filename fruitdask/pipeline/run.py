@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fruitdask import report, store
 from fruitdask.core.config import CloudClusterConfig, Config
 from fruitdask.core.guard import leave_imported_script
@@ -21,7 +23,7 @@ from fruitdask.pipeline.plan import LOCAL_REDUCE_BYTES, Plan, Work, estimate
 from fruitdask.pipeline.record import describe_processing
 from fruitdask.pipeline.reduce import Reduction, choose_components, reduce_features, write_components
 from fruitdask.pipeline.report import render
-from fruitdask.pipeline.results import RunResult, open_features
+from fruitdask.pipeline.results import RunResult
 from fruitdask.pipeline.state import Applied, RunState, prepare
 
 if TYPE_CHECKING:
@@ -211,7 +213,8 @@ def _reduce_features(
 ) -> store.RunManifest:
     """Reduce the features and write the tables; returns the manifest of the complete run."""
     progress.begin("Reducing")
-    with state.clock.measure("reduce"), _choose_scheduler(state, client, stack):
+    client = _choose_client(state, manifest, client, stack)
+    with state.clock.measure("reduce"), _computing_on(client):
         settings, manifest = state.reduce_settings, _take_components(state, manifest)
         fit = manifest.pca.fit.dump() if manifest.pca is not None else None
         kept = choose_components(settings, state.output, fit)
@@ -222,7 +225,7 @@ def _reduce_features(
     if reduction.problem:
         progress.say(reduction.problem)
     progress.begin("Writing results")
-    with state.clock.measure("write"):
+    with state.clock.measure("write"), _computing_on(client):
         # After an interruption here the next run must not take a mixture of old and new tables for results,
         manifest = manifest.reopen()
         if not reduction.is_kept:
@@ -237,7 +240,8 @@ def _reduce_features(
         if state.rows.changes and manifest.groupings != state.groupings:
             # Splits and groups may change without anything to compute.
             store.write_catalog(state.output, state.rows.catalog)
-        outcomes = store.read_outcomes(state.output, range(state.n_partitions))
+        n_at_once = store.count_at_once(state.images_per_partition)
+        outcomes = store.read_outcomes(state.output, range(state.n_partitions), partitions_at_once=n_at_once)
         groupings = {name: state.rows.catalog[name] for name in state.groupings}
         counts, digests = report.write_results(
             state.output, outcomes, pca=reduction.scores, tsne=reduction.tsne, groupings=groupings
@@ -247,12 +251,12 @@ def _reduce_features(
         store.delete_result(state.output, store.QUALITY)
         if reduction.quality is not None:
             store.write_json(state.output.child(store.QUALITY), reduction.quality)
-    manifest = _check_images(state, manifest.change(digests=digests), client, stack, progress)
+    manifest = _check_images(state, manifest.change(digests=digests), client, progress)
     return manifest.complete(**_describe_results(state, reduction, counts))
 
 
 def _check_images(
-    state: RunState, manifest: store.RunManifest, client: Any, stack: ExitStack, progress: RunProgress
+    state: RunState, manifest: store.RunManifest, client: Any, progress: RunProgress
 ) -> store.RunManifest:
     """Write the list of photographs to check, and delete predictions of earlier results; returns the manifest."""
     for name in (store.ISSUES, store.ISSUES_CSV, store.PREDICTIONS, store.PREDICTIONS_CSV):
@@ -260,7 +264,7 @@ def _check_images(
     if not state.config.check.enabled:
         return manifest.change(issues=None)
     progress.begin("Checking")
-    with state.clock.measure("check"), _choose_scheduler(state, client, stack):
+    with state.clock.measure("check"), _computing_on(client):
         issues = find_issues(state.config.check, state.output, state.rows.catalog)
     digests, record = write_issues(state.output, issues)
     return manifest.change(issues=record, digests=manifest.digests | digests)
@@ -285,16 +289,21 @@ def _take_components(state: RunState, manifest: store.RunManifest) -> store.RunM
     return manifest
 
 
-def _choose_scheduler(state: RunState, client: Any, stack: ExitStack) -> AbstractContextManager[Any]:
-    """Choose where to reduce: few features on threads of the client, many on the cluster."""
-    import dask
-
-    if open_features(state.output)[0].nbytes <= LOCAL_REDUCE_BYTES:
+def _choose_client(state: RunState, manifest: store.RunManifest, client: Any, stack: ExitStack) -> Any:
+    """Choose where to reduce: many features on the cluster, few in this process, for which there is no client."""
+    n_bytes = manifest.n_images * manifest.model.n_features * np.dtype(np.float32).itemsize
+    if n_bytes <= LOCAL_REDUCE_BYTES:
         # Idle instances would cost money.
         stack.close()
-        return dask.config.set(scheduler="threads")
-    client = client or stack.enter_context(state.budget.open_client())
-    return client.as_current()  # type: ignore[no-any-return]
+        return None
+    return client or stack.enter_context(state.budget.open_client())
+
+
+def _computing_on(client: Any) -> AbstractContextManager[Any]:
+    """Let Dask compute on a cluster, or without a client on threads of this process."""
+    import dask
+
+    return dask.config.set(scheduler="threads") if client is None else client.as_current()
 
 
 def _describe_results(state: RunState, reduction: Reduction, counts: report.Counts) -> dict[str, Any]:

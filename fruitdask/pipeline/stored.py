@@ -16,7 +16,7 @@ from fruitdask.core.listing import GROUPINGS
 from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location
 from fruitdask.errors import DamageError
-from fruitdask.pipeline.reduce import BLOCK_BYTES, fit_components
+from fruitdask.pipeline.reduce import BLOCK_BYTES, fit_components, select_blocks
 from fruitdask.pipeline.results import open_components, open_features
 from fruitdask.store import Fault
 
@@ -210,7 +210,7 @@ def check_components(run: StoredRun) -> Iterator[Fault]:
     settings = run.manifest.read_settings("reduce", ReduceConfig)
     features, is_ok = open_features(run.output, block_bytes=BLOCK_BYTES)
     with dask.config.set(scheduler="threads"):
-        found = fit_components(settings, features if is_ok.all() else features[np.flatnonzero(is_ok)])
+        found = fit_components(settings, select_blocks(features, is_ok))
     tolerance = _ESTIMATE_TOLERANCE if settings.solver == "randomized" else _TOLERANCE
     for what in compare_components(run.components, found, tolerance=tolerance):
         yield Fault(store.COMPONENTS, what, "reduce")

@@ -46,7 +46,8 @@ class Classifier:
     report : dict[str, Any]
         How it was trained and what cross-validation says of it: ``classes``, ``n_images``, ``n_groups`` (None if groups
         are unknown), ``n_folds``; for ``linear_probe``, which predicts, and for ``nearest_neighbors`` the ``accuracy``
-        (0 to 1) with its 95 % ``interval``, ``by_class`` and the ``confusion``; ``unknown_distance``.
+        (0 to 1) with its 95 % ``interval``, ``by_class`` and the ``confusion`` of the classes ``confused``;
+        ``unknown_distance``.
     probe : LinearProbe
         Its weights.
     rows : numpy.ndarray
@@ -173,8 +174,7 @@ def train(
 
     result = results if isinstance(results, RunResult) else open_result(str(results), storage_options)
     images = read_images(result.output)
-    rows = np.flatnonzero(images["status"] == "ok")
-    rows = rows[sample_evenly(images.iloc[rows], max_rows)]
+    rows = sample_evenly(images, max_rows, among=(images["status"] == "ok").to_numpy())
     chosen = images.iloc[rows]
     features = open_features(result.output, block_bytes=BLOCK_BYTES)[0][rows].compute(scheduler="threads")
     groups = chosen["group"].to_numpy(str) if "group" in chosen else None

@@ -8,9 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from fruitdask.core.storage import Location
 from fruitdask.report import figures
 from fruitdask.report.formats import format_share
+from fruitdask.report.tables import list_parts
 from fruitdask.report.thumbnails import Thumbnails
+from fruitdask.store import RESULTS, read_table
 
 if TYPE_CHECKING:
     from bokeh.models import ColumnDataSource, Filter
@@ -69,21 +72,73 @@ def _label_component(number: int, ratio: Sequence[float]) -> str:
     return f"Component {number}{share}"
 
 
+def read_points(
+    output: Location,
+    components: tuple[int, int],
+    ratio: Sequence[float],
+    *,
+    max_points: int,
+    with_thumbnail: frozenset[str],
+) -> tuple[pd.DataFrame, int]:
+    """Read what maps need of the table of all images; of very many images a sample, as `sample_points` chooses it.
+
+    Returns the table, and the number of images with coordinates that it lacks.
+    """
+    kept, n_known, random = list[pd.DataFrame](), 0, np.random.default_rng(_SEED)
+    for name in list_parts(output):
+        part = read_table(output, RESULTS, name)
+        axes = choose_axes(list(part.columns), components, ratio)
+        columns = dict.fromkeys(["path", "label", *(column for each in axes for column in (each.x, each.y))])
+        kept.append(part[list(columns)].assign(_order=random.random(len(part))))
+        n_known += int(_count_maps(part, axes).astype(bool).sum())
+        if sum(map(len, kept)) > 2 * max_points:
+            kept = [_choose_points(pd.concat(kept, ignore_index=True), axes, max_points, with_thumbnail)]
+    table = pd.concat(kept, ignore_index=True)
+    if len(table) > max_points:
+        table = _choose_points(table, axes, max_points, with_thumbnail)
+    n_hidden = n_known - int(_count_maps(table, axes).astype(bool).sum())
+    return table.drop(columns="_order"), n_hidden
+
+
+def _choose_points(
+    table: pd.DataFrame, axes: Sequence[MapAxes], max_points: int, with_thumbnail: frozenset[str]
+) -> pd.DataFrame:
+    """Keep as many images as are drawn."""
+    order = table["_order"].to_numpy()
+    chosen = sample_points(table, axes, max_points=max_points, with_thumbnail=with_thumbnail, order=order)
+    return table.iloc[chosen].reset_index(drop=True)
+
+
+def _count_maps(results: pd.DataFrame, axes: Sequence[MapAxes]) -> npt.NDArray[np.int64]:
+    """Count the maps that each image is on."""
+    n_maps = np.zeros(len(results), np.int64)
+    for each in axes:
+        n_maps += np.isfinite(results[[each.x, each.y]].to_numpy()).all(axis=1)
+    return n_maps
+
+
 def sample_points(
-    results: pd.DataFrame, axes: Sequence[MapAxes], *, max_points: int, with_thumbnail: frozenset[str]
+    results: pd.DataFrame,
+    axes: Sequence[MapAxes],
+    *,
+    max_points: int,
+    with_thumbnail: frozenset[str],
+    order: npt.NDArray[np.float64] | None = None,
 ) -> npt.NDArray[np.intp]:
     """Choose the images that the maps show: evenly over the classes, the same ones every time.
 
-    Images on more of the maps come first, then images with a thumbnail, then any.
+    Images on more of the maps come first, then images with a thumbnail, then any, in an order or at random: neighbours
+    in the catalog are often shots of one series. What is chosen among some of the images includes what is chosen of
+    them among all.
 
     Returns positions of rows, ascending; images without coordinates are left out.
     """
-    n_maps = sum(np.isfinite(results[[each.x, each.y]].to_numpy()).all(axis=1).astype(int) for each in axes)
-    rank = 2 * np.asarray(n_maps) + results["path"].isin(with_thumbnail).to_numpy()
+    n_maps = _count_maps(results, axes)
+    rank = 2 * n_maps + results["path"].isin(with_thumbnail).to_numpy()
     rows = np.flatnonzero(n_maps)
-    # Neighbours in the catalog are often shots of one series, so images are drawn at random within a class.
-    order = rows[np.lexsort((np.random.default_rng(_SEED).random(len(rows)), -rank[rows]))]
-    return np.sort(_deal(results["label"].to_numpy()[order], order)[:max_points])
+    chances = np.random.default_rng(_SEED).random(len(rows)) if order is None else order[rows]
+    ordered = rows[np.lexsort((chances, -rank[rows]))]
+    return np.sort(_deal(results["label"].to_numpy()[ordered], ordered)[:max_points])
 
 
 def _deal(labels: npt.NDArray[Any], rows: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
@@ -93,9 +148,9 @@ def _deal(labels: npt.NDArray[Any], rows: npt.NDArray[np.intp]) -> npt.NDArray[n
 
 
 def build_maps(
-    results: pd.DataFrame, axes: Sequence[MapAxes], *, thumbnails: Thumbnails, max_points: int
+    results: pd.DataFrame, axes: Sequence[MapAxes], *, thumbnails: Thumbnails, max_points: int, n_hidden: int = 0
 ) -> Maps | None:
-    """Build the maps of a run's results."""
+    """Build the maps of a run's results, from whose table some images with coordinates may be left out."""
     chosen = sample_points(results, axes, max_points=max_points, with_thumbnail=thumbnails.paths)
     if not len(chosen):
         return None
@@ -103,7 +158,7 @@ def build_maps(
     # Styles are assigned over all classes, so that figures and maps agree.
     styles = figures.style_classes(sorted(results["label"].unique()))
     styles = {label: styles[label] for label in sorted(points["label"].unique())}
-    n_total = int(np.isfinite(results[[each.x for each in axes]].to_numpy()).any(axis=1).sum())
+    n_total = n_hidden + int(np.isfinite(results[[each.x for each in axes]].to_numpy()).any(axis=1).sum())
     return Maps(
         axes=list(axes),
         styles=styles,

@@ -51,7 +51,7 @@ class ReportData:
     config: Config
     manifest: dict[str, Any] | None
     exploration: Exploration | None = field(repr=False)
-    #: The table of all images with their coordinates.
+    #: The table of all images with their coordinates, or of the images that are drawn.
     results: pd.DataFrame | None = field(repr=False)
     #: ``path``, ``label``, ``status``, ``error`` and ``attempts`` of the images that could not be used.
     failures: pd.DataFrame = field(repr=False)
@@ -65,6 +65,8 @@ class ReportData:
     predictions: pd.DataFrame | None = field(default=None, repr=False)
     #: Sizes of the files of the images that were explored, or of an even sample; None if `exploration` has all images.
     sizes: pd.DataFrame | None = field(default=None, repr=False)
+    #: Images with coordinates that are not in `results`.
+    n_hidden: int = 0
 
     @cached_property
     def plots(self) -> Plots:
@@ -157,10 +159,18 @@ def _describe_examples(exploration: Exploration, config: Config) -> sections.Vie
 
 def _describe_classifier(report: dict[str, Any]) -> sections.View:
     """Describe what cross-validation says of a classifier."""
-    counts = np.array(report["linear_probe"]["confusion"], float)
-    shares = (counts / counts.sum(axis=1, keepdims=True)).tolist()
+    probe = report["linear_probe"]
+    shown = probe.get("confused", report["classes"])
+    totals = np.array([probe["by_class"][name]["n_images"] for name in shown])
+    shares = (np.array(probe["confusion"], float) / totals[:, np.newaxis]).tolist()
     figure = _draw(
-        figures.plot_confusion(report["classes"], shares, title="Predicted classes", columns="the predicted class"),
+        figures.plot_confusion(
+            shown,
+            shares,
+            title="Predicted classes",
+            columns="the predicted class",
+            n_classes=len(report["classes"]),
+        ),
         "Heat map: the class of an image in rows, the predicted classes in columns.",
     )
     return {**report, "confusion_figure": figure}
@@ -208,7 +218,13 @@ def _describe_maps(data: ReportData) -> Maps | None:
     axes = choose_axes(list(data.results.columns), data.config.plots.components, ratio)
     thumbnails = Thumbnails(data.exploration, max_bytes=_MAP_BYTES)
     return (
-        build_maps(data.results, axes, thumbnails=thumbnails, max_points=data.config.report.max_points)
+        build_maps(
+            data.results,
+            axes,
+            thumbnails=thumbnails,
+            max_points=data.config.report.max_points,
+            n_hidden=data.n_hidden,
+        )
         if axes
         else None
     )

@@ -54,6 +54,7 @@ def _list_maps(data: "ReportData") -> Plots:
             title=axes.title,
             x_label=axes.x_label,
             y_label=axes.y_label,
+            n_hidden=data.n_hidden,
         )
         for axes in maps
     }

@@ -1,10 +1,11 @@
 """Tables of a run, as Parquet and CSV."""
 
-import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,8 @@ from fruitdask.store import (
     RESULTS_CSV,
     advise_repair,
     delete_result,
+    open_digested,
     read_table,
-    write_digested,
     write_table,
 )
 
@@ -48,10 +49,10 @@ class Counts:
 
     def add(self, outcomes: pd.DataFrame) -> None:
         """Count outcomes."""
-        is_ok = outcomes["status"] == "ok"
-        self.by_status.update(outcomes["status"])
-        self.ok_by_class.update(outcomes.loc[is_ok, "label"])
-        self.failed_by_class.update(outcomes.loc[~is_ok, "label"])
+        is_ok, labels = outcomes["status"] == "ok", outcomes["label"]
+        counters = (self.by_status, self.ok_by_class, self.failed_by_class)
+        for counter, column in zip(counters, (outcomes["status"], labels[is_ok], labels[~is_ok]), strict=True):
+            counter.update({str(word): int(n) for word, n in column.value_counts().items()})
 
     def by_class(self) -> dict[str, dict[str, int]]:
         """List the classes."""
@@ -59,44 +60,58 @@ class Counts:
         return {label: {"ok": self.ok_by_class[label], "failed": self.failed_by_class[label]} for label in labels}
 
 
+class Rows(Protocol):
+    """Numbers of all images, of which some rows are computed when they are asked for."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def __getitem__(self, rows: slice, /) -> npt.NDArray[np.floating]:
+        """Return some rows, shape (n, k)."""
+
+
 def write_results(
     output: Location,
     outcomes: Iterable[pd.DataFrame],
     *,
-    pca: npt.NDArray[np.floating],
+    pca: Rows,
     tsne: npt.NDArray[np.floating] | None,
     groupings: Mapping[str, pd.Series] = MappingProxyType({}),
 ) -> tuple[Counts, dict[str, str]]:
     """Write the table of all images and the table of failures; return the counts, and the digests of CSV files.
 
-    `pca` are the scores of all images, shape (n, k), and `tsne` their coordinates, shape (n, 2); NaN without features.
-    `groupings` are their splits and groups.
+    `pca` are the scores of all images, and `tsne` their coordinates, shape (n, 2); NaN without features. `groupings`
+    are their splits and groups.
     """
     for name in (RESULTS, RESULTS_CSV, FAILURES):
         delete_result(output, name)
-    counts, failures, csv, start = Counts(), [], io.StringIO(), 0
-    for number, piece in enumerate(outcomes):
-        rows = slice(start, start + len(piece))
-        table = piece[["path", "label", "status"]]
-        table = table.assign(**{name: words.iloc[rows].astype("str").array for name, words in groupings.items()})
-        table = _add_columns(table, pca=pca[rows], tsne=None if tsne is None else tsne[rows])
-        write_table(output.child(RESULTS, f"part-{number:05d}.parquet"), table)
-        if len(pca) <= _MAX_CSV_ROWS:
-            csv.write(format_csv(table, with_header=start == 0))
-        failures.append(piece[piece["status"] != "ok"])
-        counts.add(piece)
-        start = rows.stop
-    digests: dict[str, str] = {}
-    if csv.tell():
-        digests |= write_digested(output, RESULTS_CSV, csv.getvalue().encode())
+    counts, failures, digests, start = Counts(), list[pd.DataFrame](), dict[str, str](), 0
+    with ExitStack() as stack:
+        has_csv = len(pca) <= _MAX_CSV_ROWS
+        write_csv = stack.enter_context(open_digested(output, RESULTS_CSV, digests)) if has_csv else None
+        for number, piece in enumerate(outcomes):
+            rows = slice(start, start + len(piece))
+            table = piece[["path", "label", "status"]]
+            table = table.assign(**{name: words.iloc[rows].astype("str").array for name, words in groupings.items()})
+            table = _add_columns(table, pca=pca[rows], tsne=None if tsne is None else tsne[rows])
+            write_table(output.child(RESULTS, f"part-{number:05d}.parquet"), table)
+            if write_csv is not None:
+                write_csv(format_csv(table, with_header=start == 0).encode())
+            failures.append(piece[piece["status"] != "ok"])
+            counts.add(piece)
+            start = rows.stop
     if counts.n_failed:
-        digests |= write_failures(output, pd.concat(failures))
+        digests |= write_failures(output, failures)
     return counts, digests
 
 
-def write_failures(output: Location, outcomes: pd.DataFrame) -> dict[str, str]:
-    """Write the table of failures; return its digest."""
-    return write_digested(output, FAILURES, format_csv(outcomes).encode())
+def write_failures(output: Location, tables: Iterable[pd.DataFrame]) -> dict[str, str]:
+    """Write the table of failures from its pieces; return its digest."""
+    digests = dict[str, str]()
+    with open_digested(output, FAILURES, digests) as write:
+        for number, table in enumerate(tables):
+            write(format_csv(table, with_header=number == 0).encode())
+    return digests
 
 
 def read_failures(output: Location) -> pd.DataFrame:

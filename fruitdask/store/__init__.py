@@ -12,7 +12,7 @@ from fruitdask.store.arrays import (
     write_arrays,
     write_partition,
 )
-from fruitdask.store.catalog import read_catalog, write_catalog
+from fruitdask.store.catalog import read_catalog, read_catalog_blocks, write_catalog
 from fruitdask.store.checks import (
     CheckedPartition,
     Fault,
@@ -68,6 +68,7 @@ from fruitdask.store.manifests import (
     delete_result,
     describe_mismatch,
     has_begun,
+    open_digested,
     read_exploration_manifest,
     read_json,
     read_quality,
@@ -76,6 +77,6 @@ from fruitdask.store.manifests import (
     write_json,
     write_manifest,
 )
-from fruitdask.store.outcomes import list_committed, read_outcomes, read_rows
+from fruitdask.store.outcomes import count_at_once, list_committed, read_outcomes, read_rows
 from fruitdask.store.schema import AppliedRecord, ExplorationManifest, IssuesRecord, RunManifest, is_intact
 from fruitdask.store.tables import read_table, write_table

@@ -7,25 +7,31 @@ import json
 import posixpath
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from fruitdask.core.config import InputConfig
 from fruitdask.core.labels import label_files, normalize_unique, read_labels, read_paths
 from fruitdask.core.listing import GROUPINGS, Listing, find_rows, format_left_out, list_files
 from fruitdask.core.partition import VANISHED_BYTES, Partition
-from fruitdask.core.storage import Location, exists, explained, write_file
+from fruitdask.core.storage import Location, exists, explained, open_new
 from fruitdask.errors import CatalogError
-from fruitdask.store.layout import CATALOG
-from fruitdask.store.tables import read_table
+from fruitdask.store.layout import CATALOG, VERSION_COLUMNS
+from fruitdask.store.tables import decoded
 
 COLUMNS = ("path", "label", "bytes", "version")
 #: Rows hashed at once: pandas makes a Python object of each text.
 _ROWS_AT_ONCE = 65_536
+#: Rows of a catalog that are written, or read and compared, at once.
+_ROWS_IN_MEMORY = 262_144
 #: Endings of files that are taken for a folder of images, and how such a folder is written.
 _ARCHIVE_ENDINGS = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar"}
 #: What is said of the endings that are taken by default.
@@ -70,8 +76,8 @@ def list_images(config: InputConfig) -> pd.DataFrame:
     return list_input(config).files
 
 
-def list_input(config: InputConfig) -> Listing:
-    """List the images of an input, and say what was left out."""
+def list_input(config: InputConfig, *, on_listed: Callable[[int], None] = lambda n_files: None) -> Listing:
+    """List the images of an input, and say what was left out; `on_listed` is called with the number found so far."""
     root = Location(config.url, config.storage_options)
     _check_folder(root, config)
     table = read_labels(config) if config.manifest is not None else None
@@ -81,6 +87,7 @@ def list_input(config: InputConfig) -> Listing:
         ("",) if has_table else config.extensions,
         takes_hidden=has_table or config.hidden,
         rules=config.rules,
+        on_listed=on_listed,
     )
     if listing.files.empty:
         raise CatalogError(_explain_empty(root, config, listing))
@@ -128,16 +135,21 @@ def choose_partition_size(n_images: int) -> int:
     return max(smallest, min(largest, -(-n_images // _PARTITIONS_WANTED)))
 
 
-def split_catalog(catalog: pd.DataFrame, images_per_partition: int) -> Iterator[Partition]:
-    """Split a catalog into partitions, one at a time."""
+def split_catalog(
+    catalog: pd.DataFrame, images_per_partition: int, *, among: Container[int] | None = None
+) -> Iterator[Partition]:
+    """Split a catalog into partitions, or into those with certain indices, one at a time."""
     for index, start in enumerate(range(0, len(catalog), images_per_partition)):
-        rows = catalog.iloc[start : start + images_per_partition]
-        paths, labels, sizes, versions = (tuple(rows[column]) for column in COLUMNS)
-        yield Partition(index, start, paths, labels, sizes, versions)
+        if among is None or index in among:
+            rows = slice(start, start + images_per_partition)
+            paths, labels, sizes, versions = (tuple(catalog[column].iloc[rows].tolist()) for column in COLUMNS)
+            yield Partition(index, start, paths, labels, sizes, versions)
 
 
-def sample_evenly(catalog: pd.DataFrame, limit: int) -> npt.NDArray[np.int64]:
-    """Choose at most ``limit`` rows, the same number of each class as far as it has them.
+def sample_evenly(
+    catalog: pd.DataFrame, limit: int, *, among: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.int64]:
+    """Choose at most ``limit`` rows, of all or of some, the same number of each class as far as it has them.
 
     Rows are taken class by class in turn, within a class by a hash of the path: the choice is reproducible, looks
     random, and a larger limit keeps what a smaller one chose.
@@ -147,9 +159,25 @@ def sample_evenly(catalog: pd.DataFrame, limit: int) -> npt.NDArray[np.int64]:
     >>> sample_evenly(pd.DataFrame({"path": ["a/1", "a/2", "a/3", "b/4"], "label": ["a", "a", "a", "b"]}), 2)[-1]
     np.int64(3)
     """
-    order = np.concatenate([np.empty(0, np.uint64), *_hash_rows(catalog["path"])])
-    turn = pd.Series(order).groupby(catalog["label"].array, observed=True).rank(method="first")
-    return np.sort(np.lexsort((order, turn.to_numpy()))[:limit])
+    codes = np.asarray(catalog["label"].astype("category").cat.codes)
+    rows, hashes, start = np.empty(0, np.int64), np.empty(0, np.uint64), 0
+    # What is chosen among some of the rows includes what is chosen of them in the end.
+    for block in _hash_rows(catalog["path"], n_rows=max(limit, _ROWS_AT_ONCE)):
+        here = slice(start, start := start + len(block))
+        places = np.arange(len(block)) if among is None else np.flatnonzero(among[here])
+        rows, hashes = np.append(rows, here.start + places), np.append(hashes, block.view(np.uint64)[places])
+        chosen = _deal(codes[rows], hashes)[:limit]
+        rows, hashes = rows[chosen], hashes[chosen]
+    return np.sort(rows)
+
+
+def _deal(codes: npt.NDArray[np.integer], order: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Return the places of rows class by class in turn, within a class in an order; ties stay as they are."""
+    places = np.lexsort((order, codes))
+    firsts = np.flatnonzero(np.diff(codes[places], prepend=-1))
+    turns = np.empty(len(places), np.int64)
+    turns[places] = np.arange(len(places)) - np.repeat(firsts, np.diff(firsts, append=len(places)))
+    return np.lexsort((order, turns))
 
 
 def hash_catalog(catalog: pd.DataFrame) -> str:
@@ -172,21 +200,44 @@ def hash_groupings(catalog: pd.DataFrame) -> dict[str, str]:
     return hashed
 
 
-def merge_listing(stored: pd.DataFrame, listing: pd.DataFrame) -> pd.DataFrame:
-    """Bring the catalog of a store up to date with the input as it is now."""
-    if stored["path"].equals(listing["path"]):
+def merge_listing(
+    stored: Iterable[pd.DataFrame],
+    listing: pd.DataFrame,
+    *,
+    on_block: Callable[[pd.DataFrame, pd.DataFrame], None] = lambda before, now: None,
+) -> pd.DataFrame:
+    """Bring the catalog of a store, read in blocks, up to date with the input as it is now.
+
+    `on_block` is called with each block as it was, and with its columns ``label``, ``bytes`` and ``version`` as they
+    are now. The paths of the result are in the memory of the blocks.
+    """
+    paths, blocks, start = listing["path"], list[dict[str, Any]](), 0
+    words = {name: _Words(listing[name]) for name in ("label", *GROUPINGS) if name in listing}
+    is_new, is_same = np.ones(len(listing), bool), True
+    for block in stored:
+        places = _find_block(block["path"], paths, start)
+        is_listed, start = places >= 0, start + len(block)
+        is_new[places[is_listed]] = False
+        is_same &= bool(np.array_equal(places, np.arange(start - len(block), start)))
+        now = {
+            "bytes": _take(listing["bytes"], places, VANISHED_BYTES),
+            "version": _take(listing["version"], places, 0),
+        }
+        now |= {name: each.merge(block.get(name), places) for name, each in words.items()}
+        on_block(block, pd.DataFrame(now | {"label": words["label"].name(now["label"])}))
+        blocks.append({"path": block["path"], **now})
+    if is_same and start == len(listing):
         return listing
-    places = find_rows(stored["path"], listing["path"])
-    is_listed, is_new = places >= 0, np.ones(len(listing), bool)
-    is_new[places[is_listed]] = False
-    merged: dict[str, Any] = {"path": pd.concat([stored["path"], listing.loc[is_new, "path"]], ignore_index=True)}
-    for name in ("label", *GROUPINGS):
+    added = listing[is_new]
+    blocks.append({name: added[name] for name in ("path", *VERSION_COLUMNS)})
+    blocks[-1] |= {name: each.codes[is_new] for name, each in words.items()}
+    merged: dict[str, Any] = {"path": pd.concat([each.pop("path") for each in blocks], ignore_index=True)}
+    for name in (*COLUMNS[1:], *GROUPINGS):
         if name in listing:
-            merged[name] = _merge_words(stored.get(name), listing[name], places, is_new)
-    for name, absent in (("bytes", VANISHED_BYTES), ("version", 0)):
-        kept = np.append(listing[name], np.int64(absent))[places]
-        merged[name] = np.concatenate([kept, listing[name].to_numpy()[is_new]])
-    return pd.DataFrame({name: merged[name] for name in (*COLUMNS, *GROUPINGS) if name in merged})
+            # One column at a time, whose pieces are then no longer needed.
+            column = np.concatenate([each.pop(name) for each in blocks])
+            merged[name] = words[name].name(column).remove_unused_categories() if name in words else column
+    return pd.DataFrame(merged, copy=False)
 
 
 def take_listing(stored: pd.DataFrame) -> pd.DataFrame:
@@ -194,24 +245,63 @@ def take_listing(stored: pd.DataFrame) -> pd.DataFrame:
     return stored[stored["bytes"] != VANISHED_BYTES].sort_values("path", ignore_index=True)
 
 
-def _hash_rows(column: pd.Series) -> Iterator[npt.NDArray[np.integer]]:
-    """Hash each row, some at a time: pandas makes a Python object of each text."""
-    for start in range(0, len(column), _ROWS_AT_ONCE):
-        yield pd.util.hash_pandas_object(column.iloc[start : start + _ROWS_AT_ONCE], index=False).to_numpy()
+class _Words:
+    """The words of a column, by their codes in a listing; others of images that it does not have get new codes."""
+
+    def __init__(self, listed: pd.Series) -> None:
+        self._listed = listed.astype("category").cat
+        self._numbers = {word: number for number, word in enumerate(self._listed.categories)}
+
+    @property
+    def codes(self) -> npt.NDArray[np.int32]:
+        """The codes of the listing."""
+        return np.asarray(self._listed.codes, np.int32)
+
+    def merge(self, stored: pd.Series | None, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """Take the codes of some places of the listing; what it does not have keeps its word, or has an empty one."""
+        codes, is_gone = _take(self._listed.codes, places, 0).astype(np.int32), places < 0
+        if is_gone.any():
+            words = [""] * int(is_gone.sum()) if stored is None else stored[is_gone].tolist()
+            codes[is_gone] = [self._numbers.setdefault(word, len(self._numbers)) for word in words]
+        return codes
+
+    def name(self, codes: npt.NDArray[np.int32]) -> pd.Categorical:
+        """Name codes by their words."""
+        return pd.Categorical.from_codes(codes, pd.Index(list(self._numbers), dtype="str"))
 
 
-def _merge_words(
-    stored: pd.Series | None, listed: pd.Series, places: npt.NDArray[np.int64], is_new: npt.NDArray[np.bool_]
-) -> pd.Categorical:
-    """Take words from the listing; those of images that it does not have stay as they were, and are empty where there
-    were none.
+def _take(column: pd.Series, places: npt.NDArray[np.int64], absent: int) -> npt.NDArray[Any]:
+    """Take the values at some places, and another value where a place is -1."""
+    if column.empty:
+        return np.full(len(places), absent, np.int64)
+    return np.where(places < 0, column.dtype.type(absent), column.to_numpy()[places])
+
+
+def _find_block(block: pd.Series, paths: pd.Series, start: int) -> npt.NDArray[np.int64]:
+    """Find the positions of the paths of a block among sorted paths, -1 for those that are not there.
+
+    Most blocks are where they were, or nearly: a table of all paths would take more memory than they do.
     """
-    if stored is None:
-        stored = pd.Series([""] * len(places), dtype="str")
-    words = pd.api.types.union_categoricals([each.astype("category") for each in (stored, listed)])
-    known, codes = np.split(words.codes, [len(stored)])
-    kept = np.where(places >= 0, codes[places], known)
-    return pd.Categorical.from_codes(np.concatenate([kept, codes[is_new]]), words.categories).remove_unused_categories()
+    if paths.iloc[start : start + len(block)].array.equals(block.array):
+        return np.arange(start, start + len(block))
+    known, ends = pa.array(paths), pc.min_max(pa.array(block))
+    first = bisect_left(known, ends["min"].as_py(), key=str)
+    last = bisect_right(known, ends["max"].as_py(), first, key=str)
+    places = find_rows(paths.iloc[first:last], block)
+    rows, found = np.flatnonzero(places >= 0), np.full(len(block), -1, np.int64)
+    found[places[rows]] = first + rows
+    return found
+
+
+def _hash_rows(column: pd.Series, *, n_rows: int = _ROWS_AT_ONCE) -> Iterator[npt.NDArray[np.integer]]:
+    """Hash each row, some at a time: pandas makes a Python object of each text."""
+    for start in range(0, len(column), n_rows):
+        rows = column.iloc[start : start + n_rows]
+        if pd.api.types.is_string_dtype(rows.dtype):
+            # The same hashes; that of a pandas object would look for equal texts first.
+            yield pd.util.hash_array(rows.to_numpy(object), categorize=False)
+        else:
+            yield pd.util.hash_pandas_object(rows, index=False).to_numpy()
 
 
 def _keep_classes(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
@@ -272,16 +362,55 @@ def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str
 
 
 def read_catalog(output: Location) -> pd.DataFrame | None:
-    """Read the catalog of a store."""
-    return read_table(output, CATALOG) if exists(output.child(CATALOG)) else None
+    """Read the catalog of a store; classes, splits and groups are categories."""
+    tables = list(_read_blocks(output))
+    if not tables:
+        return None
+    whole = pa.concat_tables(tables).unify_dictionaries()
+    tables.clear()
+    catalog: pd.DataFrame = whole.to_pandas(ignore_metadata=True, split_blocks=True, self_destruct=True)
+    return catalog
+
+
+def read_catalog_blocks(output: Location) -> Iterator[pd.DataFrame]:
+    """Read the catalog of a store, if it has one, in blocks of rows."""
+    return (table.to_pandas(ignore_metadata=True, split_blocks=True) for table in _read_blocks(output))
+
+
+def _read_blocks(output: Location) -> Iterator[pa.Table]:
+    """Read the catalog of a store, if it has one, in blocks of rows."""
+    import pyarrow.parquet
+
+    location = output.child(CATALOG)
+    if not exists(location):
+        return
+    with explained(location, "read"):
+        source = location.path if location.is_local else io.BytesIO(location.fs.cat_file(location.path))
+    with decoded(location, output):
+        words = [name for name in pyarrow.parquet.read_schema(source).names if name in ("label", *GROUPINGS)]
+        file = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True, read_dictionary=words)
+        with file:
+            if not file.metadata.num_rows:
+                yield file.read()
+            for batch in file.iter_batches(_ROWS_IN_MEMORY, use_threads=False):
+                yield pa.Table.from_batches([batch])
 
 
 def write_catalog(output: Location, catalog: pd.DataFrame) -> None:
     """Write the catalog of a store, all of it or none."""
-    buffer = io.BytesIO()
+    import pyarrow.parquet
+
     # Categories would keep the names of classes of which no image is left, and a dictionary of paths would hold each of
     # them.
     words = [name for name in ("label", *GROUPINGS) if name in catalog]
-    table = catalog.astype(dict.fromkeys(words, "str"))
-    table.to_parquet(buffer, index=False, compression="zstd", use_dictionary=words, write_page_checksum=True)
-    write_file(output.child(CATALOG), buffer.getvalue())
+    blocks = (
+        catalog.iloc[start : start + _ROWS_IN_MEMORY] for start in range(0, max(1, len(catalog)), _ROWS_IN_MEMORY)
+    )
+    texts = (pa.Table.from_pandas(block.astype(dict.fromkeys(words, "str")), preserve_index=False) for block in blocks)
+    first = next(texts)
+    options = {"compression": "zstd", "use_dictionary": words, "write_page_checksum": True}
+    with open_new(output.child(CATALOG)) as file, pyarrow.parquet.ParquetWriter(
+        file, first.schema, **options
+    ) as writer:
+        for table in chain([first], texts):
+            writer.write_table(table)

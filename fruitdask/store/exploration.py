@@ -22,7 +22,7 @@ from fruitdask.store.manifests import (
     advise_repair,
     delete_result,
     read_exploration_manifest,
-    stream_digested,
+    open_digested,
 )
 from fruitdask.store.schema import ExplorationManifest
 from fruitdask.store.tables import read_blocks, read_table, stream_table
@@ -132,7 +132,7 @@ def write_tables(
         with ExitStack() as stack:
             write = stack.enter_context(stream_table(output.child(f"{name}.parquet")))
             is_small = n_rows <= _MAX_CSV_ROWS
-            write_csv = stack.enter_context(stream_digested(output, f"{name}.csv", digests)) if is_small else None
+            write_csv = stack.enter_context(open_digested(output, f"{name}.csv", digests)) if is_small else None
             for number, block in enumerate(blocks):
                 write(block)
                 if write_csv is not None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from fruitdask.core.fingerprint import compare_fingerprints
-from fruitdask.core.storage import Location, exists, explained, stream_file, write_file
+from fruitdask.core.storage import Location, exists, explained, open_new, write_file
 from fruitdask.errors import DamageError, OutputError, StorageError, StoreMismatchError
 from fruitdask.store.layout import ALL_NAMES, CATALOG, CHECKSUM, EXPLORATION, MANIFEST, QUALITY, RUN_NAMES
 from fruitdask.store.schema import (
@@ -158,15 +158,17 @@ def write_json(location: Location, tree: Mapping[str, Any]) -> None:
 
 def write_digested(output: Location, name: str, data: bytes) -> dict[str, str]:
     """Write a file and return its digest, which a manifest keeps."""
-    write_file(output.child(name), data)
-    return {name: f"sha256:{hashlib.sha256(data).hexdigest()}"}
+    digests = dict[str, str]()
+    with open_digested(output, name, digests) as write:
+        write(data)
+    return digests
 
 
 @contextmanager
-def stream_digested(output: Location, name: str, digests: dict[str, str]) -> Iterator[Callable[[bytes], None]]:
-    """Write a file bit by bit, all of it or none, and note its digest at the end."""
+def open_digested(output: Location, name: str, digests: dict[str, str]) -> Iterator[Callable[[bytes], None]]:
+    """Open a file to be written piece by piece; its digest is added to others at the end."""
     digest = hashlib.sha256()
-    with stream_file(output.child(name)) as file:
+    with open_new(output.child(name)) as file:
 
         def write(data: bytes) -> None:
             digest.update(data)

@@ -12,7 +12,8 @@ from fruitdask.store.layout import OUTCOME_COLUMNS, PARTITIONS, VERSION_COLUMNS,
 from fruitdask.store.tables import decode_table, decoded
 
 _COMMIT_MARK = re.compile(r"(\d{5,})\.parquet")
-_PARTITIONS_AT_ONCE = 256
+#: Partitions that are read at once, unless these have more images.
+_PARTITIONS_AT_ONCE, _IMAGES_AT_ONCE = 256, 131_072
 
 
 def list_committed(output: Location) -> set[int]:
@@ -49,13 +50,23 @@ def read_rows(
     """Read outcome rows, indexed by their rows of the store; a partition that was once the last may be shorter."""
     import pyarrow
 
-    for first in range(0, len(indices), _PARTITIONS_AT_ONCE):
-        chosen = indices[first : first + _PARTITIONS_AT_ONCE]
+    partitions_at_once = count_at_once(images_per_partition)
+    for first in range(0, len(indices), partitions_at_once):
+        chosen = indices[first : first + partitions_at_once]
         tables = _read_files(output, chosen, columns)
         rows = [
             index * images_per_partition + np.arange(len(table)) for index, table in zip(chosen, tables, strict=True)
         ]
         yield pyarrow.concat_tables(tables).to_pandas().set_axis(np.concatenate(rows))
+
+
+def count_at_once(images_per_partition: int) -> int:
+    """Count the partitions whose outcomes are held in memory at once.
+
+    >>> [count_at_once(n) for n in (32, 512, 4096, 1_000_000)]
+    [256, 256, 32, 1]
+    """
+    return max(1, min(_PARTITIONS_AT_ONCE, _IMAGES_AT_ONCE // images_per_partition))
 
 
 def _read_files(output: Location, indices: Sequence[int], columns: Sequence[str]) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from fruitdask.core.storage import Location, describe_cause, explained, stream_file, write_file
+from fruitdask.core.storage import Location, describe_cause, explained, open_new, write_file
 from fruitdask.errors import DamageError, FruitdaskError
 from fruitdask.store.manifests import advise_repair
 
@@ -17,13 +17,13 @@ def write_table(location: Location, table: pd.DataFrame) -> None:
     write_file(location, table.to_parquet(index=False, write_page_checksum=True))
 
 
-def read_table(output: Location, *names: str) -> pd.DataFrame:
-    """Read a Parquet file."""
+def read_table(output: Location, *names: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Read a Parquet file, or some of its columns."""
     location = output.child(*names)
     with explained(location, "read"):
         data = location.fs.cat_file(location.path)
     with decoded(location, output):
-        table: pd.DataFrame = decode_table(data).to_pandas()
+        table: pd.DataFrame = decode_table(data, columns).to_pandas()
     return table
 
 
@@ -31,7 +31,9 @@ def decode_table(data: bytes, columns: Sequence[str] | None = None) -> Any:
     """Decode a Parquet file, or some of its columns, and verify the checksums of its pages."""
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read(columns)
+    file = pyarrow.parquet.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+    # Handing a small table to other threads takes longer than decoding it.
+    return file.read(columns, use_threads=False)
 
 
 @contextmanager
@@ -40,7 +42,7 @@ def stream_table(location: Location) -> Iterator[Callable[[pd.DataFrame], None]]
     import pyarrow.parquet
 
     with ExitStack() as stack:
-        file, writer = stack.enter_context(stream_file(location)), None
+        file, writer = stack.enter_context(open_new(location)), None
 
         def write(block: pd.DataFrame) -> None:
             nonlocal writer

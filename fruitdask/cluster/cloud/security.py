@@ -46,5 +46,7 @@ def serialize_settings(security: Any, *, no_workers_timeout_seconds: float) -> s
         tls[role] = {"cert": getattr(security, f"tls_{role}_cert"), "key": getattr(security, f"tls_{role}_key")}
     comm = {"default-scheme": "tls", "require-encryption": True, "tls": tls}
     scheduler = {"no-workers-timeout": f"{no_workers_timeout_seconds}s"}
-    serialized: str = dask.config.serialize({"distributed": {"comm": comm, "scheduler": scheduler}})
+    # Messages that are kept for developers, of which each holds a partition here; by default a thousand per worker.
+    admin = {"low-level-log-length": 10}
+    serialized: str = dask.config.serialize({"distributed": {"admin": admin, "comm": comm, "scheduler": scheduler}})
     return serialized

@@ -54,7 +54,14 @@ _MAX_NUMBERED, _SHARES = 26, (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 @standard_settings()
 def plot_map(
-    table: pd.DataFrame, *, x: str, y: str, title: str, x_label: str | None = None, y_label: str | None = None
+    table: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    title: str,
+    x_label: str | None = None,
+    y_label: str | None = None,
+    n_hidden: int = 0,
 ) -> Figure:
     """
     Plot images as points, coloured by class.
@@ -69,6 +76,8 @@ def plot_map(
         What the figure is about.
     x_label, y_label : str, optional
         Names of the axes; by default "Principal component 1" for ``pca_1``, and so on.
+    n_hidden : int
+        Number of images that the table lacks because there are too many to draw.
 
     Returns
     -------
@@ -83,9 +92,9 @@ def plot_map(
     present = {str(label) for label in points["label"].unique()}
     styles = {label: style for label, style in style_classes(labels).items() if label in present}
     n_without = len(table) - len(points)
-    figure = start_figure(
-        title, f"{len(points):,} images" + (f"; {n_without:,} without a position" if n_without else "")
-    )
+    said = f"{len(points):,} of {len(table) + n_hidden:,} images" if n_hidden else f"{len(points):,} images"
+    said += f"; {n_without:,} without a position" if n_without and not n_hidden else ""
+    figure = start_figure(title, said)
     axes = figure.subplots()
     _draw_points(axes, points, x=x, y=y, styles=styles)
     spans = np.ptp([axes.get_xlim(), axes.get_ylim()], axis=1)

@@ -1,0 +1,245 @@
+"""What one ordinary client takes for a million images, or ten: seconds and memory of each stage of each command.
+
+    python tests/benchmarks/scale.py --images 1000000 [--classes 100] [--commands run rerun grow verify report]
+
+Real are the commands, each in a process of its own, with listing, catalog, partitions, a local cluster of two workers,
+the files of the output and all that is made of them. Made up are
+
+- the input, a file system of fsspec that invents names, sizes and versions folder by folder, and answers a read with a
+  small JPEG that depends on the name (only ``explore`` reads, with the real workers: about a millisecond an image);
+- the network: a task reads no image, and stores clusters of random features (16 of them, set --features) and outcomes,
+  of which one in a thousand is a failure, by the functions that the real one calls. Nothing imports TensorFlow.
+
+``grow`` is a run after each class has got 1 % more images, which lie between the others; ``explore`` is left out by
+default. Seconds of CPU and memory, the largest resident in each stage as Linux counts it, are those of the client's own
+process. The law of growth follows from a few sizes: --images 100000 1000000 prints how seconds grow from one to the next.
+
+"""
+
+import argparse
+import gc
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pandas as pd
+from measuring import print_table
+
+COMMANDS = ("run", "rerun", "grow", "verify", "report", "explore")
+CHILD = "import sys, scale; scale.carry_out(sys.argv[1], sys.argv[2:])"
+MB = 1_000_000
+
+
+class MadeUp(fsspec.AbstractFileSystem):
+    """An input whose URL says how many images it has: ``madeup://IMAGES/CLASSES``."""
+
+    protocol = "madeup"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("madeup://").rstrip("/")
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+        """List the classes, or the images of one."""
+        n_images, n_classes, *folder = self._strip_protocol(path).split("/")
+        top = f"{n_images}/{n_classes}"
+        if not folder:
+            found = [{"name": f"{top}/class_{n:05}", "type": "directory", "size": 0} for n in range(int(n_classes))]
+        else:
+            n_here = len(range(int(folder[0][6:]), int(n_images), int(n_classes)))
+            found = [
+                {
+                    "name": f"{top}/{folder[0]}/photo_{n:07}.jpg",
+                    "type": "file",
+                    "size": 100_000 + n,
+                    "ETag": f"{n:032x}",
+                }
+                for n in range(n_here)
+            ]
+        return found if detail else [each["name"] for each in found]
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        """Describe a file or folder."""
+        kind = "file" if path.endswith(".jpg") else "directory"
+        return {"name": self._strip_protocol(path), "type": kind, "size": 0}
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        """Invent the content of a file."""
+        from PIL import Image
+
+        pixels = np.random.default_rng(zlib.crc32(path.encode())).integers(0, 256, (8, 8, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).resize((32, 32)).save(file, "JPEG")
+        return (file.getvalue() + path.encode())[start:end]
+
+
+fsspec.register_implementation("madeup", MadeUp, clobber=True)
+
+
+def invent_partition(partition: Any, artifact: Any, job: Any) -> Any:
+    """Store what the task of a partition stores, without its images and network."""
+    from fruitdask.store import OUTCOME_COLUMNS
+    from fruitdask.worker import featurize
+
+    partition, before = featurize._read_before(partition, job.output)
+    chosen = partition.select(partition.places_to_read)
+    crcs = np.array([zlib.crc32(path.encode()) for path in chosen.paths], np.uint32)
+    means = np.array([zlib.crc32(label.encode()) for label in chosen.labels], np.uint32)
+    features = _scatter(means, artifact.n_features) + 0.3 * _scatter(crcs, artifact.n_features)
+    is_failed = crcs % 1000 == 0
+    features[is_failed] = np.nan
+    columns = (chosen.paths, chosen.labels, np.where(is_failed, "unreadable", "ok"))
+    errors = np.where(is_failed, "cannot identify image file", "")
+    table = pd.DataFrame(dict(zip(OUTCOME_COLUMNS, (*columns, errors, np.ones(len(crcs), np.int64)), strict=True)))
+    featurize._store(partition, job.output, features, table, before)
+    statuses = table["status"].value_counts().to_dict()
+    return featurize.PartitionSummary(partition.index, len(table), statuses, 0, {"predict": 0.0})
+
+
+def _scatter(seeds: Any, n_features: int) -> Any:
+    """Scatter seeds over a cube, shape (n, n_features), float32."""
+    mixed = (seeds[:, np.newaxis].astype(np.uint64) + np.arange(1, n_features + 1, dtype=np.uint64)) * np.uint64(
+        0x9E3779B97F4A7C15
+    )
+    return ((mixed >> np.uint64(40)).astype(np.float32) / 2**24) - np.float32(0.5)
+
+
+class Meter:
+    """Seconds and peak memory of this process by stage; a stage begins where the product says so."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, float, float, int]] = []
+        self._begin("Starting")
+
+    def _begin(self, name: str) -> None:
+        self._name, self._started, self._cpu_started = name, time.perf_counter(), time.process_time()
+        Path("/proc/self/clear_refs").write_text("5")  # The high-water mark begins anew.
+
+    def begin(self, name: str) -> None:
+        """Finish a stage and begin the next one."""
+        status = Path("/proc/self/status").read_text()
+        peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+        seconds = time.perf_counter() - self._started, time.process_time() - self._cpu_started
+        self.stages.append((self._name, *seconds, peak))
+        self._begin(name)
+
+
+@contextmanager
+def _no_building(config: Any) -> Iterator[Any]:
+    """Stand in for the child that builds the network."""
+    from fruitdask.worker.models import ModelArtifact
+
+    n_features = int(os.environ["SCALE_FEATURES"])
+    yield lambda: ModelArtifact(b"stub", "tensorflow", "MobileNetV2", "tf", input_px=32, n_features=n_features)
+
+
+def carry_out(target: str, arguments: list[str]) -> None:
+    """Carry out a command of the command line in this process, and write what its stages took."""
+    meter = Meter()
+    from fruitdask import cli
+    from fruitdask.core.progress import RunProgress
+    from fruitdask.pipeline import featurize
+    from fruitdask.worker import featurize as tasks
+
+    featurize.start_building = _no_building  # type: ignore[assignment]
+    tasks.prepare_workers = lambda client, engine: []
+    tasks.featurize_partition = invent_partition
+    RunProgress.begin = lambda self, stage: meter.begin(stage)  # type: ignore[method-assign]
+    gc.freeze()
+    try:
+        cli.cli(arguments)
+    finally:
+        meter.begin("")
+        Path(target).write_text(json.dumps(meter.stages))
+
+
+def measure_command(command: str, folder: Path, n_images: int, arguments: argparse.Namespace) -> list[Any]:
+    """Run a command in a process of its own; returns its stages."""
+    output = folder / ("explored" if command == "explore" else "output")
+    settings = [
+        f"input.url=madeup://{n_images}/{arguments.classes}",
+        f"output.url={output}",
+        "model.weights=random",
+        "model.input_px=32",
+        "cluster.n_workers=2",
+        "cluster.threads_per_worker=1",
+        "explore.enabled=false",
+        "reduce.n_components=10",
+        "reduce.tsne.max_rows=1000",
+        "quality.max_rows=2000",
+        f"check.enabled={str(arguments.check).lower()}",
+        *arguments.settings,
+    ]
+    options = [each for setting in settings for each in ("--set", setting)]
+    config = folder / "config.yaml"
+    config.write_text("input: {url: .}\noutput: {url: .}\n")
+    verb = {"rerun": "run", "grow": "run"}.get(command, command)
+    line = [verb, str(output)] if command == "verify" else [verb, str(config), *options]
+    target = folder / "stages.json"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "SCALE_FEATURES": str(arguments.features)}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(target), *line], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{command} ended with exit code {done.returncode}: {done.stdout}")
+    return json.loads(target.read_text())  # type: ignore[no-any-return]
+
+
+def measure_size(n_images: int, arguments: argparse.Namespace) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """Carry out the commands one after the other on an output; returns seconds, seconds of CPU and MB by command and stage."""
+    found: dict[tuple[str, str], tuple[float, float, float]] = {}
+    folder = Path(tempfile.mkdtemp(prefix="scale-", dir=arguments.folder))
+    try:
+        n_listed = n_images
+        for command in arguments.commands:
+            n_listed += n_images // 100 if command == "grow" else 0
+            stages = measure_command(command, folder, n_listed, arguments)
+            sums = (sum(stage[place] for stage in stages) for place in (1, 2))
+            stages.append(("all", *sums, max(stage[3] for stage in stages)))
+            for stage, seconds, cpu_seconds, peak in stages:
+                found[command, stage] = seconds, cpu_seconds, peak / MB
+                line = f"{seconds:8.1f} s{cpu_seconds:8.1f} s of CPU{peak / MB:8.0f} MB"
+                print(f"{n_listed:>11,} {command:8}{stage:46}{line}", flush=True)
+    finally:
+        if not arguments.keep:
+            shutil.rmtree(folder)
+    return found
+
+
+def main() -> None:
+    """Measure each size, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--features", type=int, default=16)
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS[:-1])
+    parser.add_argument("--check", action="store_true", help="List photographs to check too.")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--folder", type=Path, help="Where the outputs go; 3 GB per ten million images.")
+    parser.add_argument("--keep", action="store_true", help="Keep the outputs.")
+    parser.add_argument("--markdown", type=Path, help="Append the table to this file too.")
+    arguments = parser.parse_args()
+    measured = {n_images: measure_size(n_images, arguments) for n_images in arguments.images}
+    columns = ["command", "stage", *(f"{n:,}: {unit}" for n in measured for unit in ("s", "CPU s", "MB"))]
+    rows = [
+        [*key, *(f"{value:,.{place < 2:d}f}" for size in measured.values() for place, value in enumerate(size[key]))]
+        for key in measured[arguments.images[0]]
+    ]
+    print_table(columns, rows, arguments.markdown)
+
+
+if __name__ == "__main__":
+    main()
