@@ -1,6 +1,7 @@
 """Fixtures that several test modules share: real photographs, real weights, a real S3 server, a drawn data set."""
 
 import compileall
+import functools
 import logging
 import signal
 import threading
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import moto.backends
 import pytest
+from botocore.loaders import JSONFileLoader
 from hypothesis import settings
 from moto.server import ThreadedMotoServer
 from runs import Finish, FinishedRuns
@@ -70,6 +73,18 @@ def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def read_once() -> Iterator[None]:
+    """Let botocore read each description of a service once, not for each session, and moto list its modules once, not
+    for each request.
+    """
+    read, modules = functools.cache(JSONFileLoader().load_file), tuple(moto.backends.list_of_moto_modules())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JSONFileLoader, "load_file", lambda self, path: read(path))
+        patch.setattr(moto.backends, "list_of_moto_modules", lambda: modules)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,9 @@ def scene(
     sample_folder: Path, tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory, client: Any
 ) -> Iterator[Scene]:
     """An undisturbed run, and what it changed in which order."""
-    _forkserver.set_forkserver_preload(["fruitdask.pipeline.run", "fruitdask.worker.featurize", "distributed"])
+    # All that a run imports, once for all its children.
+    modules = ["fruitdask.analysis.pca", "fruitdask.pipeline.run", "fruitdask.worker.featurize", "distributed"]
+    _forkserver.set_forkserver_preload([*modules, "openvino"] if find_spec("openvino") else modules)
     yield Scene(sample_folder, tiny_model, tmp_path_factory.mktemp("crashes"), client)
 
 

@@ -571,10 +571,13 @@ def change(source: Path, random: np.random.Generator, n_added: int, n_changed: i
 #: Grows an output with one process after another, each of which is killed some steps later than the one before it: a step is anything that
 #: changes files. Whatever it leaves, the next run completes.
 _KILLED = """
-import json, os, shutil, signal, sys
+import contextlib, json, os, shutil, signal, sys
 from pathlib import Path
-import distributed, fruitdask.worker.featurize, fruitdask.pipeline.run, fruitdask.analysis.reduction, pyarrow.dataset, zarr
+# All that a run imports, once for all children.
+import distributed, fruitdask.analysis.pca, fruitdask.pipeline.run, fruitdask.worker.featurize, pyarrow.dataset, zarr
 import fruitdask
+with contextlib.suppress(ImportError):
+    import openvino
 
 config, every = fruitdask.load_config(sys.argv[1]), int(sys.argv[3])
 base, out = Path(sys.argv[2]), Path(config.output.url)
