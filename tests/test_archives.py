@@ -236,6 +236,7 @@ def read_all(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["disk", "s3"])
 @pytest.mark.parametrize("pack", [pack_zip, pack_tar], ids=["zip", "tar"])
 def test_run_on_an_archive_grows_with_it(

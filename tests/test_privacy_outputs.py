@@ -375,6 +375,7 @@ def test_nothing_planted_is_said_of_an_endpoint_that_fails(
     check_failure(done, tmp_path)
 
 
+@pytest.mark.slow
 def test_nothing_planted_is_in_the_outcome_of_an_image_that_cannot_be_read(
     planted: tuple[int, dict[str, Any]],
     command_line: Callable[..., Result],

@@ -83,6 +83,7 @@ def rewrite_attributes(path: Path) -> None:
     group.attrs.update(seal(dict(group.attrs) | {"format": 2}))
 
 
+@pytest.mark.slow
 def test_everything_that_describes_itself_carries_the_format(output: Path) -> None:
     files = [json.loads((output / name).read_text()) for name in ("manifest.json", "explore.json", "quality.json")]
     groups = [dict(zarr.open_group(path, mode="r").attrs) for path in sorted(output.glob("*.zarr"))]
@@ -176,6 +177,7 @@ def test_a_strange_manifest_is_a_sentence(output: Path, change: Callable[[dict[s
     assert CliRunner().invoke(cli, ["run", str(output.parent / "run.yaml")]).exit_code == 0
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_a_manifest_of_any_json_is_read_or_refused(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -229,6 +229,7 @@ def test_clear_output_leaves_files_of_other_names(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["figures", "mine.png"]
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     n_images=st.integers(1, 17),
