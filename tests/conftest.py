@@ -4,6 +4,7 @@ import compileall
 import functools
 import logging
 import signal
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -34,6 +35,9 @@ _CACHES: list[dict[str, S3FileSystem]] = []
 # The same examples in every run, and no time limit for one: a shared machine is sometimes slow.
 settings.register_profile("fruitdask", deadline=None, derandomize=True, database=None)
 settings.load_profile("fruitdask")
+
+# Both processes of pytest-xdist rewrite the assertions of all tests, in six seconds; later ones read them.
+sys.dont_write_bytecode = False
 
 # Whoever runs the tests in the background has Ctrl-C ignored, and so would this process and those that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

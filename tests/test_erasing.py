@@ -123,6 +123,9 @@ def test_erase_leaves_nothing_and_all_else_is_as_in_a_run_without(
     # Figures and page are made on this machine, wherever they are written.
     pictures = () if places else ("plots", "report")
     shown = dict.fromkeys(("explore", "quality", *pictures), ON)
+    if places:
+        # Each partition is some twenty requests.
+        shown["featurize"] = {"images_per_partition": 10}
     config = make_config(**places | shown)
     output = Location(config.output.url, config.output.storage_options)
     before = fruitdask.run(config, client=client)
