@@ -3,6 +3,7 @@
 import compileall
 import functools
 import logging
+import os
 import signal
 import sys
 import threading
@@ -35,6 +36,10 @@ _CACHES: list[dict[str, S3FileSystem]] = []
 # The same examples in every run, and no time limit for one: a shared machine is sometimes slow.
 settings.register_profile("fruitdask", deadline=None, derandomize=True, database=None)
 settings.load_profile("fruitdask")
+
+# Threads of OpenMP that wait for each other spin, and processes of tests leave them no core to do it on: with two of them
+# t-SNE of 24 images takes 3 s of CPU, with one 0.1 s.
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 # Both processes of pytest-xdist rewrite the assertions of all tests, in six seconds; later ones read them.
 sys.dont_write_bytecode = False
