@@ -37,7 +37,7 @@ _CACHES: list[dict[str, S3FileSystem]] = []
 settings.register_profile("fruitdask", deadline=None, derandomize=True, database=None)
 settings.load_profile("fruitdask")
 
-# Threads of OpenMP that wait for each other spin, and processes of tests leave them no core to do it on: with two of them
+# Threads of OpenMP that wait for each other spin, and processes of tests leave them no core for that: with two of them
 # t-SNE of 24 images takes 3 s of CPU, with one 0.1 s.
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 

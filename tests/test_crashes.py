@@ -105,7 +105,7 @@ def run_and_record(config: Config, log: str) -> None:
 
 
 def fork_calls(connection: Connection) -> None:
-    """Import what a run needs, then call each function that is sent in a fork of this process; answers with exit codes."""
+    """Import what a run needs, then call each function that is sent in a fork of this process; answer with exit codes."""
     import fruitdask.analysis.evaluation
     import fruitdask.analysis.pca
     import fruitdask.pipeline.run
