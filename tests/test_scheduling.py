@@ -223,7 +223,6 @@ def test_images_that_kill_workers_are_found_and_avoided(deadly: set[int], impati
     assert avoided == {0: frozenset(), 1: frozenset(), 2: deadly, 3: frozenset()}
 
 
-@pytest.mark.slow
 def test_partition_that_kills_workers_without_one_image_to_blame_is_named(impatient_client: Any) -> None:
     partition = Partition(3, 0, ("a/0.jpg", "a/1.jpg", "a/2.jpg"), ("a",) * 3)
     with pytest.raises(

@@ -83,7 +83,6 @@ def rewrite_attributes(path: Path) -> None:
     group.attrs.update(seal(dict(group.attrs) | {"format": 2}))
 
 
-@pytest.mark.slow
 def test_everything_that_describes_itself_carries_the_format(output: Path) -> None:
     files = [json.loads((output / name).read_text()) for name in ("manifest.json", "explore.json", "quality.json")]
     groups = [dict(zarr.open_group(path, mode="r").attrs) for path in sorted(output.glob("*.zarr"))]
