@@ -317,9 +317,7 @@ def test_archive_on_s3_is_what_policies_and_regions_are_about(s3_bucket: tuple[s
 
 def test_output_in_an_archive_is_refused(tmp_path: Path, pictures: Path) -> None:
     config = fruitdask.load_config({"input": {"url": str(pictures)}, "output": {"url": f"zip://out::{tmp_path}/x.zip"}})
-    with pytest.raises(
-        ConfigError, match=r"output\.url zip://out::\S+: expected a folder, found an archive"
-    ):
+    with pytest.raises(ConfigError, match=r"output\.url zip://out::\S+: expected a folder, found an archive"):
         prepare_inputs(config, RunProgress())
 
 

@@ -273,9 +273,7 @@ FILES: dict[str, tuple[str | None, Callable[[], bytes]]] = {
     ),
     "tiff-compression-bomb": (
         None,
-        lambda: build_tiff(
-            (0x0103, SHORT, 1, 8), (0x0116, LONG, 1, 2**32 - 1), data=deflate_zeros(200)
-        ),
+        lambda: build_tiff((0x0103, SHORT, 1, 8), (0x0116, LONG, 1, 2**32 - 1), data=deflate_zeros(200)),
     ),
     "tiff-announces-4-billion-px": ("too_large", lambda: build_tiff(side=65_536, data=bytes(100))),
     "tiff-zero-size": ("unreadable", lambda: build_tiff(side=0, data=bytes(100))),
