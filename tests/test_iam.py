@@ -524,7 +524,7 @@ class Account:
         sections: dict[str, Any] = {
             "input": {"url": "s3://photos/set/fruits", "manifest": "s3://lists/all.csv"},
             "model": {"weights": "s3://nets/colours.keras", "preprocessing": "none"},
-            "featurize": {"images_per_partition": 9, "fetch_attempts": 1, "max_failed_fraction": 0.5},
+            "featurize": {"images_per_partition": 4, "fetch_attempts": 1, "max_failed_fraction": 0.5},
             "explore": {"input_px": 32, "max_thumbnails": 4},
             "plots": {"enabled": False},
             "privacy": {"allowed_regions": ["eu-west-1"]},
