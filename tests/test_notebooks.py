@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("00_start", "01_explore", "02_run", "03_map", "04_cloud", "05_answers")
 REGION = "eu-west-1"
 #: Images of the demo, and here.
-N_DEMO_IMAGES, N_IMAGES = 144, 24
+N_DEMO_IMAGES, N_IMAGES = 144, 48
 #: Where the stored outputs say that they were made, and the size of a picture in them at the most.
 HOME, MAX_PICTURE_BYTES = "/home/you/fruitdask", 1_000_000
 #: Nothing listens there: whoever asks AWS for anything gets an error.
@@ -95,7 +95,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, is_written: bool) -> Ite
     folder = tmp_path_factory.mktemp("clone")
     for name in ("notebooks", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    # A sixth of the pictures, which show the same.
+    # A third of the pictures, which show the same.
     demo = folder / "configs" / "demo.yaml"
     text = demo.read_text()
     assert "sample: {per_class: 24}" in text
