@@ -254,6 +254,7 @@ class Interrupt(RunProgress):
         raise KeyboardInterrupt("in this test")
 
 
+@pytest.mark.slow
 @both_servers
 def test_run_on_s3_equals_run_on_disk(make_config: MakeConfig, client: Any, on_disk: fruitdask.RunResult) -> None:
     result = fruitdask.run(make_config(), client=client)
