@@ -733,6 +733,7 @@ def test_interrupted_drawing_is_made_up_for(
     assert "Orchard" not in fruitdask.run(make_config(**SHOWN | explored)).report.read()
 
 
+@pytest.mark.slow
 def test_other_numbers_leave_no_picture_of_the_old_ones(
     make_config: MakeConfig, finish: Finish, tmp_path: Path
 ) -> None:

@@ -478,6 +478,7 @@ def test_figures_without_data_say_so() -> None:
         assert reason in figures.render_svg(figure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 5, 30, 80])
 def test_text_is_neither_cut_off_nor_overlapping(n: int) -> None:
     for name, figure in plot_all(n).items():
