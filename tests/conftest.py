@@ -1,9 +1,12 @@
 """Fixtures that several test modules share: real photographs, real weights, a real S3 server, a drawn data set."""
 
 import compileall
+import functools
 import importlib
 import logging
+import os
 import signal
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -11,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import moto.backends
 import pytest
+from botocore.loaders import JSONFileLoader
 from hypothesis import settings
 from moto.server import ThreadedMotoServer
 from runs import Finish, FinishedRuns
@@ -32,6 +37,13 @@ _CACHES: list[dict[str, S3FileSystem]] = []
 # The same examples in every run, and no time limit for one: a shared machine is sometimes slow.
 settings.register_profile("fruitdask", deadline=None, derandomize=True, database=None)
 settings.load_profile("fruitdask")
+
+# Threads of OpenMP that wait for each other spin, and processes of tests leave them no core for that: with two of them
+# t-SNE of 24 images takes 3 s of CPU, with one 0.1 s.
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+# Both processes of pytest-xdist rewrite the assertions of all tests, in six seconds; later ones read them.
+sys.dont_write_bytecode = False
 
 # Whoever runs the tests in the background has Ctrl-C ignored, and so would this process and those that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -72,6 +84,18 @@ def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def read_once() -> Iterator[None]:
+    """Let botocore read each description of a service once, not for each session, and moto list its modules once, not
+    for each request.
+    """
+    read, modules = functools.cache(JSONFileLoader().load_file), tuple(moto.backends.list_of_moto_modules())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JSONFileLoader, "load_file", lambda self, path: read(path))
+        patch.setattr(moto.backends, "list_of_moto_modules", lambda: modules)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import dask.config
 import distributed.nanny  # noqa: F401
+import s3fs  # noqa: F401
 
 import fruitdask.worker.featurize  # noqa: F401
 

@@ -152,6 +152,7 @@ def test_apply_uses_the_network_and_components_of_the_run(
     )
 
 
+@pytest.mark.slow
 def test_apply_again_computes_nothing_and_grows_without_fitting(
     result: fruitdask.RunResult, apply: Callable[..., fruitdask.RunResult], tmp_path: Path
 ) -> None:
@@ -168,6 +169,7 @@ def test_apply_again_computes_nothing_and_grows_without_fitting(
     assert fruitdask.verify(grown.output.url).is_well
 
 
+@pytest.mark.slow
 def test_one_image_is_enough(
     result: fruitdask.RunResult, apply: Callable[..., fruitdask.RunResult], tmp_path: Path
 ) -> None:
@@ -179,6 +181,7 @@ def test_one_image_is_enough(
     assert (tmp_path / "applied" / "report.html").exists() and fruitdask.verify(applied.output.url).is_well
 
 
+@pytest.mark.slow
 def test_run_report_and_erase_keep_the_components(
     result: fruitdask.RunResult, apply: Callable[..., fruitdask.RunResult], client: Any, tmp_path: Path
 ) -> None:
@@ -202,6 +205,7 @@ def test_run_report_and_erase_keep_the_components(
         fruitdask.run(config, client=client)
 
 
+@pytest.mark.slow
 def test_interrupted_apply_resumes(
     result: fruitdask.RunResult,
     apply: Callable[..., fruitdask.RunResult],
@@ -225,6 +229,7 @@ def test_interrupted_apply_resumes(
     assert repaired.manifest["applied"] == resumed.manifest["applied"] and repaired.table.equals(resumed.table)
 
 
+@pytest.mark.slow
 def test_apply_refuses_results_with_other_components(
     result: fruitdask.RunResult, apply: Callable[..., fruitdask.RunResult], sample_folder: Path, tmp_path: Path
 ) -> None:
@@ -259,6 +264,7 @@ def test_apply_without_components_computes_features_alone(
     assert list(table.columns) == ["path", "status", "error"] and features.shape == (1, 6)
 
 
+@pytest.mark.slow
 def test_command_applies_with_settings(
     result: fruitdask.RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: Any
 ) -> None:

@@ -236,6 +236,7 @@ def read_all(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["disk", "s3"])
 @pytest.mark.parametrize("pack", [pack_zip, pack_tar], ids=["zip", "tar"])
 def test_run_on_an_archive_grows_with_it(
@@ -316,9 +317,7 @@ def test_archive_on_s3_is_what_policies_and_regions_are_about(s3_bucket: tuple[s
 
 def test_output_in_an_archive_is_refused(tmp_path: Path, pictures: Path) -> None:
     config = fruitdask.load_config({"input": {"url": str(pictures)}, "output": {"url": f"zip://out::{tmp_path}/x.zip"}})
-    with pytest.raises(
-        ConfigError, match=r"output\.url zip://out::\S+: expected a folder, found an archive"
-    ):
+    with pytest.raises(ConfigError, match=r"output\.url zip://out::\S+: expected a folder, found an archive"):
         prepare_inputs(config, RunProgress())
 
 

@@ -244,6 +244,7 @@ def test_list_images_chooses_the_same_in_another_process_and_from_other_files(tm
     assert done.stdout.split() == list(list_folder(one, limit=10)["path"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clean_memory")
 @given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=5), limit=st.integers(1, 40), more=st.integers(0, 15))
 def test_list_images_limits_evenly_and_keeps_what_a_smaller_limit_chose(
@@ -495,6 +496,7 @@ def test_list_images_leaves_out_what_is_excluded(tmp_path: Path, patterns: list[
     assert (list(catalog["path"]), list(catalog.index)) == (left, list(range(len(left))))
 
 
+@pytest.mark.slow
 def test_list_images_takes_a_few_bytes_a_file(tmp_path: Path) -> None:
     names = [f"class_{number // 1000}/{number:08}.jpg" for number in range(20_000)]
     fill(tmp_path, *names)
@@ -544,6 +546,7 @@ def test_split_catalog_covers_each_row_once_and_in_order(n_images: int, size: in
     assert {len(partition.paths) for partition in partitions[:-1]} <= {size}
 
 
+@pytest.mark.slow
 @given(
     numbers=st.lists(st.integers(0, 15), unique=True),
     changed=st.integers(0, 15),

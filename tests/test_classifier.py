@@ -173,6 +173,7 @@ def test_known_photographs_are_labelled_and_strange_ones_are_unknown(
     assert table["probability"].iloc[:-1].between(0, 1).all() and np.isnan(table["probability"].iloc[-1])
 
 
+@pytest.mark.slow
 def test_predict_labels_a_folder_and_can_be_repeated(
     trained: tuple[Path, fruitdask.Classifier], client: Any, tmp_path: Path
 ) -> None:
@@ -208,6 +209,7 @@ def test_without_a_classifier_nothing_is_predicted(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_commands_say_how_far_to_believe_them(trained: tuple[Path, fruitdask.Classifier], tmp_path: Path) -> None:
     output, _ = trained
     shutil.copytree(output, tmp_path / "out")

@@ -274,6 +274,7 @@ def test_help_shows_whole_sentences_at_80_columns(command: str) -> None:
         assert not [line for line in lines[1:] if re.search(r"[a-z]\.\.\.$", line)]
 
 
+@pytest.mark.slow
 def test_a_folder_is_enough(
     tiny_model: ModelConfig, sample_folder: Path, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +297,7 @@ def test_a_folder_is_enough(
     assert f"name {Path('to: elsewhere', 'config.yaml')}" in refused.output
 
 
+@pytest.mark.slow
 def test_photographs_stand_for_the_results_beside_them(tiny_model: ModelConfig, finish: Finish, tmp_path: Path) -> None:
     draw(tmp_path / "in", "fig/1.png", "fig/2.png")
     finish(configure(tmp_path / "in", tmp_path / "in-results", tiny_model))
@@ -401,6 +403,7 @@ def test_rows_break_between_words_on_a_terminal_and_never_elsewhere(
     assert all(line.startswith(" " * 20 + "s") for line in lines[1:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["validate", "report", "verify", "check", "iam-policy"])
 def test_results_stand_for_their_configuration_wherever_they_are(
     command: str, tiny_model: ModelConfig, finish: Finish, tmp_path: Path
@@ -414,6 +417,7 @@ def test_results_stand_for_their_configuration_wherever_they_are(
         assert str(tmp_path / "out") not in done.output and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_erase_takes_the_results(tiny_model: ModelConfig, finish: Finish, client: Any, tmp_path: Path) -> None:
     draw(tmp_path / "in", "fig/1.png", "fig/2.png", "fig/3.png")
     finish(configure(tmp_path / "in", tmp_path / "out", tiny_model))
@@ -478,6 +482,7 @@ def test_names_with_brackets_are_shown_as_they_are(config_path: Path, sample_fol
         assert "[red]apple" in result.stdout and "b]" in result.stdout and "[out]" in result.stdout
 
 
+@pytest.mark.slow
 def test_verify_names_damage_and_a_run_mends_it(config_path: Path) -> None:
     output = config_path.parent / "out"
     assert invoke("run", str(config_path)).exit_code == 0

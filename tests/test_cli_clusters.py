@@ -117,6 +117,7 @@ def test_cleanup_terminates_and_closes(
     assert [pair["GroupId"] for rule in group["IpPermissions"] for pair in rule["UserIdGroupPairs"]] == [group_id]
 
 
+@pytest.mark.slow
 def test_cleanup_of_one_run_leaves_the_others_and_their_rules(cloud: LoopbackEC2, group_id: str) -> None:
     launch(cloud, "run-1")
     others = launch(cloud, "run-2")
@@ -134,6 +135,7 @@ def test_cleanup_that_may_not_look_at_security_groups_has_done_its_work(cloud: L
     assert "fruitdask: cannot close the security group of fruitdask: DescribeSecurityGroups: " in result.output
 
 
+@pytest.mark.slow
 def test_regions_are_searched_as_told(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOTO_EC2_LOAD_DEFAULT_AMIS", "false")  # Moto has a thousand for each region.
     result = invoke("list", "--region", "eu-west-3", "--region", "eu-west-1", "--region", "eu-west-3")

@@ -29,6 +29,7 @@ def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "shown"
 
 
+@pytest.mark.slow
 def test_open_shows_the_page_of_results_and_of_a_configuration(
     tiny_model: ModelConfig, finish: Finish, tmp_path: Path, shown: Path
 ) -> None:

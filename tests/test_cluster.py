@@ -68,6 +68,7 @@ def test_local_workers_are_forked_with_what_they_need(client: Any) -> None:
     assert min(thresholds) >= 16 * 1024**2
 
 
+@pytest.mark.slow
 def test_local_workers_have_the_variables_of_their_client() -> None:
     script = """
 import os
@@ -86,6 +87,7 @@ with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard
     assert printed.stdout.split() == ["yes", "None"], printed.stderr
 
 
+@pytest.mark.slow
 def test_local_workers_that_die_again_and_again_are_replaced() -> None:
     # Dask gives a worker up that is down so long after its last death, unless it is told otherwise.
     patience = dask.config.set({"distributed.deploy.lost-worker-timeout": "1s"})

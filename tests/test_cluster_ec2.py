@@ -252,6 +252,7 @@ def test_list_usage_is_empty_elsewhere(client: Any) -> None:
     assert list_usage(client) == []
 
 
+@pytest.mark.slow
 def test_scheduler_that_never_comes_up(cloud: LoopbackEC2) -> None:
     """The start has a deadline, and the error says what to look at."""
     cloud.faults.never_boots = {"scheduler"}
@@ -265,6 +266,7 @@ def test_scheduler_that_never_comes_up(cloud: LoopbackEC2) -> None:
     assert [instance.role for instance in cloud.instances(None)] == ["scheduler"]
 
 
+@pytest.mark.slow
 def test_image_that_cannot_be_pulled(cloud: LoopbackEC2) -> None:
     """It is noticed by the end of the instance, long before the deadline."""
     cloud.faults.unpullable = {"nobody/nothing:1"}

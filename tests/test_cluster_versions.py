@@ -70,12 +70,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
         yield start
 
 
+@pytest.mark.slow
 def test_check_versions_accepts_the_same_and_other_patches(start: Start, tmp_path: Path) -> None:
     major, minor, patch = np.__version__.split(".")[:3]
     add_package(tmp_path / "patched", "numpy", version=f"{major}.{minor}.{int(patch) + 1}")
     check_versions(start((tmp_path / "none",), (tmp_path / "patched",)))
 
 
+@pytest.mark.slow
 def test_check_versions_names_packages_that_differ_and_where(start: Start, tmp_path: Path) -> None:
     add_package(tmp_path / "old", "numpy", version="1.26.4")
     add_package(tmp_path / "old", "pandas", version="2.3.0")
@@ -88,6 +90,7 @@ def test_check_versions_names_packages_that_differ_and_where(start: Start, tmp_p
         check_versions(client)
 
 
+@pytest.mark.slow
 def test_check_versions_counts_the_nodes_and_says_how_to_build_the_image(start: Start, tmp_path: Path) -> None:
     add_package(tmp_path, "zarr", version="2.18.0")
     client = start((tmp_path,), (tmp_path,), (tmp_path,))
@@ -122,6 +125,7 @@ def test_check_versions_asks_for_fruitdask(start: Start, tmp_path: Path, source:
         check_versions(client)
 
 
+@pytest.mark.slow
 def test_check_versions_compares_engines_where_both_sides_have_them(start: Start, tmp_path: Path) -> None:
     add_package(tmp_path / "without", "openvino", version=None)
     add_package(tmp_path / "old", "openvino", version="2021.4.0")

@@ -10,6 +10,8 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,6 @@ pytestmark = pytest.mark.slow
 CHANGES = ("open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
 #: Far longer than a run takes.
 PATIENCE_SECONDS = 120
-_forkserver = multiprocessing.get_context("forkserver")
 
 
 def find_change(event: str, arguments: tuple[Any, ...], folder: str) -> str | None:
@@ -103,27 +104,43 @@ def run_and_record(config: Config, log: str) -> None:
     run_in_one_process(config)
 
 
-def start(function: Any, *arguments: Any) -> int | None:
-    """Call a function in a process of its own; gives its exit code."""
-    process = _forkserver.Process(target=function, args=arguments)
-    process.start()
-    process.join(PATIENCE_SECONDS)
-    if process.is_alive():
-        process.kill()
-    return process.exitcode
+def fork_calls(connection: Connection) -> None:
+    """Import what a run needs, then call each function that is sent in a fork of this process; answer with exit codes."""
+    import fruitdask.analysis.evaluation
+    import fruitdask.analysis.pca
+    import fruitdask.pipeline.run
+    import fruitdask.worker.featurize  # noqa: F401
+
+    with suppress(ImportError):
+        import openvino  # noqa: F401
+    while True:
+        function, arguments = connection.recv()
+        child = os.fork()
+        if not child:
+            function(*arguments)
+            os._exit(0)
+        connection.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 class Scene:
     """Images, a network, and an undisturbed run of it."""
 
-    def __init__(self, sample_folder: Path, model: ModelConfig, folder: Path, client: Any) -> None:
+    def __init__(self, sample_folder: Path, model: ModelConfig, folder: Path, client: Any, forker: Connection) -> None:
         self._images, self._model, self._folder, self.client = sample_folder, model, folder, client
+        self._forker = forker
         config = self.make_config()
         log = folder / "changes.jsonl"
-        assert start(run_and_record, config, str(log)) == 0
+        assert self.start(run_and_record, config, str(log)) == 0
         self.changes = [json.loads(line) for line in log.read_text().splitlines()]
         self.undisturbed = fruitdask.run(config)
         self.files = hash_files(Path(config.output.url))
+
+    def start(self, function: Any, *arguments: Any) -> int:
+        """Call a function in a process of its own; gives its exit code."""
+        self._forker.send((function, arguments))
+        assert self._forker.poll(PATIENCE_SECONDS)
+        code: int = self._forker.recv()
+        return code
 
     def make_config(self) -> Config:
         """Make the configuration of a run with an output of its own."""
@@ -178,8 +195,15 @@ def scene(
     sample_folder: Path, tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory, client: Any
 ) -> Iterator[Scene]:
     """An undisturbed run, and what it changed in which order."""
-    _forkserver.set_forkserver_preload(["fruitdask.pipeline.run", "fruitdask.worker.featurize", "distributed"])
-    yield Scene(sample_folder, tiny_model, tmp_path_factory.mktemp("crashes"), client)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=fork_calls, args=(theirs,))
+    process.start()
+    try:
+        yield Scene(sample_folder, tiny_model, tmp_path_factory.mktemp("crashes"), client, ours)
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_no_file_is_written_under_its_own_name(scene: Scene) -> None:
@@ -194,7 +218,7 @@ def test_run_killed_at_any_change_is_repaired_by_the_next(scene: Scene, share: f
     config = scene.make_config()
     # Threads come in another order each time, and some changes fewer.
     number = 1 + int(share * 0.97 * len(scene.changes))
-    assert start(run_and_die, config, number, is_half) == -signal.SIGKILL
+    assert scene.start(run_and_die, config, number, is_half) == -signal.SIGKILL
     scene.check(config, hash_files(Path(config.output.url)))
 
 

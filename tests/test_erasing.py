@@ -123,6 +123,9 @@ def test_erase_leaves_nothing_and_all_else_is_as_in_a_run_without(
     # Figures and page are made on this machine, wherever they are written.
     pictures = () if places else ("plots", "report")
     shown = dict.fromkeys(("explore", "quality", *pictures), ON)
+    if places:
+        # Each partition is some twenty requests.
+        shown["featurize"] = {"images_per_partition": 10}
     config = make_config(**places | shown)
     output = Location(config.output.url, config.output.storage_options)
     before = fruitdask.run(config, client=client)
@@ -162,6 +165,7 @@ def test_erase_leaves_nothing_and_all_else_is_as_in_a_run_without(
     }
 
 
+@pytest.mark.slow
 def test_store_has_the_bytes_of_a_run_without(
     make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path, source: Path
 ) -> None:
@@ -304,6 +308,7 @@ def test_erase_from_a_run_that_is_not_complete(
         fruitdask.erase(make_config(input={"exclude": PATTERNS}), ["pear_1/*"])
 
 
+@pytest.mark.slow
 def test_erase_an_image_that_failed(make_config: MakeConfig, client: Any, source: Path, tmp_path: Path) -> None:
     for name in ("jane_doe/face.png", "pear_1/r0_1.jpg"):
         (source / name).write_bytes(b"")

@@ -110,6 +110,7 @@ def test_summarize_quality_silhouette_equals_sklearn(metric: str) -> None:
     assert found["by_class"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_summarize_quality_agreement_equals_sklearn_leave_one_out() -> None:
     features, labels = draw_features(250)
     accuracy = cross_val_score(KNeighborsClassifier(1, algorithm="brute"), features, labels, cv=LeaveOneOut()).mean()
@@ -117,6 +118,7 @@ def test_summarize_quality_agreement_equals_sklearn_leave_one_out() -> None:
     assert summarize(features, labels, n_neighbors=1)["neighbors"]["agreement"] == pytest.approx(accuracy)
 
 
+@pytest.mark.slow
 def test_summarize_quality_confusion_equals_sklearn_leave_one_out() -> None:
     features, labels = draw_features(120, n_classes=3)
     classifier = KNeighborsClassifier(7, algorithm="brute")

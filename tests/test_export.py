@@ -108,6 +108,7 @@ def test_embedding_atlas_reads_images_on_the_map(result: fruitdask.RunResult, tm
     )
 
 
+@pytest.mark.slow
 def test_the_map_is_of_components_where_tsne_is_of_a_sample(
     make_config: MakeConfig, finish: Finish, tmp_path: Path
 ) -> None:

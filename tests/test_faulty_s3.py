@@ -284,6 +284,7 @@ def test_request_is_sent_as_often_as_configured(
     assert server.requests.total() == n_requests
 
 
+@pytest.mark.slow
 def test_features_that_cannot_be_opened_are_one_sentence_whichever_request_fails(
     s3_server: str, s3_bucket: tuple[str, dict[str, Any]]
 ) -> None:
@@ -303,6 +304,7 @@ def test_features_that_cannot_be_opened_are_one_sentence_whichever_request_fails
     assert n_passed >= 4
 
 
+@pytest.mark.slow
 def test_chunk_is_asked_for_as_often_as_configured(s3_server: str, s3_bucket: tuple[str, dict[str, Any]]) -> None:
     with open_faulty_s3(s3_server, fraction=0, kinds=["truncated"]) as server:
         output = Location(f"s3://{s3_bucket[0]}/x", make_options(server.url), attempts=2)

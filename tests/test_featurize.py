@@ -153,6 +153,7 @@ def test_featurize_partition_reads_again_up_to_a_limit(tiny_artifact: ModelArtif
     assert outcomes["error"][2] == f"cannot read flaky://{tmp_path}/in/fails_3.png: the connection was reset"
 
 
+@pytest.mark.slow
 def test_featurize_partition_reads_and_writes_s3(
     sample_folder: Path, tiny_artifact: ModelArtifact, s3_bucket: tuple[str, dict], s3_client: Any
 ) -> None:
@@ -204,6 +205,7 @@ def install_counter() -> None:
         engines.ENGINES[name] = replace(engine, load_network=partial(count, engine.load_network))
 
 
+@pytest.mark.slow
 def test_network_is_built_once_a_process(
     client: Any, sample_folder: Path, tiny_artifact: ModelArtifact, tmp_path: Path
 ) -> None:
@@ -221,6 +223,7 @@ def test_network_is_built_once_a_process(
     )
 
 
+@pytest.mark.slow
 def test_features_are_the_same_when_every_worker_dies(
     sample_folder: Path, tiny_artifact: ModelArtifact, tmp_path: Path
 ) -> None:

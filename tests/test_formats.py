@@ -252,6 +252,7 @@ print(most - n_before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to count threads")
 def test_decoders_start_no_more_than_one_thread_and_do_not_change_pillow(tmp_path: Path) -> None:
     scene = draw_scene().resize((1_000, 1_000))

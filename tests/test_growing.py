@@ -79,6 +79,7 @@ def check(result: fruitdask.RunResult, source: Path, before: pd.DataFrame | None
         assert paths[len(before) :] == sorted(paths[len(before) :])
 
 
+@pytest.mark.slow
 def test_one_more_image_is_one_more_row(
     make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def test_one_more_image_is_one_more_row(
     assert entry == {"at": result.manifest["started"], **result.changes}
 
 
+@pytest.mark.slow
 def test_many_more_images_fill_the_last_partition_and_make_new_ones(
     make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path
 ) -> None:
@@ -124,6 +126,7 @@ def test_many_more_images_fill_the_last_partition_and_make_new_ones(
     np.testing.assert_array_equal(result.features.compute()[by_path], fresh.features.compute())
 
 
+@pytest.mark.slow
 def test_changed_image_is_computed_again_and_its_neighbours_are_kept(
     make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path
 ) -> None:
@@ -156,6 +159,7 @@ def test_file_of_the_same_age_and_another_size_is_changed(
     check(result, source)
 
 
+@pytest.mark.slow
 def test_vanished_image_is_recorded_and_comes_back(
     make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +213,7 @@ def test_vanished_images_alone_take_neither_cluster_nor_network(
     assert fruitdask.verify(tmp_path / "out").faults == () and fruitdask.run(config).changes == {}
 
 
+@pytest.mark.slow
 def test_vanished_images_of_many_partitions_are_recorded_one_by_one(
     make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
 ) -> None:
@@ -330,6 +335,7 @@ def test_retry_failed_takes_failed_images_alone(
     assert fruitdask.run(config, retry_failed=True).changes == {}
 
 
+@pytest.mark.slow
 def test_attempts_count_on_where_all_images_of_a_partition_have_failed(
     make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
 ) -> None:
@@ -353,6 +359,7 @@ def test_mended_images_are_computed_after_too_many_failures(make_config: MakeCon
     check(result, source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("refit", "kept"), [("auto", [True, False, True]), ("always", [False] * 3), ("never", [True] * 3)]
 )
@@ -399,6 +406,7 @@ def test_other_components_are_fitted_whatever_is_kept(
     check(result, source)
 
 
+@pytest.mark.slow
 def test_interrupted_fit_is_not_kept(
     make_config: MakeConfig, finish: Finish, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,6 +424,7 @@ def test_interrupted_fit_is_not_kept(
     pd.testing.assert_frame_equal(result.table, expected)
 
 
+@pytest.mark.slow
 def test_exploration_is_of_the_images_that_are_there(
     make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path
 ) -> None:
@@ -434,6 +443,7 @@ def test_exploration_is_of_the_images_that_are_there(
     assert len(fruitdask.explore(make_config(**explored)).images) == 13
 
 
+@pytest.mark.slow
 def test_grown_output_on_s3(
     make_config: MakeConfig, client: Any, source: Path, s3_bucket: tuple[str, dict[str, Any]], s3_client: Any
 ) -> None:
@@ -504,6 +514,7 @@ def test_erasing_while_an_output_grows(
     check(result, source)
 
 
+@pytest.mark.slow
 def test_command_says_what_has_changed(make_config: MakeConfig, finish: Finish, source: Path, tmp_path: Path) -> None:
     finish(make_config())
     break_image(source / "pear" / "2.png")
@@ -571,10 +582,13 @@ def change(source: Path, random: np.random.Generator, n_added: int, n_changed: i
 #: Grows an output with one process after another, each of which is killed some steps later than the one before it: a step is anything that
 #: changes files. Whatever it leaves, the next run completes.
 _KILLED = """
-import json, os, shutil, signal, sys
+import contextlib, json, os, shutil, signal, sys
 from pathlib import Path
-import distributed, fruitdask.worker.featurize, fruitdask.pipeline.run, fruitdask.analysis.reduction, pyarrow.dataset, zarr
+# All that a run imports, once for all children.
+import distributed, fruitdask.analysis.pca, fruitdask.pipeline.run, fruitdask.worker.featurize, pyarrow.dataset, zarr
 import fruitdask
+with contextlib.suppress(ImportError):
+    import openvino
 
 config, every = fruitdask.load_config(sys.argv[1]), int(sys.argv[3])
 base, out = Path(sys.argv[2]), Path(config.output.url)

@@ -15,6 +15,21 @@ from fruitdask.worker.images import decode_image
 
 #: About four seconds of one core; tests/chaos/fuzz_images.py takes as many as one likes.
 N_INPUTS = 4_000
+#: Files that take more than a second to be opened.
+LASTING = {
+    "png-49-megapixels-in-48-kB",
+    "png-49-megapixels-transparent",
+    "png-many-chunks",
+    "png-fractions-for-orientation",
+    "jpeg-enormous-exif",
+    "jpeg-padding",
+    "tiff-strips-over-each-other",
+    "bmp-rle8-one-pixel-a-row",
+    "bmp-rle8-jumps",
+    "webp-49-megapixels-in-2-kB",
+    "gif-49-megapixels",
+    "heic-400-tiles",
+}
 
 
 def harm(data: bytes) -> str:
@@ -42,7 +57,9 @@ def opener() -> Iterator[Opener]:
         yield opener
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LASTING else name for name in FILES]
+)
 def test_hostile_file_has_an_outcome(opener: Opener, name: str) -> None:
     expected, build = FILES[name]
     outcome = opener.open(build(), Tally())

@@ -204,6 +204,7 @@ def configs(draw: Any) -> Config:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(configs())
 def test_policies_name_each_action_and_scope_what_aws_can_scope(config: Config) -> None:

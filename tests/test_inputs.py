@@ -67,6 +67,7 @@ def list_features(output: Path) -> dict[str, float]:
     return {str(path): path.stat().st_mtime_ns for path in files if path.is_file() and path.name != "zarr.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["split", "group"])
 def test_a_grouping_is_in_all_tables_and_costs_no_feature(
     name: str, make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path
@@ -92,6 +93,7 @@ def test_a_grouping_is_in_all_tables_and_costs_no_feature(
         pd.testing.assert_frame_equal(result.table.drop(columns=name, errors="ignore"), without)
 
 
+@pytest.mark.slow
 def test_split_of_images_stays_with_them(
     make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path
 ) -> None:
@@ -154,6 +156,7 @@ def test_merged_classes_are_said_once_a_run(make_config: MakeConfig, client: Any
     assert not [message for message in listener.said if message.startswith("Note: ")]
 
 
+@pytest.mark.slow
 def test_table_of_labels_notices_changed_and_missing_files(
     make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
 ) -> None:
@@ -179,6 +182,7 @@ def test_table_of_labels_notices_changed_and_missing_files(
     assert fruitdask.verify(tmp_path / "out").is_well
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_said_everywhere_and_kept_up_to_date(
     make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
 ) -> None:

@@ -217,6 +217,7 @@ def test_the_command_lists_issues_and_the_page_begins_with_them(checked: Path) -
     assert 'download="issues.csv"' in page and "cucumber_3/wrong.jpg" in page
 
 
+@pytest.mark.slow
 def test_a_check_that_was_left_out_is_made_up_for(
     planted: Path, tiny_model: ModelConfig, finish: Finish, checked: Path, tmp_path: Path
 ) -> None:
@@ -245,6 +246,7 @@ def test_check_needs_a_finished_run(tmp_path: Path) -> None:
         fruitdask.check(str(tmp_path / "nothing"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["issues.parquet", "issues.csv"])
 def test_a_damaged_list_is_a_fault_and_is_made_again(
     name: str, planted: Path, tiny_model: ModelConfig, finish: Finish, tmp_path: Path

@@ -496,6 +496,7 @@ def test_only_one_at_a_time(cloud: LoopbackEC2) -> None:
     launch(cloud, SLEEP)
 
 
+@pytest.mark.slow
 def test_use_redirects_every_client(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the shell says of profiles and endpoints, clients talk to the simulator."""
     monkeypatch.setenv("AWS_PROFILE", "work")
@@ -525,6 +526,7 @@ def test_exit_disarms_clusters_left_open() -> None:
     assert not forgotten.shutdown_on_close
 
 
+@pytest.mark.slow
 def test_instances_do_not_outlive_a_killed_test(tmp_path: Path) -> None:
     """When the test's process is killed, the instances' processes end."""
     line = f"docker run any sh -c 'exec 3> {tmp_path}/held; sleep 600 & echo ready > {tmp_path}/pipe; wait'"

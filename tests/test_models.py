@@ -109,6 +109,7 @@ def test_application_has_its_own_preprocessing() -> None:
     assert measure_error(load_predictor(artifact, n_threads=1)(pixels), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_squeezenet_names_a_granny_smith(photographs: Path) -> None:
     folder = photographs.parents[1] / "fruits-360-100x100" / "Test" / "Apple Granny Smith 1"
     pixels = read_pixels(sorted(folder.glob("*.jpg"))[:20], 227).astype(np.float32)
@@ -117,6 +118,7 @@ def test_squeezenet_names_a_granny_smith(photographs: Path) -> None:
     assert np.mean(scores.argmax(axis=1) == granny_smith) > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["avg", "max", "flatten"])
 def test_pooling_summarizes_the_last_feature_map(pooling: str, engine: str) -> None:
     pixels = random_pixels(64)
@@ -222,6 +224,7 @@ def test_keras_file_that_is_none_gets_no_advice_to_allow_code(tmp_path: Path) ->
         build_artifact(ModelConfig(weights=str(tmp_path / "own.keras"), preprocessing="none"))
 
 
+@pytest.mark.slow
 def test_weights_from_a_url_equal_those_from_disk(s3_bucket: tuple[str, dict], tmp_path: Path) -> None:
     import s3fs
 
@@ -253,6 +256,7 @@ def test_build_artifact_refuses(settings: dict, message: str) -> None:
         build_artifact(ModelConfig(**settings))
 
 
+@pytest.mark.slow
 def test_build_artifact_refuses_weights_of_another_network(tmp_path: Path) -> None:
     path = tmp_path / "squeeze.weights.h5"
     build_squeezenet(input_px=64, weights="imagenet").save_weights(path)
@@ -262,6 +266,7 @@ def test_build_artifact_refuses_weights_of_another_network(tmp_path: Path) -> No
         build_artifact(ModelConfig(weights=str(path)))
 
 
+@pytest.mark.slow
 def test_unavailable_weights_name_the_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Port 9 (discard) is closed: the child's download fails at once, with or without a network.
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
@@ -272,6 +277,7 @@ def test_unavailable_weights_name_the_ways_out(monkeypatch: pytest.MonkeyPatch, 
             wait_for_artifact()
 
 
+@pytest.mark.slow
 def test_random_weights_are_asked_for_by_name_warned_of_and_the_same_each_time(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -504,6 +510,7 @@ def test_openvino_packs_in_full_precision() -> None:
     assert len(weights) >= 4 * n_parameters and b"f16" not in xml
 
 
+@pytest.mark.slow
 @needs_openvino
 def test_openvino_gives_an_image_the_same_features_in_every_batch_and_thread() -> None:
     artifact = build_artifact(ModelConfig(name="SqueezeNet", input_px=64, engine="openvino"))
@@ -582,6 +589,7 @@ def test_artifact_that_a_worker_cannot_read_is_an_error_of_its_openvino() -> Non
         load_predictor(artifact, n_threads=1)
 
 
+@pytest.mark.slow
 def test_tensorflow_shares_gpus_and_computes_in_full_precision() -> None:
     code = (
         "from fruitdask.worker.models import prepare_engine; prepare_engine('tensorflow', n_threads=1); import os, tensorflow as tf; "

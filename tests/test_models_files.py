@@ -72,6 +72,7 @@ def test_whole_model_is_known_by_its_content(saved: str, name: str, tmp_path: Pa
     check_features(configure(tmp_path / name), reference)
 
 
+@pytest.mark.slow
 def test_whole_h5_model_without_preprocessing_is_still_taken_for_weights(tmp_path: Path) -> None:
     import keras
 
@@ -338,6 +339,7 @@ def test_subclassed_model_is_named_by_its_class(tmp_path: Path) -> None:
         build_artifact(config)
 
 
+@pytest.mark.slow
 def test_mixed_and_quantized_models_equal_keras(tmp_path: Path) -> None:
     import keras
 
@@ -358,6 +360,7 @@ def test_mixed_and_quantized_models_equal_keras(tmp_path: Path) -> None:
     check_features(configure(tmp_path / "int8.keras"), keras.Model(image, hidden))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("openvino") is None, reason="needs the extra openvino")
 def test_engine_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     import keras

@@ -352,6 +352,7 @@ def test_layer_that_is_not_clear_is_asked_for(build: Callable[[Any], Any], messa
         build_artifact(config)
 
 
+@pytest.mark.slow
 def test_layer_may_be_named_within_nested_networks(tmp_path: Path) -> None:
     import keras
 
@@ -392,6 +393,7 @@ def test_layer_that_is_used_side_by_side_cannot_be_named(tmp_path: Path) -> None
         build_artifact(config.model_copy(update={"layer": "base"}))
 
 
+@pytest.mark.slow
 def test_network_by_name_says_its_last_layer() -> None:
     artifact = build_artifact(ModelConfig(name="SqueezeNet", input_px=64, engine="tensorflow"))
     assert artifact.layer == "fire9_concat"

@@ -76,6 +76,7 @@ def list_findings(source: str) -> Iterator[str]:
                     yield f"{keyword.arg}={keyword.value.value}"
 
 
+@pytest.mark.slow
 def test_package_runs_no_code_of_others() -> None:
     found = {
         (path.relative_to(FOLDER).as_posix(), finding)

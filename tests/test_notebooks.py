@@ -109,7 +109,15 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, is_written: bool) -> Ite
         patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
         for variable in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
             patch.setenv(variable, str(folder / variable.lower()))
-        for variable in ("SPEND_MONEY", "BUCKET", "INSTANCE_PROFILE", "DOCKER_IMAGE", "CLIENT_CIDR", "PHOTOGRAPHS", "GROUPS"):
+        for variable in (
+            "SPEND_MONEY",
+            "BUCKET",
+            "INSTANCE_PROFILE",
+            "DOCKER_IMAGE",
+            "CLIENT_CIDR",
+            "PHOTOGRAPHS",
+            "GROUPS",
+        ):
             patch.delenv(f"FRUITDASK_{variable}", raising=False)
         patch.setenv("AWS_ENDPOINT_URL", NOWHERE)
         yield folder

@@ -105,6 +105,7 @@ def test_disk_that_is_full_ends_the_command_with_one_sentence(
     assert_same(result, undisturbed)
 
 
+@pytest.mark.slow
 def test_disk_that_is_full_in_the_end_loses_no_features(
     make_config: MakeConfig, disk: Path, client: Any, undisturbed: fruitdask.RunResult
 ) -> None:
@@ -124,6 +125,7 @@ def test_disk_that_is_full_in_the_end_loses_no_features(
     assert_same(result, undisturbed)
 
 
+@pytest.mark.slow
 def test_disk_that_becomes_read_only_ends_the_run_with_one_sentence(
     make_config: MakeConfig, disk: Path, client: Any, undisturbed: fruitdask.RunResult
 ) -> None:

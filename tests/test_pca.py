@@ -151,6 +151,7 @@ def test_fit_equals_sklearn_on_ill_conditioned_features() -> None:
     np.testing.assert_allclose(fitted.components_ @ fitted.components_.T, np.eye(11), atol=1e-12)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(cuts=st.lists(st.integers(1, 199), max_size=6, unique=True))
 def test_fit_does_not_depend_on_chunks(cuts: list[int]) -> None:
@@ -264,6 +265,7 @@ def test_fit_of_a_fraction_keeps_as_many_components_as_sklearn(fraction: float) 
     check_equal(PCA(fraction).fit(da.from_array(features, chunks=(100, -1))), expected)
 
 
+@pytest.mark.slow
 def test_randomized_finds_the_leading_components() -> None:
     features = draw_features(2000, 256)
     expected = sklearn.decomposition.PCA(5, svd_solver="full").fit(features.astype(np.float64))
@@ -329,6 +331,7 @@ def test_compare_components_refuses_another_width() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_dask_ml_is_imported_where_features_are_reduced_alone() -> None:
     rooms = "pipeline.run, pipeline.verify, pipeline.results, analysis.reduction, worker.featurize, worker.explore"
     code = "import sys\n" + "".join(f"import fruitdask.{name}\n" for name in rooms.split(", "))

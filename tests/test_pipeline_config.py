@@ -35,6 +35,7 @@ def test_the_configuration_of_a_run_runs_again(make_config: MakeConfig, finish: 
     assert fruitdask.run(again).n_computed == 0
 
 
+@pytest.mark.slow
 def test_a_change_without_new_images_is_written(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:
     finish(make_config())
     changed = make_config(reduce={"n_components": 1}, output={"overwrite": False})
@@ -47,6 +48,7 @@ def test_overwriting_is_for_once(make_config: MakeConfig, client: Any, tmp_path:
     assert load_config(tmp_path / "out" / "config.yaml") == make_config()
 
 
+@pytest.mark.slow
 def test_an_exploration_has_one_too_and_leaves_that_of_a_run(
     make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path
 ) -> None:

@@ -111,6 +111,7 @@ def build_plan(
     return Estimator(work, SAMPLE if n_left else None, n_features=1280, input_px=224).build_plan()
 
 
+@pytest.mark.slow
 def test_plan_of_a_local_run_says_what_there_is_and_writes_nothing(
     make_config: MakeConfig, sample_folder: Path, tmp_path: Path
 ) -> None:
@@ -130,6 +131,7 @@ def test_plan_of_a_local_run_says_what_there_is_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_plan_counts_what_an_earlier_run_has_done(make_config: MakeConfig, client: Any) -> None:
     class Interrupted(RunProgress):
         def advance(self, n_images: int, *, n_failed: int) -> None:
@@ -237,6 +239,7 @@ def test_plan_on_azure_uses_the_prices_of_the_configuration() -> None:
     assert "Microsoft.Compute/virtualMachines/write" in found.actions and len(found.exceeded) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.cloud
 @needs_loopback
 def test_plan_on_ec2_starts_nothing_and_writes_nothing(
@@ -264,6 +267,7 @@ def write_config(make_config: MakeConfig, tmp_path: Path) -> Callable[..., str]:
     return write
 
 
+@pytest.mark.slow
 def test_plan_command_prints_rows_or_json(write_config: Callable[..., str], sample_folder: Path) -> None:
     path = write_config(limits={"max_hours": 10}, privacy={"allowed_regions": "eu"})
     shown = CliRunner().invoke(cli, ["plan", path])
@@ -282,6 +286,7 @@ def test_plan_command_prints_rows_or_json(write_config: Callable[..., str], samp
     assert json.loads(as_json.stdout)["n_images"] == 24
 
 
+@pytest.mark.slow
 def test_limit_that_a_run_would_exceed_refuses_it(write_config: Callable[..., str], tmp_path: Path) -> None:
     path = write_config(limits={"max_hours": 1e-4})
     planned, started = (CliRunner().invoke(cli, [command, path]) for command in ("plan", "run"))
@@ -291,6 +296,7 @@ def test_limit_that_a_run_would_exceed_refuses_it(write_config: Callable[..., st
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.cloud
 @needs_loopback
 def test_cost_that_a_run_would_exceed_refuses_it(
@@ -337,6 +343,7 @@ class Hours(RunProgress):
         self._seconds += 3600
 
 
+@pytest.mark.slow
 def test_limit_that_a_run_has_exceeded_ends_it_and_it_goes_on(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

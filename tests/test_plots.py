@@ -290,6 +290,7 @@ def test_plot_map_draws_small_classes_last_and_none_all_at_once() -> None:
         np.testing.assert_array_equal(turn, np.repeat(["large", "small", "tiny"], [500, 5, 1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 30, 80])
 def test_plot_map_names_all_classes_and_keeps_its_size(n: int) -> None:
     figure, styles = plot_all(n)["map"], figures.style_classes(list_labels(n))
@@ -477,6 +478,7 @@ def test_figures_without_data_say_so() -> None:
         assert reason in figures.render_svg(figure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 5, 30, 80])
 def test_text_is_neither_cut_off_nor_overlapping(n: int) -> None:
     for name, figure in plot_all(n).items():
@@ -535,6 +537,7 @@ def test_render_png_stays_within_what_can_be_drawn() -> None:
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
 
 
+@pytest.mark.slow
 def test_render_svg_is_a_part_of_a_page() -> None:
     taken: set[str] = set()
     for name, figure in plot_all(30).items():
@@ -579,6 +582,7 @@ def test_render_svg_writes_hostile_names_as_text(label: str) -> None:
     assert "<script" not in svg and "<image" not in svg
 
 
+@pytest.mark.slow
 def test_render_svg_is_reproducible_also_in_threads() -> None:
     def render(number: int) -> str:
         return figures.render_svg(figures.plot_class_counts(make_classes(list_labels(3 + number % 3))), label="Counts")
@@ -639,6 +643,7 @@ def draw_all(drawn: dict[str, Figure]) -> dict[str, tuple[bytes, str]]:
     return {name: (figures.render_png(figure, dpi=60), figures.render_svg(figure)) for name, figure in drawn.items()}
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_whatever_the_users_matplotlibrc_and_leave_it_as_it_was() -> None:
     import matplotlib
 
@@ -650,6 +655,7 @@ def test_figures_are_the_same_whatever_the_users_matplotlibrc_and_leave_it_as_it
     assert [name for name in expected if found[name] != expected[name]] == []
 
 
+@pytest.mark.slow
 def test_matplotlib_loads_with_a_wrong_backend_and_keeps_a_right_one(tmp_path: Path) -> None:
     code = (
         "import os; from fruitdask.report import figures; figures.load_matplotlib(); import matplotlib; "
@@ -665,6 +671,7 @@ def test_matplotlib_loads_with_a_wrong_backend_and_keeps_a_right_one(tmp_path: P
         assert done.stdout.lower().split() == [used, backend.lower()], done.stderr
 
 
+@pytest.mark.slow
 def test_matplotlibrc_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe")
     code = "from fruitdask.report import figures\ntry: figures.load_matplotlib()\nexcept Exception as e: print(type(e).__name__, e)"

@@ -174,7 +174,7 @@ def planted(tmp_path: Path, http_folder: tuple[Path, str], tiny_model: ModelConf
     return n_positions, {
         "input": {"url": str(tmp_path / "in"), "manifest": f"{url}/list.csv?signature={SECRETS['signature']}"},
         "model": {"weights": f"{url}/network.keras", "preprocessing": "none"},
-        "featurize": {"images_per_partition": 5, "max_failed_fraction": 0.5},
+        "featurize": {"images_per_partition": 13, "max_failed_fraction": 0.5},
         "explore": {"input_px": 32},
         "reduce": {"tsne": {"enabled": True, "perplexity": 5}},
     }

@@ -38,6 +38,7 @@ def test_check_n_components_refuses_what_cannot_be(arguments: dict, message: str
         check_n_components(**arguments)
 
 
+@pytest.mark.slow
 def test_embed_tsne_keeps_neighbours_and_is_reproducible() -> None:
     rng = np.random.default_rng(0)
     scores = np.concatenate([rng.normal(centre, 0.3, size=(40, 10)) for centre in (-3, 0, 3)])
@@ -48,6 +49,7 @@ def test_embed_tsne_keeps_neighbours_and_is_reproducible() -> None:
     np.testing.assert_array_equal(embed_tsne(scores, perplexity=10, seed=3), embedding)
 
 
+@pytest.mark.slow
 def test_embed_tsne_takes_fewer_images_than_its_perplexity() -> None:
     assert embed_tsne(np.random.default_rng(0).normal(size=(5, 3)), perplexity=30).shape == (5, 2)
 

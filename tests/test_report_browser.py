@@ -143,6 +143,7 @@ def select_points(page: Page, name: str) -> None:
     pytest.fail("nothing was selected")
 
 
+@pytest.mark.slow
 def test_page_asks_for_nothing_and_complains_of_nothing(opened: Watched, report_file: Path) -> None:
     page = opened.page
     hover(page, "pca", 0)
@@ -151,6 +152,7 @@ def test_page_asks_for_nothing_and_complains_of_nothing(opened: Watched, report_
     assert opened.complaints == []
 
 
+@pytest.mark.slow
 def test_policy_stops_what_is_not_the_pages_own(opened: Watched, report_file: Path) -> None:
     page = opened.page
     refused = page.evaluate("""async () => {
@@ -164,6 +166,7 @@ def test_policy_stops_what_is_not_the_pages_own(opened: Watched, report_file: Pa
     assert opened.requests == [report_file.as_uri()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pca", "tsne"])
 def test_hover_shows_thumbnail_path_and_label(opened: Watched, name: str) -> None:
     point = hover(opened.page, name, 3)
@@ -176,6 +179,7 @@ def test_hover_shows_thumbnail_path_and_label(opened: Watched, name: str) -> Non
     opened.page.wait_for_selector("#tip", state="hidden")
 
 
+@pytest.mark.slow
 def test_hover_shows_a_point_without_thumbnail(opened: Watched) -> None:
     point = hover(opened.page, "pca", 3, with_picture=False)
     tip = opened.page.locator("#tip")
@@ -183,6 +187,7 @@ def test_hover_shows_a_point_without_thumbnail(opened: Watched) -> None:
     assert tip.locator("img").count() == 0
 
 
+@pytest.mark.slow
 def test_names_of_strangers_stay_text(opened: Watched) -> None:
     page = opened.page
     labels = page.evaluate("() => JSON.parse(document.getElementById('maps-data').textContent).labels")
@@ -198,6 +203,7 @@ def test_names_of_strangers_stay_text(opened: Watched) -> None:
     assert opened.complaints == []
 
 
+@pytest.mark.slow
 def test_legend_mutes_a_class_in_both_maps(opened: Watched) -> None:
     page = opened.page
     button = page.locator("#legend .class").nth(2)
@@ -209,6 +215,7 @@ def test_legend_mutes_a_class_in_both_maps(opened: Watched) -> None:
     assert page.evaluate(LIST_MUTED) == [[], []]
 
 
+@pytest.mark.slow
 def test_legend_works_by_keyboard(opened: Watched) -> None:
     page = opened.page
     page.locator("#legend-none").focus()
@@ -225,6 +232,7 @@ def test_legend_works_by_keyboard(opened: Watched) -> None:
     assert page.evaluate(LIST_MUTED) == [["class-0", "class-1"]] * 2
 
 
+@pytest.mark.slow
 def test_legend_filter_limits_what_its_buttons_do(opened: Watched) -> None:
     page = opened.page
     page.locator("#legend-filter").fill("  FRUIT_00")
@@ -249,6 +257,7 @@ def test_legend_filter_limits_what_its_buttons_do(opened: Watched) -> None:
     assert page.evaluate(LIST_MUTED) == [[], []]
 
 
+@pytest.mark.slow
 def test_selection_is_shared_by_both_maps(opened: Watched) -> None:
     page = opened.page
     select_points(page, "pca")
@@ -262,6 +271,7 @@ def test_selection_is_shared_by_both_maps(opened: Watched) -> None:
     assert page.locator("#selection-text").text_content() == "Nothing is selected."
 
 
+@pytest.mark.slow
 def test_search_selects_images_by_name(opened: Watched) -> None:
     page = opened.page
     page.locator("#search").fill("  FRUIT_003/R0_15")
@@ -283,6 +293,7 @@ def test_search_selects_images_by_name(opened: Watched) -> None:
     assert page.locator("#selection-download").is_disabled()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opened", [{"permissions": ["clipboard-read", "clipboard-write"]}], indirect=True)
 def test_paths_of_selected_images_are_copied(opened: Watched) -> None:
     page = opened.page
@@ -294,6 +305,7 @@ def test_paths_of_selected_images_are_copied(opened: Watched) -> None:
     assert len(copied) == n_selected > 1 and all(path.startswith("fruit_004/") for path in copied)
 
 
+@pytest.mark.slow
 def test_pictures_enlarge_by_keyboard_and_give_the_focus_back(opened: Watched) -> None:
     page = opened.page
     pictures = page.locator("#examples button.picture:visible")
@@ -314,6 +326,7 @@ def test_pictures_enlarge_by_keyboard_and_give_the_focus_back(opened: Watched) -
     assert pictures.nth(1).evaluate("(each) => each === document.activeElement")
 
 
+@pytest.mark.slow
 def test_a_selected_picture_and_a_figure_enlarge_by_mouse(opened: Watched) -> None:
     page = opened.page
     page.locator("#search").fill("fruit_005")
@@ -329,6 +342,7 @@ def test_a_selected_picture_and_a_figure_enlarge_by_mouse(opened: Watched) -> No
     assert opened.complaints == []
 
 
+@pytest.mark.slow
 def test_downloaded_paths_leave_images_out_erase_them_and_label_them(
     browser: Browser, sample_folder: Path, tiny_model: ModelConfig, tmp_path: Path, finish: Finish
 ) -> None:
@@ -361,6 +375,7 @@ def test_downloaded_paths_leave_images_out_erase_them_and_label_them(
     assert list(results["path"]) == list(left["path"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opened", [{"viewport": {"width": 1440, "height": 900}}, {"viewport": PHONE}], indirect=True)
 def test_figures_fit_into_the_width(opened: Watched) -> None:
     page = opened.page
@@ -373,6 +388,7 @@ def test_figures_fit_into_the_width(opened: Watched) -> None:
     assert page.evaluate("() => document.documentElement.scrollWidth === innerWidth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opened", [{"viewport": PHONE, "is_mobile": True, "has_touch": True}], indirect=True)
 def test_phone_shows_everything_without_scrolling_sideways(opened: Watched) -> None:
     page = opened.page
@@ -388,6 +404,7 @@ def test_phone_shows_everything_without_scrolling_sideways(opened: Watched) -> N
     assert page.locator("#tip span").text_content() == page.locator("#selection-pictures .path").first.text_content()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opened", [{"color_scheme": "light"}], indirect=True)
 def test_dark_mode_reaches_page_and_maps(opened: Watched) -> None:
     page = opened.page
@@ -409,6 +426,7 @@ def test_dark_mode_reaches_page_and_maps(opened: Watched) -> None:
     assert dark == ["rgb(22, 24, 29)", "rgb(230, 232, 235)", "#e6e8eb"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opened", [{"color_scheme": "dark"}], indirect=True)
 def test_print_is_black_on_white_and_unfolded(opened: Watched) -> None:
     page = opened.page
@@ -421,6 +439,7 @@ def test_print_is_black_on_white_and_unfolded(opened: Watched) -> None:
     assert page.locator("details:not([open])").count() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "opened", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True, ids=["light", "dark"]
 )
@@ -461,6 +480,7 @@ def test_contrast_of_text_is_enough(opened: Watched) -> None:
     assert worst[0] >= 4.5, worst[1]
 
 
+@pytest.mark.slow
 def test_page_works_in_a_frame_of_a_notebook(browser: Browser, report_file: Path, tmp_path: Path) -> None:
     notebook = tmp_path / "notebook.html"
     report = html.escape(report_file.read_text(encoding="utf-8"))

@@ -372,6 +372,7 @@ def test_render_page_of_an_exploration_speaks_of_no_network() -> None:
     assert "fruitdask explore config.yaml" in text and "MobileNetV2 turned" not in text
 
 
+@pytest.mark.slow
 def test_render_page_warns_of_neighbours_that_are_shots_of_one_series() -> None:
     data = make_report_data(60, 3)
     assert data.exploration is not None
@@ -423,6 +424,7 @@ def test_render_page_bears_a_class_without_any_good_image() -> None:
     assert re.search(r"fruit_001 20 \d 94 % – – –", outline.text)
 
 
+@pytest.mark.slow
 def test_render_page_shows_each_class_of_a_group_and_lists_all_groups() -> None:
     data = make_report_data(900, 3, n_thumbnails=40)
     assert data.exploration is not None

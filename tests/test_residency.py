@@ -441,6 +441,7 @@ def test_exploration_of_allowed_places_records_them(make_config: MakeConfig, ser
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["storage_options", "bucket"])
 def test_required_encryption_is_found_or_missed(make_config: MakeConfig, server: Server, client: Any, way: str) -> None:
     options: dict[str, Any] = {"endpoint_url": server.url}

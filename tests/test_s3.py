@@ -212,7 +212,7 @@ def make_config(server: Server, request: pytest.FixtureRequest) -> MakeConfig:
         sections: dict[str, dict[str, Any]] = {
             "input": {"url": f"s3://{BUCKET}/{FOLDER}", **options},
             "model": {"weights": f"s3://{BUCKET}/nets/colours.keras", "preprocessing": "none", **options},
-            "featurize": {"images_per_partition": 5},
+            "featurize": {"images_per_partition": 12},
             "plots": {"enabled": False},
             "output": {"url": f"s3://{BUCKET}/{output}", **options},
         }
@@ -232,7 +232,7 @@ def on_disk(
         {
             "input": {"url": str(sample_folder)},
             "model": tiny_model.model_dump(),
-            "featurize": {"images_per_partition": 5},
+            "featurize": {"images_per_partition": 12},
             "plots": {"enabled": False},
             "output": {"url": str(tmp_path_factory.mktemp("disk") / "out")},
         }
@@ -254,6 +254,7 @@ class Interrupt(RunProgress):
         raise KeyboardInterrupt("in this test")
 
 
+@pytest.mark.slow
 @both_servers
 def test_run_on_s3_equals_run_on_disk(make_config: MakeConfig, client: Any, on_disk: fruitdask.RunResult) -> None:
     result = fruitdask.run(make_config(), client=client)
@@ -280,7 +281,10 @@ def test_features_are_the_same_by_https_and_from_virtual_hosts(
 @both_servers
 def test_run_goes_on_where_it_was_interrupted(make_config: MakeConfig, client: Any, server: Server) -> None:
     config = make_config(
-        input={"manifest": f"s3://{BUCKET}/lists/all.csv"}, explore={"enabled": False}, report={"enabled": False}
+        input={"manifest": f"s3://{BUCKET}/lists/all.csv"},
+        featurize={"images_per_partition": 5},
+        explore={"enabled": False},
+        report={"enabled": False},
     )
     with pytest.raises(KeyboardInterrupt, match="in this test"):
         fruitdask.run(config, client=client, progress=Interrupt())

@@ -159,6 +159,7 @@ def test_map_partitions_delivers_again_when_a_worker_dies_of_receiving(tmp_path:
     assert len(list(tmp_path.iterdir())) == 13
 
 
+@pytest.mark.slow
 def test_map_partitions_ends_when_every_worker_has_paused_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "_POLL_SECONDS", 1)
     done: list[int] = []
@@ -238,6 +239,7 @@ def test_map_partitions_says_which_partition_failed(client: Any, tmp_path: Path)
         map_partitions(client, write_note, PARTITIONS, "", delivered=tmp_path, on_result=lambda index: None)
 
 
+@pytest.mark.slow
 def test_map_partitions_says_that_no_worker_comes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(scheduling, "_WORKER_TIMEOUT_SECONDS", 1)
     with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster, Client(

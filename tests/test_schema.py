@@ -176,6 +176,7 @@ def test_a_strange_manifest_is_a_sentence(output: Path, change: Callable[[dict[s
     assert CliRunner().invoke(cli, ["run", str(output.parent / "run.yaml")]).exit_code == 0
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_a_manifest_of_any_json_is_read_or_refused(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

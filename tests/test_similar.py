@@ -99,9 +99,7 @@ def test_similar_refuses_what_it_cannot_find(result: fruitdask.RunResult, tmp_pa
 
 def test_similar_refuses_another_network(result: fruitdask.RunResult, sample_folder: Path, tmp_path: Path) -> None:
     photograph = np.zeros((8, 8, 3), np.uint8)
-    with pytest.raises(
-        StoreMismatchError, match="found others: model.preprocessing was none, is tf; set model.weights"
-    ):
+    with pytest.raises(StoreMismatchError, match="found others: model.preprocessing was none, is tf"):
         result.similar(photograph, overrides=["model.preprocessing=tf"])
     with pytest.raises(StoreMismatchError, match="featurize.max_pixels was 50000000, is 99"):
         result.similar(photograph, overrides=["featurize.max_pixels=99"])

@@ -278,6 +278,7 @@ def change_text(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "expected", "remedy", "n_computed"), DAMAGES.values(), ids=DAMAGES)
 def test_run_after_repair_makes_what_was_damaged_and_nothing_else(
     config: Callable[..., Config],
