@@ -630,6 +630,8 @@ def history(account: Account, workers: Client) -> History:
         vanished = Location(f"{config.input.url}/gone/2.jpg", config.input.storage_options)
         assert isinstance(workers.submit(hash_file, vanished).exception(), StorageError)
         assert fruitdask.run(config, client=workers).n_computed == 0
+        # The mark of a partition is deleted, and asked for once more.
+        assert fruitdask.run(config, client=workers, retry_failed=True).n_computed == 5
         assert "</html>" in fruitdask.render_report(config).read()
         assert fruitdask.erase(config, ["broken/0.jpg"], client=workers).n_erased == 1
     for changes, message in (

@@ -454,7 +454,7 @@ def test_required_encryption_is_found_or_missed(make_config: MakeConfig, server:
     # No photograph has been read by then, and nothing was written but what describes the exploration.
     assert not [request for request in server.requests if ".jpg" in request]
     written = {request.rpartition("/")[2] for request in server.requests if request.startswith("PUT")}
-    assert written == {"explore.json", "run.lock", "zarr.json"}
+    assert written == {"explore.json", "run.lock"}
     s3 = boto3.client("s3", endpoint_url=server.url, region_name="eu-west-3")
     rule = {"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}
     if way == "bucket":

@@ -9,6 +9,7 @@ from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
 from botocore.utils import parse_timestamp
 from fsspec import register_implementation
+from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
 
@@ -34,6 +35,21 @@ class S3(S3FileSystem):  # type: ignore[misc]
             parsers = self.session.get_component("response_parser_factory")
             parsers.set_parser_defaults(timestamp_parser=_parse_timestamp)
         return await super().set_session(*args, **kwargs)
+
+    async def _exists(self, path: str) -> bool:
+        """Whether there is an object, or one anywhere below it; s3fs asks for folders, which not all servers tell it."""
+        bucket, key, _ = self.split_path(path)
+        if not key:
+            return bool(await super()._exists(path))
+        with suppress(FileNotFoundError):
+            await self._call_s3("head_object", Bucket=bucket, Key=key)
+            return True
+        with suppress(FileNotFoundError):
+            page = await self._call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/", MaxKeys=1)
+            return bool(page.get("Contents"))
+        return False
+
+    exists = sync_wrapper(_exists)
 
     def list_page(
         self, path: str, token: str | None = None, *, n_max: int = 1000
