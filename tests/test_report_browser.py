@@ -258,6 +258,27 @@ def test_legend_filter_limits_what_its_buttons_do(opened: Watched) -> None:
 
 
 @pytest.mark.slow
+def test_many_classes_are_drawn_by_as_many_renderers_as_there_are_styles(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "many.html"
+    path.write_text(render_page(make_report_data(900, 300, n_thumbnails=0)), encoding="utf-8")
+    with browser.new_context(viewport=DESKTOP) as context:
+        page = context.new_page()
+        page.goto(path.as_uri())
+        page.wait_for_selector(READY, state="attached")
+        count = "() => Bokeh.documents[0].roots().map((plot) => plot.renderers.length)"
+        assert page.evaluate(count) == [144, 144]
+        buttons = page.locator("#legend .class")
+        assert buttons.count() == 300
+        # The 146th class looks like the second one, and so does the 290th.
+        buttons.nth(145).click()
+        faded = page.locator("#legend .class[aria-pressed=false]")
+        assert [faded.nth(n).get_attribute("data-class") for n in range(faded.count())] == ["1", "145", "289"]
+        assert page.evaluate(LIST_MUTED) == [["class-1"], ["class-1"]]
+        shown = "() => { const d = Bokeh.documents[0].roots()[0].renderers[1].view.filter.indices; return d.length }"
+        assert page.evaluate(shown) == 9
+
+
+@pytest.mark.slow
 def test_selection_is_shared_by_both_maps(opened: Watched) -> None:
     page = opened.page
     select_points(page, "pca")

@@ -37,7 +37,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
         return await super().set_session(*args, **kwargs)
 
     async def _exists(self, path: str) -> bool:
-        """Whether there is an object, or one anywhere below it; s3fs asks for folders, which not all servers tell it."""
+        """Whether there is an object, or one anywhere below it; s3fs asks for folders, which not all servers tell."""
         bucket, key, _ = self.split_path(path)
         if not key:
             return bool(await super()._exists(path))

@@ -191,18 +191,27 @@ def _describe_points(points: pd.DataFrame, labels: list[str], thumbnails: Thumbn
 def _build_document(
     points: pd.DataFrame, axes: Sequence[MapAxes], styles: Mapping[str, figures.ClassStyle]
 ) -> dict[str, Any]:
-    """Build the Bokeh document: one source, so that maps share a selection, and one renderer per class."""
+    """Build the Bokeh document: one source, so that maps share a selection, and one renderer per style: of more than
+    144 classes some look the same, and thousands of renderers would stop a browser.
+    """
     from bokeh.document import Document
     from bokeh.models import ColumnDataSource, IndexFilter
 
     columns = sorted({column for each in axes for column in (each.x, each.y)})
     source = ColumnDataSource({name: points[name].to_numpy(np.float32) for name in columns}, name="points")
-    rows = points.groupby("label").indices
-    filters: dict[str, Filter] = {label: IndexFilter(indices=np.asarray(rows[label]).tolist()) for label in styles}
+    # The first class of each style stands for all of them.
+    first = {style: number for number, style in reversed(list(enumerate(styles.values())))}
+    drawn_with = [first[style] for style in styles.values()]
+    number_of_point = np.array(drawn_with)[pd.Categorical(points["label"], categories=list(styles)).codes]
+    filters: dict[int, Filter] = {
+        number: IndexFilter(indices=np.flatnonzero(number_of_point == number).tolist())
+        for number in dict.fromkeys(drawn_with)
+    }
     document = Document()
     for each in axes:
-        document.add_root(_draw_map(each, source, filters, styles))
+        document.add_root(_draw_map(each, source, filters, list(styles.values())))
     return {
+        "drawn_with": drawn_with,
         "document": document.to_json(deferred=False),
         "roots": {root.ref["id"]: f"map-{each.name}" for root, each in zip(document.roots, axes, strict=True)},
     }
@@ -211,8 +220,8 @@ def _build_document(
 def _draw_map(
     axes: MapAxes,
     source: "ColumnDataSource",
-    filters: Mapping[str, "Filter"],
-    styles: Mapping[str, figures.ClassStyle],
+    filters: Mapping[int, "Filter"],
+    styles: Sequence[figures.ClassStyle],
 ) -> "Figure":
     """Draw one map; the page sets the colours of axes and grid, depending on dark mode."""
     from bokeh.models import CDSView
@@ -239,12 +248,13 @@ def _draw_map(
     plot = figure(**options)
     plot.toolbar.logo = None
     size = _POINT_PX if len(source.data[axes.x]) <= _MANY_POINTS else _SMALL_POINT_PX
-    for number, (label, style) in enumerate(styles.items()):
+    for number, filtered in filters.items():
+        style = styles[number]
         plot.scatter(
             axes.x,
             axes.y,
             source=source,
-            view=CDSView(filter=filters[label]),
+            view=CDSView(filter=filtered),
             name=f"class-{number}",
             marker=style.marker,
             size=size,

@@ -160,9 +160,13 @@ const showMaps = async () => {
   // Legend
   const buttons = [...document.querySelectorAll("#legend .class")];
   const isMuted = (point) => buttons[data.class_of_point[point]].getAttribute("aria-pressed") === "false";
+  // Of more than 144 classes, those that look the same fade together.
+  const drawnWith = (button) => data.drawn_with[Number(button.dataset.class)];
   const mute = (changed, muted) => {
-    for (const button of changed) button.setAttribute("aria-pressed", String(!muted));
-    const numbers = new Set(changed.map((button) => Number(button.dataset.class)));
+    const numbers = new Set(changed.map(drawnWith));
+    for (const button of buttons) {
+      if (numbers.has(drawnWith(button))) button.setAttribute("aria-pressed", String(!muted));
+    }
     for (const renderer of renderers) if (numbers.has(rendererClass(renderer))) renderer.muted = muted;
     keepVisible();
   };

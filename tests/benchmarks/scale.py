@@ -149,10 +149,13 @@ def carry_out(target: str, arguments: list[str]) -> None:
     """Carry out a command of the command line in this process, and write what its stages took."""
     meter = Meter()
     from fruitdask import cli
+    from fruitdask.cluster import local
     from fruitdask.core.progress import RunProgress
     from fruitdask.pipeline import featurize
     from fruitdask.worker import featurize as tasks
 
+    # Workers need the file system that this module registers.
+    local._PRELOADED.append("scale")
     featurize.start_building = _no_building  # type: ignore[assignment]
     tasks.prepare_workers = lambda client, engine: []
     tasks.featurize_partition = invent_partition
