@@ -194,7 +194,7 @@ def test_expected_cost_is_what_arithmetic_says(cloud: LoopbackEC2, monkeypatch: 
         "addresses": 0.005 * seconds / 3600,
         # The images to another region, and the features three times to the client.
         "transfer": 0.02 * 0.2 + 0.09 * 3 * 1000 * 1280 * 4 / 1e9,
-        "requests": (1000 + 10 * 14) * 0.00043 / 1000 + (1 + 10 * 4) * 0.0054 / 1000,
+        "requests": (1000 + 10 * 18) * 0.00043 / 1000 + (1 + 10 * 6) * 0.0054 / 1000,
     }
     assert found.costs == pytest.approx(expected) and found.dollars == pytest.approx(sum(expected.values()))
     busy = found.seconds["featurize"] / running

@@ -41,7 +41,7 @@ _REDUCE_RATE = 1_000_000 * 1280**2 / (2 * 68)
 #: How often the reduction reads the features: to fit, to project and to evaluate.
 _N_FEATURE_READS = 3
 #: Requests to an output on S3 per partition, as tests/benchmarks/s3_requests.py counts them.
-_WRITES_PER_PARTITION, _READS_PER_PARTITION = 4, 14
+_WRITES_PER_PARTITION, _READS_PER_PARTITION = 6, 18
 #: Keys per page of a listing: https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
 _KEYS_PER_LISTING = 1000
 #: vCPUs assumed for an instance if AWS could not be asked.
