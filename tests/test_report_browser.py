@@ -206,6 +206,7 @@ def test_names_of_strangers_stay_text(opened: Watched) -> None:
 @pytest.mark.slow
 def test_legend_mutes_a_class_in_both_maps(opened: Watched) -> None:
     page = opened.page
+    assert page.get_by_text("fade together").count() == 0
     button = page.locator("#legend .class").nth(2)
     button.click()
     assert button.get_attribute("aria-pressed") == "false"
@@ -269,6 +270,7 @@ def test_many_classes_are_drawn_by_as_many_renderers_as_there_are_styles(browser
         assert page.evaluate(count) == [144, 144]
         buttons = page.locator("#legend .class")
         assert buttons.count() == 300
+        assert page.get_by_text("Classes of the same colour and mark fade together.").is_visible()
         # The 146th class looks like the second one, and so does the 290th.
         buttons.nth(145).click()
         faded = page.locator("#legend .class[aria-pressed=false]")

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
+from fruitdask.worker.images.resize import COEFFICIENT_BITS
+
 Kernel = TypeVar("Kernel", bound=Callable[..., None])
 
-#: Bits of the fraction of a coefficient: Pillow's, for channels of 8 bits.
-COEFFICIENT_BITS = 32 - 8 - 2
 #: Rows that are narrowed together, of which an image must have as many: the pixels of a column fill two cache lines.
 ROWS = 32
 

@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+#: Bits of the fraction of a coefficient: Pillow's, for channels of 8 bits.
+COEFFICIENT_BITS = 32 - 8 - 2
 #: Pixels of a larger image that are narrowed together: few enough for a cache, and for one of Pillow's pieces of 16 MB.
 _PIXELS_AT_ONCE = 1_000_000
 #: Half the width of the filter in pixels of the smaller image, and its parameter (Keys 1981).
@@ -60,7 +62,7 @@ def _compute_coefficients(n_in: int, n_out: int) -> tuple[npt.NDArray[np.int32],
     """Compute what each pixel of a resized row is made of, in Pillow's order of operations.
 
     Returns the first pixel and the number of pixels, shape (n_out, 2), and their coefficients, shape (n_out, most), as
-    integers with 22 bits of fraction.
+    integers with `COEFFICIENT_BITS` bits of fraction.
     """
     scale = n_in / n_out
     widening = max(scale, 1.0)
@@ -72,7 +74,7 @@ def _compute_coefficients(n_in: int, n_out: int) -> tuple[npt.NDArray[np.int32],
     weights[places >= last[:, np.newaxis]] = 0.0
     # A cumulative sum adds one after the other, as Pillow does.
     weights /= weights.cumsum(axis=1)[:, -1:]
-    scaled = weights * (1 << 22)
+    scaled = weights * (1 << COEFFICIENT_BITS)
     return np.stack([first, last - first], axis=1), (scaled + np.where(weights < 0, -0.5, 0.5)).astype(np.int32)
 
 
