@@ -391,7 +391,7 @@ def test_plot_explained_variance_marks_where_the_curve_reaches_the_shares() -> N
 @pytest.mark.parametrize("n", [5, 40], ids=["with numbers", "with a legend"])
 def test_plot_confusion_shades_by_share(n: int) -> None:
     (axes,) = (figure := figures.plot_confusion(list_labels(n), shares := make_shares(n))).axes
-    image = np.asarray(axes.images[0].get_array())
+    image = np.asarray(axes.collections[0].get_array())
     np.testing.assert_allclose(image[..., 3] ** 2, np.nan_to_num(shares))
     numbers = {(text.get_position()[1], text.get_position()[0]): text.get_text() for text in axes.texts}
     expected = {place: f"{100 * share:.0f}" for place, share in np.ndenumerate(shares) if share >= 0.005}
