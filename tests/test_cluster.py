@@ -103,6 +103,16 @@ def test_local_workers_that_die_again_and_again_are_replaced() -> None:
         assert client.submit(sum, [1, 2]).result(60) == 3
 
 
+def test_local_cluster_bears_that_a_worker_dies_while_it_registers() -> None:
+    def remove(dask_scheduler: Scheduler) -> None:
+        dask_scheduler.plugins["worker-status"].remove_worker(dask_scheduler, "tcp://127.0.0.1:1")
+
+    # Closing it waits for what it was told of its workers.
+    with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
+        client.run_on_scheduler(remove)
+        assert client.submit(sum, [1, 2]).result() == 3
+
+
 def test_local_cluster_that_cannot_start_says_so() -> None:
     with pytest.raises(ClusterStartError, match="the local cluster .* did not start: .*; check the section cluster"):
         with open_client(LocalClusterConfig(n_workers=1, memory_limit="a lot", dashboard_address=None)):

@@ -104,8 +104,10 @@ def _start_cluster(config: LocalClusterConfig) -> Any:
     """Start the scheduler and the workers."""
     import dask
     from dask.system import CPU_COUNT
-    from distributed import LocalCluster, Security
+    from distributed import Security
     from distributed.system import MEMORY_LIMIT
+
+    from fruitdask.cluster.tolerant import TolerantLocalCluster
 
     n_workers, threads = choose_workers(config, n_cores=CPU_COUNT, memory_bytes=MEMORY_LIMIT)
     is_encrypted = dask.config.get("distributed.comm.require-encryption")
@@ -113,7 +115,7 @@ def _start_cluster(config: LocalClusterConfig) -> Any:
         with warnings.catch_warnings():
             # If another run uses the dashboard's port, Dask takes a free one, and shows the right link.
             warnings.filterwarnings("ignore", "Port .* is already in use", UserWarning)
-            return LocalCluster(
+            return TolerantLocalCluster(
                 n_workers=n_workers,
                 threads_per_worker=threads,
                 memory_limit=config.memory_limit or "auto",

@@ -18,6 +18,7 @@ from distributed.deploy.spec import ProcessInterface, SpecCluster
 
 from fruitdask.cluster.cloud.fleet import Fleet, State
 from fruitdask.cluster.cloud.prices import Usage
+from fruitdask.cluster.tolerant import Tolerant
 from fruitdask.core.aws import explain_aws_error
 from fruitdask.core.azure import explain_azure_error
 from fruitdask.errors import ClusterStartError, FruitdaskError
@@ -189,7 +190,7 @@ class WorkerMachine(Machine):
         await super().close()
 
 
-class CloudCluster(VMCluster):  # type: ignore[misc]
+class CloudCluster(Tolerant, VMCluster):  # type: ignore[misc]
     """The cluster of a run: constructed on its event loop, launched, and ended. Subclasses know their cloud."""
 
     #: Name of the cloud in messages.
