@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask import store
+from fruitdask.core.memory import return_freed_memory
 from fruitdask.core.partition import VANISHED_BYTES
 from fruitdask.core.storage import Location, exists
 from fruitdask.errors import StoreMismatchError
@@ -63,6 +64,8 @@ def order_images(inputs: Inputs, *, has_commits: bool) -> Rows:
     catalog = merge_listing(
         stored, inputs.catalog, on_block=lambda before, now: changes.update(_count_changes(before, now))
     )
+    # A quarter of the process at ten million images.
+    return_freed_memory()
     changes["added"] += len(catalog) - changes.total()
     del changes["absent"]
     n_left = changes["changed"] + changes["kept"]

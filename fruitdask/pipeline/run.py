@@ -106,15 +106,12 @@ def carry_out(
         # It may have changed although there was nothing to compute.
         write_config(state.output, config)
         progress.begin("Drawing")
-        with state.clock.measure("draw"):
-            manifest = render(config, state.output) or manifest
-    return RunResult(
-        state.output,
-        manifest.dump(),
-        n_computed=state.pending.n_images,
-        changes=changes,
-        seconds=state.clock.describe(),
-    )
+        output, clock, n_computed = state.output, state.clock, state.pending.n_images
+        # Frees the catalog, which drawing does not need.
+        del state, exploration
+        with clock.measure("draw"):
+            manifest = render(config, output) or manifest
+    return RunResult(output, manifest.dump(), n_computed=n_computed, changes=changes, seconds=clock.describe())
 
 
 def plan(config: Config, *, progress: RunProgress | bool | None = None) -> Plan:

@@ -24,7 +24,7 @@ from fruitdask.core.listing import GROUPINGS, Listing, find_rows, format_left_ou
 from fruitdask.core.partition import VANISHED_BYTES, Partition
 from fruitdask.core.storage import Location, exists, explained, open_new
 from fruitdask.errors import CatalogError
-from fruitdask.store.layout import CATALOG, VERSION_COLUMNS
+from fruitdask.store.layout import CATALOG
 from fruitdask.store.tables import decoded
 
 COLUMNS = ("path", "label", "bytes", "version")
@@ -32,6 +32,8 @@ COLUMNS = ("path", "label", "bytes", "version")
 _ROWS_AT_ONCE = 65_536
 #: Rows of a catalog that are written, or read and compared, at once.
 _ROWS_IN_MEMORY = 262_144
+#: Runs of a listing that a block of a catalog may consist of to share its memory; many pieces make a column slow.
+_MAX_RUNS = 256
 #: Endings of files that are taken for a folder of images, and how such a folder is written.
 _ARCHIVE_ENDINGS = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar"}
 #: What is said of the endings that are taken by default.
@@ -209,35 +211,31 @@ def merge_listing(
     """Bring the catalog of a store, read in blocks, up to date with the input as it is now.
 
     `on_block` is called with each block as it was, and with its columns ``label``, ``bytes`` and ``version`` as they
-    are now. The paths of the result are in the memory of the blocks.
+    are now. The result shares the memory of the listing's paths where it can.
     """
     paths, blocks, start = listing["path"], list[dict[str, Any]](), 0
     words = {name: _Words(listing[name]) for name in ("label", *GROUPINGS) if name in listing}
     is_new, is_same = np.ones(len(listing), bool), True
     for block in stored:
         places = _find_block(block["path"], paths, start)
-        is_listed, start = places >= 0, start + len(block)
-        is_new[places[is_listed]] = False
-        is_same &= bool(np.array_equal(places, np.arange(start - len(block), start)))
-        now = {
-            "bytes": _take(listing["bytes"], places, VANISHED_BYTES),
-            "version": _take(listing["version"], places, 0),
-        }
-        now |= {name: each.merge(block.get(name), places) for name, each in words.items()}
-        on_block(block, pd.DataFrame(now | {"label": words["label"].name(now["label"])}))
-        blocks.append({"path": block["path"], **now})
+        is_new[places[places >= 0]] = False
+        is_same &= bool(np.array_equal(places, np.arange(start, start := start + len(block))))
+        codes = {name: each.merge(block.get(name), places) for name, each in words.items()}
+        on_block(block, pd.DataFrame(_take_versions(listing, places) | {"label": words["label"].name(codes["label"])}))
+        blocks.append({"path": _share_paths(block["path"], paths, places), "place": places.astype(np.int32), **codes})
     if is_same and start == len(listing):
         return listing
-    added = listing[is_new]
-    blocks.append({name: added[name] for name in ("path", *VERSION_COLUMNS)})
-    blocks[-1] |= {name: each.codes[is_new] for name, each in words.items()}
+    added = np.flatnonzero(is_new)
+    blocks.append(
+        {"path": paths.iloc[added], "place": added} | {name: each.codes[added] for name, each in words.items()}
+    )
     merged: dict[str, Any] = {"path": pd.concat([each.pop("path") for each in blocks], ignore_index=True)}
-    for name in (*COLUMNS[1:], *GROUPINGS):
-        if name in listing:
-            # One column at a time, whose pieces are then no longer needed.
-            column = np.concatenate([each.pop(name) for each in blocks])
-            merged[name] = words[name].name(column).remove_unused_categories() if name in words else column
-    return pd.DataFrame(merged, copy=False)
+    for name, each in words.items():
+        # One column at a time, whose pieces are then no longer needed.
+        column = np.concatenate([block.pop(name) for block in blocks])
+        merged[name] = each.name(column).remove_unused_categories()
+    merged |= _take_versions(listing, np.concatenate([block.pop("place") for block in blocks]))
+    return pd.DataFrame({name: merged[name] for name in (*COLUMNS, *GROUPINGS) if name in merged}, copy=False)
 
 
 def take_listing(stored: pd.DataFrame) -> pd.DataFrame:
@@ -270,7 +268,15 @@ class _Words:
         return pd.Categorical.from_codes(codes, pd.Index(list(self._numbers), dtype="str"))
 
 
-def _take(column: pd.Series, places: npt.NDArray[np.int64], absent: int) -> npt.NDArray[Any]:
+def _take_versions(listing: pd.DataFrame, places: npt.NDArray[np.integer]) -> dict[str, npt.NDArray[Any]]:
+    """Take the versions of the files at some places of a listing, and those of a vanished file where a place is -1."""
+    return {
+        "bytes": _take(listing["bytes"], places, VANISHED_BYTES),
+        "version": _take(listing["version"], places, 0),
+    }
+
+
+def _take(column: pd.Series, places: npt.NDArray[np.integer], absent: int) -> npt.NDArray[Any]:
     """Take the values at some places, and another value where a place is -1."""
     if column.empty:
         return np.full(len(places), absent, np.int64)
@@ -291,6 +297,17 @@ def _find_block(block: pd.Series, paths: pd.Series, start: int) -> npt.NDArray[n
     rows, found = np.flatnonzero(places >= 0), np.full(len(block), -1, np.int64)
     found[places[rows]] = first + rows
     return found
+
+
+def _share_paths(block: pd.Series, paths: pd.Series, places: npt.NDArray[np.int64]) -> pd.Series:
+    """Return the paths of a block, from the memory of the sorted paths if they stand there in a few runs."""
+    firsts = np.flatnonzero(np.diff(places, prepend=-2) != 1)
+    if (places < 0).any() or not 0 < len(firsts) <= _MAX_RUNS:
+        return block
+    lasts = places[np.append(firsts[1:], len(places)) - 1]
+    runs = [paths.iloc[first : last + 1] for first, last in zip(places[firsts], lasts, strict=True)]
+    shared: pd.Series = pd.concat(runs)
+    return shared
 
 
 def _hash_rows(column: pd.Series, *, n_rows: int = _ROWS_AT_ONCE) -> Iterator[npt.NDArray[np.integer]]:
@@ -388,7 +405,9 @@ def _read_blocks(output: Location) -> Iterator[pa.Table]:
         source = location.path if location.is_local else io.BytesIO(location.fs.cat_file(location.path))
     with decoded(location, output):
         words = [name for name in pyarrow.parquet.read_schema(source).names if name in ("label", *GROUPINGS)]
-        file = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True, read_dictionary=words)
+        file = pyarrow.parquet.ParquetFile(
+            source, page_checksum_verification=True, read_dictionary=words, pre_buffer=False
+        )
         with file:
             if not file.metadata.num_rows:
                 yield file.read()
