@@ -31,7 +31,8 @@ def test_json_log_has_stages_counts_and_the_end(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["stage"] for line in lines] == ["Listing images", "Featurizing", "Featurizing", "Reducing", "Reducing"]
     counted = lines[2]
-    assert (counted["n_images"], counted["n_done"], counted["n_failed"]) == (100, 100, 3)
+    assert (counted["n_images"], counted["n_done"], counted["failures"]) == (100, 100, {"unreadable": 3})
+    assert (counted["n_workers"], counted["dollars"]) == (2, 0.125)
     assert counted["images_per_second"] > 0 and counted["remaining_seconds"] == 0
     assert lines[-1]["ended"] == "complete" and datetime.fromisoformat(lines[-1]["at"]).tzinfo is not None
     assert noted.noted[0] == "Listing images ..." and (100, 3) in noted.noted

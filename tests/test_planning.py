@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,7 +134,7 @@ def test_plan_of_a_local_run_says_what_there_is_and_writes_nothing(
 @pytest.mark.slow
 def test_plan_counts_what_an_earlier_run_has_done(make_config: MakeConfig, client: Any) -> None:
     class Interrupted(RunProgress):
-        def advance(self, n_images: int, *, n_failed: int) -> None:
+        def advance(self, n_images: int, *, failures: Mapping[str, int]) -> None:
             raise KeyboardInterrupt("in this test")
 
     config = make_config(featurize={"images_per_partition": 1})
@@ -338,7 +338,7 @@ class Hours(RunProgress):
         self._seconds = 0.0
         patch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: self._seconds, perf_counter=time.perf_counter))
 
-    def advance(self, n_images: int, *, n_failed: int) -> None:
+    def advance(self, n_images: int, *, failures: Mapping[str, int]) -> None:
         """Let an hour pass."""
         self._seconds += 3600
 

@@ -31,25 +31,26 @@ def show(reporter: RunProgress) -> None:
         reporter.begin("Listing images")
         reporter.begin("Featurizing")
         reporter.say("Dask dashboard: http://127.0.0.1:8787/status")
-        reporter.begin_images(100, n_done=20)
-        reporter.advance(40, n_failed=0)
-        reporter.advance(40, n_failed=3)
+        reporter.begin_images(100, n_done=20, ask_cluster=lambda: {"n_workers": 2, "dollars": 0.125})
+        reporter.advance(40, failures={})
+        reporter.advance(40, failures={"unreadable": 3})
         reporter.begin("Reducing")
 
 
 def test_line_progress_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 0.0, 4.0, 6.0, 10.0, 10.0])
+    clock = iter([0.0, 0.0, 4.0, 6.0, 12.0])
     # Not the clock of the process, by which loops of Dask in other threads live.
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     out = io.StringIO()
     with LineProgress(Console(file=out, width=200)) as reporter:
-        reporter.begin_images(100, n_done=20)
-        reporter.advance(20, n_failed=0)
-        reporter.advance(20, n_failed=1)
-        reporter.advance(40, n_failed=2)
+        answers = iter([{}, {"n_workers": 1}, {"n_workers": 1_000, "dollars": 1234.5}])
+        reporter.begin_images(100, n_done=20, ask_cluster=lambda: next(answers))
+        reporter.advance(20, failures={})
+        reporter.advance(20, failures={"unreadable": 1})
+        reporter.advance(40, failures={"unreadable": 2})
     assert out.getvalue().splitlines() == [
-        "60 of 100 images, 6.7 images/s, 6 s remaining, 1 failed",
-        "100 of 100 images, 8.0 images/s, 0 s remaining, 3 failed",
+        "60 of 100 images, 6.7 images/s, 6 s remaining, 1 failed, 1 worker",
+        "100 of 100 images, 6.7 images/s, 0 s remaining, 3 failed, 1,000 workers, $1,234.50",
     ]
 
 
@@ -79,14 +80,14 @@ def test_line_progress_writes_stages_and_the_last_count() -> None:
     show(LineProgress(Console(file=out, width=200)))
     lines = out.getvalue().splitlines()
     assert lines[:3] == ["Listing images ...", "Featurizing ...", "Dask dashboard: http://127.0.0.1:8787/status"]
-    assert lines[-2].startswith("100 of 100 images") and lines[-2].endswith("3 failed")
+    assert lines[-2].startswith("100 of 100 images") and lines[-2].endswith("3 failed, 2 workers, $0.12")
 
 
 def test_live_progress_shows_bar_rate_and_failures() -> None:
     out = io.StringIO()
     show(LiveProgress(Console(file=out, width=200, force_terminal=True, color_system=None)))
     text = out.getvalue()
-    for expected in ("Listing images", "100/100", "images/s", "3 failed", "Reducing", "http://127.0.0.1:8787/status"):
+    for expected in ("Listing images", "100/100", "images/s", "3 failed", "2 workers", "$0.12", "Reducing", "http://127.0.0.1:8787/status"):
         assert expected in text
 
 
@@ -100,7 +101,7 @@ def test_figures_of_a_live_line_are_whole_at_any_width(width: int, n_images: int
     reporter.begin("Featurizing")
     reporter.begin_images(n_images, n_done=0)
     reporter._started -= 10
-    reporter.advance(n_images // 2, n_failed=2)
+    reporter.advance(n_images // 2, failures={"unreadable": 2})
     before, line = read_lines(reporter)
     # Two columns are left for the ^C of a terminal.
     assert before == "✓ 0:00:00 Starting the cluster and building the network" and len(line) <= min(width - 2, 140)

@@ -5,7 +5,7 @@ import http.client
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -249,7 +249,7 @@ def list_results(result: fruitdask.RunResult) -> list[str]:
 class Interrupt(RunProgress):
     """Types Ctrl-C when some images are done."""
 
-    def advance(self, n_images: int, *, n_failed: int) -> None:
+    def advance(self, n_images: int, *, failures: Mapping[str, int]) -> None:
         """Type it."""
         raise KeyboardInterrupt("in this test")
 

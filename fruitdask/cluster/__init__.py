@@ -1,7 +1,7 @@
 """Dask clusters: start or find one, hand over its client, and close both."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from fruitdask.cluster.address import open_address
@@ -13,7 +13,7 @@ from fruitdask.cluster.local import choose_workers, open_local, prepare_local
 from fruitdask.core.config import ClusterConfig
 from fruitdask.core.guard import leave_imported_script
 
-__all__ = ["choose_workers", "list_usage", "open_client", "prepare_local"]
+__all__ = ["choose_workers", "describe_workers", "list_usage", "open_client", "prepare_local"]
 
 _OPENERS: dict[str, Callable[[Any], AbstractContextManager[Any]]]
 _OPENERS = {
@@ -58,3 +58,10 @@ def list_usage(client: Any) -> list[Usage]:
     list_usage_of = getattr(getattr(client, "cluster", None), "list_usage", list)
     usage: list[Usage] = list_usage_of()
     return usage
+
+
+def describe_workers(client: Any) -> dict[str, float]:
+    """Return the number of workers, as a figure of progress; nothing while the scheduler does not answer."""
+    with suppress(OSError):
+        return {"n_workers": len(client.nthreads())}
+    return {}

@@ -2,11 +2,12 @@
 
 import json
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Self
 
-from fruitdask.core.progress import RunProgress
+from fruitdask.core.progress import AskCluster, RunProgress
 from fruitdask.errors import ConfigError
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -52,15 +53,15 @@ class JsonLog(RunProgress):
         """Hand the number of listed images on."""
         self._shown.show_listed(n_images, seconds)
 
-    def begin_images(self, n_images: int, *, n_done: int) -> None:
+    def begin_images(self, n_images: int, *, n_done: int, ask_cluster: AskCluster = dict) -> None:
         """Begin to count in both."""
-        super().begin_images(n_images, n_done=n_done)
-        self._shown.begin_images(n_images, n_done=n_done)
+        super().begin_images(n_images, n_done=n_done, ask_cluster=ask_cluster)
+        self._shown.begin_images(n_images, n_done=n_done, ask_cluster=ask_cluster)
 
-    def advance(self, n_images: int, *, n_failed: int) -> None:
+    def advance(self, n_images: int, *, failures: Mapping[str, int]) -> None:
         """Count in both."""
-        self._shown.advance(n_images, n_failed=n_failed)
-        super().advance(n_images, n_failed=n_failed)
+        self._shown.advance(n_images, failures=failures)
+        super().advance(n_images, failures=failures)
 
     def _show(self, now: float, rate: float) -> None:
         """Write the counts if the last line is some seconds old, or if all images are done."""
@@ -69,8 +70,10 @@ class JsonLog(RunProgress):
                 n_images=self._n_images,
                 n_done=self._n_done,
                 n_failed=self._n_failed,
+                failures=dict(self._failures),
                 images_per_second=round(rate, 2),
                 remaining_seconds=round((self._n_images - self._n_done) / rate, 1) if rate else None,
+                **self._cluster,
             )
 
     def _write(self, **figures: Any) -> None:

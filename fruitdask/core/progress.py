@@ -2,7 +2,8 @@
 
 import html
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Self
 
@@ -18,14 +19,18 @@ _SECONDS_BETWEEN_LINES, _SECONDS_BETWEEN_DRAWINGS = 5.0, 0.2
 _SHORTEST_BAR, _LONGEST_BAR = 4, 40
 #: Columns of what a terminal writes when Ctrl-C is pressed.
 _INTERRUPTED_WIDTH = len("^C")
+#: Returns the ``n_workers`` of a cluster and the ``dollars`` spent on it so far, as far as they are known.
+AskCluster = Callable[[], Mapping[str, float]]
 _SIGNS = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
 class RunProgress:
     """Progress of a run that shows nothing; a context manager around the run."""
 
-    _n_images = _n_done = _n_failed = _n_before = 0
-    _started = 0.0
+    _n_images = _n_done = _n_before = 0
+    _started = _asked = 0.0
+    _failures: Mapping[str, int] = {}
+    _cluster: Mapping[str, float] = {}
 
     def __enter__(self) -> Self:
         """Start to show progress."""
@@ -44,17 +49,25 @@ class RunProgress:
     def show_listed(self, n_images: int, seconds: float) -> None:
         """Show how many images were listed so far, of an unknown number, and in how many seconds."""
 
-    def begin_images(self, n_images: int, *, n_done: int) -> None:
-        """Start to count images, and their time."""
-        self._n_images, self._n_done, self._n_before, self._n_failed = n_images, n_done, n_done, 0
+    def begin_images(self, n_images: int, *, n_done: int, ask_cluster: AskCluster = dict) -> None:
+        """Start to count images, and their time; the cluster is asked every few seconds."""
+        self._n_images, self._n_done, self._n_before, self._failures = n_images, n_done, n_done, Counter()
         self._started = time.monotonic()
+        self._ask_cluster, self._asked, self._cluster = ask_cluster, self._started, ask_cluster()
 
-    def advance(self, n_images: int, *, n_failed: int) -> None:
-        """Count images, and show the counts."""
+    def advance(self, n_images: int, *, failures: Mapping[str, int]) -> None:
+        """Count images, of which some failed, by kind; and show the counts."""
         self._n_done += n_images
-        self._n_failed += n_failed
+        self._failures = Counter(self._failures) + Counter(failures)
         now = time.monotonic()
+        if now - self._asked >= _SECONDS_BETWEEN_LINES:
+            self._asked, self._cluster = now, self._ask_cluster()
         self._show(now, (self._n_done - self._n_before) / max(now - self._started, 1e-9))
+
+    @property
+    def _n_failed(self) -> int:
+        """Number of images that have failed."""
+        return sum(self._failures.values())
 
     def _show(self, now: float, rate: float) -> None:
         """Show the counts, and the rate in images per second."""
@@ -85,7 +98,7 @@ class LineProgress(RunProgress):
         remaining = (self._n_images - self._n_done) / rate if rate else 0
         self.say(
             f"{self._n_done:,} of {self._n_images:,} images, {rate:.1f} images/s, {remaining:.0f} s remaining, "
-            f"{self._n_failed:,} failed"
+            f"{', '.join([f'{self._n_failed:,} failed', *_describe_cluster(self._cluster)])}"
         )
 
 
@@ -121,9 +134,9 @@ class LiveProgress(LineProgress):
             figures = [(f"{n_images:,}", "green"), (f"{n_images / seconds:,.0f} images/s", "cyan")]
             self._bar.update(self._task, figures=figures)
 
-    def begin_images(self, n_images: int, *, n_done: int) -> None:
+    def begin_images(self, n_images: int, *, n_done: int, ask_cluster: AskCluster = dict) -> None:
         """Turn the stage's line into a bar."""
-        super().begin_images(n_images, n_done=n_done)
+        super().begin_images(n_images, n_done=n_done, ask_cluster=ask_cluster)
         self._bar.update(self._task, total=n_images, completed=n_done, figures=self._format_figures(0.0))
 
     def _show(self, now: float, rate: float) -> None:
@@ -138,6 +151,7 @@ class LiveProgress(LineProgress):
             *([(f"{self._n_failed:,} failed", "red")] if self._n_failed else []),
             (f"{rate:,.{1 if rate < 100 else 0}f} images/s", "cyan"),
             *([(f"{remaining} left", "yellow")] if self._n_done < self._n_images else []),
+            *((text, "dim") for text in _describe_cluster(self._cluster)),
         ]
 
     def _finish(self) -> None:
@@ -226,6 +240,14 @@ def _render_stage(task: Task, width: int, *, is_unicode: bool) -> RenderableType
         line.append(" ").append(full * n_full, "green").append(empty * (n_cells - n_full), "dim")
     line.append(figures).truncate(width)
     return line
+
+
+def _describe_cluster(figures: Mapping[str, float]) -> Iterator[str]:
+    """Describe how many workers a cluster has, and what it has cost so far."""
+    if "n_workers" in figures:
+        yield f"{figures['n_workers']:,} worker{'s' * (figures['n_workers'] != 1)}"
+    if "dollars" in figures:
+        yield f"${figures['dollars']:,.2f}"
 
 
 def _choose_sign(task: Task, is_unicode: bool) -> tuple[str, str]:

@@ -67,6 +67,10 @@ class Budget:
         """US dollars spent so far, before interruptions too."""
         return self._before.dollars + compute_cluster_cost(self._cluster, self._list_usage()).dollars
 
+    def describe_spent(self) -> dict[str, float]:
+        """Return the dollars spent so far; nothing for a cluster that costs nothing, or whose price is unknown."""
+        return {"dollars": round(self.spent_dollars, 4)} if self._hour.dollars and not self._hour.unpriced else {}
+
     @property
     def elapsed_seconds(self) -> float:
         """Seconds since this command started."""

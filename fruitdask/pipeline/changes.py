@@ -104,7 +104,7 @@ def find_pending(
     # An image that could not be reached may be reachable now.
     is_retried = is_failed & (retry_failed | is_out_of_reach)
     is_done &= ~is_retried
-    todo = _group(np.flatnonzero(~is_done), committed, images_per_partition)
+    todo = _list_todo(is_done, committed, images_per_partition)
     return PendingWork(
         todo,
         n_images=int((is_present & ~is_done).sum()),
@@ -162,16 +162,13 @@ def _equal_block(table: pd.DataFrame, other: pd.DataFrame, columns: tuple[str, .
     return equal
 
 
-def _group(
-    rows: npt.NDArray[np.int64], committed: frozenset[int], images_per_partition: int
+def _list_todo(
+    is_done: npt.NDArray[np.bool_], committed: frozenset[int], images_per_partition: int
 ) -> dict[int, tuple[int, ...] | None]:
-    """Group rows by partition; a partition that is not committed is computed as a whole."""
-    indices = rows // images_per_partition
-    firsts = np.flatnonzero(np.diff(indices, prepend=-1))
-    groups = np.split(rows, firsts[1:]) if len(rows) else []
-    return {
-        (index := int(group[0]) // images_per_partition): (
-            tuple((group - index * images_per_partition).tolist()) if index in committed else None
-        )
-        for group in groups
-    }
+    """List the partitions to compute, and which of their images; one that is not committed is computed as a whole."""
+    todo: dict[int, tuple[int, ...] | None] = {}
+    for index, start in enumerate(range(0, len(is_done), images_per_partition)):
+        places = np.flatnonzero(~is_done[start : start + images_per_partition])
+        if len(places):
+            todo[index] = tuple(places.tolist()) if index in committed else None
+    return todo

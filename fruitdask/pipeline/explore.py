@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from fruitdask.analysis.exploration import (
     describe_classes,
     plan_comparison,
 )
-from fruitdask.cluster import open_client
+from fruitdask.cluster import describe_workers, open_client
 from fruitdask.cluster.scheduling import map_partitions
 from fruitdask.core.config import Config
 from fruitdask.core.fingerprint import EXPLORATION, describe_settings
@@ -220,10 +220,12 @@ class ImageExploration:
         if n_done == len(self._inputs.catalog):
             return
         progress.begin("Exploring")
-        progress.begin_images(len(self._inputs.catalog), n_done=n_done)
+        progress.begin_images(
+            len(self._inputs.catalog), n_done=n_done, ask_cluster=partial(describe_workers, client)
+        )
 
         def note(explored: ExploredPartition) -> None:
-            progress.advance(explored.n_images, n_failed=explored.n_failed)
+            progress.advance(explored.n_images, failures=explored.failures)
 
         map_partitions(client, explore_partition, todo, delivered=self.job, on_result=note, probe=probe_exploration)
 

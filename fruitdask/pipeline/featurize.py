@@ -14,6 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from fruitdask import report, store
+from fruitdask.cluster import describe_workers
 from fruitdask.cluster.scheduling import map_partitions
 from fruitdask.core.partition import Partition
 from fruitdask.core.progress import RunProgress
@@ -191,7 +192,11 @@ def _featurize(
     seconds: Counter[str] = Counter()
     pending, n_failed = state.pending, state.pending.n_failed
     progress.begin("Featurizing")
-    progress.begin_images(state.n_listed, n_done=state.n_listed - pending.n_images)
+    progress.begin_images(
+        state.n_listed,
+        n_done=state.n_listed - pending.n_images,
+        ask_cluster=lambda: describe_workers(client) | state.budget.describe_spent(),
+    )
 
     def note(summary: "PartitionSummary") -> None:
         nonlocal n_failed
@@ -200,7 +205,7 @@ def _featurize(
         seconds.update(summary.seconds)
         if exploration is not None and summary.is_explored:
             exploration.add(summary.index)
-        progress.advance(summary.n_images, n_failed=summary.n_failed)
+        progress.advance(summary.n_images, failures=summary.failures)
         check_failures(state, n_failed)
         state.budget.check()
         if state.lock is not None:

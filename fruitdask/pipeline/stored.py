@@ -104,7 +104,7 @@ def check_partitions(run: StoredRun, progress: RunProgress) -> Totals:
             for index, (outcomes, faults) in zip(indices, pool.map(check, indices), strict=True):
                 totals.add(index, outcomes, faults)
                 n_images = run.count_images(index)
-                progress.advance(n_images, n_failed=n_images if faults else 0)
+                progress.advance(n_images, failures={"damaged": n_images} if faults else {})
     if run.is_complete:
         names = (store.RESULTS_CSV, store.FAILURES)
         totals.faults += store.check_digests(run.output, run.manifest.digests, names, "reduce")

@@ -1,6 +1,7 @@
 """Explore the images of one partition on a worker: rows about each image, sums over each class, and thumbnails."""
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ class ExploredPartition:
 
     index: int
     n_images: int
-    n_failed: int
+    #: Images that could not be read, by status.
+    failures: dict[str, int]
 
 
 class Explorer:
@@ -70,7 +72,8 @@ class Explorer:
         """Store what was found."""
         rows = pd.DataFrame(self._rows, columns=list(_EMPTY)).astype(_TYPES)
         self._job.workspace.write_partition(self._partition.index, rows, sums=self._sums, thumbnails=self._thumbnails)
-        return ExploredPartition(self._partition.index, len(rows), int((rows["status"] != "ok").sum()))
+        failures = Counter(rows["status"][rows["status"] != "ok"])
+        return ExploredPartition(self._partition.index, len(rows), dict(failures))
 
 
 def explore_partition(partition: Partition, job: ExploreJob) -> ExploredPartition:

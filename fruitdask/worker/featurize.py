@@ -47,9 +47,14 @@ class PartitionSummary:
     is_explored: bool = False
 
     @property
+    def failures(self) -> dict[str, int]:
+        """Number of images without features, by status."""
+        return {status: count for status, count in self.statuses.items() if status != "ok"}
+
+    @property
     def n_failed(self) -> int:
-        """Images without features."""
-        return self.n_images - self.statuses.get("ok", 0)
+        """Number of images without features."""
+        return sum(self.failures.values())
 
 
 def featurize_partition(partition: Partition, artifact: ModelArtifact, job: FeaturizeJob) -> PartitionSummary:
