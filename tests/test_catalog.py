@@ -34,6 +34,7 @@ from fruitdask.store.catalog import (
     sample_evenly,
     split_catalog,
     take_listing,
+    take_rows,
 )
 
 # As published for the Test split of Fruits-360's original-size branch.
@@ -572,6 +573,15 @@ def test_merge_listing_moves_no_row_and_gives_the_listing_back(
     pd.testing.assert_frame_equal(merge_listing([merged], listing), merged)
     written = merged.assign(label=merged["label"].astype("str"))
     assert hash_catalog(take_listing(written)) == hash_catalog(listing)
+
+
+@given(chosen=st.sets(st.integers(0, 19)), n_rows=st.integers(1, 25))
+def test_take_rows_takes_what_pandas_takes(chosen: set[int], n_rows: int) -> None:
+    catalog = pd.DataFrame({"path": [f"{n}.jpg" for n in range(20)], "label": pd.Categorical(list("abcde" * 4))})
+    rows = np.array(sorted(chosen), np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog_module, "_ROWS_IN_MEMORY", n_rows)
+        pd.testing.assert_frame_equal(take_rows(catalog, rows), catalog.iloc[rows])
 
 
 @given(labels=st.lists(st.sampled_from("abc")), limit=st.integers(1, 30), n_rows=st.integers(1, 10))

@@ -238,8 +238,7 @@ class ImageExploration:
         is_readable = np.isfinite(distances)
         numbers = self._read_numbers()
         groups = Groups.find(numbers, is_readable, max_bits=settings.near_duplicate_bits)
-        eligible = self._inputs.catalog if is_readable.all() else self._inputs.catalog[is_readable]
-        sampled = np.flatnonzero(is_readable)[sample_evenly(eligible, settings.max_thumbnails)]
+        sampled = sample_evenly(self._inputs.catalog, settings.max_thumbnails, among=is_readable)
         classes = describe_classes(
             numbers,
             distances,

@@ -15,6 +15,7 @@ from fruitdask.core.storage import Location
 from fruitdask.core.version import __version__
 from fruitdask.errors import NoVarianceError
 from fruitdask.pipeline.results import open_components, open_features
+from fruitdask.store.catalog import take_rows
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -198,7 +199,7 @@ def _measure_quality(
         return None
     sampled = sample_rows(len(rows), max_rows=settings.max_rows, seed=settings.seed)
     chosen = (features if len(sampled) == len(rows) else features[sampled]).compute()
-    images = images.iloc[rows[sampled]]
+    images = take_rows(images, rows[sampled])
     quality = {
         "n_images": len(sampled),
         "n_images_with_features": features.shape[0],

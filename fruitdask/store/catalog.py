@@ -148,6 +148,14 @@ def split_catalog(
             yield Partition(index, start, paths, labels, sizes, versions)
 
 
+def take_rows(catalog: pd.DataFrame, rows: npt.NDArray[np.int64]) -> pd.DataFrame:
+    """Take rows in ascending order, block by block: pandas would first copy all paths if they are in several pieces."""
+    starts = range(0, len(catalog), _ROWS_IN_MEMORY)
+    pieces = np.split(rows, np.searchsorted(rows, starts[1:]))
+    blocks = (catalog.iloc[start : start + _ROWS_IN_MEMORY] for start in starts)
+    return pd.concat([block.iloc[piece - start] for block, piece, start in zip(blocks, pieces, starts, strict=True)])
+
+
 def sample_evenly(
     catalog: pd.DataFrame, limit: int, *, among: npt.NDArray[np.bool_] | None = None
 ) -> npt.NDArray[np.int64]:
