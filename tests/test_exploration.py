@@ -69,6 +69,7 @@ def explore_here(
         tree["input"] |= {"manifest": str(table)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(explore_module, "map_partitions", run_here)
+        patch.setattr(explore_module, "describe_workers", lambda client: {})
         inputs = prepare_inputs(load_config(tree), RunProgress())
         ImageExploration(inputs, images_per_partition=images_per_partition).complete(None, RunProgress())
     found = read_exploration(Location(str(output)))

@@ -22,6 +22,9 @@ def group_duplicates(keys: npt.NDArray[np.uint64], is_known: npt.NDArray[np.bool
     array([ 0, -1, -1,  0, -1], dtype=int32)
     """
     rows = np.flatnonzero(is_known)
+    # Of millions, few have the same first number, and sorting the others again would take most of the memory.
+    first = np.sort(keys[rows, 0])
+    rows = rows[_is_among(keys[rows, 0], first[1:][first[1:] == first[:-1]])]
     # Stable, so the rows of a group stay in their order.
     rows = rows[np.lexsort(tuple(keys[rows, column] for column in range(keys.shape[1])))]
     is_first = np.ones(len(rows), bool)
@@ -53,11 +56,31 @@ def group_near_duplicates(
     >>> group_near_duplicates(hashes, np.ones(3, bool), max_bits=1)
     array([ 0,  0, -1], dtype=int32)
     """
-    unique, codes = np.unique(hashes[is_known], return_inverse=True)
+    unique, codes = _number_distinct(hashes[is_known])
+    found = _connect(unique, max_bits)[codes]
     # The number of a component serves as a hash.
     components = np.zeros((len(hashes), 1), np.uint64)
-    components[is_known, 0] = _connect(unique, max_bits)[codes]
+    components[is_known, 0] = found
     return group_duplicates(components, is_known)
+
+
+def _number_distinct(values: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]:
+    """Return the distinct values, sorted, and the position of each value among them; in less memory than NumPy."""
+    order = np.argsort(values)
+    is_first = np.ones(len(values), bool)
+    ordered = values[order]
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    codes = np.empty(len(values), np.int32)
+    codes[order] = np.cumsum(is_first, dtype=np.int32) - 1
+    return ordered[is_first], codes
+
+
+def _is_among(values: npt.NDArray[np.uint64], wanted: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Return a mask of values that are among others, which are sorted; without the copies of ``numpy.isin``."""
+    if not len(wanted):
+        return np.zeros(len(values), bool)
+    found: npt.NDArray[np.bool_] = wanted[np.searchsorted(wanted, values).clip(max=len(wanted) - 1)] == values
+    return found
 
 
 def choose_groups(
@@ -82,19 +105,19 @@ def choose_groups(
     return np.flatnonzero(np.isin(groups, order[:n_chosen]))
 
 
-def _connect(values: npt.NDArray[np.uint64], max_bits: int) -> npt.NDArray[np.int64]:
+def _connect(values: npt.NDArray[np.uint64], max_bits: int) -> npt.NDArray[np.int32]:
     """Number the connected components of distinct hashes, holding a bounded number of pairs at a time."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    components = np.arange(len(values))
+    components = np.arange(len(values), dtype=np.int32)
 
-    def merge(pairs: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    def merge(pairs: list[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
         ends = components[np.concatenate(pairs, axis=1)]
         links = coo_array((np.ones(ends.shape[1], np.bool_), tuple(ends)), shape=(len(values), len(values)))
         return np.asarray(connected_components(links, directed=False)[1])[components]
 
-    waiting: list[npt.NDArray[np.int64]] = []
+    waiting: list[npt.NDArray[np.int32]] = []
     n_waiting = 0
     for pairs in find_close_pairs(values, max_bits):
         waiting.append(pairs)
@@ -104,30 +127,40 @@ def _connect(values: npt.NDArray[np.uint64], max_bits: int) -> npt.NDArray[np.in
     return merge(waiting) if waiting else components
 
 
-def find_close_pairs(values: npt.NDArray[np.uint64], max_bits: int) -> Iterator[npt.NDArray[np.int64]]:
+def find_close_pairs(values: npt.NDArray[np.uint64], max_bits: int) -> Iterator[npt.NDArray[np.int32]]:
     """Find the pairs of 64-bit hashes that differ in at most so many bits; pairs may repeat.
 
-    Yields positions of shape (2, n_pairs), int64, a bounded number at a time.
+    Yields positions of shape (2, n_pairs), int32, a bounded number at a time.
     """
     edges = np.linspace(0, _HASH_BITS, max_bits + 2).astype(int) if len(values) else np.empty(0, int)
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         band = (values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
-        order = np.argsort(band, kind="stable")
-        starts = np.flatnonzero(np.diff(band[order], prepend=~band[order[:1]]))
-        sizes = np.diff(starts, append=len(order))
-        is_large, is_small = sizes > _MAX_SMALL, (sizes > 1) & (sizes <= _MAX_SMALL)
-        yield from _compare_small(values, order, starts[is_small], sizes[is_small], max_bits)
+        band = band.astype(np.uint32 if high - low <= 32 else np.uint64)
+        order = np.argsort(band, kind="stable").astype(np.int32)
+        starts, sizes = _find_runs(band[order])
+        del band
+        is_large = sizes > _MAX_SMALL
+        yield from _compare_small(values, order, starts[~is_large], sizes[~is_large], max_bits)
         for start, size in zip(starts[is_large], sizes[is_large], strict=True):
             yield from _compare(values, order[start : start + size], max_bits)
 
 
+def _find_runs(
+    ordered: npt.NDArray[np.unsignedinteger],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Find where equal values follow each other: the starts of such runs, and their sizes of two and more."""
+    is_same = ordered[1:] == ordered[:-1]
+    edges = np.flatnonzero(np.diff(is_same, prepend=False, append=False))
+    return edges[::2], edges[1::2] - edges[::2] + 1
+
+
 def _compare_small(
     values: npt.NDArray[np.uint64],
-    order: npt.NDArray[np.int64],
+    order: npt.NDArray[np.int32],
     starts: npt.NDArray[np.int64],
     sizes: npt.NDArray[np.int64],
     max_bits: int,
-) -> Iterator[npt.NDArray[np.int64]]:
+) -> Iterator[npt.NDArray[np.int32]]:
     """Compare all pairs of hashes in each of many small ranges of `order`, some ranges at once."""
     n_ranges = _PAIRS_AT_ONCE // _MAX_SMALL
     for first in range(0, len(starts), n_ranges):
@@ -144,8 +177,8 @@ def _compare_small(
 
 
 def _compare(
-    values: npt.NDArray[np.uint64], members: npt.NDArray[np.int64], max_bits: int
-) -> Iterator[npt.NDArray[np.int64]]:
+    values: npt.NDArray[np.uint64], members: npt.NDArray[np.int32], max_bits: int
+) -> Iterator[npt.NDArray[np.int32]]:
     """Compare all pairs of hashes that share a band, in blocks."""
     n_rows = max(1, _PAIRS_AT_ONCE // len(members))
     for start in range(0, len(members) - 1, n_rows):

@@ -16,7 +16,7 @@ from fruitdask.worker.sums import LEVELS_PER_UNIT
 
 #: The columns of the rows of images that are combined.
 NUMBERS = (
-    *("content_hash", "perceptual_hash", "bytes", "width_px", "height_px"),
+    *("bytes", "width_px", "height_px"),
     *(f"has_{kind}" for kind in KINDS),
     *("mean_red", "mean_green", "mean_blue"),
 )
@@ -87,14 +87,10 @@ def _describe_block(
 
 @dataclass(frozen=True, eq=False)
 class ImageNumbers:
-    """Numbers about all images, in the order of the catalog: some 60 bytes per image."""
+    """Numbers about all images, in the order of the catalog: 20 bytes per image."""
 
     #: Codes of their classes, int32.
     codes: npt.NDArray[np.int32]
-    #: First 128 bits of the hash of the content, shape (n, 2), uint64; zeros where there was none.
-    contents: npt.NDArray[np.uint64]
-    #: Perceptual hashes, uint64; meaningless for images that are not readable.
-    looks: npt.NDArray[np.uint64]
     #: int64.
     bytes: npt.NDArray[np.int64]
     #: Sizes in pixels, shape (n, 2), int32; 0 where they are not known.
@@ -107,14 +103,11 @@ class ImageNumbers:
         """Make room for the numbers of images."""
         n = len(codes)
         sums = {name: np.zeros(n_classes) for name in (*_SUMMED, *_MEANS)}
-        contents, looks = np.zeros((n, 2), np.uint64), np.zeros(n, np.uint64)
-        return cls(codes, contents, looks, np.zeros(n, np.int64), np.zeros((n, 2), np.int32), sums)
+        return cls(codes, np.zeros(n, np.int64), np.zeros((n, 2), np.int32), sums)
 
     def fill(self, start: int, table: Any) -> int:
         """Fill in the numbers of some images from an Arrow table of `NUMBERS`; returns the row after the last."""
         rows = slice(start, start + table.num_rows)
-        self.contents[rows] = parse_hashes(table["content_hash"], n_bits=256)[0][:, :2]
-        self.looks[rows] = parse_hashes(table["perceptual_hash"], n_bits=64)[0][:, 0]
         self.bytes[rows] = table["bytes"].to_numpy()
         for column, name in enumerate(("width_px", "height_px")):
             self.sides[rows, column] = table[name].fill_null(0).to_numpy()
@@ -151,12 +144,19 @@ class Groups:
     near_duplicates: npt.NDArray[np.int32]
 
     @classmethod
-    def find(cls, numbers: ImageNumbers, is_readable: npt.NDArray[np.bool_], *, max_bits: int) -> "Groups":
-        """Find the groups."""
-        return cls(
-            group_duplicates(numbers.contents, np.asarray(numbers.contents.any(axis=1))),
-            group_near_duplicates(numbers.looks, is_readable, max_bits=max_bits),
-        )
+    def find(
+        cls,
+        read_hashes: Callable[[str, int], npt.NDArray[np.uint64]],
+        is_readable: npt.NDArray[np.bool_],
+        *,
+        max_bits: int,
+    ) -> "Groups":
+        """Find the groups; `read_hashes` reads a column of hashes of so many bits, which fills memory."""
+        contents = read_hashes("content_hash", 256)
+        duplicates = group_duplicates(contents, (contents != 0).any(axis=1))
+        del contents
+        looks = read_hashes("perceptual_hash", 64)[:, 0]
+        return cls(duplicates, group_near_duplicates(looks, is_readable, max_bits=max_bits))
 
     def count(self, codes: npt.NDArray[np.int32]) -> dict[str, dict[str, int]]:
         """Count the groups of each kind."""

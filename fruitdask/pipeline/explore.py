@@ -19,6 +19,7 @@ from fruitdask.analysis.exploration import (
     ImageNumbers,
     choose_compared_px,
     describe_classes,
+    parse_hashes,
     plan_comparison,
 )
 from fruitdask.cluster import describe_workers, open_client
@@ -236,8 +237,8 @@ class ImageExploration:
         create_means(output, labels, thumbnail_px=workspace.thumbnail_px)
         facts, distances = self._compare(client)
         is_readable = np.isfinite(distances)
+        groups = Groups.find(self._read_hashes, is_readable, max_bits=settings.near_duplicate_bits)
         numbers = self._read_numbers()
-        groups = Groups.find(numbers, is_readable, max_bits=settings.near_duplicate_bits)
         sampled = sample_evenly(self._inputs.catalog, settings.max_thumbnails, among=is_readable)
         classes = describe_classes(
             numbers,
@@ -296,6 +297,15 @@ class ImageExploration:
         for table in self.job.workspace.read_rows(range(self._n_partitions), NUMBERS):
             row = numbers.fill(row, table)
         return numbers
+
+    def _read_hashes(self, column: str, n_bits: int) -> npt.NDArray[np.uint64]:
+        """Read the first 128 bits of the hashes of all images, shape (n, 2) or (n, 1); zeros where there is none."""
+        codes, _ = self._classes
+        hashes, row = np.zeros((len(codes), min(n_bits, 128) // 64), np.uint64), 0
+        for table in self.job.workspace.read_rows(range(self._n_partitions), [column]):
+            rows = slice(row, row := row + table.num_rows)
+            hashes[rows] = parse_hashes(table[column], n_bits=n_bits)[0][:, : hashes.shape[1]]
+        return hashes
 
     def _describe_images(self, distances: npt.NDArray[np.float64], groups: Groups) -> Iterator[pd.DataFrame]:
         """Yield the table of images, some at a time."""
