@@ -83,6 +83,18 @@ def test_flipped_labels_are_found_and_no_others() -> None:
     assert (votes.codes[flipped] == codes[flipped]).all() and (scores[flipped] <= 1).all()
 
 
+def test_many_copies_of_one_picture_say_nothing_about_classes() -> None:
+    features, codes = draw_clusters(200, n_classes=5)
+    # As "photograph not available": twenty of them in each class.
+    features[:100], codes[:100] = features[0], np.repeat(range(5), 20)
+    votes = vote(features, codes)
+    assert not set(range(100)) & set(votes.nearest[:100])
+    suggested = votes.codes[:100][np.isfinite(issues.find_label_issues(votes, codes)[:100])]
+    # They lie in one place, whose neighbours have one class; it is not that of the copies that are listed first.
+    (nearest,) = set(votes.codes[:100])
+    assert set(suggested) <= {nearest} and nearest == np.bincount(codes[votes.nearest[:100]]).argmax()
+
+
 @pytest.mark.parametrize("n_images", [1, 2, 3])
 def test_few_images_have_no_wrong_labels(n_images: int) -> None:
     features, codes = draw_clusters(3, n_classes=3)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask.analysis.duplicates import find_close_pairs
+from fruitdask.analysis.neighbors import number_contents
 
 Floats = npt.NDArray[np.float32]
 
@@ -61,6 +62,8 @@ class Reference:
     rows: npt.NDArray[np.int64]
     codes: npt.NDArray[np.int64]
     groups: npt.NDArray[np.int64]
+    #: Numbers that copies share, shape (m,), uint64.
+    contents: npt.NDArray[np.uint64]
     #: Direction of the mean of the features of each class, shape (n_classes, n_features).
     means: Floats
 
@@ -78,7 +81,7 @@ class Reference:
         unit = normalize(features)
         sums = np.zeros((n_classes, unit.shape[1]), np.float32)
         np.add.at(sums, codes, unit)
-        return cls(unit, rows, codes, groups, normalize(sums))
+        return cls(unit, rows, codes, groups, number_contents(features), normalize(sums))
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +122,9 @@ def collect_votes(
     n_neighbors: int,
 ) -> Votes:
     """
-    Let the nearest reference images vote on the classes of images, none on itself.
+    Let the nearest reference images vote on the classes of images, none on itself or its copies.
+
+    Many images that are the same picture, such as "not available", are no evidence: which of them come first is chance.
 
     Images of the same object find a single wrong label best, so they vote too; the share of the votes of other groups
     says how far others would agree. Of a class with fewer images than neighbours, only as many neighbours vote as it
@@ -144,12 +149,13 @@ def _vote(
     unit = normalize(features)
     similarity = unit @ reference.features.T
     is_itself = rows[:, np.newaxis] == reference.rows
+    is_itself |= number_contents(features)[:, np.newaxis] == reference.contents
     voters, weights = _find_voters(similarity, is_itself, codes, reference, n_neighbors)
     of_voters = reference.codes[voters]
     counts = (weights[:, np.newaxis] * (of_voters[:, np.newaxis] == of_voters[:, :, np.newaxis])).sum(axis=2)
     best, each = counts.argmax(axis=1), np.arange(len(rows))
     winners, n_votes = of_voters[each, best], np.maximum(weights.sum(axis=1), 1)
-    is_same_group = groups[:, np.newaxis] == reference.groups
+    is_same_group = is_itself | (groups[:, np.newaxis] == reference.groups)
     others, other_weights = _find_voters(similarity, is_same_group, codes, reference, n_neighbors)
     with np.errstate(invalid="ignore"):
         group_shares = _count(others, other_weights, winners, reference) / other_weights.sum(axis=1)
