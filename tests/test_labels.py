@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 from fruitdask.core.config import InputConfig
+from fruitdask.core.escaping import format_csv
 from fruitdask.errors import CatalogError, ConfigError, FruitdaskError
 from fruitdask.store.catalog import list_images
 
@@ -270,6 +271,19 @@ def test_columns_split_and_group_of_the_table_are_taken(folder: Path) -> None:
         assert list(look(folder, table, **{f"{name}_from": "first"})[name]) == ["a", "a", "b", "b"]
     with pytest.raises(ValueError, match="label_from and manifest both set"):
         look(folder, table, label_from="first")
+
+
+def test_table_that_fruitdask_wrote_is_read_back(folder: Path) -> None:
+    labels = ["-1", "=x", "'tis", "@b", "0", "+1", "it's"]
+    for label in labels:
+        (folder / label).mkdir()
+        (folder / label / "-0.jpg").write_bytes(b"bytes")
+    (folder / "-5.jpg").write_bytes(b"bytes")
+    expected = list_images(InputConfig(url=str(folder)))
+    assert len(expected) == len(PATHS) + len(labels) + 1
+    catalog = look(folder, write(folder, format_csv(expected)))
+    assert list(zip(catalog["path"], catalog["label"])) == list(zip(expected["path"], expected["label"]))
+    assert (catalog["bytes"] == 5).all()
 
 
 def test_table_of_an_empty_folder_is_told(tmp_path: Path) -> None:

@@ -72,9 +72,9 @@ def normalize_unique(names: Iterable[str]) -> dict[str, str]:
 
 
 def _find_files(paths: pd.Series, files: pd.Series, relate: Callable[[str], str]) -> npt.NDArray[np.int64]:
-    """Find files by paths as given, as normalized, and in another Unicode form; -1 for others."""
+    """Find files by paths as given, as normalized, in another Unicode form, and as in fruitdask's CSV; -1 for others."""
     places = find_rows(paths, files)
-    for rewrite in (relate, _compose(files, relate)):
+    for rewrite in (relate, _compose(files, relate), unquote_formula):
         left = np.flatnonzero(places < 0)
         if len(left):
             places[left] = find_rows(paths.iloc[left].map(rewrite).astype("str"), files)
@@ -264,6 +264,10 @@ def _read_csv(data: bytes) -> dict[str, Any]:
         )
     if any(name != name.strip() for name in names) or (len(labels) and labels.str.startswith(" ").all()):
         texts = {name: text.str.strip() for name, text in texts.items()}
+    for name in texts.keys() - {"path"}:
+        is_quoted = texts[name].str.startswith("'")
+        # As in fruitdask's own tables, in which people correct labels.
+        texts[name] = texts[name].mask(is_quoted, texts[name][is_quoted].map(unquote_formula))
     # Spreadsheets write empty rows below a table.
     is_row = (texts["path"] != "") | (texts["label"] != "")
     return {name: text[is_row].reset_index(drop=True) for name, text in texts.items()}
