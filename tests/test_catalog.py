@@ -496,6 +496,12 @@ def test_list_images_leaves_out_what_is_excluded(tmp_path: Path, patterns: list[
     assert (list(catalog["path"]), list(catalog.index)) == (left, list(range(len(left))))
 
 
+def test_list_images_excludes_a_file_whose_name_is_a_pattern_of_another(tmp_path: Path) -> None:
+    fill(tmp_path, "a/1.jpg", "a/[1].jpg", "a/b1.jpg", "a/b[1].jpg", "a/?.jpg")
+    catalog = list_folder(tmp_path, exclude=["a/[1].jpg", "*/b[1].jpg", "a/?.jpg"])
+    assert list(catalog["path"]) == ["a/1.jpg", "a/b[1].jpg"]
+
+
 @pytest.mark.slow
 def test_list_images_takes_a_few_bytes_a_file(tmp_path: Path) -> None:
     names = [f"class_{number // 1000}/{number:08}.jpg" for number in range(20_000)]

@@ -261,7 +261,9 @@ def test_lists_in_parquet_are_no_labels(folder: Path) -> None:
 
 
 def test_columns_split_and_group_of_the_table_are_taken(folder: Path) -> None:
-    rows = [f"{path},{split},x,{n // 2}\n" for n, (path, split) in enumerate(zip(PATHS, ("train", "test", "", "train")))]
+    rows = [
+        f"{path},{split},x,{n // 2}\n" for n, (path, split) in enumerate(zip(PATHS, ("train", "test", "", "train")))
+    ]
     table = write(folder, "".join(["path,Split,label, GROUP\n", *rows]))
     catalog = look(folder, table)
     assert list(catalog.columns) == ["path", "label", "bytes", "version", "split", "group"]

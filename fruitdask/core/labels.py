@@ -72,7 +72,7 @@ def normalize_unique(names: Iterable[str]) -> dict[str, str]:
 
 
 def _find_files(paths: pd.Series, files: pd.Series, relate: Callable[[str], str]) -> npt.NDArray[np.int64]:
-    """Find files by paths as given, as normalized, in another Unicode form, and as in fruitdask's CSV; -1 for others."""
+    """Find files by paths as given, as normalized, in another Unicode form, and as in CSV of fruitdask; -1 if none."""
     places = find_rows(paths, files)
     for rewrite in (relate, _compose(files, relate), unquote_formula):
         left = np.flatnonzero(places < 0)

@@ -1,6 +1,7 @@
 """The catalog: which images there are. Nothing is decoded here."""
 
 import fnmatch
+import glob
 import hashlib
 import io
 import json
@@ -103,7 +104,7 @@ def _narrow(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
         catalog = _keep_classes(catalog, config)
     if config.limit is not None:
         catalog = catalog.iloc[sample_evenly(catalog, config.limit)].reset_index(drop=True)
-    patterns = config.exclude
+    patterns = escape_paths(config.exclude, catalog["path"])
     if config.exclude_from is not None:
         patterns += read_paths(config.exclude_from, "input.exclude_from")
     if patterns:
@@ -123,6 +124,16 @@ def match_paths(paths: pd.Series, patterns: Sequence[str]) -> npt.NDArray[np.boo
     """
     match = re.compile("|".join(map(fnmatch.translate, patterns))).match
     return np.array([match(path) is not None for path in paths], bool)
+
+
+def escape_paths(patterns: Sequence[str], paths: pd.Series) -> tuple[str, ...]:
+    """Escape the patterns that are one of some paths, so that they match it alone.
+
+    >>> escape_paths(["a[1].jpg", "b[1].jpg"], pd.Series(["a1.jpg", "a[1].jpg"]))
+    ('a[[]1].jpg', 'b[1].jpg')
+    """
+    known = set(paths[paths.isin([pattern for pattern in patterns if _WILDCARDS.search(pattern)])])
+    return tuple(glob.escape(pattern) if pattern in known else pattern for pattern in patterns)
 
 
 def choose_partition_size(n_images: int) -> int:
