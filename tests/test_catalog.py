@@ -30,6 +30,7 @@ from fruitdask.store.catalog import (
     choose_partition_size,
     hash_catalog,
     list_images,
+    list_input,
     merge_listing,
     sample_evenly,
     split_catalog,
@@ -500,6 +501,24 @@ def test_list_images_excludes_a_file_whose_name_is_a_pattern_of_another(tmp_path
     fill(tmp_path, "a/1.jpg", "a/[1].jpg", "a/b1.jpg", "a/b[1].jpg", "a/?.jpg")
     catalog = list_folder(tmp_path, exclude=["a/[1].jpg", "*/b[1].jpg", "a/?.jpg"])
     assert list(catalog["path"]) == ["a/1.jpg", "a/b[1].jpg"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "note"),
+    [
+        (["apple", "pear", "apples", "1", "01", "-1", "c", "c++"], None),
+        (["Apple", "apple"], "'Apple' and 'apple' differ"),
+        (["red apple", "red_apple"], "'red apple' and 'red_apple' differ"),
+        (["p\u00eache", "pe\u0302che"], "'pe\u0302che' and 'p\u00eache' differ"),
+        (["a", "A", "b", "B ", "c"], "'A' and 'a', and 1 more, differ"),
+    ],
+    ids=["different", "case", "spaces", "Unicode", "several"],
+)
+def test_list_input_notes_classes_that_may_be_one(tmp_path: Path, classes: list[str], note: str | None) -> None:
+    fill(tmp_path, *(f"{name}/1.jpg" for name in classes))
+    notes = list_input(InputConfig(url=str(tmp_path))).notes
+    assert len(notes) == (note is not None)
+    assert note is None or f"the classes {note} only in case, spaces or form of Unicode" in notes[0]
 
 
 @pytest.mark.slow

@@ -195,6 +195,28 @@ def test_train_stores_a_classifier_without_code(trained: tuple[Path, fruitdask.C
     assert fruitdask.verify(str(output)).is_well
 
 
+@pytest.mark.parametrize("change", ["nothing", "labels", "groups", "splits"])
+def test_page_says_that_a_classifier_is_of_earlier_data(
+    tiny_model: ModelConfig, finish: Finish, client: Any, tmp_path: Path, change: str
+) -> None:
+    table = pd.DataFrame(
+        [(f"{name}/{number}.png", name, f"{name}{number}", "train") for name in "ab" for number in range(4)],
+        columns=["path", "label", "group", "split"],
+    )
+    draw(tmp_path / "in", *table["path"])
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    given = {"manifest": str(tmp_path / "labels.csv")}
+    config = configure(tmp_path / "in", tmp_path / "out", tiny_model, input=given, report=ON)
+    fruitdask.train(finish(config))
+    if change != "nothing":
+        table.loc[0, change.removesuffix("s")] = "b"
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    fruitdask.run(config, client=client)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert 'id="classifier-heading"' in page
+    assert ("have changed since it was trained" in page) == (change in ("labels", "groups"))
+
+
 def test_known_photographs_are_labelled_and_strange_ones_are_unknown(
     trained: tuple[Path, fruitdask.Classifier],
 ) -> None:

@@ -95,7 +95,21 @@ def list_input(config: InputConfig, *, on_listed: Callable[[int], None] = lambda
     catalog = _narrow(listing.files if table is None else label_files(table, listing.files, root, config), config)
     is_said = has_table or config.split_from is not None or "label_from" in config.model_fields_set
     names = [name for name in (*COLUMNS, *GROUPINGS) if name in catalog]
-    return Listing(catalog[names], {} if has_table else listing.left_out, () if is_said else listing.notes)
+    notes = _describe_alike(catalog["label"].unique()) + (() if is_said else listing.notes)
+    return Listing(catalog[names], {} if has_table else listing.left_out, notes)
+
+
+def _describe_alike(classes: Iterable[str]) -> tuple[str, ...]:
+    """Describe classes whose names a person would take for one."""
+    firsts, pairs = dict[str, str](), list[str]()
+    for name in sorted(classes):
+        key = re.sub(r"[\s_]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
+        if firsts.setdefault(key, name) != name:
+            pairs.append(f"{firsts[key]!r} and {name!r}")
+    if not pairs:
+        return ()
+    more = f", and {len(pairs) - 1:,} more," * (len(pairs) > 1)
+    return (f"the classes {pairs[0]}{more} differ only in case, spaces or form of Unicode; if they are one, rename it",)
 
 
 def _narrow(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
