@@ -134,6 +134,25 @@ def test_few_groups_may_leave_one_class_to_learn_from() -> None:
     )
 
 
+@pytest.mark.parametrize("exponent", [-100, 80])
+def test_evaluation_does_not_depend_on_the_scale_of_features(exponent: int) -> None:
+    features, labels = draw_features(80, 3, spread=1.5)
+    expected, found = (classifier.train(each, labels)[1] for each in (features, np.ldexp(features, exponent)))
+    assert found["nearest_neighbors"] == expected["nearest_neighbors"]
+    assert found["unknown_distance"] == expected["unknown_distance"]
+    assert found["linear_probe"]["accuracy"] == pytest.approx(expected["linear_probe"]["accuracy"], abs=0.02)
+
+
+def test_feature_that_only_rounding_changes_says_nothing() -> None:
+    features, labels = draw_features(60, 2)
+    # In its last bit, as between batches; a new photograph may have another value.
+    features[:, 3] = np.float32(0.1) * (1 + np.random.default_rng(0).integers(0, 2, 60) * np.finfo(np.float32).eps)
+    probe, _ = classifier.train(features, labels)
+    other = features.copy()
+    other[:, 3] = 0.3
+    np.testing.assert_allclose(probe.predict_proba(other), probe.predict_proba(features), atol=1e-3)
+
+
 def test_interval_without_groups_is_wilsons() -> None:
     is_right = np.arange(80) < 63
     expected = binomtest(63, 80).proportion_ci(method="wilson")

@@ -132,6 +132,18 @@ def test_summarize_quality_copies_are_no_neighbours() -> None:
     assert found["silhouette"]["mean"] == pytest.approx(silhouette_score(features[rows], labels), abs=1e-5)
 
 
+@pytest.mark.parametrize("exponent", [-100, 80])
+@pytest.mark.parametrize("metric", METRICS)
+def test_quality_does_not_depend_on_the_scale_of_features(metric: str, exponent: int) -> None:
+    # A deep network of random weights gives such numbers, whose squares float32 cannot hold.
+    features, labels = draw_features(90, 4)
+    scaled = np.ldexp(features, exponent)
+    expected = summarize(features, labels, metric=metric)
+    assert summarize(scaled, labels, metric=metric) == expected and expected["neighbors"]["agreement"] < 0.9
+    found, others = (find_neighbors(each, n_neighbors=3, metric=metric) for each in (scaled, features))
+    np.testing.assert_array_equal(found, others)
+
+
 @pytest.mark.slow
 def test_summarize_quality_confusion_equals_sklearn_leave_one_out() -> None:
     features, labels = draw_features(120, n_classes=3)

@@ -83,6 +83,14 @@ def test_flipped_labels_are_found_and_no_others() -> None:
     assert (votes.codes[flipped] == codes[flipped]).all() and (scores[flipped] <= 1).all()
 
 
+@pytest.mark.parametrize("exponent", [-100, 80])
+def test_votes_do_not_depend_on_the_scale_of_features(exponent: int) -> None:
+    features, codes = draw_clusters(90, n_classes=4)
+    expected, found = vote(features, codes), vote(np.ldexp(features, exponent), codes)
+    for name in ("codes", "shares", "own_shares", "nearest", "distances"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
 def test_many_copies_of_one_picture_say_nothing_about_classes() -> None:
     features, codes = draw_clusters(200, n_classes=5)
     # As "photograph not available": twenty of them in each class.

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fruitdask.analysis.evaluation import number_groups
-from fruitdask.analysis.neighbors import number_contents
+from fruitdask.analysis.neighbors import number_contents, scale_to_one
 from fruitdask.errors import TrainingError
 
 Floats = npt.NDArray[np.float32]
@@ -24,6 +24,8 @@ _MAX_FOLDS = 5
 _MAX_CONFUSED = 300
 #: A new image is unknown if its nearest training image is farther than that of this fraction of the held-out images.
 _KNOWN_FRACTION = 0.99
+#: Relative errors of features from batches of different size, at most.
+_ROUNDING = 1e-6
 #: Two-sided 95 % quantile of the normal distribution.
 _Z = 1.959964
 
@@ -60,8 +62,8 @@ def fit_probe(features: Floats, codes: npt.NDArray[np.int64]) -> LinearProbe:
     from sklearn.linear_model import LogisticRegression
 
     mean, scale = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
-    # A feature that never changes says nothing.
-    scale[scale == 0] = 1
+    # A feature that changes by no more than the rounding of float32 says nothing.
+    scale[scale <= _ROUNDING * np.abs(mean)] = 1
     standardized = (features - mean) / scale
     model = LogisticRegression(C=_C_TIMES_FEATURES / features.shape[1], max_iter=_MAX_ITERATIONS).fit(
         standardized, codes
@@ -213,6 +215,7 @@ def _ask_neighbors(
     """Let the nearest known images vote; returns the class codes, and the distances of the nearest."""
     from sklearn.neighbors import KNeighborsClassifier
 
+    known, features = scale_to_one(known), scale_to_one(features)
     model = KNeighborsClassifier(min(_N_NEIGHBORS, len(known)), metric="cosine", algorithm="brute").fit(known, codes)
     return model.predict(features), model.kneighbors(features, 1)[0][:, 0]
 

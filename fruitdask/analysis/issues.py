@@ -108,8 +108,11 @@ class Votes:
 
 def normalize(features: Floats) -> Floats:
     """Scale rows to unit length; rows of zeros stay so."""
-    lengths = np.linalg.norm(features, axis=1, keepdims=True)
-    return np.asarray(np.divide(features, lengths, out=np.zeros_like(features), where=lengths > 0))
+    largest = np.abs(features).max(axis=1, keepdims=True, initial=0)
+    # Squares of very small or large numbers would be 0 or infinite in float32.
+    scaled = np.divide(features, largest, out=np.zeros_like(features), where=largest > 0)
+    lengths = np.linalg.norm(scaled, axis=1, keepdims=True)
+    return np.asarray(np.divide(scaled, lengths, out=scaled, where=lengths > 0))
 
 
 def collect_votes(
