@@ -35,7 +35,9 @@ _SIDES = ("width_px", "height_px")
 _MEANS = ["mean_red", "mean_green", "mean_blue"]
 #: A label is doubted if another class has so much more of the votes than its own, and ...
 _MIN_MARGIN = 0.5
-#: ... a value if it is so many standard deviations from the median of its class (Iglewicz and Hoaglin 1993: 3.5).
+#: ... so many more votes, as one or two are chance: of classes of two images that overlap, most were doubted wrongly.
+_MIN_VOTES = 3
+#: A value is doubted if it is so many standard deviations from the median of its class (Iglewicz and Hoaglin 1993: 3.5).
 _MIN_DEVIATION = 6.0
 #: Median absolute deviation of a normal distribution, in standard deviations.
 _MAD = 0.6745
@@ -93,6 +95,8 @@ class Votes:
     #: Shares of the votes (0 to 1) for that class, and for the image's own, shape (n,).
     shares: npt.NDArray[np.float64]
     own_shares: npt.NDArray[np.float64]
+    #: Number of votes, shape (n,), int64.
+    n_votes: npt.NDArray[np.int64]
     #: Share for that class among the neighbours of other groups, shape (n,); NaN where these have no votes.
     group_shares: npt.NDArray[np.float64]
     #: Row of the nearest image of that class, shape (n,), int64.
@@ -166,6 +170,7 @@ def _vote(
         codes=np.where(weights.any(axis=1), winners, -1),
         shares=counts[each, best] / n_votes,
         own_shares=_count(voters, weights, codes, reference) / n_votes,
+        n_votes=weights.sum(axis=1),
         group_shares=group_shares,
         nearest=reference.rows[voters[each, best]],
         distances=1 - np.einsum("ij,ij->i", unit, reference.means[codes]).astype(np.float64),
@@ -203,7 +208,8 @@ def _count(
 def find_label_issues(votes: Votes, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
     """Score how probable it is that labels are wrong, 0 to 1; NaN for those that are not doubted."""
     margins = votes.shares - votes.own_shares
-    return np.where((votes.codes >= 0) & (votes.codes != codes) & (margins >= _MIN_MARGIN), margins, np.nan)
+    is_clear = (margins >= _MIN_MARGIN) & (margins * votes.n_votes > _MIN_VOTES - 0.5)
+    return np.where((votes.codes >= 0) & (votes.codes != codes) & is_clear, margins, np.nan)
 
 
 def measure_deviations(values: npt.NDArray[Any], codes: npt.NDArray[np.integer], *, floor: float) -> npt.NDArray[Any]:
