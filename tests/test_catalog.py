@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -501,6 +502,16 @@ def test_list_images_excludes_a_file_whose_name_is_a_pattern_of_another(tmp_path
     fill(tmp_path, "a/1.jpg", "a/[1].jpg", "a/b1.jpg", "a/b[1].jpg", "a/?.jpg")
     catalog = list_folder(tmp_path, exclude=["a/[1].jpg", "*/b[1].jpg", "a/?.jpg"])
     assert list(catalog["path"]) == ["a/1.jpg", "a/b[1].jpg"]
+
+
+def test_list_input_notes_archives_whose_folders_are_written_as_on_windows(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for name in ("red\\1.jpg", "red\\2.jpg", "blue/1.jpg"):
+            archive.writestr(name, b"bytes")
+    listing = list_input(InputConfig(url=f"zip://::{tmp_path}/photos.zip"))
+    (note,) = listing.notes
+    assert note.startswith(r"2 paths have a backslash, such as 'red\\1.jpg', which is part of a name here")
+    assert Counter(listing.files["label"]) == {"photos": 2, "blue": 1}
 
 
 @pytest.mark.parametrize(

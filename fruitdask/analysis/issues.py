@@ -37,7 +37,8 @@ _MEANS = ["mean_red", "mean_green", "mean_blue"]
 _MIN_MARGIN = 0.5
 #: ... so many more votes, as one or two are chance: of classes of two images that overlap, most were doubted wrongly.
 _MIN_VOTES = 3
-#: A value is doubted if it is so many standard deviations from the median of its class (Iglewicz and Hoaglin 1993: 3.5).
+#: A value is doubted if it is so many standard deviations from the median of its class (Iglewicz and Hoaglin 1993:
+#: 3.5).
 _MIN_DEVIATION = 6.0
 #: Median absolute deviation of a normal distribution, in standard deviations.
 _MAD = 0.6745

@@ -96,7 +96,17 @@ def list_input(config: InputConfig, *, on_listed: Callable[[int], None] = lambda
     is_said = has_table or config.split_from is not None or "label_from" in config.model_fields_set
     names = [name for name in (*COLUMNS, *GROUPINGS) if name in catalog]
     notes = _describe_alike(catalog["label"].unique()) + (() if is_said else listing.notes)
+    notes += () if has_table else _describe_backslashes(catalog["path"])
     return Listing(catalog[names], {} if has_table else listing.left_out, notes)
+
+
+def _describe_backslashes(paths: pd.Series) -> tuple[str, ...]:
+    """Describe paths as old programs on Windows write them into archives: here they have no folder, and so no class."""
+    odd = paths[paths.str.contains("\\", regex=False)]
+    if odd.empty:
+        return ()
+    names = f"{len(odd):,} paths have a backslash" if len(odd) > 1 else "one path has a backslash"
+    return (f"{names}, such as {odd.iloc[0]!r}, which is part of a name here; if it separates folders, pack them anew",)
 
 
 def _describe_alike(classes: Iterable[str]) -> tuple[str, ...]:
