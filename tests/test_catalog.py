@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -30,6 +31,7 @@ from fruitdask.store.catalog import (
     choose_partition_size,
     hash_catalog,
     list_images,
+    list_input,
     merge_listing,
     sample_evenly,
     split_catalog,
@@ -495,6 +497,40 @@ def test_list_images_leaves_out_what_is_excluded(tmp_path: Path, patterns: list[
     fill(tmp_path, "a/1.jpg", "a/x/2.jpg", "b/3.jpg", "top.jpg")
     catalog = list_folder(tmp_path, exclude=patterns)
     assert (list(catalog["path"]), list(catalog.index)) == (left, list(range(len(left))))
+
+
+def test_list_images_excludes_a_file_whose_name_is_a_pattern_of_another(tmp_path: Path) -> None:
+    fill(tmp_path, "a/1.jpg", "a/[1].jpg", "a/b1.jpg", "a/b[1].jpg", "a/?.jpg")
+    catalog = list_folder(tmp_path, exclude=["a/[1].jpg", "*/b[1].jpg", "a/?.jpg"])
+    assert list(catalog["path"]) == ["a/1.jpg", "a/b[1].jpg"]
+
+
+def test_list_input_notes_archives_whose_folders_are_written_as_on_windows(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for name in ("red\\1.jpg", "red\\2.jpg", "blue/1.jpg"):
+            archive.writestr(name, b"bytes")
+    listing = list_input(InputConfig(url=f"zip://::{tmp_path}/photos.zip"))
+    (note,) = listing.notes
+    assert note.startswith(r"2 paths have a backslash, such as 'red\\1.jpg', which is part of a name here")
+    assert Counter(listing.files["label"]) == {"photos": 2, "blue": 1}
+
+
+@pytest.mark.parametrize(
+    ("classes", "note"),
+    [
+        (["apple", "pear", "apples", "1", "01", "-1", "c", "c++"], None),
+        (["Apple", "apple"], "'Apple' and 'apple' differ"),
+        (["red apple", "red_apple"], "'red apple' and 'red_apple' differ"),
+        (["p\u00eache", "pe\u0302che"], "'pe\u0302che' and 'p\u00eache' differ"),
+        (["a", "A", "b", "B ", "c"], "'A' and 'a', and 1 more, differ"),
+    ],
+    ids=["different", "case", "spaces", "Unicode", "several"],
+)
+def test_list_input_notes_classes_that_may_be_one(tmp_path: Path, classes: list[str], note: str | None) -> None:
+    fill(tmp_path, *(f"{name}/1.jpg" for name in classes))
+    notes = list_input(InputConfig(url=str(tmp_path))).notes
+    assert len(notes) == (note is not None)
+    assert note is None or f"the classes {note} only in case, spaces or form of Unicode" in notes[0]
 
 
 @pytest.mark.slow

@@ -95,6 +95,64 @@ def test_images_of_one_object_do_not_vouch_for_each_other() -> None:
         assert high - low > 0.25
 
 
+def test_copies_do_not_vouch_for_each_other() -> None:
+    # Labels are drawn by lot, so nothing can be learned but which image is a copy of which.
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(0, 1, (80, 200)).astype(np.float32), rng.permutation(["a", "b"] * 40)
+    report = classifier.train(np.repeat(features, 3, axis=0), np.repeat(labels, 3))[1]
+    assert report["n_groups"] is None and report["n_images"] == 240
+    for name in ("linear_probe", "nearest_neighbors"):
+        low, high = report[name]["interval"]
+        # Eighty different images say no more than that.
+        assert low < 0.5 < high and high - low > 0.2
+    once = classifier.train(features, labels)[1]
+    assert report["linear_probe"]["accuracy"] == pytest.approx(once["linear_probe"]["accuracy"], abs=0.1)
+
+
+def test_image_that_was_trained_on_is_known_although_all_images_have_copies() -> None:
+    features, labels = draw_features(60, 2)
+    probe, report = classifier.train(np.repeat(features, 2, axis=0), np.repeat(labels, 2))
+    # A distance of equal features is not always 0.
+    found, _ = classifier.predict(probe, report, features, np.full(60, 2e-16, np.float32))
+    assert (found != classifier.UNKNOWN_LABEL).all()
+    # Of an image that has no copy, the nearest one is farther away than that.
+    assert report["unknown_distance"] > 1e-3
+
+
+def test_few_groups_may_leave_one_class_to_learn_from() -> None:
+    labels, groups = np.array(list("bbaa")), np.array(list("1312"))
+    folds = classifier.choose_folds(np.array([1, 1, 0, 0]), groups.astype(int))
+    assert {len(set(labels[known])) for known, _ in folds} == {1, 2}
+    # By class, which no probe of one class could tell apart.
+    found = classifier.train(np.eye(2, dtype=np.float32)[[1, 1, 0, 0]], labels, groups)[1]["linear_probe"]
+    right = [len(set(labels[known])) == 2 or labels[known][0] == labels[held_out] for known, held_out in folds]
+    assert (
+        found["accuracy"]
+        == np.concatenate(
+            [np.broadcast_to(each, held_out.shape) for each, (_, held_out) in zip(right, folds, strict=True)]
+        ).mean()
+    )
+
+
+@pytest.mark.parametrize("exponent", [-100, 80])
+def test_evaluation_does_not_depend_on_the_scale_of_features(exponent: int) -> None:
+    features, labels = draw_features(80, 3, spread=1.5)
+    expected, found = (classifier.train(each, labels)[1] for each in (features, np.ldexp(features, exponent)))
+    assert found["nearest_neighbors"] == expected["nearest_neighbors"]
+    assert found["unknown_distance"] == expected["unknown_distance"]
+    assert found["linear_probe"]["accuracy"] == pytest.approx(expected["linear_probe"]["accuracy"], abs=0.02)
+
+
+def test_feature_that_only_rounding_changes_says_nothing() -> None:
+    features, labels = draw_features(60, 2)
+    # In its last bit, as between batches; a new photograph may have another value.
+    features[:, 3] = np.float32(0.1) * (1 + np.random.default_rng(0).integers(0, 2, 60) * np.finfo(np.float32).eps)
+    probe, _ = classifier.train(features, labels)
+    other = features.copy()
+    other[:, 3] = 0.3
+    np.testing.assert_allclose(probe.predict_proba(other), probe.predict_proba(features), atol=1e-3)
+
+
 def test_interval_without_groups_is_wilsons() -> None:
     is_right = np.arange(80) < 63
     expected = binomtest(63, 80).proportion_ci(method="wilson")
@@ -118,8 +176,9 @@ def test_interval_without_groups_is_wilsons() -> None:
         (["a", "a", "b"], None, "at least 2 images with features of each class, found 1 of 'b'; add images, or leave"),
         (["a", "a", "b", "b"], ["1", "2", "3", "3"], "at least 2 groups of each class, found 1 group of 'b'; what is"),
         (["a", "a", "b", "b"], ["1"] * 4, "at least 2 groups of each class, found 1 group of 'a'; what is"),
+        (["a", "a", "b", "b"], None, "at least 2 different images of each class, found only copies of one of 'a'; add"),
     ],
-    ids=["nothing", "one class", "one image", "a class of one group", "one group"],
+    ids=["nothing", "one class", "one image", "a class of one group", "one group", "copies"],
 )
 def test_what_cannot_be_tested_is_not_trained(labels: list[str], groups: list[str] | None, message: str) -> None:
     features = np.zeros((len(labels), 3), np.float32)
@@ -153,6 +212,28 @@ def test_train_stores_a_classifier_without_code(trained: tuple[Path, fruitdask.C
     page = (output / "report.html").read_text()
     assert page.count('id="classifier-heading"') == 1 and "these figures are flattered" in page
     assert fruitdask.verify(str(output)).is_well
+
+
+@pytest.mark.parametrize("change", ["nothing", "labels", "groups", "splits"])
+def test_page_says_that_a_classifier_is_of_earlier_data(
+    tiny_model: ModelConfig, finish: Finish, client: Any, tmp_path: Path, change: str
+) -> None:
+    table = pd.DataFrame(
+        [(f"{name}/{number}.png", name, f"{name}{number}", "train") for name in "ab" for number in range(4)],
+        columns=["path", "label", "group", "split"],
+    )
+    draw(tmp_path / "in", *table["path"])
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    given = {"manifest": str(tmp_path / "labels.csv")}
+    config = configure(tmp_path / "in", tmp_path / "out", tiny_model, input=given, report=ON)
+    fruitdask.train(finish(config))
+    if change != "nothing":
+        table.loc[0, change.removesuffix("s")] = "b"
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    fruitdask.run(config, client=client)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert 'id="classifier-heading"' in page
+    assert ("have changed since it was trained" in page) == (change in ("labels", "groups"))
 
 
 def test_known_photographs_are_labelled_and_strange_ones_are_unknown(

@@ -229,6 +229,23 @@ def test_erasing_twice_adds_up(make_config: MakeConfig, finish: Finish) -> None:
         fruitdask.run(make_config())
 
 
+def test_erase_takes_a_path_by_its_name_and_says_what_it_does_not_find(
+    make_config: MakeConfig, finish: Finish, source: Path
+) -> None:
+    # Browsers and scanners number files in brackets, which would match jane_doe/face1.png.
+    for name in ("face[1].png", "face1.png"):
+        Image.new("RGB", (40, 40), PLANTED).save(source / "jane_doe" / name)
+    finish(make_config())
+    patterns = ["jane_doe/face[1].png", "john_doe/*", "pear_1/r0_0.jpg", "pear_1/[x].jpg"]
+    arguments = [argument for pattern in patterns for argument in ("--path", pattern)]
+    shown = CliRunner().invoke(cli, ["erase", make_config().output.url, "--yes", *arguments])
+    assert shown.exit_code == 0, shown.output
+    assert re.search(r"erased +2 of 28 images", shown.output)
+    assert re.search(r"not found +2 paths or patterns, such as john_doe/\*", shown.output)
+    left = set(fruitdask.open(make_config().output.url).table["path"])
+    assert "jane_doe/face1.png" in left and not left & {"jane_doe/face[1].png", "pear_1/r0_0.jpg"}
+
+
 @pytest.mark.parametrize("later", ["without", "with", "renamed"])
 def test_erase_where_the_input_cannot_be_listed(
     make_config: MakeConfig, finish: Finish, source: Path, tmp_path: Path, later: str

@@ -118,6 +118,32 @@ def test_summarize_quality_agreement_equals_sklearn_leave_one_out() -> None:
     assert summarize(features, labels, n_neighbors=1)["neighbors"]["agreement"] == pytest.approx(accuracy)
 
 
+def test_summarize_quality_copies_are_no_neighbours() -> None:
+    features, labels = draw_features(120, 4)
+    rng = np.random.default_rng(0)
+    rows = np.sort(np.append(np.arange(120), rng.integers(0, 120, 200)))
+    labels = labels[rows]
+    found = summarize(features[rows], labels, n_neighbors=1)
+    distances = measure_distances(features[rows], "euclidean")
+    distances[rows[:, np.newaxis] == rows] = np.inf
+    # Several copies of the nearest image are equally near, and have one label.
+    agreement = (labels[distances.argmin(axis=1)] == labels).mean()
+    assert found["neighbors"]["agreement"] == pytest.approx(agreement) and agreement < 0.8
+    assert found["silhouette"]["mean"] == pytest.approx(silhouette_score(features[rows], labels), abs=1e-5)
+
+
+@pytest.mark.parametrize("exponent", [-100, 80])
+@pytest.mark.parametrize("metric", METRICS)
+def test_quality_does_not_depend_on_the_scale_of_features(metric: str, exponent: int) -> None:
+    # A deep network of random weights gives such numbers, whose squares float32 cannot hold.
+    features, labels = draw_features(90, 4)
+    scaled = np.ldexp(features, exponent)
+    expected = summarize(features, labels, metric=metric)
+    assert summarize(scaled, labels, metric=metric) == expected and expected["neighbors"]["agreement"] < 0.9
+    found, others = (find_neighbors(each, n_neighbors=3, metric=metric) for each in (scaled, features))
+    np.testing.assert_array_equal(found, others)
+
+
 @pytest.mark.slow
 def test_summarize_quality_confusion_equals_sklearn_leave_one_out() -> None:
     features, labels = draw_features(120, n_classes=3)
@@ -203,7 +229,8 @@ def test_summarize_quality_has_no_silhouette_where_there_is_none(
 def test_summarize_quality_of_images_that_are_all_equal() -> None:
     quality = summarize(np.ones((6, 4)), ["a", "b"] * 3, n_neighbors=5)
     assert quality["silhouette"] == {"mean": 0, "by_class": {"a": 0, "b": 0}}
-    assert quality["neighbors"]["agreement"] == pytest.approx(2 / 5)
+    # Copies of one image have no neighbours.
+    assert quality["neighbors"]["k"] == 0 and quality["neighbors"]["agreement"] is None
 
 
 def test_summarize_quality_refuses_labels_that_do_not_fit() -> None:

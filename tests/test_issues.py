@@ -83,6 +83,38 @@ def test_flipped_labels_are_found_and_no_others() -> None:
     assert (votes.codes[flipped] == codes[flipped]).all() and (scores[flipped] <= 1).all()
 
 
+@pytest.mark.parametrize("n_each", [2, 3, 5, 20])
+def test_right_labels_of_small_classes_are_not_doubted(n_each: int) -> None:
+    # Classes overlap so far that the nearest image of a third is of another class.
+    rng, codes = np.random.default_rng(0), np.repeat(np.arange(60), n_each)
+    features = (rng.normal(0, 1, (60, 32))[codes] + rng.normal(0, 1, (len(codes), 32))).astype(np.float32)
+    distances = cdist(features, features, "cosine")
+    np.fill_diagonal(distances, np.inf)
+    assert 0.5 < (codes[distances.argmin(axis=1)] == codes).mean() < 1
+    doubted = np.isfinite(issues.find_label_issues(vote(features, codes, n_neighbors=10), codes))
+    assert doubted.mean() < 0.01
+
+
+@pytest.mark.parametrize("exponent", [-100, 80])
+def test_votes_do_not_depend_on_the_scale_of_features(exponent: int) -> None:
+    features, codes = draw_clusters(90, n_classes=4)
+    expected, found = vote(features, codes), vote(np.ldexp(features, exponent), codes)
+    for name in ("codes", "shares", "own_shares", "nearest", "distances"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+def test_many_copies_of_one_picture_say_nothing_about_classes() -> None:
+    features, codes = draw_clusters(200, n_classes=5)
+    # As "photograph not available": twenty of them in each class.
+    features[:100], codes[:100] = features[0], np.repeat(range(5), 20)
+    votes = vote(features, codes)
+    assert not set(range(100)) & set(votes.nearest[:100])
+    suggested = votes.codes[:100][np.isfinite(issues.find_label_issues(votes, codes)[:100])]
+    # They lie in one place, whose neighbours have one class; it is not that of the copies that are listed first.
+    (nearest,) = set(votes.codes[:100])
+    assert set(suggested) <= {nearest} and nearest == np.bincount(codes[votes.nearest[:100]]).argmax()
+
+
 @pytest.mark.parametrize("n_images", [1, 2, 3])
 def test_few_images_have_no_wrong_labels(n_images: int) -> None:
     features, codes = draw_clusters(3, n_classes=3)

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from fruitdask.core.config import InputConfig
+from fruitdask.core.escaping import format_csv
 from fruitdask.errors import CatalogError, ConfigError, FruitdaskError
 from fruitdask.store.catalog import list_images
 
@@ -86,6 +88,8 @@ def test_table_is_read_as_it_was_meant(folder: Path, data: bytes) -> None:
         ((CSV + "b/1.jpg,x,y\n").encode(), r"found 3 columns in row 5 and 2 in the header: 'b/1\.jpg,x,y'"),
         ((CSV + "b/1.jpg\n").encode(), r"found 1 columns in row 5 and 2 in the header"),
         (CSV.replace("NA", "").encode(), r"row 2 lacks one"),
+        (CSV.replace("NA", " \t").encode(), r"row 2 lacks one"),
+        (CSV.replace(",007", ',"7', 1).encode(), r"found the label '7\\n.*' of several lines in row 1; close the quot"),
         (CSV.encode("utf-16-le"), r"found null bytes, which no text contains"),
         (
             gzip.compress(CSV.encode())[:30],
@@ -104,6 +108,8 @@ def test_table_is_read_as_it_was_meant(folder: Path, data: bytes) -> None:
             "ragged",
             "short",
             "no label",
+            "blank label",
+            "open quotation mark",
             "UTF-16 without a mark",
             "cut",
             "not Parquet",
@@ -212,9 +218,18 @@ def test_table_takes_hidden_files_other_endings_and_paths_through_links(folder: 
         (pd.Categorical([3, 1, 3, 3]), ["3", "1", "3", "3"]),
         ([b"007", b"NA", b"x", b"y"], ["007", "NA", "x", "y"]),
         ([decimal.Decimal("1.0"), decimal.Decimal(2), decimal.Decimal(3), decimal.Decimal(4)], ["1", "2", "3", "4"]),
+        (
+            [decimal.Decimal(f"1234567890123456789{end}") for end in ("0.00", "1.00", "1.50", "1.05")],
+            [f"1234567890123456789{end}" for end in ("0", "1", "1.5", "1.05")],
+        ),
+        (np.array([0.1, 7, 8.5, 30000], np.float32), ["0.1", "7", "8.5", "30000"]),
+        (["apple ", " apple", "apple", "red apple\u00a0"], ["apple", "apple", "apple", "red apple"]),
         (list(LABELS), list(LABELS)),
     ],
-    ids=["Int64", "floats", "bools", "categories", "categories of numbers", "bytes", "decimals", "text"],
+    ids=[
+        *("Int64", "floats", "bools", "categories", "categories of numbers", "bytes", "decimals", "long decimals"),
+        *("floats of 32 bits", "padded", "text"),
+    ],
 )
 @pytest.mark.parametrize("is_index", [False, True], ids=["columns", "path as index"])
 def test_labels_of_parquet_are_text(folder: Path, labels: Any, expected: list[str], is_index: bool) -> None:
@@ -246,7 +261,9 @@ def test_lists_in_parquet_are_no_labels(folder: Path) -> None:
 
 
 def test_columns_split_and_group_of_the_table_are_taken(folder: Path) -> None:
-    rows = [f"{path},{split},x,{n // 2}\n" for n, (path, split) in enumerate(zip(PATHS, ("train", "test", "", "train")))]
+    rows = [
+        f"{path},{split},x,{n // 2}\n" for n, (path, split) in enumerate(zip(PATHS, ("train", "test", "", "train")))
+    ]
     table = write(folder, "".join(["path,Split,label, GROUP\n", *rows]))
     catalog = look(folder, table)
     assert list(catalog.columns) == ["path", "label", "bytes", "version", "split", "group"]
@@ -256,6 +273,19 @@ def test_columns_split_and_group_of_the_table_are_taken(folder: Path) -> None:
         assert list(look(folder, table, **{f"{name}_from": "first"})[name]) == ["a", "a", "b", "b"]
     with pytest.raises(ValueError, match="label_from and manifest both set"):
         look(folder, table, label_from="first")
+
+
+def test_table_that_fruitdask_wrote_is_read_back(folder: Path) -> None:
+    labels = ["-1", "=x", "'tis", "@b", "0", "+1", "it's"]
+    for label in labels:
+        (folder / label).mkdir()
+        (folder / label / "-0.jpg").write_bytes(b"bytes")
+    (folder / "-5.jpg").write_bytes(b"bytes")
+    expected = list_images(InputConfig(url=str(folder)))
+    assert len(expected) == len(PATHS) + len(labels) + 1
+    catalog = look(folder, write(folder, format_csv(expected)))
+    assert list(zip(catalog["path"], catalog["label"])) == list(zip(expected["path"], expected["label"]))
+    assert (catalog["bytes"] == 5).all()
 
 
 def test_table_of_an_empty_folder_is_told(tmp_path: Path) -> None:

@@ -376,6 +376,24 @@ def test_layer_may_be_named_within_nested_networks(tmp_path: Path) -> None:
         build_artifact(config.model_copy(update={"layer": "lost"}))
 
 
+def test_layers_have_names_that_tensorflow_does_not_take(tmp_path: Path) -> None:
+    import keras
+
+    def build(x: Any) -> tuple[Any, Any]:
+        base = build_base("base")
+        base.name, base.get_layer("base_last").name = "Größe 2", "last (1)"
+        features = keras.layers.GlobalAveragePooling2D(name="my pool")(base(x))
+        return keras.layers.Dense(5, activation="softmax", name="(scores)")(features), features
+
+    config, (image, features) = save_network(build, tmp_path / "own.keras")
+    # Without a graph, TensorFlow takes any name.
+    expected = np.asarray(keras.Model(image, features)(PIXELS.astype(np.float32)))
+    for settings, layer in ({}, "my pool"), ({"layer": "last (1)"}, "Größe 2/last (1)"):
+        artifact = build_artifact(config.model_copy(update=settings))
+        assert (artifact.layer, artifact.name) == (layer, "whole_network")
+        np.testing.assert_allclose(load_predictor(artifact, n_threads=1)(PIXELS), expected, rtol=1e-4)
+
+
 def test_layer_that_is_used_side_by_side_cannot_be_named(tmp_path: Path) -> None:
     import keras
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fruitdask.analysis.evaluation import number_groups
+from fruitdask.analysis.neighbors import number_contents, scale_to_one
 from fruitdask.errors import TrainingError
 
 Floats = npt.NDArray[np.float32]
@@ -23,6 +24,8 @@ _MAX_FOLDS = 5
 _MAX_CONFUSED = 300
 #: A new image is unknown if its nearest training image is farther than that of this fraction of the held-out images.
 _KNOWN_FRACTION = 0.99
+#: Relative errors of features from batches of different size, at most.
+_ROUNDING = 1e-6
 #: Two-sided 95 % quantile of the normal distribution.
 _Z = 1.959964
 
@@ -59,8 +62,8 @@ def fit_probe(features: Floats, codes: npt.NDArray[np.int64]) -> LinearProbe:
     from sklearn.linear_model import LogisticRegression
 
     mean, scale = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
-    # A feature that never changes says nothing.
-    scale[scale == 0] = 1
+    # A feature that changes by no more than the rounding of float32 says nothing.
+    scale[scale <= _ROUNDING * np.abs(mean)] = 1
     standardized = (features - mean) / scale
     model = LogisticRegression(C=_C_TIMES_FEATURES / features.shape[1], max_iter=_MAX_ITERATIONS).fit(
         standardized, codes
@@ -95,31 +98,31 @@ def train(
     """
     Train a linear probe, and evaluate it and the vote of nearest neighbours by cross-validation.
 
-    With groups no group is in both the training and the test part of a fold. Returns the probe, fitted to all images,
-    and JSON: ``classes``; ``n_images``, ``n_groups`` (None without groups), ``n_folds``; for ``linear_probe`` and
-    ``nearest_neighbors`` the ``accuracy`` and its 95 % ``interval``, ``by_class`` the recall with its interval, the
-    precision and the number of images, and ``confusion``, counts with true classes in rows, of the classes
-    ``confused``, which are those with the most errors if there are very many; ``unknown_distance``, the cosine distance
-    from the nearest training image beyond which an image is unknown.
+    With groups no group is in both the training and the test part of a fold; without, no image and its copy. Returns
+    the probe, fitted to all images, and JSON: ``classes``; ``n_images``, ``n_groups`` (None without groups),
+    ``n_folds``; for ``linear_probe`` and ``nearest_neighbors`` the ``accuracy`` and its 95 % ``interval``, ``by_class``
+    the recall with its interval, the precision and the number of images, and ``confusion``, counts with true classes in
+    rows, of the classes ``confused``, which are those with the most errors if there are very many;
+    ``unknown_distance``, the cosine distance from the nearest training image beyond which an image is unknown.
     """
     classes, codes = np.unique(np.asarray(labels, str), return_inverse=True)
-    numbers = None if groups is None else number_groups(groups)
-    _check(classes, codes, numbers)
+    numbers = _number_copies(features) if groups is None else number_groups(groups)
+    _check(classes, codes, numbers, are_copies=groups is None)
     folds = choose_folds(codes, numbers)
     guesses = {name: np.full(len(codes), -1) for name in ("linear_probe", "nearest_neighbors")}
     distances = np.full(len(codes), np.nan)
     for known, held_out in folds:
         present, local = np.unique(codes[known], return_inverse=True)
-        probe = fit_probe(features[known], local)
-        guesses["linear_probe"][held_out] = present[probe.predict_proba(features[held_out]).argmax(axis=1)]
+        guesses["linear_probe"][held_out] = present[_ask_probe(features[known], local, features[held_out])]
         voted, distances[held_out] = _ask_neighbors(features[known], local, features[held_out])
         guesses["nearest_neighbors"][held_out] = present[voted]
     report = {
         "classes": classes.tolist(),
         "n_images": len(codes),
-        "n_groups": None if numbers is None else len(np.unique(numbers)),
+        "n_groups": None if groups is None or numbers is None else len(np.unique(numbers)),
         "n_folds": len(folds),
-        "unknown_distance": float(np.quantile(distances, _KNOWN_FRACTION)),
+        # Of equal features the distance is not always 0.
+        "unknown_distance": max(float(np.quantile(distances, _KNOWN_FRACTION)), float(np.finfo(np.float32).eps)),
     }
     evaluated = {name: evaluate(codes, guess, classes.tolist(), numbers) for name, guess in guesses.items()}
     return fit_probe(features, codes), report | evaluated
@@ -199,17 +202,33 @@ def predict(
 UNKNOWN_LABEL = "unknown"
 
 
+def _ask_probe(known: Floats, codes: npt.NDArray[np.int64], features: Floats) -> npt.NDArray[np.int64]:
+    """Let a probe of the known images guess; few groups may leave it a single class, which is then its guess."""
+    if not codes.any():
+        return np.zeros(len(features), np.int64)
+    return np.asarray(fit_probe(known, codes).predict_proba(features).argmax(axis=1))
+
+
 def _ask_neighbors(
     known: Floats, codes: npt.NDArray[np.int64], features: Floats
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Let the nearest known images vote; returns the class codes, and the distances of the nearest."""
     from sklearn.neighbors import KNeighborsClassifier
 
+    known, features = scale_to_one(known), scale_to_one(features)
     model = KNeighborsClassifier(min(_N_NEIGHBORS, len(known)), metric="cosine", algorithm="brute").fit(known, codes)
     return model.predict(features), model.kneighbors(features, 1)[0][:, 0]
 
 
-def _check(classes: npt.NDArray[Any], codes: npt.NDArray[np.int64], groups: npt.NDArray[np.int64] | None) -> None:
+def _number_copies(features: Floats) -> npt.NDArray[np.int64] | None:
+    """Number images so that copies, which have the same features, share a number; None if there are none."""
+    contents, numbers = np.unique(number_contents(features), return_inverse=True)
+    return None if len(contents) == len(features) else numbers
+
+
+def _check(
+    classes: npt.NDArray[Any], codes: npt.NDArray[np.int64], groups: npt.NDArray[np.int64] | None, *, are_copies: bool
+) -> None:
     """Refuse what no classifier can be trained on, or none evaluated."""
     if len(classes) < 2:
         found = f"only {str(classes[0])!r}" if len(classes) else "no image with features"
@@ -223,6 +242,11 @@ def _check(classes: npt.NDArray[Any], codes: npt.NDArray[np.int64], groups: npt.
     if groups is None:
         return
     counts = np.bincount(np.unique(np.stack([codes, groups]), axis=1)[0])
+    if counts.min() < 2 and are_copies:
+        raise TrainingError(
+            f"expected at least 2 different images of each class, found only copies of one of "
+            f"{str(classes[counts.argmin()])!r}; add images, or leave the class out by input.classes"
+        )
     if counts.min() < 2:
         raise TrainingError(
             f"expected images of at least 2 groups of each class, found 1 group of {str(classes[counts.argmin()])!r}; "

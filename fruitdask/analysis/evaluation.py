@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from fruitdask.analysis.neighbors import number_contents, scale_to_one
 from fruitdask.errors import ReduceError
 
 #: Fractions of the variance for which to report the number of components.
@@ -56,7 +57,8 @@ def summarize_quality(
         None with fewer than two classes or if no class has two images.
 
         ``neighbors``: ``k``, the number of neighbours, fewer than ``n_neighbors`` if there are fewer other images;
-        ``agreement``, the mean fraction (0 to 1) of an image's neighbours that share its class, also ``by_class``;
+        ``agreement``, the mean fraction (0 to 1) of an image's neighbours that share its class, also ``by_class``; a
+        copy, which has the same features, is no neighbour, as it would vouch for itself;
         ``confusion``, for each of its ``labels`` a row of ``share``, the fractions of its images' neighbours in each
         class, which add up to 1; of more than 300 classes those that are confused most. With fewer than two images the
         agreements are None and the confusion is empty.
@@ -74,8 +76,8 @@ def summarize_quality(
     -----
     Silhouettes (Rousseeuw 1987) equal scikit-learn's ``silhouette_samples``; their mean is its ``silhouette_score``.
     The agreement is the leave-one-out accuracy of a classifier that draws one of the ``k`` neighbours; with ``k`` = 1
-    it is that of scikit-learn's ``KNeighborsClassifier``, with groups leaving out one group at a time
-    (``LeaveOneGroupOut``). Time grows with n squared times d, memory with n times d.
+    it is that of scikit-learn's ``KNeighborsClassifier`` on images without copies, with groups leaving out one group at
+    a time (``LeaveOneGroupOut``). Time grows with n squared times d, memory with n times d.
 
     Examples
     --------
@@ -189,22 +191,23 @@ def _measure(
     """Measure the distances to images of other groups, in blocks of rows."""
     from sklearn.metrics import pairwise_distances_chunked
 
-    n_images = len(features)
-    k = min(n_neighbors, n_images - int(np.bincount(groups).max(initial=0)))
-    if k < 1:
+    n_images, contents = len(features), np.unique(number_contents(features), return_inverse=True)[1]
+    k = min(n_neighbors, n_images - _count_excluded(groups, contents))
+    if n_images == np.bincount(groups).max(initial=0):
         return _Measured(np.empty((n_images, 0), np.int64), np.full(n_images, np.nan), np.full(n_images, np.inf))
     # By class, so that the distances to a class are adjacent columns.
     order = np.argsort(codes, kind="stable")
-    codes, groups = codes[order], groups[order]
+    codes, groups, contents = codes[order], groups[order], contents[order]
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
 
     def reduce(distances: npt.NDArray[Any], start: int) -> tuple[npt.NDArray[Any], ...]:
         rows = slice(start, start + len(distances))
         is_same = groups[rows, np.newaxis] == groups
-        distances[is_same] = np.inf
+        is_excluded = is_same | (contents[rows, np.newaxis] == contents)
+        distances[is_excluded] = np.inf
         nearest = np.argpartition(distances, k - 1)[:, :k]
         by_distance = np.take_along_axis(distances, nearest, axis=1).argsort(axis=1, kind="stable")
-        distances[is_same] = 0
+        distances[is_excluded] = 0
         sums = np.add.reduceat(distances, starts, axis=1, dtype=np.float64)
         counts = np.add.reduceat(~is_same, starts, axis=1, dtype=np.int64)
         means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
@@ -213,10 +216,17 @@ def _measure(
         means[each, own] = np.inf
         return np.take_along_axis(nearest, by_distance, axis=1), own_means, np.nan_to_num(means, nan=np.inf).min(axis=1)
 
-    blocks = pairwise_distances_chunked(features[order], reduce_func=reduce, metric=metric)
+    blocks = pairwise_distances_chunked(scale_to_one(features[order]), reduce_func=reduce, metric=metric)
     neighbors, own, other = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
     back = np.argsort(order)
     return _Measured(order[neighbors][back], own[back], other[back])
+
+
+def _count_excluded(groups: npt.NDArray[np.int64], contents: npt.NDArray[np.int64]) -> int:
+    """Count the most images that any image must not have as neighbours: those of its group, and its copies."""
+    both = np.unique(np.stack([groups, contents]), axis=1, return_inverse=True)[1]
+    in_group, copies, in_both = (np.bincount(each)[each] for each in (groups, contents, both.ravel()))
+    return int((in_group + copies - in_both).max(initial=0))
 
 
 def _summarize(
@@ -233,7 +243,7 @@ def _summarize_silhouettes(
     measured: _Measured, classes: list[str], codes: npt.NDArray[np.int64], is_judged: npt.NDArray[np.bool_]
 ) -> dict[str, Any]:
     """Average silhouettes over all images and over those of each class."""
-    if not (1 < len(classes) < len(codes) and is_judged.any() and measured.neighbors.size):
+    if not (1 < len(classes) < len(codes) and is_judged.any() and np.isfinite(measured.other).any()):
         return {"mean": None, "by_class": dict.fromkeys(classes)}
     larger = np.maximum(measured.own, measured.other)
     # By convention 0 for an image that is alone in its class, and where all images are equal.

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask.analysis.duplicates import find_close_pairs
+from fruitdask.analysis.neighbors import number_contents
 
 Floats = npt.NDArray[np.float32]
 
@@ -34,7 +35,10 @@ _SIDES = ("width_px", "height_px")
 _MEANS = ["mean_red", "mean_green", "mean_blue"]
 #: A label is doubted if another class has so much more of the votes than its own, and ...
 _MIN_MARGIN = 0.5
-#: ... a value if it is so many standard deviations from the median of its class (Iglewicz and Hoaglin 1993: 3.5).
+#: ... so many more votes, as one or two are chance: of classes of two images that overlap, most were doubted wrongly.
+_MIN_VOTES = 3
+#: A value is doubted if it is so many standard deviations from the median of its class (Iglewicz and Hoaglin 1993:
+#: 3.5).
 _MIN_DEVIATION = 6.0
 #: Median absolute deviation of a normal distribution, in standard deviations.
 _MAD = 0.6745
@@ -61,6 +65,8 @@ class Reference:
     rows: npt.NDArray[np.int64]
     codes: npt.NDArray[np.int64]
     groups: npt.NDArray[np.int64]
+    #: Numbers that copies share, shape (m,), uint64.
+    contents: npt.NDArray[np.uint64]
     #: Direction of the mean of the features of each class, shape (n_classes, n_features).
     means: Floats
 
@@ -78,7 +84,7 @@ class Reference:
         unit = normalize(features)
         sums = np.zeros((n_classes, unit.shape[1]), np.float32)
         np.add.at(sums, codes, unit)
-        return cls(unit, rows, codes, groups, normalize(sums))
+        return cls(unit, rows, codes, groups, number_contents(features), normalize(sums))
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +96,8 @@ class Votes:
     #: Shares of the votes (0 to 1) for that class, and for the image's own, shape (n,).
     shares: npt.NDArray[np.float64]
     own_shares: npt.NDArray[np.float64]
+    #: Number of votes, shape (n,), int64.
+    n_votes: npt.NDArray[np.int64]
     #: Share for that class among the neighbours of other groups, shape (n,); NaN where these have no votes.
     group_shares: npt.NDArray[np.float64]
     #: Row of the nearest image of that class, shape (n,), int64.
@@ -105,8 +113,11 @@ class Votes:
 
 def normalize(features: Floats) -> Floats:
     """Scale rows to unit length; rows of zeros stay so."""
-    lengths = np.linalg.norm(features, axis=1, keepdims=True)
-    return np.asarray(np.divide(features, lengths, out=np.zeros_like(features), where=lengths > 0))
+    largest = np.abs(features).max(axis=1, keepdims=True, initial=0)
+    # Squares of very small or large numbers would be 0 or infinite in float32.
+    scaled = np.divide(features, largest, out=np.zeros_like(features), where=largest > 0)
+    lengths = np.linalg.norm(scaled, axis=1, keepdims=True)
+    return np.asarray(np.divide(scaled, lengths, out=scaled, where=lengths > 0))
 
 
 def collect_votes(
@@ -119,7 +130,9 @@ def collect_votes(
     n_neighbors: int,
 ) -> Votes:
     """
-    Let the nearest reference images vote on the classes of images, none on itself.
+    Let the nearest reference images vote on the classes of images, none on itself or its copies.
+
+    Many images that are the same picture, such as "not available", are no evidence: which of them come first is chance.
 
     Images of the same object find a single wrong label best, so they vote too; the share of the votes of other groups
     says how far others would agree. Of a class with fewer images than neighbours, only as many neighbours vote as it
@@ -144,12 +157,13 @@ def _vote(
     unit = normalize(features)
     similarity = unit @ reference.features.T
     is_itself = rows[:, np.newaxis] == reference.rows
+    is_itself |= number_contents(features)[:, np.newaxis] == reference.contents
     voters, weights = _find_voters(similarity, is_itself, codes, reference, n_neighbors)
     of_voters = reference.codes[voters]
     counts = (weights[:, np.newaxis] * (of_voters[:, np.newaxis] == of_voters[:, :, np.newaxis])).sum(axis=2)
     best, each = counts.argmax(axis=1), np.arange(len(rows))
     winners, n_votes = of_voters[each, best], np.maximum(weights.sum(axis=1), 1)
-    is_same_group = groups[:, np.newaxis] == reference.groups
+    is_same_group = is_itself | (groups[:, np.newaxis] == reference.groups)
     others, other_weights = _find_voters(similarity, is_same_group, codes, reference, n_neighbors)
     with np.errstate(invalid="ignore"):
         group_shares = _count(others, other_weights, winners, reference) / other_weights.sum(axis=1)
@@ -157,6 +171,7 @@ def _vote(
         codes=np.where(weights.any(axis=1), winners, -1),
         shares=counts[each, best] / n_votes,
         own_shares=_count(voters, weights, codes, reference) / n_votes,
+        n_votes=weights.sum(axis=1),
         group_shares=group_shares,
         nearest=reference.rows[voters[each, best]],
         distances=1 - np.einsum("ij,ij->i", unit, reference.means[codes]).astype(np.float64),
@@ -194,7 +209,8 @@ def _count(
 def find_label_issues(votes: Votes, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
     """Score how probable it is that labels are wrong, 0 to 1; NaN for those that are not doubted."""
     margins = votes.shares - votes.own_shares
-    return np.where((votes.codes >= 0) & (votes.codes != codes) & (margins >= _MIN_MARGIN), margins, np.nan)
+    is_clear = (margins >= _MIN_MARGIN) & (margins * votes.n_votes > _MIN_VOTES - 0.5)
+    return np.where((votes.codes >= 0) & (votes.codes != codes) & is_clear, margins, np.nan)
 
 
 def measure_deviations(values: npt.NDArray[Any], codes: npt.NDArray[np.integer], *, floor: float) -> npt.NDArray[Any]:

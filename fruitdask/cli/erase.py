@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fruitdask.cli.common import config_argument, load_results, print_rows, reported, set_option, verbose_option
+from fruitdask.cli.common import config_argument, load_results, print_rows, reported, set_option, show, verbose_option
 
 if TYPE_CHECKING:
     from fruitdask.core.config import Config
@@ -62,6 +62,8 @@ def _describe(erasure: "Erasure", config: "Config") -> dict[str, str]:
     remedy = "delete them, or add them to input.exclude"
     rows = {"erased": f"{erasure.n_erased:,} of {erasure.n_images:,} images"}
     again = f"computed again from the {n_left:,} remaining images"
+    if erasure.unmatched:
+        rows["not found"] = f"{len(erasure.unmatched):,} paths or patterns, such as {show(erasure.unmatched[0])}"
     rows["results"] = again if erasure.result else "fruitdask run resumes without them"
     if n_in_input is None:
         rows["input"] = f"could not be listed; if they are there, {remedy}"

@@ -72,9 +72,9 @@ def normalize_unique(names: Iterable[str]) -> dict[str, str]:
 
 
 def _find_files(paths: pd.Series, files: pd.Series, relate: Callable[[str], str]) -> npt.NDArray[np.int64]:
-    """Find files by paths as given, as normalized, and in another Unicode form; -1 for others."""
+    """Find files by paths as given, as normalized, in another Unicode form, and as in CSV of fruitdask; -1 if none."""
     places = find_rows(paths, files)
-    for rewrite in (relate, _compose(files, relate)):
+    for rewrite in (relate, _compose(files, relate), unquote_formula):
         left = np.flatnonzero(places < 0)
         if len(left):
             places[left] = find_rows(paths.iloc[left].map(rewrite).astype("str"), files)
@@ -185,6 +185,9 @@ def _read_table(location: Location, setting: str) -> pd.DataFrame:
             f"{location.url}: expected the columns path and label in {setting}, found {', '.join(columns) or 'none'}"
         )
     table = pd.DataFrame({name: columns[name] for name in _COLUMNS if name in columns})
+    for name in table.columns.drop("path"):
+        # Spaces around a word are slips, and would make a class of their own.
+        table[name] = table[name].str.strip()
     _check_rows(table, f"{location.url}: expected", setting)
     return table
 
@@ -235,9 +238,10 @@ def _convert_to_text(column: Any, name: str) -> pd.Series:
     if pa.types.is_boolean(kind):
         column = pc.if_else(column, "True", "False")
     elif pa.types.is_floating(kind):
-        column = pc.if_else(pc.is_nan(column), None, column.cast(pa.float64()))
+        column = pc.if_else(pc.is_nan(column), None, column)
     elif pa.types.is_decimal(kind):
-        column = column.cast(pa.float64())
+        # Floats would make one class of long numbers.
+        column = pc.replace_substring_regex(column.cast(pa.string()), r"\.0+$|(\.\d*[1-9])0+$", r"\1")
     return column.cast(pa.large_string()).fill_null("").to_pandas()  # type: ignore[no-any-return]
 
 
@@ -253,8 +257,17 @@ def _read_csv(data: bytes) -> dict[str, Any]:
     wanted = {name: place for name, place in columns.items() if name in _COLUMNS}
     texts = _parse_csv(body, delimiter, len(names), wanted)
     labels = texts["label"]
+    if (is_broken := labels.str.contains("\n", regex=False)).any():
+        row = int(is_broken.argmax())
+        raise ValueError(
+            f"the label {labels[row][:60]!r} of several lines in row {row + 1}; close the quotation mark that begins it"
+        )
     if any(name != name.strip() for name in names) or (len(labels) and labels.str.startswith(" ").all()):
         texts = {name: text.str.strip() for name, text in texts.items()}
+    for name in texts.keys() - {"path"}:
+        is_quoted = texts[name].str.startswith("'")
+        # As in fruitdask's own tables, in which people correct labels.
+        texts[name] = texts[name].mask(is_quoted, texts[name][is_quoted].map(unquote_formula))
     # Spreadsheets write empty rows below a table.
     is_row = (texts["path"] != "") | (texts["label"] != "")
     return {name: text[is_row].reset_index(drop=True) for name, text in texts.items()}

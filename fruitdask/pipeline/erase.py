@@ -1,5 +1,6 @@
 """Erases images from the results of a run (GDPR, article 17)."""
 
+import glob
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from fruitdask.errors import (
 from fruitdask.pipeline.inputs import open_output
 from fruitdask.pipeline.results import RunResult
 from fruitdask.pipeline.run import run
-from fruitdask.store.catalog import hash_catalog, list_images, match_paths, take_listing
+from fruitdask.store.catalog import escape_paths, hash_catalog, list_images, match_paths, take_listing
 from fruitdask.store.schema import ErasureRecord
 
 
@@ -50,6 +51,13 @@ class ErasurePlan:
         """Number of images to erase."""
         return int(self.is_erased.sum())
 
+    def list_unmatched(self) -> tuple[str, ...]:
+        """List the patterns that match no image."""
+        erased = self.images["path"][self.is_erased]
+        known = {*erased, *map(glob.escape, erased)}
+        left = (pattern for pattern in self.patterns if pattern not in known)
+        return tuple(pattern for pattern in left if not match_paths(erased, [pattern]).any())
+
     @property
     def n_in_input(self) -> int | None:
         """Number of matching images in the input; None if that cannot be listed."""
@@ -69,6 +77,8 @@ class Erasure:
         Images before.
     n_in_input : int or None
         Erased images that are still in the input, where the next run would read them; None if it cannot be listed.
+    unmatched : tuple[str, ...]
+        Patterns that match no image of the run.
     keeps_versions : bool
         Whether the output is a bucket that keeps old versions of objects, or an Azure account that keeps deleted blobs.
     result : RunResult or None
@@ -78,6 +88,7 @@ class Erasure:
     n_erased: int
     n_images: int
     n_in_input: int | None
+    unmatched: tuple[str, ...] = field(repr=False)
     keeps_versions: bool
     result: RunResult | None = field(repr=False)
 
@@ -96,7 +107,7 @@ def erase(
     config : Config
         The configuration of the run.
     patterns : Sequence[str]
-        Patterns of paths relative to ``input.url``, as for ``fnmatch.fnmatchcase``: ``*`` matches slashes too.
+        Paths relative to ``input.url``, or patterns as for ``fnmatch.fnmatchcase``: ``*`` matches slashes too.
     client : distributed.Client, optional
         A cluster to use instead of the configured one; it is left open.
     progress : RunProgress or bool, optional
@@ -133,6 +144,7 @@ def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
             f"{store.advise_repair(output)} first"
         )
     is_complete = store.list_committed(output).issuperset(range(-(-len(images) // size)))
+    patterns = escape_paths(patterns, images["path"])
     is_erased = match_paths(images["path"], patterns)
     if not is_erased.any():
         raise ConfigError(
@@ -144,7 +156,7 @@ def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
         raise ConfigError(
             f"{output.url}: all {len(images):,} images match, so nothing would be left; delete the folder instead"
         )
-    return ErasurePlan(config, tuple(patterns), images, is_erased, listing, is_complete, size)
+    return ErasurePlan(config, patterns, images, is_erased, listing, is_complete, size)
 
 
 def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | bool | None = None) -> Erasure:
@@ -159,6 +171,7 @@ def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | 
         n_erased=plan.n_erased,
         n_images=len(plan.images),
         n_in_input=plan.n_in_input,
+        unmatched=plan.list_unmatched(),
         keeps_versions=keeps_versions(open_output(plan.config)),
         result=result,
     )

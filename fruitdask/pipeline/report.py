@@ -182,10 +182,18 @@ def _read_data(config: Config, output: Location, manifest: store.RunManifest | N
         sizes=None if exploration is None else _read_sizes(output, exploration),
         failures=report.read_failures(output) if exploration is None or is_run else list_unreadable(output),
         quality=store.read_quality(output) if is_run else None,
-        classifier=store.read_json(output.child(store.CLASSIFIER_REPORT)),
+        classifier=_read_classifier(output, manifest),
         predictions=_read_predictions(output),
         issues=store.read_table(output, store.ISSUES) if manifest is not None and manifest.issues else None,
     )
+
+
+def _read_classifier(output: Location, manifest: store.RunManifest | None) -> dict[str, Any] | None:
+    """Read what cross-validation says of the classifier, and whether that is about the images as they are now."""
+    report = store.read_json(output.child(store.CLASSIFIER_REPORT))
+    if report is None or manifest is None:
+        return None
+    return {**report, "is_current": report.get("trained_on") == manifest.trained_on}
 
 
 def _read_predictions(output: Location) -> pd.DataFrame | None:

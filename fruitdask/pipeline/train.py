@@ -169,6 +169,7 @@ def train(
     A linear probe (multinomial logistic regression on standardized features), and beside it the vote of the 5 nearest
     neighbours. Where groups are known (``input.group_from``), no group is in both the training and the test part of a
     fold, so that images of one object do not vouch for each other; intervals then count groups rather than images.
+    Where they are not, the same holds for copies of one image, which have equal features.
     """
     from fruitdask.analysis.classifier import PROBE_ARRAYS, train as train_probe
 
@@ -180,13 +181,15 @@ def train(
     groups = chosen["group"].to_numpy(str) if "group" in chosen else None
     probe, evaluated = train_probe(features, chosen["label"].to_numpy(str), groups)
     arrays = {name: (getattr(probe, name), dimensions) for name, dimensions in PROBE_ARRAYS.items()}
+    manifest = store.RunManifest.model_validate(result.manifest)
     report = {"fruitdask": __version__, "finished": datetime.now(UTC).isoformat(timespec="seconds")} | evaluated
+    report["trained_on"] = manifest.trained_on
     with store.locked(result.output):
         # The report is written last and marks the classifier as complete.
         store.delete_result(result.output, store.CLASSIFIER_REPORT)
         store.write_arrays(result.output.child(store.CLASSIFIER), arrays | {"rows": (rows, ("image",))}, {})
         store.write_json(result.output.child(store.CLASSIFIER_REPORT), report)
-        config = restore_config(store.RunManifest.model_validate(result.manifest))
+        config = restore_config(manifest)
         if config.report.enabled:
             render(config, result.output)
     return Classifier(result, report, probe, rows)

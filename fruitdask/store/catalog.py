@@ -1,6 +1,7 @@
 """The catalog: which images there are. Nothing is decoded here."""
 
 import fnmatch
+import glob
 import hashlib
 import io
 import json
@@ -96,7 +97,31 @@ def list_input(config: InputConfig, *, on_listed: Callable[[int], None] = lambda
     catalog = _narrow(listing.files if table is None else label_files(table, listing.files, root, config), config)
     is_said = has_table or config.split_from is not None or "label_from" in config.model_fields_set
     names = [name for name in (*COLUMNS, *GROUPINGS) if name in catalog]
-    return Listing(catalog[names], {} if has_table else listing.left_out, () if is_said else listing.notes)
+    notes = _describe_alike(catalog["label"].unique()) + (() if is_said else listing.notes)
+    notes += () if has_table else _describe_backslashes(catalog["path"])
+    return Listing(catalog[names], {} if has_table else listing.left_out, notes)
+
+
+def _describe_backslashes(paths: pd.Series) -> tuple[str, ...]:
+    """Describe paths as old programs on Windows write them into archives: here they have no folder, and so no class."""
+    odd = paths[paths.str.contains("\\", regex=False)]
+    if odd.empty:
+        return ()
+    names = f"{len(odd):,} paths have a backslash" if len(odd) > 1 else "one path has a backslash"
+    return (f"{names}, such as {odd.iloc[0]!r}, which is part of a name here; if it separates folders, pack them anew",)
+
+
+def _describe_alike(classes: Iterable[str]) -> tuple[str, ...]:
+    """Describe classes whose names a person would take for one."""
+    firsts, pairs = dict[str, str](), list[str]()
+    for name in sorted(classes):
+        key = re.sub(r"[\s_]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
+        if firsts.setdefault(key, name) != name:
+            pairs.append(f"{firsts[key]!r} and {name!r}")
+    if not pairs:
+        return ()
+    more = f", and {len(pairs) - 1:,} more," * (len(pairs) > 1)
+    return (f"the classes {pairs[0]}{more} differ only in case, spaces or form of Unicode; if they are one, rename it",)
 
 
 def _narrow(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
@@ -105,7 +130,7 @@ def _narrow(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
         catalog = _keep_classes(catalog, config)
     if config.limit is not None:
         catalog = catalog.iloc[sample_evenly(catalog, config.limit)].reset_index(drop=True)
-    patterns = config.exclude
+    patterns = escape_paths(config.exclude, catalog["path"])
     if config.exclude_from is not None:
         patterns += read_paths(config.exclude_from, "input.exclude_from")
     if patterns:
@@ -125,6 +150,16 @@ def match_paths(paths: pd.Series, patterns: Sequence[str]) -> npt.NDArray[np.boo
     """
     match = re.compile("|".join(map(fnmatch.translate, patterns))).match
     return np.array([match(path) is not None for path in paths], bool)
+
+
+def escape_paths(patterns: Sequence[str], paths: pd.Series) -> tuple[str, ...]:
+    """Escape the patterns that are one of some paths, so that they match it alone.
+
+    >>> escape_paths(["a[1].jpg", "b[1].jpg"], pd.Series(["a1.jpg", "a[1].jpg"]))
+    ('a[[]1].jpg', 'b[1].jpg')
+    """
+    known = set(paths[paths.isin([pattern for pattern in patterns if _WILDCARDS.search(pattern)])])
+    return tuple(glob.escape(pattern) if pattern in known else pattern for pattern in patterns)
 
 
 def choose_partition_size(n_images: int) -> int:

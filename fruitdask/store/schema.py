@@ -252,6 +252,11 @@ class RunManifest(Manifest):
         """Number of partitions."""
         return -(-self.n_images // self.images_per_partition)
 
+    @property
+    def trained_on(self) -> dict[str, Any]:
+        """What a classifier depends on: the images with their labels, and their groups."""
+        return {"catalog": self.fingerprint["catalog"], "group": self.groupings.get("group")}
+
     def read_settings(self, section: str, kind: type[Settings]) -> Settings:
         """Read a section of the configuration that was run; unknown settings are of a later version, missing ones had
         their default.

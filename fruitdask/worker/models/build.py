@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,15 +77,17 @@ def build_here(config: ModelConfig) -> ModelArtifact:
         input_px = _find_input_px(config, shapes) if own else choose_input_px(config)
         features = _pool(_fix_input(features, input_px, config), config)
         preprocess, preprocessing = _choose_preprocessing(config, is_own=own is not None)
+        name, layer = network.name, place.name
+        _rename_scopes(features)
         graph = _freeze(lambda images: features(preprocess(images), training=False), input_px)
     artifact = ModelArtifact(
         payload=ENGINES[engine].pack_graph(graph),
         engine=engine,
-        name=network.name if own else config.name,
+        name=name if own else config.name,
         preprocessing=preprocessing,
         input_px=input_px,
         n_features=int(features.output_shape[-1]),
-        layer=place.name,
+        layer=layer,
         has_foreign_code=own is not None and has_foreign_layers(network),
     )
     if own and engine != "tensorflow":
@@ -285,6 +288,12 @@ def _pool(network: Any, config: ModelConfig) -> Any:
     }
     pool = pools[config.pooling] if len(network.output_shape) == 4 else keras.layers.Flatten
     return keras.Model(network.inputs, pool()(network.output), name=network.name)
+
+
+def _rename_scopes(network: Any) -> None:
+    """Rename the layers whose names TensorFlow does not take for a graph; Keras does, with other backends."""
+    for layer in (network, *network._flatten_layers(include_self=False)):
+        layer.name = re.sub(r"^[^A-Za-z0-9.]|[^A-Za-z0-9_.\\/>-]", "_", layer.name)
 
 
 def _freeze(call: Callable[[Any], Any], input_px: int) -> bytes:
