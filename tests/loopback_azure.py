@@ -40,6 +40,8 @@ MAX_CUSTOM_DATA_BYTES = 65_535
 LOCATIONS = ("westeurope", "francecentral", "eastus")
 # Members that Resource Manager knows at the top of a resource's body; it refuses others.
 _ENVELOPE = set("location tags properties sku plan identity zones extendedLocation".split())
+#: How long a container may take to end after SIGTERM.
+_GRACE_SECONDS = 0.05
 _COMPUTE, _NETWORK = "Microsoft.Compute", "Microsoft.Network"
 
 
@@ -142,7 +144,7 @@ class Machine:
             self._boot()
         if self._container is not None:
             if not (self.was_evicted or self.cloud.is_closing):
-                self._container.stop(0.5)
+                self._container.stop(_GRACE_SECONDS)
             self._container.kill()
             self._container.close()
         with self.cloud.changed:

@@ -53,7 +53,7 @@ def configure(**options: Any) -> EC2ClusterConfig:
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackEC2]:
     """Start an EC2, and check at the end that nothing is left on it."""
-    with LoopbackEC2() as cloud:
+    with LoopbackEC2(grace_seconds=0.05) as cloud:
         cloud.use(monkeypatch)
         yield cloud
         check_nothing_left(cloud)
@@ -156,7 +156,7 @@ async def observe_run(cloud: LoopbackEC2) -> Run:
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
     """Observe a run, with a secret in the user's Dask settings."""
-    with LoopbackEC2() as cloud, pytest.MonkeyPatch.context() as patch:
+    with LoopbackEC2(grace_seconds=0.05) as cloud, pytest.MonkeyPatch.context() as patch:
         cloud.use(patch)
         with dask.config.set({"cloudprovider.digitalocean.token": SECRET}):
             run = asyncio.run(observe_run(cloud))
