@@ -530,8 +530,8 @@ class LoopbackEC2:
 
     def use(self, patch: pytest.MonkeyPatch) -> None:
         """Make all AWS clients of this process and its children talk to this server, and poll it often."""
-        patch.setattr("fruitdask.cluster.cloud.cluster.CloudCluster.poll_seconds", 0.2)
-        patch.setattr("fruitdask.cluster.ec2.instances._POLL_SECONDS", 0.2)
+        patch.setattr("fruitdask.cluster.cloud.cluster.CloudCluster.poll_seconds", 0.1)
+        patch.setattr("fruitdask.cluster.ec2.instances._POLL_SECONDS", 0.1)
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN"):
             patch.delenv(name, raising=False)
         for name, value in self.environment.items():

@@ -34,6 +34,7 @@ from fruitdask.cli import cli
 from fruitdask.cluster import list_usage, open_client
 from fruitdask.cluster.azure.machines import list_instances, open_arm, terminate_run
 from fruitdask.cluster.azure.roles import build_roles
+from fruitdask.cluster.cloud.instances import Instance
 from fruitdask.cluster.cloud.prices import Usage
 from fruitdask.core.config import AzureClusterConfig, ModelConfig
 from fruitdask.errors import ClusterStartError, ConfigError
@@ -125,6 +126,7 @@ class Run:
     resources: list[str]
     tags: list[dict[str, str]]
     usage: list[Usage]
+    listed: list[Instance]
     calls: list[Call]
 
 
@@ -140,7 +142,7 @@ async def observe_run(cloud: LoopbackAzure) -> Run:
         extra_bootstrap=["echo 'a: b' # c"],
         tags={"team": "fruits"},
     )
-    with open_client(config) as client:
+    with open_client(config) as client, open_arm("fruits", subscription=None, action="look") as arm:
         client.wait_for_workers(2, timeout=PATIENCE_SECONDS)
         machines = cloud.alive()
         return Run(
@@ -153,6 +155,7 @@ async def observe_run(cloud: LoopbackAzure) -> Run:
             resources=cloud.list_resources(),
             tags=[cloud.find(name)["tags"] for name in cloud.list_resources() if not name.startswith("disks")],
             usage=list_usage(client),
+            listed=list_instances(arm),
             calls=cloud.calls,
         )
 
@@ -265,6 +268,14 @@ def test_usage_is_known_also_after_the_end(run: Run) -> None:
     assert [(one.instance_type, one.is_spot) for one in after] == sizes and after[0].region == "westeurope"
     assert all(0 < early.seconds < late.seconds < 120 for early, late in zip(run.usage, after, strict=True))
     assert list_usage(run.client) == after
+
+
+def test_list_instances_tells_spot_and_age(run: Run) -> None:
+    """They are what `clusters list` prints."""
+    scheduler, *workers = run.listed
+    assert (scheduler.role, scheduler.is_spot) == ("scheduler", False)
+    assert [(worker.role, worker.is_spot, worker.region) for worker in workers] == [("worker", True, "westeurope")] * 2
+    assert all(0 < worker.age_seconds < scheduler.age_seconds < 120 for worker in workers)
 
 
 def test_scheduler_that_never_comes_up(cloud: LoopbackAzure) -> None:
@@ -582,14 +593,6 @@ def test_clusters_explains_mistakes(cloud: LoopbackAzure, arguments: tuple[str, 
     """The error is one sentence."""
     found, printed = invoke("clusters", "list", *arguments)
     assert (found, printed.count("\n")) == (code, 1) and expected in printed
-
-
-def test_list_instances_tells_spot_and_age(cloud: LoopbackAzure) -> None:
-    """They are what `clusters list` prints."""
-    with open_client(configure(spot=True)), open_arm("fruits", subscription=None, action="look") as arm:
-        scheduler, worker = list_instances(arm)
-        assert (scheduler.role, scheduler.is_spot, worker.role, worker.is_spot) == ("scheduler", False, "worker", True)
-        assert 0 < worker.age_seconds < scheduler.age_seconds < 120 and worker.region == "westeurope"
 
 
 def test_run_on_azure_has_the_features_of_a_local_run(
