@@ -52,7 +52,7 @@ def refusing(request: pytest.FixtureRequest, s3_server: str) -> Iterator[dict[st
 
 
 @pytest.fixture
-def nobody(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def without_credentials(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Return the storage options of the S3 server for a user without credentials."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -96,17 +96,17 @@ def test_denied_reading_names_the_action_and_the_place(refusing: dict[str, Any])
         hash_file(Location("s3://bucket/x", refusing))
 
 
-def test_missing_credentials_are_explained(nobody: dict[str, Any]) -> None:
+def test_missing_credentials_are_explained(without_credentials: dict[str, Any]) -> None:
     with pytest.raises(
         StorageError, match=r"cannot read s3://bucket/x: .*: found no AWS credentials; log in \(aws conf"
     ):
-        exists(Location("s3://bucket/x", nobody))
+        exists(Location("s3://bucket/x", without_credentials))
 
 
-def test_unknown_profile_is_explained(nobody: dict[str, Any]) -> None:
+def test_unknown_profile_is_explained(without_credentials: dict[str, Any]) -> None:
     message = r"cannot read s3://bucket/x: .*\(nobody\).*: there is no such profile; check AWS_PROFILE"
     with pytest.raises(StorageError, match=message):
-        exists(Location("s3://bucket/x", nobody | {"profile": "nobody"}))
+        exists(Location("s3://bucket/x", without_credentials | {"profile": "nobody"}))
     with pytest.raises(ProfileNotFound, match="nobody") as caught:
         create_client("ec2", profile="nobody")
     assert "there is no such profile" in str(explain_aws_error(caught.value))

@@ -326,7 +326,7 @@ def test_machine_that_may_not_delete_itself_is_deleted_by_its_client(cloud: Loop
     ],
 )
 def test_refused_launches(cloud: LoopbackAzure, refusal: Refusal, expected: str) -> None:
-    """A refusal of Azure is reported at once, in words."""
+    """The start fails at once, and the error explains the refusal."""
     cloud.faults.refusals.append(refusal)
     with pytest.raises(ClusterStartError, match=expected):
         with open_client(configure(n_workers=2)):

@@ -1,4 +1,4 @@
-"""Instance types and machine images: they are described as EC2 does, and missing ones are reported in words."""
+"""Instance types and machine images are described as EC2 does, and errors explain what is missing."""
 
 import sys
 from collections.abc import Iterator

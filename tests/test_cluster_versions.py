@@ -1,4 +1,4 @@
-"""Clusters with other versions are refused in words; real workers and schedulers are made to differ."""
+"""Clusters with other versions are refused; here real workers and schedulers are made to differ."""
 
 import os
 import subprocess

@@ -550,5 +550,5 @@ signal.pause()
         with subprocess.Popen([sys.executable, "-c", script], env=environment) as process:
             assert read_pipe(pipe) == "ready\n"
             process.kill()
-        # The pipe is at its end when all that held it open have gone.
+        # The pipe ends when all processes that held it open are gone.
         assert read_pipe(held) == ""
