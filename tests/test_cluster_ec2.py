@@ -338,7 +338,7 @@ def test_workers_that_never_come_up(cloud: LoopbackEC2, monkeypatch: pytest.Monk
     ],
 )
 def test_refused_launches(cloud: LoopbackEC2, role: str, code: str, expected: str) -> None:
-    """A refusal of AWS is reported at once, in words."""
+    """The start fails at once, and the error explains the refusal."""
     cloud.faults.refusals.append(Refusal(code, role=role))
     with pytest.raises(ClusterStartError, match=expected):
         with open_client(configure(n_workers=2)):
