@@ -1,15 +1,15 @@
-"""An Azure on this machine whose virtual machines really run, so that a cluster launcher can be tested without a cloud.
+"""An Azure on this machine whose virtual machines really run, to test a cluster launcher without a cloud.
 
-It is a proxy on 127.0.0.1, by which the variables HTTPS_PROXY and HTTP_PROXY lead the real clients of Azure, unchanged:
-it answers, with TLS, for Resource Manager (management.azure.com) and Entra (login.microsoftonline.com), and for the
-metadata service of machines (169.254.169.254). A machine gets a loopback address of its own. When it boots, the ``docker
-run`` line of its custom data is run as a process of this machine, and when that or its lifetime ends, so is the script in
-its custom data by which it deletes itself, with the token of its identity.
+It is a proxy on 127.0.0.1. The variables HTTPS_PROXY and HTTP_PROXY make the unmodified clients of Azure use it. It
+answers over TLS for Resource Manager (management.azure.com) and Entra (login.microsoftonline.com), and for the metadata
+service of machines (169.254.169.254). Each machine gets its own loopback address. When it boots, it runs the ``docker
+run`` line of its custom data as a process of this machine. When that process or the lifetime of the machine ends, it
+runs the script in its custom data by which it deletes itself, with the token of its identity.
 
-It does not show what images, docker, the bootstrap by apt, GPU drivers, security groups, role assignments (any
-credentials will do; an identity may delete machines, unless ``may_delete`` is false), quotas and real latency do.
+It does not simulate images, docker, the bootstrap by apt, GPU drivers, security groups, role assignments, quotas and
+real latency. It accepts any credentials; an identity may delete machines, unless ``may_delete`` is false.
 
-Linux only, for all of 127.0.0.0/8 must be addresses of this machine.
+Linux only, because all addresses of 127.0.0.0/8 must belong to this machine.
 """
 
 import base64
@@ -40,6 +40,8 @@ MAX_CUSTOM_DATA_BYTES = 65_535
 LOCATIONS = ("westeurope", "francecentral", "eastus")
 # Members that Resource Manager knows at the top of a resource's body; it refuses others.
 _ENVELOPE = set("location tags properties sku plan identity zones extendedLocation".split())
+#: How long a container may take to end after SIGTERM.
+_GRACE_SECONDS = 0.05
 _COMPUTE, _NETWORK = "Microsoft.Compute", "Microsoft.Network"
 
 
@@ -64,7 +66,7 @@ class Refusal:
     count: int | None = None
 
     def strikes(self, method: str, kind: str, name: str) -> bool:
-        """Count a request, and say whether it is refused."""
+        """Count a request, and return whether it is refused."""
         if (method, kind) != (self.method, self.kind) or not re.search(self.name, name) or self.count == 0:
             return False
         if self.count is not None:
@@ -74,7 +76,7 @@ class Refusal:
 
 @dataclass
 class Faults:
-    """What goes wrong; may be changed at any time."""
+    """Injected faults; may be changed at any time."""
 
     never_boots: set[str] = field(default_factory=set)  # roles: "scheduler", "worker"
     unpullable: set[str] = field(default_factory=set)  # docker images
@@ -83,7 +85,7 @@ class Faults:
 
 
 class _Error(Exception):
-    """A refusal of Resource Manager's."""
+    """A refusal by Resource Manager."""
 
     def __init__(self, status: int, code: str, message: str = "refused by the loopback Azure") -> None:
         super().__init__(message)
@@ -91,7 +93,7 @@ class _Error(Exception):
 
 
 class Machine:
-    """A virtual machine: starting, running, stopped (which is still paid for) or deleted."""
+    """A virtual machine: starting, running, stopped (which still costs money) or deleted."""
 
     def __init__(self, cloud: "LoopbackAzure", path: str, body: dict[str, Any], address: str) -> None:
         self.cloud, self.path, self.name, self.address = cloud, path, path.rsplit("/", 1)[1], address
@@ -134,7 +136,7 @@ class Machine:
             self.cloud.changed.notify_all()
 
     def _live(self) -> None:
-        """Boot, wait for an end of any kind, and clean up."""
+        """Boot, wait for any end, and clean up."""
         self._set_power("running")
         if self.plan.role in self.cloud.faults.never_boots:
             self._over.wait()
@@ -142,14 +144,14 @@ class Machine:
             self._boot()
         if self._container is not None:
             if not (self.was_evicted or self.cloud.is_closing):
-                self._container.stop(0.5)
+                self._container.stop(_GRACE_SECONDS)
             self._container.kill()
             self._container.close()
         with self.cloud.changed:
             self.cloud.changed.notify_all()
 
     def _boot(self) -> None:
-        """Do what the custom data say, until the machine is deleted."""
+        """Follow the custom data until the machine is deleted."""
         if self.plan.problem or self.plan.image in self.cloud.faults.unpullable:
             self.log_path.write_text(f"docker: cannot pull the image {self.plan.image!r} {self.plan.problem}\n")
         elif self.plan.command:
@@ -166,7 +168,7 @@ class Machine:
             self._end_itself()
 
     def _end_itself(self) -> None:
-        """Run the script of the custom data; where it fails, the shell shuts the machine down, which does not free it."""
+        """Run the script of the custom data; if it fails, the shell stops the machine without releasing it."""
         [script] = self.plan.files.values()
         (self.folder / "end.py").write_text(script.replace("(1, 5, 10, 30, 60)", "(0,)"))
         environment = build_environment(self.folder) | self.cloud.build_proxy(self.name)
@@ -180,7 +182,7 @@ class Machine:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers requests that come through a tunnel, or as to a proxy."""
+    """Answers requests through a tunnel, or to a proxy."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -190,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
     def do_CONNECT(self) -> None:
-        """Speak TLS as the host that the client has asked for."""
+        """Speak TLS in the name of the requested host."""
         self.send_response(200)
         self.end_headers()
         self.connection = self.server.tls.wrap_socket(self.connection, server_side=True)
@@ -199,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = False
 
     def finish(self) -> None:
-        """Close all of the connection, whose other end may have gone."""
+        """Close the whole connection; the other end may be gone."""
         for part in (self.wfile, self.rfile, self.connection):
             with contextlib.suppress(OSError, ValueError):
                 part.close()
@@ -235,7 +237,7 @@ class _Server(ThreadingHTTPServer):
         self.tls.load_cert_chain(certificate, key)
 
     def handle_error(self, *_: Any) -> None:
-        """Say nothing of clients that have gone."""
+        """Print nothing about clients that are gone."""
 
 
 class LoopbackAzure:
@@ -257,7 +259,7 @@ class LoopbackAzure:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        """Start to answer."""
+        """Start the server."""
         with contextlib.ExitStack() as stack:
             self.folder = Path(tempfile.mkdtemp(prefix="loopback-azure-"))
             stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
@@ -276,7 +278,7 @@ class LoopbackAzure:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """End everything that runs, and forget all."""
+        """End all machines, and forget everything."""
         if error is not None:
             for machine in self.machines.values():
                 error.add_note(f"{machine.name}:\n{machine.log()[-3000:]}")
@@ -284,20 +286,20 @@ class LoopbackAzure:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables with which clients of Azure talk to this, and to nothing else."""
+        """Variables that make clients of Azure talk to this server only."""
         ids = {"AZURE_TENANT_ID": str(uuid.UUID(int=1)), "AZURE_CLIENT_ID": "client"}
         ids |= {"AZURE_CLIENT_SECRET": "loopback", "AZURE_SUBSCRIPTION_ID": self.subscription}
         return ids | {"REQUESTS_CA_BUNDLE": self.certificate} | self.build_proxy("client")
 
     def build_proxy(self, caller: str) -> dict[str, str]:
-        """Build the variables that lead a caller here."""
+        """Build the variables that make a caller use this proxy."""
         proxy = f"http://{caller}:x@127.0.0.1:{self.port}"
         names = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY")
         local = {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
         return dict.fromkeys(names, proxy) | local | {"SSL_CERT_FILE": self.certificate}
 
     def use(self, patch: pytest.MonkeyPatch) -> None:
-        """Let all Azure clients of this process and its children talk to this, which may be asked again soon."""
+        """Make all Azure clients of this process and its children talk to this server, and poll it often."""
         patch.setattr("fruitdask.cluster.azure.cluster.RunCluster.poll_seconds", 0.2)
         patch.setattr("fruitdask.cluster.cloud.cluster._SLOW_POLL_SECONDS", 2.0)
         for name in ("cluster", "machines"):
@@ -306,7 +308,7 @@ class LoopbackAzure:
             patch.setenv(name, value)
 
     def list_resources(self) -> list[str]:
-        """List what is in the resource group besides the network, by kind and name."""
+        """List the resources of the group without its network, by kind and name."""
         with self.changed:
             found = [path.removeprefix(self.base.lower()).split("/", 2)[2] for path in self._resources]
         return sorted(name for name in found if not name.startswith(("virtualnetworks", "networksecuritygroups")))
@@ -326,7 +328,7 @@ class LoopbackAzure:
         return find_processes(self.folder)
 
     def wait_until_quiet(self, timeout: float) -> bool:
-        """Wait until no resource is left that costs money and no process; say whether it came to that."""
+        """Wait until no process and no resource that costs money is left; return whether that happened in time."""
         deadline = time.monotonic() + timeout
         while self.list_resources() or self.processes():
             if time.monotonic() > deadline:
@@ -335,7 +337,7 @@ class LoopbackAzure:
         return True
 
     def evict(self, machine: Machine) -> None:
-        """Take a machine away, as Azure takes spot machines with the eviction policy Delete."""
+        """Evict a machine, as Azure evicts spot machines with the eviction policy Delete."""
         self._delete_machine(machine.path, was_evicted=True)
 
     def put(self, kind: str, name: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -361,7 +363,7 @@ class LoopbackAzure:
         return self._answer_manager(method, path, headers, body)
 
     def _answer_login(self, path: str) -> dict[str, Any]:
-        """Answer for Entra: any secret is right."""
+        """Answer for Entra, which accepts any secret here."""
         root = "https://login.microsoftonline.com/" + path.split("/")[1]
         if path.endswith("/token"):
             return {"access_token": "client", "expires_in": 3600, "token_type": "Bearer"}
@@ -369,7 +371,7 @@ class LoopbackAzure:
         return {**endpoints, "issuer": f"{root}/v2.0"}
 
     def _answer_metadata(self, path: str, headers: Any) -> dict[str, Any]:
-        """Answer for the metadata service, which knows the machine that asks; here by the user of its proxy."""
+        """Answer for the metadata service, which knows the calling machine; here by the user of its proxy."""
         user = base64.b64decode(headers["Proxy-Authorization"].split()[1]).decode().partition(":")[0]
         machine = self.machines[user]
         if headers.get("Metadata") != "true":
@@ -408,7 +410,7 @@ class LoopbackAzure:
             return (202, None, self._operate()) if self._delete(path, kind) else (204, None, {})
 
     def note(self, call: Call) -> None:
-        """Remember a request."""
+        """Record a request."""
         self.calls.append(call)
 
     def _furnish(self) -> None:
@@ -418,7 +420,7 @@ class LoopbackAzure:
         self.put(f"{_NETWORK}/networkSecurityGroups", "nsg", {})
 
     def _act(self, kind: str, name: str, action: str) -> dict[str, Any]:
-        """Answer about a machine."""
+        """Answer a POST or view request about a machine."""
         machine = self.machines.get(name)
         if machine is None or machine.power == "deleted":
             raise _Error(404, "ResourceNotFound", f"The Resource '{kind}/{name}' was not found.")
@@ -458,7 +460,7 @@ class LoopbackAzure:
         return self.put(kind, name, body)
 
     def _launch(self, path: str, name: str, body: dict[str, Any]) -> None:
-        """Start a machine, with its disk, which does not have its tags."""
+        """Start a machine with its disk, which does not get its tags."""
         properties = body["properties"]
         [nic] = properties["networkProfile"]["networkInterfaces"]
         [configuration] = self._check(nic["id"])["properties"]["ipConfigurations"]
@@ -481,7 +483,7 @@ class LoopbackAzure:
         return self._resources[path.lower()]
 
     def _delete(self, path: str, kind: str) -> bool:
-        """Delete a resource that nothing uses; say whether there was one."""
+        """Delete an unused resource; return whether it existed."""
         if path.lower() not in self._resources:
             return False
         users = [key for key, found in self._resources.items() if key != path.lower() and _refers(found, path)]
@@ -494,7 +496,7 @@ class LoopbackAzure:
         return True
 
     def _delete_machine(self, path: str, *, was_evicted: bool = False) -> None:
-        """Delete a machine, and what is to be deleted with it."""
+        """Delete a machine, and the resources that are deleted with it."""
         with self.changed:
             machine = self._resources.pop(path.lower())
             properties = machine["properties"]
@@ -509,17 +511,17 @@ class LoopbackAzure:
             self.machines[machine["name"]].delete(was_evicted=was_evicted)
 
     def _operate(self) -> dict[str, Any]:
-        """Tell where to ask for the end of an operation."""
+        """Build the headers that say where to poll an operation."""
         url = f"https://management.azure.com/subscriptions/{self.subscription}/operations/{uuid.uuid4()}?api-version=1"
         return {"Azure-AsyncOperation": url, "Location": url, "retry-after-ms": 20}
 
     def _take_address(self) -> str:
-        """Take an address of this simulator's network; the first one is its mark."""
+        """Take an address of this simulator's network; the first one marks the network as taken."""
         self._n_addresses += 1
         return f"{self.network}.{self._n_addresses}"
 
     def _end_everything(self) -> None:
-        """End all machines, and make sure of it."""
+        """End all machines, and check that none is left."""
         self.is_closing = True
         for machine in self.machines.values():
             machine.delete()
@@ -530,5 +532,5 @@ class LoopbackAzure:
 
 
 def _refers(resource: dict[str, Any], path: str) -> bool:
-    """Whether a resource uses another one, or is used by it alone."""
+    """Whether a resource refers to another one, or is managed by it."""
     return path.lower() in json.dumps(resource["properties"]).lower() or resource.get("managedBy") == path

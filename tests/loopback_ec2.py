@@ -1,19 +1,19 @@
-"""An EC2 on this machine whose instances really run, so that a cluster launcher can be tested without a cloud.
+"""An EC2 on this machine whose instances really run, to test a cluster launcher without a cloud.
 
-A moto server answers for EC2, S3, IAM and STS on 127.0.0.1. An instance gets a loopback address of its own, and when it
-boots, the ``docker run`` line of its user data is run as a process of this machine, with this interpreter in place of
-the image's. So an unmodified ``dask_cloudprovider.aws.EC2Cluster`` starts real schedulers and workers, which talk TLS
-with each other and with the client. The user data go through YAML and a real shell, as on a real instance: what is
-quoted wrongly fails here as well.
+A moto server answers for EC2, S3, IAM and STS on 127.0.0.1. Each instance gets its own loopback address. When it boots,
+it runs the ``docker run`` line of its user data as a process of this machine, with this interpreter in place of the
+image's. So an unmodified ``dask_cloudprovider.aws.EC2Cluster`` starts real schedulers and workers, which talk to each
+other and to the client over TLS. The user data pass through YAML and a real shell, as on a real instance, so wrong
+quoting fails here, too.
 
-It does not show what images, docker, the bootstrap by apt, GPU drivers, security groups, IAM policies (any credentials
-will do, unless ``needs_profile``), the metadata service, quotas and real latency do. Processes share this machine's
-memory, disk and interpreter. EC2 answers at once and consistently here; the real one says for a while that a new
-instance is unknown.
+It does not simulate images, docker, the bootstrap by apt, GPU drivers, security groups, IAM policies, the metadata
+service, quotas and real latency. It accepts any credentials, unless ``needs_profile``. Processes share the memory, disk
+and interpreter of this machine. It answers at once and consistently, whereas the real EC2 does not know a new instance
+for a while.
 
-Linux only, for all of 127.0.0.0/8 must be addresses of this machine. Each scheduler listens at port 8786 of its own
-address, so nothing may listen at that port of all addresses. One simulator at a time in a process: moto's state is
-global.
+Linux only, because all addresses of 127.0.0.0/8 must belong to this machine. Each scheduler listens on port 8786 of its
+own address, so nothing may listen on that port of all addresses. There can be one simulator per process, because moto's
+state is global.
 """
 
 import base64
@@ -63,13 +63,11 @@ MAX_USER_DATA_BYTES = 16_384
 CANONICAL = "099720109477"
 ALIVE = ("pending", "running")
 
-# What fsspec keeps by options alone, here by endpoint too, or a server that is gone would be asked. To the end of the
-# process, for
-# clients that are collected unclosed complain.
+# fsspec caches file systems by their options; here also by endpoint, or they would call a server that is gone. They are
+# kept until the process ends, because unclosed clients warn when they are collected.
 _file_systems: dict[str, dict[str, Any]] = defaultdict(dict)
 
-# Tells a call that would be retried from one that would not: botocore retries 5xx. EC2 answers 500 for want of
-# capacity.
+# botocore retries 5xx, which EC2 also answers where it lacks capacity.
 _STATUS = {
     "AuthFailure": 401,
     "UnauthorizedOperation": 403,
@@ -99,9 +97,7 @@ class Call(NamedTuple):
 
 @dataclass
 class Refusal:
-    """Refuse the next ``count`` calls (None: all) of an action after ``skip`` more of them, which it counts down as
-    they come.
-    """
+    """Refuse ``count`` calls (None: all) of an action, after accepting ``skip`` of them."""
 
     code: str = "InsufficientInstanceCapacity"
     action: str = "RunInstances"
@@ -121,7 +117,7 @@ class Refusal:
         return self.role is None or self.role == _read_role(form)
 
     def strikes(self) -> bool:
-        """Count a call, and say whether it is refused."""
+        """Count a call, and return whether it is refused."""
         if self.skip > 0:
             self.skip -= 1
             return False
@@ -133,7 +129,7 @@ class Refusal:
 
 @dataclass
 class Faults:
-    """What goes wrong; may be changed at any time, and counts from then on."""
+    """Injected faults; may be changed at any time."""
 
     boot_delay_seconds: float = 0.0
     never_boots: set[str] = field(default_factory=set)  # roles: "scheduler", "worker"
@@ -143,7 +139,7 @@ class Faults:
 
 @dataclass(frozen=True)
 class LoopbackInstance:
-    """An instance, as it was when asked for."""
+    """A snapshot of an instance."""
 
     id: str
     role: str
@@ -159,7 +155,7 @@ class LoopbackInstance:
 
 
 def _read_role(form: dict[str, str]) -> str:
-    """Role of the instance that a call is to launch."""
+    """Read the role of the instance that a call launches."""
     try:
         return read_plan(base64.b64decode(form.get("UserData", "")).decode()).role
     except (binascii.Error, UnicodeDecodeError):
@@ -167,7 +163,7 @@ def _read_role(form: dict[str, str]) -> str:
 
 
 class _Machine:
-    """What moto's instance lacks: a life."""
+    """The life of an instance of moto."""
 
     def __init__(self, cloud: "LoopbackEC2", instance: Instance) -> None:
         self.cloud = cloud
@@ -182,11 +178,11 @@ class _Machine:
 
     @property
     def log_path(self) -> Path:
-        """File of what its processes print."""
+        """File with the output of its processes."""
         return self.folder / "log.txt"
 
     def describe(self) -> LoopbackInstance:
-        """Say how it is now."""
+        """Take a snapshot."""
         instance = self.instance
         return LoopbackInstance(
             id=instance.id,
@@ -203,7 +199,7 @@ class _Machine:
         )
 
     def power_on(self) -> None:
-        """Begin to run."""
+        """Start to run."""
         with self.cloud.changed:
             if self.ending is None:
                 self.folder.mkdir()
@@ -231,7 +227,7 @@ class _Machine:
                 thread.join(timeout)
 
     def _set_state(self, name: str) -> None:
-        """Tell moto, and whoever waits, how it is."""
+        """Set the state in moto, and notify all waiting threads."""
         with self.cloud.changed:
             self.instance._state = InstanceState(name, _STATE_CODES[name])
             if self.ending is not None:
@@ -240,7 +236,7 @@ class _Machine:
             self.cloud.changed.notify_all()
 
     def _live(self) -> None:
-        """Boot, wait for an end of any kind, and clean up."""
+        """Boot, wait for any end, and clean up."""
         with self.cloud.changed:
             if self.ending is None:
                 self._set_state("running")
@@ -251,7 +247,7 @@ class _Machine:
         self._clean_up()
 
     def _boot(self) -> None:
-        """Do what the user data say."""
+        """Follow the user data."""
         if self.plan.role in self.cloud.faults.never_boots:
             self._over.wait()
             return
@@ -263,7 +259,7 @@ class _Machine:
             self.power_off("instance")
 
     def _run_docker(self) -> None:
-        """Run the container's command, unless docker could not."""
+        """Run the command of the container, unless its image cannot be pulled."""
         if self.plan.image in self.cloud.faults.unpullable:
             self.log_path.write_text(f"docker: cannot pull the image '{self.plan.image}'\n")
         elif self.plan.command:
@@ -287,7 +283,7 @@ class _Machine:
         )
 
     def _build_environment(self) -> dict[str, str]:
-        """Build the environment of the container, of which the user data have the last word."""
+        """Build the environment of the container; variables of the user data win."""
         environment = build_environment(self.folder)
         environment |= self.cloud.build_environment(self.instance.id, has_credentials=self._has_credentials())
         return environment | self.plan.variables
@@ -298,7 +294,7 @@ class _Machine:
         return not self.cloud.needs_profile or self.instance.id in profiles
 
     def _watch(self, container: Container) -> None:
-        """Wait for the container's end, after which cloud-init goes on."""
+        """Wait until the container ends, and continue as cloud-init would."""
         container.wait()
         container.kill()
         if self.plan.shuts_down:
@@ -324,7 +320,7 @@ class _QuietHandler(MotoRequestHandler):
 
 
 class _Gateway:
-    """WSGI application in front of moto's: notes what is asked, refuses, and lets no address out but its own."""
+    """WSGI application in front of moto: records requests, injects faults, and blocks made-up addresses."""
 
     def __init__(self, cloud: "LoopbackEC2") -> None:
         self.cloud = cloud
@@ -368,7 +364,7 @@ class _Gateway:
         return _send(status, body, start_response)
 
     def _ask_moto(self, environ: dict[str, Any]) -> tuple[int, bytes]:
-        """Get moto's answer, without names that it made up, or an error if there are addresses that it made up."""
+        """Return the answer of moto without made-up host names, or an error if it contains made-up addresses."""
         answered = []
         with contextlib.closing(self.moto(environ, lambda status, *_: answered.append(status))) as parts:
             body = b"".join(parts)
@@ -380,7 +376,7 @@ class _Gateway:
 
 
 def find_foreign_addresses(document: str, network: str) -> list[str]:
-    """Find the IP addresses in an XML document that are not of a simulator's network, given by its first three numbers."""
+    """Find the IP addresses in an XML document outside of a network, given by its first three numbers."""
     own = ipaddress.ip_network(f"{network}.0/24")
     found = []
     for text in re.findall(r">\s*([0-9a-fA-F:.]+)\s*<", document):
@@ -404,7 +400,7 @@ def _send(status: int, body: bytes, start_response: Callable[..., Any]) -> list[
 
 
 def _read_form(environ: dict[str, Any]) -> dict[str, str]:
-    """Read the parameters of a request, and leave it as if unread."""
+    """Read the parameters of a request, and rewind its body."""
     body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
     environ["wsgi.input"] = BytesIO(body)
     fields = parse_qs(body.decode(errors="replace"), keep_blank_values=True)
@@ -412,7 +408,7 @@ def _read_form(environ: dict[str, Any]) -> dict[str, str]:
 
 
 def _name_s3_call(environ: dict[str, Any]) -> Call:
-    """Name the S3 operation that a request asks for."""
+    """Name the S3 operation of a request."""
     bucket, _, key = environ["PATH_INFO"].encode("latin-1").decode(errors="replace").lstrip("/").partition("/")
     query = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
     method = environ["REQUEST_METHOD"]
@@ -477,7 +473,7 @@ class LoopbackEC2:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        """Start to answer."""
+        """Start the server."""
         with contextlib.ExitStack() as stack:
             self.folder = Path(tempfile.mkdtemp(prefix="loopback-ec2-"))
             stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
@@ -491,7 +487,7 @@ class LoopbackEC2:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End everything that runs, and forget all."""
+        """End all instances, and forget everything."""
         if error is not None:
             for machine in self._machines.values():
                 log = self.log(machine.instance.id)
@@ -501,20 +497,20 @@ class LoopbackEC2:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables with which any AWS client talks to this, and to nothing else."""
+        """Variables that make AWS clients talk to this server only."""
         return self.build_environment("client", has_credentials=True)
 
     @property
     def calls(self) -> list[Call]:
-        """Requests that reached the server so far."""
+        """The requests so far."""
         return [call for _, call in list(self._notes)]
 
-    def calls_by(self, instance_id: str) -> list[Call]:
-        """Requests that an instance made so far."""
-        return [call for caller, call in list(self._notes) if caller == _name_key(instance_id)]
+    def calls_by(self, name: str) -> list[Call]:
+        """Return the requests so far of an instance, by its id, or of the client of a cluster, by "client"."""
+        return [call for caller, call in list(self._notes) if caller == _name_key(name)]
 
     def build_environment(self, caller: str, *, has_credentials: bool) -> dict[str, str]:
-        """Build the variables of an AWS client that goes by a name."""
+        """Build the variables of a named AWS client."""
         environment = {
             "AWS_DEFAULT_REGION": self.region,
             "AWS_REGION": self.region,
@@ -525,7 +521,7 @@ class LoopbackEC2:
             "NO_PROXY": "127.0.0.1,localhost",
             "no_proxy": "127.0.0.1,localhost",
         }
-        # Those of a service would go before the general one, if somebody's shell has them.
+        # Variables of a service, which the developer may have set, take precedence over the general one.
         for suffix in ("", "_EC2", "_S3", "_IAM", "_STS"):
             environment["AWS_ENDPOINT_URL" + suffix] = self.endpoint_url
         if has_credentials:
@@ -533,9 +529,9 @@ class LoopbackEC2:
         return environment
 
     def use(self, patch: pytest.MonkeyPatch) -> None:
-        """Let all AWS clients of this process and its children talk to this, which may be asked again soon."""
-        patch.setattr("fruitdask.cluster.cloud.cluster.CloudCluster.poll_seconds", 0.2)
-        patch.setattr("fruitdask.cluster.ec2.instances._POLL_SECONDS", 0.2)
+        """Make all AWS clients of this process and its children talk to this server, and poll it often."""
+        patch.setattr("fruitdask.cluster.cloud.cluster.CloudCluster.poll_seconds", 0.1)
+        patch.setattr("fruitdask.cluster.ec2.instances._POLL_SECONDS", 0.1)
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN"):
             patch.delenv(name, raising=False)
         for name, value in self.environment.items():
@@ -544,12 +540,12 @@ class LoopbackEC2:
 
     @contextlib.contextmanager
     def client(self, service: str, **options: Any) -> Iterator[Any]:
-        """Open a boto3 client of this, whatever the environment is."""
+        """Open a boto3 client of this server, whatever the environment is."""
         client = boto3.client(
             service,
             endpoint_url=self.endpoint_url,
             region_name=self.region,
-            aws_access_key_id=_name_key("client"),
+            aws_access_key_id=_name_key("test"),
             aws_secret_access_key="loopback",
             **options,
         )
@@ -557,7 +553,7 @@ class LoopbackEC2:
             yield client
 
     def instances(self, states: Collection[str] | None = ALIVE) -> list[LoopbackInstance]:
-        """List the instances in some states (None: any) in the order of their launch."""
+        """List the instances in some states (None: any), in the order of launch."""
         with self.changed:
             described = [machine.describe() for machine in self._machines.values()]
         return [instance for instance in described if states is None or instance.state in states]
@@ -572,11 +568,11 @@ class LoopbackEC2:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def interrupt(self, instance_id: str) -> None:
-        """Take an instance away as EC2 takes spot instances; works for any, as if its host broke down."""
+        """Interrupt an instance as EC2 interrupts spot instances."""
         self._machines[instance_id].power_off("spot")
 
     def wait_until_quiet(self, timeout: float) -> bool:
-        """Wait until no instance is left that costs money and no process; say whether it came to that."""
+        """Wait until no process and no instance that costs money is left; return whether that happened in time."""
         deadline = time.monotonic() + timeout
         busy = (*ALIVE, "shutting-down", "stopping")
         with self.changed:
@@ -589,24 +585,24 @@ class LoopbackEC2:
         return True
 
     def note(self, caller: str, call: Call) -> None:
-        """Remember a request."""
+        """Record a request."""
         self._notes.append((caller, call))
 
     def find_refusal(self, action: str, form: dict[str, str]) -> Refusal | None:
-        """Find the fault, if any, that refuses a call."""
+        """Find the injected refusal of a call, if any."""
         with self.changed:
             concerned = [refusal for refusal in self.faults.refusals if refusal.concerns(action, form)]
             return next((refusal for refusal in concerned if refusal.strikes()), None)
 
     def power_on(self) -> None:
-        """Let instances live whose launch has been answered: as with EC2, the answer says that they are pending."""
+        """Start the instances whose launch has been answered; as on EC2, the answer says that they are pending."""
         with self.changed:
             asleep, self._asleep = self._asleep, []
         for machine in asleep:
             machine.power_on()
 
     def _power_everything_off(self) -> None:
-        """End all instances, and make sure of it."""
+        """End all instances, and check that none is left."""
         with self.changed:
             self.is_closing = True
             machines = list(self._machines.values())
@@ -632,7 +628,7 @@ class LoopbackEC2:
 
     @contextlib.contextmanager
     def _own_moto(self) -> Iterator[None]:
-        """Have moto's EC2 and IAM to ourselves, and leave no bucket behind; other S3 servers of this process go on."""
+        """Take over EC2 and IAM of moto, and remove our buckets at the end; other S3 servers are not affected."""
         if hasattr(InstanceBackend.run_instances, "is_loopback"):
             raise RuntimeError("there is a loopback EC2 in this process already")
         _reset_moto()
@@ -653,7 +649,7 @@ class LoopbackEC2:
                 _reset_moto()
 
     def _furnish(self) -> None:
-        """Make what an account has: a default network, a security group, and two images of Canonical's."""
+        """Set up a default network, a security group, and two images of Canonical."""
         backend = ec2_backends[DEFAULT_ACCOUNT_ID][self.region]
         backend.amis.clear()
         subnet = min(backend.get_default_subnets().values(), key=lambda subnet: str(subnet.availability_zone))
@@ -664,7 +660,7 @@ class LoopbackEC2:
         self.ami, self.arm_ami = images["amd64"], images["arm64"]
 
     def _replace_run_instances(self) -> Callable[..., Any]:
-        """Make a RunInstances that refuses what EC2 refuses, and starts what it launches."""
+        """Make a RunInstances that refuses what EC2 refuses, and starts the instances."""
 
         def run_instances(
             backend: Any, image_id: str, count: int, user_data: Any, security_group_names: list[str], **kwargs: Any
@@ -684,7 +680,7 @@ class LoopbackEC2:
         return run_instances
 
     def _replace_prep_nics(self) -> Callable[..., None]:
-        """Make one that gives an instance its address before anybody can see it, and leaves it pending."""
+        """Make a method that gives an instance its address before it is visible, and leaves it pending."""
 
         def prep_nics(instance: Instance, *args: Any, **kwargs: Any) -> None:
             self.originals["prep_nics"](instance, *args, **kwargs)
@@ -699,7 +695,7 @@ class LoopbackEC2:
         return prep_nics
 
     def _replace_terminate(self) -> Callable[..., InstanceState]:
-        """Make one that ends an instance's processes after the answer, once."""
+        """Make a method that ends the processes of an instance once, after the answer."""
 
         def terminate(instance: Instance) -> InstanceState:
             previous = copy.copy(instance._state)
@@ -709,14 +705,14 @@ class LoopbackEC2:
         return terminate
 
     def _find_machine(self, instance: Instance) -> _Machine:
-        """Find an instance's machine; others may know an instance before its launch is answered."""
+        """Return the machine of an instance, which other threads may see before its launch is answered."""
         with self.changed:
             if instance.id not in self._machines:
                 self._machines[instance.id] = _Machine(self, instance)
             return self._machines[instance.id]
 
     def _take_address(self) -> str:
-        """Take an address of this simulator's network; the first one is its mark."""
+        """Take an address of this simulator's network; the first one marks the network as taken."""
         with self.changed:
             self._n_addresses += 1
             if self._n_addresses > 254:
@@ -725,12 +721,12 @@ class LoopbackEC2:
 
 
 def _name_key(caller: str) -> str:
-    """Name the access key of a caller, by which the requests of an instance are known."""
+    """Name the access key of a caller, which identifies its requests."""
     return "LOOPBACK" + re.sub("[^A-Z0-9]", "", caller.upper())
 
 
 def _disarm_clusters() -> None:
-    """Keep clusters that were left open from calling the real EC2 when the interpreter ends."""
+    """Keep clusters that were left open from calling the real EC2 when the interpreter exits."""
     deploy = sys.modules.get("distributed.deploy.spec")
     for cluster in list(deploy.SpecCluster._instances) if deploy else ():
         if hasattr(cluster, "boto_session"):
@@ -739,7 +735,7 @@ def _disarm_clusters() -> None:
 
 @contextlib.contextmanager
 def keep_dask_config() -> Iterator[None]:
-    """Undo what EC2Cluster leaves in dask's configuration: TLS for every cluster after it."""
+    """Restore the configuration of Dask, in which EC2Cluster leaves TLS settings for every later cluster."""
     kept = copy.deepcopy(dask.config.config)
     try:
         yield
@@ -749,8 +745,8 @@ def keep_dask_config() -> Iterator[None]:
 
 
 def _reset_moto() -> None:
-    """Forget what moto knows of EC2 and IAM, and of nothing else."""
-    # Without moto's own list of 1,300 images, which takes a third of a second to make.
+    """Reset EC2 and IAM of moto, and nothing else."""
+    # Without moto's own list of 1,300 images, which takes a third of a second to build.
     with mock.patch.dict(os.environ, {"MOTO_EC2_LOAD_DEFAULT_AMIS": "false"}):
         for backends in (ec2_backends, iam_backends):
             for of_account in list(backends.values()):
@@ -758,7 +754,7 @@ def _reset_moto() -> None:
 
 
 def _remove_bucket(name: str) -> None:
-    """Remove a bucket of moto's with all that is in it."""
+    """Remove a bucket of moto with its content."""
     backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
     bucket = backend.buckets.pop(name, None)
     s3_backends.bucket_accounts.pop(name, None)
@@ -773,7 +769,7 @@ def _remove_bucket(name: str) -> None:
 
 
 def _add_image(backend: Any, architecture: str) -> str:
-    """Add an image named as Canonical names its own."""
+    """Add an image with a name as Canonical gives."""
     image = Ami(
         backend,
         f"ami-0{uuid.uuid4().hex[:16]}",
@@ -791,7 +787,7 @@ def _add_image(backend: Any, architecture: str) -> str:
 
 
 def _check_launch(backend: Any, image_id: str, user_data: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse what EC2 refuses and moto does not."""
+    """Refuse what EC2 refuses but moto accepts."""
     if user_data is not None and len(base64.b64decode(str(user_data))) > MAX_USER_DATA_BYTES:
         raise EC2ClientError("InvalidParameterValue", f"User data is limited to {MAX_USER_DATA_BYTES} bytes")
     if image_id not in backend.amis:
@@ -807,7 +803,7 @@ def _check_launch(backend: Any, image_id: str, user_data: Any, kwargs: dict[str,
 
 
 def _check_interface(backend: Any, nic: dict[str, Any], kind: str) -> None:
-    """Refuse unknown security groups, and types that the zone of a subnet does not offer."""
+    """Refuse unknown security groups, and instance types that the zone of the subnet does not offer."""
     for group in nic.get("Groups") or []:
         if backend.get_security_group_from_id(group) is None:
             raise EC2ClientError("InvalidGroup.NotFound", f"The security group '{group}' does not exist")

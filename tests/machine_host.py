@@ -1,7 +1,7 @@
-"""Runs the containers of `machines.py`: has imported what Dask's commands need, and forks a process for each.
+"""Runs the containers of `machines.py`: it imports what Dask's commands need, and forks a process for each container.
 
-A command of Python's then starts in a tenth of a second instead of two. The container is a process of its own session
-that passes SIGTERM on as docker does, to the first process alone; nothing survives it or the test.
+A Python command then starts in a tenth of a second instead of two. The container is a process with its own session. As
+docker does, it passes SIGTERM on to the first process only. No process survives its container or the test.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ import s3fs  # noqa: F401
 
 import fruitdask.worker.featurize  # noqa: F401
 
-#: Longer than any environment and command here.
+#: More than any environment and command here.
 _MAX_BYTES = 1 << 20
 _MAX_FILES = 16
 _PR_SET_PDEATHSIG = 1
@@ -33,9 +33,9 @@ _FREE_DESCRIPTOR = 500
 
 
 def main() -> None:
-    """Start a container for each request, until nobody can ask any more."""
+    """Start a container for each request, until the channel is closed."""
     channel = socket.socket(fileno=int(sys.argv[1]))
-    # Containers are not waited for here: their end is told by a pipe.
+    # Nobody waits for containers here: a pipe reports their end.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         message, files, _, _ = socket.recv_fds(channel, _MAX_BYTES, _MAX_FILES)
@@ -43,7 +43,7 @@ def main() -> None:
             return
         if not os.fork():
             request = json.loads(message)
-            # Its folder is how the processes of a container are found, so it has that before anybody looks.
+            # The processes of a container are found by their folder, so it must be set before the answer.
             os.chdir(request.pop("folder"))
             channel.send(str(os.getpid()).encode())
             channel.close()
@@ -53,9 +53,9 @@ def main() -> None:
 
 
 def _contain(request: dict[str, Any], life: int, log: int, end: int) -> None:
-    """Run a command, and kill whatever it has started when it or the test ends.
+    """Run a command, and kill all processes that it has started when it or the test ends.
 
-    Only the test holds the other end of ``life``, and only this process ``end``.
+    Only the test holds the other end of ``life``, and only this process holds ``end``.
     """
     os.setsid()
     os.dup2(log, 1)
@@ -82,7 +82,7 @@ def _contain(request: dict[str, Any], life: int, log: int, end: int) -> None:
 def _run(command: list[str], environment: dict[str, str]) -> None:
     """Run a command as if in a new process."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # The container is one thread until now, so this one ends with it.
+    # The signal is sent when the parent thread ends, and the container had only one thread when it forked.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear()
@@ -93,7 +93,7 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
         except OSError as error:
             print(f"docker: {command[0]}: {error}", flush=True)
             os._exit(127)
-    # What these modules have read of the environment.
+    # These modules have read the previous environment.
     tempfile.tempdir = None
     dask.config.refresh()
     sys.argv = command[2:]
@@ -102,7 +102,7 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
 
 
 def _keep_spare() -> None:
-    """Fork the process in which a nanny's first worker is to run, as long as there is one thread alone."""
+    """Fork the process for the first worker of a nanny while there is only one thread."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if not pid:
@@ -113,7 +113,7 @@ def _keep_spare() -> None:
 
     def spawn_once(path: bytes, arguments: list[str], files: list[int]) -> int:
         if arguments[-1] != "--multiprocessing-fork":
-            # The tracker of resources, which multiprocessing starts first.
+            # The resource tracker, which multiprocessing starts first.
             pid_of_tracker: int = spawn(path, arguments, files)
             return pid_of_tracker
         multiprocessing.util.spawnv_passfds = spawn
@@ -127,7 +127,7 @@ def _keep_spare() -> None:
 
 
 def _wait_as_spare(channel: socket.socket) -> NoReturn:
-    """Become the process that multiprocessing spawns, with the files that it passes under the same numbers."""
+    """Become the process that multiprocessing spawns, with the same numbers of its files."""
     message, files, _, _ = socket.recv_fds(channel, _MAX_BYTES, _MAX_FILES)
     if not message:
         os._exit(0)

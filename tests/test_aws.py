@@ -1,4 +1,4 @@
-"""Errors of AWS in words, as they come out of real clients."""
+"""Errors that real AWS clients raise are explained in words."""
 
 import threading
 from collections.abc import Iterator
@@ -16,16 +16,17 @@ KEY = "AKIAIOSFODNN7EXAMPLE"
 
 
 class Refusal(BaseHTTPRequestHandler):
-    """Answers everything with one error of S3."""
+    """Answers each request with the same error of S3."""
 
     protocol_version = "HTTP/1.1"
     status, code, message = 403, "AccessDenied", "Access Denied"
 
     def refuse(self) -> None:
-        """Refuse, with a body unless only headers are asked for."""
+        """Refuse; the answer has a body unless the request is for headers only."""
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = f"<Error><Code>{self.code}</Code><Message>{self.message}</Message><AWSAccessKeyId>{KEY}</AWSAccessKeyId></Error>"
-        # Redirected without a region, botocore would ask for headers for ever.
+        about = f"<Code>{self.code}</Code><Message>{self.message}</Message><AWSAccessKeyId>{KEY}</AWSAccessKeyId>"
+        body = f"<Error>{about}</Error>"
+        # After a redirection without a region, botocore would request the headers forever.
         self.send_response(403 if self.command == "HEAD" else self.status)
         self.send_header("Content-Length", "0" if self.command == "HEAD" else str(len(body)))
         self.end_headers()
@@ -34,12 +35,12 @@ class Refusal(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = refuse
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @pytest.fixture
 def refusing(request: pytest.FixtureRequest, s3_server: str) -> Iterator[dict[str, Any]]:
-    """Storage options of a server that refuses with the status, code and message that the test is parametrized with."""
+    """Start a server that refuses with the status, code and message of a parameter; gives its storage options."""
     status, code, message = request.param
     handler = type("Handler", (Refusal,), {"status": status, "code": code, "message": message})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -51,8 +52,8 @@ def refusing(request: pytest.FixtureRequest, s3_server: str) -> Iterator[dict[st
 
 
 @pytest.fixture
-def nobody(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Storage options of the S3 server, for a user who has no credentials."""
+def without_credentials(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return the storage options of the S3 server for a user without credentials."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "BOTO_CONFIG"):
@@ -95,23 +96,23 @@ def test_denied_reading_names_the_action_and_the_place(refusing: dict[str, Any])
         hash_file(Location("s3://bucket/x", refusing))
 
 
-def test_missing_credentials_are_explained(nobody: dict[str, Any]) -> None:
+def test_missing_credentials_are_explained(without_credentials: dict[str, Any]) -> None:
     with pytest.raises(
         StorageError, match=r"cannot read s3://bucket/x: .*: found no AWS credentials; log in \(aws conf"
     ):
-        exists(Location("s3://bucket/x", nobody))
+        exists(Location("s3://bucket/x", without_credentials))
 
 
-def test_unknown_profile_is_explained(nobody: dict[str, Any]) -> None:
+def test_unknown_profile_is_explained(without_credentials: dict[str, Any]) -> None:
     message = r"cannot read s3://bucket/x: .*\(nobody\).*: there is no such profile; check AWS_PROFILE"
     with pytest.raises(StorageError, match=message):
-        exists(Location("s3://bucket/x", nobody | {"profile": "nobody"}))
+        exists(Location("s3://bucket/x", without_credentials | {"profile": "nobody"}))
     with pytest.raises(ProfileNotFound, match="nobody") as caught:
         create_client("ec2", profile="nobody")
     assert "there is no such profile" in str(explain_aws_error(caught.value))
 
 
-def test_explain_aws_error_looks_behind_other_errors() -> None:
+def test_explain_aws_error_finds_the_cause_of_other_errors() -> None:
     cause = ClientError({"Error": {"Code": "UnauthorizedOperation", "Message": "No\n  way"}}, "RunInstances")
     try:
         try:

@@ -1,4 +1,4 @@
-"""Whole runs on Azure Blob Storage, by Azurite, Microsoft's simulator, with and without faults in front of it."""
+"""Runs on Azure Blob Storage, simulated by Microsoft's Azurite, with and without injected faults."""
 
 import base64
 import json
@@ -24,6 +24,7 @@ import pytest
 import yaml
 from azure.storage.blob import BlobServiceClient, ContainerSasPermissions, RetentionPolicy, generate_container_sas
 from click.testing import CliRunner
+from cluster_events import PATIENCE_SECONDS, wait_until
 from faulty_s3 import KINDS, open_faulty_s3
 from runs import EXTRAS, OFF, ON
 from servers import make_certificate, run_node
@@ -46,20 +47,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 AZURITE = "azurite@3.35.0"
 ACCOUNT, CONTAINER, FOLDER = "fruits", "photographs", "own set/été +%20&"
-#: Of this test alone.
+#: Used only in this test.
 KEY = base64.b64encode(bytes(range(64))).decode()
 N_IMAGES = 12
-PATIENCE_SECONDS = 60
 
 
 def connect_by(url: str, **settings: str) -> dict[str, Any]:
-    """Make storage options for a server that is not at the account's own name."""
+    """Make storage options for a server on this machine."""
     parts = {"DefaultEndpointsProtocol": "http", "BlobEndpoint": f"{url}/{ACCOUNT}"} | settings
     return {"connection_string": ";".join(f"{name}={value}" for name, value in parts.items()), "read_timeout": 1.5}
 
 
 def connect_by_key(url: str, key: str = KEY) -> dict[str, Any]:
-    """Make storage options with a key of the account."""
+    """Make storage options with an account key."""
     return connect_by(url, AccountName=ACCOUNT, AccountKey=key)
 
 
@@ -72,7 +72,7 @@ class Server:
 
     @property
     def options(self) -> dict[str, Any]:
-        """How fruitdask is to reach it."""
+        """The storage options of fruitdask for it."""
         return connect_by_key(self.url)
 
     def list(self, folder: str = "") -> list[str]:
@@ -100,7 +100,7 @@ def run_azurite(request: pytest.FixtureRequest, *arguments: str) -> Iterator[int
 
 @pytest.fixture(scope="module")
 def server(request: pytest.FixtureRequest, sample_folder: Path, tiny_model: ModelConfig) -> Iterator[Server]:
-    """An Azure Storage account with the drawn images and a network."""
+    """Start an Azure Storage account with the drawn images and a network."""
     with run_azurite(request) as port:
         url = f"http://127.0.0.1:{port}"
         client = BlobServiceClient.from_connection_string(connect_by_key(url)["connection_string"])
@@ -118,7 +118,7 @@ MakeTree = Callable[..., dict[str, dict[str, Any]]]
 
 @pytest.fixture
 def make_tree(server: Server, request: pytest.FixtureRequest) -> MakeTree:
-    """Make the sections of a configuration of a run whose images, network and results are all on Azure."""
+    """Return a function that configures a run whose images, network and results are all on Azure."""
     output = re.sub(r"\W+", "-", request.node.name)
 
     def make(url: str = server.url, **settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -141,7 +141,7 @@ def make_tree(server: Server, request: pytest.FixtureRequest) -> MakeTree:
 def on_disk(
     client: Any, sample_folder: Path, tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> fruitdask.RunResult:
-    """A run on the same images and the same network, all on this disk."""
+    """Run on the same images with the same network, all on this disk."""
     sections = {
         "input": {"url": str(sample_folder), "limit": N_IMAGES},
         "model": tiny_model.model_dump(),
@@ -198,17 +198,15 @@ def test_run_equals_run_on_disk_and_grows(
     np.testing.assert_array_equal(features[1:], on_disk.features.compute()[1:])
 
 
-def test_killed_command_is_resumed_by_one_that_says_nothing_else(
+def test_killed_command_is_resumed_by_the_same_command(
     make_tree: MakeTree, server: Server, on_disk: fruitdask.RunResult, tmp_path: Path
 ) -> None:
     tree = make_tree(featurize={"images_per_partition": 1})
     folder = tree["output"]["url"].rpartition("/")[2]
     with run_command(tree, tmp_path, "run", "run.yaml") as process:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not server.list(f"{folder}/partitions/") and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(lambda: server.list(f"{folder}/partitions/"), "a partition is committed")
         os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL and server.list(f"{folder}/partitions/")
+    assert process.returncode == -signal.SIGKILL
     with run_command(tree, tmp_path, "run", "run.yaml") as process:
         stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, stderr
@@ -220,7 +218,7 @@ def test_killed_command_is_resumed_by_one_that_says_nothing_else(
 def test_run_loses_nothing_to_faults(
     make_tree: MakeTree, server: Server, client: Any, on_disk: fruitdask.RunResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of this process, which sends most requests.
+    # In this process, which sends most requests.
     monkeypatch.setattr(abfs, "_MAX_BACKOFF_SECONDS", 0.1)
     kinds = [kind for kind in KINDS if kind != "stall"]
     with open_faulty_s3(server.url, fraction=0.1, seed=3, kinds=kinds) as proxy:
@@ -240,7 +238,7 @@ OPERATIONS: dict[str, tuple[Callable[[Location], Any], str]] = {
 CAUSES = {
     "500": (2, r"\(InternalError\): the server has failed; try again later"),
     "503": (2, r"\(ServerBusy\): Azure asks for fewer requests; try again later"),
-    # Where a connection is reset, aiohttp may open another one within the same attempt, once.
+    # After a reset, aiohttp may open another connection within the same attempt, once.
     "reset after": (4, "the server closed the connection; check the network, or try again"),
     "truncated": (2, "the server closed the connection; check the network, or try again"),
 }
@@ -261,7 +259,7 @@ def test_request_is_sent_as_often_as_configured(
     assert proxy.requests.total() in (n_requests, 2 * n_requests if kind == "truncated" else n_requests)
 
 
-def test_stalled_and_broken_reads_are_those_of_one_image(server: Server, on_disk: fruitdask.RunResult) -> None:
+def test_stalled_read_fails_only_its_image(server: Server, on_disk: fruitdask.RunResult) -> None:
     with open_faulty_s3(server.url, fraction=1, kinds=["stall"]) as proxy:
         options = connect_by_key(proxy.url) | {"read_timeout": 0.5}
         source = Location(f"abfs://{CONTAINER}/{FOLDER}", options, attempts=1)
@@ -288,7 +286,7 @@ def test_verify_finds_a_damaged_blob_and_a_rerun_repairs_it(
     assert_same_features(fruitdask.run(config, client=client), on_disk)
 
 
-def test_erase_leaves_nothing_not_even_snapshots(make_tree: MakeTree, server: Server, client: Any) -> None:
+def test_erase_also_deletes_snapshots(make_tree: MakeTree, server: Server, client: Any) -> None:
     config = fruitdask.load_config(make_tree())
     table = fruitdask.run(config, client=client).table
     folder, path = config.output.url.rpartition("/")[2], table["path"][4]
@@ -310,8 +308,8 @@ def test_erase_leaves_nothing_not_even_snapshots(make_tree: MakeTree, server: Se
     assert re.match(f"the account keeps .* lifecycle rule delete those below {config.output.url}$", advice)
 
 
-def test_versions_are_noticed(server: Server) -> None:
-    # Azurite keeps none: the header is what tells of them.
+def test_versions_are_detected(server: Server) -> None:
+    # Azurite has no versions; a header reveals them.
     server.put("versioned/x", b"1")
     with open_faulty_s3(server.url, fraction=0, headers=[("x-ms-version-id", "2026-11-30T00:00:00.0000000Z")]) as proxy:
         assert keeps_versions(Location(f"abfs://{CONTAINER}/versioned", connect_by_key(proxy.url)))
@@ -341,7 +339,7 @@ def test_second_run_is_refused(make_tree: MakeTree, client: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["reset after", "truncated", "503"])
-def test_lock_is_ours_where_only_the_response_was_lost(
+def test_lock_is_acquired_even_if_the_response_is_lost(
     server: Server, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(abfs, "_MAX_BACKOFF_SECONDS", 0.01)
@@ -402,13 +400,13 @@ def test_odd_names_are_listed_page_by_page_and_read(server: Server, monkeypatch:
 
 
 def make_sas(server: Server, *, is_valid: bool = True) -> str:
-    """Make a SAS token that may read and list."""
+    """Make a SAS token that allows reading and listing."""
     expiry = datetime.now(UTC) + timedelta(hours=1 if is_valid else -1)
     permission = ContainerSasPermissions(read=True, list=True)
     return generate_container_sas(ACCOUNT, CONTAINER, account_key=KEY, permission=permission, expiry=expiry)
 
 
-def test_sas_token_reads_what_it_may(server: Server) -> None:
+def test_sas_token_may_read_but_not_write(server: Server) -> None:
     options = {"account_name": ACCOUNT, "account_host": f"{server.url}/{ACCOUNT}", "sas_token": f"?{make_sas(server)}"}
     place = Location(f"abfs://{CONTAINER}/{FOLDER}", options)
     assert len(place.fs.find(place.path)) == 24
@@ -418,10 +416,10 @@ def test_sas_token_reads_what_it_may(server: Server) -> None:
 
 
 class Identity(BaseHTTPRequestHandler):
-    """The service that gives tokens to machines in Azure, to those who may ask."""
+    """The service that gives tokens to machines in Azure that send the right header."""
 
     def do_GET(self) -> None:
-        """Give a token of the kind that Azurite accepts."""
+        """Answer with a token that Azurite accepts."""
         now = int(time.time())
         claims = {"aud": "https://storage.azure.com", "iss": f"https://sts.windows.net/{uuid.UUID(int=1)}/"}
         claims |= {"iat": now - 60, "nbf": now - 60, "exp": now + 3600}
@@ -433,7 +431,7 @@ class Identity(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(token if is_allowed else {}).encode())
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 WITHOUT_KEYS = """
@@ -447,7 +445,7 @@ assert store.open_store(place)["features"].shape == (2, 3) and exists(place.chil
 """
 
 
-def test_identity_of_a_machine_needs_no_keys(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_managed_identity_needs_no_keys(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     certificate, key = make_certificate(tmp_path)
     with (
         run_azurite(request, "--oauth", "basic", "--cert", certificate, "--key", key) as port,
@@ -502,12 +500,14 @@ MISTAKES: dict[str, tuple[str, Callable[[Server], dict[str, Any]], str]] = {
     "SAS in the URL": (
         f"abfs://{CONTAINER}/x?sv=2024-01-01&sig=secret-4711",
         lambda server: server.options,
-        r"cannot open abfs://photographs/x\?\*\*\* found a SAS token in the URL, expected it in sas_token; check storage_options",
+        r"cannot open abfs://photographs/x\?\*\*\* found a SAS token in the URL, expected it in sas_token; "
+        "check storage_options",
     ),
     "unknown account": (
         f"abfss://{CONTAINER}@fruits-none-such.dfs.core.windows.net/x",
         lambda server: {"account_key": KEY},
-        "cannot list abfss://photographs@fruits-none-such.*: no server answers there; check the name of the storage account",
+        "cannot list abfss://photographs@fruits-none-such.*: no server answers there; "
+        "check the name of the storage account",
     ),
     "no credentials": (
         f"abfs://{CONTAINER}/x",
@@ -557,7 +557,7 @@ def test_mistake_is_one_sentence_without_secrets(
     ],
     ids=["full", "another cloud", "az", "upper case"],
 )
-def test_account_and_path_are_found_in_each_form(url: str, host: str) -> None:
+def test_account_and_path_are_found_in_each_form_of_url(url: str, host: str) -> None:
     place = Location(url, {"account_key": KEY} | ({} if "@" in url else {"account_name": "mine"}))
     assert (place.path, place.fs.service_client.url) == ("photos/a/b", host)
     assert hide_secrets(f"cannot read {url}: x") == f"cannot read {url}: x"
@@ -568,7 +568,7 @@ def test_secrets_are_hidden() -> None:
     assert KEY not in hide_secrets(text) and "ab%3D" not in hide_secrets(text)
 
 
-def test_azure_encrypts_and_its_region_must_be_named(make_tree: MakeTree, server: Server) -> None:
+def test_azure_encrypts_at_rest_and_its_region_must_be_given(make_tree: MakeTree, server: Server) -> None:
     place = Location(f"abfs://{CONTAINER}/nets/colours.keras", server.options)
     privacy = PrivacyConfig(require_encryption=True)
     assert describe_protection(privacy, place) == {"at_rest": "AES256 by Azure Storage"}

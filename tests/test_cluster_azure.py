@@ -1,4 +1,4 @@
-"""Clusters on Azure, on the loopback Azure: real schedulers and workers over TLS. Whatever happens, nothing is left."""
+"""Clusters on the loopback Azure, of real schedulers and workers over TLS. Whatever happens, nothing is left."""
 
 import asyncio
 import json
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import dask.config
-import dask_cloudprovider.config  # noqa: F401  Its defaults come first: a setting that makes their section takes them along when it goes.
+
+# Its defaults first: where a test's setting creates their section, they vanish with that setting.
+import dask_cloudprovider.config  # noqa: F401
 import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
-from cluster_events import ENDS, PATIENCE_SECONDS, end_in_the_middle, interrupt_self, make_slow_square, wait_until
+from cluster_events import PATIENCE_SECONDS, end_in_the_middle, interrupt_self, make_slow_square, wait_until
 from distributed import wait
 from loopback_azure import Call, LoopbackAzure, Machine, Refusal
 from runs import Finish, configure as configure_run
@@ -32,6 +34,7 @@ from fruitdask.cli import cli
 from fruitdask.cluster import list_usage, open_client
 from fruitdask.cluster.azure.machines import list_instances, open_arm, terminate_run
 from fruitdask.cluster.azure.roles import build_roles
+from fruitdask.cluster.cloud.instances import Instance
 from fruitdask.cluster.cloud.prices import Usage
 from fruitdask.core.config import AzureClusterConfig, ModelConfig
 from fruitdask.errors import ClusterStartError, ConfigError
@@ -59,7 +62,7 @@ def configure(**options: Any) -> AzureClusterConfig:
 
 @pytest.fixture(scope="module")
 def storage(request: pytest.FixtureRequest, sample_folder: Path) -> Iterator[dict[str, Any]]:
-    """Options of an Azure Storage account with the drawn images; npm, which may have to fetch it, needs the network."""
+    """Start an Azure Storage account with the drawn images; gives the storage options."""
     from azure.storage.blob import BlobServiceClient
 
     with run_azurite(request) as port:
@@ -73,7 +76,7 @@ def storage(request: pytest.FixtureRequest, sample_folder: Path) -> Iterator[dic
 
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackAzure]:
-    """An Azure on which nothing may be left."""
+    """Start an Azure, and check at the end that nothing is left on it."""
     with LoopbackAzure() as cloud:
         cloud.use(monkeypatch)
         yield cloud
@@ -81,7 +84,7 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackAzure]:
 
 
 def check_nothing_left(cloud: LoopbackAzure) -> None:
-    """Make sure that no machine, disk, network interface, address, process or setting of TLS is left."""
+    """Check that no machine, disk, network interface, address, process or TLS setting is left."""
     assert cloud.wait_until_quiet(PATIENCE_SECONDS), [machine.log() for machine in cloud.alive()]
     assert cloud.list_resources() == [] and cloud.processes() == []
     assert dask.config.get("distributed.comm.tls.ca-file") is None
@@ -91,7 +94,7 @@ def check_nothing_left(cloud: LoopbackAzure) -> None:
 def on_call(
     cloud: LoopbackAzure, patch: pytest.MonkeyPatch, what: tuple[str, str], n: int, do: Callable[[], Any]
 ) -> None:
-    """Do something before the n-th request of a method about a kind of resources is answered."""
+    """Call a function before the n-th request of a method about a kind of resources is answered."""
     note, seen = cloud.note, []
 
     def note_and_do(call: Any) -> None:
@@ -105,14 +108,14 @@ def on_call(
 
 
 def invoke(*arguments: str, answer: str | None = None) -> tuple[int, str]:
-    """Run a command in this process; gives its exit code and what it prints."""
+    """Run a command in this process; returns its exit code and output."""
     result = CliRunner(env={"COLUMNS": "160"}).invoke(cli, arguments, input=answer)
     return result.exit_code, result.output
 
 
 @dataclass
 class Run:
-    """What could be seen of a run while it lasted, and afterwards."""
+    """Observations of a run, during it and afterwards."""
 
     client: Any
     greeting: str | None
@@ -123,11 +126,12 @@ class Run:
     resources: list[str]
     tags: list[dict[str, str]]
     usage: list[Usage]
+    listed: list[Instance]
     calls: list[Call]
 
 
 async def observe_run(cloud: LoopbackAzure) -> Run:
-    """Start two workers within a running event loop, as a notebook would, and look around."""
+    """Start two workers within a running event loop, as a notebook would, and observe them."""
     config = configure(
         location="West Europe",
         n_workers=2,
@@ -138,7 +142,7 @@ async def observe_run(cloud: LoopbackAzure) -> Run:
         extra_bootstrap=["echo 'a: b' # c"],
         tags={"team": "fruits"},
     )
-    with open_client(config) as client:
+    with open_client(config) as client, open_arm("fruits", subscription=None, action="look") as arm:
         client.wait_for_workers(2, timeout=PATIENCE_SECONDS)
         machines = cloud.alive()
         return Run(
@@ -151,13 +155,14 @@ async def observe_run(cloud: LoopbackAzure) -> Run:
             resources=cloud.list_resources(),
             tags=[cloud.find(name)["tags"] for name in cloud.list_resources() if not name.startswith("disks")],
             usage=list_usage(client),
+            listed=list_instances(arm),
             calls=cloud.calls,
         )
 
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
-    """A run, with a secret in the user's settings of Dask, of which nothing is left."""
+    """Observe a run, with a secret in the user's Dask settings."""
     with LoopbackAzure() as cloud, pytest.MonkeyPatch.context() as patch:
         cloud.use(patch)
         with dask.config.set({"cloudprovider.digitalocean.token": SECRET}):
@@ -167,7 +172,7 @@ def run() -> Iterator[Run]:
 
 
 def test_cluster_computes_over_tls(run: Run) -> None:
-    """Tasks run on the machines, with the environment of the configuration, in an event loop as in a script."""
+    """Tasks run on the machines with the configured environment, also from within an event loop."""
     assert (run.greeting, run.threshold) == ("good day: # 1", str(64 * 1024**2))
     assert [machine.plan.role for machine in run.machines] == ["scheduler", "worker", "worker"]
     assert run.client.cluster.scheduler_address.startswith("tls://") and run.client.cluster.security.require_encryption
@@ -176,7 +181,7 @@ def test_cluster_computes_over_tls(run: Run) -> None:
 
 
 def test_custom_data_are_small_and_hold_no_secrets(run: Run) -> None:
-    """Of the settings of Dask only those of TLS travel, and nothing of the client's credentials."""
+    """They include only the Dask settings that the machines need, and no credentials of the client."""
     for machine in run.machines:
         assert len(machine.custom_data.encode()) < 10_000
         serialized = machine.custom_data.partition('DASK_INTERNAL_INHERIT_CONFIG="')[2].partition('"')[0]
@@ -188,7 +193,7 @@ def test_custom_data_are_small_and_hold_no_secrets(run: Run) -> None:
 
 
 def test_custom_data_end_machines(run: Run) -> None:
-    """After max_lifetime, after idle_timeout, and after the container; Ubuntu's Docker where the image has none."""
+    """Machines end after max_lifetime, after idle_timeout, and when the container ends."""
     for machine in run.machines:
         runs = yaml.safe_load(machine.custom_data)["runcmd"]
         assert runs[0].startswith("systemd-run --on-active=43200 /bin/sh -c 'python3 /opt/fruitdask/end_machine.py")
@@ -200,7 +205,7 @@ def test_custom_data_end_machines(run: Run) -> None:
 
 
 def test_all_that_belongs_to_a_run_is_tagged_and_ends_with_its_machine(run: Run) -> None:
-    """The scheduler has an address, if it is asked for; nothing else has."""
+    """Only the scheduler has a public address, because it was asked for."""
     kinds = [name.partition("/")[0] for name in run.resources]
     assert kinds == ["disks"] * 3 + ["networkinterfaces"] * 3 + ["publicipaddresses"] + ["virtualmachines"] * 3
     run_id = run.client.cluster.settings.run_id
@@ -215,7 +220,7 @@ def test_all_that_belongs_to_a_run_is_tagged_and_ends_with_its_machine(run: Run)
 
 
 def test_machines_have_an_identity_and_workers_are_spot(run: Run) -> None:
-    """The identity is one of the resource group, unless its id says otherwise."""
+    """A name means an identity in the resource group."""
     for machine in run.machines:
         [identity] = machine.body["identity"]["userAssignedIdentities"]
         assert identity.endswith(
@@ -236,7 +241,7 @@ def name_action(call: Call) -> str:
 
 
 def test_roles_allow_what_is_asked_of_azure(run: Run) -> None:
-    """The launcher asks for nothing that its role does not have, and its role has little more."""
+    """The launcher asks for nothing that its role does not allow, and the role allows little more."""
     config = fruitdask.load_config(
         {"input": {"url": "abfs://a/b"}, "output": {"url": "abfs://a/c"}, "cluster": describe(public_ingress=True)}
     )
@@ -244,7 +249,7 @@ def test_roles_allow_what_is_asked_of_azure(run: Run) -> None:
     asked = {name_action(call) for call in run.calls}
     assert asked <= role
     unseen = {action.removeprefix("Microsoft.") for action in role - asked}
-    # Azure itself asks for the first ones; the last one is for machines that do not start.
+    # Azure itself checks the former; the last one is only for machines that do not start.
     assert unseen == {
         "Compute/disks/write",
         "Network/networkInterfaces/join/action",
@@ -257,12 +262,20 @@ def test_roles_allow_what_is_asked_of_azure(run: Run) -> None:
 
 
 def test_usage_is_known_also_after_the_end(run: Run) -> None:
-    """One entry a machine, which stands still after the end."""
+    """There is one entry per machine, which no longer changes after the end."""
     after = list_usage(run.client)
     sizes = [("Standard_B2s_v2", False), ("Standard_D2s_v5", True), ("Standard_D2s_v5", True)]
     assert [(one.instance_type, one.is_spot) for one in after] == sizes and after[0].region == "westeurope"
     assert all(0 < early.seconds < late.seconds < 120 for early, late in zip(run.usage, after, strict=True))
     assert list_usage(run.client) == after
+
+
+def test_list_instances_tells_spot_and_age(run: Run) -> None:
+    """They are what `clusters list` prints."""
+    scheduler, *workers = run.listed
+    assert (scheduler.role, scheduler.is_spot) == ("scheduler", False)
+    assert [(worker.role, worker.is_spot, worker.region) for worker in workers] == [("worker", True, "westeurope")] * 2
+    assert all(0 < worker.age_seconds < scheduler.age_seconds < 120 for worker in workers)
 
 
 def test_scheduler_that_never_comes_up(cloud: LoopbackAzure) -> None:
@@ -279,7 +292,7 @@ def test_scheduler_that_never_comes_up(cloud: LoopbackAzure) -> None:
 
 
 def test_image_that_cannot_be_pulled(cloud: LoopbackAzure) -> None:
-    """The machine deletes itself, which is noticed long before the deadline."""
+    """The machine deletes itself, which reveals it long before the deadline."""
     cloud.faults.unpullable = {"nobody/nothing:1"}
     expected = r"scheduler ended before it started to listen: .*nobody/nothing:1.* is deleted.*pull"
     with pytest.raises(ClusterStartError, match=expected):
@@ -288,7 +301,7 @@ def test_image_that_cannot_be_pulled(cloud: LoopbackAzure) -> None:
 
 
 def test_machine_that_may_not_delete_itself_is_deleted_by_its_client(cloud: LoopbackAzure) -> None:
-    """It stops, which does not free it; its console tells why."""
+    """It only stops, which does not release it; its console tells why."""
     cloud.faults.unpullable, cloud.faults.may_delete = {"nobody/nothing:1"}, False
     expected = r"is stopped; its console ends: .*cannot pull the image.*cannot delete itself: HTTP Error 403"
     with pytest.raises(ClusterStartError, match=expected):
@@ -305,9 +318,6 @@ def test_machine_that_may_not_delete_itself_is_deleted_by_its_client(cloud: Loop
             id="scheduler",
         ),
         pytest.param(
-            Refusal("virtualMachines", "OperationNotAllowed", name="worker"), "no worker could be .*quota", id="quota"
-        ),
-        pytest.param(
             Refusal("virtualMachines", "SkuNotAvailable", name="worker"), "no worker could be .*capacity", id="capacity"
         ),
         pytest.param(
@@ -316,7 +326,7 @@ def test_machine_that_may_not_delete_itself_is_deleted_by_its_client(cloud: Loop
     ],
 )
 def test_refused_launches(cloud: LoopbackAzure, refusal: Refusal, expected: str) -> None:
-    """What Azure refuses is said in words, at once."""
+    """The start fails at once, and the error explains the refusal."""
     cloud.faults.refusals.append(refusal)
     with pytest.raises(ClusterStartError, match=expected):
         with open_client(configure(n_workers=2)):
@@ -344,18 +354,18 @@ def test_refused_launches(cloud: LoopbackAzure, refusal: Refusal, expected: str)
         ),
     ],
 )
-def test_what_is_not_there(
+def test_missing_resources_are_named(
     cloud: LoopbackAzure, options: dict[str, Any], environment: dict[str, None], expected: str
 ) -> None:
-    """Nothing is launched, and one sentence says what is missing."""
+    """Nothing is launched, and one sentence names what is missing."""
     with pytest.raises(ClusterStartError, match=expected) as caught:
         with open_client(configure(**options)):
             pass
     assert "\n" not in str(caught.value) and cloud.machines == {}
 
 
-def test_credentials_and_subscription_that_nobody_gave(cloud: LoopbackAzure, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence each."""
+def test_missing_credentials_and_subscription_are_named(cloud: LoopbackAzure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is one sentence."""
     with monkeypatch.context() as patch:
         patch.delenv("AZURE_SUBSCRIPTION_ID")
         with pytest.raises(ConfigError, match="no Azure subscription is set; give its id .*cluster.subscription_id"):
@@ -370,7 +380,7 @@ def test_credentials_and_subscription_that_nobody_gave(cloud: LoopbackAzure, mon
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kind of cluster that needs more packages says which."""
+    """The error names the extra that installs the packages."""
     monkeypatch.setitem(sys.modules, "azure.mgmt.network", None)
     with pytest.raises(ConfigError, match=r"azure.mgmt.network\); run pip install 'fruitdask\[azure\]'"):
         with open_client(configure()):
@@ -379,14 +389,14 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["AZURE_CLIENT_SECRET", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_KEY"])
 def test_credentials_in_variables_are_refused(name: str) -> None:
-    """Everybody who may see a machine could read them."""
+    """Anybody who may see a machine could read them."""
     with pytest.raises(ConfigError, match=f"{name} looks like a credential.*cluster.identity"):
         with open_client(configure(env_vars={name: "x"})):
             pass
 
 
-def test_start_goes_on_with_the_first_worker(cloud: LoopbackAzure) -> None:
-    """A worker that Azure refuses leaves nothing and is tried again; the run does not wait for it."""
+def test_start_needs_only_the_first_worker(cloud: LoopbackAzure) -> None:
+    """The launch of a refused worker leaves nothing and is retried; the run does not wait for it."""
     cloud.faults.refusals.append(Refusal("virtualMachines", "SkuNotAvailable", name="worker", count=1))
     with open_client(configure(n_workers=2, spot=True)) as client:
         assert len(client.scheduler_info()["workers"]) == 1
@@ -398,12 +408,12 @@ def test_start_goes_on_with_the_first_worker(cloud: LoopbackAzure) -> None:
 def test_ctrl_c_while_a_machine_is_being_created(
     cloud: LoopbackAzure, monkeypatch: pytest.MonkeyPatch, ending: threading.Event, n: int
 ) -> None:
-    """A request that Azure has been sent does not escape, even if it is answered late."""
+    """A requested machine is deleted even if Azure answers late."""
 
     def interrupt() -> None:
         interrupt_self()
         assert ending.wait(PATIENCE_SECONDS)
-        # Long enough for several looks, if there were any.
+        # Longer than several polls, if there were any.
         time.sleep(0.5)
 
     on_call(cloud, monkeypatch, ("PUT", "virtualMachines"), n, interrupt)
@@ -414,7 +424,7 @@ def test_ctrl_c_while_a_machine_is_being_created(
 
 
 def test_ctrl_c_while_the_scheduler_comes_up(cloud: LoopbackAzure, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waiting can be interrupted, and typing Ctrl-C once more does not keep machines alive."""
+    """Ctrl-C interrupts the wait, and a second Ctrl-C does not prevent the cleanup."""
     cloud.faults.never_boots = {"scheduler"}
     on_call(cloud, monkeypatch, ("GET", "virtualMachines/instanceView"), 2, interrupt_self)
     on_call(cloud, monkeypatch, ("DELETE", "virtualMachines"), 1, interrupt_self)
@@ -424,23 +434,24 @@ def test_ctrl_c_while_the_scheduler_comes_up(cloud: LoopbackAzure, monkeypatch: 
     assert len(cloud.machines) == 1
 
 
-@pytest.mark.parametrize(("what", "expected"), ENDS)
-def test_end_in_the_middle(cloud: LoopbackAzure, what: Callable[[], None], expected: type[BaseException]) -> None:
-    """While tasks run."""
-    end_in_the_middle(open_client(configure()), what, expected)
+def test_ctrl_c_in_the_middle(cloud: LoopbackAzure) -> None:
+    """The machines are deleted; `test_cluster_ec2.py` tests other ends, which are the same for all clouds."""
+    end_in_the_middle(open_client(configure()), interrupt_self, KeyboardInterrupt)
 
 
 def test_killed_client(cloud: LoopbackAzure, tmp_path: Path) -> None:
-    """Machines delete themselves when nobody is there any more to delete them."""
+    """Machines delete themselves when their client is gone."""
     script = f"""
 import sys, time
 sys.path[:0] = {sys.path!r}
 from fruitdask.cluster import open_client
 from fruitdask.core.config import AzureClusterConfig
 if __name__ == "__main__":
-    with open_client(AzureClusterConfig(**{describe(idle_timeout=8)!r})) as client:
-        futures = client.map(time.sleep, [0.05 + n / 1e6 for n in range(10_000)])
+    with open_client(AzureClusterConfig(**{describe(idle_timeout=60)!r})) as client:
+        futures = client.map(time.sleep, [0.05 + n / 1e6 for n in range(2000)])
         futures[0].result()
+        # A cluster that starts slowly may not end before it is used, so only now is the timeout short.
+        client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "idle_timeout", 0.5))
         print("computing", flush=True)
         client.gather(futures)
 """
@@ -456,7 +467,7 @@ if __name__ == "__main__":
 
 
 def test_max_lifetime(cloud: LoopbackAzure) -> None:
-    """Machines end whatever the client does, and closing what is gone is no error."""
+    """Machines end whatever the client does, and closing a cluster that has ended is no error."""
     with open_client(configure()) as client:
         first = list(cloud.machines.values())
         cloud.lifetime_is_over.set()
@@ -469,7 +480,7 @@ def test_max_lifetime(cloud: LoopbackAzure) -> None:
 
 
 def test_machines_that_cannot_be_deleted_are_named(cloud: LoopbackAzure) -> None:
-    """Whoever pays for them is told which they are, and what to do."""
+    """The error names the machines that still cost money, and the command that deletes them."""
     refusal = Refusal("virtualMachines", "AuthorizationFailed", status=403, method="DELETE")
     expected = (
         r"dask-\w+-scheduler, dask-\w+-worker-\w+ of run \w+ may still run.*iam-policy.*"
@@ -485,21 +496,21 @@ def test_machines_that_cannot_be_deleted_are_named(cloud: LoopbackAzure) -> None
 
 
 def test_evicted_worker_is_replaced(cloud: LoopbackAzure) -> None:
-    """All results are there, although a worker went in the middle, and another came for it."""
+    """No result is lost when a worker is evicted, and another worker is launched."""
     with open_client(configure(n_workers=2, spot=True)) as client:
         client.wait_for_workers(2, timeout=PATIENCE_SECONDS)
-        futures = client.map(make_slow_square(), range(24))
+        futures = client.map(make_slow_square(), range(12))
         victim = cloud.alive("worker")[-1]
-        wait(futures[:6], timeout=PATIENCE_SECONDS)
+        wait(futures[:2], timeout=PATIENCE_SECONDS)
         cloud.evict(victim)
-        assert client.gather(futures) == [number**2 for number in range(24)]
+        assert client.gather(futures) == [number**2 for number in range(12)]
         wait_until(lambda: len(cloud.alive("worker")) == 2, "another worker is launched")
         client.wait_for_workers(2, timeout=PATIENCE_SECONDS)
     assert len(list_usage(client)) == 4
 
 
 def test_stopped_worker_is_replaced_and_deleted(cloud: LoopbackAzure) -> None:
-    """A worker whose container has ended, and which may not delete itself, would be paid for."""
+    """The client deletes a worker that has stopped but may not delete itself, for it would still cost money."""
     cloud.faults.may_delete = False
     with open_client(configure()) as client:
         [worker] = cloud.alive("worker")
@@ -510,7 +521,7 @@ def test_stopped_worker_is_replaced_and_deleted(cloud: LoopbackAzure) -> None:
 
 
 def test_scaling_down_loses_nothing(cloud: LoopbackAzure) -> None:
-    """Data that nobody could compute again are handed over to the worker that stays."""
+    """Data that cannot be recomputed move to the remaining worker."""
     with open_client(configure(n_workers=2)) as client:
         client.wait_for_workers(2, timeout=PATIENCE_SECONDS)
         futures = client.scatter(list(range(24)))
@@ -522,7 +533,7 @@ def test_scaling_down_loses_nothing(cloud: LoopbackAzure) -> None:
 
 @pytest.fixture
 def leftovers(cloud: LoopbackAzure) -> LoopbackAzure:
-    """A machine of a run, and a disk and an address of another one."""
+    """Create a machine of one run, and a disk and an address of another run."""
     cloud.faults.never_boots = {"other"}
     tags = [{"fruitdask-run": run_id} for run_id in ("0" * 12, "f" * 12)]
     names = [f"dask-{'0' * 12}-worker-1", f"dask-{'f' * 12}-scheduler"]
@@ -553,7 +564,7 @@ def leftovers(cloud: LoopbackAzure) -> LoopbackAzure:
 
 
 def test_clusters_list_and_cleanup(leftovers: LoopbackAzure) -> None:
-    """They find machines, and what is left of others; cleanup deletes it after asking."""
+    """They find machines and leftovers of other machines; cleanup asks before it deletes them."""
     where = ("--cloud", "azure", "--resource-group", "fruits")
     code, printed = invoke("clusters", "list", *where)
     [one, other] = [line for line in printed.splitlines() if re.search("0{12}|f{12}", line)]
@@ -579,17 +590,9 @@ def test_clusters_list_and_cleanup(leftovers: LoopbackAzure) -> None:
     ],
 )
 def test_clusters_explains_mistakes(cloud: LoopbackAzure, arguments: tuple[str, ...], code: int, expected: str) -> None:
-    """One sentence each."""
+    """The error is one sentence."""
     found, printed = invoke("clusters", "list", *arguments)
     assert (found, printed.count("\n")) == (code, 1) and expected in printed
-
-
-def test_list_instances_tells_spot_and_age(cloud: LoopbackAzure) -> None:
-    """As for EC2."""
-    with open_client(configure(spot=True)), open_arm("fruits", subscription=None, action="look") as arm:
-        scheduler, worker = list_instances(arm)
-        assert (scheduler.role, scheduler.is_spot, worker.role, worker.is_spot) == ("scheduler", False, "worker", True)
-        assert 0 < worker.age_seconds < scheduler.age_seconds < 120 and worker.region == "westeurope"
 
 
 def test_run_on_azure_has_the_features_of_a_local_run(
@@ -600,7 +603,7 @@ def test_run_on_azure_has_the_features_of_a_local_run(
     finish: Finish,
     tmp_path: Path,
 ) -> None:
-    """Images in Blob Storage, machines on Azure, results in Blob Storage, equal to those of this machine."""
+    """A run with images, machines and results on Azure computes the same as a run on this machine."""
     images, results = (f"abfs://{CONTAINER}/{name}" for name in ("images", "results"))
     tree = configure_run(images, results, tiny_model, cluster=describe(n_workers=2)).model_dump()
     for section in ("input", "output"):

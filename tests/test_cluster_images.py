@@ -1,4 +1,4 @@
-"""Instance types and machine images: described as EC2 describes them, and missed in words."""
+"""Instance types and machine images are described as EC2 does, and errors explain what is missing."""
 
 import sys
 from collections.abc import Iterator
@@ -25,14 +25,14 @@ DRIVERS = "Deep Learning Base OSS Nvidia Driver GPU AMI (Ubuntu 24.04) 202610{da
 
 @pytest.fixture(scope="module")
 def cloud() -> Iterator[LoopbackEC2]:
-    """An EC2 in Ireland."""
+    """Start an EC2 in Ireland."""
     with LoopbackEC2() as cloud, pytest.MonkeyPatch.context() as patch:
         cloud.use(patch)
         yield cloud
 
 
 def add_image(cloud: LoopbackEC2, name: str, *, day: int, owner: str = "amazon", **options: Any) -> str:
-    """Publish a machine image in October, and give its id."""
+    """Publish a machine image on a day of October; returns its id."""
     backend = ec2_backends[DEFAULT_ACCOUNT_ID][cloud.region]
     ami_id = f"ami-{len(backend.amis):017}"
     created = datetime(2026, 10, day)
@@ -56,7 +56,7 @@ def test_describe_types(cloud: LoopbackEC2, expected: InstanceType) -> None:
     assert expected.has_gpu == expected.name.startswith("g")
 
 
-def test_describe_types_takes_several_at_once_in_zones_that_have_them(cloud: LoopbackEC2) -> None:
+def test_describe_types_finds_the_zones_that_offer_all_types(cloud: LoopbackEC2) -> None:
     found = describe_types(None, ("t3.medium", "m6i.large", "t3.medium"), zones=["eu-west-1a", "eu-west-1b"])
     assert set(found) == {"t3.medium", "m6i.large"}
 
@@ -82,13 +82,13 @@ def test_describe_types_names_what_is_not_offered(
 
 
 @pytest.mark.parametrize("architecture", ["x86_64", "arm64"])
-def test_find_image_takes_ubuntu_by_canonical(cloud: LoopbackEC2, architecture: str) -> None:
+def test_find_image_chooses_ubuntu_by_canonical(cloud: LoopbackEC2, architecture: str) -> None:
     found = find_image(cloud.region, architecture=architecture, has_gpu=False)
     assert found.id == {"x86_64": cloud.ami, "arm64": cloud.arm_ami}[architecture]
     assert found.root_device_name == "/dev/sda1"
 
 
-def test_find_image_takes_the_newest_with_drivers_for_gpus(cloud: LoopbackEC2) -> None:
+def test_find_image_chooses_the_newest_with_gpu_drivers(cloud: LoopbackEC2) -> None:
     name = DRIVERS.format(day=9)
     newest = add_image(cloud, name, day=9, root_device_name="/dev/xvda")
     add_image(cloud, DRIVERS.format(day=1), day=1)
@@ -98,7 +98,7 @@ def test_find_image_takes_the_newest_with_drivers_for_gpus(cloud: LoopbackEC2) -
     assert found == Image(newest, "/dev/xvda", 15)  # Moto gives all images 15 GB.
 
 
-def test_find_image_looks_a_given_one_up(cloud: LoopbackEC2) -> None:
+def test_find_image_looks_up_a_given_image(cloud: LoopbackEC2) -> None:
     ami = add_image(cloud, "mine", day=2, root_device_name="/dev/xvda")
     found = find_image(cloud.region, architecture="x86_64", has_gpu=False, ami=ami)
     assert (found.id, found.root_device_name) == (ami, "/dev/xvda")
@@ -123,7 +123,7 @@ def test_find_image_looks_a_given_one_up(cloud: LoopbackEC2) -> None:
     ],
     ids=["no such image", "no image id", "none with drivers"],
 )
-def test_find_image_says_how_to_give_one(
+def test_find_image_says_which_setting_names_an_image(
     cloud: LoopbackEC2, region: str, has_gpu: bool, ami: str | None, message: str
 ) -> None:
     with pytest.raises(ClusterStartError, match=message):

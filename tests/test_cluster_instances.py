@@ -1,4 +1,4 @@
-"""Instances of runs: found by their tag, and terminated until none is left, whoever started them."""
+"""Instances of runs are found by their tag, and terminated until none is left."""
 
 import sys
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ SLEEP = "#cloud-config\nruncmd:\n  - docker run any sleep 600\n"
 
 
 class LateEC2(LoopbackEC2):
-    """One in which an instance of the same run shows up while others are being terminated."""
+    """An EC2 in which another instance of a run appears while its instances are being terminated."""
 
     def note(self, caller: str, call: Call) -> None:
-        """Launch it with the first request to terminate."""
+        """Launch it at the first request to terminate."""
         is_first = call.action == "TerminateInstances" and call.action not in [seen.action for seen in self.calls]
         super().note(caller, call)
         if is_first:
@@ -33,7 +33,7 @@ class LateEC2(LoopbackEC2):
 
 @pytest.fixture
 def cloud(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackEC2]:
-    """An EC2 whose instances are processes, or the given kind of one."""
+    """Start a loopback EC2, of the class that the test gives."""
     with getattr(request, "param", LoopbackEC2)() as cloud:
         cloud.use(monkeypatch)
         yield cloud
@@ -42,7 +42,7 @@ def cloud(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 def launch(
     cloud: LoopbackEC2, run_id: str | None, *, n_instances: int = 1, name: str = "", **options: Any
 ) -> list[str]:
-    """Launch instances as EC2Cluster does, for a run or for nobody we know, and give their ids."""
+    """Launch instances as EC2Cluster does, with or without the tag of a run; returns their ids."""
     tags = {"creator": "somebody", "Name": name} | ({RUN_TAG: run_id} if run_id else {})
     specification = {"ResourceType": "instance", "Tags": [{"Key": key, "Value": tags[key]} for key in tags]}
     with cloud.client("ec2") as client:
@@ -58,7 +58,7 @@ def launch(
     return [entry["InstanceId"] for entry in answer["Instances"]]
 
 
-def test_list_instances_describes_those_of_runs_and_no_others(cloud: LoopbackEC2) -> None:
+def test_list_instances_describes_only_instances_of_runs(cloud: LoopbackEC2) -> None:
     [scheduler] = launch(cloud, "run-1", name="dask-8f2a-scheduler")
     spot = {"InstanceMarketOptions": {"MarketType": "spot"}, "InstanceType": "m6i.large"}
     [worker] = launch(cloud, "run-2", name="dask-8f2a-worker-1", **spot)
@@ -74,7 +74,7 @@ def test_list_instances_describes_those_of_runs_and_no_others(cloud: LoopbackEC2
     assert [one.id for one in list_instances(None, run_id="run-2")] == [worker]
 
 
-def test_terminate_run_ends_all_its_instances_and_no_others(cloud: LoopbackEC2) -> None:
+def test_terminate_run_ends_only_the_instances_of_the_run(cloud: LoopbackEC2) -> None:
     ended = launch(cloud, "run-1", n_instances=3)
     others = launch(cloud, "run-2") + launch(cloud, None)
     assert sorted(terminate_run(cloud.region, "run-1")) == sorted(ended)
@@ -84,21 +84,21 @@ def test_terminate_run_ends_all_its_instances_and_no_others(cloud: LoopbackEC2) 
 
 
 @pytest.mark.parametrize("cloud", [LateEC2], indirect=True)
-def test_terminate_run_finds_an_instance_that_shows_up_late(cloud: LoopbackEC2) -> None:
+def test_terminate_run_finds_an_instance_that_appears_late(cloud: LoopbackEC2) -> None:
     [early] = launch(cloud, "run-1")
     first, second = terminate_run(cloud.region, "run-1")
     assert first == early and second != early
     assert cloud.instances() == []
 
 
-def test_terminate_run_tries_again_while_ec2_does_not_know_the_instance(cloud: LoopbackEC2) -> None:
+def test_terminate_run_retries_while_ec2_does_not_know_the_instance(cloud: LoopbackEC2) -> None:
     ids = launch(cloud, "run-1")
     cloud.faults.refusals.append(Refusal("InvalidInstanceID.NotFound", "TerminateInstances", count=1, status=400))
     assert terminate_run(cloud.region, "run-1") == ids
     assert cloud.instances() == []
 
 
-def test_terminate_run_that_is_not_allowed_says_what_may_be_left(cloud: LoopbackEC2) -> None:
+def test_terminate_run_without_permission_names_what_may_be_left(cloud: LoopbackEC2) -> None:
     launch(cloud, "run-1")
     cloud.faults.refusals.append(Refusal("UnauthorizedOperation", "TerminateInstances"))
     expected = (

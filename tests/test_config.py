@@ -1,4 +1,4 @@
-"""Tests of the configuration."""
+"""The configuration: reading, overrides, errors, examples and schema."""
 
 import contextlib
 import json
@@ -128,18 +128,18 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
     }
 
 
-def test_load_config_takes_mappings_as_it_takes_a_file(tmp_path: Path) -> None:
+def test_load_config_accepts_mappings_like_a_file(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, MINIMAL)) == load_config(SECTIONS)
 
 
-def test_load_config_leaves_the_callers_mapping_alone() -> None:
+def test_load_config_does_not_change_the_mapping_of_the_caller() -> None:
     sections = {**SECTIONS, "input": {"url": "photographs"}, "cluster": {"n_workers": 2}}
     before = json.dumps(sections)
     load_config(sections, overrides=["input.limit=3", "cluster.n_workers=4"])
     assert json.dumps(sections) == before
 
 
-def test_load_config_lets_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+def test_overrides_take_precedence_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL + "model: {pooling: max, input_px: 96}\nreduce: {n_components: 9}\n")
     config = load_config(path, overrides=["model.pooling=flatten", "reduce.n_components=4", "reduce.n_components=7"])
     assert config.model.pooling == "flatten"
@@ -242,19 +242,19 @@ def test_load_config_expands_the_home_folder(tmp_path: Path, monkeypatch: pytest
     ["s3://bucket/a/../b", "abfs://c@account.dfs.core.windows.net/x", "memory://x", "file:///data/x", "/data/x"],
     ids=["s3", "abfs", "memory", "file", "absolute path"],
 )
-def test_load_config_leaves_urls_and_absolute_paths_alone(tmp_path: Path, url: str) -> None:
+def test_load_config_keeps_urls_and_absolute_paths(tmp_path: Path, url: str) -> None:
     path = write(tmp_path, f"input: {{url: '{url}'}}\noutput: {{url: '{url}'}}\nmodel: {{weights: '{url}'}}\n")
     config = load_config(path)
     assert (config.input.url, config.output.url, config.model.weights) == (url, url, url)
 
 
 @pytest.mark.parametrize("word", ["imagenet", "random"])
-def test_load_config_does_not_take_the_words_for_weights_as_paths(tmp_path: Path, word: str) -> None:
+def test_special_values_of_weights_are_not_paths(tmp_path: Path, word: str) -> None:
     assert load_config(write(tmp_path, MINIMAL + f"model: {{weights: {word}}}\n")).model.weights == word
 
 
 @pytest.mark.parametrize("word", ["imagenet", "random"])
-def test_load_config_resolves_a_folder_that_is_named_like_weights(tmp_path: Path, word: str) -> None:
+def test_load_config_resolves_a_folder_named_like_special_weights(tmp_path: Path, word: str) -> None:
     path = write(tmp_path, f"input: {{url: {word}}}\noutput: {{url: s3://fruits/run}}\n")
     assert load_config(path).input.url == str(tmp_path / word)
 
@@ -284,7 +284,8 @@ def test_load_config_expands_environment_variables_everywhere(tmp_path: Path, mo
         (
             "input: {url: 's3://${FRUITS_UNSET}/x'}",
             [],
-            r"run\.yaml, line 1: input\.url: the environment variable FRUITS_UNSET is not set; set it or write the value out$",
+            r"run\.yaml, line 1: input\.url: the environment variable FRUITS_UNSET is not set; "
+            r"set it or write the value out$",
         ),
         (
             "input:\n  url: ${FRUITS_UNSET}\n  classes: [a, '${FRUITS_UNSET2}']",
@@ -300,7 +301,7 @@ def test_load_config_expands_environment_variables_everywhere(tmp_path: Path, mo
     ],
     ids=["file", "several", "override"],
 )
-def test_load_config_names_an_environment_variable_that_is_not_set(
+def test_load_config_names_an_unset_environment_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, overrides: list[str], message: str
 ) -> None:
     monkeypatch.delenv("FRUITS_UNSET", raising=False)
@@ -331,24 +332,24 @@ def test_load_config_names_an_environment_variable_that_is_not_set(
     ],
     ids=["top level", "nothing near", "section", "nested", "union", "union by default", "other member of the union"],
 )
-def test_load_config_names_the_nearest_key_to_an_unknown_one(tmp_path: Path, text: str, message: str) -> None:
+def test_load_config_suggests_the_nearest_key_for_an_unknown_one(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{re.escape(str(tmp_path))}/run\.yaml, {message}$"):
         load_config(write(tmp_path, MINIMAL + text))
 
 
-def test_load_config_names_the_nearest_key_inside_an_optional_section(tmp_path: Path) -> None:
+def test_load_config_suggests_the_nearest_key_of_an_optional_section(tmp_path: Path) -> None:
     text = "input:\n  url: x\n  sample:\n    perclass: 3\noutput: {url: y}\n"
     with pytest.raises(ConfigError, match=r"line 4: .*input\.sample\.perclass; did you mean per_class\?"):
         load_config(write(tmp_path, text))
 
 
-def test_load_config_offers_only_keys_of_the_kind_of_cluster_in_use() -> None:
+def test_load_config_suggests_only_keys_of_the_given_kind_of_cluster() -> None:
     with pytest.raises(ConfigError, match=r"unknown key cluster\.timeout_secs; ") as caught:
         load(cluster={"kind": "local", "timeout_secs": 3})
     assert "timeout_seconds" not in str(caught.value)
 
 
-def test_load_config_takes_an_address_for_a_running_cluster() -> None:
+def test_address_implies_a_running_cluster() -> None:
     assert load(cluster={"address": "tcp://10.0.0.5:8786"}).cluster.kind == "address"
 
 
@@ -381,7 +382,8 @@ def test_load_config_takes_an_address_for_a_running_cluster() -> None:
         ),
         (
             "cluster:\n  kind: loacl",
-            r"line 4: cluster\.kind: expected local, address, ec2, azure or custom, found 'loacl'; did you mean local\?$",
+            r"line 4: cluster\.kind: expected local, address, ec2, azure or custom, found 'loacl'; "
+            r"did you mean local\?$",
         ),
         (
             "cluster: local",
@@ -409,7 +411,7 @@ def test_load_config_takes_an_address_for_a_running_cluster() -> None:
         "number as a key",
     ],
 )
-def test_load_config_says_where_a_value_is_wrong_and_what_it_is(tmp_path: Path, text: str, message: str) -> None:
+def test_load_config_reports_line_key_and_value_of_a_mistake(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{re.escape(str(tmp_path))}/run\.yaml, {message}"):
         load_config(write(tmp_path, MINIMAL + text))
 
@@ -506,7 +508,7 @@ def test_load_config_refuses_what_is_not_a_mapping_in_yaml(
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8787", "localhost:0", "[::1]:8787", "127.9.9.9:1", None])
-def test_load_config_takes_a_dashboard_on_this_machine(address: str | None) -> None:
+def test_load_config_accepts_a_dashboard_on_this_machine(address: str | None) -> None:
     assert load(cluster={"dashboard_address": address}).cluster.dashboard_address == address
 
 
@@ -525,14 +527,14 @@ def test_load_config_takes_a_dashboard_on_this_machine(address: str | None) -> N
         "",
     ],
 )
-def test_load_config_refuses_a_dashboard_that_others_reach(address: str) -> None:
-    message = r"^the configuration: cluster\.dashboard_address: expected an address that only this machine reaches, .*, found "
-    with pytest.raises(ConfigError, match=message + re.escape(repr(address))):
+def test_load_config_refuses_a_dashboard_that_other_machines_reach(address: str) -> None:
+    message = r"^the configuration: cluster\.dashboard_address: expected an address that only this machine reaches"
+    with pytest.raises(ConfigError, match=rf"{message}, .*, found {re.escape(repr(address))}"):
         load(cluster={"dashboard_address": address})
 
 
 def build_laughs(n_levels: int, *, merges: bool = False) -> str:
-    """Build YAML whose last key stands for ten to the power of the number of levels values."""
+    """Build YAML in which aliases expand to ten to the power of ``n_levels`` values."""
     lines = ["l0: &l0 {k: x}" if merges else "l0: &l0 [x]"]
     for level in range(1, n_levels):
         several = ", ".join([f"*l{level - 1}"] * 10)
@@ -546,12 +548,12 @@ def test_load_config_refuses_a_billion_laughs(tmp_path: Path, n_levels: int, mer
     message = (
         r"^.*run\.yaml: not valid YAML: expected at most 100,000 values, found aliases \(\*\) that stand for more$"
     )
-    # Refused before they are written out: the last two would not fit into any memory.
+    # The aliases are not expanded: those of the last two files would not fit into any memory.
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, build_laughs(n_levels, merges=merges)))
 
 
-def test_load_config_takes_aliases(tmp_path: Path) -> None:
+def test_load_config_accepts_aliases(tmp_path: Path) -> None:
     text = (
         "input: {url: s3://a, storage_options: &options {anon: true}}\noutput: {url: s3://b, storage_options: *options}"
     )
@@ -579,7 +581,7 @@ def test_load_config_refuses_a_huge_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["input.url", "model.weights", "output.url", "report.title"])
 def test_load_config_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: str) -> None:
     monkeypatch.chdir(tmp_path)
-    # Whether it is refused or taken as a text: nothing is done.
+    # Whether the value is refused or read as text, nothing is executed.
     with contextlib.suppress(ConfigError):
         config = load_config(SECTIONS, overrides=[f"{key}={value}"])
         Location(config.output.url).child("x").path
@@ -622,12 +624,12 @@ def test_load_config_explains_a_date_that_does_not_exist(tmp_path: Path, how: st
         load_config(source, overrides=["output.url=2026-02-30"] if how == "override" else [])
 
 
-def test_load_config_says_that_a_file_is_missing(tmp_path: Path) -> None:
+def test_load_config_reports_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nope\.yaml: there is no such configuration file"):
         load_config(tmp_path / "nope.yaml")
 
 
-def test_load_config_says_that_a_file_cannot_be_read(tmp_path: Path) -> None:
+def test_load_config_reports_an_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: .*directory"):
         load_config(tmp_path)
     (tmp_path / "run.yaml").write_bytes("input: {url: é}".encode("latin-1"))
@@ -640,7 +642,7 @@ def test_load_config_explains_a_home_folder_that_does_not_exist() -> None:
         load(output={"url": "~no_such_user_here/x"})
 
 
-def test_load_config_blames_the_override_and_not_the_file(tmp_path: Path) -> None:
+def test_load_config_attributes_a_mistake_to_the_override(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL + "model: {pooling: avg}\n")
     with pytest.raises(ConfigError, match=r"model\.pooling: .*, found 'mean'") as caught:
         load_config(path, overrides=["model.pooling=mean"])
@@ -668,7 +670,7 @@ def test_load_config_keeps_n_components_as_written(value: float) -> None:
     ],
     ids=["zero", "negative", "negative fraction", "one as a float", "above one", "randomized fraction"],
 )
-def test_load_config_refuses_n_components_that_mean_nothing(reduce: dict[str, Any], message: str) -> None:
+def test_load_config_refuses_meaningless_n_components(reduce: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^the configuration: {message}"):
         load(reduce=reduce)
 
@@ -678,15 +680,16 @@ def test_load_config_refuses_n_components_that_mean_nothing(reduce: dict[str, An
     [("reduce", "n_components", "all"), ("reduce", "n_components", None), ("cluster", "memory_limit", [4])],
     ids=["word", "nothing", "list"],
 )
-def test_load_config_names_a_key_of_several_types_as_it_is_written(section: str, key: str, value: Any) -> None:
+def test_load_config_names_a_key_of_several_types(section: str, key: str, value: Any) -> None:
+    found = "nothing" if value is None else re.escape(repr(value))
     with pytest.raises(
         ConfigError,
-        match=rf"^the configuration: {section}\.{key}: .*, found {'nothing' if value is None else re.escape(repr(value))}$",
+        match=f"^the configuration: {section}.{key}: .*, found {found}$",
     ):
         load(**{section: {key: value}})
 
 
-def test_load_config_asks_how_a_keras_file_scales_pixels() -> None:
+def test_keras_file_needs_preprocessing() -> None:
     with pytest.raises(ConfigError, match="model: preprocessing must be given"):
         load(model={"weights": "s3://models/mine.keras"})
     own = {"weights": "s3://models/mine.keras", "preprocessing": "none"}
@@ -719,7 +722,7 @@ def test_load_config_normalizes_extensions(written: str, read: str) -> None:
     assert load(input={"url": "x", "extensions": [written]}).input.extensions == (read,)
 
 
-def test_load_config_allows_as_many_pixels_as_pillow_opens_and_no_more() -> None:
+def test_max_pixels_is_limited_by_pillow() -> None:
     assert Image.MAX_IMAGE_PIXELS is not None
     assert PILLOW_LIMIT_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
     assert load(featurize={"max_pixels": PILLOW_LIMIT_PIXELS}).featurize.max_pixels == PILLOW_LIMIT_PIXELS
@@ -758,7 +761,7 @@ def test_load_config_reads_the_examples(path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.name.startswith("aws")], ids=lambda path: path.name)
-def test_examples_in_the_cloud_keep_to_the_eu_and_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_on_aws_stay_in_the_eu_and_have_limits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BUCKET", "DOCKER_IMAGE", "INSTANCE_PROFILE"):
         monkeypatch.setenv(f"FRUITDASK_{name}", "given")
     config = load_config(path)
@@ -770,7 +773,7 @@ def test_examples_in_the_cloud_keep_to_the_eu_and_end(path: Path, monkeypatch: p
     assert is_gpu == (config.model.engine == "tensorflow") == ("gpu" in path.name)
 
 
-def test_example_on_azure_keeps_to_the_eu_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_on_azure_stays_in_the_eu_and_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ACCOUNT", "DOCKER_IMAGE", "IDENTITY"):
         monkeypatch.setenv(f"FRUITDASK_{name}", "given")
     config = load_config(next(path for path in CONFIGS if path.name == "azure.yaml"))
@@ -791,7 +794,7 @@ def test_example_on_azure_keeps_to_the_eu_and_ends(monkeypatch: pytest.MonkeyPat
         ("Standard_ND96isr_MI300X_v5", False, 96),
     ],
 )
-def test_sizes_on_azure_tell_gpus_and_cpus(size: str, has_gpu: bool, n_cpus: int) -> None:
+def test_names_of_azure_sizes_reveal_gpus_and_cpus(size: str, has_gpu: bool, n_cpus: int) -> None:
     names = dict.fromkeys(("resource_group", "vnet", "security_group", "docker_image"), "x")
     cluster = AzureClusterConfig(kind="azure", location="westeurope", vm_size=size, **names)
     assert (cluster.has_gpu, cluster.n_cpus) == (has_gpu, n_cpus)
@@ -846,7 +849,7 @@ def test_build_schema_describes_every_key() -> None:
     assert [name for name, node in properties if not node.get("description") and name not in sections] == []
 
 
-def test_reference_is_that_of_the_schema() -> None:
+def test_reference_matches_the_schema() -> None:
     reference = (CONFIGS[0].parent / "README.md").read_text(encoding="utf-8")
     assert reference == build_reference(), "write it again: fruitdask schema --markdown > configs/README.md"
     for section, fields in build_schema()["$defs"].items():
@@ -854,20 +857,20 @@ def test_reference_is_that_of_the_schema() -> None:
         assert missing == [] or {*missing} <= {"tsne"}, section
 
 
-def test_load_config_refuses_to_plot_components_that_are_not_kept(tmp_path: Path) -> None:
+def test_load_config_refuses_to_plot_missing_components(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="plots.components names component 3"):
         load_config(write(tmp_path, MINIMAL), overrides=["plots.components=[1, 3]"])
     assert load_config(write(tmp_path, MINIMAL), overrides=["reduce.n_components=1"]).plots.components == (1, 2)
 
 
 def explain(tmp_path: Path, text: str, *overrides: str) -> list[str]:
-    """Load what is wrong; gives the lines of the message, the file by its name alone."""
+    """Load a wrong configuration; returns the lines of the message, without the folder of the file."""
     with pytest.raises(ConfigError, match=".") as caught:
         load_config(write(tmp_path, text), overrides=overrides)
     return str(caught.value).replace(f"{tmp_path}/", "").split("\n")
 
 
-def test_load_config_tells_all_mistakes_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+def test_load_config_reports_all_mistakes_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = "ouput: {url: y}\ninput: /folder\nmodle: {name: x}\nfeaturize:\n  batch_size: many\n  max_pixels: 0\n"
     assert explain(tmp_path, text, "plots.dpi=high", "report.titel=x") == [
         "run.yaml, line 1: unknown key ouput; did you mean output?",
@@ -926,7 +929,7 @@ def test_load_config_tells_all_mistakes_at_once_in_the_order_of_the_file(tmp_pat
     ],
     ids=lambda value: value[:30],
 )
-def test_load_config_explains_a_mistake_in_words_of_the_configuration(tmp_path: Path, text: str, sentence: str) -> None:
+def test_load_config_explains_a_mistake(tmp_path: Path, text: str, sentence: str) -> None:
     assert any(sentence in line for line in explain(tmp_path, MINIMAL + text))
 
 
@@ -955,7 +958,7 @@ def test_load_config_explains_a_mistake_in_an_override(tmp_path: Path, override:
     assert sentence in line and line.startswith(f"--set {override}: ")
 
 
-def test_load_config_refuses_keys_that_are_given_twice(tmp_path: Path) -> None:
+def test_load_config_refuses_duplicate_keys(tmp_path: Path) -> None:
     text = "input:\n  url: x\n  url: y\noutput: {url: z}\ninput: {url: w, classes: [a]}\n"
     assert explain(tmp_path, text) == [
         "run.yaml, line 3: the key input.url is given again, first in line 2; keep one of them",
@@ -964,7 +967,7 @@ def test_load_config_refuses_keys_that_are_given_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [r"C:\Users\me", r"C:\temp\new", r"d:\x\1"], ids=["users", "temp", "drive"])
-def test_load_config_explains_a_path_of_windows_in_double_quotes(tmp_path: Path, path: str) -> None:
+def test_load_config_explains_a_windows_path_in_double_quotes(tmp_path: Path, path: str) -> None:
     (line,) = explain(tmp_path, f'input:\n  url: "{path}"\noutput: {{url: y}}\n')
     assert line.startswith("run.yaml, line 2: ")
     assert line.endswith("write Windows paths in single quotes or with forward slashes")
@@ -974,12 +977,12 @@ def test_load_config_explains_a_path_of_windows_in_double_quotes(tmp_path: Path,
         assert config.input.url == str(tmp_path / path)
 
 
-def test_load_config_takes_paths_of_python(tmp_path: Path) -> None:
+def test_load_config_accepts_path_objects(tmp_path: Path) -> None:
     assert load(output={"url": tmp_path / "out"}).output.url == str(tmp_path / "out")
 
 
 @pytest.mark.parametrize("escape", [r"\0", r"\ud800"], ids=["null", "half a character"])
-def test_load_config_refuses_text_that_no_file_can_hold(tmp_path: Path, escape: str) -> None:
+def test_load_config_refuses_invalid_characters(tmp_path: Path, escape: str) -> None:
     text = f'input: {{url: "a{escape}b"}}\noutput: {{url: y}}\nreport:\n  title: "{escape}"\n'
     assert explain(tmp_path, text) == [
         "run.yaml, line 1: input.url: expected text in UTF-8 without null characters",

@@ -1,4 +1,4 @@
-"""The loopback EC2 is honest: it refuses, runs, ends and forgets as EC2 does, and reaches nothing but this machine."""
+"""The loopback EC2 refuses, runs and ends instances as EC2 does, and calls no other machine."""
 
 import contextlib
 import operator
@@ -42,7 +42,7 @@ SHUTDOWN = "shutdown -h now"
 
 @pytest.fixture
 def cloud() -> Iterator[LoopbackEC2]:
-    """A loopback EC2 in which a minute lasts a hundredth of a second."""
+    """Start a loopback EC2 in which a minute lasts a hundredth of a second."""
     with LoopbackEC2(seconds_per_minute=0.01) as cloud:
         yield cloud
 
@@ -53,7 +53,7 @@ def render(*lines: str) -> str:
 
 
 def launch(cloud: LoopbackEC2, *lines: str, **options: Any) -> dict[str, Any]:
-    """Launch an instance that runs some commands, and return what EC2 answers."""
+    """Launch an instance that runs some commands, and return the answer of EC2."""
     request = {
         "ImageId": cloud.ami,
         "InstanceType": "t3.medium",
@@ -75,14 +75,14 @@ def launch(cloud: LoopbackEC2, *lines: str, **options: Any) -> dict[str, Any]:
 
 
 def describe(cloud: LoopbackEC2, instance_id: str) -> dict[str, Any]:
-    """Ask EC2 for an instance."""
+    """Ask EC2 for the description of an instance."""
     with cloud.client("ec2") as client:
         return client.describe_instances(InstanceIds=[instance_id])["Reservations"][0]["Instances"][0]
 
 
 @contextlib.contextmanager
 def open_pipe(path: Path) -> Iterator[int]:
-    """Make a named pipe, by which a process says how far it is."""
+    """Make a named pipe into which a process reports its progress."""
     os.mkfifo(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -92,7 +92,7 @@ def open_pipe(path: Path) -> Iterator[int]:
 
 
 def read_pipe(descriptor: int) -> str:
-    """Wait until something is written into a pipe."""
+    """Wait until a process writes into a pipe."""
     readable, _, _ = select.select([descriptor], [], [], 30)
     assert readable, "nothing was written in time"
     return os.read(descriptor, 1000).decode()
@@ -106,7 +106,7 @@ def wait_for_state(cloud: LoopbackEC2, state: str) -> None:
 
 
 def make_security() -> Security:
-    """Make TLS settings of one elliptic-curve key, which leave room in user data."""
+    """Make TLS settings of one elliptic-curve key, which is small enough for user data."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
     now = datetime.now(UTC)
@@ -123,9 +123,11 @@ def make_security() -> Security:
 ROLES = ("client", "scheduler", "worker")
 
 
-# dask-cloudprovider leaves the sockets open with which it tries whether the scheduler listens.
+# dask-cloudprovider leaves the sockets open with which it probes the scheduler.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+# And it warns when a start takes 10 s, as it may while other processes use this machine.
+@pytest.mark.filterwarnings("ignore:Creating your cluster is taking:UserWarning")
 def test_ec2cluster_computes_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """An unmodified EC2Cluster runs tasks over TLS on processes with addresses of their own, and closes."""
     from dask_cloudprovider.aws import EC2Cluster
@@ -163,7 +165,7 @@ def test_ec2cluster_computes_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_run_instances_answers_before_it_runs(cloud: LoopbackEC2) -> None:
-    """The answer says pending and knows no public address; later the instance runs, at a loopback address."""
+    """The answer says pending, without a public address; later the instance runs at a loopback address."""
     answered = launch(cloud, SLEEP)
     assert answered["State"]["Name"] == "pending" and "PublicIpAddress" not in answered
     wait_for_state(cloud, "running")
@@ -173,22 +175,22 @@ def test_run_instances_answers_before_it_runs(cloud: LoopbackEC2) -> None:
 
 
 def test_run_instances_gives_no_public_address_unasked(cloud: LoopbackEC2) -> None:
-    """An instance whose interface asks for none has a private address only."""
+    """An instance gets a public address only if its interface asks for one."""
     interface = {"DeviceIndex": 0, "AssociatePublicIpAddress": False, "SubnetId": cloud.subnet_id}
     instance_id = launch(cloud, SLEEP, NetworkInterfaces=[interface])["InstanceId"]
     wait_for_state(cloud, "running")
     assert "PublicIpAddress" not in describe(cloud, instance_id)
 
 
-def test_addresses_of_other_machines_are_kept_back(cloud: LoopbackEC2) -> None:
-    """An address that moto makes up does not reach the client, whatever the call."""
+def test_addresses_of_other_machines_are_blocked(cloud: LoopbackEC2) -> None:
+    """An address that moto makes up never reaches the client."""
     with cloud.client("ec2") as client, pytest.raises(ClientError, match="LoopbackLeak"):
         client.create_network_interface(SubnetId=cloud.subnet_id)
     assert len(cloud.leaks) > 0
 
 
 def test_unsigned_requests_are_refused(cloud: LoopbackEC2) -> None:
-    """EC2 answers nobody whom it does not know."""
+    """EC2 answers only requests with credentials."""
     with cloud.client("ec2", config=Config(signature_version=UNSIGNED)) as client:
         with pytest.raises(ClientError, match="AuthFailure"):
             client.describe_instances()
@@ -205,12 +207,12 @@ def test_unsigned_requests_are_refused(cloud: LoopbackEC2) -> None:
     ],
 )
 def test_find_foreign_addresses_reads_whole_texts(document: str, expected: list[str]) -> None:
-    """Addresses are told from networks, times and counts."""
+    """Networks, times and counts are not taken as addresses."""
     assert find_foreign_addresses(document, "127.3.4") == expected
 
 
-def test_made_up_address_of_an_instance_is_kept_back(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Should an instance ever have an address elsewhere, launching and describing it fail."""
+def test_made_up_address_of_an_instance_is_blocked(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If an instance had an address elsewhere, launching and describing it would fail."""
     monkeypatch.setattr(cloud, "_take_address", lambda: "192.0.2.1")
     for _ in range(2):
         with pytest.raises(ClientError, match=r"LoopbackLeak.*192\.0\.2\.1"):
@@ -220,7 +222,7 @@ def test_made_up_address_of_an_instance_is_kept_back(cloud: LoopbackEC2, monkeyp
 
 
 def test_user_data_are_limited_as_by_ec2(cloud: LoopbackEC2) -> None:
-    """16,384 bytes pass, before encoding, and one more does not."""
+    """16,384 bytes before encoding are accepted, and one more is not."""
     largest = render(SLEEP) + "\n#"
     largest += "x" * (MAX_USER_DATA_BYTES - len(largest))
     launch(cloud, UserData=largest)
@@ -241,7 +243,7 @@ def test_user_data_are_limited_as_by_ec2(cloud: LoopbackEC2) -> None:
     ],
 )
 def test_run_instances_refuses_what_does_not_exist(cloud: LoopbackEC2, options: dict[str, Any], message: str) -> None:
-    """Unknown images, types, groups and profiles are refused, and so are types that do not fit."""
+    """Unknown images, types, groups and profiles are refused, and types that do not fit."""
     group = options.get("group", cloud.security_group_id)
     interface = {"DeviceIndex": 0, "SubnetId": cloud.subnet_id, "Groups": [group]}
     rest = {name: value for name, value in options.items() if name != "group"}
@@ -251,7 +253,7 @@ def test_run_instances_refuses_what_does_not_exist(cloud: LoopbackEC2, options: 
 
 
 def test_refusals_count_calls(cloud: LoopbackEC2) -> None:
-    """A refusal lets some calls pass, refuses some, and is over."""
+    """A refusal skips some calls, then refuses some."""
     cloud.faults.refusals.append(Refusal("VcpuLimitExceeded", skip=1, count=2))
     launch(cloud, SLEEP)
     for _ in range(2):
@@ -262,8 +264,8 @@ def test_refusals_count_calls(cloud: LoopbackEC2) -> None:
     assert [call.action for call in cloud.calls] == ["RunInstances"] * 4
 
 
-def test_want_of_capacity_is_retried_by_clients(cloud: LoopbackEC2) -> None:
-    """EC2 answers it with the status of a server's fault, so a client asks again."""
+def test_lack_of_capacity_is_retried_by_clients(cloud: LoopbackEC2) -> None:
+    """EC2 reports it as an error of the server, so clients retry."""
     cloud.faults.refusals.append(Refusal("InsufficientInstanceCapacity"))
     with pytest.raises(ClientError, match="InsufficientInstanceCapacity") as caught:
         launch(cloud, SLEEP)
@@ -271,8 +273,8 @@ def test_want_of_capacity_is_retried_by_clients(cloud: LoopbackEC2) -> None:
     assert len(cloud.calls) == 2
 
 
-def test_refusals_choose_their_victims(cloud: LoopbackEC2) -> None:
-    """Only the launches of a role, only spot ones, or another action are refused."""
+def test_refusals_select_calls(cloud: LoopbackEC2) -> None:
+    """A refusal may concern only launches of a role, only spot launches, or another action."""
     worker = "docker run any python -m distributed.cli.dask_spec tls://127.0.0.1:1 --spec {}"
     spot = {"InstanceMarketOptions": {"MarketType": "spot"}}
     cloud.faults.boot_delay_seconds = 600
@@ -295,7 +297,7 @@ def test_refusals_choose_their_victims(cloud: LoopbackEC2) -> None:
 
 
 def test_container_end_terminates_its_instance(cloud: LoopbackEC2) -> None:
-    """When the container ends, the shutdown after it ends the instance."""
+    """When the container ends, the next command shuts the instance down."""
     instance_id = launch(cloud, "docker run any sh -c 'echo done; exit 3'", SHUTDOWN)["InstanceId"]
     assert cloud.wait_until_quiet(30)
     described = describe(cloud, instance_id)
@@ -305,7 +307,7 @@ def test_container_end_terminates_its_instance(cloud: LoopbackEC2) -> None:
 
 
 def test_container_end_without_shutdown_leaves_the_instance(cloud: LoopbackEC2, tmp_path: Path) -> None:
-    """Without a shutdown in the user data the instance stays, empty, and costs."""
+    """Without a shutdown in the user data the instance stays running without a process."""
     with open_pipe(tmp_path / "pipe") as pipe:
         instance_id = launch(cloud, f"docker run any sh -c 'echo done > {tmp_path}/pipe'")["InstanceId"]
         assert read_pipe(pipe) == "done\n"
@@ -314,8 +316,8 @@ def test_container_end_without_shutdown_leaves_the_instance(cloud: LoopbackEC2, 
     assert cloud.processes() == []
 
 
-def test_shutdown_stops_an_instance_that_is_to_be_stopped(cloud: LoopbackEC2) -> None:
-    """EC2's default behaviour at shutdown is to stop."""
+def test_shutdown_may_stop_the_instance(cloud: LoopbackEC2) -> None:
+    """The default of EC2 is to stop an instance that shuts down, not to terminate it."""
     launch(cloud, "docker run any true", SHUTDOWN, InstanceInitiatedShutdownBehavior="stop")
     wait_for_state(cloud, "stopped")
     assert cloud.processes() == []
@@ -323,14 +325,14 @@ def test_shutdown_stops_an_instance_that_is_to_be_stopped(cloud: LoopbackEC2) ->
 
 @pytest.mark.parametrize("command", ["shutdown -h +60", "shutdown -P +60"], ids=["h", "P"])
 def test_shutdown_later_caps_the_lifetime(cloud: LoopbackEC2, command: str) -> None:
-    """An instance that is to shut down in an hour does, whatever it does then."""
+    """A scheduled shutdown ends the instance even while its container runs."""
     instance_id = launch(cloud, command, SLEEP)["InstanceId"]
     assert cloud.wait_until_quiet(30)
     assert describe(cloud, instance_id)["StateReason"]["Code"] == "Client.InstanceInitiatedShutdown"
 
 
-def test_termination_lets_the_container_say_goodbye(cloud: LoopbackEC2, tmp_path: Path) -> None:
-    """A terminated instance's process gets SIGTERM; terminating again changes nothing."""
+def test_termination_sends_sigterm_first(cloud: LoopbackEC2, tmp_path: Path) -> None:
+    """The container of a terminated instance gets SIGTERM; terminating it again changes nothing."""
     script = f'trap "echo goodbye; exit" TERM; echo ready > {tmp_path}/pipe; while :; do sleep 0.02; done'
     with open_pipe(tmp_path / "pipe") as pipe, cloud.client("ec2") as client:
         instance_id = launch(cloud, f"docker run any sh -c '{script}'")["InstanceId"]
@@ -345,8 +347,8 @@ def test_termination_lets_the_container_say_goodbye(cloud: LoopbackEC2, tmp_path
     assert "goodbye" in cloud.log(instance_id)
 
 
-def test_termination_kills_what_does_not_listen(tmp_path: Path) -> None:
-    """A process that ignores SIGTERM is killed after the grace."""
+def test_termination_kills_what_ignores_sigterm(tmp_path: Path) -> None:
+    """A process that ignores SIGTERM is killed after the grace period."""
     script = f'trap "" TERM; echo ready > {tmp_path}/pipe; while :; do sleep 0.02; done'
     with LoopbackEC2(grace_seconds=0.1) as cloud, open_pipe(tmp_path / "pipe") as pipe, cloud.client("ec2") as client:
         instance_id = launch(cloud, f"docker run any sh -c '{script}'")["InstanceId"]
@@ -356,7 +358,7 @@ def test_termination_kills_what_does_not_listen(tmp_path: Path) -> None:
 
 
 def test_interrupt_kills_without_warning(cloud: LoopbackEC2, tmp_path: Path) -> None:
-    """A spot instance goes at once, with children that left its process group, and says why."""
+    """An interrupted spot instance ends at once, with all its children, and states the reason."""
     script = f'trap "echo goodbye; exit" TERM; setsid sleep 600 & echo ready > {tmp_path}/pipe; wait'
     with open_pipe(tmp_path / "pipe") as pipe:
         spot = launch(cloud, f"docker run any sh -c '{script}'", InstanceMarketOptions={"MarketType": "spot"})
@@ -369,7 +371,7 @@ def test_interrupt_kills_without_warning(cloud: LoopbackEC2, tmp_path: Path) -> 
 
 
 def test_never_boots_runs_empty(cloud: LoopbackEC2) -> None:
-    """An instance that never boots is running for EC2, does nothing, and can be terminated."""
+    """An instance that never boots has the state running, does nothing, and can be terminated."""
     cloud.faults.never_boots = {"worker"}
     instance_id = launch(cloud, "shutdown -h +1", SLEEP, SHUTDOWN)["InstanceId"]
     wait_for_state(cloud, "running")
@@ -381,15 +383,15 @@ def test_never_boots_runs_empty(cloud: LoopbackEC2) -> None:
 
 
 def test_unpullable_image_ends_the_instance(cloud: LoopbackEC2) -> None:
-    """Where docker finds no image, cloud-init goes on to the shutdown."""
+    """If docker finds no image, cloud-init continues with the shutdown."""
     cloud.faults.unpullable = {"nobody/nothing:1"}
     instance_id = launch(cloud, "docker run --rm --net=host nobody/nothing:1 sleep 600", SHUTDOWN)["InstanceId"]
     assert cloud.wait_until_quiet(30)
     assert "nobody/nothing:1" in cloud.log(instance_id)
 
 
-def test_boot_delay_ends_with_the_instance(cloud: LoopbackEC2) -> None:
-    """An instance that is terminated while it boots never runs its container."""
+def test_instance_that_is_terminated_while_it_boots_runs_nothing(cloud: LoopbackEC2) -> None:
+    """Its container never starts."""
     cloud.faults.boot_delay_seconds = 600
     instance_id = launch(cloud, SLEEP)["InstanceId"]
     wait_for_state(cloud, "running")
@@ -411,11 +413,13 @@ def test_boot_delay_ends_with_the_instance(cloud: LoopbackEC2) -> None:
         pytest.param('docker run img run "', "", [], {}, id="unbalanced"),
     ],
 )
-def test_read_plan_quotes_as_a_shell(line: str, image: str, command: list[str], variables: dict[str, str]) -> None:
-    """Docker gets what a shell makes of the line."""
+def test_read_plan_reads_quotes_as_a_shell(
+    line: str, image: str, command: list[str], variables: dict[str, str]
+) -> None:
+    """Docker gets the arguments that a shell makes of the line."""
     plan = read_plan(render(line, SHUTDOWN))
     assert (plan.image, plan.command, plan.variables) == (image, command, variables)
-    # A script that the shell cannot read never gets to its shutdown.
+    # A script that the shell cannot parse never reaches its shutdown.
     assert plan.shuts_down == (image != "")
 
 
@@ -427,14 +431,14 @@ def test_read_plan_quotes_as_a_shell(line: str, image: str, command: list[str], 
         pytest.param("#cloud-config\nruncmd:\n  - 'docker run img run", id="broken"),
     ],
 )
-def test_read_plan_runs_nothing_of_what_it_cannot_read(user_data: str) -> None:
-    """As with cloud-init, a mistake leaves a running instance that does nothing."""
+def test_read_plan_runs_nothing_of_invalid_user_data(user_data: str) -> None:
+    """As with cloud-init, a mistake results in a running instance that does nothing."""
     plan = read_plan(user_data)
     assert plan.problem and not plan.command and not plan.shuts_down
 
 
-def test_instances_reach_s3_and_are_known_by_their_calls(cloud: LoopbackEC2) -> None:
-    """Instances have an endpoint and credentials, and it shows which of them asked for what."""
+def test_instances_reach_s3_and_their_calls_are_recorded(cloud: LoopbackEC2) -> None:
+    """Instances have an endpoint and credentials, which identify their calls."""
     script = (
         "import boto3; s3 = boto3.client(chr(115) + chr(51)); s3.put_object(Bucket=str.lower(chr(65) * 3), Key=str(1))"
     )
@@ -455,7 +459,7 @@ def test_instances_reach_s3_and_are_known_by_their_calls(cloud: LoopbackEC2) -> 
 
 
 def test_instances_without_profile_have_no_credentials() -> None:
-    """With needs_profile, an instance profile makes the difference."""
+    """With needs_profile, only instances with an instance profile have credentials."""
     with LoopbackEC2(needs_profile=True) as cloud:
         with cloud.client("iam") as client:
             client.create_instance_profile(InstanceProfileName="reader")
@@ -467,7 +471,7 @@ def test_instances_without_profile_have_no_credentials() -> None:
 
 
 def test_images_are_found_by_name(cloud: LoopbackEC2) -> None:
-    """Canonical's images are there for both architectures, and no others."""
+    """There are only images of Canonical, one for each of two architectures."""
     filters = [{"Name": "name", "Values": ["ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-*-server-*"]}]
     with cloud.client("ec2") as client:
         found = client.describe_images(Owners=[CANONICAL], Filters=filters)["Images"]
@@ -476,7 +480,7 @@ def test_images_are_found_by_name(cloud: LoopbackEC2) -> None:
 
 
 def test_exit_ends_everything_and_keeps_other_servers(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
-    """After the end no process lives, its buckets are gone, and those of another S3 server of this process are not."""
+    """At the end all processes and buckets are gone, but not the buckets of another S3 server of this process."""
     with LoopbackEC2() as cloud:
         launch(cloud, SLEEP)
         with cloud.client("s3") as client:
@@ -490,7 +494,7 @@ def test_exit_ends_everything_and_keeps_other_servers(s3_bucket: tuple[str, dict
 
 
 def test_only_one_at_a_time(cloud: LoopbackEC2) -> None:
-    """A second simulator would share moto's state, and is refused."""
+    """A second simulator would share the state of moto, so it is refused."""
     with pytest.raises(RuntimeError, match="a loopback EC2 in this process already"):
         LoopbackEC2().__enter__()
     launch(cloud, SLEEP)
@@ -498,7 +502,7 @@ def test_only_one_at_a_time(cloud: LoopbackEC2) -> None:
 
 @pytest.mark.slow
 def test_use_redirects_every_client(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the shell says of profiles and endpoints, clients talk to the simulator."""
+    """Clients talk to the simulator, whatever profile and endpoint the environment has."""
     monkeypatch.setenv("AWS_PROFILE", "work")
     monkeypatch.setenv("AWS_ENDPOINT_URL_EC2", "http://192.0.2.1")
     cloud.use(monkeypatch)
@@ -510,7 +514,7 @@ def test_use_redirects_every_client(cloud: LoopbackEC2, monkeypatch: pytest.Monk
 
 
 def test_exit_disarms_clusters_left_open() -> None:
-    """A cluster that a test forgot is not closed by the interpreter's end, which would call the real EC2."""
+    """At exit, the interpreter does not close a cluster that a test left open, which would call the real EC2."""
 
     class Forgotten:
         boto_session = None
@@ -527,15 +531,18 @@ def test_exit_disarms_clusters_left_open() -> None:
 
 
 @pytest.mark.slow
-def test_instances_do_not_outlive_a_killed_test(tmp_path: Path) -> None:
-    """When the test's process is killed, the instances' processes end."""
+def test_containers_do_not_outlive_a_killed_test(tmp_path: Path) -> None:
+    """When the process of the test is killed, the processes of instances end."""
     line = f"docker run any sh -c 'exec 3> {tmp_path}/held; sleep 600 & echo ready > {tmp_path}/pipe; wait'"
     script = f"""
 import signal
-from test_loopback_ec2 import LoopbackEC2, launch
-with LoopbackEC2() as cloud:
-    launch(cloud, {line!r})
-    signal.pause()
+from pathlib import Path
+from machines import Container, build_environment, read_plan
+folder = Path({str(tmp_path)!r})
+container = Container(
+    read_plan({render(line)!r}).command, folder=folder, log=folder / "log", environment=build_environment(folder)
+)
+signal.pause()
 """
     here = Path(__file__).parent
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
@@ -543,5 +550,5 @@ with LoopbackEC2() as cloud:
         with subprocess.Popen([sys.executable, "-c", script], env=environment) as process:
             assert read_pipe(pipe) == "ready\n"
             process.kill()
-        # The pipe is at its end when all that held it open have gone.
+        # The pipe ends when all processes that held it open are gone.
         assert read_pipe(held) == ""
