@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fruitdask.cluster import list_usage, open_client
+from fruitdask.cluster import describe_workers, list_usage, open_client
 from fruitdask.cluster.cloud.prices import PRICES_OF, Cost, Usage, compute_cost
 from fruitdask.core.config import CloudClusterConfig, ClusterConfig, EC2ClusterConfig, LimitsConfig
 from fruitdask.errors import ConfigError, LimitError
@@ -67,9 +67,10 @@ class Budget:
         """US dollars spent so far, before interruptions too."""
         return self._before.dollars + compute_cluster_cost(self._cluster, self._list_usage()).dollars
 
-    def describe_spent(self) -> dict[str, float]:
-        """Return the dollars spent so far; nothing for a cluster that costs nothing, or whose price is unknown."""
-        return {"dollars": round(self.spent_dollars, 4)} if self._hour.dollars and not self._hour.unpriced else {}
+    def describe_cluster(self, client: Any) -> dict[str, float]:
+        """Return the number of workers, and the dollars spent so far if the cluster has a known price."""
+        is_priced = self._hour.dollars and not self._hour.unpriced
+        return describe_workers(client) | ({"dollars": round(self.spent_dollars, 4)} if is_priced else {})
 
     @property
     def elapsed_seconds(self) -> float:

@@ -14,7 +14,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from fruitdask import report, store
-from fruitdask.cluster import describe_workers
 from fruitdask.cluster.scheduling import map_partitions
 from fruitdask.core.partition import Partition
 from fruitdask.core.progress import RunProgress
@@ -195,7 +194,8 @@ def _featurize(
     progress.begin_images(
         state.n_listed,
         n_done=state.n_listed - pending.n_images,
-        ask_cluster=lambda: describe_workers(client) | state.budget.describe_spent(),
+        # Not the state, whose catalog it would keep.
+        ask_cluster=partial(state.budget.describe_cluster, client),
     )
 
     def note(summary: "PartitionSummary") -> None:
