@@ -186,6 +186,17 @@ def tiny_model(user_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Mo
 
 
 @pytest.fixture(scope="session")
+def squeezenet(user_cache: Path) -> ModelConfig:
+    """The network of the demo, built without the internet and once for all processes of a session."""
+    config = ModelConfig(name="SqueezeNet")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("http_proxy", "https_proxy"):
+            patch.setenv(name, "http://127.0.0.1:9")
+        keep_artifact(config, build_artifact(config))
+    return config
+
+
+@pytest.fixture(scope="session")
 def tiny_artifact(tiny_model: ModelConfig) -> ModelArtifact:
     """The same model, packed."""
     return build_artifact(tiny_model)

@@ -94,7 +94,7 @@ def test_names_that_an_output_cannot_print_are_replaced(config_path: Path, sampl
     (tmp_path / "in" / "苹果").symlink_to(sample_folder / "apple_red_1")
     (tmp_path / "in" / "über").symlink_to(sample_folder / "pear_1")
     arguments = ("run", str(config_path), "--set", f"input.url={tmp_path / 'in'}")
-    for encoding, expected in (("ascii", {"??", "?ber"}), ("cp1252", {"??", "über"}), ("utf-8", {"苹果", "über"})):
+    for encoding, expected in (("ascii", {"??", "?ber"}), ("cp1252", {"??", "über"})):
         done = subprocess.run(
             [sys.executable, "-m", "fruitdask", *arguments],
             capture_output=True,
@@ -338,6 +338,7 @@ def test_a_bucket_has_no_place_beside_it(place: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("squeezenet")
 def test_demo_runs_offline(tmp_path: Path) -> None:
     places = [
         "--set",
@@ -345,14 +346,14 @@ def test_demo_runs_offline(tmp_path: Path) -> None:
         "--set",
         f"output.url={tmp_path}/results",
         "--set",
-        "input.sample.per_class=3",
+        "input.sample.per_class=2",
         "--set",
         "plots.enabled=false",
     ]
     done = run_in_process("run", str(DEMO), *places, http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "results" / "results.csv")
-    assert len(table) == 18 and {"pca_5", "tsne_2"} <= set(table.columns)
+    assert len(table) == 12 and {"pca_5", "tsne_2"} <= set(table.columns)
 
 
 def test_verbose_shows_where_and_keeps_the_exit_code(config_path: Path) -> None:

@@ -495,7 +495,7 @@ def test_killed_at_any_step_it_has_not_happened_or_is_finished(
     finish(make_config(explore={"enabled": True}))
     shutil.copytree(tmp_path / "out", tmp_path / "base")
     (tmp_path / "config.json").write_text(make_config().model_dump_json())
-    command = [str(tmp_path / "config.json"), str(tmp_path / "base"), " ".join(PATTERNS), "8"]
+    command = [str(tmp_path / "config.json"), str(tmp_path / "base"), " ".join(PATTERNS), "16"]
     done = subprocess.run([sys.executable, "-c", _KILLED, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     n_tries, n_finished = map(int, done.stdout.split())

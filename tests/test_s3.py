@@ -2,6 +2,7 @@
 
 import dataclasses
 import http.client
+import json
 import re
 import socket
 import threading
@@ -256,7 +257,9 @@ class Interrupt(RunProgress):
 
 @pytest.mark.slow
 @both_servers
-def test_run_on_s3_equals_run_on_disk(make_config: MakeConfig, client: Any, on_disk: fruitdask.RunResult) -> None:
+def test_run_on_s3_equals_run_on_disk(
+    make_config: MakeConfig, client: Any, on_disk: fruitdask.RunResult, server: Server
+) -> None:
     result = fruitdask.run(make_config(), client=client)
     pd.testing.assert_frame_equal(result.table, on_disk.table)
     np.testing.assert_array_equal(result.features.compute(), on_disk.features.compute())
@@ -266,6 +269,7 @@ def test_run_on_s3_equals_run_on_disk(make_config: MakeConfig, client: Any, on_d
     assert result.quality == on_disk.quality
     assert list_results(result) == list_results(on_disk)
     assert len(result.report.read()) > 50_000
+    assert server.url not in json.dumps(result.manifest)
 
 
 @pytest.mark.parametrize("server", [MOTO_HTTPS, VIRTUAL_HOSTED], indirect=True)
@@ -283,8 +287,7 @@ def test_run_goes_on_where_it_was_interrupted(make_config: MakeConfig, client: A
     config = make_config(
         input={"manifest": f"s3://{BUCKET}/lists/all.csv"},
         featurize={"images_per_partition": 5},
-        explore={"enabled": False},
-        report={"enabled": False},
+        **dict.fromkeys(EXTRAS, OFF),
     )
     with pytest.raises(KeyboardInterrupt, match="in this test"):
         fruitdask.run(config, client=client, progress=Interrupt())
