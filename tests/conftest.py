@@ -17,6 +17,7 @@ import boto3
 import moto.backends
 import pytest
 from botocore.loaders import JSONFileLoader
+from commands import CommandHost
 from hypothesis import settings
 from moto.server import ThreadedMotoServer
 from runs import Finish, FinishedRuns
@@ -34,8 +35,9 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 #: File systems of the modules before.
 _CACHES: list[dict[str, S3FileSystem]] = []
 
-# The same examples in every run, and no time limit for one: a shared machine is sometimes slow.
-settings.register_profile("fruitdask", deadline=None, derandomize=True, database=None)
+# The same examples in every run, of which more show nothing new, and no time limit for one: a shared machine is
+# sometimes slow.
+settings.register_profile("fruitdask", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.load_profile("fruitdask")
 
 # Threads of OpenMP that wait for each other spin, and processes of tests leave them no core for that: with two of them
@@ -207,6 +209,13 @@ def client(s3_server: str) -> Iterator[Any]:
     """A cluster of two worker processes of two threads each, which can reach the S3 server."""
     with open_client(LocalClusterConfig(n_workers=2, threads_per_worker=2, dashboard_address="127.0.0.1:0")) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def commands(s3_server: str) -> Iterator[CommandHost]:
+    """Starts commands in processes of their own."""
+    with CommandHost() as host:
+        yield host
 
 
 @pytest.fixture(scope="session")

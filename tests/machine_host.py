@@ -97,12 +97,14 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
     tempfile.tempdir = None
     dask.config.refresh()
     sys.argv = command[2:]
-    _keep_spare()
+    keep_spare()
     runpy.run_module(command[2], run_name="__main__", alter_sys=True)
 
 
-def _keep_spare() -> None:
-    """Fork the process in which a nanny's first worker is to run, as long as there is one thread alone."""
+def keep_spare() -> None:
+    """Fork the first process that multiprocessing will start, a nanny's worker or the one from which workers are forked,
+    as long as there is one thread alone.
+    """
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if not pid:
@@ -112,13 +114,14 @@ def _keep_spare() -> None:
     spawn = multiprocessing.util.spawnv_passfds
 
     def spawn_once(path: bytes, arguments: list[str], files: list[int]) -> int:
-        if arguments[-1] != "--multiprocessing-fork":
-            # The tracker of resources, which multiprocessing starts first.
+        code = arguments[arguments.index("-c") + 1]
+        if "resource_tracker" in code:
+            # It is started first.
             pid_of_tracker: int = spawn(path, arguments, files)
             return pid_of_tracker
         multiprocessing.util.spawnv_passfds = spawn
         numbers = sorted(map(int, files))
-        request = {"code": arguments[-2], "environment": dict(os.environ), "numbers": numbers}
+        request = {"code": code, "environment": dict(os.environ), "numbers": numbers}
         with ours:
             socket.send_fds(ours, [json.dumps(request).encode()], numbers)
         return pid
@@ -128,6 +131,8 @@ def _keep_spare() -> None:
 
 def _wait_as_spare(channel: socket.socket) -> NoReturn:
     """Become the process that multiprocessing spawns, with the files that it passes under the same numbers."""
+    # Until then, nobody handles what reaches the whole process group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     message, files, _, _ = socket.recv_fds(channel, _MAX_BYTES, _MAX_FILES)
     if not message:
         os._exit(0)

@@ -83,11 +83,11 @@ def test_whole_h5_model_without_preprocessing_is_still_taken_for_weights(tmp_pat
     with pytest.raises(ModelError, match=message):
         build_artifact(configure(tmp_path / "own.h5", preprocessing=None, name="SqueezeNet"))
     keras.utils.set_random_seed(4)
-    network = keras.applications.MobileNet(
+    network = keras.applications.MobileNetV3Small(
         include_top=False, weights=None, input_shape=(32, 32, 3), pooling="avg", name="other"
     )
     network.save(tmp_path / "small.h5")
-    config = configure(tmp_path / "small.h5", preprocessing=None, name="MobileNet", input_px=32)
+    config = configure(tmp_path / "small.h5", preprocessing=None, name="MobileNetV3Small", input_px=32)
     check_features(config, network)
 
 

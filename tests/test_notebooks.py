@@ -292,10 +292,10 @@ def test_04_cloud_spends_nothing_unless_told_to(execute: Execute, monkeypatch: p
 def test_04_cloud_on_ec2(execute: Execute, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What other notebooks show of a run takes longest.
     notebook = workplace / "notebooks" / "04_cloud.ipynb"
-    text, settings = notebook.read_text(), r'\"reduce\": {\"n_components\": 5, \"tsne\": {\"enabled\": True}}'
+    text, settings = notebook.read_text(), r"\"reduce\": {\"n_components\": 5, \"tsne\": {\"enabled\": True}}"
     assert text.count(settings) == 1
-    off = "".join(rf', \"{name}\": {{\"enabled\": False}}' for name in EXTRAS)
-    notebook.write_text(text.replace(settings, r'\"reduce\": {\"n_components\": 5}' + off))
+    off = "".join(rf", \"{name}\": {{\"enabled\": False}}" for name in EXTRAS)
+    notebook.write_text(text.replace(settings, r"\"reduce\": {\"n_components\": 5}" + off))
     with LoopbackEC2(region=REGION) as cloud:
         cloud.use(monkeypatch)
         with cloud.client("s3") as s3, cloud.client("iam") as iam:

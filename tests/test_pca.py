@@ -152,7 +152,7 @@ def test_fit_equals_sklearn_on_ill_conditioned_features() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8)
 @given(cuts=st.lists(st.integers(1, 199), max_size=6, unique=True))
 def test_fit_does_not_depend_on_chunks(cuts: list[int]) -> None:
     features = draw_features(200, 30)
