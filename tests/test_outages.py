@@ -156,7 +156,9 @@ def test_bucket_that_is_deleted_ends_the_run_with_one_sentence(
     bucket, options = s3_bucket
     config = make_config(f"s3://{bucket}/out", **options)
     # Each attempt would be made for nothing.
-    config = config.model_copy(update={"output": config.output.model_copy(update={"attempts": 2})})
+    output = config.output.model_copy(update={"attempts": 2})
+    featurize = config.featurize.model_copy(update={"images_per_partition": 6})
+    config = config.model_copy(update={"output": output, "featurize": featurize})
 
     def delete() -> None:
         for entry in s3_client.list_objects_v2(Bucket=bucket)["Contents"]:

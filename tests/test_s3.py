@@ -353,7 +353,9 @@ def test_odd_names_are_listed_and_read(server: Server) -> None:
 @pytest.mark.parametrize("server", [MOTO], indirect=True)
 def test_every_object_is_encrypted_as_asked(make_config: MakeConfig, client: Any, server: Server) -> None:
     asked = server.storage_options | {"s3_additional_kwargs": {"ServerSideEncryption": "aws:kms"}}
-    config = make_config(output={"storage_options": asked}, explore={"max_thumbnails": 10}, plots={"enabled": True})
+    config = make_config(
+        output={"storage_options": asked}, explore={"max_thumbnails": 10}, plots={"enabled": True, "dpi": 50}
+    )
     result = fruitdask.run(config, client=client)
     s3, folder = server.connect(), f"{config.output.url.split('/')[-1]}/"
     found = {
