@@ -213,7 +213,7 @@ def client(s3_server: str) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def commands(s3_server: str) -> Iterator[CommandHost]:
+def commands() -> Iterator[CommandHost]:
     """Starts commands in processes of their own."""
     with CommandHost() as host:
         yield host

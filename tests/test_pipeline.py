@@ -82,12 +82,20 @@ def reference(some_photographs: Path, mobilenet_weights: Path) -> dict[str, np.n
     return {"paths": np.array(paths), "features": np.concatenate(features), "scores": scores}
 
 
+@pytest.fixture(scope="module")
+def mobilenet(mobilenet_weights: Path) -> ModelConfig:
+    """MobileNetV2, built in this process, which has TensorFlow by now."""
+    config = ModelConfig(name="MobileNetV2", weights=str(mobilenet_weights))
+    keep_artifact(config, build_artifact(config))
+    return config
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("images_per_partition", [8, 200])
 def test_run_on_photographs_equals_keras_and_sklearn(
     reference: dict[str, np.ndarray],
     some_photographs: Path,
-    mobilenet_weights: Path,
+    mobilenet: ModelConfig,
     client: Any,
     tmp_path: Path,
     images_per_partition: int,
@@ -95,15 +103,13 @@ def test_run_on_photographs_equals_keras_and_sklearn(
     config = fruitdask.load_config(
         {
             "input": {"url": str(some_photographs)},
-            "model": {"name": "MobileNetV2", "weights": str(mobilenet_weights)},
+            "model": mobilenet.model_dump(),
             "featurize": {"images_per_partition": images_per_partition},
             "reduce": {"n_components": 5},
             **dict.fromkeys(EXTRAS, OFF),
             "output": {"url": str(tmp_path / "out")},
         }
     )
-    # In this process, which has TensorFlow by now.
-    keep_artifact(config.model, build_artifact(config.model))
     result = fruitdask.run(config, client=client)
     assert result.manifest["counts"]["by_status"] == {"ok": 29}
     table = result.table
