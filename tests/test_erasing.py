@@ -17,7 +17,7 @@ import pytest
 import sklearn.decomposition
 from click.testing import CliRunner
 from PIL import Image
-from runs import ON, Finish, MakeConfig, configure
+from runs import OFF, ON, Finish, MakeConfig, configure
 
 import fruitdask
 from fruitdask import store
@@ -149,6 +149,7 @@ def test_erase_leaves_nothing_and_all_else_is_as_in_a_run_without(
 
     for name in SECRETS:
         (source / name).unlink()
+    shown |= dict.fromkeys(pictures, OFF)
     fresh = fruitdask.run(make_config(**shown, output={"url": str(tmp_path / "fresh")}), client=client)
     pd.testing.assert_frame_equal(erasure.result.table, fresh.table)
     np.testing.assert_array_equal(kept, fresh.features.compute())

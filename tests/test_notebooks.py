@@ -17,6 +17,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
+from jupyter_client.manager import KernelManager
 from loopback_ec2 import LoopbackEC2
 from nbclient import NotebookClient
 from runs import EXTRAS
@@ -126,19 +127,31 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, is_written: bool, squeez
         yield folder
 
 
+@pytest.fixture(scope="module")
+def kernel(workplace: Path) -> Iterator[KernelManager]:
+    """A kernel that has imported what notebooks do, after the first of them."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(workplace / "notebooks"))
+    yield manager
+    manager.shutdown_kernel()
+
+
 @pytest.fixture
-def execute(workplace: Path, is_written: bool) -> Execute:
+def execute(workplace: Path, is_written: bool, kernel: KernelManager) -> Execute:
     """Execute a notebook in the shared folder, in which each finds what those before it have left. Its outputs, unless
-    `is_as_stored` is False, are of the same kinds as those that are stored.
+    `is_as_stored` is False, are of the same kinds as those that are stored. It has no names of those before it, and the
+    environment of now only in a kernel of its own.
     """
 
-    def run(name: str, *, is_as_stored: bool = True) -> nbformat.NotebookNode:
+    def run(name: str, *, is_as_stored: bool = True, has_own_kernel: bool = False) -> nbformat.NotebookNode:
         notebook = nbformat.read(workplace / "notebooks" / f"{name}.ipynb", as_version=nbformat.NO_CONVERT)
         resources = {"metadata": {"path": str(workplace / "notebooks")}}
         # A cell that raises ends this with a CellExecutionError that shows its traceback.
         # Outputs come late where the machine is busy.
         settings = {"timeout": 300, "iopub_timeout": 60, "kernel_name": "python3", "resources": resources}
-        executed = NotebookClient(notebook, **settings).execute()
+        notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f\n__spec__ = None"))
+        executed = NotebookClient(notebook, km=None if has_own_kernel else kernel, **settings).execute()
+        del executed.cells[0]
         assert not list_complaints(executed)
         kept = tidy(executed, workplace)
         if is_as_stored and is_written:
@@ -280,7 +293,7 @@ def test_03_map(execute: Execute, is_written: bool) -> None:
 def test_04_cloud_spends_nothing_unless_told_to(execute: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("INSTANCE_PROFILE", "DOCKER_IMAGE"):
         monkeypatch.setenv(f"FRUITDASK_{variable}", "there-is-one")
-    for notebook in (execute("04_cloud"), read("04_cloud")):
+    for notebook in (execute("04_cloud", has_own_kernel=True), read("04_cloud")):
         prints = join_prints(notebook)
         assert "S3 is off and EC2 is off\n" in prints
         assert prints.endswith("to s3://my-bucket/fruitdask-notebook/results\n")
@@ -304,7 +317,7 @@ def test_04_cloud_on_ec2(execute: Execute, workplace: Path, monkeypatch: pytest.
         names = {"SPEND_MONEY": "1", "BUCKET": "fruits", "DOCKER_IMAGE": "any", "INSTANCE_PROFILE": "workers"}
         for name, value in {**names, "CLIENT_CIDR": "127.0.0.1/32"}.items():
             monkeypatch.setenv(f"FRUITDASK_{name}", value)
-        prints = join_prints(execute("04_cloud", is_as_stored=False))
+        prints = join_prints(execute("04_cloud", is_as_stored=False, has_own_kernel=True))
         assert "S3 is ON and EC2 is ON\n" in prints
         assert f"{N_IMAGES} images in s3://fruits/fruitdask-notebook/photographs\n" in prints
         assert f"{{'ok': {N_IMAGES}}} in s3://fruits/fruitdask-notebook/results\n" in prints
