@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import boto3
 import moto.backends
 import pytest
 from botocore.loaders import JSONFileLoader
+from commands import CommandHost
 from hypothesis import settings
 from moto.server import ThreadedMotoServer
 from runs import Finish, FinishedRuns
@@ -34,8 +36,9 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 #: File systems of the modules before.
 _CACHES: list[dict[str, S3FileSystem]] = []
 
-# The same examples in every run, and no time limit for one: a shared machine is sometimes slow.
-settings.register_profile("fruitdask", deadline=None, derandomize=True, database=None)
+# The same examples in every run, of which more show nothing new, and no time limit for one: a shared machine is
+# sometimes slow.
+settings.register_profile("fruitdask", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.load_profile("fruitdask")
 
 # Threads of OpenMP that wait for each other spin, and processes of tests leave them no core for that: with two of them
@@ -64,9 +67,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files of slow tests, so that no process is left with one of them in the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Begin with the files that have most slow tests, so that no process is left with one of them in the end."""
+    n_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -n_slow[item.path])
 
 
 def find_data(*names: str) -> Path:
@@ -186,6 +189,17 @@ def tiny_model(user_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Mo
 
 
 @pytest.fixture(scope="session")
+def squeezenet(user_cache: Path) -> ModelConfig:
+    """The network of the demo, built without the internet and once for all processes of a session."""
+    config = ModelConfig(name="SqueezeNet")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("http_proxy", "https_proxy"):
+            patch.setenv(name, "http://127.0.0.1:9")
+        keep_artifact(config, build_artifact(config))
+    return config
+
+
+@pytest.fixture(scope="session")
 def tiny_artifact(tiny_model: ModelConfig) -> ModelArtifact:
     """The same model, packed."""
     return build_artifact(tiny_model)
@@ -196,6 +210,13 @@ def client(s3_server: str) -> Iterator[Any]:
     """A cluster of two worker processes of two threads each, which can reach the S3 server."""
     with open_client(LocalClusterConfig(n_workers=2, threads_per_worker=2, dashboard_address="127.0.0.1:0")) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[CommandHost]:
+    """Starts commands in processes of their own."""
+    with CommandHost() as host:
+        yield host
 
 
 @pytest.fixture(scope="session")

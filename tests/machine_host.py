@@ -97,12 +97,14 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
     tempfile.tempdir = None
     dask.config.refresh()
     sys.argv = command[2:]
-    _keep_spare()
+    keep_spare()
     runpy.run_module(command[2], run_name="__main__", alter_sys=True)
 
 
-def _keep_spare() -> None:
-    """Fork the process for the first worker of a nanny while there is only one thread."""
+def keep_spare() -> None:
+    """Fork the first process that multiprocessing will start (a nanny's worker, or the one from which workers are forked)
+    while there is only one thread.
+    """
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if not pid:
@@ -112,13 +114,14 @@ def _keep_spare() -> None:
     spawn = multiprocessing.util.spawnv_passfds
 
     def spawn_once(path: bytes, arguments: list[str], files: list[int]) -> int:
-        if arguments[-1] != "--multiprocessing-fork":
-            # The resource tracker, which multiprocessing starts first.
+        code = arguments[arguments.index("-c") + 1]
+        if "resource_tracker" in code:
+            # multiprocessing starts it first.
             pid_of_tracker: int = spawn(path, arguments, files)
             return pid_of_tracker
         multiprocessing.util.spawnv_passfds = spawn
         numbers = sorted(map(int, files))
-        request = {"code": arguments[-2], "environment": dict(os.environ), "numbers": numbers}
+        request = {"code": code, "environment": dict(os.environ), "numbers": numbers}
         with ours:
             socket.send_fds(ours, [json.dumps(request).encode()], numbers)
         return pid
@@ -127,7 +130,9 @@ def _keep_spare() -> None:
 
 
 def _wait_as_spare(channel: socket.socket) -> NoReturn:
-    """Become the process that multiprocessing spawns, with the same numbers of its files."""
+    """Become the process that multiprocessing spawns, with the files that it passes under the same numbers."""
+    # A Ctrl-C for the whole process group is not for this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     message, files, _, _ = socket.recv_fds(channel, _MAX_BYTES, _MAX_FILES)
     if not message:
         os._exit(0)

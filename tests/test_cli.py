@@ -14,11 +14,14 @@ import pandas as pd
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from commands import CommandHost
 from runs import EXTRAS, OFF, ON, Finish, break_image, configure, draw
 
 from fruitdask.cli import cli
 from fruitdask.cli.common import print_rows
 from fruitdask.core.config import ModelConfig
+from fruitdask.worker.models import build_artifact
+from fruitdask.worker.models.cache import keep_artifact
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
@@ -64,12 +67,14 @@ def run_in_process(*arguments: str, **environment: str) -> subprocess.CompletedP
 
 
 @pytest.mark.slow
-def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(config_path: Path) -> None:
+def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(
+    config_path: Path, commands: CommandHost
+) -> None:
     use_own_cluster(config_path)
     change(config_path, **dict.fromkeys(EXTRAS, ON))
     log = config_path.parent / "log.jsonl"
     arguments = ["--set", "reduce.tsne.enabled=true", "--log-json", str(log)]
-    first = run_in_process("run", str(config_path), *arguments, COLUMNS="120")
+    first = commands.run("run", str(config_path), *arguments, environment=os.environ | {"COLUMNS": "120"})
     assert (first.returncode, "Traceback" in first.stderr) == (0, False)
     for expected in ("Listing images", "Dask dashboard: http://127.0.0.1:", "24 of 24 images", "0 failed", "Reducing"):
         assert expected in first.stderr
@@ -94,7 +99,7 @@ def test_names_that_an_output_cannot_print_are_replaced(config_path: Path, sampl
     (tmp_path / "in" / "苹果").symlink_to(sample_folder / "apple_red_1")
     (tmp_path / "in" / "über").symlink_to(sample_folder / "pear_1")
     arguments = ("run", str(config_path), "--set", f"input.url={tmp_path / 'in'}")
-    for encoding, expected in (("ascii", {"??", "?ber"}), ("cp1252", {"??", "über"}), ("utf-8", {"苹果", "über"})):
+    for encoding, expected in (("ascii", {"??", "?ber"}), ("cp1252", {"??", "über"})):
         done = subprocess.run(
             [sys.executable, "-m", "fruitdask", *arguments],
             capture_output=True,
@@ -338,26 +343,28 @@ def test_a_bucket_has_no_place_beside_it(place: str) -> None:
 
 
 @pytest.mark.slow
-def test_demo_runs_offline(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("squeezenet")
+def test_demo_runs_offline(commands: CommandHost, tmp_path: Path) -> None:
     places = [
         "--set",
         f"input.url={tmp_path}/photographs",
         "--set",
         f"output.url={tmp_path}/results",
         "--set",
-        "input.sample.per_class=3",
+        "input.sample.per_class=2",
         "--set",
         "plots.enabled=false",
     ]
-    done = run_in_process("run", str(DEMO), *places, http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    offline = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    done = commands.run("run", str(DEMO), *places, environment=os.environ | offline)
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "results" / "results.csv")
-    assert len(table) == 18 and {"pca_5", "tsne_2"} <= set(table.columns)
+    assert len(table) == 12 and {"pca_5", "tsne_2"} <= set(table.columns)
 
 
 def test_verbose_shows_where_and_keeps_the_exit_code(config_path: Path) -> None:
-    done = run_in_process("run", str(config_path), "--verbose", "--set", "reduce.n_components=99")
-    assert done.returncode == 2
+    done = invoke("run", str(config_path), "--verbose", "--set", "reduce.n_components=99")
+    assert done.exit_code == 2
     assert "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith(
         "fruitdask: reduce.n_components is 99"
     )
@@ -365,7 +372,9 @@ def test_verbose_shows_where_and_keeps_the_exit_code(config_path: Path) -> None:
 
 @pytest.mark.slow
 def test_random_weights_are_warned_of_each_time(config_path: Path) -> None:
-    change(config_path, model={"name": "SqueezeNet", "weights": "random", "input_px": 64})
+    model = ModelConfig(name="SqueezeNet", weights="random", input_px=64)
+    keep_artifact(model, build_artifact(model))
+    change(config_path, model=model.model_dump(exclude_defaults=True))
     for _ in range(2):
         result = invoke("run", str(config_path))
         assert result.exit_code == 0 and "Warning: model.weights is random" in result.stderr

@@ -1,8 +1,5 @@
 """The whole way: images in S3, a cluster on (a loopback) EC2 that loses a worker, results in S3, nothing left."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import pytest
 import s3fs
 import yaml
 import zarr
+from commands import CommandHost
 from loopback_ec2 import LoopbackEC2
 from runs import Finish, configure
 
@@ -21,7 +19,7 @@ from fruitdask.core.sample import draw_sample
 
 pytestmark = [pytest.mark.cloud, pytest.mark.slow]
 
-N_IMAGES = 60
+N_IMAGES = 30
 BUCKET = "fruits"
 
 
@@ -67,7 +65,7 @@ def interrupt_a_worker(cloud: LoopbackEC2) -> None:
 
 
 def test_run_on_ec2_survives_an_interruption(
-    cloud: LoopbackEC2, tiny_model: ModelConfig, finish: Finish, tmp_path: Path
+    cloud: LoopbackEC2, tiny_model: ModelConfig, commands: CommandHost, finish: Finish, tmp_path: Path
 ) -> None:
     draw_sample(tmp_path / "images", per_class=N_IMAGES // 6, size_px=64)
     upload(cloud, tmp_path / "images")
@@ -82,11 +80,11 @@ def test_run_on_ec2_survives_an_interruption(
     )
     path = tmp_path / "aws.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True)))
-    command = [sys.executable, "-m", "fruitdask", "run", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    with open(tmp_path / "log", "w") as log:
+        process = commands.start("run", str(path), stdout=log, stderr=log)
     interrupt_a_worker(cloud)
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
+    code, printed = process.wait(300), (tmp_path / "log").read_text()
+    assert code == 0, printed
     assert f"{N_IMAGES} ok, 0 failed" in printed and "cost" in printed
     assert cloud.wait_until_quiet(30)
     launched = [instance.role for instance in cloud.instances(states=None)]

@@ -24,10 +24,18 @@ SPARK = Path(__file__).parent / "data" / "spark"
 NAMES = [f"{label}/{number} a.png" for label in ("apple", "pear", "quince") for number in range(8)]
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images whose features Spark has; to be copied, not changed."""
+    folder = tmp_path_factory.mktemp("drawn") / "in"
+    draw(folder, *NAMES)
+    return folder
+
+
 @pytest.fixture
-def result(tiny_model: ModelConfig, finish: Finish, tmp_path: Path) -> fruitdask.RunResult:
-    """A finished run on the images whose features Spark has."""
-    draw(tmp_path / "in", *NAMES)
+def result(drawn: Path, tiny_model: ModelConfig, finish: Finish, tmp_path: Path) -> fruitdask.RunResult:
+    """A finished run on a copy of them."""
+    shutil.copytree(drawn, tmp_path / "in")
     return finish(configure(tmp_path / "in", tmp_path / "out", tiny_model, reduce={"n_components": 2}))
 
 

@@ -17,7 +17,7 @@ import pytest
 import sklearn.decomposition
 from click.testing import CliRunner
 from PIL import Image
-from runs import ON, Finish, MakeConfig, configure
+from runs import OFF, ON, Finish, MakeConfig, configure
 
 import fruitdask
 from fruitdask import store
@@ -149,6 +149,7 @@ def test_erase_leaves_nothing_and_all_else_is_as_in_a_run_without(
 
     for name in SECRETS:
         (source / name).unlink()
+    shown |= dict.fromkeys(pictures, OFF)
     fresh = fruitdask.run(make_config(**shown, output={"url": str(tmp_path / "fresh")}), client=client)
     pd.testing.assert_frame_equal(erasure.result.table, fresh.table)
     np.testing.assert_array_equal(kept, fresh.features.compute())
@@ -512,7 +513,7 @@ def test_killed_at_any_step_it_has_not_happened_or_is_finished(
     finish(make_config(explore={"enabled": True}))
     shutil.copytree(tmp_path / "out", tmp_path / "base")
     (tmp_path / "config.json").write_text(make_config().model_dump_json())
-    command = [str(tmp_path / "config.json"), str(tmp_path / "base"), " ".join(PATTERNS), "8"]
+    command = [str(tmp_path / "config.json"), str(tmp_path / "base"), " ".join(PATTERNS), "16"]
     done = subprocess.run([sys.executable, "-c", _KILLED, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     n_tries, n_finished = map(int, done.stdout.split())

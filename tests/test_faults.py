@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import CommandHost
 
 from fruitdask.core.config import ModelConfig
 
@@ -21,9 +22,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="k
 
 
 @pytest.fixture(scope="module")
-def scene(tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+def scene(tiny_model: ModelConfig, commands: CommandHost, tmp_path_factory: pytest.TempPathFactory) -> Scene:
     """Images, a network, and the features of an undisturbed run."""
-    return Scene(tmp_path_factory.mktemp("scene"), Path(tiny_model.weights))
+    return Scene(tmp_path_factory.mktemp("scene"), Path(tiny_model.weights), commands)
 
 
 @pytest.mark.parametrize(

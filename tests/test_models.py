@@ -67,46 +67,23 @@ def measure_error(features: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-def test_mobilenet_features_equal_keras(photographs: Path, mobilenet_weights: Path, engine: str) -> None:
+def test_mobilenet_features_equal_keras_and_in_mixed_precision_nearly(
+    photographs: Path, mobilenet_weights: Path
+) -> None:
     import keras
 
-    pixels = read_pixels(sorted(photographs.glob("*/*.jpg"))[::60], 224)
+    pixels = read_pixels(sorted(photographs.glob("*/*.jpg"))[::200], 224)
     network = keras.applications.MobileNetV2(
         include_top=False, weights=str(mobilenet_weights), input_shape=(224, 224, 3), pooling="avg"
     )
     expected = network.predict(keras.applications.mobilenet_v2.preprocess_input(pixels.astype(np.float32)), verbose=0)
-    artifact = build_artifact(ModelConfig(weights=str(mobilenet_weights), engine=engine))
+    artifact = build_artifact(ModelConfig(weights=str(mobilenet_weights), engine="tensorflow"))
     assert (artifact.n_features, artifact.input_px, artifact.preprocessing) == (1280, 224, "own")
-    assert artifact.engine == engine
+    assert artifact.engine == "tensorflow"
     assert measure_error(load_predictor(artifact, n_threads=1)(pixels), expected) < 1e-5
-
-
-@pytest.mark.slow
-def test_mixed_precision_is_close_and_says_so(photographs: Path, mobilenet_weights: Path) -> None:
-    import keras
-
-    pixels = read_pixels(sorted(photographs.glob("*/*.jpg"))[::200], 224)
-    exact, mixed = (
-        load_predictor(build_artifact(config), n_threads=1)(pixels)
-        for config in (
-            ModelConfig(weights=str(mobilenet_weights), engine="tensorflow"),
-            ModelConfig(weights=str(mobilenet_weights), precision="mixed_float16"),
-        )
-    )
-    assert 1e-3 < measure_error(mixed, exact) < 0.1
+    mixed = build_artifact(ModelConfig(weights=str(mobilenet_weights), precision="mixed_float16"))
+    assert 1e-3 < measure_error(load_predictor(mixed, n_threads=1)(pixels), expected) < 0.1
     assert keras.config.dtype_policy().name == "float32"
-
-
-@pytest.mark.slow
-def test_application_has_its_own_preprocessing() -> None:
-    import keras
-
-    artifact = build_artifact(ModelConfig(name="MobileNet", weights="random", input_px=64, engine="tensorflow"))
-    keras.utils.set_random_seed(0)
-    network = keras.applications.MobileNet(include_top=False, weights=None, input_shape=(64, 64, 3), pooling="avg")
-    pixels = random_pixels(64)
-    expected = network.predict(keras.applications.mobilenet.preprocess_input(pixels.astype(np.float32)), verbose=0)
-    assert measure_error(load_predictor(artifact, n_threads=1)(pixels), expected) < 1e-5
 
 
 @pytest.mark.slow
@@ -202,18 +179,17 @@ def test_keras_file_with_code_is_run_where_that_is_allowed(model_with_code: Mode
     np.testing.assert_allclose(features, 2 * pixels.astype(np.float64).mean(axis=(1, 2)), rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_model_built_with_its_code_does_not_slip_past_a_refusal(
     model_with_code: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     allowed = model_with_code.model_copy(update={"allow_code": True})
-    with start_building(allowed) as wait_for_artifact:
-        built = wait_for_artifact()
+    built = build_artifact(allowed)
+    keep_artifact(allowed, built)
     assert find_artifact(allowed) == built
     assert find_artifact(model_with_code) is None
-    with start_building(model_with_code) as wait_for_artifact, pytest.raises(ModelError, match="without Python code"):
-        wait_for_artifact()
+    with pytest.raises(ModelError, match="without Python code"):
+        build_artifact(model_with_code)
     # A finished run is the same run, whoever looks at it.
     assert fingerprint_model(allowed) == fingerprint_model(model_with_code)
 
@@ -275,17 +251,6 @@ def test_unavailable_weights_name_the_ways_out(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(WeightsUnavailableError, match="set model.weights to the file, or use model.name: SqueezeNet"):
         with start_building(ModelConfig()) as wait_for_artifact:
             wait_for_artifact()
-
-
-@pytest.mark.slow
-def test_random_weights_are_asked_for_by_name_warned_of_and_the_same_each_time(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    config = ModelConfig(name="SqueezeNet", weights="random", input_px=64)
-    pixels = random_pixels(64)
-    first, second = (load_predictor(build_artifact(config), n_threads=1)(pixels) for _ in range(2))
-    np.testing.assert_array_equal(first, second)
-    assert "untrained network" in caplog.text
 
 
 class Exploit:
@@ -365,15 +330,20 @@ def test_cache_knows_engines_and_versions_apart(
 
 
 @pytest.mark.slow
-def test_start_building_takes_a_kept_artifact_without_a_child(
-    tiny_model: ModelConfig, tiny_artifact: ModelArtifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_random_weights_are_warned_of_the_same_in_a_child_and_kept(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with start_building(tiny_model) as wait_for_artifact:
+    config = ModelConfig(name="SqueezeNet", weights="random", input_px=64)
+    with start_building(config) as wait_for_artifact:
         built = wait_for_artifact()
-    assert (built.n_features, built.input_px) == (tiny_artifact.n_features, tiny_artifact.input_px)
+    here, pixels = build_artifact(config), random_pixels(64)
+    assert "untrained network" in caplog.text
+    assert (built.n_features, built.input_px) == (here.n_features, here.input_px)
+    first, second = (load_predictor(artifact, n_threads=1)(pixels) for artifact in (built, here))
+    np.testing.assert_array_equal(first, second)
     monkeypatch.setattr("multiprocessing.get_context", lambda kind: pytest.fail("a child was started"))
-    with start_building(tiny_model) as wait_for_artifact:
+    with start_building(config) as wait_for_artifact:
         assert wait_for_artifact() == built
 
 
@@ -587,13 +557,3 @@ def test_artifact_that_a_worker_cannot_read_is_an_error_of_its_openvino() -> Non
         EngineError, match=f"openvino .* on {platform.node()} cannot load Pear: Unable to read the model"
     ):
         load_predictor(artifact, n_threads=1)
-
-
-@pytest.mark.slow
-def test_tensorflow_shares_gpus_and_computes_in_full_precision() -> None:
-    code = (
-        "from fruitdask.worker.models import prepare_engine; prepare_engine('tensorflow', n_threads=1); import os, tensorflow as tf; "
-        "print(os.environ['TF_FORCE_GPU_ALLOW_GROWTH'], tf.config.experimental.tensor_float_32_execution_enabled())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "true False\n"

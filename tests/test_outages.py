@@ -3,7 +3,6 @@ goes on.
 """
 
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from commands import CommandHost
 from runs import MakeConfig, configure
 
 import fruitdask
@@ -85,14 +85,18 @@ class When(RunProgress):
 
 @pytest.mark.slow
 def test_disk_that_is_full_ends_the_command_with_one_sentence(
-    make_config: MakeConfig, disk: Path, client: Any, undisturbed: fruitdask.RunResult, tmp_path: Path
+    make_config: MakeConfig,
+    disk: Path,
+    client: Any,
+    commands: CommandHost,
+    undisturbed: fruitdask.RunResult,
+    tmp_path: Path,
 ) -> None:
     ballast = disk / "ballast"
     ballast.write_bytes(bytes(_DISK_BYTES - FREE_BYTES))
     config = make_config(str(disk / "out"))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "fruitdask", "run", str(tmp_path / "run.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = commands.run("run", str(tmp_path / "run.yaml"))
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     sentence = done.stderr.splitlines()[-1]
@@ -152,7 +156,9 @@ def test_bucket_that_is_deleted_ends_the_run_with_one_sentence(
     bucket, options = s3_bucket
     config = make_config(f"s3://{bucket}/out", **options)
     # Each attempt would be made for nothing.
-    config = config.model_copy(update={"output": config.output.model_copy(update={"attempts": 2})})
+    output = config.output.model_copy(update={"attempts": 2})
+    featurize = config.featurize.model_copy(update={"images_per_partition": 6})
+    config = config.model_copy(update={"output": output, "featurize": featurize})
 
     def delete() -> None:
         for entry in s3_client.list_objects_v2(Bucket=bucket)["Contents"]:

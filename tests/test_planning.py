@@ -370,7 +370,7 @@ def test_cost_of_a_run_on_ec2_is_in_the_manifest_with_that_of_its_interrupted_pa
     output = {"url": "s3://results/paid"}
     # More partitions than may be in flight at once, so that some are left for the second part.
     config = make_config(
-        input={"url": "s3://photos/fruits"}, output=output, featurize={"images_per_partition": 1}
+        input={"url": "s3://photos/fruits", "limit": 8}, output=output, featurize={"images_per_partition": 1}
     ).model_dump()
     cluster = {**EC2, "n_workers": 1, "hourly_prices": {"m6i.large": 0.36}, "filesystem_size": 10}
     first, second = (

@@ -656,7 +656,7 @@ def test_figures_are_the_same_whatever_the_users_matplotlibrc_and_leave_it_as_it
 
 
 @pytest.mark.slow
-def test_matplotlib_loads_with_a_wrong_backend_and_keeps_a_right_one(tmp_path: Path) -> None:
+def test_matplotlib_loads_with_a_wrong_backend_and_keeps_a_right_one() -> None:
     code = (
         "import os; from fruitdask.report import figures; figures.load_matplotlib(); import matplotlib; "
         "print(matplotlib.get_backend(), os.environ['MPLBACKEND'])"
@@ -664,7 +664,7 @@ def test_matplotlib_loads_with_a_wrong_backend_and_keeps_a_right_one(tmp_path: P
     for backend, used in (("nonsense", "agg"), ("SVG", "svg")):
         done = subprocess.run(
             [sys.executable, "-c", code],
-            env=os.environ | {"MPLBACKEND": backend, "MPLCONFIGDIR": str(tmp_path)},
+            env=os.environ | {"MPLBACKEND": backend},
             capture_output=True,
             text=True,
         )

@@ -661,7 +661,7 @@ def test_seeds_carry_metadata() -> None:
     assert [len(find_metadata(seed)) for seed in SEEDS] == [4, 4, 4, 2, 4, 4, 2, 0, 4, 4, 4, 2]
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(seed=st.sampled_from(SEEDS), mutations=MUTATIONS)
 @example(seed=SEEDS[0], mutations=[("cut", 0.5, b"x")])
 def test_find_metadata_takes_any_bytes(seed: bytes, mutations: list[tuple[str, float, bytes]]) -> None:

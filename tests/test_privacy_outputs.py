@@ -10,8 +10,6 @@ import logging
 import os
 import re
 import struct
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,6 +25,7 @@ import pytest
 import yaml
 import zarr
 from click.testing import CliRunner, Result
+from commands import CommandHost
 from PIL import Image, PngImagePlugin
 from PIL.TiffImagePlugin import IFDRational
 from runs import OFF
@@ -177,6 +176,7 @@ def planted(tmp_path: Path, http_folder: tuple[Path, str], tiny_model: ModelConf
         "featurize": {"images_per_partition": 13, "max_failed_fraction": 0.5},
         "explore": {"input_px": 32},
         "reduce": {"tsne": {"enabled": True, "perplexity": 5}},
+        "plots": {"dpi": 50},
     }
 
 
@@ -284,7 +284,9 @@ def test_nothing_planted_is_in_the_results_on_s3_or_in_a_log(
 
 
 @pytest.mark.slow
-def test_nothing_planted_is_in_local_results_or_printed(planted: tuple[int, dict[str, Any]], tmp_path: Path) -> None:
+def test_nothing_planted_is_in_local_results_or_printed(
+    planted: tuple[int, dict[str, Any]], commands: CommandHost, tmp_path: Path
+) -> None:
     n_positions, sections = planted
     options = {"storage_options": {"auto_mkdir": True, "planted": SECRETS["options"]}}
     sections = sections | {
@@ -301,8 +303,7 @@ def test_nothing_planted_is_in_local_results_or_printed(planted: tuple[int, dict
     }
     said = ""
     for arguments in (["explore", "--verbose", "--set", "report.enabled=false"], ["run", "--verbose"]):
-        command = [sys.executable, "-m", "fruitdask", arguments[0], "run.yaml", *arguments[1:]]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        done = commands.run(arguments[0], "run.yaml", *arguments[1:], environment=environment, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         said += done.stdout + done.stderr
     assert f"positions {n_positions}" in said

@@ -457,7 +457,7 @@ def test_render_page_bears_very_few_images(n_rows: int) -> None:
 
 @pytest.mark.slow
 def test_render_page_stays_small_whatever_the_number_of_images() -> None:
-    data = make_report_data(12_000, 130)
+    data = make_report_data(12_000, 40)
     assert data.exploration is not None
     # Noise is what compresses least.
     noise = np.random.default_rng(0).integers(0, 256, data.exploration.thumbnails.shape, np.uint8)

@@ -31,6 +31,8 @@ from fruitdask.pipeline.record import describe_processing
 #: Buckets by region. Amazon's servers by these names are asked through a proxy, never in earnest.
 PARIS, VIRGINIA, LONDON = "photographs-paris", "photographs-virginia", "photographs-london"
 REGIONS = {PARIS: "eu-west-3", VIRGINIA: "us-east-1", LONDON: "eu-west-2"}
+#: An exploration of small pictures without figures.
+SMALL = {"explore": {"input_px": 32}, "plots": {"enabled": False}}
 AMAZON = {"endpoint_url": "http://s3.eu-west-3.amazonaws.com"}
 AZURE = {"kind": "azure", **dict.fromkeys(("docker_image", "resource_group", "vnet", "security_group"), "i")}
 
@@ -420,7 +422,7 @@ def test_exploration_of_allowed_places_records_them(make_config: MakeConfig, ser
     }
     options = {"storage_options": {"endpoint_url": server.url}}
     output = {"url": f"s3://{PARIS}/explored"} | options
-    config = make_config(input={"url": f"s3://{PARIS}/in"}, output=output, explore={"input_px": 32}, privacy=privacy)
+    config = make_config(input={"url": f"s3://{PARIS}/in"}, output=output, privacy=privacy, **SMALL)
     found = fruitdask.explore(config, client=client).summary
     assert found["regions"] == {"input": "eu-west-3", "output": "eu-west-3", "cluster": "local"}
     record = found["processing"]
@@ -447,7 +449,7 @@ def test_required_encryption_is_found_or_missed(make_config: MakeConfig, server:
     options: dict[str, Any] = {"endpoint_url": server.url}
     url, bucket = f"s3://{PARIS}/{way}", {"Bucket": PARIS}
     privacy = {"allowed_regions": "eu", "require_encryption": True}
-    sections = {"input": {"url": f"s3://{PARIS}/in"}, "privacy": privacy, "explore": {"input_px": 32}}
+    sections = {"input": {"url": f"s3://{PARIS}/in"}, "privacy": privacy, "report": {"enabled": False}, **SMALL}
     bare = make_config(output={"url": url, "storage_options": options}, **copy.deepcopy(sections))
     with pytest.raises(ResidencyError, match=f"^output: {url}/explore.json was stored without encryption, but privacy"):
         fruitdask.explore(bare, client=client)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import http.client
+import json
 import re
 import socket
 import threading
@@ -256,7 +257,9 @@ class Interrupt(RunProgress):
 
 @pytest.mark.slow
 @both_servers
-def test_run_on_s3_equals_run_on_disk(make_config: MakeConfig, client: Any, on_disk: fruitdask.RunResult) -> None:
+def test_run_on_s3_equals_run_on_disk(
+    make_config: MakeConfig, client: Any, on_disk: fruitdask.RunResult, server: Server
+) -> None:
     result = fruitdask.run(make_config(), client=client)
     pd.testing.assert_frame_equal(result.table, on_disk.table)
     np.testing.assert_array_equal(result.features.compute(), on_disk.features.compute())
@@ -266,6 +269,7 @@ def test_run_on_s3_equals_run_on_disk(make_config: MakeConfig, client: Any, on_d
     assert result.quality == on_disk.quality
     assert list_results(result) == list_results(on_disk)
     assert len(result.report.read()) > 50_000
+    assert server.url not in json.dumps(result.manifest)
 
 
 @pytest.mark.parametrize("server", [MOTO_HTTPS, VIRTUAL_HOSTED], indirect=True)
@@ -283,8 +287,7 @@ def test_run_goes_on_where_it_was_interrupted(make_config: MakeConfig, client: A
     config = make_config(
         input={"manifest": f"s3://{BUCKET}/lists/all.csv"},
         featurize={"images_per_partition": 5},
-        explore={"enabled": False},
-        report={"enabled": False},
+        **dict.fromkeys(EXTRAS, OFF),
     )
     with pytest.raises(KeyboardInterrupt, match="in this test"):
         fruitdask.run(config, client=client, progress=Interrupt())
@@ -350,7 +353,9 @@ def test_odd_names_are_listed_and_read(server: Server) -> None:
 @pytest.mark.parametrize("server", [MOTO], indirect=True)
 def test_every_object_is_encrypted_as_asked(make_config: MakeConfig, client: Any, server: Server) -> None:
     asked = server.storage_options | {"s3_additional_kwargs": {"ServerSideEncryption": "aws:kms"}}
-    config = make_config(output={"storage_options": asked}, explore={"max_thumbnails": 10}, plots={"enabled": True})
+    config = make_config(
+        output={"storage_options": asked}, explore={"max_thumbnails": 10}, plots={"enabled": True, "dpi": 50}
+    )
     result = fruitdask.run(config, client=client)
     s3, folder = server.connect(), f"{config.output.url.split('/')[-1]}/"
     found = {

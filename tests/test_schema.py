@@ -40,6 +40,7 @@ def finished(
     settings = {
         "input": {"url": str(sample_folder)},
         "model": tiny_model.model_dump(mode="json"),
+        "check": {"enabled": False},
         "plots": {"enabled": False},
         "output": {"url": str(folder / "out")},
     }
@@ -48,11 +49,12 @@ def finished(
 
 
 @pytest.fixture
-def output(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+def output(finished: tuple[Path, dict[str, Any]], client: Any, tmp_path: Path) -> Path:
     """A copy of that run's folder, beside its configuration."""
     folder, settings = finished
     shutil.copytree(folder, tmp_path / "out")
-    settings = settings | {"output": {"url": str(tmp_path / "out")}, "cluster": {"kind": "local", "n_workers": 1}}
+    cluster = {"kind": "address", "address": client.scheduler.address}
+    settings = settings | {"output": {"url": str(tmp_path / "out")}, "cluster": cluster}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path / "out"
 

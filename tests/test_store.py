@@ -231,7 +231,7 @@ def test_clear_output_leaves_files_of_other_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     n_images=st.integers(1, 17),
     size=st.integers(1, 6),

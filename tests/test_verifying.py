@@ -116,7 +116,7 @@ def test_verify_finds_nothing_in_a_finished_run(finished: Path) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_verify_finds_whatever_a_reader_would_see(
     finished: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

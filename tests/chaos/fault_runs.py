@@ -41,6 +41,7 @@ from moto.server import ThreadedMotoServer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from commands import Command, CommandHost  # noqa: E402
 from faulty_s3 import open_faulty_s3  # noqa: E402
 
 N_IMAGES, IMAGES_PER_PARTITION = 160, 4
@@ -48,6 +49,7 @@ _MAX_TRIES = 4
 _S3_FAULTS, _BUCKET, _KEYS = 0.1, "chaos", {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
 #: Far longer than any run takes; one that hangs is a failure, not a reason to wait.
 _PATIENCE_SECONDS = 180
+Process = Command | subprocess.Popen[bytes]
 #: In a process that loads it, opening the poisonous image is deadly, as a crash in a decoder is.
 _POISON = """
 import os, signal, sys
@@ -108,14 +110,17 @@ class Scene:
         Where all that is kept.
     model : Path
         A small Keras model.
+    commands : CommandHost
+        What starts commands.
     s3_server : str or None
         URL of an S3 server on this machine, where the images are put too, for faults of S3.
     """
 
-    def __init__(self, folder: Path, model: Path, s3_server: str | None = None) -> None:
+    def __init__(self, folder: Path, model: Path, commands: CommandHost, s3_server: str | None = None) -> None:
         from fruitdask.core.sample import draw_sample
 
         self.folder, self.model, self.s3_server = folder, model, s3_server
+        self._commands = commands
         # Six species; what is too much is left out by input.limit.
         draw_sample(folder / "images", per_class=-(-N_IMAGES // 6), size_px=32)
         output = folder / "undisturbed"
@@ -150,7 +155,7 @@ class Scene:
                     s3.download_file(_BUCKET, entry["Key"], str(file))
                     os.utime(file, (entry["LastModified"].timestamp(),) * 2)
 
-    def start(self, output: Path, *, poison: str | None = None, s3_url: str | None = None) -> subprocess.Popen[bytes]:
+    def start(self, output: Path, *, poison: str | None = None, s3_url: str | None = None) -> Process:
         """Start the command, in a process group of its own."""
         config, root, options = output.with_suffix(".yaml"), str(self.folder), {}
         if s3_url is not None:
@@ -170,15 +175,12 @@ class Scene:
             (output.parent / f"{output.name}-site" / "sitecustomize.py").write_text(_POISON.format(name=poison))
             paths = [str(output.parent / f"{output.name}-site"), environment.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        log = open(output.with_suffix(".log"), "ab")
-        with log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "fruitdask", "run", str(config)],
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
+        with open(output.with_suffix(".log"), "ab") as log:
+            if poison is None:
+                return self._commands.start("run", str(config), stdout=log, stderr=log, environment=environment)
+            # Only a new Python reads what poisons the image.
+            command = [sys.executable, "-m", "fruitdask", "run", str(config)]
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
 def read_outcomes(output: Path) -> pd.DataFrame:
@@ -211,7 +213,7 @@ def stamp_committed(output: Path) -> dict[Path, Stamp]:
     return stamps
 
 
-def wait_for(output: Path, n_committed: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for(output: Path, n_committed: int, process: Process) -> None:
     """Wait until so many partitions are committed, or the command has ended."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
@@ -221,7 +223,7 @@ def wait_for(output: Path, n_committed: int, process: subprocess.Popen[bytes]) -
         time.sleep(0.002)
 
 
-def find_workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def find_workers(process: Process) -> list[psutil.Process]:
     """Find the workers: they are forked from a child of the command."""
     try:
         client = psutil.Process(process.pid)
@@ -236,18 +238,14 @@ def kill(process: psutil.Process) -> None:
         process.kill()
 
 
-def kill_a_worker(
-    process: subprocess.Popen[bytes], output: Path, moments: Iterator[int], chance: random.Random
-) -> None:
+def kill_a_worker(process: Process, output: Path, moments: Iterator[int], chance: random.Random) -> None:
     """Kill one worker at some moment."""
     wait_for(output, next(moments), process)
     for worker in chance.sample(find_workers(process), 1) if find_workers(process) else ():
         kill(worker)
 
 
-def kill_each_worker(
-    process: subprocess.Popen[bytes], output: Path, moments: Iterator[int], chance: random.Random
-) -> None:
+def kill_each_worker(process: Process, output: Path, moments: Iterator[int], chance: random.Random) -> None:
     """Kill every worker that the run began with, one after the other."""
     wait_for(output, next(moments), process)
     for worker in find_workers(process):
@@ -255,9 +253,7 @@ def kill_each_worker(
         wait_for(output, next(moments), process)
 
 
-def kill_all_workers(
-    process: subprocess.Popen[bytes], output: Path, moments: Iterator[int], chance: random.Random
-) -> None:
+def kill_all_workers(process: Process, output: Path, moments: Iterator[int], chance: random.Random) -> None:
     """Kill all workers at once, so that nobody holds the network any more."""
     wait_for(output, next(moments), process)
     for worker in find_workers(process):
@@ -267,28 +263,24 @@ def kill_all_workers(
 def make_signal(number: signal.Signals) -> Callable[..., None]:
     """Make a fault that sends a signal to the command alone."""
 
-    def send(process: subprocess.Popen[bytes], output: Path, moments: Iterator[int], chance: random.Random) -> None:
+    def send(process: Process, output: Path, moments: Iterator[int], chance: random.Random) -> None:
         wait_for(output, next(moments), process)
         process.send_signal(number)
 
     return send
 
 
-def kill_while_starting(
-    process: subprocess.Popen[bytes], output: Path, moments: Iterator[int], chance: random.Random
-) -> None:
+def kill_while_starting(process: Process, output: Path, moments: Iterator[int], chance: random.Random) -> None:
     """Kill the command at some moment before its first partition is done."""
     kill_after(process, chance.uniform(0.1, 2.5))
 
 
-def kill_at_any_time(
-    process: subprocess.Popen[bytes], output: Path, moments: Iterator[int], chance: random.Random
-) -> None:
+def kill_at_any_time(process: Process, output: Path, moments: Iterator[int], chance: random.Random) -> None:
     """Kill the command at some moment, of which the disk tells nothing."""
     kill_after(process, chance.uniform(1, 20))
 
 
-def kill_after(process: subprocess.Popen[bytes], seconds: float) -> None:
+def kill_after(process: Process, seconds: float) -> None:
     """Kill the command after so many seconds, unless it has ended; its workers end by themselves."""
     try:
         process.wait(seconds)
@@ -403,9 +395,14 @@ def main() -> None:
     arguments = parser.parse_args()
     kinds, seeds = list(FAULTS), range(arguments.seed, arguments.seed + arguments.runs)
     by_kind: dict[str, list[Verdict]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(arguments.at_once) as pool, open_moto() as s3_server:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ThreadPoolExecutor(arguments.at_once) as pool,
+        open_moto() as s3_server,
+        CommandHost() as commands,
+    ):
         os.environ["XDG_CACHE_HOME"] = str(Path(name) / "cache")
-        scene = Scene(Path(name), build_model(Path(name) / "colours.keras"), s3_server)
+        scene = Scene(Path(name), build_model(Path(name) / "colours.keras"), commands, s3_server)
         verdicts = pool.map(lambda seed: damage(scene, kinds[seed % len(kinds)], seed), seeds)
         for n_done, (seed, verdict) in enumerate(zip(seeds, verdicts, strict=True), 1):
             by_kind[verdict.kind].append(verdict)
