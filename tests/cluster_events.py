@@ -58,7 +58,7 @@ def end_in_the_middle(
 
 
 def make_slow_square() -> Callable[[int], int]:
-    """Make a function that takes some time; being local, it travels by value to workers that do not have this module."""
+    """Make a function that takes some time; being local, it travels by value to workers without this module."""
 
     def square(number: int) -> int:
         time.sleep(0.2)

@@ -1,7 +1,7 @@
 """Commands in processes of their own, forked from one that has imported what they need.
 
-A command then takes half a second of CPU instead of three. Signals, exit codes and what it prints are as ever; a test of
-what an import or the start of Python does needs ``python -m fruitdask``.
+A command then takes half a second of CPU instead of three. Signals, exit codes and output are the same; a test of an
+import or of the start of Python needs ``python -m fruitdask``.
 """
 
 import json

@@ -102,8 +102,8 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
 
 
 def keep_spare() -> None:
-    """Fork the first process that multiprocessing will start (a nanny's worker, or the one from which workers are forked)
-    while there is only one thread.
+    """Fork the first process that multiprocessing will start while there is only one thread: a nanny's worker, or the
+    process from which workers are forked.
     """
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()

@@ -68,8 +68,8 @@ def break_image(path: Path) -> Callable[[], None]:
 
 
 def configure(source: Path | str, output: Path | str, model: ModelConfig, /, **sections: dict[str, Any]) -> Config:
-    """Configure a run of a model in partitions of 5, without exploration, quality, check, figures and page unless a section
-    asks for them.
+    """Configure a run of a model in partitions of 5, without exploration, quality, check, figures and page unless a
+    section asks for them.
     """
     defaults: dict[str, dict[str, Any]] = {
         "input": {"url": str(source)},

@@ -33,8 +33,8 @@ def invoke(*arguments: str) -> Result:
 
 @pytest.fixture
 def config_path(tiny_model: ModelConfig, sample_folder: Path, client: Any, tmp_path: Path) -> Path:
-    """Configuration file of a run of the tiny model on the drawn images, on the cluster of this session, without what takes
-    longest.
+    """Configuration file of a run of the tiny model on the drawn images, on this session's cluster, without the stages
+    that take longest.
     """
     sections = {
         "input": {"url": str(sample_folder)},

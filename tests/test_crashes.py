@@ -107,7 +107,7 @@ def run_and_record(config: Config, log: str) -> None:
 
 
 def fork_calls(connection: Connection) -> None:
-    """Import what a run needs, then call each function that is sent in a fork of this process; answer with exit codes."""
+    """Import what a run needs, then call each function that is sent in a fork of this process; send exit codes."""
     import fruitdask.analysis.evaluation
     import fruitdask.analysis.pca
     import fruitdask.pipeline.run
@@ -160,7 +160,7 @@ class Scene:
         )
 
     def check(self, config: Config, before: dict[str, str]) -> None:
-        """Run again where it was ended; all is as if nothing had happened, and what was committed has not been touched."""
+        """Run again where it was killed; the results are those of an undisturbed run, and committed files untouched."""
         result = fruitdask.run(config, client=self.client)
         pd.testing.assert_frame_equal(result.table, self.undisturbed.table)
         np.testing.assert_array_equal(result.features.compute(), self.undisturbed.features.compute())

@@ -19,7 +19,7 @@ IGNORED = {"ES01", "EX01", "SA01", "GL08", "YD01"}
 
 
 def list_names(value: Any, name: str) -> Iterator[str]:
-    """List a function, or a class and its own public methods; the fields of pydantic's classes are described elsewhere."""
+    """List a function, or a class and its own public methods; fields of pydantic's classes are described elsewhere."""
     if inspect.isclass(value) and issubclass(value, BaseModel):
         return
     yield name

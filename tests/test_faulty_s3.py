@@ -278,7 +278,7 @@ def test_request_is_sent_as_often_as_configured(
         place = Location(f"s3://{s3_bucket[0]}/x", make_options(server.url), attempts=2)
         with pytest.raises(
             StorageError,
-            match=rf"^cannot {verb} {place.url}: .*(no server answers|the server closed the connection|SlowDown|503).*$",
+            match=rf"^cannot {verb} {place.url}: .*(no server answers|server closed the connection|SlowDown|503).*$",
         ):
             operation(place)
     assert server.requests.total() == n_requests

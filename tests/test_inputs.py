@@ -1,4 +1,4 @@
-"""Runs on what an input gives besides images: splits, missing files of a table of labels, and files that are left out."""
+"""Runs on what an input has besides images: splits, missing files of a table of labels, and files left out."""
 
 import json
 import shutil

@@ -49,5 +49,6 @@ def test_json_log_is_appended_to_and_says_what_ended_it(tmp_path: Path) -> None:
 
 
 def test_json_log_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="^--log-json .*cannot be written: No such file or directory; name another file$"):
+    message = "^--log-json .*cannot be written: No such file or directory; name another file$"
+    with pytest.raises(ConfigError, match=message):
         JsonLog(RunProgress(), tmp_path / "none" / "log.jsonl")

@@ -150,5 +150,6 @@ def test_file_that_is_too_large_for_any_image_is_not_read(run_folder: RunFolder,
     outcomes = run_folder([tmp_path / "film.jpg"], n_threads=1, memory=1024 * MIB)
     assert dict(outcomes["status"].value_counts()) == {"too_large": 1, "ok": 4}
     assert outcomes.loc["0-film.jpg", "error"] == (
-        "expected a file of at most 467,108,864 bytes (8 per pixel of featurize.max_pixels, plus metadata), found 1,099,511,627,776"
+        "expected a file of at most 467,108,864 bytes (8 per pixel of featurize.max_pixels, plus metadata), found "
+        "1,099,511,627,776"
     )

@@ -180,7 +180,11 @@ def test_input_of_whole_numbers_and_a_fixed_batch(tmp_path: Path) -> None:
         ("net.safetensors", b"\x10\0\0\0\0\0\0\0{}", "weights as safetensors; "),
         ("net.keras", b"", "found an empty file; copy or download it again"),
         ("net.h5", b"", "found an empty file; copy or download it again"),
-        ("net.keras", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer .*; run git lfs pull"),
+        (
+            "net.keras",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+            "a Git LFS pointer .*; run git lfs pull",
+        ),
         ("net.weights.h5", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer .*; run git lfs pull"),
         ("net.h5", b"\n<!DOCTYPE html>", "found a web page or XML; download the file itself"),
         ("net.h5", b'{"class_name": "Model"}', "a JSON file, which holds no weights; "),
@@ -266,7 +270,7 @@ def test_h5_model_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: 
     keras.Model(image, keras.layers.GlobalAveragePooling2D()(x)).save("own.h5")
     Path("mark").unlink()
     config = configure(tmp_path / "own.h5")
-    message = r"own\.h5: .*found the layer double \(Lambda\), which carries Python code; if you .* set model\.allow_code: true$"
+    message = r"own\.h5: .*found the layer double \(Lambda\), which carries Python code; .* model\.allow_code: true$"
     with pytest.raises(ModelError, match=message):
         build_artifact(config)
 
@@ -302,7 +306,7 @@ def test_classes_that_keras_does_not_have_are_named(
     network = keras.Model(image, keras.layers.Dense(5)(pooled))
     network.save(tmp_path / f"own.{ending}")
     config = configure(tmp_path / f"own.{ending}")
-    message = r"found the layer gem of the class Gem, which Keras does not have; decorate the class .* or save the model without the layer"
+    message = r"found the layer gem of the class Gem, which Keras does not have; .* or save the model without the layer"
     with pytest.raises(ModelError, match=message):
         build_artifact(config)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -338,7 +338,7 @@ def chosen_classes(x: Any) -> Any:
         (auxiliary_head, r"2 outputs, main and helper; set model\.layer to .*, such as pool or flat$"),
         (
             many_outputs,
-            r"last has 128 outputs without softmax or sigmoid: a classifier or an embedding; set .*, such as pool or last$",
+            r"last has 128 outputs without softmax or sigmoid: a classifier or an embedding; .*, such as pool or last$",
         ),
         (average_of_two_networks, r"mean merges 2 branches; set model\.layer .*, such as pool_first or pool_second$"),
         (score_for_each_pixel, r"segments outputs a map of scores.*; set model\.layer .*, such as base$"),

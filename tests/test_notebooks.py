@@ -38,7 +38,8 @@ PAGE_NOTE = "<p><i>Run this cell, and the page appears here.</i></p>"
 #: A worker of a cluster that is being closed may find the scheduler gone before itself; Dask then logs a traceback that
 #: means nothing. On a busy machine, it may not be gone in time.
 LAST_WORDS = re.compile(
-    r"^\S+ \S+ - distributed\.worker - ERROR - Failed to communicate with scheduler during heartbeat\.$.*?^\S*CommClosedError: .*?$\n?"
+    r"^\S+ \S+ - distributed\.worker - ERROR - Failed to communicate with scheduler during heartbeat\.$"
+    r".*?^\S*CommClosedError: .*?$\n?"
     r"|^\S+ \S+ - distributed\.nanny - WARNING - Worker process still alive after [\d.]+ seconds, killing$\n?",
     re.MULTILINE | re.DOTALL,
 )

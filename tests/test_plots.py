@@ -324,7 +324,7 @@ def test_plot_map_names_axes(
     columns: str, labels: dict[str, str], expected: tuple[str, str], n_ticks: int | None
 ) -> None:
     table = make_table(["a", "b"], 30)
-    (axes,) = figures.plot_map(table, x=f"{columns}_1", y=f"{columns}_2", title="Map", **labels).axes  # type: ignore[arg-type]
+    (axes,) = figures.plot_map(table, x=f"{columns}_1", y=f"{columns}_2", title="Map", **labels).axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == expected
     assert n_ticks is None or len(axes.get_xticks()) == n_ticks
 
@@ -674,7 +674,10 @@ def test_matplotlib_loads_with_a_wrong_backend_and_keeps_a_right_one() -> None:
 @pytest.mark.slow
 def test_matplotlibrc_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe")
-    code = "from fruitdask.report import figures\ntry: figures.load_matplotlib()\nexcept Exception as e: print(type(e).__name__, e)"
+    code = (
+        "from fruitdask.report import figures\n"
+        "try: figures.load_matplotlib()\nexcept Exception as e: print(type(e).__name__, e)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith("ConfigError matplotlib cannot be imported: 'utf-8' codec can't decode")
 

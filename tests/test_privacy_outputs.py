@@ -54,7 +54,8 @@ POSITION = {1: "N", 2: (IFDRational(*LATITUDE), 51, 30), 3: "E", 4: (IFDRational
 XMP = (
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
     '<rdf:Description xmlns:exif="http://ns.adobe.com/exif/1.0/" xmlns:aux="http://ns.adobe.com/exif/1.0/aux/" '
-    f'exif:GPSLatitude="48,51.50222N" exif:GPSLongitude="2,17.66N" aux:SerialNumber="{SERIAL}" aux:OwnerName="{OWNER}"/>'
+    f'exif:GPSLatitude="48,51.50222N" exif:GPSLongitude="2,17.66N" aux:SerialNumber="{SERIAL}" '
+    f'aux:OwnerName="{OWNER}"/>'
     "</rdf:RDF></x:xmpmeta>"
 )
 

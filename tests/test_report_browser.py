@@ -35,7 +35,8 @@ DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 N_CLASSES = 14
 READY = "html[data-maps=ready]"
 
-#: The place on the screen of a point in a map: of those of a class with or without a thumbnail the one that is farthest from all others.
+#: The place on the screen of a point in a map: of those of a class with or without a thumbnail the one that is farthest
+#: from all others.
 FIND_POINT = """([name, number, withPicture]) => {
   const data = JSON.parse(document.getElementById("maps-data").textContent);
   const plot = Bokeh.documents[0].get_model_by_name(`plot-${name}`);
@@ -43,14 +44,18 @@ FIND_POINT = """([name, number, withPicture]) => {
   const { glyph, data_source } = plot.renderers[0];
   const box = view.canvas_view.events_el.getBoundingClientRect();
   const [xs, ys] = ["x", "y"].map((axis) => Array.from(data_source.get_column(glyph[axis].field)));
-  const places = xs.map((x, point) => ({ x: box.x + view.frame.x_scale.compute(x), y: box.y + view.frame.y_scale.compute(ys[point]) }));
+  const places = xs.map((x, point) => ({
+    x: box.x + view.frame.x_scale.compute(x), y: box.y + view.frame.y_scale.compute(ys[point]),
+  }));
   const room = (point) => Math.min(...places.map((each, other) => (
     other === point ? Infinity : Math.hypot(each.x - places[point].x, each.y - places[point].y))));
-  const wanted = (point) => data.class_of_point[point] === number && (data.picture_of_point[point] >= 0) === withPicture;
+  const wanted = (point) =>
+    data.class_of_point[point] === number && (data.picture_of_point[point] >= 0) === withPicture;
   const point = places.map((_, each) => each).filter(wanted).sort((a, b) => room(b) - room(a))[0];
   return { ...places[point], path: data.paths[point], label: data.labels[number] };
 }"""
-LIST_MUTED = """() => Bokeh.documents[0].roots().map((plot) => plot.renderers.filter((each) => each.muted).map((each) => each.name))"""
+LIST_MUTED = """() => Bokeh.documents[0].roots().map(
+  (plot) => plot.renderers.filter((each) => each.muted).map((each) => each.name))"""
 LIST_SELECTED = "() => Bokeh.documents[0].roots().map((plot) => plot.renderers[0].data_source.selected.indices.length)"
 
 
@@ -80,7 +85,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report in which not all points have thumbnails, and two classes names that would do harm where they are not escaped."""
+    """A report in which not all points have thumbnails, and two names of classes would do harm unless escaped."""
     names = {N_CLASSES - 2: f"{HOSTILE}", N_CLASSES - 1: f"fruit {HOSTILE_END}"}
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(render_page(make_report_data(700, N_CLASSES, names=names, n_thumbnails=200)), encoding="utf-8")
@@ -134,7 +139,7 @@ def drag_box(page: Page, name: str) -> None:
 
 
 def select_points(page: Page, name: str) -> None:
-    """Select what lies in the middle of a map; a busy browser may have missed the mouse, as the tool was not active yet."""
+    """Select the middle of a map; a busy browser may have missed the mouse, as the tool was not active yet."""
     for _ in range(5):
         drag_box(page, name)
         with suppress(TimeoutError):
@@ -245,7 +250,8 @@ def test_legend_filter_limits_what_its_buttons_do(opened: Watched) -> None:
             [
                 f"class-{n}"
                 for n in page.evaluate(
-                    "() => [...document.querySelectorAll('#legend li:not([hidden]) .class')].map((each) => each.dataset.class)"
+                    "() => [...document.querySelectorAll('#legend li:not([hidden]) .class')]"
+                    ".map((each) => each.dataset.class)"
                 )
             ]
         ]
@@ -417,7 +423,8 @@ def test_phone_shows_everything_without_scrolling_sideways(opened: Watched) -> N
     page = opened.page
     assert page.evaluate("() => [document.documentElement.scrollWidth, innerWidth]") == [360, 360]
     tools = page.evaluate(
-        "() => Bokeh.documents[0].roots().map((plot) => plot.toolbar.tools.find((tool) => tool.type === 'PanTool').active)"
+        "() => Bokeh.documents[0].roots().map("
+        "(plot) => plot.toolbar.tools.find((tool) => tool.type === 'PanTool').active)"
     )
     assert tools == [False, False], "a finger on a map must scroll the page"
     page.locator("#map-pca").scroll_into_view_if_needed()
@@ -484,7 +491,8 @@ def test_contrast_of_text_is_enough(opened: Watched) -> None:
             const share = opacity * (over[3] ?? 1);
             return `rgb(${over.slice(0, 3).map((each, place) => share * each + (1 - share) * under[place]).join(" ")})`;
           };
-          const inCell = (text) => /^\\d+$/.test(text.textContent.trim()) && text.getAttribute("style")?.includes("#ffffff");
+          const isNumber = (text) => /^\\d+$/.test(text.textContent.trim());
+          const inCell = (text) => isNumber(text) && text.getAttribute("style")?.includes("#ffffff");
           for (const each of document.querySelectorAll("details")) each.open = true;
           for (const element of document.querySelectorAll("body *:not(script):not(noscript *)")) {
             const hasText = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());

@@ -245,7 +245,7 @@ class Outline(HTMLParser):
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    """The page of a run in which everything happened, and a class has a name that would do harm if it were not escaped."""
+    """The page of a run in which everything happened, and a class has a name that would do harm unless escaped."""
     data = make_report_data(60, 4, names={1: HOSTILE, 2: HOSTILE_END})
     assert data.manifest is not None
     more = {"regions": {"input": "eu-central-1", "workers": "eu-central-1"}, "cost": {"total_usd": 0.12}}

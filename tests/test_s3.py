@@ -393,7 +393,8 @@ def test_missing_bucket_ends_the_command_before_anything_starts(
     done = CliRunner().invoke(cli, ["run", str(tmp_path / "run.yaml")])
     assert done.exit_code == 2, done.output
     assert done.stderr.splitlines()[-1] == (
-        f"fruitdask: cannot {verb} s3://no-such-bucket/x: ListObjectsV2: The specified bucket does not exist (NoSuchBucket): "
+        f"fruitdask: cannot {verb} s3://no-such-bucket/x: ListObjectsV2: The specified bucket does not exist "
+        "(NoSuchBucket): "
         "there is no such bucket; check the URL"
     )
     assert "Starting the cluster" not in done.output

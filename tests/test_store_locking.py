@@ -52,8 +52,8 @@ def test_second_run_is_refused_and_told_whose_lock_it_is(output: Location) -> No
     with locked(output) as lock:
         assert read_lock(output)["pid"] == os.getpid()
         expected = (
-            rf"another run is using this output folder \(process {os.getpid()} of .* on .*, since .*, last seen .*\); wait for it or .*; "
-            r"if it is dead, delete .*run.lock and run again"
+            rf"another run is using this output folder \(process {os.getpid()} of .* on .*, since .*, last seen .*\); "
+            r"wait for it or .*; if it is dead, delete .*run.lock and run again"
         )
         with pytest.raises(OutputError, match=expected), locked(output):
             pass

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/exploration.py PHOTOGRAPHS [--repeat 10]
 
-PHOTOGRAPHS is a folder of classes. The plain loop reads, decodes and resizes each image in one process and keeps the sums from
-which the differences within classes follow; fruitdask also hashes, looks for duplicates and metadata, and draws figures and page.
+PHOTOGRAPHS is a folder of classes. The plain loop reads, decodes and resizes each image in one process and keeps the
+sums from which the differences within classes follow; fruitdask also hashes, looks for duplicates and metadata, and
+draws figures and page.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from PIL import Image
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     n, total, squares = 0, np.zeros((224, 224, 3)), 0.0
     for path in sorted(folder.iterdir()):
-        pixels = np.asarray(Image.open(path).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC), np.float64) / 127.5 - 1
+        resized = Image.open(path).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
+        pixels = np.asarray(resized, np.float64) / 127.5 - 1
         n, total, squares = n + 1, total + pixels, squares + (pixels**2).sum()
     print(folder.name, 2 * (n * squares - (total**2).sum()) / (n * (n - 1) * total.size))
 """

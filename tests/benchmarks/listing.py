@@ -66,7 +66,8 @@ def describe_object(number: int) -> str:
     kind, image = divmod(number, IMAGES_PER_CLASS)
     return (
         f"<Contents><Key>photographs/apple_golden_{kind:04}/IMG_20240101_{image:07}.jpg</Key>"
-        f"<LastModified>2024-01-01T00:00:00.000Z</LastModified><ETag>&quot;{hashlib.md5(b'%d' % number).hexdigest()}&quot;</ETag>"
+        "<LastModified>2024-01-01T00:00:00.000Z</LastModified>"
+        f"<ETag>&quot;{hashlib.md5(b'%d' % number).hexdigest()}&quot;</ETag>"
         f"<Size>{100_000 + number}</Size><StorageClass>STANDARD</StorageClass></Contents>"
     )
 

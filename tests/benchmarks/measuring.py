@@ -132,7 +132,8 @@ def describe_machine() -> str:
     names = ("dask", "keras", "openvino", "pillow", "tensorflow")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     return (
-        f"{_read_processor()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB, Python {platform.python_version()}, "
+        f"{_read_processor()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB, "
+        f"Python {platform.python_version()}, "
         f"{versions}; {date.today().isoformat()}."
     )
 

@@ -84,7 +84,8 @@ def main() -> None:
     of_worker = 2 * stub / n_partitions
     for n_images in (8, 32, 128, 512):
         print(
-            f"{n_images:4} images a partition: {of_worker / (of_worker + n_images * IMAGE_SECONDS):.1%} of a worker's time besides them"
+            f"{n_images:4} images per partition: {of_worker / (of_worker + n_images * IMAGE_SECONDS):.1%} "
+            "of a worker's time besides them"
         )
 
 

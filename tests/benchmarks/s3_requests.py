@@ -47,11 +47,12 @@ def count(server: str, model: Path, n_partitions: int, *, is_rerun: bool) -> Cou
             counted["LIST" if "list-type=2" in path else method] += 1
         return False
 
+    n_images = n_partitions * IMAGES_PER_PARTITION
     with open_faulty_s3(server, fraction=0, concerns=note) as proxy:
         options = {"endpoint_url": proxy.url}
         config = fruitdask.load_config(
             {
-                "input": {"url": "s3://photographs", "storage_options": options, "limit": n_partitions * IMAGES_PER_PARTITION},
+                "input": {"url": "s3://photographs", "storage_options": options, "limit": n_images},
                 "model": {"weights": str(model), "preprocessing": "none"},
                 "cluster": {"kind": "local", "n_workers": 1, "dashboard_address": None},
                 "featurize": {"images_per_partition": IMAGES_PER_PARTITION},
@@ -68,7 +69,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, help="Append the table to this file too.")
     arguments = parser.parse_args()
-    os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "testing")
+    os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -94,7 +96,7 @@ def main() -> None:
             dollars = compute_request_cost(n_reads=int(reads * n_partitions), n_writes=int(writes * n_partitions))
             rows.append([title, *(f"{value:.2f}" for value in each.values()), f"{dollars:.2f}"])
     server.stop()
-    header = ["", "PUT", "GET", "HEAD", "LIST", "DELETE", "POST", f"dollars for {N_IMAGES:,} images in partitions of {LARGE}"]
+    header = ["", *kinds, f"dollars for {N_IMAGES:,} images in partitions of {LARGE}"]
     print_table(header, rows, arguments.markdown)
 
 

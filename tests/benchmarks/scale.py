@@ -12,7 +12,8 @@ the files of the output and all that is made of them. Made up are
 
 ``grow`` is a run after each class has got 1 % more images, which lie between the others; ``explore`` is left out by
 default. Seconds of CPU and memory, the largest resident in each stage as Linux counts it, are those of the client's own
-process. The law of growth follows from a few sizes: --images 100000 1000000 prints how seconds grow from one to the next.
+process. The law of growth follows from a few sizes: --images 100000 1000000 prints how seconds grow from one to the
+next.
 
 """
 
@@ -202,7 +203,7 @@ def measure_command(command: str, folder: Path, n_images: int, arguments: argpar
 
 
 def measure_size(n_images: int, arguments: argparse.Namespace) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """Carry out the commands one after the other on an output; returns seconds, seconds of CPU and MB by command and stage."""
+    """Carry out the commands one after the other; returns seconds, seconds of CPU and MB by command and stage."""
     found: dict[tuple[str, str], tuple[float, float, float]] = {}
     folder = Path(tempfile.mkdtemp(prefix="scale-", dir=arguments.folder))
     try:

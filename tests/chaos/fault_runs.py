@@ -378,7 +378,8 @@ def build_model(path: Path) -> Path:
     script = (
         "import sys, keras; pixels = keras.Input((32, 32, 3)); "
         "features = keras.layers.Concatenate(name='colours')([keras.layers.GlobalAveragePooling2D()(pixels), "
-        "keras.layers.GlobalMaxPooling2D()(pixels)]); keras.Model(pixels, keras.layers.Dense(2)(features)).save(sys.argv[1])"
+        "keras.layers.GlobalMaxPooling2D()(pixels)]); "
+        "keras.Model(pixels, keras.layers.Dense(2)(features)).save(sys.argv[1])"
     )
     subprocess.run(
         [sys.executable, "-c", script, str(path)], check=True, env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
