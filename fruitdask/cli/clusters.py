@@ -33,7 +33,7 @@ _OPTIONS = (
 
 @dataclass(frozen=True)
 class _Place:
-    """Where machines are searched: what it is called, how they are listed and ended there, and what is done last."""
+    """A place to search for machines: its name, how to list and terminate machines there, and how to clean up."""
 
     name: str
     noun: str

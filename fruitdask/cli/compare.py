@@ -39,7 +39,7 @@ def compare(
     that is unique, whatever the prefix (s3a://, dbfs:/ ...).
 
     The exit code is 0 if all images that could be compared agree, and 1 if some do not or none could be compared.
-    Images that are only on one side, or have no features there, are counted and do not change it.
+    Images that are on one side only, or have no features there, are counted and do not change the exit code.
     """
     with reported(verbose=verbose):
         if out is not None and not out.lower().endswith((".csv", ".parquet")):
@@ -66,7 +66,7 @@ def compare(
 
 
 def _choose_options(options: dict[str, Any], url: str, other: str) -> dict[str, Any]:
-    """Choose the storage options of the results for another URL where that is on the same kind of storage."""
+    """Use the storage options of the results for another URL, if both are on the same kind of storage."""
     protocols = {each.split("://")[0].replace("s3a", "s3") if "://" in each else "file" for each in (url, other)}
     return options if len(protocols) == 1 else {}
 
