@@ -29,7 +29,7 @@ class Clock(Stopwatch):
         return {stage: round(seconds, 3) for stage, seconds in super().seconds.items()}
 
     def describe(self) -> dict[str, float]:
-        """Return the seconds of each stage, and of all together."""
+        """Return the seconds of each stage, and in total."""
         return self.seconds | {"total": self.total_seconds}
 
     @property

@@ -33,7 +33,7 @@ _MEMORY_RESERVE = 1.5
 _BOOT_SECONDS = 150.0
 #: Slowdown of a thread whose neighbours are busy, measured with two workers on two cores.
 _CROWDED = 1.25
-#: Seconds at the end of a run, in all cases and for each optional section; measured on 846 photographs.
+#: Seconds at the end of every run, and further ones for each optional section; measured on 846 photographs.
 _FINISH_SECONDS = 0.5
 _SECTION_SECONDS = {"explore": 1.0, "quality": 1.5, "plots": 1.5, "report": 0.5}
 #: Multiplications per second and core for principal components: 1,000,000 images of 1280 features took two cores 68 s.
@@ -69,7 +69,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Movement:
-    """Bytes that move from one place to another."""
+    """A transfer of bytes from one place to another."""
 
     what: str
     #: The region they come from, ``local`` or ``unknown``.
@@ -310,7 +310,7 @@ class Estimator:
         return len(threads), max(threads)
 
     def _estimate_seconds(self, n_slots: int) -> dict[str, float]:
-        """Estimate the seconds of the stages, on so many threads in all."""
+        """Estimate the seconds of the stages, on this many threads in total."""
         sample, work = self._sample, self._work
         if sample is None:
             return {"list": work.list_seconds, "start": 0.0, "featurize": 0.0, "finish": 0.0}
@@ -392,7 +392,7 @@ class Estimator:
         return Location(section.url).base.is_s3 and not is_elsewhere
 
     def _price(self, machines: tuple[Machine, ...], movements: tuple[Movement, ...]) -> dict[str, float]:
-        """Add up what everything costs."""
+        """Add up the costs by purpose."""
         n_left, n_parts = self._work.n_left, self._n_left_partitions
         usages = [
             Usage(machine.instance_type, machine.is_spot, machine.region, machine.seconds)

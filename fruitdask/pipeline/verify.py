@@ -1,4 +1,4 @@
-"""Verifies an output folder: everything is read again, and what is stored twice is compared.
+"""Verifies an output folder: reads everything again, and compares what is stored twice.
 
 Only the output folder is read. So two things cannot be checked: that the fingerprint is that of the input (it hashes
 sizes and versions of files), and that features belong to their images.
@@ -92,7 +92,7 @@ def verify(
     storage_options : Mapping[str, Any], optional
         Options of the fsspec file system.
     repair : bool
-        Delete or restore what is damaged, so that the next run computes that, and only that, again.
+        Delete or restore what is damaged, so that the next run computes only the damaged parts again.
     progress : RunProgress or bool, optional
         Shows progress: by default on a terminal and in a notebook; False never does.
 
