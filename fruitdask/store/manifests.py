@@ -1,4 +1,4 @@
-"""The JSON files of an output folder: who may write there, what was run, and what may be deleted."""
+"""The JSON files of an output folder, and checks of whether a run may write or delete there."""
 
 import errno
 import hashlib
@@ -60,7 +60,7 @@ def check_output(
 
 
 def _check_other_images(output: Location, manifest: RunManifest | None, *, may_grow: bool) -> None:
-    """Refuse an input that has other images than the results, unless a run may bring these up to date."""
+    """Refuse an input with other images than the results, unless a run may update the results."""
     if manifest is not None and manifest.erasures:
         n_erased = sum(erasure.n_images for erasure in manifest.erasures)
         raise StoreMismatchError(

@@ -1,4 +1,4 @@
-"""What machines in the cloud cost, by the configuration's prices or a small table of EC2's. No price is fetched."""
+"""The cost of machines in the cloud, by configured prices or a small table of EC2's. No price is fetched."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ c6i.large      0.0850     0.0912     0.1010        0.0970      0.0910
 g4dn.xlarge    0.5260     0.5870     0.6150        0.6580      0.5580
 g5.xlarge      1.0060
 """
-#: What a size costs in terms of its family's large one.
+#: The price of a size relative to the large one of its family.
 _LARGES = {"medium": 0.5, "xlarge": 2.0, "2xlarge": 4.0}
 
-#: Where regions differ a little, the highest price of those above. A gp3 volume of 1 GB for 30 days:
+#: If regions differ a little, the highest price of those above. A gp3 volume of 1 GB for 30 days:
 #: https://aws.amazon.com/ebs/pricing; a public IPv4 address for an hour: https://aws.amazon.com/vpc/pricing
 _VOLUME_DOLLARS = 0.0952
 _ADDRESS_DOLLARS = 0.005
