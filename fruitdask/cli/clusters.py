@@ -59,7 +59,7 @@ def clusters() -> None:
 def list_(**search: Any) -> None:
     """List runs that have machines, with age and cost.
 
-    Instances that have ended are not counted. Prices are those of fruitdask's table, which has none of Azure; spot
+    Instances that have ended are not counted. Prices come from fruitdask's table, which has none for Azure; spot
     instances cost less.
     """
     with reported(), _open_place(**search) as place:

@@ -82,7 +82,7 @@ def _print(found: "Comparison", out: str | None) -> None:
         "only in the run": f"{counts.get('only_run', 0):,}",
         "only in Spark": f"{counts.get('only_spark', 0):,}",
         "ambiguous": f"{len(ambiguous):,}: {examples}" if len(ambiguous) else "",
-        "same path again": f"{counts['duplicate']:,} rows of Spark, of which the first counts"
+        "repeated paths": f"{counts['duplicate']:,} rows of Spark; only the first of each path is compared"
         * (counts["duplicate"] > 0),
         "failed in the run": f"{counts['failed']:,}" if "failed" in counts else "",
         "empty in Spark": f"{counts['empty']:,} (null, zeros, NaN or another width)" if "empty" in counts else "",

@@ -115,7 +115,7 @@ def _describe_size(summary: dict[str, Any]) -> str:
     """Say why images were compared at a smaller size, if they were."""
     if "compared_px" not in summary:
         return ""
-    return f"at {summary['compared_px']} px instead of {summary['input_px']}, as very many classes alternate"
+    return f"at {summary['compared_px']} px instead of {summary['input_px']}, to save memory: many classes alternate"
 
 
 def _format_groups(groups: dict[str, int]) -> str:

@@ -61,7 +61,7 @@ def map_partitions(
             else:
                 on_result(result)
         for partition in deadly:
-            on_result(_run_deadly(tasks, function, partition, probe))
+            on_result(_run_without_poison(tasks, function, partition, probe))
     except (OSError, TimeoutError) as error:
         if isinstance(error, FruitdaskError):
             raise
@@ -151,7 +151,7 @@ class _Tasks:
             self._client.cancel(list(self._in_flight), force=True)
 
 
-def _run_deadly(
+def _run_without_poison(
     tasks: _Tasks, function: Callable[..., Result], partition: Piece, probe: Callable[..., object] | None
 ) -> Result:
     """Run a function on a partition that was running when workers died, excluding its poison images."""
@@ -163,7 +163,7 @@ def _run_deadly(
             others = everything.difference(places)
             return isinstance(tasks.run_alone(probe, replace(partition, excluded=others)), _Death)
 
-        found = frozenset(_find_deadly(sorted(everything - partition.excluded), kills))
+        found = frozenset(_find_poison(sorted(everything - partition.excluded), kills))
         result = tasks.run_alone(function, replace(partition, excluded=partition.excluded | found))
     if isinstance(result, _Death):
         raise PartitionError(
@@ -173,14 +173,14 @@ def _run_deadly(
     return result
 
 
-def _find_deadly(places: Sequence[int], kills: Callable[[Sequence[int]], bool]) -> list[int]:
+def _find_poison(places: Sequence[int], kills: Callable[[Sequence[int]], bool]) -> list[int]:
     """Find the images that kill workers alone, by bisection of images that kill workers together."""
     if len(places) == 1:
         return list(places) if kills(places) else []
     left, right = places[: len(places) // 2], places[len(places) // 2 :]
     if not kills(left):
-        return _find_deadly(right, kills)
-    return _find_deadly(left, kills) + (_find_deadly(right, kills) if kills(right) else [])
+        return _find_poison(right, kills)
+    return _find_poison(left, kills) + (_find_poison(right, kills) if kills(right) else [])
 
 
 def let_next_begin() -> None:

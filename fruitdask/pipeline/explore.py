@@ -177,7 +177,7 @@ class ImageExploration:
             self.begin()
         config, written = self._inputs.config, self._inputs.output.child(store.EXPLORATION)
         protection = describe_protection(config.privacy, written, client)
-        self._look(client, progress)
+        self._explore_remaining(client, progress)
         progress.begin("Comparing images")
         found = self._combine(client)
         described = self._manifest.dump() | {
@@ -213,7 +213,7 @@ class ImageExploration:
             first = last
         return found
 
-    def _look(self, client: Any, progress: RunProgress) -> None:
+    def _explore_remaining(self, client: Any, progress: RunProgress) -> None:
         """Explore the images of partitions that are not explored yet."""
         done = self._done or set()
         todo = (partition for partition in self._split() if partition.index not in done)
@@ -221,9 +221,7 @@ class ImageExploration:
         if n_done == len(self._inputs.catalog):
             return
         progress.begin("Exploring")
-        progress.begin_images(
-            len(self._inputs.catalog), n_done=n_done, ask_cluster=partial(describe_workers, client)
-        )
+        progress.begin_images(len(self._inputs.catalog), n_done=n_done, ask_cluster=partial(describe_workers, client))
 
         def note(explored: ExploredPartition) -> None:
             progress.advance(explored.n_images, failures=explored.failures)

@@ -90,8 +90,7 @@ def resolve_erasure(inputs: Inputs, progress: RunProgress) -> None:
     if manifest is not None and manifest.erasures and inputs.config.output.overwrite:
         progress.say(
             "Warning: images were erased from the results that are overwritten; those that are still in the input will "
-            "be "
-            "included again unless input.exclude names them."
+            "be included again unless input.exclude names them."
         )
 
 

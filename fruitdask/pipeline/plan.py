@@ -278,8 +278,8 @@ class Estimator:
         cloud = self._work.cloud
         if isinstance(cloud, AzureClusterConfig) and cloud.identity is None:
             self._warnings.append(
-                "without cluster.identity, machines cannot delete themselves: if this machine dies they only stop, and "
-                "are paid for until fruitdask clusters cleanup --cloud azure; nor can they read storage without keys"
+                "without cluster.identity, machines cannot delete themselves, or read storage without keys: if this "
+                "machine dies they only stop, and cost money until fruitdask clusters cleanup --cloud azure; set it"
             )
         if not isinstance(cloud, EC2ClusterConfig):
             return {}
@@ -351,8 +351,7 @@ class Estimator:
                     f"{machine.instance_type} has {machine.memory_bytes / 1e9:.1f} GB of memory, and a worker of "
                     f"{n_threads} threads needs "
                     f"about {needed / 1e9:.1f} GB with a reserve; take a larger cluster.worker_instance_type, or fewer "
-                    "threads "
-                    "(cluster.worker_options: {nthreads: ...})"
+                    "threads (cluster.worker_options: {nthreads: ...})"
                 )
 
     def _list_movements(self) -> Iterator[Movement]:
@@ -461,6 +460,6 @@ class Estimator:
                 "many vCPUs as the name of its size says"
             )
         if cloud.spot and not any(name.startswith("spot:") for name in cloud.hourly_prices):
-            yield "spot instances cost as much as on-demand ones, which is their maximum"
+            yield "spot instances are counted at the on-demand price, which is their maximum"
         if cloud.adaptive:
             yield "all workers run all the time"

@@ -75,7 +75,7 @@ class RunState:
     @cached_property
     def pending(self) -> PendingWork:
         """What is to be computed; for a complete run this is known without reading outcomes."""
-        if self._is_settled and self.manifest is not None and self.manifest.counts is not None:
+        if self._is_unchanged and self.manifest is not None and self.manifest.counts is not None:
             counts, vanished = self.manifest.counts.by_status, self.manifest.counts.vanished
             n_failed = sum(counts.values()) - counts.get("ok", 0) - vanished
             is_out_of_reach = "unreachable" in counts
@@ -115,7 +115,7 @@ class RunState:
         return bool(self.manifest.fingerprint["catalog"] != self.fingerprint["catalog"])
 
     @property
-    def _is_settled(self) -> bool:
+    def _is_unchanged(self) -> bool:
         """Whether the earlier run is complete and has the same images."""
         if self.manifest is None or not self.manifest.is_complete or self.has_other_images:
             return False
@@ -239,7 +239,5 @@ def _check_applied(output: Location, manifest: store.RunManifest, record: store.
     if found is None or found.sha256 != record.sha256:
         theirs = "its own" if found is None else f"those that {found.output} had before"
         raise StoreMismatchError(
-            store.describe_mismatch(
-                output, f"its principal components are {theirs}, not those of {record.output}"
-            )
+            store.describe_mismatch(output, f"its principal components are {theirs}, not those of {record.output}")
         )

@@ -213,8 +213,8 @@ def _compare_descriptions(manifest: store.RunManifest, attributes: dict[str, Any
     where = f"{store.FEATURES}/zarr.json"
     for name, theirs in attributes["fingerprint"].items():
         # After an erasure the manifest follows the input, and an interrupted run may have written the manifest only.
-        is_settled = name == "catalog" and (manifest.erasures or not manifest.is_complete)
-        if manifest.fingerprint.get(name) != theirs and not is_settled:
+        may_differ = name == "catalog" and (manifest.erasures or not manifest.is_complete)
+        if manifest.fingerprint.get(name) != theirs and not may_differ:
             yield Fault(where, f"the fingerprint of its {name} differs from {store.MANIFEST}", "none")
     for name in _SAME_OF_MODEL:
         if getattr(manifest.model, name) != attributes["model"].get(name):

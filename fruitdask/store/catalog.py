@@ -64,8 +64,7 @@ def list_images(config: InputConfig) -> pd.DataFrame:
         One row per image, sorted by ``path``, with the columns ``path`` (str, relative to the input URL), ``label``
         (category, the folder that ``input.label_from`` chooses, or the word in the table of labels), ``bytes`` (int64),
         ``version`` (int64, a hash of an object store's ETag, of a checksum in an archive, else of the time of
-        modification), and where they are configured ``split`` and
-        ``group`` (category).
+        modification), and if configured ``split`` and ``group`` (category).
 
     Raises
     ------
@@ -406,8 +405,7 @@ def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str
                 folder = _WILDCARDS.split(config.url)[0].rpartition("/")[0]
                 return (
                     f"{config.url}: expected a folder in input.url, found a pattern; write {folder or '.'}, all of "
-                    "which is searched, "
-                    "and choose among files by input.extensions, input.classes and input.exclude"
+                    "which is searched, and choose among files by input.extensions, input.classes and input.exclude"
                 )
             return f"{config.url}: there is no such folder; check input.url"
         if root.fs.isfile(root.path):

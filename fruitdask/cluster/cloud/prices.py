@@ -6,9 +6,8 @@ from dataclasses import dataclass
 #: The date of every price in this module, which are in US dollars without taxes. Change it with them.
 PRICES_OF = "January 2026"
 
-#: An hour of Linux on demand, of https://aws.amazon.com/ec2/pricing/on-demand, as SkyPilot and Karpenter quote it. Add
-#: a
-#: column for a region, a row for a type. To update a price, read it on that page, or ask AWS:
+#: An hour of Linux on demand, from https://aws.amazon.com/ec2/pricing/on-demand, as SkyPilot and Karpenter quote it.
+#: Add a column for a region, a row for a type. To update a price, read it on that page, or ask AWS:
 #:
 #:   aws pricing get-products --region us-east-1 --service-code AmazonEC2 --filters \
 #:     Type=TERM_MATCH,Field=instanceType,Value=m6i.large Type=TERM_MATCH,Field=regionCode,Value=eu-west-3 \
