@@ -42,7 +42,7 @@ def _print(issues: "pd.DataFrame", n_shown: int) -> None:
     """Print issues, one line each."""
     for issue in issues.head(n_shown).to_dict("records"):
         other = f"  like {issue['other']}" if issue["other"] else ""
-        suggestion = f"  rather {issue['suggestion']}" if issue["suggestion"] else ""
+        suggestion = f"  probably {issue['suggestion']}" if issue["suggestion"] else ""
         kind = issue["kind"].replace("_", " ")
         click.echo(show(f"{kind:<14} {issue['score']:.2f}  {issue['path']}{suggestion}{other}"))
     if issues.empty:
