@@ -22,11 +22,11 @@ class StorageError(FruitdaskError, OSError):
 
 
 class OutageError(StorageError):
-    """A URL cannot be read or written any more, while work is going on in an output folder."""
+    """A URL can no longer be read or written, while a command works in an output folder."""
 
 
 class DamageError(StorageError):
-    """What was stored is there, but is not what was written."""
+    """Stored data are not what was written."""
 
 
 class CatalogError(FruitdaskError, FileNotFoundError):
@@ -46,7 +46,7 @@ class ModelError(FruitdaskError, ValueError):
 
 
 class EngineError(FruitdaskError, RuntimeError):
-    """A network ended its process, or could not be built for a reason of its library."""
+    """A network crashed its process, or its library could not build it."""
 
 
 class WeightsUnavailableError(FruitdaskError, ConnectionError):
@@ -86,7 +86,7 @@ class LimitError(FruitdaskError, RuntimeError):
 
 
 class PartitionError(FruitdaskError, RuntimeError):
-    """A partition could not be worked on, or its results could not be stored."""
+    """A partition could not be processed, or its results could not be stored."""
 
 
 class TooManyFailuresError(FruitdaskError, RuntimeError):

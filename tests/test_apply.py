@@ -233,7 +233,7 @@ def test_interrupted_apply_resumes(
 def test_apply_refuses_results_with_other_components(
     result: fruitdask.RunResult, apply: Callable[..., fruitdask.RunResult], sample_folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(StoreMismatchError, match="its principal components are those of its own, not those of"):
+    with pytest.raises(StoreMismatchError, match="its principal components are its own, not those of"):
         shutil.copytree(result.output.url, tmp_path / "other")
         apply(input=str(sample_folder), output=str(tmp_path / "other"))
     with pytest.raises(ConfigError, match="expected a folder for other results, found the run to apply"):

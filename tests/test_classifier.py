@@ -210,7 +210,7 @@ def test_train_stores_a_classifier_without_code(trained: tuple[Path, fruitdask.C
     pd.testing.assert_frame_equal(again.predict(photographs), found.predict(photographs))
     assert "held-out images right" in found._repr_html_()
     page = (output / "report.html").read_text()
-    assert page.count('id="classifier-heading"') == 1 and "these figures are flattered" in page
+    assert page.count('id="classifier-heading"') == 1 and "these figures are too high" in page
     assert fruitdask.verify(str(output)).is_well
 
 
@@ -233,7 +233,7 @@ def test_page_says_that_a_classifier_is_of_earlier_data(
     fruitdask.run(config, client=client)
     page = (tmp_path / "out" / "report.html").read_text()
     assert 'id="classifier-heading"' in page
-    assert ("have changed since it was trained" in page) == (change in ("labels", "groups"))
+    assert ("have changed since the classifier was trained" in page) == (change in ("labels", "groups"))
 
 
 def test_known_photographs_are_labelled_and_strange_ones_are_unknown(
@@ -297,6 +297,6 @@ def test_commands_say_how_far_to_believe_them(trained: tuple[Path, fruitdask.Cla
     printed = CliRunner().invoke(cli, ["train", str(tmp_path / "out"), "--max-rows", "60"])
     assert printed.exit_code == 0, printed.output
     assert "tomato_1" in printed.output and "% right (95 % interval" in printed.output
-    assert "5 folds of 60 images" in printed.output and "these figures are flattered" in printed.output
+    assert "5 folds of 60 images" in printed.output and "these figures are too high" in printed.output
     refused = CliRunner().invoke(cli, ["train", str(tmp_path / "none")])
     assert refused.exit_code == 2 and "expected the results of a run, found none" in refused.output

@@ -961,8 +961,8 @@ def test_load_config_explains_a_mistake_in_an_override(tmp_path: Path, override:
 def test_load_config_refuses_duplicate_keys(tmp_path: Path) -> None:
     text = "input:\n  url: x\n  url: y\noutput: {url: z}\ninput: {url: w, classes: [a]}\n"
     assert explain(tmp_path, text) == [
-        "run.yaml, line 3: the key input.url is given again, first in line 2; keep one of them",
-        "run.yaml, line 5: the key input is given again, first in line 1; keep one of them",
+        "run.yaml, line 3: the key input.url is a duplicate of that in line 2; keep one of them",
+        "run.yaml, line 5: the key input is a duplicate of that in line 1; keep one of them",
     ]
 
 

@@ -239,11 +239,11 @@ def test_a_run_finds_what_was_planted(checked: Path) -> None:
 def test_the_command_lists_issues_and_the_page_begins_with_them(checked: Path) -> None:
     listed = CliRunner().invoke(cli, ["check", str(checked), "--kind", "label", "--kind", "copy"])
     assert listed.exit_code == 0, listed.output
-    assert "cucumber_3/wrong.jpg  rather tomato_1  like tomato_1/" in listed.output and "dark" not in listed.output
+    assert "cucumber_3/wrong.jpg  probably tomato_1  like tomato_1/" in listed.output and "dark" not in listed.output
     first = CliRunner().invoke(cli, ["check", str(checked), "-n", "1"]).output.splitlines()
     assert len(first) == 2 and first[1].startswith("... and ")
     wrong = CliRunner().invoke(cli, ["check", str(checked), "--kind", "ugly"])
-    assert wrong.exit_code == 2 and "'ugly' is none of label, copy, near_duplicate" in wrong.output
+    assert wrong.exit_code == 2 and "'ugly' is not one of label, copy, near_duplicate" in wrong.output
     page = (checked / "report.html").read_text()
     assert page.index("Photographs to check") < page.index('id="data-heading"')
     assert 'download="issues.csv"' in page and "cucumber_3/wrong.jpg" in page

@@ -355,7 +355,7 @@ def test_render_page_says_what_was_run_on_what(outline: Outline) -> None:
         "Finished 23 November 2026, 07:01 UTC",
         "99 % of the variance more than were computed",
         "1 group spans more than one class",
-        "unreadable 2 The file is no image that can be decoded",
+        "unreadable 2 The file is not an image that can be decoded",
         "Turn images into features 20 s 3",
         "Photographs from eu-central-1 (Frankfurt, Germany)",
         "total usd 0.12",

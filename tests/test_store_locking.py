@@ -115,7 +115,7 @@ def test_damaged_lock_is_respected_and_told_how_to_break(output: Location) -> No
 def test_run_whose_lock_was_taken_ends_and_leaves_the_other_lock(output: Location) -> None:
     with locked(output) as lock:
         write_lock(output)
-        lock.show_life()
+        lock.renew()
         with pytest.raises(OutputError, match="another run has taken over this output folder"):
             lock.check()
     assert read_lock(output)["id"] == "theirs"
@@ -126,7 +126,7 @@ def test_sign_of_life_renews_the_lock(output: Location) -> None:
     lock.take()
     first = read_lock(output)
     output.fs.pipe_file(output.child(LOCK).path, json.dumps(first | {"seen": "2020-01-01T00:00:00+00:00"}).encode())
-    lock.show_life()
+    lock.renew()
     assert read_lock(output)["seen"] >= first["seen"]
 
 

@@ -1,4 +1,4 @@
-"""Classifier: a linear probe on features, how far it can be believed, and when it should not answer."""
+"""Classifier: a linear probe on features, its evaluation, and when it should answer unknown."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from fruitdask.errors import TrainingError
 
 Floats = npt.NDArray[np.float32]
 
-#: Inverse strength of regularization of standardized features, times their number: the more there are, the easier it is
-#: to learn a small training set by heart.
+#: Inverse strength of regularization of standardized features, times their number: more features overfit a small
+#: training set more easily.
 _C_TIMES_FEATURES = 10.0
 _MAX_ITERATIONS = 1_000
 #: Neighbours that vote in the second classifier.
@@ -98,7 +98,7 @@ def train(
     """
     Train a linear probe, and evaluate it and the vote of nearest neighbours by cross-validation.
 
-    With groups no group is in both the training and the test part of a fold; without, no image and its copy. Returns
+    No group is in both the training and the test part of a fold; without groups, no image and its copy. Returns
     the probe, fitted to all images, and JSON: ``classes``; ``n_images``, ``n_groups`` (None without groups),
     ``n_folds``; for ``linear_probe`` and ``nearest_neighbors`` the ``accuracy`` and its 95 % ``interval``, ``by_class``
     the recall with its interval, the precision and the number of images, and ``confusion``, counts with true classes in
@@ -203,7 +203,7 @@ UNKNOWN_LABEL = "unknown"
 
 
 def _ask_probe(known: Floats, codes: npt.NDArray[np.int64], features: Floats) -> npt.NDArray[np.int64]:
-    """Let a probe of the known images guess; few groups may leave it a single class, which is then its guess."""
+    """Predict with a probe of the known images; if these are of a single class, predict that."""
     if not codes.any():
         return np.zeros(len(features), np.int64)
     return np.asarray(fit_probe(known, codes).predict_proba(features).argmax(axis=1))
@@ -212,7 +212,7 @@ def _ask_probe(known: Floats, codes: npt.NDArray[np.int64], features: Floats) ->
 def _ask_neighbors(
     known: Floats, codes: npt.NDArray[np.int64], features: Floats
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Let the nearest known images vote; returns the class codes, and the distances of the nearest."""
+    """Let the nearest known images vote; returns class codes, and distances to the nearest image."""
     from sklearn.neighbors import KNeighborsClassifier
 
     known, features = scale_to_one(known), scale_to_one(features)
@@ -229,7 +229,7 @@ def _number_copies(features: Floats) -> npt.NDArray[np.int64] | None:
 def _check(
     classes: npt.NDArray[Any], codes: npt.NDArray[np.int64], groups: npt.NDArray[np.int64] | None, *, are_copies: bool
 ) -> None:
-    """Refuse what no classifier can be trained on, or none evaluated."""
+    """Refuse images on which no classifier can be trained or evaluated."""
     if len(classes) < 2:
         found = f"only {str(classes[0])!r}" if len(classes) else "no image with features"
         raise TrainingError(f"expected images of at least 2 classes, found {found}; check input.label_from")
@@ -250,5 +250,5 @@ def _check(
     if counts.min() < 2:
         raise TrainingError(
             f"expected images of at least 2 groups of each class, found 1 group of {str(classes[counts.argmin()])!r}; "
-            "what is learned of one object cannot be tested on it: add other objects, or change input.group_from"
+            "a classifier cannot be tested on the object it was trained on: add objects, or change input.group_from"
         )

@@ -26,14 +26,14 @@ _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:/*")
 class AlignedScores:
     """How the scores of components agree; each array has one entry per component."""
 
-    #: 1 or -1: by which sign theirs are turned.
+    #: 1 or -1: the factor that gives theirs our sign.
     signs: npt.NDArray[np.float64]
     #: Mean of their scores minus the mean of ours with that sign.
     offsets: npt.NDArray[np.float64]
     correlations: npt.NDArray[np.float64]
-    #: Norm of the differences that are left, relative to that of their scores around their mean.
+    #: Norm of the remaining differences, relative to that of their scores around their mean.
     errors: npt.NDArray[np.float64]
-    #: For each image, the norm of what is left, relative to the standard deviation of all of ours (n,).
+    #: Norm of each image's remaining difference, relative to the standard deviation of all of ours (n,).
     image_errors: npt.NDArray[np.float64]
 
 
@@ -82,7 +82,7 @@ def compare_vectors(
 
 
 def align_scores(ours: npt.NDArray[np.floating], theirs: npt.NDArray[np.floating]) -> AlignedScores:
-    """Align scores (n, k) of the same images with ours by sign and offset, and measure what is left."""
+    """Align scores (n, k) of the same images with ours by sign and offset, and measure the remaining differences."""
     x, y = ours.astype(np.float64), theirs.astype(np.float64)
     means = x.mean(axis=0), y.mean(axis=0)
     x, y = x - means[0], y - means[1]
@@ -98,7 +98,7 @@ def align_scores(ours: npt.NDArray[np.floating], theirs: npt.NDArray[np.floating
 
 
 def judge_features(table: pd.DataFrame) -> tuple[bool, str]:
-    """Say in one sentence whether features agree, and why probably not; the table has a row per image."""
+    """Say in one sentence whether features agree, with likely causes if not; the table has a row per image."""
     compared = table[table["status"] == "compared"]
     if compared.empty:
         return False, "Nothing could be compared: no matched image has features on both sides."
@@ -164,7 +164,7 @@ def _match_endings(
     *,
     is_strict: bool,
 ) -> None:
-    """Match what is not matched yet, the longest common endings first; writes into `rows`.
+    """Match the remaining paths, the longest common endings first; writes into `rows`.
 
     `n_needed` are the parts of our paths that must be common where the other path is longer.
     """
@@ -173,7 +173,7 @@ def _match_endings(
     for n_parts in range(
         max((lengths[place] for place in pending), default=0), 0 if is_strict else _LEAST_PARTS - 1, -1
     ):
-        # Rows by ending: of our paths that the ending holds whole, and of all, for those of theirs that it holds whole.
+        # Rows by ending: of our paths that are not longer than the ending; and of all, if theirs are not longer.
         contained = _index_endings(ours, [row for row in free if n_parts >= n_needed[row]], n_parts)
         is_short = not is_strict or any(lengths[place] == n_parts for place in pending)
         everything = _index_endings(ours, range(len(ours)), n_parts) if is_short else {}

@@ -22,7 +22,7 @@ def group_duplicates(keys: npt.NDArray[np.uint64], is_known: npt.NDArray[np.bool
     array([ 0, -1, -1,  0, -1], dtype=int32)
     """
     rows = np.flatnonzero(is_known)
-    # Of millions, few have the same first number, and sorting the others again would take most of the memory.
+    # Of millions of rows, few share their first number; sorting all of them would take most of the memory.
     first = np.sort(keys[rows, 0])
     rows = rows[_is_among(keys[rows, 0], first[1:][first[1:] == first[:-1]])]
     # Stable, so the rows of a group stay in their order.

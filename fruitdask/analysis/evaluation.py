@@ -1,4 +1,4 @@
-"""Evaluation: how well features separate classes, and on what that was measured."""
+"""Evaluation: how well features separate classes, also between groups of images of one object."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,14 +58,14 @@ def summarize_quality(
 
         ``neighbors``: ``k``, the number of neighbours, fewer than ``n_neighbors`` if there are fewer other images;
         ``agreement``, the mean fraction (0 to 1) of an image's neighbours that share its class, also ``by_class``; a
-        copy, which has the same features, is no neighbour, as it would vouch for itself;
+        copy, which has the same features, is no neighbour, because it would always agree;
         ``confusion``, for each of its ``labels`` a row of ``share``, the fractions of its images' neighbours in each
         class, which add up to 1; of more than 300 classes those that are confused most. With fewer than two images the
         agreements are None and the confusion is empty.
 
         ``grouped``, with ``groups``: the same two, compared only with images of other groups, ``n_groups``, and
-        ``classes_of_one_group``, whose images no other group can vouch for: they have no figures of their own (None)
-        and are left out of the means.
+        ``classes_of_one_group``: as there is no other group to compare them with, they have no figures (None) and are
+        left out of the means.
 
     Raises
     ------
@@ -223,7 +223,7 @@ def _measure(
 
 
 def _count_excluded(groups: npt.NDArray[np.int64], contents: npt.NDArray[np.int64]) -> int:
-    """Count the most images that any image must not have as neighbours: those of its group, and its copies."""
+    """Count the images that must not be neighbours of an image, at most: those of its group, and its copies."""
     both = np.unique(np.stack([groups, contents]), axis=1, return_inverse=True)[1]
     in_group, copies, in_both = (np.bincount(each)[each] for each in (groups, contents, both.ravel()))
     return int((in_group + copies - in_both).max(initial=0))

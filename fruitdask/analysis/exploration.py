@@ -27,9 +27,9 @@ _MIN_PAIRS = 10
 _MAX_PAIRED = 200
 _SUMMED = tuple(f"has_{kind}" for kind in KINDS)
 _MEANS = ("mean_red", "mean_green", "mean_blue")
-#: Bytes of sums to which those of any 512 images in a row are limited ...
+#: Most bytes of the sums over any 512 images in a row: the size at which images are compared is halved ...
 _MAX_SUMS_BYTES, _IMAGES_TOGETHER = 64_000_000, 512
-#: ... by comparing images at half the size, again and again, but not below this side.
+#: ... until they fit, but not below this side.
 _MIN_COMPARED_PX = 16
 #: A task adds up at most so many sums of one class in one partition, unless it has a single class, ...
 _SUMS_PER_BLOCK = 1_024
@@ -38,8 +38,8 @@ _TOTAL_BYTES = 64_000_000
 
 
 def choose_compared_px(codes: npt.NDArray[np.integer[Any]], input_px: int) -> int:
-    """Choose the side at which images are compared: that of the network, unless their classes, given by their codes in
-    the order of the catalog, alternate so much that the sums over them would fill the memory.
+    """Choose the side at which images are compared: the network's, or less if the sums would fill the memory, because
+    many classes alternate; `codes` are the classes of the images in the order of the catalog.
     """
     starts = range(0, len(codes), _IMAGES_TOGETHER)
     n_classes = max(len(np.unique(codes[start : start + _IMAGES_TOGETHER])) for start in starts)
@@ -176,7 +176,7 @@ def describe_classes(
 ) -> pd.DataFrame:
     """Describe the classes, and scale the distances of their images in place to the unit of `scale`.
 
-    Instead of their paths, it has the rows of the most and least typical images, -1 where no image is readable.
+    The most and least typical images are given by their rows, not by their paths; -1 where no image is readable.
     """
     order = np.argsort(numbers.codes, kind="stable")
     ends = np.cumsum(np.bincount(numbers.codes, minlength=len(labels)))

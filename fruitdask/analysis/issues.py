@@ -13,7 +13,7 @@ from fruitdask.analysis.neighbors import number_contents
 
 Floats = npt.NDArray[np.float32]
 
-#: Kinds of issues, the gravest first, and what they mean.
+#: Kinds of issues, the most serious first, and what they mean.
 KINDS: Mapping[str, str] = {
     "label": "probably the wrong class: its nearest neighbours have another one",
     "copy": "the same file as another image",
@@ -33,23 +33,22 @@ _SIMILARITIES_AT_ONCE = 1 << 22
 
 _SIDES = ("width_px", "height_px")
 _MEANS = ["mean_red", "mean_green", "mean_blue"]
-#: A label is doubted if another class has so much more of the votes than its own, and ...
+#: A label is doubted if the share of votes for another class exceeds that for its own by this much, and ...
 _MIN_MARGIN = 0.5
-#: ... so many more votes, as one or two are chance: of classes of two images that overlap, most were doubted wrongly.
+#: ... by this many votes. With one or two, most doubts about overlapping classes of two images were wrong.
 _MIN_VOTES = 3
-#: A value is doubted if it is so many standard deviations from the median of its class (Iglewicz and Hoaglin 1993:
-#: 3.5).
+#: A value is odd if it is this many standard deviations from the median of its class (Iglewicz and Hoaglin 1993: 3.5).
 _MIN_DEVIATION = 6.0
 #: Median absolute deviation of a normal distribution, in standard deviations.
 _MAD = 0.6745
 #: Fewer images have no meaningful median deviation: that of all classes takes its place.
 _MIN_IMAGES = 10
-#: Smallest standard deviation assumed for each value, as no class is more alike than images usually are: levels of
+#: Smallest standard deviation assumed for each value, because very uniform classes would make any image odd: levels of
 #: brightness (0 to 255), natural logarithms of sharpness, pixels, aspect ratio and distance.
 _FLOORS = {"brightness": 6.0, "sharpness": 0.25, "pixels": 0.1, "aspect": 0.02, "distance": 0.1}
 #: Images whose brightness (0 to 255) deviates no more than this from black and white levels of grey are one colour.
 _UNIFORM_LEVELS = 3.0
-#: Near duplicates agree in the means of red, green and blue within so many levels of 255, and ...
+#: Near duplicates agree in the means of red, green and blue within this many levels of 255, and ...
 _COLOUR_LEVELS = 8.0
 #: ... in their features within this cosine distance.
 _NEAR_DISTANCE = 0.05
@@ -132,11 +131,11 @@ def collect_votes(
     """
     Let the nearest reference images vote on the classes of images, none on itself or its copies.
 
-    Many images that are the same picture, such as "not available", are no evidence: which of them come first is chance.
+    Many copies of one picture, such as "not available", are no evidence: which of them come first is chance.
 
-    Images of the same object find a single wrong label best, so they vote too; the share of the votes of other groups
-    says how far others would agree. Of a class with fewer images than neighbours, only as many neighbours vote as it
-    has other images, as more could not be of that class.
+    Images of the same object find a single wrong label best, so they vote too; `group_shares` says how far the
+    neighbours of other groups agree. For an image of a class with fewer images than neighbours, only as many neighbours
+    vote as the class has other images, because more could not be of that class.
     """
     size = max(1, _SIMILARITIES_AT_ONCE // len(reference.rows))
     pieces = [slice(start, start + size) for start in range(0, max(1, len(rows)), size)]
@@ -313,13 +312,13 @@ def find_near_pairs(images: pd.DataFrame, parts: npt.NDArray[np.int64], *, max_b
 
 
 def measure_pairs(first: Floats, second: Floats) -> npt.NDArray[np.float64]:
-    """Score near duplicates by the cosine distance of their features, 0 to 1; NaN for pairs that are none."""
+    """Score pairs of near duplicates by the cosine distance of their features, 0 to 1; NaN for other pairs."""
     distances = 1 - np.einsum("ij,ij->i", normalize(first), normalize(second)).astype(np.float64)
     return np.where(distances <= _NEAR_DISTANCE, 1 - distances / (2 * _NEAR_DISTANCE), np.nan)
 
 
 def rank_issues(issues: pd.DataFrame) -> pd.DataFrame:
-    """Sort issues, the gravest first: by kind, then by score."""
+    """Sort issues, the most serious first: by kind, then by score."""
     order = {kind: place for place, kind in enumerate(KINDS)}
     keyed = issues.assign(_order=issues["kind"].map(order))
     ranked = keyed.sort_values(["_order", "score", "path"], ascending=[True, False, True], kind="stable")

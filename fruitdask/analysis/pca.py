@@ -239,7 +239,7 @@ class PCA(decomposition.PCA):  # type: ignore[misc]
         return (_decompose_covariance if self.svd_solver == "covariance_eigh" else _decompose_blocks)(shifted)
 
     def _set(self, arrays: Mapping[str, npt.NDArray[np.float64]]) -> "PCA":
-        """Take the arrays of a fit, and derive the rest from them."""
+        """Take the arrays of a fit, and derive the other attributes from them."""
         for name, values in arrays.items():
             setattr(self, f"{name}_", values)
         self.n_components_, self.n_features_in_ = self.components_.shape
@@ -271,7 +271,7 @@ def truncate_pca(pca: PCA, n_components: int | float) -> PCA:
 
 
 def compare_components(stored: PCA, found: PCA, *, tolerance: float = 1e-6) -> Iterator[str]:
-    """Describe how stored principal components differ from those found again from the features.
+    """Describe how stored principal components differ from those fitted again to the features.
 
     Components with equal variances may be rotated among themselves, so they are not compared one by one: with the
     covariance C that ``found`` decomposes, a stored component v of variance s must satisfy C v = s v.
@@ -309,7 +309,7 @@ def _open_rows(values: Any) -> Any:
 
 
 def _compute_like(values: Any, project: Any) -> Any:
-    """Project lazily what is lazy; the rest at once and here, whatever cluster is connected."""
+    """Project a Dask array lazily; anything else at once in this process, even if a cluster is connected."""
     if isinstance(values, da.Array):
         return project(values)
     # With scikit-learn's `set_output` it is no Dask array any more.

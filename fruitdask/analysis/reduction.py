@@ -1,4 +1,4 @@
-"""Reduction: what principal components need to know before dask-ml is imported, and t-SNE."""
+"""Reduction: checks of principal components that do not import dask-ml, and t-SNE."""
 
 from typing import Any, get_args
 
@@ -25,7 +25,7 @@ COMPONENT_ARRAYS = {
 
 
 def check_n_components(n_components: int | float | None, *, n_images: int, n_features: int | None = None) -> None:
-    """Refuse what is no number of components, and more components than images or features."""
+    """Refuse an invalid number of components, and more components than images or features."""
     is_fraction = isinstance(n_components, float)
     if n_components is not None and not (0 < n_components < 1 if is_fraction else n_components >= 1):
         raise ReduceError(

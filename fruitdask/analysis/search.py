@@ -29,7 +29,7 @@ def find_nearest(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Find the k rows of features (n, d) that are nearest to each of some queries (q, d), nearest first.
 
-    Exact: float32 products choose candidates, with the bound of their rounding errors to spare, and float64 decides.
+    Exact: float32 products choose candidates, with a margin for their rounding errors, and float64 decides.
     Rows with NaN are never found. `own` are the rows of the queries themselves, which they do not find; -1 for others.
     Rows at the same distance are in the order of their numbers, so that the result does not depend on the blocks.
     Dask's current scheduler works on the blocks; a thread holds one of them.
@@ -72,7 +72,7 @@ def _search_block(
         lowest, highest = _bound_distances(block, norms, queries[some], metric)
         is_own = np.flatnonzero((own[some] >= start) & (own[some] < start + len(block)))
         for bound in (lowest, highest):
-            # Comparisons with NaN are false: such a row is no candidate.
+            # Comparisons with NaN are false, so such a row is not a candidate.
             bound[:, ~np.isfinite(norms)] = np.nan
             bound[is_own, own[some][is_own] - start] = np.nan
         limits = np.partition(highest, min(k, len(block)) - 1, axis=1)[:, min(k, len(block)) - 1]

@@ -20,7 +20,7 @@ _SHOWN = 20
 def check(output: str, kinds: tuple[str, ...], n_shown: int, verbose: bool) -> None:
     """List the photographs that a person should look at.
 
-    The gravest issues come first: labels that are probably wrong, copies, near duplicates in several classes or splits,
+    The most serious come first: labels that are probably wrong, copies, near duplicates in several classes or splits,
     outliers, and photographs that are blurry, dark, bright, of one colour or of an unusual size or shape.
 
     OUTPUT is the folder or URL of a finished run, or its configuration file. The whole list is in issues.csv there.
@@ -32,7 +32,7 @@ def check(output: str, kinds: tuple[str, ...], n_shown: int, verbose: bool) -> N
 
         unknown = [kind for kind in kinds if kind not in KINDS]
         if unknown:
-            raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(KINDS)}", param_hint="--kind")
+            raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(KINDS)}", param_hint="--kind")
         issues = check_output(url, storage_options=options)
         chosen = issues[issues["kind"].isin(kinds or KINDS)]
         _print(chosen, n_shown or len(chosen))
@@ -42,7 +42,7 @@ def _print(issues: "pd.DataFrame", n_shown: int) -> None:
     """Print issues, one line each."""
     for issue in issues.head(n_shown).to_dict("records"):
         other = f"  like {issue['other']}" if issue["other"] else ""
-        suggestion = f"  rather {issue['suggestion']}" if issue["suggestion"] else ""
+        suggestion = f"  probably {issue['suggestion']}" if issue["suggestion"] else ""
         kind = issue["kind"].replace("_", " ")
         click.echo(show(f"{kind:<14} {issue['score']:.2f}  {issue['path']}{suggestion}{other}"))
     if issues.empty:

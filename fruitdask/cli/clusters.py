@@ -33,7 +33,7 @@ _OPTIONS = (
 
 @dataclass(frozen=True)
 class _Place:
-    """Where machines are searched: what it is called, how they are listed and ended there, and what is done last."""
+    """A place to search for machines: its name, how to list and terminate machines there, and how to clean up."""
 
     name: str
     noun: str
@@ -59,7 +59,7 @@ def clusters() -> None:
 def list_(**search: Any) -> None:
     """List runs that have machines, with age and cost.
 
-    Instances that have ended are not counted. Prices are those of fruitdask's table, which has none of Azure; spot
+    Instances that have ended are not counted. Prices come from fruitdask's table, which has none for Azure; spot
     instances cost less.
     """
     with reported(), _open_place(**search) as place:

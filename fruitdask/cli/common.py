@@ -126,7 +126,7 @@ def _end(signum: int, frame: object) -> NoReturn:
 
 
 def override_model(model: str | None, weights: str | None) -> tuple[str, ...]:
-    """Return the overrides that the options of the network are short for."""
+    """Turn the options --model and --weights into overrides."""
     given = {"model.name": model, "model.weights": weights}
     return tuple(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None)
 
@@ -192,9 +192,7 @@ def prepare_cluster(config: "Config") -> None:
 
 
 def load_results(place: str, overrides: tuple[str, ...], *, sections: tuple[str, ...] | None = None) -> "Config":
-    """Load the configuration of a command on results: a file, or that in a folder or URL of results, of which only some
-    sections may be enough.
-    """
+    """Load a configuration from its file, or from a folder or URL of results; `sections` limits what is read there."""
     from fruitdask.core.config import load_config
     from fruitdask.core.storage import Location
     from fruitdask.pipeline.config import read_config
@@ -216,7 +214,7 @@ def find_output(output: str) -> tuple[str, dict[str, Any]]:
 
 
 def print_rows(rows: dict[str, str], *above: Any) -> None:
-    """Print what belongs above, then names and values; skip empty values."""
+    """Print `above`, then names and values; skip empty values."""
     from rich.console import Console
     from rich.markup import escape
 

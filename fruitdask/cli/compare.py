@@ -39,7 +39,7 @@ def compare(
     that is unique, whatever the prefix (s3a://, dbfs:/ ...).
 
     The exit code is 0 if all images that could be compared agree, and 1 if some do not or none could be compared.
-    Images that are only on one side, or have no features there, are counted and do not change it.
+    Images that are on one side only, or have no features there, are counted and do not change the exit code.
     """
     with reported(verbose=verbose):
         if out is not None and not out.lower().endswith((".csv", ".parquet")):
@@ -66,7 +66,7 @@ def compare(
 
 
 def _choose_options(options: dict[str, Any], url: str, other: str) -> dict[str, Any]:
-    """Choose the storage options of the results for another URL where that is on the same kind of storage."""
+    """Use the storage options of the results for another URL, if both are on the same kind of storage."""
     protocols = {each.split("://")[0].replace("s3a", "s3") if "://" in each else "file" for each in (url, other)}
     return options if len(protocols) == 1 else {}
 
@@ -82,7 +82,7 @@ def _print(found: "Comparison", out: str | None) -> None:
         "only in the run": f"{counts.get('only_run', 0):,}",
         "only in Spark": f"{counts.get('only_spark', 0):,}",
         "ambiguous": f"{len(ambiguous):,}: {examples}" if len(ambiguous) else "",
-        "same path again": f"{counts['duplicate']:,} rows of Spark, of which the first counts"
+        "repeated paths": f"{counts['duplicate']:,} rows of Spark; only the first of each path is compared"
         * (counts["duplicate"] > 0),
         "failed in the run": f"{counts['failed']:,}" if "failed" in counts else "",
         "empty in Spark": f"{counts['empty']:,} (null, zeros, NaN or another width)" if "empty" in counts else "",

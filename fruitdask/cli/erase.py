@@ -31,9 +31,9 @@ def erase(
 ) -> None:
     """Erase images from results.
 
-    Their rows, names, features and thumbnails go, and the results of the run are computed without them.
+    Deletes their rows, names, features and thumbnails, and computes the results of the run again without them.
 
-    The image files are not deleted: delete them, or leave them out by
+    The image files are not deleted: delete them, or exclude them with
     input.exclude or input.exclude_from.
     """
     from fruitdask.core.progress import choose_progress

@@ -20,7 +20,7 @@ _TEMPLATE = """\
 input:
   # A folder with one folder per class, or an archive or a URL of one.
   url: %(url)s%(sample)s
-  # The part of a path that names the object a photograph shows: photographs of one object do not vouch for each other.
+  # The part of a path that names the object a photograph shows, to compare photographs of different objects only.
   # group_from: '(.*/r\\d+)_'
 output:
   url: %(results)s

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from fruitdask.store.exploration import Exploration
 
 _SHOWN_CLASSES = 24
-#: Images from which on the cost of a run is told per million.
+#: Fewest images for which the cost per million is shown.
 _FEWEST_PRICED = 10_000
-#: Seconds of featurizing, and the share of one stage, from which on there is advice how to go faster.
+#: Advice on speed needs this many seconds of featurizing, and this share of them in one stage.
 _LONG_SECONDS, _LIMITING_SHARE = 60.0, 0.4
 #: What metadata hold, by its name in the counts.
 _METADATA = {"exif": "camera data", "gps": "positions", "serial": "serial numbers", "name": "names"}
@@ -115,7 +115,7 @@ def _describe_size(summary: dict[str, Any]) -> str:
     """Say why images were compared at a smaller size, if they were."""
     if "compared_px" not in summary:
         return ""
-    return f"at {summary['compared_px']} px instead of {summary['input_px']}, as very many classes alternate"
+    return f"at {summary['compared_px']} px instead of {summary['input_px']}, to save memory: many classes alternate"
 
 
 def _format_groups(groups: dict[str, int]) -> str:
@@ -152,7 +152,7 @@ def _format_model(model: dict[str, Any]) -> str:
 
 
 def _compute_shares(manifest: dict[str, Any]) -> dict[str, float]:
-    """Compute the shares of the workers' time by what they spent it on, the largest first."""
+    """Compute the share of the workers' time that each stage took, the largest first."""
     seconds = manifest["seconds"]
     spent = dict(seconds.get("worker", {}))
     # Partitions overlap a little, so the sum of the stages may exceed the elapsed time.
@@ -164,7 +164,7 @@ def _compute_shares(manifest: dict[str, Any]) -> dict[str, float]:
 
 
 def _advise(shares: dict[str, float], manifest: dict[str, Any]) -> str:
-    """Say what limited a long run, and what would change it; empty if nothing did for most of the time."""
+    """Say which stage limited a long run, and how to speed it up; empty if no stage dominated."""
     limit, share = next(iter(shares.items()), ("", 0.0))
     if share < _LIMITING_SHARE or manifest["seconds"]["featurize"] < _LONG_SECONDS:
         return ""
@@ -216,7 +216,7 @@ def _format_issues(record: dict[str, Any] | None) -> str:
 
 
 def _format_quality(quality: dict[str, Any] | None) -> str:
-    """Describe how many of the nearest neighbours have the class of an image, and what that was measured on."""
+    """Describe how many of the nearest neighbours share the class of an image, and among which images."""
     grouped = (quality or {}).get("grouped")
     neighbors = (grouped or quality or {}).get("neighbors", {})
     if quality is None or neighbors["agreement"] is None:
@@ -226,6 +226,6 @@ def _format_quality(quality: dict[str, Any] | None) -> str:
         return f"{text} in other groups ({quality['neighbors']['agreement']:.1%} with those of its own group)"
     if series := quality.get("series"):
         text += (
-            "; flattered, for consecutive images look alike: set input.group_from, " f"such as '{series['pattern']}'"
+            f"; too high, because consecutive images look alike: set input.group_from, such as '{series['pattern']}'"
         )
     return text

@@ -19,7 +19,7 @@ _SHOWN_CLASSES = 40
 @click.option("--max-rows", type=click.IntRange(min=4), help="Images to train on at most; 20,000 by default.")
 @verbose_option
 def train(output: str, max_rows: int | None, verbose: bool) -> None:
-    """Train a classifier, and say how far to believe it.
+    """Train a classifier, and say how far to trust it.
 
     It learns from the features and labels of the finished run in OUTPUT.
 
@@ -79,7 +79,7 @@ def _print_evaluation(classifier: "Classifier") -> None:
         "note": (
             ""
             if grouped
-            else "if several images show the same object, these figures are flattered: set input.group_from"
+            else "if several images show the same object, these figures are too high: set input.group_from"
         ),
         "results": classifier.result.output.url,
     }

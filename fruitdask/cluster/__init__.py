@@ -1,4 +1,4 @@
-"""Dask clusters: start or find one, hand over its client, and close both."""
+"""Dask clusters: start one or connect to one, provide its client, and close both."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -37,17 +37,16 @@ def open_client(config: ClusterConfig) -> AbstractContextManager[Any]:
     Returns
     -------
     contextlib.AbstractContextManager[distributed.Client]
-        A context manager that gives the client of a cluster with at least one worker.
+        A context manager that yields the client of a cluster with at least one worker.
 
     Raises
     ------
     ClusterStartError
-        On entering it, if the cluster does not start or cannot be reached in time; on leaving it, if it cannot be
-        ended.
+        On entry, if the cluster does not start or cannot be reached in time; on exit, if it cannot be stopped.
     ConfigError
-        On entering it, if options cannot be passed on to instances, or do not fit the class of the cluster.
+        On entry, if options cannot be passed on to instances, or do not fit the class of the cluster.
     ScriptError
-        On entering it, if it is opened by a script without the guard ``if __name__ == "__main__":``.
+        On entry, if a script without the guard ``if __name__ == "__main__":`` opens it.
     """
     leave_imported_script()
     return _OPENERS[config.kind](config)
@@ -61,7 +60,7 @@ def list_usage(client: Any) -> list[Usage]:
 
 
 def describe_workers(client: Any) -> dict[str, float]:
-    """Return the number of workers, as a figure of progress; nothing while the scheduler does not answer."""
+    """Return the number of workers for the progress; nothing while the scheduler does not answer."""
     with suppress(OSError):
         return {"n_workers": len(client.nthreads())}
     return {}

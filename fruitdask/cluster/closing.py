@@ -1,4 +1,4 @@
-"""The end of a cluster, which no second Ctrl-C interrupts."""
+"""Closes a cluster without being interrupted by a second Ctrl-C."""
 
 import logging
 import threading
@@ -28,6 +28,6 @@ def close_uninterrupted(stack: ExitStack) -> None:
         except (KeyboardInterrupt, SystemExit) as error:
             logger.warning("the cluster is being closed; please wait")
             interruptions.append(error)
-    # Failures come first: what cannot be ended costs money.
+    # Failures come first: machines that could not be terminated cost money.
     if failures or interruptions:
         raise (failures + interruptions)[0]

@@ -19,7 +19,7 @@ from fruitdask.errors import ClusterStartError, ConfigError
 
 #: A worker ends after a minute without work: a job or a container takes minutes to start.
 _ADAPT = {"interval": "5s", "wait_count": 12}
-#: How long to wait at the end for a cluster that is still starting, before its user has to look after it.
+#: How long to wait at the end for a cluster that is still starting, before it is left to the user.
 _END_SECONDS = 60
 
 
@@ -36,7 +36,7 @@ def open_custom(config: CustomClusterConfig) -> Iterator[Any]:
 
 
 def load_class(path: str) -> Callable[..., Any]:
-    """Import a class of clusters, or a function that builds one and says so, such as ``distributed.SSHCluster``."""
+    """Import a class of clusters, or a function annotated to return one, such as ``distributed.SSHCluster``."""
     from distributed.deploy.cluster import Cluster
 
     module, _, name = path.rpartition(".")
@@ -62,7 +62,7 @@ def load_class(path: str) -> Callable[..., Any]:
 
 @contextmanager
 def _kept_interrupts() -> Iterator[None]:
-    """Keep what Ctrl-C does: when it is imported, dask-jobqueue makes it end the process with exit code 0."""
+    """Keep the handler of Ctrl-C: importing dask-jobqueue makes Ctrl-C end the process with exit code 0."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -84,7 +84,7 @@ def complete_options(build: Callable[..., Any], config: CustomClusterConfig) -> 
 
 
 def _start(config: CustomClusterConfig, build: Callable[..., Any], options: dict[str, Any], stack: ExitStack) -> Any:
-    """Build the cluster in a thread: interrupted, a constructor would leave behind what it has started so far."""
+    """Build the cluster in a thread: an interrupted constructor would leave running what it has started."""
     starting: Future[Any] = Future()
 
     def start() -> None:
@@ -130,7 +130,7 @@ def _connect(config: CustomClusterConfig, cluster: Any, stack: ExitStack) -> Any
 
 
 def _close(config: CustomClusterConfig, starting: "Future[Any]") -> None:
-    """Close a cluster, or say that it may still be there."""
+    """Close a cluster, or report that it may still run."""
     try:
         cluster = starting.result(timeout=_END_SECONDS)
     except Exception as error:
@@ -150,7 +150,7 @@ def _close(config: CustomClusterConfig, starting: "Future[Any]") -> None:
 
 
 def _find_class(build: Any) -> type | None:
-    """Return a class, or what a function says that it returns."""
+    """Return a class, or the annotated return type of a function."""
     try:
         kind = build if isinstance(build, type) else typing.get_type_hints(build).get("return")
     except (NameError, TypeError):
@@ -174,7 +174,7 @@ def _list_options(build: Callable[..., Any]) -> list[str]:
 
 
 def _say_failed(config: CustomClusterConfig, error: BaseException) -> ClusterStartError:
-    """Describe a cluster that did not start, for any reason: classes raise any error."""
+    """Make the error for a cluster that did not start: its class may raise anything."""
     return ClusterStartError(f"{config.name} did not start: {_explain(error)}; check cluster.options")
 
 
@@ -203,5 +203,5 @@ def _explain(error: BaseException) -> str:
 
 
 def _describe(found: Any) -> str:
-    """Describe what is no cluster."""
+    """Describe an object that is not a class of clusters."""
     return f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"

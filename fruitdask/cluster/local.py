@@ -22,12 +22,12 @@ _BYTES_PER_WORKER = 2 * 1024**3
 _IGNORE_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 #: Modules that the process imports from which workers are forked; the first is Dask's own.
 _PRELOADED = ["distributed.nanny", "fruitdask.worker.featurize", "fruitdask.worker.images.kernel"]
-#: Variables to set before a worker starts, whatever the environment has: Dask leaves its own values in the environment
-#: of a process that has started workers. The first three are Dask's defaults.
+#: Variables to set before a worker starts, overriding the environment: Dask leaves its own values in the environment of
+#: a process that has started workers. The first three are Dask's defaults.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | MALLOC_VARIABLES
 
-#: Prefixes of variables that workers have only while the client has them: the process that forks workers may be older
-#: than the last change of one, such as of AWS_PROFILE in a notebook.
+#: Prefixes of variables that workers take from the client as they are now: the process that forks workers may have
+#: started before one was changed, such as AWS_PROFILE in a notebook.
 _CLOUDS = ("AWS_", "AZURE_", "GOOGLE_")
 
 _START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
@@ -35,9 +35,9 @@ _START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 _SETTINGS = {
     "distributed.worker.multiprocessing-method": _START_METHOD,
     "distributed.nanny.pre-spawn-environ": _ENVIRONMENT,
-    # After this time, Dask removes a lost worker permanently if it is down, as one may be that a poison image kills.
+    # After this time, Dask gives up a lost worker that is down, as it may be while a poison image keeps killing it.
     "distributed.deploy.lost-worker-timeout": "10000 hours",
-    # Dask keeps so many messages for its developers, of which each holds a partition here; by default a thousand.
+    # Messages that Dask keeps for its developers, by default a thousand; here each holds a partition.
     "distributed.admin.low-level-log-length": 10,
     # Users may have set these for long-lived clusters; this one ends only with its run.
     "distributed.scheduler.idle-timeout": None,

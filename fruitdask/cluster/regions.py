@@ -13,7 +13,7 @@ from fruitdask.core.config import ClusterConfig, Config
 from fruitdask.core.storage import Location, explained, hide_secrets
 from fruitdask.errors import ResidencyError, StorageError
 
-#: Instead of a region: this machine, whose place its user knows, and unknown places.
+#: In place of a region: this machine, whose location its user knows, and unknown locations.
 LOCAL, UNKNOWN = "local", "unknown"
 
 #: Regions of AWS in the European Union and their places; PRIVACY.md names the sources. London and Zurich are outside.
@@ -26,7 +26,7 @@ AWS_EU_REGIONS: Mapping[str, str] = {
     "eu-west-3": "Paris, France",
     "eusc-de-east-1": "European Sovereign Cloud, Germany",
 }
-#: Those of AWS and of Azure, where Norway is outside.
+#: The same for AWS and Azure together; Azure's regions in Norway are outside.
 EU_REGIONS: Mapping[str, str] = {
     **AWS_EU_REGIONS,
     "austriaeast": "Vienna, Austria",
@@ -64,7 +64,7 @@ class _Finding:
 
 
 def find_regions(config: Config, *, scheduler: str | None = None) -> dict[str, str]:
-    """Find the regions of everything that a run reads, writes and computes on, as far as they are known."""
+    """Find the known regions of everything that a run reads, writes and computes on."""
     return {finding.place: finding.region for finding in _find_all(config, scheduler)}
 
 

@@ -15,14 +15,14 @@ from fruitdask.core.partition import ClassBlock, Partition
 from fruitdask.errors import FruitdaskError, PartitionError
 
 Result = TypeVar("Result")
-#: What is scheduled.
+#: The unit of scheduling.
 Piece: TypeAlias = Partition | ClassBlock
 
 #: Partitions in flight per thread of the cluster: one finishing, one running, one waiting at the worker.
 _PARTITIONS_PER_THREAD = 3
 _TASK_RETRIES = 2
-#: Losses of a partition with the last worker that holds the broadcast value, before it is suspected. If another worker
-#: remains, Dask counts: the task fails after ``distributed.scheduler.allowed-failures`` (3) deaths.
+#: How often a partition may be lost with the last worker that holds the broadcast value, before it is suspected. If
+#: another worker remains, Dask counts: the task fails after ``distributed.scheduler.allowed-failures`` (3) deaths.
 _MAX_LOSSES = 3
 #: Broadcasts in a row without a finished task in between.
 _MAX_USELESS_BROADCASTS = 60
@@ -61,7 +61,7 @@ def map_partitions(
             else:
                 on_result(result)
         for partition in deadly:
-            on_result(_run_deadly(tasks, function, partition, probe))
+            on_result(_run_without_poison(tasks, function, partition, probe))
     except (OSError, TimeoutError) as error:
         if isinstance(error, FruitdaskError):
             raise
@@ -75,7 +75,7 @@ def map_partitions(
 
 @dataclass(frozen=True)
 class _Death:
-    """In place of a result: how the workers of a task died."""
+    """How the workers of a task died, in place of its result."""
 
     message: str
 
@@ -151,7 +151,7 @@ class _Tasks:
             self._client.cancel(list(self._in_flight), force=True)
 
 
-def _run_deadly(
+def _run_without_poison(
     tasks: _Tasks, function: Callable[..., Result], partition: Piece, probe: Callable[..., object] | None
 ) -> Result:
     """Run a function on a partition that was running when workers died, excluding its poison images."""
@@ -163,7 +163,7 @@ def _run_deadly(
             others = everything.difference(places)
             return isinstance(tasks.run_alone(probe, replace(partition, excluded=others)), _Death)
 
-        found = frozenset(_find_deadly(sorted(everything - partition.excluded), kills))
+        found = frozenset(_find_poison(sorted(everything - partition.excluded), kills))
         result = tasks.run_alone(function, replace(partition, excluded=partition.excluded | found))
     if isinstance(result, _Death):
         raise PartitionError(
@@ -173,14 +173,14 @@ def _run_deadly(
     return result
 
 
-def _find_deadly(places: Sequence[int], kills: Callable[[Sequence[int]], bool]) -> list[int]:
+def _find_poison(places: Sequence[int], kills: Callable[[Sequence[int]], bool]) -> list[int]:
     """Find the images that kill workers alone, by bisection of images that kill workers together."""
     if len(places) == 1:
         return list(places) if kills(places) else []
     left, right = places[: len(places) // 2], places[len(places) // 2 :]
     if not kills(left):
-        return _find_deadly(right, kills)
-    return _find_deadly(left, kills) + (_find_deadly(right, kills) if kills(right) else [])
+        return _find_poison(right, kills)
+    return _find_poison(left, kills) + (_find_poison(right, kills) if kills(right) else [])
 
 
 def let_next_begin() -> None:
@@ -199,7 +199,7 @@ def let_next_begin() -> None:
 
 
 def _monitor_pauses(client: Any, tasks: _Tasks, ended: threading.Event) -> None:
-    """Abort the tasks if all workers stay paused for lack of memory: Dask would wait for ever."""
+    """Abort the tasks if all workers stay paused for lack of memory: Dask would wait forever."""
     n_paused, n_done = 0, 0
     while not ended.wait(_POLL_SECONDS):
         try:
@@ -240,7 +240,7 @@ class _Broadcast:
         self.future: Any = None
 
     def renew(self) -> None:
-        """Broadcast the value if it is not on the cluster: only once for all tasks that one loss has cancelled."""
+        """Broadcast the value if no worker has it: once for all tasks that one loss has cancelled."""
         if self.future is not None and self.future.status == "finished":
             return
         name = type(self._value).__name__
@@ -288,7 +288,7 @@ def _count_window(client: Any) -> int:
 
 
 def _call(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function on a worker, and drop the causes of its errors, of which some cannot be pickled."""
+    """Call a function on a worker, and drop the causes of its errors, as some cannot be pickled."""
     try:
         return function(*arguments)
     except FruitdaskError as error:

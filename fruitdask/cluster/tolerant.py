@@ -1,4 +1,4 @@
-"""Dask's clusters, without a fault of theirs."""
+"""Dask's clusters, with a workaround for a bug."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from distributed import LocalCluster
 
 
 class Tolerant:
-    """Ignores the removal of a worker that the cluster has not heard of, because it died while it registered.
+    """Ignores the removal of a worker that is unknown to the cluster, because it died while it registered.
 
     Dask raises a KeyError, stops listening for workers, and raises it again when the cluster is closed.
     """

@@ -10,14 +10,14 @@ from fruitdask.errors import ClusterStartError
 
 #: Packages that transfer tasks and data, or compute numbers: they need equal major and minor versions everywhere.
 _PACKAGES = ("dask", "distributed", "cloudpickle", "msgpack", "numpy", "pandas", "pillow", "zarr")
-#: The same for engines that both sides have: a run needs only one.
+#: The same for engines, if both sides have them: a run needs only one.
 _ENGINES = ("openvino", "tensorflow")
 
 
 def check_versions(client: Any, *, image: str | None = None) -> None:
     """Check the versions of scheduler and workers: of fruitdask exactly, of Python and packages major and minor."""
     differences = _find_differences(client.get_versions(packages=[*_PACKAGES, *_ENGINES]))
-    # Only after that: a function travels as bytecode, which needs the same version of Python.
+    # Only then: a function is sent as bytecode, which needs the same version of Python.
     differences = differences or _find_fruitdask(client)
     if not differences:
         return
@@ -48,7 +48,7 @@ def _find_differences(versions: dict[str, Any]) -> list[str]:
 def _find_fruitdask(client: Any) -> list[str]:
     """Describe where fruitdask has another version, or cannot be imported."""
 
-    # A nested function travels by value: for one of this module, the nodes would import fruitdask.
+    # A nested function is pickled by value: for a function of this module, the nodes would import fruitdask.
     def import_fruitdask() -> str:
         try:
             import fruitdask

@@ -1,1 +1,1 @@
-"""What every room needs: settings, storage, listings, words."""
+"""What every other package of fruitdask needs: settings, storage, listings, escaping."""

@@ -19,7 +19,7 @@ from azure.storage.blob.aio import BlobServiceClient, ExponentialRetry
 
 #: Seconds to connect, and between bytes, as for S3; the client's defaults are 20 and 60.
 _CONNECT_SECONDS, _READ_SECONDS = 5, 15
-#: Upper bound of the random pause before a retry, as for S3; the client's own pauses begin with 15 seconds.
+#: Upper bound of the random pause before a retry, as for S3; the client's own pauses start at 15 seconds.
 _MAX_BACKOFF_SECONDS = 20
 #: Files up to this size come in one request, as from S3.
 _MAX_SINGLE_GET_BYTES = 1 << 30
@@ -38,7 +38,7 @@ class Azure(AzureBlobFileSystem):  # type: ignore[misc]
     """The file system of adlfs, with retries by its client alone, and blobs of any name.
 
     The client of adlfs waits 15 seconds and longer before a retry, and reads of a response that breaks off are retried
-    by another layer, three times each. adlfs takes a question mark or a number sign in a name for the end of it.
+    by another layer, three times each. adlfs cuts a name off at a question mark or a number sign.
     """
 
     def __init__(self, *args: Any, attempts: int = 1, **kwargs: Any) -> None:
@@ -154,7 +154,7 @@ class Azure(AzureBlobFileSystem):  # type: ignore[misc]
         await _run_coros_in_chunks(copies, batch_size=_N_AT_ONCE)
 
     async def _cp_file(self, path1: str, path2: str, **_: Any) -> None:
-        """Copy a file by reading and writing it: Azure may go on copying after it has answered."""
+        """Copy a file by reading and writing it: Azure may still be copying after its response."""
         await self._pipe_file(path2, await self._cat_file(path1))
 
     async def _rm(self, path: str, recursive: bool = False, **_: Any) -> None:
@@ -177,13 +177,13 @@ class Azure(AzureBlobFileSystem):  # type: ignore[misc]
     rm, cp_file = sync_wrapper(_rm), sync_wrapper(_cp_file)
 
     def find_encryption(self, path: str) -> str | None:
-        """Find how a file is encrypted at rest: Azure Storage encrypts all blobs, and says so."""
+        """Find how a file is encrypted at rest: Azure Storage encrypts all blobs, and reports it."""
         container, name, _ = self.split_path(path)
         found = sync(self.loop, self.service_client.get_blob_client(container, name).get_blob_properties)
         return "AES256 by Azure Storage" if found.server_encrypted else None
 
     def keeps_versions(self, path: str) -> bool:
-        """Whether the account keeps deleted or replaced blobs, as far as these credentials may know."""
+        """Whether the account keeps deleted or replaced blobs; False if the credentials may not ask."""
         with suppress(HttpResponseError):
             if sync(self.loop, self.service_client.get_service_properties)["delete_retention_policy"].enabled:
                 return True
@@ -210,7 +210,7 @@ class _Retry(ExponentialRetry):
         super().__init__(retry_total=n, retry_connect=n, retry_read=n, retry_status=n)
 
     def get_backoff_time(self, settings: dict[str, Any]) -> float:
-        """Choose the pause before a retry, of which this will be the count-th."""
+        """Choose the pause before the next retry."""
         return random.uniform(0, min(2.0 ** (settings["count"] - 1), _MAX_BACKOFF_SECONDS))
 
 
@@ -224,23 +224,23 @@ class _WholeTransport(AioHttpTransport):  # type: ignore[misc]
         return await super().send(request, stream=False, **config)
 
     def _get_request_data(self, request: Any) -> Any:
-        """Send the body in pieces: aiohttp warns of large ones in one, which block the loop."""
+        """Send the body in pieces: aiohttp warns of a large body in one piece, which blocks the loop."""
         data = super()._get_request_data(request)
         return io.BytesIO(data) if isinstance(data, bytes) else data
 
     async def open(self) -> None:
-        """Open the connections, which belong to one loop from then on."""
+        """Open the connections, which then belong to one event loop."""
         self._opener = asyncio.get_running_loop()
         await super().open()
 
     async def close(self) -> None:
-        """Close the connections, except at the end of a process those of Zarr's loop, which has ended by then."""
+        """Close the connections, unless they belong to Zarr's loop and it has ended, as at the end of a process."""
         if self._opener is asyncio.get_running_loop():
             await super().close()
 
 
 class _Credential:
-    """A credential that gets its tokens in threads: Azure's asynchronous ones belong to a loop, which may end first."""
+    """A credential that gets its tokens in threads: Azure's asynchronous ones belong to a loop that may end first."""
 
     def __init__(self, credential: Any) -> None:
         self._credential = credential

@@ -23,11 +23,11 @@ from fsspec.archive import AbstractArchiveFileSystem
 from fruitdask.errors import DamageError, StorageError
 
 PROTOCOLS = ("zip", "tar")
-#: Compressions that zipfile can undo within a limit of bytes, which photographs need; not bzip2 and lzma.
+#: Compressions that zipfile can undo within a limit of bytes; it cannot for bzip2 and lzma.
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 #: A deflated file may be a little longer than the file.
 _MAX_GROWTH, _GROWTH_BYTES = 2, 1 << 16
-#: A member's local header in a zip: its size, and where the lengths of the name and the extra field are
+#: A member's local header in a zip: its size, and the offset of the lengths of the name and the extra field
 #: (APPNOTE 6.3.10, 4.3.7).
 _HEADER_BYTES, _LENGTHS_AT = 30, 26
 #: The extra field of the local header may be longer than that of the directory.
@@ -218,7 +218,7 @@ def _read_version(fs: fsspec.AbstractFileSystem, path: str) -> str:
 
 
 def _unpack(file: Any, path: str) -> Any:
-    """Unpack an archive that is compressed as a whole into a temporary file; None if it is not compressed."""
+    """Decompress an archive that is compressed as a whole into a temporary file; None if it is not compressed."""
     first = file.read(8)
     file.seek(0)
     opener = next((opener for mark, opener in _OPENERS.items() if first.startswith(mark)), None)

@@ -87,7 +87,7 @@ def find_default_region() -> str | None:
     try:
         region: str | None = botocore.session.Session().get_config_variable("region")
     except BotoCoreError:
-        # The profile does not exist, which whatever uses it reports.
+        # The profile does not exist: the first client that uses it reports that.
         return None
     return region
 

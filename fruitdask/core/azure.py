@@ -24,7 +24,7 @@ _ADVICE = {
         "AuthorizationPermissionMismatch AuthorizationResourceTypeMismatch AuthorizationServiceMismatch "
         "InsufficientAccountPermissions 403"
     ),
-    "the account takes no keys; log in (az login) and remove them from storage_options": (
+    "the account accepts no keys; log in (az login) and remove them from storage_options": (
         "KeyBasedAuthenticationNotPermitted"
     ),
     f"the container is not public; log in (az login), or give {_CREDENTIALS}": (

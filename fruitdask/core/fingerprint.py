@@ -1,7 +1,7 @@
 """Fingerprints: the settings that determine what is stored, so that a run knows whether results are its own.
 
-They are explicit: a setting that is added to the configuration later is not part of a fingerprint until it is listed
-here, and then it changes none while it has the value in `ADDED_LATER`.
+They are explicit: a new setting of the configuration is not part of a fingerprint until it is listed here. Fingerprints
+then stay the same as long as it has the value in `ADDED_LATER`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

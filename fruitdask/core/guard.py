@@ -20,7 +20,7 @@ def leave_imported_script() -> None:
 
 
 def forget_missing_script() -> None:
-    """Forget the name of a script that is not a file, such as <stdin>, which each new process would try to import."""
+    """Forget the name of a script that is not a file, such as <stdin>: each new process would try to import it."""
     main = sys.modules["__main__"]
     script = getattr(main, "__file__", None)
     if script is not None and not os.path.exists(os.path.join(getattr(process, "ORIGINAL_DIR", None) or "", script)):

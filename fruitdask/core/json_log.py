@@ -1,4 +1,4 @@
-"""Progress as lines of JSON, for those who watch a long run from elsewhere."""
+"""Progress as lines of JSON, for monitoring a long run from elsewhere."""
 
 import json
 import time
@@ -14,8 +14,8 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class JsonLog(RunProgress):
-    """Appends a line to a file when a stage begins, every few seconds while images are counted, and at the end, besides
-    what another progress shows.
+    """Wraps another progress, and appends a line to a file when a stage begins, every few seconds during a count, and
+    at the end.
     """
 
     _stage = ""
@@ -29,18 +29,18 @@ class JsonLog(RunProgress):
             raise ConfigError(f"--log-json {path}: cannot be written: {error.strerror}; name another file") from error
 
     def __enter__(self) -> Self:
-        """Start both."""
+        """Start the wrapped progress and the log."""
         self._shown.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        """Stop both, and say how it ended."""
+        """Stop both, and log how the run ended."""
         self._shown.__exit__(kind, *details)
         self._write(ended="complete" if kind is None else kind.__name__)
         self._file.close()
 
     def say(self, message: str) -> None:
-        """Hand a message on."""
+        """Pass a message on."""
         self._shown.say(message)
 
     def begin(self, stage: str) -> None:
@@ -50,7 +50,7 @@ class JsonLog(RunProgress):
         self._write()
 
     def show_listed(self, n_images: int, seconds: float) -> None:
-        """Hand the number of listed images on."""
+        """Pass the number of listed images on."""
         self._shown.show_listed(n_images, seconds)
 
     def begin_images(self, n_images: int, *, n_done: int, ask_cluster: AskCluster = dict) -> None:

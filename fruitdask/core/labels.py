@@ -34,7 +34,7 @@ _DELIMITERS = ",;\t|"
 _SEPARATOR_LINE = re.compile(rb"\"?sep=.\"?\r?\n", re.IGNORECASE)
 #: A step to the parent folder, which could lead outside the input.
 _LEADS_OUT = r"(?:^|/)\.\.(?:/|$)"
-#: A path that begins at the root of a disk, or a URL.
+#: A path from the root of a disk, or a URL.
 _ABSOLUTE = re.compile(r"/|\\\\|[A-Za-z]:[\\/]|[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -111,7 +111,7 @@ def _compose(files: pd.Series, relate: Callable[[str], str]) -> Callable[[str], 
 
 
 def _describe_unlisted(table: pd.DataFrame, is_listed: npt.NDArray[np.bool_], root: Location) -> None:
-    """Find files on a disk that the listing has only under another name, by a link."""
+    """Find files on a disk that the listing has under another name only, because of a link."""
     if not root.is_local:
         return
     for row in np.flatnonzero(~is_listed):
@@ -158,7 +158,7 @@ def read_labels(config: InputConfig) -> pd.DataFrame:
 
 
 def read_paths(url: str, setting: str) -> tuple[str, ...]:
-    """Read the paths of a table, as patterns that match them alone; a page's and fruitdask's own tables are such.
+    """Read the paths of a table, such as one from the page, as patterns that match nothing else.
 
     >>> path = getfixture("tmp_path") / "selected.csv"
     >>> _ = path.write_text("path,label\\npear/a[1].jpg,pear\\n./=1.jpg,x\\n'=2.jpg,x\\n")
@@ -166,13 +166,13 @@ def read_paths(url: str, setting: str) -> tuple[str, ...]:
     ('pear/a[[]1].jpg', '=1.jpg', '=2.jpg')
     """
     paths = _read_table(Location(url), setting)["path"]
-    # As `format_csv` and the page keep spreadsheets from reading a path as a formula.
+    # Undo how `format_csv` and the page keep spreadsheets from reading a path as a formula.
     paths = paths.map(unquote_formula).str.removeprefix("./")
     return tuple(paths.map(glob.escape))
 
 
 def _read_table(location: Location, setting: str) -> pd.DataFrame:
-    """Read a table of labels; `setting` is what names it."""
+    """Read a table of labels; `setting` is the key that names it."""
     with explained(location, "read"):
         data = bytes(location.fs.cat_file(location.path))
     try:
@@ -186,7 +186,7 @@ def _read_table(location: Location, setting: str) -> pd.DataFrame:
         )
     table = pd.DataFrame({name: columns[name] for name in _COLUMNS if name in columns})
     for name in table.columns.drop("path"):
-        # Spaces around a word are slips, and would make a class of their own.
+        # Spaces around a word are slips, and would make another class.
         table[name] = table[name].str.strip()
     _check_rows(table, f"{location.url}: expected", setting)
     return table
@@ -240,7 +240,7 @@ def _convert_to_text(column: Any, name: str) -> pd.Series:
     elif pa.types.is_floating(kind):
         column = pc.if_else(pc.is_nan(column), None, column)
     elif pa.types.is_decimal(kind):
-        # Floats would make one class of long numbers.
+        # As floats, long numbers would become one class.
         column = pc.replace_substring_regex(column.cast(pa.string()), r"\.0+$|(\.\d*[1-9])0+$", r"\1")
     return column.cast(pa.large_string()).fill_null("").to_pandas()  # type: ignore[no-any-return]
 
@@ -266,7 +266,7 @@ def _read_csv(data: bytes) -> dict[str, Any]:
         texts = {name: text.str.strip() for name, text in texts.items()}
     for name in texts.keys() - {"path"}:
         is_quoted = texts[name].str.startswith("'")
-        # As in fruitdask's own tables, in which people correct labels.
+        # People correct labels in fruitdask's own tables, which have such apostrophes.
         texts[name] = texts[name].mask(is_quoted, texts[name][is_quoted].map(unquote_formula))
     # Spreadsheets write empty rows below a table.
     is_row = (texts["path"] != "") | (texts["label"] != "")

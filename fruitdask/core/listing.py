@@ -48,7 +48,7 @@ _SAME, _BROKEN = "links to what is listed already", "broken links"
 #: Maximum of endings that are counted separately, and that are shown.
 _MAX_ENDINGS, _MAX_SHOWN = 1_000, 10
 _ENDING = re.compile(r"\.[\w+~-]{1,15}")
-#: Folders that are searched one by one, each by a request or more; more of them are searched at once.
+#: Up to this many folders are searched one by one, each with one or more requests; more of them are searched at once.
 _MAX_FOLDERS = 10_000
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -169,7 +169,7 @@ def _choose_extensions(extensions: tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def _sort_kinds(left_out: Mapping[str, int]) -> dict[str, int]:
-    """Sort kinds of skipped files, the most frequent endings first; combine the least frequent ones."""
+    """Sort kinds of skipped files by frequency; combine the least frequent endings."""
     endings = sorted((kind for kind in left_out if kind[0] == "."), key=lambda kind: (-left_out[kind], kind))
     kinds = {kind: left_out[kind] for kind in endings[:_MAX_SHOWN]}
     n_others = left_out.get(OTHER_ENDINGS, 0) + sum(left_out[kind] for kind in endings[_MAX_SHOWN:])
@@ -284,7 +284,7 @@ class _Columns:
         code, other = next(iter(self._other.items()))
         several = f"{len(self._other):,} classes come" if len(self._other) > 1 else "one class comes"
         example = f"such as {self._first[code] or '.'} and {other or '.'}"
-        remedy = "set input.label_from, and if the other folder tells train from test, set input.split_from"
+        remedy = "set input.label_from, and if it is the split (train, test), set input.split_from"
         return (f"{several} from several folders of one name, {example}; if another folder is the class, {remedy}",)
 
     def to_frame(self) -> pd.DataFrame:

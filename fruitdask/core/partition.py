@@ -14,8 +14,8 @@ UNLISTED = (0, 0)
 class Partition:
     """A contiguous range of catalog rows: the unit of scheduling, storage, commit and retry.
 
-    `rows` and `excluded` matter to workers alone. They belong here because the scheduler sets them when it retries a
-    partition without its poison images, and a task is given nothing else that differs from partition to partition.
+    Only workers use `rows` and `excluded`. They are here because a task gets nothing else that differs between
+    partitions: the scheduler changes them to retry a partition without its poison images.
     """
 
     #: Index of its chunk in the store, from 0.
@@ -63,7 +63,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class ClassBlock:
-    """A range of classes, in alphabetical order, whose sums are added up by one task."""
+    """A range of classes in alphabetical order; one task adds up their sums."""
 
     index: int
     #: Position of the first class among all, and that after the last.

@@ -19,7 +19,7 @@ _SECONDS_BETWEEN_LINES, _SECONDS_BETWEEN_DRAWINGS = 5.0, 0.2
 _SHORTEST_BAR, _LONGEST_BAR = 4, 40
 #: Columns of what a terminal writes when Ctrl-C is pressed.
 _INTERRUPTED_WIDTH = len("^C")
-#: Returns the ``n_workers`` of a cluster and the ``dollars`` spent on it so far, as far as they are known.
+#: Returns the ``n_workers`` of a cluster and the ``dollars`` spent on it so far, where known.
 AskCluster = Callable[[], Mapping[str, float]]
 _SIGNS = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
@@ -210,11 +210,11 @@ class NotebookProgress(LiveProgress):
 
 
 class _Stages(Progress):
-    """A line for each stage, as wide as it needs to be, whatever the other stages are called."""
+    """A line for each stage, whose width does not depend on the names of other stages."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         """Render the lines."""
-        # The constructor of the base asks too, before there is a console.
+        # The base class calls this in its constructor, before there is a console.
         for task in self.tasks:
             # A terminal writes ^C where the cursor is: a full last line would break there, and be drawn twice.
             width = self.console.width - _INTERRUPTED_WIDTH
@@ -223,9 +223,7 @@ class _Stages(Progress):
 
 
 def _render_stage(task: Task, width: int, *, is_unicode: bool) -> RenderableType:
-    """Render a stage: its state, time and name, and where it counts images, figures as far as there is room, and a bar
-    in what is left.
-    """
+    """Render a stage: its state, time and name; if it counts images, also the figures and the bar that fit."""
     elapsed = timedelta(seconds=int(task.finished_time if task.finished_time is not None else task.elapsed or 0))
     line = Text.assemble(_choose_sign(task, is_unicode), " ", (str(elapsed), "yellow"), " ", task.description)
     figures = Text()
@@ -251,7 +249,7 @@ def _describe_cluster(figures: Mapping[str, float]) -> Iterator[str]:
 
 
 def _choose_sign(task: Task, is_unicode: bool) -> tuple[str, str]:
-    """Choose the sign before a stage: whether it is finished, was stopped, or goes on."""
+    """Choose the sign before a stage: finished, stopped or running."""
     if task.finished:
         return ("✓" if is_unicode else "*", "green")
     if task.stop_time is not None:
@@ -281,7 +279,7 @@ def choose_progress(console: Console | None = None) -> RunProgress:
 
 
 def resolve_progress(progress: RunProgress | bool | None) -> RunProgress:
-    """Resolve the argument of a function: True shows progress, False does not, None does where a person looks."""
+    """Resolve an argument: True shows progress, False does not, None does on a terminal and in a notebook."""
     if isinstance(progress, RunProgress):
         return progress
     console = Console(stderr=True)

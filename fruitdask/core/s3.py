@@ -29,7 +29,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
         super().__init__(*args, config_kwargs=config, **kwargs)
 
     async def set_session(self, *args: Any, **kwargs: Any) -> Any:
-        """Connect, with a session whose clients parse times of modification fast: they take most of a listing."""
+        """Connect with a session that parses times of modification fast: that takes most of the time of a listing."""
         if self.session is None:
             self.session = AioSession(**self.kwargs)
             parsers = self.session.get_component("response_parser_factory")
@@ -37,7 +37,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
         return await super().set_session(*args, **kwargs)
 
     async def _exists(self, path: str) -> bool:
-        """Whether there is an object, or one anywhere below it; s3fs asks for folders, which not all servers tell."""
+        """Whether there is an object, or one anywhere below it; s3fs asks for folders, which not all servers list."""
         bucket, key, _ = self.split_path(path)
         if not key:
             return bool(await super()._exists(path))

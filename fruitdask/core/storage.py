@@ -23,8 +23,8 @@ from fruitdask.errors import DamageError, FruitdaskError, StorageError
 
 _HASH_BLOCK_BYTES = 1 << 20
 
-#: Defaults for S3 and Azure. Listings are not cached, because others write to the same folders. With one transfer per
-#: file, the size need not be asked for before reading.
+#: Defaults for S3 and Azure. Listings are not cached, because other processes write to the same folders. With one
+#: transfer per file, no request for the size is needed before reading.
 _CLOUD_OPTIONS: Mapping[str, Any] = {"use_listings_cache": False, "max_concurrency": 1}
 #: Connections for all threads of a process; botocore's default is 10.
 _S3_CONFIG: Mapping[str, Any] = {"max_pool_connections": 256}
@@ -231,7 +231,7 @@ def explained(location: Location, action: str, *, remedy: str | None = None) -> 
 
 
 def _is_foreign(error: BaseException | None) -> bool:
-    """Whether an error is of a client of a storage."""
+    """Whether the client of a storage raised an error."""
     return type(error).__module__.startswith(_FOREIGN_ERRORS)
 
 
@@ -331,7 +331,7 @@ def exists(location: Location) -> bool:
 
 
 def check_bucket(location: Location) -> None:
-    """Refuse a bucket or container that does not exist or cannot be reached; `exists` takes it for an empty folder."""
+    """Refuse a bucket or container that does not exist or cannot be reached; to `exists` it is an empty folder."""
     with explained(location, "read"):
         location.fs.list_page(location.path, n_max=1)
 

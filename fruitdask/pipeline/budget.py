@@ -13,7 +13,7 @@ from fruitdask.errors import ConfigError, LimitError
 from fruitdask.store.schema import CostRecord
 from fruitdask.worker.fetch import Stopwatch
 
-_GO_ON = "results so far are kept; raise the limit and run again to resume"
+_REMEDY = "results so far are kept; raise the limit and run again to resume"
 
 
 class Clock(Stopwatch):
@@ -29,7 +29,7 @@ class Clock(Stopwatch):
         return {stage: round(seconds, 3) for stage, seconds in super().seconds.items()}
 
     def describe(self) -> dict[str, float]:
-        """Return the seconds of each stage, and of all together."""
+        """Return the seconds of each stage, and in total."""
         return self.seconds | {"total": self.total_seconds}
 
     @property
@@ -58,8 +58,7 @@ class Budget:
         if limits.max_cost is not None and self._hour.unpriced:
             raise ConfigError(
                 f"limits.max_cost needs a price for {', '.join(self._hour.unpriced)}, and none is known; set it in US "
-                "dollars per hour: "
-                "cluster.hourly_prices: {TYPE: PRICE}"
+                "dollars per hour: cluster.hourly_prices: {TYPE: PRICE}"
             )
 
     @property
@@ -89,11 +88,11 @@ class Budget:
         max_hours, max_cost = self._limits.max_hours, self._limits.max_cost
         hours = self.elapsed_seconds / 3600
         if max_hours is not None and hours >= max_hours:
-            raise LimitError(f"the run has taken {hours:.2g} hours, and limits.max_hours is {max_hours:g}; {_GO_ON}")
+            raise LimitError(f"the run has taken {hours:.2g} hours, and limits.max_hours is {max_hours:g}; {_REMEDY}")
         if max_cost is not None and self.spent_dollars >= max_cost:
             raise LimitError(
                 f"the run's instances have cost ${self.spent_dollars:.2f}, and limits.max_cost is ${max_cost:g}; "
-                f"{_GO_ON}"
+                f"{_REMEDY}"
             )
 
     def describe(self) -> CostRecord | None:

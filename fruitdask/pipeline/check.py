@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
     from fruitdask.analysis.issues import Reference, Votes
 
-#: Columns of an exploration that tell issues.
+#: Columns of an exploration that reveal issues.
 _SIZES = dict.fromkeys(("width_px", "height_px"), "float32")
 _FINDINGS = ("duplicate_group", *_SIZES, "mean_red", "mean_green", "mean_blue", "contrast", "sharpness")
-#: Blocks of features whose images are compared before the next ones are: a million images of 1280 features.
+#: Blocks of features that Dask gets at once: a million images of 1280 features.
 _BLOCKS_AT_ONCE = 256
 #: Pairs of near duplicates whose features are compared: one block of them is in memory.
 _PAIRS_AT_ONCE = 4_096
@@ -47,7 +47,7 @@ def check(results: "str | RunResult", *, storage_options: Mapping[str, Any] | No
     Returns
     -------
     pandas.DataFrame
-        One row per issue, the gravest first: ``path``, ``label``; ``kind`` (``label``, ``copy``, ``near_duplicate``,
+        One row per issue, most serious first: ``path``, ``label``; ``kind`` (``label``, ``copy``, ``near_duplicate``,
         ``outlier``, ``blurry``, ``dark``, ``bright``, ``uniform``, ``size``, ``shape``); ``score``, 0 to 1; ``other``,
         the image it conflicts with; ``suggestion``; ``agreement``, for a wrong label the fraction (0 to 1) of the
         nearest neighbours in other groups that agree with the suggestion. Read if the run has found them, else found
@@ -122,7 +122,7 @@ def _read_findings(output: Location, paths: pd.Series) -> pd.DataFrame:
     table: pd.DataFrame = pd.concat(images, ignore_index=True)
     if is_same and len(table) == len(paths):
         return table
-    # The store has other rows than the listing since images were added.
+    # The rows of the store are in another order than the listing once images were added.
     rows = find_rows(paths, pd.concat([block["path"].to_pandas() for block in read_images(output, ("path",))]))
     aligned: pd.DataFrame = table.iloc[rows].reset_index(drop=True)
     aligned.loc[rows < 0, aligned.columns.drop(["perceptual_hash", "has_look"])] = np.nan
@@ -169,9 +169,9 @@ def _collect_votes(
     codes: npt.NDArray[np.integer],
     groups: npt.NDArray[np.int64],
 ) -> Iterator[tuple[npt.NDArray[np.int64], "Votes"]]:
-    """Let neighbours vote on the classes of all images with features, block by block where the features are.
+    """Let neighbours vote on the classes of all images with features, block by block on the workers that hold them.
 
-    Yields the rows of many blocks, and the votes on them: those on all images would fill the memory.
+    Yields the rows of many blocks, and the votes on them: all votes together would fill the memory.
     """
     import dask.base
     from dask.delayed import delayed

@@ -42,7 +42,7 @@ class Comparison:
     Parameters
     ----------
     table : pandas.DataFrame
-        All images of the run, then what only Spark has: ``path``, ``spark_path``, ``status``, ``cosine``,
+        All images of the run, then those that only Spark has: ``path``, ``spark_path``, ``status``, ``cosine``,
         ``relative_error``, ``score_error``. Statuses: ``compared``; ``failed``, without features in the run;
         ``empty``, null, zeros, NaN or of another width in Spark; ``matched``, where features were not compared;
         ``only_run``; ``only_spark``; ``ambiguous``.
@@ -50,15 +50,15 @@ class Comparison:
         Of each of the first components ``sign``, ``offset`` (Spark minus run), ``expected_offset`` (the mean of the
         features times the component, which Spark does not subtract), ``correlation``, ``relative_error``.
     counts : Mapping[str, int]
-        Images by status, and Spark's rows with a path that it has already (``duplicate``).
+        Images by status, and Spark's rows that repeat a path (``duplicate``).
     n_features : int
         Features per image in the run.
     n_spark_features : int
         Features per image in Spark; 0 if there are none.
     agrees : bool
-        Whether all that could be compared agrees, and something could.
+        Whether something could be compared, and all of it agrees.
     verdict : str
-        The same in one sentence, with likely causes.
+        The verdict in one sentence, with likely causes of differences.
     """
 
     table: pd.DataFrame = field(repr=False)
@@ -147,11 +147,11 @@ def write_comparison(location: Location, found: Comparison) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Pairs:
-    """Which images the rows of Spark are."""
+    """The rows of Spark matched with the images of the run."""
 
     #: Path and status of all images of the run, spark_path where there is one; then rows that only Spark has.
     table: pd.DataFrame
-    #: Of each row of Spark its place among the matched images, int64; -1 for others.
+    #: The place of each row of Spark among the matched images, int64; -1 for unmatched rows.
     places: npt.NDArray[np.int64]
     #: Rows of the run of the matched images, ascending.
     rows: npt.NDArray[np.int64]
@@ -185,7 +185,7 @@ def _match(result: RunResult, folder: SparkFolder) -> _Pairs:
 
 
 def _compare_features(result: RunResult, folder: SparkFolder, pairs: _Pairs) -> tuple[int, int]:
-    """Compare features and write what is found into the table; returns the widths of ours and theirs."""
+    """Compare features and write the differences into the table; returns the widths of our features and Spark's."""
     features, is_ok = open_features(result.output, block_bytes=_BLOCK_BYTES)
     width = int(features.shape[1])
     their_width = folder.find_width(folder.feature_column) if folder.feature_column else 0
@@ -271,7 +271,7 @@ def _read_scores(output: Location, n_components: int) -> npt.NDArray[np.float32]
 
 
 def _conclude(pairs: _Pairs, widths: tuple[int, int], components: pd.DataFrame) -> Comparison:
-    """Sum up."""
+    """Count the images by status, and reach a verdict."""
     table = pairs.table
     counts = dict(Counter(table["status"])) | {"duplicate": pairs.n_duplicates}
     if not len(pairs.rows):

@@ -16,7 +16,7 @@ _HEAD = f"""\
 # The configuration of the results in this folder, by fruitdask {__version__}; each run writes it again.
 # To resume the run, or to bring it up to date with its images: fruitdask run {store.CONFIG}
 """
-_HIDDEN = "# Texts that may be secret are variables of the environment here: set these, or write the values out.\n"
+_HIDDEN = "# Environment variables replace texts that may be secret: set them, or write the values out.\n"
 
 
 def write_config(output: Location, config: Config) -> None:
@@ -26,9 +26,9 @@ def write_config(output: Location, config: Config) -> None:
 
 
 def read_config(output: Location, *, sections: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """Read the configuration in the results, for this folder wherever it is now; None if there is none.
+    """Read the configuration in the results, with the present place of the folder as output; None if there is none.
 
-    With `sections`, others are left out, whose variables need not be set then.
+    With `sections`, the others are left out, and their environment variables need not be set.
     """
     location = output.child(store.CONFIG)
     if not (store.has_begun(output) and exists(location)):
@@ -43,7 +43,7 @@ def read_config(output: Location, *, sections: Sequence[str] | None = None) -> d
 
 
 def describe_config(config: Config) -> dict[str, Any]:
-    """Describe a configuration without texts that may be secret: variables of the environment stand for them."""
+    """Describe a configuration with environment variables in place of texts that may be secret."""
     described, whole = dump_config(config), config.model_dump()
     for name, section in whole.items():
         hidden = {key: value for key, value in section.items() if key not in described[name] and value}
@@ -51,13 +51,13 @@ def describe_config(config: Config) -> dict[str, Any]:
     for section, key in URL_KEYS:
         if described[section][key] != whole[section][key]:
             described[section][key] = _hide(whole[section][key], f"{section}_{key}")
-    # Deleting what is there is for once.
+    # Running the file again must not delete the results.
     described["output"]["overwrite"] = False
     return described
 
 
 def _hide(value: Any, name: str) -> Any:
-    """Replace the texts in a value by variables of the environment."""
+    """Replace the texts in a value by environment variables."""
     if isinstance(value, Mapping):
         return {key: _hide(each, f"{name}_{key}") for key, each in value.items()}
     if isinstance(value, list | tuple):

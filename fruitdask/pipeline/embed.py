@@ -35,7 +35,7 @@ def embed_photographs(
     storage_options: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
 ) -> tuple[npt.NDArray[np.float32], pd.DataFrame]:
-    """Compute the features of photographs as a run has computed those in its output.
+    """Compute the features of photographs in the same way as a finished run.
 
     Returns features (n, n_features), float32, NaN where there are none, and a table of path, status and error.
     """
@@ -62,7 +62,7 @@ def list_photographs(photographs: Any) -> list[Any]:
 
 
 def describe_source(config: Config) -> ImageSource:
-    """Describe how to read photographs one by one; the file systems of remote ones try again by themselves."""
+    """Describe how to read photographs one by one; remote file systems retry by themselves."""
     return ImageSource(
         Location(os.curdir),
         batch_size=config.featurize.batch_size or choose_batch_size(config.model, LocalClusterConfig()),

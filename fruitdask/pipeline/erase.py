@@ -149,8 +149,7 @@ def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
     if not is_erased.any():
         raise ConfigError(
             f"{output.url}: none of the {len(images):,} images matches; expected paths relative to input.url or "
-            "patterns of them, "
-            "such as 'pear_1/r0_0.jpg' or '*/IMG_20*'"
+            "patterns of them, such as 'pear_1/r0_0.jpg' or '*/IMG_20*'"
         )
     if is_erased.all():
         raise ConfigError(
@@ -227,6 +226,5 @@ def _run_without(plan: ErasurePlan, client: Any, progress: RunProgress) -> RunRe
     except FruitdaskError as error:
         raise type(error)(
             f"{plan.n_erased:,} of {len(plan.images):,} images were erased, but the results could not be computed "
-            "without them; "
-            f"use fruitdask run: {error}"
+            f"without them; use fruitdask run: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""Explores images: alone, or during a run, whose tasks have the images in memory anyway."""
+"""Explores images: alone, or during a run, whose tasks already hold the images in memory."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ from fruitdask.worker.metadata import KINDS
 from fruitdask.worker.models import choose_input_px
 from fruitdask.worker.sums import COLOUR_LEVELS
 
-#: Digits of the name of working files: those of different explorations never meet.
+#: Digits of the name of the folder of working files, so that different explorations do not share one.
 _NAME_DIGITS = 16
 
 
@@ -154,7 +154,7 @@ class ImageExploration:
         return ExploreJob(self._inputs.source, workspace, input_px)
 
     def begin(self) -> ExploreJob:
-        """Prepare the output folder, so that tasks can explore images; what an interrupted exploration has is kept."""
+        """Prepare the output folder for exploring; keep what an interrupted exploration has found."""
         output, workspace = self._inputs.output, self.job.workspace
         found = store.read_exploration_manifest(output)
         if found is not None and found.status == "running" and found.fingerprint == self._manifest.fingerprint:
@@ -172,12 +172,12 @@ class ImageExploration:
             self._done.add(index)
 
     def complete(self, client: Any, progress: RunProgress) -> None:
-        """Explore the remaining images, combine what was found about all and write it."""
+        """Explore the remaining images, then combine and write the findings about all images."""
         if self._done is None:
             self.begin()
         config, written = self._inputs.config, self._inputs.output.child(store.EXPLORATION)
         protection = describe_protection(config.privacy, written, client)
-        self._look(client, progress)
+        self._explore_remaining(client, progress)
         progress.begin("Comparing images")
         found = self._combine(client)
         described = self._manifest.dump() | {
@@ -213,7 +213,7 @@ class ImageExploration:
             first = last
         return found
 
-    def _look(self, client: Any, progress: RunProgress) -> None:
+    def _explore_remaining(self, client: Any, progress: RunProgress) -> None:
         """Explore the images of partitions that are not explored yet."""
         done = self._done or set()
         todo = (partition for partition in self._split() if partition.index not in done)
@@ -221,9 +221,7 @@ class ImageExploration:
         if n_done == len(self._inputs.catalog):
             return
         progress.begin("Exploring")
-        progress.begin_images(
-            len(self._inputs.catalog), n_done=n_done, ask_cluster=partial(describe_workers, client)
-        )
+        progress.begin_images(len(self._inputs.catalog), n_done=n_done, ask_cluster=partial(describe_workers, client))
 
         def note(explored: ExploredPartition) -> None:
             progress.advance(explored.n_images, failures=explored.failures)
@@ -231,7 +229,7 @@ class ImageExploration:
         map_partitions(client, explore_partition, todo, delivered=self.job, on_result=note, probe=probe_exploration)
 
     def _combine(self, client: Any) -> dict[str, Any]:
-        """Combine what was found about all images and write it, but for the manifest; returns what that says of it."""
+        """Combine and write what was found about all images; returns the findings for the manifest."""
         settings, output, workspace = self._inputs.config.explore, self._inputs.output, self.job.workspace
         codes, labels = self._classes
         create_means(output, labels, thumbnail_px=workspace.thumbnail_px)

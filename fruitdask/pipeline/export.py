@@ -1,4 +1,4 @@
-"""Takes results along: writes them in the format of another program."""
+"""Exports results in the formats of other programs."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -52,7 +52,7 @@ def export(
     Raises
     ------
     ConfigError
-        If there is no such format, or it cannot be written there.
+        If there is no such format, or the target cannot hold it.
     OutputError
         If the target exists, or the results lack what the format needs.
     DamageError
@@ -62,7 +62,7 @@ def export(
 
     Notes
     -----
-    About 20 MiB of features are in memory at a time. What was written remains only if all of it was. Features are null
+    About 20 MiB of features are in memory at a time. A failed export leaves nothing behind. Features are null
     where an image has none; ``embedding-atlas`` and ``tensorboard`` leave such images out. The map is t-SNE if that was
     computed for all images, else the first two principal components.
 

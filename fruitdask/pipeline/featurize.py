@@ -81,8 +81,7 @@ def check_failures(state: RunState, n_failed: int) -> None:
     report.write_failures(state.output, (table[table["status"] != "ok"] for table in tables))
     raise TooManyFailuresError(
         f"{n_failed:,} of {state.n_listed:,} images failed, more than featurize.max_failed_fraction ({limit:g}) "
-        "allows; see "
-        f"{state.output.child(store.FAILURES).url} for the reasons; "
+        f"allows; see {state.output.child(store.FAILURES).url} for the reasons; "
         "repair the images or raise the limit, and run again to resume"
     )
 

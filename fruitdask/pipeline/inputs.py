@@ -90,8 +90,7 @@ def resolve_erasure(inputs: Inputs, progress: RunProgress) -> None:
     if manifest is not None and manifest.erasures and inputs.config.output.overwrite:
         progress.say(
             "Warning: images were erased from the results that are overwritten; those that are still in the input will "
-            "be "
-            "included again unless input.exclude names them."
+            "be included again unless input.exclude names them."
         )
 
 
@@ -130,7 +129,7 @@ def restore_config(
 
 
 def check_network(output: Location, manifest: store.RunManifest, config: Config) -> None:
-    """Refuse a network or a decoding that gives other features than those of an output."""
+    """Refuse a network or a decoding that would give other features than those in the output."""
     ours = {
         "model": fingerprint_model(config.model),
         "decoding": describe_settings("featurize", config.featurize, DECODING),
@@ -162,7 +161,7 @@ def _find_account(place: Location) -> str | None:
 
 
 def _check_reach(source: Location, output: Location, kind: str) -> None:
-    """Refuse local folders for machines in a cloud."""
+    """Refuse local folders if the machines are in a cloud."""
     protocol = {"ec2": "s3://", "azure": "abfs://"}[kind]
     for key, place in (("input.url", source), ("output.url", output)):
         if place.base.is_local:

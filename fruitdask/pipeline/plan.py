@@ -33,7 +33,7 @@ _MEMORY_RESERVE = 1.5
 _BOOT_SECONDS = 150.0
 #: Slowdown of a thread whose neighbours are busy, measured with two workers on two cores.
 _CROWDED = 1.25
-#: Seconds at the end of a run, in all cases and for each optional section; measured on 846 photographs.
+#: Seconds at the end of every run, and further ones for each optional section; measured on 846 photographs.
 _FINISH_SECONDS = 0.5
 _SECTION_SECONDS = {"explore": 1.0, "quality": 1.5, "plots": 1.5, "report": 0.5}
 #: Multiplications per second and core for principal components: 1,000,000 images of 1280 features took two cores 68 s.
@@ -69,7 +69,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Movement:
-    """Bytes that move from one place to another."""
+    """A transfer of bytes from one place to another."""
 
     what: str
     #: The region they come from, ``local`` or ``unknown``.
@@ -278,8 +278,8 @@ class Estimator:
         cloud = self._work.cloud
         if isinstance(cloud, AzureClusterConfig) and cloud.identity is None:
             self._warnings.append(
-                "without cluster.identity, machines cannot delete themselves: if this machine dies they only stop, and "
-                "are paid for until fruitdask clusters cleanup --cloud azure; nor can they read storage without keys"
+                "without cluster.identity, machines cannot delete themselves, or read storage without keys: if this "
+                "machine dies they only stop, and cost money until fruitdask clusters cleanup --cloud azure; set it"
             )
         if not isinstance(cloud, EC2ClusterConfig):
             return {}
@@ -310,7 +310,7 @@ class Estimator:
         return len(threads), max(threads)
 
     def _estimate_seconds(self, n_slots: int) -> dict[str, float]:
-        """Estimate the seconds of the stages, on so many threads in all."""
+        """Estimate the seconds of the stages, on this many threads in total."""
         sample, work = self._sample, self._work
         if sample is None:
             return {"list": work.list_seconds, "start": 0.0, "featurize": 0.0, "finish": 0.0}
@@ -351,8 +351,7 @@ class Estimator:
                     f"{machine.instance_type} has {machine.memory_bytes / 1e9:.1f} GB of memory, and a worker of "
                     f"{n_threads} threads needs "
                     f"about {needed / 1e9:.1f} GB with a reserve; take a larger cluster.worker_instance_type, or fewer "
-                    "threads "
-                    "(cluster.worker_options: {nthreads: ...})"
+                    "threads (cluster.worker_options: {nthreads: ...})"
                 )
 
     def _list_movements(self) -> Iterator[Movement]:
@@ -392,7 +391,7 @@ class Estimator:
         return Location(section.url).base.is_s3 and not is_elsewhere
 
     def _price(self, machines: tuple[Machine, ...], movements: tuple[Movement, ...]) -> dict[str, float]:
-        """Add up what everything costs."""
+        """Add up the costs by purpose."""
         n_left, n_parts = self._work.n_left, self._n_left_partitions
         usages = [
             Usage(machine.instance_type, machine.is_spot, machine.region, machine.seconds)
@@ -461,6 +460,6 @@ class Estimator:
                 "many vCPUs as the name of its size says"
             )
         if cloud.spot and not any(name.startswith("spot:") for name in cloud.hourly_prices):
-            yield "spot instances cost as much as on-demand ones, which is their maximum"
+            yield "spot instances are counted at the on-demand price, which is their maximum"
         if cloud.adaptive:
             yield "all workers run all the time"

@@ -33,7 +33,7 @@ _REFIT_FRACTION = 0.1
 @dataclass(frozen=True, eq=False)
 class Scores:
     """
-    Scores of all images on components, computed for the rows that are asked for: all of them may not fit into memory.
+    Scores of all images on components, computed for the requested rows only: all of them may not fit into memory.
 
     All blocks of rows have the same shape, padded at the end, so an image has the same position in its block however
     many images follow, and the matrix product gives it bit for bit the same scores.
@@ -191,7 +191,7 @@ def _measure_quality(
     rows: npt.NDArray[np.int64],
     found: "PCA | None",
 ) -> dict[str, Any] | None:
-    """Measure on a sample of the images with features, of some rows, how well these separate the classes."""
+    """Measure how well the features of a sample of images separate the classes; `rows` are the images with features."""
     from fruitdask.analysis.evaluation import explain_variance, find_series, summarize_quality
     from fruitdask.analysis.neighbors import find_neighbors
 

@@ -29,7 +29,7 @@ from fruitdask.store.exploration import (
 )
 
 _FRAME_HEIGHT_PX = 800
-#: Images whose sizes are drawn; of more, an even sample.
+#: Maximum number of images whose sizes are drawn; if there are more, an even sample is drawn.
 _MAX_SIZES = 1_000_000
 #: Images in a figure: more would hide each other.
 _MAX_DRAWN = 200_000
@@ -120,7 +120,7 @@ def fetch_page(url: str, *, storage_options: Mapping[str, Any] | None = None) ->
 
 
 def describe_rendering(config: Config, output: Location) -> dict[str, Any]:
-    """Return what the figures and the page depend on, besides the run."""
+    """Return what the figures and the page depend on, in addition to the run."""
     exploration = store.read_exploration_manifest(output)
     sections = dump_config(config)
     finished = exploration.finished if exploration is not None else None
@@ -128,9 +128,7 @@ def describe_rendering(config: Config, output: Location) -> dict[str, Any]:
 
 
 def render(config: Config, output: Location) -> store.RunManifest | None:
-    """Write the figures and the page that the configuration asks for, and mark in the run's manifest that they are
-    there.
-    """
+    """Write the configured figures and page, and record that in the run's manifest."""
     manifest = _read_complete(output)
     data = _read_data(config, output, manifest) if config.plots.enabled or config.report.enabled else None
     if manifest is not None and manifest.presented is not None:
@@ -189,7 +187,7 @@ def _read_data(config: Config, output: Location, manifest: store.RunManifest | N
 
 
 def _read_classifier(output: Location, manifest: store.RunManifest | None) -> dict[str, Any] | None:
-    """Read what cross-validation says of the classifier, and whether that is about the images as they are now."""
+    """Read the evaluation of the classifier, and whether it holds for the images as they are now."""
     report = store.read_json(output.child(store.CLASSIFIER_REPORT))
     if report is None or manifest is None:
         return None

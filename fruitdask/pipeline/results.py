@@ -65,7 +65,7 @@ class RunResult:
 
     @property
     def exploration(self) -> Exploration | None:
-        """What the images are like; None if they were not explored."""
+        """The findings about the images themselves; None if they were not explored."""
         return read_exploration(self.output)
 
     @property
@@ -75,7 +75,7 @@ class RunResult:
 
     @property
     def issues(self) -> pd.DataFrame | None:
-        """Photographs to check, the gravest first, as `fruitdask.check` describes them; None if not configured."""
+        """Photographs to check, the most serious first, as `fruitdask.check` describes them; None if not configured."""
         location = self.output.child(store.ISSUES)
         return store.read_table(self.output, store.ISSUES) if exists(location) else None
 
@@ -265,7 +265,7 @@ class RunResult:
 
 
 def read_images(output: Location) -> pd.DataFrame:
-    """Read ``path``, ``label``, ``status`` and what else the catalog says, such as ``split``, of all images."""
+    """Read ``path``, ``label``, ``status`` and further columns of the catalog, such as ``split``, of all images."""
     catalog, stored = store.read_catalog(output), store.open_store(output)
     if catalog is None or stored is None:
         raise OutputError(

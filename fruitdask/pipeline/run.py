@@ -103,7 +103,7 @@ def carry_out(
             progress.begin("Closing the cluster")
         manifest = _record_run(state, manifest)
         store.write_manifest(state.output, manifest)
-        # It may have changed although there was nothing to compute.
+        # The configuration may have changed although there was nothing to compute.
         write_config(state.output, config)
         progress.begin("Drawing")
         output, clock, n_computed = state.output, state.clock, state.pending.n_images
@@ -142,7 +142,7 @@ def plan(config: Config, *, progress: RunProgress | bool | None = None) -> Plan:
 
 
 def _record_run(state: RunState, manifest: store.RunManifest) -> store.RunManifest:
-    """Return the manifest with what this run took, and with the record of processing as it is configured now."""
+    """Return the manifest with the time and cost of this run, and the record of processing as configured now."""
     n_computed = state.pending.n_images
     # A stage that an earlier run did keeps the seconds of that run, and so does the total if it computed the features.
     seconds = state.clock.seconds | ({"total": state.clock.total_seconds} if n_computed else {})
@@ -194,7 +194,7 @@ def _check_limits(state: RunState, client: Any, progress: RunProgress) -> None:
 
 @contextmanager
 def _cost_noted(state: RunState) -> Iterator[None]:
-    """Record in the manifest what a run has cost even if it fails or is interrupted."""
+    """Record the cost of a run in the manifest, even if the run fails or is interrupted."""
     try:
         yield
     except BaseException:
@@ -223,15 +223,15 @@ def _reduce_features(
         progress.say(reduction.problem)
     progress.begin("Writing results")
     with state.clock.measure("write"), _computing_on(client):
-        # After an interruption here the next run must not take a mixture of old and new tables for results,
+        # If this is interrupted, the next run must not mistake a mixture of old and new tables for results.
         manifest = manifest.reopen()
         if not reduction.is_kept:
-            # nor a mixture of old and new components.
+            # The same for a mixture of old and new components.
             manifest = manifest.drop_components()
             if reduction.components is None:
                 store.delete_result(state.output, store.COMPONENTS)
         store.write_manifest(state.output, manifest)
-        # They show the old results; the configuration decides whether they are rendered again.
+        # The page and figures show the old results; the configuration decides whether to render them again.
         for name in (store.PAGE, *map(store.name_figure, store.FIGURE_NAMES)):
             store.delete_result(state.output, name)
         if state.rows.changes and manifest.groupings != state.groupings:
@@ -268,11 +268,11 @@ def _check_images(
 
 
 def _take_components(state: RunState, manifest: store.RunManifest) -> store.RunManifest:
-    """Take the principal components of the run that is applied, if there is one; this run keeps a copy."""
+    """Copy the principal components of the run that is applied, if there is one."""
     applied, location = state.applied, state.output.child(store.COMPONENTS)
     if applied is None:
         return manifest
-    # A manifest that was restored after damage does not say so any more.
+    # A manifest that was restored after damage no longer names the applied run.
     manifest = manifest.change(applied=applied.record, pca=manifest.pca or applied.record.components)
     if manifest.pca is None:
         return manifest

@@ -24,7 +24,7 @@ from fruitdask.report.thumbnails import Thumbnails
 from fruitdask.store.exploration import open_exploration
 from fruitdask.worker.fetch import Photograph, read_photographs
 
-#: Features are searched in blocks of about this size: what a block costs besides its product is then a small part.
+#: Features are searched in blocks of about this size, where the overhead of a block is small.
 _BLOCK_BYTES = 32 * 1024**2
 #: Side of the pictures on a page, twice the size at which they are shown; and Base64 characters of all of them.
 _PICTURE_PX, _PICTURES_BYTES = 192, 12_000_000
@@ -37,7 +37,7 @@ class Queries:
     names: list[str]
     #: Features (n, n_features), float32.
     features: npt.NDArray[np.float32]
-    #: Row of each in the run, int64; -1 for others.
+    #: Row of each in the run, int64; -1 for photographs outside the run.
     rows: npt.NDArray[np.int64]
     #: The photographs as they were given.
     photographs: list[Any]

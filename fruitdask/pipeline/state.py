@@ -42,7 +42,7 @@ class RunState:
     #: The manifest of the earlier run; None without one, or if its results are overwritten.
     manifest: store.RunManifest | None
     committed: frozenset[int]
-    #: Its limits, and what it has spent.
+    #: The limits of the run, and what it has spent.
     budget: Budget
     clock: Clock
     #: Keeps other runs out of the output folder; None if nothing is written.
@@ -75,7 +75,7 @@ class RunState:
     @cached_property
     def pending(self) -> PendingWork:
         """What is to be computed; for a complete run this is known without reading outcomes."""
-        if self._is_settled and self.manifest is not None and self.manifest.counts is not None:
+        if self._is_unchanged and self.manifest is not None and self.manifest.counts is not None:
             counts, vanished = self.manifest.counts.by_status, self.manifest.counts.vanished
             n_failed = sum(counts.values()) - counts.get("ok", 0) - vanished
             is_out_of_reach = "unreachable" in counts
@@ -115,7 +115,7 @@ class RunState:
         return bool(self.manifest.fingerprint["catalog"] != self.fingerprint["catalog"])
 
     @property
-    def _is_settled(self) -> bool:
+    def _is_unchanged(self) -> bool:
         """Whether the earlier run is complete and has the same images."""
         if self.manifest is None or not self.manifest.is_complete or self.has_other_images:
             return False
@@ -128,7 +128,7 @@ class RunState:
 
     @property
     def groupings(self) -> dict[str, str]:
-        """Hashes of the splits and groups of the images, as far as they are configured."""
+        """Hashes of the splits and groups of the images, if configured."""
         configured = [name for name in GROUPINGS if name in self.inputs.catalog]
         # Without any, the stored catalog need not be read.
         return hash_groupings(self.rows.catalog[configured]) if configured else {}
@@ -146,7 +146,7 @@ class RunState:
 
     @property
     def is_reduced(self) -> bool:
-        """Whether it holds the tables that the configuration asks for."""
+        """Whether the output holds the configured tables."""
         manifest = self.manifest
         if manifest is None or not manifest.is_complete or not self.has_features:
             return False
@@ -163,7 +163,7 @@ class RunState:
         )
 
     def _is_checked(self, manifest: store.RunManifest) -> bool:
-        """Whether the photographs to check are those of the exploration, if they are wanted."""
+        """Whether the list of photographs to check is based on the present exploration, or not configured."""
         if not self.config.check.enabled:
             return True
         exploration = store.read_exploration_manifest(self.output)
@@ -172,7 +172,7 @@ class RunState:
 
     @property
     def is_rendered(self) -> bool:
-        """Whether it holds the figures and the page that the configuration asks for."""
+        """Whether the output holds the configured figures and page."""
         if self.manifest is None or self.manifest.left_out != self.inputs.left_out:
             return False
         names = [store.PAGE] * self.config.report.enabled + [store.FIGURES] * self.config.plots.enabled
@@ -231,15 +231,13 @@ def prepare(
 
 
 def _check_applied(output: Location, manifest: store.RunManifest, record: store.AppliedRecord) -> None:
-    """Refuse an output with other components than those that are to be applied."""
+    """Refuse an output with components other than those to apply."""
     found = manifest.applied
     if found is None and not manifest.is_complete:
-        # It was restored after damage.
+        # The manifest was restored after damage.
         return
     if found is None or found.sha256 != record.sha256:
-        theirs = "of its own" if found is None else f"that {found.output} had before"
+        theirs = "its own" if found is None else f"those that {found.output} had before"
         raise StoreMismatchError(
-            store.describe_mismatch(
-                output, f"its principal components are those {theirs}, not those of {record.output}"
-            )
+            store.describe_mismatch(output, f"its principal components are {theirs}, not those of {record.output}")
         )

@@ -23,7 +23,7 @@ from fruitdask.store import Fault
 if TYPE_CHECKING:
     from fruitdask.analysis.pca import PCA
 
-#: Partitions whose outcomes are held in memory at once, where the results do not determine it.
+#: Partitions whose outcomes are held in memory at once, unless the parts of the results table determine it.
 _PARTITIONS_AT_ONCE = 256
 #: Partitions that are read at once; the features of each are in memory.
 _N_THREADS = 4
@@ -138,9 +138,7 @@ def _list_pieces(run: StoredRun, faults: list[Fault]) -> Iterator[tuple[int, lis
 def _check_partition(
     run: StoredRun, part: pd.DataFrame | None, first: int, index: int
 ) -> tuple[pd.DataFrame | None, list[Fault]]:
-    """Check a partition and its rows of the results; returns its outcomes, but not its features, which would fill the
-    memory.
-    """
+    """Check a partition and its rows of the results; returns its outcomes, not its features, which are large."""
     checked = store.check_partition(run.output, run.arrays, index, may_grow=not run.is_complete)
     faults, outcomes = list(checked.faults), checked.outcomes
     if run.catalog is not None and outcomes is not None:

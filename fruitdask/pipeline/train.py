@@ -44,7 +44,7 @@ class Classifier:
     result : RunResult
         The run.
     report : dict[str, Any]
-        How it was trained and what cross-validation says of it: ``classes``, ``n_images``, ``n_groups`` (None if groups
+        How it was trained and evaluated: ``classes``, ``n_images``, ``n_groups`` (None if groups
         are unknown), ``n_folds``; for ``linear_probe``, which predicts, and for ``nearest_neighbors`` the ``accuracy``
         (0 to 1) with its 95 % ``interval``, ``by_class`` and the ``confusion`` of the classes ``confused``;
         ``unknown_distance``.
@@ -128,7 +128,7 @@ class Classifier:
         return distances[:, 0], paths[rows[:, 0]]
 
     def _repr_html_(self) -> str:
-        """Show in a notebook what cross-validation says."""
+        """Show the result of cross-validation in a notebook."""
         probe = self.report["linear_probe"]
         low, high = probe["interval"]
         table = pd.DataFrame(probe["by_class"]).T[["n_images", "recall", "precision"]]
@@ -162,14 +162,14 @@ def train(
     ------
     TrainingError
         If there are fewer than two classes, or a class has fewer than two images (or two groups, where groups are
-        known), so that nothing could be held out to test what was learned.
+        known), so that no data could be held out for testing.
 
     Notes
     -----
-    A linear probe (multinomial logistic regression on standardized features), and beside it the vote of the 5 nearest
+    A linear probe (multinomial logistic regression on standardized features), compared with the vote of the 5 nearest
     neighbours. Where groups are known (``input.group_from``), no group is in both the training and the test part of a
-    fold, so that images of one object do not vouch for each other; intervals then count groups rather than images.
-    Where they are not, the same holds for copies of one image, which have equal features.
+    fold, so that the probe is never tested on an object it was trained on; intervals then count groups, not images.
+    Where groups are unknown, copies of one image, which have equal features, stay in one part.
     """
     from fruitdask.analysis.classifier import PROBE_ARRAYS, train as train_probe
 

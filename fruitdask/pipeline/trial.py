@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: Images that are measured; the first partition only warms up.
 _N_PARTITIONS, _IMAGES_PER_PARTITION = 3, 16
-#: Stages of a task whose time grows with its images; the others take their time once per partition.
+#: Stages of a task whose time grows with its number of images; the other stages take the same time per partition.
 _IMAGE_STAGES = ("fetch", "decode", "predict", "explore")
 _ONE_WORKER = LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)
 

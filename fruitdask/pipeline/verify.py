@@ -1,4 +1,4 @@
-"""Verifies an output folder: everything is read again, and what is stored twice is compared.
+"""Verifies an output folder: reads everything again, and compares what is stored twice.
 
 Only the output folder is read. So two things cannot be checked: that the fingerprint is that of the input (it hashes
 sizes and versions of files), and that features belong to their images.
@@ -92,7 +92,7 @@ def verify(
     storage_options : Mapping[str, Any], optional
         Options of the fsspec file system.
     repair : bool
-        Delete or restore what is damaged, so that the next run computes that, and only that, again.
+        Delete or restore what is damaged, so that the next run computes only the damaged parts again.
     progress : RunProgress or bool, optional
         Shows progress: by default on a terminal and in a notebook; False never does.
 
@@ -213,8 +213,8 @@ def _compare_descriptions(manifest: store.RunManifest, attributes: dict[str, Any
     where = f"{store.FEATURES}/zarr.json"
     for name, theirs in attributes["fingerprint"].items():
         # After an erasure the manifest follows the input, and an interrupted run may have written the manifest only.
-        is_settled = name == "catalog" and (manifest.erasures or not manifest.is_complete)
-        if manifest.fingerprint.get(name) != theirs and not is_settled:
+        may_differ = name == "catalog" and (manifest.erasures or not manifest.is_complete)
+        if manifest.fingerprint.get(name) != theirs and not may_differ:
             yield Fault(where, f"the fingerprint of its {name} differs from {store.MANIFEST}", "none")
     for name in _SAME_OF_MODEL:
         if getattr(manifest.model, name) != attributes["model"].get(name):

@@ -20,7 +20,7 @@ from fruitdask.errors import FruitdaskError
 _COORDINATES = r"^(pca|tsne)_\d+$"
 #: Columns of few different texts, which Parquet stores as a dictionary.
 _REPEATED = ("label", "status", "split", "group")
-#: What the projector of TensorBoard reads first.
+#: The file that the projector of TensorBoard reads first.
 _PROJECTOR = """embeddings {
   tensor_name: "features"
   tensor_path: "features.tsv"
@@ -39,7 +39,7 @@ class Block:
     features: npt.NDArray[np.float32]
     #: The absolute local path of each image, or its URL.
     files: list[str]
-    #: The columns that are the map, if there is one.
+    #: The columns of the map's coordinates, if there is a map.
     axes: tuple[str, str] | None
 
     @property
@@ -60,17 +60,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Format:
-    """A format, and what it takes."""
+    """An export format: how to write it, and which images it holds."""
 
     write: Callable[[Iterable[Block], Location], None]
     #: Patterns of all names in its folder; a format without them is one file.
     names: tuple[str, ...] = ()
-    #: Images that it takes: all, those with features, or those on the map.
+    #: Images that it holds: all, those with features, or those on the map.
     rows: Literal["all", "features", "map"] = "all"
     takes_urls: bool = False
 
     def choose_rows(self, block: Block) -> Block:
-        """Return the images that the format takes."""
+        """Return the images that the format holds."""
         if self.rows == "all":
             return block
         columns = block.axes if self.rows == "map" else None
@@ -80,7 +80,7 @@ class Format:
 
 @contextmanager
 def staged(target: Location) -> Iterator[Location]:
-    """Yield where to write what becomes `target`; after an error nothing of it remains.
+    """Yield a place to write to, which becomes `target` at the end; after an error, nothing of it remains.
 
     On a disk, an earlier target is replaced at the end; elsewhere it is deleted first.
     """
@@ -161,7 +161,7 @@ def write_lance(blocks: Iterable[Block], target: Location) -> None:
     try:
         lance.write_dataset(pa.RecordBatchReader.from_batches(first.schema, list_batches()), target.path)
     except Exception:
-        # Lance turns an error of what it reads from into one of its own, with the whole traceback as its message.
+        # Lance wraps an error of its source in one of its own, whose message is the whole traceback.
         if failures:
             raise failures[0] from None
         raise

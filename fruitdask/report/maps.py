@@ -103,7 +103,7 @@ def read_points(
 def _choose_points(
     table: pd.DataFrame, axes: Sequence[MapAxes], max_points: int, with_thumbnail: frozenset[str]
 ) -> pd.DataFrame:
-    """Keep as many images as are drawn."""
+    """Keep only the images that the maps draw."""
     order = table["_order"].to_numpy()
     chosen = sample_points(table, axes, max_points=max_points, with_thumbnail=with_thumbnail, order=order)
     return table.iloc[chosen].reset_index(drop=True)
@@ -127,9 +127,9 @@ def sample_points(
 ) -> npt.NDArray[np.intp]:
     """Choose the images that the maps show: evenly over the classes, the same ones every time.
 
-    Images on more of the maps come first, then images with a thumbnail, then any, in an order or at random: neighbours
-    in the catalog are often shots of one series. What is chosen among some of the images includes what is chosen of
-    them among all.
+    Images on more of the maps come first, then images with a thumbnail, then any, in a given order or at random:
+    neighbours in the catalog are often shots of one series. Images that are chosen from all are also chosen from any
+    subset that contains them.
 
     Returns positions of rows, ascending; images without coordinates are left out.
     """

@@ -10,7 +10,7 @@ if (location.protocol === "about:") {
   });
 }
 
-// Paper shows what is folded away.
+// Print folded sections too.
 const folded = [];
 addEventListener("beforeprint", () => {
   folded.push(...document.querySelectorAll("details:not([open])"));
@@ -22,7 +22,7 @@ addEventListener("afterprint", () => {
 
 const find = (id) => document.getElementById(id);
 
-// Pages opened from a disk may copy; in a frame without that permission the older way works.
+// A page opened from a disk may use the clipboard; a frame without that permission needs the older command.
 const copy = async (text) => {
   try {
     await navigator.clipboard.writeText(text);
@@ -288,10 +288,10 @@ const showMaps = async () => {
     placeTip();
   };
   const showHit = () => {
-    // Of points over one another the one on top is meant: it was drawn last.
+    // Of overlapping points, choose the one on top: it was drawn last.
     const point = [...hits.values()].flat().filter((each) => !isMuted(each)).at(-1);
     hits.clear();
-    // Bokeh takes a finger that is lifted for a pointer that leaves.
+    // Bokeh treats a lifted finger like a pointer that leaves.
     if (pointer.type !== "touch") showTip(point);
   };
   source.inspect.connect(([renderer]) => {

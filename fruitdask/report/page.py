@@ -46,7 +46,7 @@ _SECTIONS = {
 
 @dataclass(frozen=True, eq=False)
 class ReportData:
-    """What a report can say; what is None is left out."""
+    """The data of a report; sections without data are left out."""
 
     config: Config
     manifest: dict[str, Any] | None
@@ -113,7 +113,7 @@ def _build_context(data: ReportData) -> dict[str, Any]:
 
 
 def _build_views(data: ReportData) -> dict[str, Any]:
-    """Build the views of all sections, None where there is nothing to say."""
+    """Build the views of all sections; None for a section without data."""
     config, manifest, exploration, quality = data.config, data.manifest, data.exploration, data.quality
     counts = sections.count_images(manifest, data.results, exploration)
     return {
@@ -231,7 +231,7 @@ def _describe_maps(data: ReportData) -> Maps | None:
 
 
 def _draw(figure: "Figure", label: str) -> Any:
-    """Draw a figure into the page, with what a reader who cannot see it is told; on a desktop it may be larger."""
+    """Draw a figure into the page, with a label for screen readers; on a desktop it may be larger."""
     svg = figures.render_svg(figure, label=label)
     return _trust(re.sub(r"max-width:(\d+)px", lambda found: f"max-width:{int(found[1]) * _ZOOM:.0f}px", svg, count=1))
 

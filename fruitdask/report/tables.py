@@ -61,7 +61,7 @@ class Counts:
 
 
 class Rows(Protocol):
-    """Numbers of all images, of which some rows are computed when they are asked for."""
+    """Numbers of all images, computed for the rows that are requested."""
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -1,4 +1,4 @@
-"""The output folder: manifests, features, outcomes. What is written last marks what is done."""
+"""The output folder: manifests, features, outcomes. The file that is written last marks the others as complete."""
 
 from fruitdask.store.arrays import (
     StoredArray,

@@ -21,8 +21,8 @@ from fruitdask.store.manifests import advise_repair, delete_result
 from fruitdask.store.schema import check_format, seal
 from fruitdask.store.tables import read_table, write_table
 
-#: How chunks are stored: compressed as Zarr does by default, then with a checksum, by which a reader of any language
-#: finds damage.
+#: How chunks are stored: compressed as Zarr does by default, then with a checksum, so that readers in any language
+#: find damage.
 _COMPRESSORS = (ZstdCodec(), Crc32cCodec())
 #: Chunks of an array that stay in memory while it is read by rows.
 _CACHE_BYTES = 32 << 20
@@ -90,7 +90,7 @@ class RunArrays:
 def create_store(
     output: Location, *, n_images: int, n_features: int, images_per_partition: int, attributes: Mapping[str, Any]
 ) -> None:
-    """Create the empty arrays of a run, one chunk a partition.
+    """Create the empty arrays of a run, one chunk per partition.
 
     ``status`` follows the CF conventions, section 3.5: its attributes ``flag_values`` and ``flag_meanings`` name the
     codes.
@@ -136,7 +136,7 @@ def open_store(output: Location) -> RunArrays | None:
 
 
 def resize_store(output: Location, *, n_images: int, attributes: Mapping[str, Any]) -> None:
-    """Make room for more images behind those that are there; an interrupted resizing is completed."""
+    """Make room for more images after the existing ones; completes an interrupted resizing."""
     location = output.child(FEATURES)
     with explained(location, "write"):
         # Consolidated metadata are stale as soon as an array is resized: they are left out and written last.
@@ -148,7 +148,7 @@ def resize_store(output: Location, *, n_images: int, attributes: Mapping[str, An
 
 
 def _consolidate(group: zarr.Group) -> None:
-    """Repeat the metadata of the arrays in that of their group, for readers of one request and xarray."""
+    """Repeat the metadata of the arrays in that of their group, for xarray and for readers of a single request."""
     with warnings.catch_warnings():
         # Zarr warns that its specification does not have this yet; readers that do not know it skip it.
         warnings.filterwarnings("ignore", "Consolidated metadata", UserWarning)
@@ -243,7 +243,7 @@ def open_array(location: Location, name: str) -> Any:
 
 
 class LazyArray:
-    """An array of a group that is read by chunks, of which the last ones used stay in memory."""
+    """An array that is read chunk by chunk; the chunks that were used last stay in memory."""
 
     def __init__(self, array: Any, location: Location, remedy: str) -> None:
         self._array, self._location, self._remedy = array, location, remedy
@@ -271,7 +271,7 @@ class LazyArray:
 
 
 def open_lazily(location: Location) -> dict[str, LazyArray]:
-    """Open the arrays of a group without reading them, after checking that all of their chunks are there."""
+    """Open the arrays of a group without reading them, after checking that all of their chunks exist."""
     remedy = advise_repair(Location(location.url.rpartition("/")[0], location.storage_options))
     with explained(location, "read", remedy=remedy):
         return {name: LazyArray(array, location, remedy) for name, array in _list_arrays(location).items()}
@@ -287,7 +287,7 @@ def check_chunks(location: Location, remedy: str) -> None:
 
 
 def _list_arrays(location: Location) -> dict[str, Any]:
-    """List the arrays of a group, all of whose chunks are there."""
+    """List the arrays of a group, after checking that all of their chunks exist."""
     group = zarr.open_group(**name_store(location), mode="r", zarr_format=3)
     check_format(group.attrs, location.url)
     arrays: dict[str, Any] = dict(group.arrays())

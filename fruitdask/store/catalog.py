@@ -33,15 +33,15 @@ COLUMNS = ("path", "label", "bytes", "version")
 _ROWS_AT_ONCE = 65_536
 #: Rows of a catalog that are written, or read and compared, at once.
 _ROWS_IN_MEMORY = 262_144
-#: Runs of a listing that a block of a catalog may consist of to share its memory; many pieces make a column slow.
+#: A block of a catalog shares the memory of a listing if it has at most this many runs of it: more make it slow.
 _MAX_RUNS = 256
-#: Endings of files that are taken for a folder of images, and how such a folder is written.
+#: Endings of archives, and the protocols that read a folder in them.
 _ARCHIVE_ENDINGS = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar"}
-#: What is said of the endings that are taken by default.
+#: The default endings, as messages show them.
 _SHOWN_ENDINGS = (".jpg", ".png", ".webp", ".tif", ".bmp", ".gif", ".avif", ".jp2 ...")
 _WILDCARDS = re.compile(r"[*?\[]")
 
-#: Where ``featurize.images_per_partition`` is not given: about this many partitions, so that a few workers finish
+#: If ``featurize.images_per_partition`` is not set: about this many partitions, so that a few workers finish
 #: together ...
 _PARTITIONS_WANTED = 16
 #: ... but a chunk neither so small that tasks and files cost more than the work, nor so large that an interruption
@@ -61,18 +61,17 @@ def list_images(config: InputConfig) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row an image, sorted by ``path``, with the columns ``path`` (str, relative to the input URL), ``label``
+        One row per image, sorted by ``path``, with the columns ``path`` (str, relative to the input URL), ``label``
         (category, the folder that ``input.label_from`` chooses, or the word in the table of labels), ``bytes`` (int64),
         ``version`` (int64, a hash of an object store's ETag, of a checksum in an archive, else of the time of
-        modification), and where they are configured ``split`` and
-        ``group`` (category).
+        modification), and if configured ``split`` and ``group`` (category).
 
     Raises
     ------
     CatalogError
         If there is no such folder, no image in it, or no image of a class that was asked for.
     ConfigError
-        If the table of labels is no table of paths and labels, or a pattern does not match a path.
+        If the table of labels lacks paths or labels, or a pattern does not match a path.
     StorageError
         If the input cannot be listed.
     """
@@ -80,7 +79,7 @@ def list_images(config: InputConfig) -> pd.DataFrame:
 
 
 def list_input(config: InputConfig, *, on_listed: Callable[[int], None] = lambda n_files: None) -> Listing:
-    """List the images of an input, and say what was left out; `on_listed` is called with the number found so far."""
+    """List the images of an input, and count skipped files; `on_listed` is called with the number found so far."""
     root = Location(config.url, config.storage_options)
     _check_folder(root, config)
     table = read_labels(config) if config.manifest is not None else None
@@ -103,16 +102,16 @@ def list_input(config: InputConfig, *, on_listed: Callable[[int], None] = lambda
 
 
 def _describe_backslashes(paths: pd.Series) -> tuple[str, ...]:
-    """Describe paths as old programs on Windows write them into archives: here they have no folder, and so no class."""
+    """Warn of backslashes, which old Windows programs write into archives: such paths have no folder, so no class."""
     odd = paths[paths.str.contains("\\", regex=False)]
     if odd.empty:
         return ()
     names = f"{len(odd):,} paths have a backslash" if len(odd) > 1 else "one path has a backslash"
-    return (f"{names}, such as {odd.iloc[0]!r}, which is part of a name here; if it separates folders, pack them anew",)
+    return (f"{names}, such as {odd.iloc[0]!r}, which is part of a name here; if it separates folders, repack them",)
 
 
 def _describe_alike(classes: Iterable[str]) -> tuple[str, ...]:
-    """Describe classes whose names a person would take for one."""
+    """Describe classes whose names look the same to a person."""
     firsts, pairs = dict[str, str](), list[str]()
     for name in sorted(classes):
         key = re.sub(r"[\s_]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
@@ -125,7 +124,7 @@ def _describe_alike(classes: Iterable[str]) -> tuple[str, ...]:
 
 
 def _narrow(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
-    """Keep the classes, as many images and the paths that the configuration asks for."""
+    """Keep the classes, the number of images and the paths that are configured."""
     if config.classes is not None:
         catalog = _keep_classes(catalog, config)
     if config.limit is not None:
@@ -134,7 +133,7 @@ def _narrow(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
     if config.exclude_from is not None:
         patterns += read_paths(config.exclude_from, "input.exclude_from")
     if patterns:
-        # Last, so that an image that is left out changes nothing about which others are in.
+        # Last, so that excluding an image does not change the choice of the others.
         catalog = catalog[~match_paths(catalog["path"], patterns)].reset_index(drop=True)
         if catalog.empty:
             name = "input.exclude" if config.exclude else "input.exclude_from"
@@ -194,7 +193,7 @@ def take_rows(catalog: pd.DataFrame, rows: npt.NDArray[np.int64]) -> pd.DataFram
 def sample_evenly(
     catalog: pd.DataFrame, limit: int, *, among: npt.NDArray[np.bool_] | None = None
 ) -> npt.NDArray[np.int64]:
-    """Choose at most ``limit`` rows, of all or of some, the same number of each class as far as it has them.
+    """Choose at most ``limit`` rows, of all or of ``among``, the same number of each class where there are enough.
 
     Rows are taken class by class in turn, within a class by a hash of the path: the choice is reproducible, looks
     random, and a larger limit keeps what a smaller one chose.
@@ -206,7 +205,7 @@ def sample_evenly(
     """
     codes = np.asarray(catalog["label"].astype("category").cat.codes)
     rows, hashes, start = np.empty(0, np.int64), np.empty(0, np.uint64), 0
-    # What is chosen among some of the rows includes what is chosen of them in the end.
+    # A row that is chosen from all is also chosen from any subset that contains it, so blocks can be merged.
     for block in _hash_rows(catalog["path"], n_rows=max(limit, _ROWS_AT_ONCE)):
         here = slice(start, start := start + len(block))
         places = np.arange(len(block)) if among is None else np.flatnonzero(among[here])
@@ -226,7 +225,7 @@ def _deal(codes: npt.NDArray[np.integer], order: npt.NDArray[np.uint64]) -> npt.
 
 
 def hash_catalog(catalog: pd.DataFrame) -> str:
-    """Hash what a catalog says."""
+    """Hash the content of a catalog."""
     digest = hashlib.sha256(json.dumps([len(catalog), *COLUMNS]).encode())
     for column in COLUMNS:
         for hashes in _hash_rows(catalog[column]):
@@ -282,12 +281,12 @@ def merge_listing(
 
 
 def take_listing(stored: pd.DataFrame) -> pd.DataFrame:
-    """Take from the catalog of a store the listing of the input that it was made of."""
+    """Recover from the catalog of a store the listing it was made from."""
     return stored[stored["bytes"] != VANISHED_BYTES].sort_values("path", ignore_index=True)
 
 
 class _Words:
-    """The words of a column, by their codes in a listing; others of images that it does not have get new codes."""
+    """The words of a column, coded as in a listing; words of images that it lacks get new codes."""
 
     def __init__(self, listed: pd.Series) -> None:
         self._listed = listed.astype("category").cat
@@ -299,7 +298,7 @@ class _Words:
         return np.asarray(self._listed.codes, np.int32)
 
     def merge(self, stored: pd.Series | None, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """Take the codes of some places of the listing; what it does not have keeps its word, or has an empty one."""
+        """Take the codes at some places of the listing; vanished images keep their stored word, or an empty one."""
         codes, is_gone = _take(self._listed.codes, places, 0).astype(np.int32), places < 0
         if is_gone.any():
             words = [""] * int(is_gone.sum()) if stored is None else stored[is_gone].tolist()
@@ -327,9 +326,9 @@ def _take(column: pd.Series, places: npt.NDArray[np.integer], absent: int) -> np
 
 
 def _find_block(block: pd.Series, paths: pd.Series, start: int) -> npt.NDArray[np.int64]:
-    """Find the positions of the paths of a block among sorted paths, -1 for those that are not there.
+    """Find the positions of the paths of a block among sorted paths; -1 for missing ones.
 
-    Most blocks are where they were, or nearly: a table of all paths would take more memory than they do.
+    Most blocks are at or near their old place. This saves a table of all paths, which would take much memory.
     """
     if paths.iloc[start : start + len(block)].array.equals(block.array):
         return np.arange(start, start + len(block))
@@ -343,7 +342,7 @@ def _find_block(block: pd.Series, paths: pd.Series, start: int) -> npt.NDArray[n
 
 
 def _share_paths(block: pd.Series, paths: pd.Series, places: npt.NDArray[np.int64]) -> pd.Series:
-    """Return the paths of a block, from the memory of the sorted paths if they stand there in a few runs."""
+    """Return the paths of a block, as views of the sorted paths if a few runs of these make up the block."""
     firsts = np.flatnonzero(np.diff(places, prepend=-2) != 1)
     if (places < 0).any() or not 0 < len(firsts) <= _MAX_RUNS:
         return block
@@ -382,7 +381,7 @@ def _keep_classes(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
 
 
 def _check_folder(root: Location, config: InputConfig) -> None:
-    """Refuse a file on a disk, which cannot be walked through."""
+    """Refuse a local file in place of a folder."""
     if root.is_local and root.fs.isfile(root.path):
         raise CatalogError(_explain_file(config.url))
 
@@ -399,15 +398,14 @@ def _explain_file(url: str) -> str:
 
 
 def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str:
-    """Explain why nothing was found."""
+    """Explain why no image was found."""
     with explained(root, "read"):
         if not exists(root):
             if _WILDCARDS.search(config.url) and not root.is_archive:
                 folder = _WILDCARDS.split(config.url)[0].rpartition("/")[0]
                 return (
                     f"{config.url}: expected a folder in input.url, found a pattern; write {folder or '.'}, all of "
-                    "which is searched, "
-                    "and choose among files by input.extensions, input.classes and input.exclude"
+                    "which is searched, and choose among files by input.extensions, input.classes and input.exclude"
                 )
             return f"{config.url}: there is no such folder; check input.url"
         if root.fs.isfile(root.path):
@@ -416,7 +414,7 @@ def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str
         return f"{config.url}: expected the files that input.manifest names, found none; check input.url"
     left_out = format_left_out(listing.left_out, is_default=config.extensions is None)
     found = f"none but {left_out}" if left_out else "none"
-    hidden = ", or take what is hidden by input.hidden: true" if "hidden" in listing.left_out else ""
+    hidden = ", or include hidden files by input.hidden: true" if "hidden" in listing.left_out else ""
     endings = ", ".join(config.extensions or _SHOWN_ENDINGS)
     return f"{config.url}: expected images ({endings}), found {found}; check input.url and input.extensions{hidden}"
 
@@ -459,7 +457,7 @@ def _read_blocks(output: Location) -> Iterator[pa.Table]:
 
 
 def write_catalog(output: Location, catalog: pd.DataFrame) -> None:
-    """Write the catalog of a store, all of it or none."""
+    """Write the catalog of a store atomically."""
     import pyarrow.parquet
 
     # Categories would keep the names of classes of which no image is left, and a dictionary of paths would hold each of

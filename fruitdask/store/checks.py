@@ -195,7 +195,7 @@ def _compare_descriptions(output: Location, model: Location, name: str, *, may_g
         is_whole = "fingerprint" in found["attributes"] and is_intact(found["attributes"])
         if not is_whole:
             return "its attributes do not match their checksum"
-        # What was written before there were consolidated metadata is as good without.
+        # Stores from before consolidated metadata are valid without.
         repeated = (found.get("consolidated_metadata") or expected["consolidated_metadata"])["metadata"]
         arrays = {array: dict(described) for array, described in expected["consolidated_metadata"]["metadata"].items()}
         said = [_compare_arrays(repeated.get(array, {}), arrays[array], may_grow=may_grow) for array in arrays]
@@ -278,7 +278,7 @@ def find_strays(output: Location) -> Iterator[Fault]:
 
 
 def describe_damage(error: Exception) -> str:
-    """Describe what a decoder or a checksum has found."""
+    """Describe the damage that a decoder or a checksum has found."""
     if error.__cause__ is not None:
         return f"it is damaged ({describe_cause(error.__cause__)})"
     return "its checksum does not match its content" if isinstance(error, DamageError) else "it is damaged"

@@ -1,7 +1,7 @@
 """Erases images from a run: the rows to keep are copied, everything else is deleted, and the copy takes its place.
 
 Until the status of the manifest is ``erasing`` nothing has changed. After that the folder holds everything needed to
-finish, so an interrupted erasure either has not happened or is finished by the next command.
+finish. So an interrupted erasure either has not happened, or the next command finishes it.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ from fruitdask.store.outcomes import list_committed, read_rows
 def stage_rows(
     output: Location, rows: npt.NDArray[np.int64], *, images_per_partition: int, attributes: Mapping[str, Any]
 ) -> None:
-    """Copy rows of a run to a staging store without gaps; partitions with a row that was not computed are left out.
+    """Copy rows of a run to a staging store without gaps, except partitions with a row that was not computed.
 
     `rows` are ascending, int64.
     """
@@ -100,7 +100,7 @@ def _copy_folder(source: Location, target: Location) -> None:
 
 
 def _copy_catalog(output: Location) -> None:
-    """Copy the staged catalog, if any, to its place."""
+    """Copy the staged catalog, if any, to the output folder."""
     catalog = read_catalog(output.child(STAGING))
     if catalog is not None:
         write_catalog(output, catalog)

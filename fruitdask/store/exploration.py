@@ -152,10 +152,10 @@ def read_exploration(output: Location) -> Exploration | None:
 
 
 def open_exploration(output: Location, more_rows: Sequence[int] | npt.NDArray[np.int64] = ()) -> Exploration | None:
-    """Open the findings of a complete exploration for those who look at a few images; None without one.
+    """Open the findings of a complete exploration for a few images; None without one.
 
-    Its table has only the images with thumbnails, and those of `more_rows`, in the order of the catalog, which are what
-    its `thumbnail_rows` count. Pictures are read when they are asked for.
+    The table has only the images with thumbnails and those of `more_rows`, in the order of the catalog, and
+    `thumbnail_rows` refers to its rows. Pictures are read on demand.
     """
     manifest = _read_complete(output)
     if manifest is None:
@@ -237,7 +237,7 @@ def _check_names(output: Location, arrays: Mapping[str, Any]) -> None:
 
 
 def check_exploration(output: Location, manifest: ExplorationManifest, catalog: pd.DataFrame | None) -> Iterator[Fault]:
-    """Check the stored findings of an exploration, a block of images at a time."""
+    """Check the stored findings of an exploration, block by block."""
     counts, faults = _check_images(output, manifest, catalog)
     classes, more = _check_table(output, EXPLORED_CLASSES)
     yield from faults + more
@@ -269,7 +269,7 @@ def _check_images(
             counts.update(images["label"].value_counts().to_dict())
             n_images += len(images)
         if expected is not None and not is_same:
-            # The store has other rows than the listing since images were added.
+            # The rows of the store are in another order than the listing once images were added.
             is_same = _has_same_images(_concatenate(list(read_images(output, ["path", "label"]))), expected)
     except DamageError as error:
         return None, [_fault(where, describe_damage(error))]

@@ -23,7 +23,7 @@ RESULTS, RESULTS_CSV = "results.parquet", "results.csv"
 #: Photographs to check.
 ISSUES, ISSUES_CSV = "issues.parquet", "issues.csv"
 FAILURES = "failures.csv"
-#: A trained classifier: its arrays, and what it was trained on and how it was evaluated.
+#: A trained classifier: its arrays, and the record of its training and evaluation.
 CLASSIFIER, CLASSIFIER_REPORT = "classifier.zarr", "classifier.json"
 #: Labels predicted by the classifier of another run.
 PREDICTIONS, PREDICTIONS_CSV = "predictions.parquet", "predictions.csv"
@@ -67,7 +67,7 @@ def name_working(exploration: str, kind: str, index: int) -> str:
 
 
 #: What a run or an exploration writes, and may therefore delete. Deleted in this order: commit marks before their data,
-#: and a manifest last, because it says that the others are ours.
+#: and the manifest last, because it proves that the other files are ours.
 RUN_NAMES = (
     STAGING,
     PARTITIONS,

@@ -17,8 +17,8 @@ from fruitdask.store.layout import LOCK
 from fruitdask.store.manifests import delete_result
 
 #: Interval of heartbeats, and how long they may be missing: clocks differ, and laptops sleep.
-_SECONDS_BETWEEN_SIGNS = 20.0
-_SECONDS_OF_SILENCE = 300.0
+_HEARTBEAT_SECONDS = 20.0
+_LEASE_SECONDS = 300.0
 
 
 class OutputLock:
@@ -35,7 +35,7 @@ class OutputLock:
         }
         self._is_lost = False
         self._is_over = threading.Event()
-        self._keeper = threading.Thread(target=self._keep, name=_name_keeper(self._owner), daemon=True)
+        self._heartbeat = threading.Thread(target=self._send_heartbeats, name=_name_thread(self._owner), daemon=True)
 
     def check(self) -> None:
         """Stop a run that has lost its lock to another run."""
@@ -47,7 +47,7 @@ class OutputLock:
 
     def take(self) -> None:
         """Take the lock, after deleting that of a dead run."""
-        self._keeper.start()
+        self._heartbeat.start()
         try:
             other = self._try_to_take()
             if other is not None and _is_dead(other):
@@ -56,10 +56,10 @@ class OutputLock:
             if other is not None:
                 raise OutputError(_explain(other, self._location))
         except BaseException:
-            self._stop_keeper()
+            self._stop_heartbeat()
             raise
 
-    def show_life(self) -> None:
+    def renew(self) -> None:
         """Write a heartbeat, unless another run has the lock; if the storage fails, the run will notice."""
         with suppress(FruitdaskError):
             found = self._read()
@@ -70,7 +70,7 @@ class OutputLock:
 
     def release(self) -> None:
         """Delete the lock if it is ours; if that fails, its missing heartbeat shows that it is dead."""
-        self._stop_keeper()
+        self._stop_heartbeat()
         with suppress(FruitdaskError):
             found = self._read()
             if found is not None and found.get("id") == self._owner["id"]:
@@ -80,15 +80,15 @@ class OutputLock:
             with suppress(OSError):
                 os.rmdir(self._output.path)
 
-    def _keep(self) -> None:
+    def _send_heartbeats(self) -> None:
         """Write heartbeats until the lock is released."""
-        while not self._is_over.wait(_SECONDS_BETWEEN_SIGNS):
-            self.show_life()
+        while not self._is_over.wait(_HEARTBEAT_SECONDS):
+            self.renew()
 
-    def _stop_keeper(self) -> None:
+    def _stop_heartbeat(self) -> None:
         """Stop the heartbeats."""
         self._is_over.set()
-        self._keeper.join()
+        self._heartbeat.join()
 
     def _try_to_take(self) -> dict[str, Any] | None:
         """Take the lock; return its owner if it is taken."""
@@ -140,16 +140,16 @@ def _is_dead(found: dict[str, Any]) -> bool:
     if found.get("host") == platform.node() and isinstance(found.get("pid"), int):
         if found["pid"] == os.getpid():
             # An earlier run of this process could not delete its lock, because the storage failed.
-            return _name_keeper(found) not in {thread.name for thread in threading.enumerate()}
+            return _name_thread(found) not in {thread.name for thread in threading.enumerate()}
         return not _is_running(found["pid"])
     try:
         seen = datetime.fromisoformat(str(found.get("seen")))
     except ValueError:
         return False
-    return (datetime.now(UTC) - seen).total_seconds() > _SECONDS_OF_SILENCE
+    return (datetime.now(UTC) - seen).total_seconds() > _LEASE_SECONDS
 
 
-def _name_keeper(owner: dict[str, Any]) -> str:
+def _name_thread(owner: dict[str, Any]) -> str:
     """Return the name of the heartbeat thread of an owner."""
     return f"fruitdask-lock-{owner.get('id')}"
 

@@ -1,4 +1,4 @@
-"""The JSON files of an output folder: who may write there, what was run, and what may be deleted."""
+"""The JSON files of an output folder, and checks of whether a run may write or delete there."""
 
 import errno
 import hashlib
@@ -43,8 +43,7 @@ def check_output(
         if foreign:
             raise OutputError(
                 f"{output.url}: expected an empty or new folder for the results, found {foreign[0]}, which no "
-                "fruitdask run wrote; "
-                "choose another output.url"
+                "fruitdask run wrote; choose another output.url"
             )
     if overwrite:
         return None
@@ -60,13 +59,12 @@ def check_output(
 
 
 def _check_other_images(output: Location, manifest: RunManifest | None, *, may_grow: bool) -> None:
-    """Refuse an input that has other images than the results, unless a run may bring these up to date."""
+    """Refuse an input with other images than the results, unless a run may update the results."""
     if manifest is not None and manifest.erasures:
         n_erased = sum(erasure.n_images for erasure in manifest.erasures)
         raise StoreMismatchError(
             f"{output.url}: the input has other images than the results have since {n_erased:,} were erased; delete "
-            "the erased ones "
-            "from the input too or name them in input.exclude, or start again with --overwrite"
+            "the erased ones from the input too or name them in input.exclude, or start again with --overwrite"
         )
     can_grow = manifest is not None and exists(output.child(CATALOG))
     if not (can_grow and may_grow):

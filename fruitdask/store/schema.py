@@ -1,7 +1,7 @@
-"""What an output folder says about itself: typed manifests, how they change, and how their JSON is read and written.
+"""The description of an output folder: typed manifests, how they change, and how their JSON is read and written.
 
-Every JSON file and every Zarr group carries `format` and `checksum`. An object that was read keeps entries that this
-version does not know, so that nothing is lost when it is written again.
+Every JSON file and every Zarr group carries `format` and `checksum`. A record keeps the entries that this version does
+not know, so that nothing is lost when it is written again.
 """
 
 import hashlib
@@ -15,8 +15,8 @@ from fruitdask.core.config import ExploreConfig, QualityConfig, ReduceConfig, re
 from fruitdask.errors import FormatError
 from fruitdask.store.layout import CHECKSUM
 
-#: The format of an output folder that this version writes. It grows when an earlier version could misread what a later
-#: one writes.
+#: The format of an output folder that this version writes. It is raised when an earlier version could misread a later
+#: one's output.
 FORMAT = 1
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -91,14 +91,14 @@ class ErasureRecord(Record):
 
 
 class CostRecord(Record):
-    """US dollars spent, in all and by instance type."""
+    """US dollars spent, in total and by instance type."""
 
     dollars: float
     instances: dict[str, dict[str, float]]
 
 
 class IssuesRecord(Record):
-    """Photographs to check: how many of each kind, and when the exploration was finished that they are based on."""
+    """Photographs to check: how many of each kind, and when the exploration behind them was finished."""
 
     by_kind: dict[str, int]
     exploration: str | None = None
@@ -115,7 +115,7 @@ class AppliedRecord(Record):
 
 
 class DuplicatesRecord(Record):
-    """Groups of images that are the same, or nearly."""
+    """Groups of duplicates or near duplicates."""
 
     n_groups: int
     n_images: int
@@ -146,17 +146,17 @@ class NeighborsRecord(Record):
 
 
 class GroupedRecord(Record):
-    """The same figures between images of different groups."""
+    """Silhouettes and neighbours between images of different groups."""
 
     n_groups: int
-    #: Classes whose images no other group can vouch for; they have no figures.
+    #: Classes with a single group, which therefore have no figures.
     classes_of_one_group: tuple[str, ...]
     silhouette: SilhouetteRecord
     neighbors: NeighborsRecord
 
 
 class SeriesRecord(Record):
-    """A sign that images come in series of one object: how many images say so, and a pattern for `input.group_from`."""
+    """Evidence that images come in series of one object: the fraction of images, and a pattern for `group_from`."""
 
     fraction: float
     pattern: str
@@ -198,18 +198,16 @@ class Manifest(Record):
 
     @property
     def is_complete(self) -> bool:
-        """Whether the results are there."""
+        """Whether the results are complete."""
         return self.status == "complete"
 
     def mark_deleting(self) -> Self:
-        """Return the manifest of results that are being deleted: if that is interrupted, nobody takes the rest for
-        results.
-        """
+        """Return the manifest of results that are being deleted: remains of them must not pass as results."""
         return self.change(status="deleting")
 
 
 class RunManifest(Manifest):
-    """`manifest.json`: what was run, on what, when, and what came out."""
+    """`manifest.json`: what was run, on what, when, and with what result."""
 
     n_images: int = Field(ge=0)
     images_per_partition: int = Field(ge=1)
@@ -225,7 +223,7 @@ class RunManifest(Manifest):
     pca: ComponentsRecord | None = None
     applied: AppliedRecord | None = None
     issues: IssuesRecord | None = None
-    #: SHA-256 of the splits and groups of the images, as far as they are configured.
+    #: SHA-256 of the splits and groups of the images, if configured.
     groupings: dict[str, str] = {}
     presented: dict[str, Any] | None = None
     n_computed: int | None = None
@@ -233,7 +231,7 @@ class RunManifest(Manifest):
 
     @model_validator(mode="after")
     def _check_complete(self) -> Self:
-        """Require what every run writes, and what a complete one does."""
+        """Require the entries that every run writes, and of a complete run those of its results."""
         for part in ("catalog", "decoding", "model"):
             if part not in self.fingerprint:
                 raise ValueError(f"no entry 'fingerprint.{part}'")
@@ -286,11 +284,11 @@ class RunManifest(Manifest):
         return self.change(status="complete", **results)
 
     def begin_rendering(self) -> Self:
-        """Return the manifest of a run whose page and figures are not those of its results."""
+        """Return the manifest of a run whose page and figures are out of date."""
         return self.change(presented=None)
 
     def end_rendering(self, mark: dict[str, Any], config: Mapping[str, dict[str, Any]]) -> Self:
-        """Return the manifest of a run whose page and figures are rendered as some settings ask."""
+        """Return the manifest of a run whose page and figures were rendered with some settings."""
         return self.change(presented=mark, config=self.config | dict(config))
 
     def begin_erasing(self, *, n_kept: int, catalog: str, erasure: ErasureRecord) -> Self:
@@ -350,7 +348,7 @@ def seal(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_intact(tree: Any) -> bool:
-    """Whether a tree of JSON is what was sealed."""
+    """Whether a tree of JSON matches its checksum."""
     return isinstance(tree, dict) and tree.get(CHECKSUM) == _hash(
         {name: value for name, value in tree.items() if name != CHECKSUM}
     )

@@ -1,8 +1,8 @@
 """The working files of an exploration: rows, sums and thumbnails of each partition, and mean images of classes.
 
-The rows of a partition are written last and are its commit mark. All are in a folder that is named after the
-exploration, so that nobody takes a file of another one for its own; a straggling task may still write there. Numbers
-are records of one size, each with a checksum, so that a reader fetches only the ones that it needs.
+The rows of a partition are written last and are its commit mark. The folder of the files is named after the
+exploration, so that explorations do not mix, even if a straggler still writes. Numbers are records of one size, each
+with a checksum, so that a reader fetches only the ones that it needs.
 """
 
 import zlib
@@ -51,7 +51,7 @@ class Workspace:
 
     @property
     def thumbnail_type(self) -> np.dtype[Any]:
-        """The thumbnail of an image; one that is not readable has none."""
+        """The thumbnail of a readable image."""
         return np.dtype([("is_readable", "?"), ("pixels", "u1", (self.thumbnail_px, self.thumbnail_px, 3))])
 
     @property
@@ -154,11 +154,11 @@ class Workspace:
             raise self._reject("rows", index, "it cannot be decoded") from error
 
     def _reject(self, kind: str, index: int, what: str) -> DamageError:
-        """Take back the commit mark of a partition with a damaged file; returns the error to raise."""
+        """Delete the commit mark of a partition with a damaged file; returns the error to raise."""
         if kind != "means":
             delete_result(self.output, name_working(self.name, "rows", index))
         location = self.locate(kind, index)
-        return DamageError(f"{location.url} is damaged ({what}); run again, which explores this part anew")
+        return DamageError(f"{location.url} is damaged ({what}); run again, which explores this part again")
 
 
 def delete_exploring(output: Location) -> None:

@@ -14,7 +14,7 @@ from fruitdask.worker.sums import ClassSums, format_palette, mean_squared_differ
 
 @dataclass(frozen=True)
 class CompareJob:
-    """What a task needs besides its classes or its partition; picklable and small."""
+    """The input of a task in addition to its classes or its partition; picklable and small."""
 
     workspace: Workspace
     #: Scale of differences, as in `explore.scale`.
@@ -25,7 +25,7 @@ class CompareJob:
 
 @dataclass(frozen=True)
 class ClassFacts:
-    """What the sums over a class say about it."""
+    """Facts about a class that follow from its sums."""
 
     code: int
     #: Readable images.

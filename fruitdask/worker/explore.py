@@ -21,7 +21,7 @@ from fruitdask.worker.sums import ClassSums
 
 @dataclass(frozen=True)
 class ExploreJob:
-    """What a task needs besides its partition; picklable and small."""
+    """The input of a task in addition to its partition; picklable and small."""
 
     source: ImageSource
     #: Where it writes.
@@ -32,7 +32,7 @@ class ExploreJob:
 
 @dataclass(frozen=True)
 class ExploredPartition:
-    """What a task reports: counts, never rows or pixels."""
+    """The report of a task: counts, never rows or pixels."""
 
     index: int
     n_images: int
@@ -111,7 +111,7 @@ _EMPTY: dict[str, Any] = {
     "contrast": np.nan,
     "sharpness": np.nan,
 }
-#: Types of columns that a partition without a readable image would not tell.
+#: Types of columns that cannot be inferred in a partition without a readable image.
 _TYPES = dict.fromkeys(("width_px", "height_px"), "Int32") | {
     name: np.float32 for name, value in _EMPTY.items() if isinstance(value, float)
 }

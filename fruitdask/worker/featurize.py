@@ -25,7 +25,7 @@ _Stored = tuple[npt.NDArray[np.float32], pd.DataFrame]
 
 @dataclass(frozen=True)
 class FeaturizeJob:
-    """What a task needs besides its partition and its network; picklable and small."""
+    """The input of a task in addition to its partition and its network; picklable and small."""
 
     source: ImageSource
     output: Location
@@ -35,7 +35,7 @@ class FeaturizeJob:
 
 @dataclass(frozen=True)
 class PartitionSummary:
-    """What a task reports: counts and seconds, never features."""
+    """The report of a task: counts and seconds, never features."""
 
     index: int
     n_images: int
@@ -86,7 +86,7 @@ def mark_vanished(partition: Partition, output: Location, *, n_features: int) ->
 def featurize_photographs(
     photographs: Sequence[tuple[str, Photograph]], artifact: ModelArtifact, source: ImageSource
 ) -> _Stored:
-    """Compute the features of photographs of any places in this process, as a task does those of a partition."""
+    """Compute the features of photographs from anywhere in this process, as a task does for a partition."""
     predict = load_predictor(artifact, n_threads=_count_threads())
     features = np.full((len(photographs), artifact.n_features), np.nan, np.float32)
     rows = list[list[str]]()

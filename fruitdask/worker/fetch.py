@@ -21,14 +21,14 @@ from fruitdask.worker.images import decode_images
 
 #: Exponential backoff with full jitter: bounds of the random pause before the first and any later retry of a file.
 _FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.5, 20
-#: After so long without a successful read, each further file is tried once: a stalled server costs 15 s per attempt.
+#: After this time without a successful read, each further file is tried once: a stalled server costs 15 s per attempt.
 _CIRCUIT_BREAKER_SECONDS = 60
 #: Bytes of files per batch, and in memory ahead of the current batch; at least one file, however large.
 _MAX_BYTES = 64 * 1024**2
 #: Size of uncompressed 16-bit RGBA, and room for metadata; larger files are not read.
 _MAX_BYTES_PER_PIXEL, _MAX_METADATA_BYTES = 8, 64 * 1024**2
 
-#: The file of a photograph, the content of one, or why there is none.
+#: The file of a photograph, its content, or why there is none.
 Photograph = Location | bytes | ImageError
 
 
@@ -130,9 +130,7 @@ def read_batches(
 def read_photographs(
     photographs: Sequence[tuple[str, Photograph]], source: ImageSource, *, input_px: int
 ) -> Iterator[Batch]:
-    """Read and decode photographs of any places or in memory, each with its name, as `read_batches` does those of a
-    partition.
-    """
+    """Read and decode photographs from anywhere or in memory, each with its name, like `read_batches`."""
     outcomes, breaker = [Outcome(name, "") for name, _ in photographs], _CircuitBreaker()
     places = {id(outcome): place for outcome, (_, place) in zip(outcomes, photographs, strict=True)}
 

@@ -71,7 +71,7 @@ _XMP_ELEMENT = re.compile(
 )
 #: A line with its name, one with its length, and hexadecimal digits.
 _RAW_PROFILE = re.compile(rb"\n[^\n]*+\n\s*+\d++\n([0-9A-Fa-f\s]*+)")
-#: APP1 or APP13 with EXIF, XMP, the rest of a long XMP packet, or Photoshop's resources.
+#: APP1 or APP13 with EXIF, XMP, the continuation of a long XMP packet, or Photoshop's resources.
 _JPEG_SEGMENT = re.compile(
     rb"\xff[\xe1\xed](..)(?=Exif\0\0|http://ns\.adobe\.com/x(?:ap/1\.0|mp/extension)/\0|Photoshop 3\.0\0)", re.DOTALL
 )
@@ -234,7 +234,7 @@ def _search_text(keyword: str, text: bytes) -> Iterator[str]:
 
 
 def _search_block(block: bytes) -> Iterator[str]:
-    """Search a block of any standard, told by its first bytes."""
+    """Search a block of any standard, recognized by its first bytes."""
     # Some writers repeat the EXIF header.
     block = block.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
     if block.startswith((b"II", b"MM")):
@@ -273,7 +273,7 @@ def _search_tiff(data: bytes, is_file: bool = False) -> Iterator[str]:
 
 
 def _judge(tag: int, value: bytes, *, group: str, is_file: bool) -> Iterator[str]:
-    """Describe what kinds of metadata a tag is."""
+    """Yield the kinds of metadata that a tag is."""
     if not is_file or group != "main" or tag in _DESCRIPTIVE_TAGS:
         yield "exif"
     if group == "gps":

@@ -35,7 +35,7 @@ class ClassSums:
     @classmethod
     def measure(cls, pixels: npt.NDArray[np.uint8], thumbnails: npt.NDArray[np.uint8]) -> Self:
         """Sum images of shape (n, px, px, 3) and their thumbnails."""
-        # About 64 x 64 pixels tell the colours of an image as well as more do.
+        # About 64 x 64 pixels show the colours of an image as well as more would.
         step = max(1, thumbnails.shape[1] // 64)
         sampled = thumbnails[:, ::step, ::step]
         levels = (sampled // (256 // COLOUR_LEVELS))[~find_background(sampled)].astype(np.int64)

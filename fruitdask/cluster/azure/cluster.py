@@ -34,7 +34,7 @@ class _Machine(Machine):
     docker_image: str
     vm_image: dict[str, str]
     vm_size: str
-    #: What Resource Manager is told of it besides its name, image, disk and network.
+    #: Its properties for Resource Manager, except its name, image, disk and network.
     model: dict[str, Any]
 
     def __init__(self, *args: Any, model: dict[str, Any], **options: Any) -> None:
@@ -94,7 +94,7 @@ class _Machine(Machine):
             "osProfile": {
                 "computerName": self.name,
                 "adminUsername": self.admin_username,
-                # A random one that nobody learns.
+                # A random password that is not kept.
                 "adminPassword": self.admin_password,
                 "customData": base64.b64encode(custom_data).decode(),
             },
@@ -112,7 +112,7 @@ class _Machine(Machine):
         await self._create("virtual machine", self.model | {"properties": properties})
 
     async def _create(self, kind: str, body: dict[str, Any]) -> Any:
-        """Create a part of it, and wait until it is there."""
+        """Create a part of it, and wait until it exists."""
         cluster = self.cluster
         content = json.dumps({"location": cluster.location, "tags": cluster.get_tags(), **body}).encode()
         create = cluster.arm.kinds[kind].begin_create_or_update
@@ -162,7 +162,7 @@ class RunCluster(CloudCluster, AzureVMCluster):  # type: ignore[misc]
     def __init__(self, *, arm: Arm, network: Network, tags: Mapping[str, str], **options: Any) -> None:
         super().__init__(**options)
         self.arm, self.network = arm, network
-        # Names of machines tell the run.
+        # The names of machines contain the run.
         self.uuid = self.settings.run_id
         self._tags = dict(tags)
 
@@ -188,16 +188,16 @@ class RunCluster(CloudCluster, AzureVMCluster):  # type: ignore[misc]
         return self._tags | {RUN_TAG: self.settings.run_id}
 
     def render_process_cloud_init(self, process: Any) -> str:
-        """Render custom data by which a machine deletes itself in the end."""
+        """Render custom data that make a machine delete itself at the end."""
         return add_end(super().render_process_cloud_init(process))
 
     @contextlib.asynccontextmanager
     async def open_states(self) -> AsyncIterator[Callable[[], Awaitable[Mapping[str, State]]]]:
-        """Give the function that asks Azure for the states of the run's machines."""
+        """Yield a function that asks Azure for the states of the run's machines."""
         yield self._list_states
 
     async def _list_states(self) -> Mapping[str, State]:
-        """Ask for the states, above all those of machines that no connected worker vouches for."""
+        """Ask for the states, individually only for machines without a connected worker."""
         connected = {name for name in self.workers if name in self.observed}
         suspects = [name for name in self.list_running() if name not in connected]
         states: Mapping[str, State] = await self.call_async(list_states, self.arm, self.settings.run_id, suspects)

@@ -1,7 +1,7 @@
 """Deletes the machine that runs it, by Azure's API and with the machine's identity.
 
 Machines get this file in their custom data, so it uses nothing but Python's standard library. It succeeds when Azure
-has accepted the request; where the identity has no right to it, the shell shuts the machine down instead.
+has accepted the request; if the identity may not delete it, the shell shuts the machine down instead.
 """
 
 import json

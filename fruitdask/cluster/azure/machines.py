@@ -17,7 +17,7 @@ from fruitdask.errors import ClusterStartError, ConfigError
 #: Azure takes a minute to delete a machine, and reserves the network interface of one that it refused for 3 minutes.
 _DELETE_TIMEOUT_SECONDS = 480.0
 _POLL_SECONDS = 2.0
-#: Statuses of answers to requests that succeed when other resources have gone.
+#: Statuses of responses to requests that succeed once other resources are deleted.
 _CONFLICTS = (400, 409, 429)
 #: What a machine consists of, in the order in which it can be deleted.
 _KINDS = ("virtual machine", "network interface", "disk", "public address")
@@ -65,7 +65,7 @@ class Arm:
             operations = self.kinds[kind]
             listing = operations.list_by_resource_group if kind == "disk" else operations.list
             for one in listing(self.group):
-                # Azure makes the disk of a machine, and does not say whether it gives it the machine's tags.
+                # Azure creates the disk of a machine, and does not document whether the disk gets the machine's tags.
                 of_run = _NAME.match(one.name) if kind == "disk" else None
                 own = (one.tags or {}).get(RUN_TAG) or (of_run and of_run[1])
                 if own and run_id in (None, own):
@@ -100,7 +100,7 @@ def open_arm(group: str, *, subscription: str | None, action: str) -> Iterator[A
 
 
 def check_installed() -> None:
-    """Refuse to go on without the packages of the extra."""
+    """Raise an error if the packages of the extra are not installed."""
     try:
         import azure.identity
         import azure.mgmt.compute
@@ -137,7 +137,7 @@ def list_states(arm: Arm, run_id: str, suspects: Iterable[str]) -> dict[str, Sta
 
 
 def list_instances(arm: Arm, *, run_id: str | None = None) -> list[Instance]:
-    """List the machines of fruitdask, and what is left of others."""
+    """List the machines of fruitdask, and parts of deleted ones."""
     found = arm.list_resources(run_id)
     machines = [one for one in found if one.kind == _KINDS[0]]
     owners = tuple(machine.name for machine in machines)
@@ -166,7 +166,7 @@ def terminate_run(arm: Arm, run_id: str) -> list[str]:
 
 
 def delete_machine(arm: Arm, run_id: str, name: str) -> None:
-    """Delete a machine with all that belongs to it; what cannot be deleted yet is left to the end of the run."""
+    """Delete a machine and its parts; the end of the run deletes the parts that cannot be deleted yet."""
     _delete(arm, [one for one in arm.list_resources(run_id) if one.name.startswith(name)])
 
 
@@ -176,7 +176,7 @@ def name_part(name: str, kind: str) -> str:
 
 
 def _delete(arm: Arm, resources: list[Resource]) -> Exception | None:
-    """Delete resources, first the machines; return the last refusal of what may succeed later."""
+    """Delete resources, first the machines; return the last refusal that may not be final."""
     from azure.core.exceptions import HttpResponseError
 
     refused: Exception | None = None

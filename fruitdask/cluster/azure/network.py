@@ -1,4 +1,4 @@
-"""The network of machines on Azure, which its user has made."""
+"""The network of machines on Azure, which the user has created."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from fruitdask.errors import ClusterStartError
 
 @dataclass(frozen=True)
 class Network:
-    """Ids of what machines are connected to."""
+    """Ids of the subnet and the security group of machines."""
 
     subnet_id: str
     security_group_id: str
@@ -45,7 +45,7 @@ def find_network(config: AzureClusterConfig, arm: Arm) -> Network:
 
 @contextmanager
 def _explained(config: AzureClusterConfig, what: str) -> Iterator[None]:
-    """Say what was not found, or why nobody could look."""
+    """Turn an error of Azure into a sentence: what does not exist, or why the search failed."""
     from azure.core.exceptions import AzureError
 
     try:

@@ -16,7 +16,7 @@ _IMAGES = {
     True: {"publisher": "microsoft-dsvm", "offer": "ubuntu-hpc", "sku": "2204", "version": "latest"},
 }
 _END_PATH = "/opt/fruitdask/end_machine.py"
-#: Deletes the machine; one that may not do so, or is still there after ten minutes, shuts down.
+#: Deletes the machine; shuts it down if it may not delete itself, or still runs after ten minutes.
 _END = f"python3 {_END_PATH} && sleep 600; shutdown -h now"
 
 
@@ -34,7 +34,7 @@ def build_options(config: AzureClusterConfig, *, subscription: str) -> dict[str,
         "scheduler_vm_size": config.types[0],
         "disk_size": config.disk_size,
         "bootstrap": False,
-        # It would only stop the machine, which is paid for until it is deleted.
+        # That would only stop the machine, which costs money until it is deleted.
         "auto_shutdown": False,
         "extra_bootstrap": _build_bootstrap(config),
     }
@@ -46,7 +46,7 @@ def find_image(config: AzureClusterConfig, *, has_gpu: bool) -> dict[str, str]:
 
 
 def add_end(custom_data: str) -> str:
-    """Add to custom data what deletes the machine after the container has ended."""
+    """Add to custom data the commands that delete the machine after the container has ended."""
     script = Path(__file__).with_name("end_machine.py").read_text(encoding="utf-8")
     # JSON strings are valid YAML.
     files = [{"path": _END_PATH, "content": script}]
@@ -54,10 +54,10 @@ def add_end(custom_data: str) -> str:
 
 
 def build_machine(config: AzureClusterConfig, *, is_spot: bool, identity: str | None) -> dict[str, Any]:
-    """Build what Resource Manager is told of a machine besides its name, image, disk and network."""
+    """Build the properties of a machine for Resource Manager, except its name, image, disk and network."""
     properties: dict[str, Any] = {"diagnosticsProfile": {"bootDiagnostics": {"enabled": True}}}
     if is_spot:
-        # A price of -1 is at most that of a machine on demand.
+        # A maximum price of -1 stands for the price on demand.
         properties |= {"priority": "Spot", "evictionPolicy": "Delete", "billingProfile": {"maxPrice": -1}}
     if config.encryption_at_host:
         properties["securityProfile"] = {"encryptionAtHost": True}

@@ -24,7 +24,7 @@ _ADAPT: dict[str, Any] = {"interval": "5s", "wait_count": 12}
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A cluster of which nothing is launched yet."""
+    """The description of a cluster that is not launched yet."""
 
     #: Options of the machines of the scheduler and of the workers.
     scheduler: dict[str, Any]
@@ -35,7 +35,7 @@ class Blueprint:
 
 @contextmanager
 def open_cloud(config: CloudClusterConfig, prepare: Callable[[ExitStack], Blueprint], *, cloud: str) -> Iterator[Any]:
-    """Start a scheduler and workers, and end them whatever happens; what was prepared is cleaned up last."""
+    """Start a scheduler and workers, and end them whatever happens; then clean up what `prepare` has opened."""
     stack = ExitStack()
     try:
         yield _start(config, prepare, stack, cloud)

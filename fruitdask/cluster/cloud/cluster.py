@@ -88,7 +88,7 @@ class Machine(VMInterface):  # type: ignore[misc]
         return self.fleet.find_state(self.id)
 
     async def describe(self) -> str:
-        """Describe its state, with what it has printed last."""
+        """Describe its state, with its last output."""
         raise NotImplementedError
 
     async def end_vm(self) -> None:
@@ -195,11 +195,11 @@ class CloudCluster(Tolerant, VMCluster):  # type: ignore[misc]
 
     #: Name of the cloud in messages.
     cloud: ClassVar[str]
-    #: What a machine is given for its start, and how many bytes of it the cloud accepts.
+    #: Name of the data with which a machine starts, and how many bytes of them the cloud accepts.
     start_data: ClassVar[tuple[str, int]]
     #: Classes of the machines of the scheduler and of the workers.
     machines: ClassVar[tuple[type[SchedulerMachine], type[WorkerMachine]]]
-    #: Errors of the cloud, and those of them that asking again does not help.
+    #: Errors of the cloud, and those of them that a retry does not help.
     errors: ClassVar[tuple[type[Exception], ...]]
     final_errors: ClassVar[tuple[type[Exception], ...]]
     #: Interval of polling the cloud for the machines while some are starting.
@@ -261,7 +261,7 @@ class CloudCluster(Tolerant, VMCluster):  # type: ignore[misc]
         return self.fleet.list_running()
 
     def check(self) -> None:
-        """Raise the error that prevents monitoring, because nothing would end the wait for machines."""
+        """Raise the error that has stopped monitoring, without which the wait for machines would not end."""
         if self.fleet.error is not None:
             raise self.fleet.error
         if self._tasks[0].done():
@@ -298,7 +298,7 @@ class CloudCluster(Tolerant, VMCluster):  # type: ignore[misc]
         self._is_up = True
 
     async def _describe_lateness(self) -> str:
-        """Describe that no worker has started in time, and what to check."""
+        """Say that no worker has started in time, and what to check."""
         worker = next(worker for worker in self.workers.values() if not worker.failure)
         return (
             f"no worker started within cluster.start_timeout ({self.settings.start_timeout_seconds:g} s): "
@@ -342,7 +342,7 @@ class CloudCluster(Tolerant, VMCluster):  # type: ignore[misc]
             self.fleet.note_states(await list_states())
             self.fleet.error = None
         except self.errors as error:
-            # The cloud would refuse again, but the network may recover.
+            # The network may recover; a refusal by the cloud is final.
             self.fleet.error = error if isinstance(error, self.final_errors) else None
             logger.warning("cannot list the machines: %s", explain_cloud_error(error))
         for name, worker in self.workers.items():

@@ -52,7 +52,7 @@ class Fleet:
         return time.monotonic() > self._deadline
 
     async def request(self, asking: Any) -> Any:
-        """Await a request for a machine: a cancellation does not cancel it, for its outcome would then be unknown."""
+        """Await a request for a machine; a cancellation does not cancel the request, whose outcome must be known."""
         if self.is_ending:
             asking.close()
             raise asyncio.CancelledError
@@ -63,7 +63,7 @@ class Fleet:
         def finish(done: "asyncio.Future[Any]") -> None:
             self.requests.discard(done)
             if not done.cancelled():
-                # Retrieve the error, as possibly nobody awaits the request any more.
+                # Retrieve the error, because nothing may be awaiting the request any more.
                 done.exception()
 
         request.add_done_callback(finish)

@@ -8,7 +8,7 @@ _ENDING = ("shutting-down", "terminated", "Deleting")
 
 @dataclass(frozen=True)
 class Instance:
-    """A machine of a run, or what is left of one."""
+    """A machine of a run, or a part of a deleted one."""
 
     id: str
     run_id: str

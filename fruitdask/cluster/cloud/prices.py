@@ -1,4 +1,4 @@
-"""What machines in the cloud cost, by the configuration's prices or a small table of EC2's. No price is fetched."""
+"""The cost of machines in the cloud, by configured prices or a small table of EC2's. No price is fetched."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -6,9 +6,8 @@ from dataclasses import dataclass
 #: The date of every price in this module, which are in US dollars without taxes. Change it with them.
 PRICES_OF = "January 2026"
 
-#: An hour of Linux on demand, of https://aws.amazon.com/ec2/pricing/on-demand, as SkyPilot and Karpenter quote it. Add
-#: a
-#: column for a region, a row for a type. To update a price, read it on that page, or ask AWS:
+#: An hour of Linux on demand, from https://aws.amazon.com/ec2/pricing/on-demand, as SkyPilot and Karpenter quote it.
+#: Add a column for a region, a row for a type. To update a price, read it on that page, or ask AWS:
 #:
 #:   aws pricing get-products --region us-east-1 --service-code AmazonEC2 --filters \
 #:     Type=TERM_MATCH,Field=instanceType,Value=m6i.large Type=TERM_MATCH,Field=regionCode,Value=eu-west-3 \
@@ -22,10 +21,10 @@ c6i.large      0.0850     0.0912     0.1010        0.0970      0.0910
 g4dn.xlarge    0.5260     0.5870     0.6150        0.6580      0.5580
 g5.xlarge      1.0060
 """
-#: What a size costs in terms of its family's large one.
+#: The price of a size relative to the large one of its family.
 _LARGES = {"medium": 0.5, "xlarge": 2.0, "2xlarge": 4.0}
 
-#: Where regions differ a little, the highest price of those above. A gp3 volume of 1 GB for 30 days:
+#: If regions differ a little, the highest price of those above. A gp3 volume of 1 GB for 30 days:
 #: https://aws.amazon.com/ebs/pricing; a public IPv4 address for an hour: https://aws.amazon.com/vpc/pricing
 _VOLUME_DOLLARS = 0.0952
 _ADDRESS_DOLLARS = 0.005

@@ -46,7 +46,7 @@ def serialize_settings(security: Any, *, no_workers_timeout_seconds: float) -> s
         tls[role] = {"cert": getattr(security, f"tls_{role}_cert"), "key": getattr(security, f"tls_{role}_key")}
     comm = {"default-scheme": "tls", "require-encryption": True, "tls": tls}
     scheduler = {"no-workers-timeout": f"{no_workers_timeout_seconds}s"}
-    # Messages that are kept for developers, of which each holds a partition here; by default a thousand per worker.
+    # Messages that Dask keeps for its developers, by default a thousand per worker; here each holds a partition.
     admin = {"low-level-log-length": 10}
     serialized: str = dask.config.serialize({"distributed": {"admin": admin, "comm": comm, "scheduler": scheduler}})
     return serialized

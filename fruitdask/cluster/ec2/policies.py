@@ -137,7 +137,7 @@ def _build_statement(permissions: list[Permission]) -> dict[str, Any]:
 
 
 def _forbid_regions(config: Config, permissions: list[Permission]) -> list[dict[str, Any]]:
-    """Deny all other regions than the allowed ones, whatever other policies allow; IAM has no region."""
+    """Deny all regions except the allowed ones, whatever other policies allow; IAM has no region."""
     services = sorted({permission.action.split(":")[0] for permission in permissions} - {"iam"})
     allowed = config.privacy.allowed_regions
     if allowed is None or not services:

@@ -48,7 +48,7 @@ _BOUNDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "union_tag_invalid": lambda context: " or ".join(str(context["expected_tags"]).replace("'", "").rsplit(", ", 1)),
 }
 _MAX_SHOWN = 100
-#: The key that is probably meant if a section is given as text.
+#: The key that is probably meant if a section is written as text.
 _MAIN_KEYS = {"input": "url", "output": "url", "model": "name", "cluster": "kind"}
 
 
@@ -60,7 +60,7 @@ def explain(error: ValidationError, sources: Sequence[Source]) -> str:
     suggested = {(*key[:-1], _find_key(details[0])) for key, details in mistakes.items()}
     found = []
     for key, details in mistakes.items():
-        # Of the alternatives that pydantic tried, the user meant the one that went deepest.
+        # Of the alternatives that pydantic tried, the user probably meant the one that matched deepest.
         is_superseded = any(key != other and key == other[: len(key)] for other in mistakes)
         if is_superseded or (details[0]["type"] == "missing" and key in suggested):
             continue

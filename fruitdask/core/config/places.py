@@ -1,4 +1,4 @@
-"""Configurations of runs that are named by their photographs alone."""
+"""Configurations of runs of which only the photographs are given."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def describe_place(place: str, results: str | None = None) -> dict[str, Any] | N
 
 
 def _name_beside(url: str) -> str:
-    """Name what is beside a folder or an archive at a URL; empty for a whole bucket.
+    """Name a folder beside a folder or an archive at a URL, without an ending; empty for a whole bucket.
 
     >>> _name_beside("zip://Test::s3://fruits/all.zip"), _name_beside("s3://fruits/")
     ('s3://fruits/all', '')

@@ -42,7 +42,7 @@ class InputConfig(Section):
     region: str | None = Field(
         None,
         description=(
-            "Its region, such as eu-west-3. AWS tells it; other stores need it if privacy.allowed_regions is set."
+            "Its region, such as eu-west-3. AWS reports it; other stores need it if privacy.allowed_regions is set."
         ),
     )
     label_from: str = Field(
@@ -57,8 +57,8 @@ class InputConfig(Section):
         None,
         description=(
             "Which images show the same object, such as one turntable series: a folder as in label_from, or a regular "
-            "expression on the path with one group, such as (.*/r\\d+)_; null: unknown. Images of one group do not "
-            "vouch for each other in figures of quality."
+            "expression on the path with one group, such as (.*/r\\d+)_; null: unknown. Figures of quality then "
+            "compare images of different groups only."
         ),
     )
     classes: tuple[str, ...] | None = Field(None, min_length=1, description="Classes to keep; null keeps all.")
@@ -115,7 +115,7 @@ class InputConfig(Section):
 
     @property
     def rules(self) -> dict[str, str]:
-        """How label, split and group follow from a path, as far as they are configured."""
+        """How label, split and group follow from a path, if configured."""
         rules = {"label": self.label_from, "split": self.split_from, "group": self.group_from}
         return {name: rule for name, rule in rules.items() if rule is not None}
 
@@ -413,7 +413,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_limits(self) -> "Config":
         if self.cluster.kind == "custom" and self.limits.max_cost is not None:
-            raise ValueError("limits.max_cost needs known prices, which a cluster of kind: custom has not; remove it")
+            raise ValueError("limits.max_cost needs known prices, and those of kind: custom are unknown; remove it")
         return self
 
     @model_validator(mode="after")

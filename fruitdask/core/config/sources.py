@@ -47,12 +47,12 @@ class Source:
         return n_common > 0 and self.path[:n_common] == tuple(location[:n_common])
 
     def find_line(self, location: Sequence[str]) -> int | None:
-        """Find the line of the deepest key of a location that it holds; None for overrides and Python mappings."""
+        """Find the line of the deepest key on the way to a location; None for overrides and Python mappings."""
         lines = [line for line, _ in self._follow(location)]
         return lines[-1] if lines and not self.path else None
 
     def find_text(self, location: Sequence[str]) -> str | None:
-        """Find the value of a key as written, before YAML reads it as a number or a date; None if it is no scalar."""
+        """Find the value of a key as written, before YAML reads it as a number or a date; None for other nodes."""
         if len(location) < len(self.path):
             return None
         rest = location[len(self.path) :]
@@ -188,6 +188,6 @@ def _find_faults(node: yaml.Node | None, path: tuple[str, ...], seen: set[int]) 
     for key, line, value in _list_items(node):
         inner = (*path, key)
         if key in first and key != "<<":
-            yield line, f"the key {'.'.join(inner)} is given again, first in line {first[key]}; keep one of them"
+            yield line, f"the key {'.'.join(inner)} is a duplicate of that in line {first[key]}; keep one of them"
         first.setdefault(key, line)
         yield from _find_faults(value, inner, seen)

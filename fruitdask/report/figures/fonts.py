@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 #: matplotlib's own font, which has Latin, Greek, Cyrillic, Hebrew and Arabic.
 _OWN = "DejaVu Sans"
-#: Fonts of Linux, macOS and Windows for other scripts, in the order in which a missing letter is looked for.
+#: Fonts of Linux, macOS and Windows for other scripts, in the order in which they are searched for a missing letter.
 _OTHERS = re.compile(
     r"Noto Sans (CJK|SC|TC|JP|KR)|Source Han Sans|WenQuanYi|Droid Sans Fallback|PingFang|Hiragino (Sans|Kaku)|Heiti|"
     r"Apple SD Gothic|Microsoft (YaHei|JhengHei)|SimHei|Yu Gothic|Meiryo|MS Gothic|Malgun Gothic|Nanum Gothic|"

@@ -41,7 +41,7 @@ def render_png(figure: Figure, *, dpi: int) -> bytes:
 
 @contextmanager
 def _noted(figure: Figure) -> Iterator[None]:
-    """Note below the title that letters are missing, where they are; the page's browser has fonts of its own."""
+    """Add a note about missing letters, if any, below the title; only in a PNG, as browsers have their own fonts."""
     notes = figure.texts[1:2] if lacks_letters(figure) else []
     texts = [note.get_text() for note in notes]
     for note, text in zip(notes, texts, strict=True):

@@ -108,7 +108,7 @@ def plot_colours(classes: pd.DataFrame) -> Figure:
         axes.set_xlim(0, 1)
         _mark_missing(axes, rows["palette"] == "")
 
-    note = "A colour is as wide as its share of the pixels of the class without the background; the rest is left empty."
+    note = "Width of a colour: its share of the pixels of the class without the background. Blank: rarer colours."
     return _plot_rows(classes, draw, by=None, title=title, note=note)
 
 

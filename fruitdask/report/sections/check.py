@@ -13,7 +13,7 @@ _MAX_ISSUES, _MAX_LISTED_ISSUES = 12, 2_000
 
 
 def count_pictured(kinds: pd.Series) -> int:
-    """Count the pictures that some of each kind need, each with another one beside it."""
+    """Count the pictures that the issues shown of each kind need: each one's own, and that of the image beside it."""
     return int(2 * kinds.value_counts().clip(upper=_MAX_ISSUES).sum())
 
 
@@ -53,6 +53,6 @@ def describe_predictions(predictions: pd.DataFrame, thumbnails: Thumbnails) -> V
                 "pictures": [each | {"picture": thumbnails.encode(each["path"])} for each in shown],
             }
         )
-    # What is unlike everything known comes first.
+    # Images that are unlike all training images come first.
     rows.sort(key=lambda row: (row["label"] != UNKNOWN_LABEL, row["label"]))
     return {"rows": rows, "n_images": len(predictions), "n_failed": len(predictions) - len(usable)}

@@ -57,7 +57,7 @@ def _count_row(label: str, n_images: int, counts: Counts, largest: int) -> View:
 
 
 def _add_findings(rows: list[View], classes: pd.DataFrame) -> None:
-    """Add what an exploration found; a class that is new since then has nothing, and one of a single image little."""
+    """Add the findings of an exploration: none for classes added since, and few for a class of one image."""
     limit = np.nanmax([*classes["pair_q95"], *classes["mean_squared_difference"], 1e-9])
     for row in rows:
         found = classes.loc[row["label"]].to_dict() if row["label"] in classes.index else {}

@@ -8,13 +8,13 @@ from fruitdask.report.thumbnails import Thumbnails
 from fruitdask.store import EXPLORED_IMAGES, FAILURES
 from fruitdask.store.exploration import Exploration
 
-#: Groups of duplicates with pictures, those that can be unfolded besides, and pictures of a group.
+#: Most groups of duplicates shown with pictures, further groups that a reader can unfold, and pictures per group.
 _MAX_PICTURED, MAX_GROUPS, _MAX_GROUP_PICTURES = 12, 200, 12
 #: Rows of the list of all groups that the page carries: about 100 bytes each.
 MAX_LISTED = 5_000
 _MAX_FAILURES = 50
 _MEANINGS = {
-    "unreadable": "The file is no image that can be decoded: it is damaged, cut short, or something else under an "
+    "unreadable": "The file is not an image that can be decoded: it is damaged, cut short, or something else under an "
     "image's name.",
     "too_large": "The image has more pixels than featurize.max_pixels allows, or a side of more than 65,535.",
     "missing": "The file was there when the images were listed, but not when it was read.",

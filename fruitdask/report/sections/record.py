@@ -20,7 +20,7 @@ _STAGES = {
     "reduce": "PCA, t-SNE and quality",
     "write": "Write the results",
     "check": "Find photographs to check",
-    "total": "All together",
+    "total": "Total",
 }
 _WORKER_STAGES = {
     "load": "Load the network",
@@ -97,8 +97,8 @@ def _list_record(summary: Mapping[str, Any], record: Mapping[str, Any]) -> list[
     days = record.get("retention_days")
     rows = {
         "What": record and f"{format_count(summary['n_images'])} {record['data']}",
-        "For whom": record.get("controller"),
-        "What for": record.get("purpose"),
+        "Controller": record.get("controller"),
+        "Purpose": record.get("purpose"),
         "When": format_time(summary["finished"]) if "finished" in summary else None,
         "With": f"fruitdask {summary['fruitdask']}" if "fruitdask" in summary else None,
         "Kept until": days and f"{_format_day(record['keep_until'])} ({days} day{'' if days == 1 else 's'})",

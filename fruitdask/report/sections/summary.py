@@ -17,7 +17,7 @@ from fruitdask.store.exploration import Exploration
 def count_images(
     manifest: Mapping[str, Any] | None, results: pd.DataFrame | None, exploration: Exploration | None
 ) -> Counts:
-    """Count images by class, from the best source there is."""
+    """Count images by class, from the best available source."""
     if by_class := (manifest or {}).get("counts", {}).get("by_class"):
         ok, failed = (Counter({label: each[key] for label, each in by_class.items()}) for key in ("ok", "failed"))
         return Counts(ok_by_class=ok, failed_by_class=failed)
@@ -65,7 +65,7 @@ def describe_summary(
 
 
 def _say_left_out(config: Config, manifest: Mapping[str, Any], exploration: Exploration | None) -> str:
-    """Name which files of the input are not images, or are not taken for other reasons."""
+    """Describe the files of the input that are left out, because they are not images or for other reasons."""
     summary: Mapping[str, Any] = manifest or (exploration.summary if exploration else {})
     return format_left_out(summary.get("left_out", {}), is_default=config.input.extensions is None)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-#: Far more than files of cameras and editors have.
+#: Far more boxes than files of cameras and editors have.
 _MAX_BOXES = 10_000
 _MAX_EXTENTS = 10_000
 

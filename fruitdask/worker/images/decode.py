@@ -22,11 +22,11 @@ from fruitdask.worker.images.pixels import (
 )
 from fruitdask.worker.images.resize import resize_square
 
-#: Formats to decode, told by content; Pillow knows more, some of which start other programs.
+#: Formats to decode, recognized by content; Pillow knows more, some of which start other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")
 #: An MPO is a JPEG followed by others.
 _JPEGS = ("JPEG", "MPO")
-#: OpenJPEG holds 4 bytes per channel of a pixel, several times over.
+#: OpenJPEG holds 4 bytes per channel of a pixel, in several copies.
 _MEMORY_FACTORS = {"JPEG2000": 3}
 #: The transposition that undoes each EXIF orientation (Exif 2.32, section 4.6.4 A, tag 0x0112).
 _TURNS = {
@@ -104,7 +104,7 @@ def read_header(data: bytes) -> tuple[str, int, int] | None:
 
 @contextmanager
 def _open(data: bytes) -> Iterator[Image.Image]:
-    """Open an image after checking that it does not ask for far more work than its pixels take."""
+    """Open an image after checking that decoding it takes no more work than its pixels justify."""
     check_structure(data)
     if raw := name_raw(data):
         raise ImageError(raw)

@@ -21,7 +21,7 @@ _INTEGERS = types.Array(numba.int32, 2, "C", readonly=True)
 
 
 def _compile(*arguments: Any) -> Callable[[Kernel], Kernel]:
-    """Compile a function at once, or load it from the last time; only for this process where it cannot be kept."""
+    """Compile a function now or load it from Numba's cache; without a cache, compile for this process only."""
 
     def decorate(function: Kernel) -> Kernel:
         signature = types.none(*arguments)
@@ -41,7 +41,7 @@ def combine_rows(
     bounds: npt.NDArray[np.int32],
     coefficients: npt.NDArray[np.int32],
 ) -> None:
-    """Make each row of the target of some rows of the source.
+    """Combine some rows of the source into each row of the target.
 
     The types are spelled out because Numba computes products of 32-bit integers in 64 bits, 20 times slower here.
     """
@@ -68,7 +68,7 @@ def narrow_rows(
     bounds: npt.NDArray[np.int32],
     coefficients: npt.NDArray[np.int32],
 ) -> None:
-    """Make each column of the target of some columns of the source; a pixel has four bytes.
+    """Combine some columns of the source into each column of the target; a pixel has four bytes.
 
     Some rows at a time are transposed, combined and transposed back, so that the inner loop runs along memory.
     """

@@ -18,12 +18,12 @@ _SUPPORT, _A = 2.0, -0.5
 def resize_square(image: Image.Image, side_px: int) -> npt.NDArray[np.uint8]:
     """Resize an RGB image to pixels of shape (side_px, side_px, 3), uint8.
 
-    Pillow does it where the kernels cannot be compiled, or do not give exactly what it gives.
+    Pillow does it if the kernels cannot be compiled, or if their result is not exactly Pillow's.
     """
     kernel = _load_kernel()
     if kernel is None or image.height < kernel.ROWS or image.width > _PIXELS_AT_ONCE // kernel.ROWS:
         return _resize_by_pillow(image, side_px)
-    # Pillow 13 begins with the columns of an image of which they shrink by more than twice as many pixels as the rows.
+    # Pillow 13 begins with the columns if they shrink by more than twice as many pixels as the rows.
     if image.height > side_px and image.height - side_px > 2 * (image.width - side_px):
         return _resize_by_pillow(image, side_px)
     return _resize_by_kernel(image, side_px, kernel)
@@ -59,7 +59,7 @@ def _view_pixels(image: Image.Image) -> npt.NDArray[np.uint32]:
 
 @lru_cache(256)
 def _compute_coefficients(n_in: int, n_out: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Compute what each pixel of a resized row is made of, in Pillow's order of operations.
+    """Compute the sources of each pixel of a resized row, in Pillow's order of operations.
 
     Returns the first pixel and the number of pixels, shape (n_out, 2), and their coefficients, shape (n_out, most), as
     integers with `COEFFICIENT_BITS` bits of fraction.

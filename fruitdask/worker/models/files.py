@@ -140,7 +140,7 @@ def fetch_file(config: ModelConfig, found: ModelFile) -> Iterator[str]:
 
 
 def _refuse(config: ModelConfig, what: str = "", advice: str = "") -> ModelError:
-    """Make the error for a file that Keras cannot read: what it is, and what to do."""
+    """Make the error for a file that Keras cannot read: what the file is, and what to do."""
     name = config.weights.lower()
     if name.endswith(".keras"):
         where = f"{config.weights}: {describe_expected_model(config)}, found "

@@ -92,7 +92,7 @@ class _Finding:
 
 @dataclass(frozen=True)
 class _Trail:
-    """What follows a layer up to the output."""
+    """The layers between a layer and the output."""
 
     is_classifier: bool
     is_pooled: bool = False

@@ -17,7 +17,7 @@ _MEAN_BGR = (104.006, 116.669, 122.679)
 _FIRES = ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256))
 #: Modules that a pooling precedes in version 1.1.
 _POOL_BEFORE = (2, 4, 6)
-#: All that a pickle of NumPy arrays needs.
+#: The names that a pickle of NumPy arrays needs.
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
