@@ -276,7 +276,9 @@ def test_images_of_one_object_do_not_vouch_for_each_other() -> None:
     assert quality["neighbors"]["agreement"] == 1
     assert quality["grouped"]["neighbors"]["agreement"] == 0
     assert quality["grouped"]["silhouette"]["mean"] < quality["silhouette"]["mean"]
-    assert quality["grouped"]["n_groups"] == 4
+    assert quality["grouped"]["n_groups"] == 4 and quality["grouped"]["n_groups_across_classes"] == 0
+    # The same numbers in both classes, as where the name of a group lacks its class.
+    assert summarize(features, list("aaaabbbb"), groups=list("11221132"))["grouped"]["n_groups_across_classes"] == 2
 
 
 def test_a_class_of_one_group_has_no_figure_and_is_left_out_of_the_mean() -> None:

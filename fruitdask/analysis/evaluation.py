@@ -63,8 +63,8 @@ def summarize_quality(
         class, which add up to 1; of more than 300 classes those that are confused most. With fewer than two images the
         agreements are None and the confusion is empty.
 
-        ``grouped``, with ``groups``: the same two, compared only with images of other groups, ``n_groups``, and
-        ``classes_of_one_group``, whose images no other group can vouch for: they have no figures of their own (None)
+        ``grouped``, with ``groups``: the same two, compared only with images of other groups, ``n_groups``,
+        ``n_groups_across_classes``, those with images of several classes, and ``classes_of_one_group``, whose images no other group can vouch for: they have no figures of their own (None)
         and are left out of the means.
 
     Raises
@@ -99,10 +99,12 @@ def summarize_quality(
         return quality
     numbers = number_groups(groups)
     measured = _measure(features, codes, numbers, n_neighbors=n_neighbors, metric=metric)
-    of_class = pd.DataFrame({"code": codes, "group": numbers}).groupby("code")["group"].nunique().to_numpy()
+    pairs = pd.DataFrame({"code": codes, "group": numbers}).drop_duplicates()
+    of_class = pairs["code"].value_counts().sort_index().to_numpy()
     return quality | {
         "grouped": {
             "n_groups": len(np.unique(numbers)),
+            "n_groups_across_classes": int((pairs["group"].value_counts() > 1).sum()),
             "classes_of_one_group": classes[of_class == 1].tolist(),
             **_summarize(measured, classes.tolist(), codes, of_class[codes] > 1),
         }

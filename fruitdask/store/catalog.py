@@ -99,6 +99,7 @@ def list_input(config: InputConfig, *, on_listed: Callable[[int], None] = lambda
     names = [name for name in (*COLUMNS, *GROUPINGS) if name in catalog]
     notes = _describe_alike(catalog["label"].unique()) + (() if is_said else listing.notes)
     notes += () if has_table else _describe_backslashes(catalog["path"])
+    notes += _describe_shared(catalog) if "group" in catalog else ()
     return Listing(catalog[names], {} if has_table else listing.left_out, notes)
 
 
@@ -109,6 +110,21 @@ def _describe_backslashes(paths: pd.Series) -> tuple[str, ...]:
         return ()
     names = f"{len(odd):,} paths have a backslash" if len(odd) > 1 else "one path has a backslash"
     return (f"{names}, such as {odd.iloc[0]!r}, which is part of a name here; if it separates folders, pack them anew",)
+
+
+def _describe_shared(catalog: pd.DataFrame) -> tuple[str, ...]:
+    """Describe groups across classes: a number that begins anew in each class names no object."""
+    pairs = catalog.loc[catalog["group"] != "", ["group", "label"]].drop_duplicates().astype("str")
+    shared = pairs[pairs["group"].duplicated(keep=False)]
+    if shared.empty:
+        return ()
+    name, n_groups = shared["group"].iloc[0], shared["group"].nunique()
+    first, second = shared["label"][shared["group"] == name].iloc[:2]
+    groups = f"{n_groups:,} groups span" if n_groups > 1 else "one group spans"
+    return (
+        f"{groups} several classes, such as {name!r} in {first!r} and {second!r}, and images of a group count as one "
+        "object; if they show different ones, let input.group_from name the class too, such as (.*/[^/_]+)_",
+    )
 
 
 def _describe_alike(classes: Iterable[str]) -> tuple[str, ...]:

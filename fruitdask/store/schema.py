@@ -149,6 +149,8 @@ class GroupedRecord(Record):
     """The same figures between images of different groups."""
 
     n_groups: int
+    #: Groups with images of several classes, which may be different objects of one name.
+    n_groups_across_classes: int = 0
     #: Classes whose images no other group can vouch for; they have no figures.
     classes_of_one_group: tuple[str, ...]
     silhouette: SilhouetteRecord

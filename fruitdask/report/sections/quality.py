@@ -38,6 +38,7 @@ def describe_agreement(quality: Mapping[str, Any]) -> View:
         "agreement": neighbors["agreement"],
         "agreement_in_groups": quality["neighbors"]["agreement"],
         "n_groups": grouped and grouped["n_groups"],
+        "n_groups_across_classes": grouped and grouped.get("n_groups_across_classes"),
         "classes_of_one_group": grouped["classes_of_one_group"] if grouped else [],
         "series": quality.get("series"),
     }
