@@ -169,7 +169,7 @@ def train(
     A linear probe (multinomial logistic regression on standardized features), and beside it the vote of the 5 nearest
     neighbours. Where groups are known (``input.group_from``), no group is in both the training and the test part of a
     fold, so that images of one object do not vouch for each other; intervals then count groups rather than images.
-    Where they are not, the same holds for copies of one image, which have equal features.
+    The same holds for copies of one image, which have equal features.
     """
     from fruitdask.analysis.classifier import PROBE_ARRAYS, train as train_probe
 

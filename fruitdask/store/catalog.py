@@ -35,6 +35,12 @@ _ROWS_AT_ONCE = 65_536
 _ROWS_IN_MEMORY = 262_144
 #: Runs of a listing that a block of a catalog may consist of to share its memory; many pieces make a column slow.
 _MAX_RUNS = 256
+#: What groups across classes, and across splits, mean.
+_ACROSS_CLASSES = (
+    "images of a group count as one object, so if they show different ones, let input.group_from name the class too, such "
+    "as (.*/[^/_]+)_"
+)
+_ACROSS_SPLITS = "what was learned of an object in one split is not tested by its images in another"
 #: Endings of files that are taken for a folder of images, and how such a folder is written.
 _ARCHIVE_ENDINGS = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar"}
 #: What is said of the endings that are taken by default.
@@ -99,7 +105,7 @@ def list_input(config: InputConfig, *, on_listed: Callable[[int], None] = lambda
     names = [name for name in (*COLUMNS, *GROUPINGS) if name in catalog]
     notes = _describe_alike(catalog["label"].unique()) + (() if is_said else listing.notes)
     notes += () if has_table else _describe_backslashes(catalog["path"])
-    notes += _describe_shared(catalog) if "group" in catalog else ()
+    notes += _describe_shared(catalog)
     return Listing(catalog[names], {} if has_table else listing.left_out, notes)
 
 
@@ -113,18 +119,19 @@ def _describe_backslashes(paths: pd.Series) -> tuple[str, ...]:
 
 
 def _describe_shared(catalog: pd.DataFrame) -> tuple[str, ...]:
-    """Describe groups across classes: a number that begins anew in each class names no object."""
-    pairs = catalog.loc[catalog["group"] != "", ["group", "label"]].drop_duplicates().astype("str")
-    shared = pairs[pairs["group"].duplicated(keep=False)]
-    if shared.empty:
+    """Describe groups across classes, for a number that begins anew in each class names no object; or across splits."""
+    if "group" not in catalog:
         return ()
-    name, n_groups = shared["group"].iloc[0], shared["group"].nunique()
-    first, second = shared["label"][shared["group"] == name].iloc[:2]
-    groups = f"{n_groups:,} groups span" if n_groups > 1 else "one group spans"
-    return (
-        f"{groups} several classes, such as {name!r} in {first!r} and {second!r}, and images of a group count as one "
-        "object; if they show different ones, let input.group_from name the class too, such as (.*/[^/_]+)_",
-    )
+    notes = []
+    for column, parts, advice in (("label", "classes", _ACROSS_CLASSES), ("split", "splits", _ACROSS_SPLITS)):
+        pairs = catalog.filter(["group", column]).drop_duplicates().astype("str")
+        shared = pairs[(pairs["group"] != "") & pairs["group"].duplicated(keep=False)]
+        if len(shared):
+            name, n_groups = shared["group"].iloc[0], shared["group"].nunique()
+            first, second = shared.loc[shared["group"] == name, column].iloc[:2]
+            groups = f"{n_groups:,} groups span" if n_groups > 1 else "one group spans"
+            notes.append(f"{groups} several {parts}, such as {name!r} in {first!r} and {second!r}; {advice}")
+    return tuple(notes)
 
 
 def _describe_alike(classes: Iterable[str]) -> tuple[str, ...]:
