@@ -64,8 +64,8 @@ def summarize_quality(
         agreements are None and the confusion is empty.
 
         ``grouped``, with ``groups``: the same two, compared only with images of other groups, ``n_groups``,
-        ``n_groups_across_classes``, those with images of several classes, and ``classes_of_one_group``, whose images no other group can vouch for: they have no figures of their own (None)
-        and are left out of the means.
+        ``n_groups_across_classes``, those with images of several classes, and ``classes_of_one_group``, whose images no
+        other group can vouch for: they have no figures of their own (None) and are left out of the means.
 
     Raises
     ------

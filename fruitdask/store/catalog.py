@@ -37,8 +37,8 @@ _ROWS_IN_MEMORY = 262_144
 _MAX_RUNS = 256
 #: What groups across classes, and across splits, mean.
 _ACROSS_CLASSES = (
-    "images of a group count as one object, so if they show different ones, let input.group_from name the class too, such "
-    "as (.*/[^/_]+)_"
+    "images of a group count as one object, so if they show different ones, let input.group_from name the class too, "
+    "such as (.*/[^/_]+)_"
 )
 _ACROSS_SPLITS = "what was learned of an object in one split is not tested by its images in another"
 #: Endings of files that are taken for a folder of images, and how such a folder is written.
