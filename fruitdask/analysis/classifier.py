@@ -100,8 +100,9 @@ def train(
 
     No group is in both the training and the test part of a fold, and no image and its copy. Returns the probe, fitted
     to all images, and JSON: ``classes``; ``n_images``, ``n_groups`` (None without groups), ``n_folds``; for
-    ``linear_probe`` and ``nearest_neighbors`` the ``accuracy`` and its 95 % ``interval``, ``by_class`` the recall with its interval, the precision and the number of images, and ``confusion``, counts with true classes in
-    rows, of the classes ``confused``, which are those with the most errors if there are very many;
+    ``linear_probe`` and ``nearest_neighbors`` the ``accuracy`` and its 95 % ``interval``, ``by_class`` the recall with
+    its interval, the precision and the number of images, and ``confusion``, counts with true classes in rows, of the
+    classes ``confused``, which are those with the most errors if there are very many;
     ``unknown_distance``, the cosine distance from the nearest training image beyond which an image is unknown.
     """
     classes, codes = np.unique(np.asarray(labels, str), return_inverse=True)
