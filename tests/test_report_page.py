@@ -383,6 +383,23 @@ def test_render_page_warns_of_neighbours_that_are_shots_of_one_series() -> None:
     assert "look nearly the same as another one" not in Outline(render_page(data)).text
 
 
+@pytest.mark.parametrize(
+    ("agreement", "chance", "verdict"),
+    [
+        (0.94, 0.34, "tells these classes apart well, without"),
+        (0.94, 0.92, "does not tell these classes apart well. By chance it would be 92 %"),
+        (0.7, 0.34, "tells most of these classes apart"),
+        (0.7, 0.66, "does not tell these classes apart well. By chance it would be 66 %"),
+    ],
+    ids=["well", "one large class", "most", "few"],
+)
+def test_page_does_not_praise_what_chance_does(agreement: float, chance: float, verdict: str) -> None:
+    data = make_report_data(60, 3)
+    assert data.quality is not None
+    neighbors = data.quality["neighbors"] | {"agreement": agreement, "chance": chance}
+    assert verdict in Outline(render_page(replace(data, quality=data.quality | {"neighbors": neighbors}))).text
+
+
 def test_render_page_has_no_secrets() -> None:
     config = load_config(
         {

@@ -57,8 +57,9 @@ def summarize_quality(
         None with fewer than two classes or if no class has two images.
 
         ``neighbors``: ``k``, the number of neighbours, fewer than ``n_neighbors`` if there are fewer other images;
-        ``agreement``, the mean fraction (0 to 1) of an image's neighbours that share its class, also ``by_class``; a
-        copy, which has the same features, is no neighbour, as it would vouch for itself;
+        ``agreement``, the mean fraction (0 to 1) of an image's neighbours that share its class, also ``by_class``, and
+        ``chance``, what it would be of neighbours chosen by chance, which is high where one class is large; a copy,
+        which has the same features, is no neighbour, as it would vouch for itself;
         ``confusion``, for each of its ``labels`` a row of ``share``, the fractions of its images' neighbours in each
         class, which add up to 1; of more than 300 classes those that are confused most. With fewer than two images the
         agreements are None and the confusion is empty.
@@ -94,7 +95,7 @@ def summarize_quality(
     classes, codes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
     each = np.arange(len(codes))
     measured = _measure(features, codes, each, n_neighbors=n_neighbors, metric=metric)
-    quality = _summarize(measured, classes.tolist(), codes, np.ones(len(codes), bool))
+    quality = _summarize(measured, classes.tolist(), codes, each, np.ones(len(codes), bool))
     if groups is None:
         return quality
     numbers = number_groups(groups)
@@ -106,7 +107,7 @@ def summarize_quality(
             "n_groups": len(np.unique(numbers)),
             "n_groups_across_classes": int((pairs["group"].value_counts() > 1).sum()),
             "classes_of_one_group": classes[of_class == 1].tolist(),
-            **_summarize(measured, classes.tolist(), codes, of_class[codes] > 1),
+            **_summarize(measured, classes.tolist(), codes, numbers, of_class[codes] > 1),
         }
     }
 
@@ -232,13 +233,30 @@ def _count_excluded(groups: npt.NDArray[np.int64], contents: npt.NDArray[np.int6
 
 
 def _summarize(
-    measured: _Measured, classes: list[str], codes: npt.NDArray[np.int64], is_judged: npt.NDArray[np.bool_]
+    measured: _Measured,
+    classes: list[str],
+    codes: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.int64],
+    is_judged: npt.NDArray[np.bool_],
 ) -> dict[str, Any]:
     """Summarize distances over the images that can be judged."""
+    neighbors = _summarize_neighbors(measured.neighbors, classes, codes, is_judged)
+    chance = None if neighbors["agreement"] is None else _expect_agreement(codes, groups, is_judged)
     return {
         "silhouette": _summarize_silhouettes(measured, classes, codes, is_judged),
-        "neighbors": _summarize_neighbors(measured.neighbors, classes, codes, is_judged),
+        "neighbors": neighbors | {"chance": chance},
     }
+
+
+def _expect_agreement(
+    codes: npt.NDArray[np.int64], groups: npt.NDArray[np.int64], is_judged: npt.NDArray[np.bool_]
+) -> float:
+    """Return the agreement to expect of neighbours that chance chooses among the images of other groups."""
+    table = pd.DataFrame({"code": codes, "group": groups})
+    in_class, in_group, in_both = (
+        table.groupby(names)["code"].transform("size").to_numpy() for names in ("code", "group", ["code", "group"])
+    )
+    return float(((in_class - in_both) / (len(codes) - in_group))[is_judged].mean())
 
 
 def _summarize_silhouettes(

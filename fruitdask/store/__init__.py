@@ -65,6 +65,7 @@ from fruitdask.store.manifests import (
     advise_repair,
     check_output,
     clear_output,
+    delete_outdated,
     delete_result,
     describe_mismatch,
     has_begun,

@@ -141,6 +141,8 @@ class NeighborsRecord(Record):
 
     k: int
     agreement: float | None
+    #: The agreement of neighbours that chance chooses.
+    chance: float | None = None
     by_class: dict[str, float | None]
     confusion: ConfusionRecord
 
