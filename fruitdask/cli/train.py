@@ -76,7 +76,7 @@ def _print_evaluation(classifier: "Classifier") -> None:
     rows = {
         "linear probe": _format_accuracy(report["linear_probe"]),
         "nearest neighbours": _format_accuracy(report["nearest_neighbors"]),
-        "always the largest class": f"{largest / report['n_images']:.1%} right",
+        "largest class": f"{largest / report['n_images']:.1%} right if it were always named",
         "measured on": f"{held_out}, no object in two of them ({report['n_groups']:,} groups)" if grouped else held_out,
         "note": (
             ""

@@ -128,7 +128,7 @@ def _describe_shared(catalog: pd.DataFrame) -> tuple[str, ...]:
         shared = pairs[(pairs["group"] != "") & pairs["group"].duplicated(keep=False)]
         if len(shared):
             name, n_groups = shared["group"].iloc[0], shared["group"].nunique()
-            first, second = shared.loc[shared["group"] == name, column].iloc[:2]
+            first, second = sorted(shared.loc[shared["group"] == name, column])[:2]
             groups = f"{n_groups:,} groups span" if n_groups > 1 else "one group spans"
             notes.append(f"{groups} several {parts}, such as {name!r} in {first!r} and {second!r}; {advice}")
     return tuple(notes)
