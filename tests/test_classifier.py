@@ -311,7 +311,9 @@ def test_commands_say_how_far_to_believe_them(trained: tuple[Path, fruitdask.Cla
     printed = CliRunner().invoke(cli, ["train", str(tmp_path / "out"), "--max-rows", "60"])
     assert printed.exit_code == 0, printed.output
     assert "tomato_1" in printed.output and "% right (95 % interval" in printed.output
-    largest = pd.read_csv(tmp_path / "out" / "results.csv").query("status == 'ok'")["label"].value_counts(normalize=True)
+    largest = (
+        pd.read_csv(tmp_path / "out" / "results.csv").query("status == 'ok'")["label"].value_counts(normalize=True)
+    )
     assert f"{largest.iloc[0]:.1%} right if it were always named" in printed.output
     assert "5 folds of 60 images" in printed.output and "these figures are flattered" in printed.output
     refused = CliRunner().invoke(cli, ["train", str(tmp_path / "none")])
