@@ -537,6 +537,36 @@ def test_list_input_notes_classes_that_may_be_one(tmp_path: Path, classes: list[
     assert note is None or f"the classes {note} only in case, spaces or form of Unicode" in notes[0]
 
 
+@pytest.mark.parametrize(
+    ("rule", "note"),
+    [
+        (r"/(\d+)_", "2 groups span several classes, such as '0' in 'apple' and 'pear'; "),
+        (r"_(\d)", "2 groups span several classes, such as '0' in 'apple' and 'pear'; "),
+        (r"(0_|.*1_)", "one group spans several classes, such as '0_' in 'apple' and 'pear'; "),
+        (r"(.*/[^/_]+)_", None),
+        ("parent", None),
+    ],
+    ids=["numbers", "last numbers", "one", "with the class", "folder"],
+)
+def test_list_input_notes_groups_across_classes(tmp_path: Path, rule: str, note: str | None) -> None:
+    fill(tmp_path, *(f"{name}/{group}_{n}.jpg" for name in ("apple", "pear") for group in "01" for n in range(2)))
+    notes = list_input(InputConfig(url=str(tmp_path), group_from=rule)).notes
+    assert len(notes) == (note is not None)
+    assert note is None or notes[0].startswith(note)
+
+
+def test_list_input_notes_objects_in_several_splits(tmp_path: Path) -> None:
+    fill(
+        tmp_path,
+        *(f"{split}/apple/{group}_1.jpg" for split in ("test", "train") for group in "01"),
+        "test/apple/2_1.jpg",
+    )
+    config = InputConfig(url=str(tmp_path), split_from="first", group_from=r"/(apple/\d+)_")
+    (note,) = list_input(config).notes
+    assert note.startswith("2 groups span several splits, such as 'apple/0' in 'test' and 'train'; ")
+    assert not list_input(config.model_copy(update={"group_from": r"(.*/\d+)_"})).notes
+
+
 @pytest.mark.slow
 def test_list_images_takes_a_few_bytes_a_file(tmp_path: Path) -> None:
     names = [f"class_{number // 1000}/{number:08}.jpg" for number in range(20_000)]

@@ -109,6 +109,19 @@ def test_copies_do_not_vouch_for_each_other() -> None:
     assert report["linear_probe"]["accuracy"] == pytest.approx(once["linear_probe"]["accuracy"], abs=0.1)
 
 
+def test_copies_in_other_groups_do_not_vouch_for_each_other() -> None:
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(0, 1, (80, 200)).astype(np.float32), rng.permutation(["a", "b"] * 40)
+    groups = np.arange(160).astype(str)
+    report = classifier.train(np.tile(features, (2, 1)), np.tile(labels, 2), groups)[1]
+    assert report["n_groups"] == 160
+    for name in ("linear_probe", "nearest_neighbors"):
+        assert report[name]["accuracy"] < 0.7
+    # Where all images are copies, there is no other to learn from.
+    same = classifier.train(np.ones((8, 3), np.float32), np.array(list("abababab")), np.arange(8).astype(str))[1]
+    assert same["linear_probe"]["accuracy"] <= 0.5
+
+
 def test_image_that_was_trained_on_is_known_although_all_images_have_copies() -> None:
     features, labels = draw_features(60, 2)
     probe, report = classifier.train(np.repeat(features, 2, axis=0), np.repeat(labels, 2))
@@ -124,7 +137,8 @@ def test_few_groups_may_leave_one_class_to_learn_from() -> None:
     folds = classifier.choose_folds(np.array([1, 1, 0, 0]), groups.astype(int))
     assert {len(set(labels[known])) for known, _ in folds} == {1, 2}
     # By class, which no probe of one class could tell apart.
-    found = classifier.train(np.eye(2, dtype=np.float32)[[1, 1, 0, 0]], labels, groups)[1]["linear_probe"]
+    features = np.array([[0, 1], [0, 1.1], [1, 0], [1.1, 0]], np.float32)
+    found = classifier.train(features, labels, groups)[1]["linear_probe"]
     right = [len(set(labels[known])) == 2 or labels[known][0] == labels[held_out] for known, held_out in folds]
     assert (
         found["accuracy"]
@@ -297,6 +311,8 @@ def test_commands_say_how_far_to_believe_them(trained: tuple[Path, fruitdask.Cla
     printed = CliRunner().invoke(cli, ["train", str(tmp_path / "out"), "--max-rows", "60"])
     assert printed.exit_code == 0, printed.output
     assert "tomato_1" in printed.output and "% right (95 % interval" in printed.output
+    labels = pd.read_csv(tmp_path / "out" / "results.csv").query("status == 'ok'")["label"]
+    assert f"{labels.value_counts(normalize=True).iloc[0]:.1%} right if it were always named" in printed.output
     assert "5 folds of 60 images" in printed.output and "these figures are too high" in printed.output
     refused = CliRunner().invoke(cli, ["train", str(tmp_path / "none")])
     assert refused.exit_code == 2 and "expected the results of a run, found none" in refused.output

@@ -440,6 +440,10 @@ def test_erase_takes_the_results(tiny_model: ModelConfig, finish: Finish, client
     again = invoke("run", str(tmp_path / "copy" / "config.yaml"))
     assert again.exit_code == 2 and "the environment variable FRUITDASK_INPUT_EXCLUDE_1 is not set" in again.stderr
     assert invoke("report", str(tmp_path / "copy")).exit_code == 0
+    # The file is gone, so nothing need be excluded any more.
+    erased = invoke("erase", str(tmp_path / "copy"), "--path", "fig/2.png", "--yes", "--set", "input.exclude=[]")
+    assert erased.exit_code == 0, erased.output
+    assert pd.read_csv(tmp_path / "copy" / "results.csv")["path"].tolist() == ["fig/1.png"]
 
 
 def test_explore_then_report(config_path: Path) -> None:

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from runs import Finish, break_image, compute_colours, configure, draw
 
 import fruitdask
-from fruitdask.analysis.comparison import align_scores, compare_vectors, match_paths
+from fruitdask.analysis.comparison import align_scores, compare_vectors, judge_features, judge_scores, match_paths
 from fruitdask.cli import cli
 from fruitdask.core.config import ModelConfig
 from fruitdask.errors import CatalogError, ConfigError, DamageError, StorageError
@@ -113,6 +113,24 @@ def test_compare_vectors_by_closed_form() -> None:
     cosines, errors = compare_vectors(ours, theirs)
     np.testing.assert_allclose(cosines, [1, 0, 1, 0, np.nan])
     np.testing.assert_allclose(errors, [0.5, 2**0.5, 0, 1, np.nan])
+
+
+def test_scores_that_are_all_the_same_do_not_agree() -> None:
+    ours = np.random.default_rng(0).normal(size=(50, 2))
+    aligned = align_scores(ours, np.full((50, 2), 3.0))
+    np.testing.assert_allclose(aligned.errors, 1)
+    components = pd.DataFrame({"component": [1, 2], "relative_error": aligned.errors})
+    assert not judge_scores(components)[0]
+
+
+@pytest.mark.parametrize(
+    ("n_left", "text"), [(0, "all 4 images have"), (3, "4 of 7 images could be compared and have")], ids=["all", "some"]
+)
+def test_judge_features_says_how_many_images_it_is_about(n_left: int, text: str) -> None:
+    status = ["compared"] * 4 + ["only_run"] * n_left
+    numbers = {"cosine": 1.0, "relative_error": 0.0, "path": "x"}
+    agrees, verdict = judge_features(pd.DataFrame({"status": status}).assign(**numbers))
+    assert agrees and verdict.startswith(f"Features agree: {text} a cosine of 1")
 
 
 def test_align_scores_finds_signs_and_offsets() -> None:

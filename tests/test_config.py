@@ -309,6 +309,19 @@ def test_load_config_names_an_unset_environment_variable(
         load_config(write(tmp_path, text), overrides=overrides)
 
 
+def test_load_config_needs_no_environment_variable_that_is_overridden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FRUITS_UNSET", raising=False)
+    text = 'input: {url: in, exclude: ["${FRUITS_UNSET}"], storage_options: {key: "${FRUITS_UNSET}", b: c}}\n'
+    path = write(tmp_path, text + "output: {url: out}")
+    overrides = ["input.exclude=[a]", "input.storage_options.key=d"]
+    config = load_config(path, overrides=overrides)
+    assert config.input.exclude == ("a",) and config.input.storage_options == {"key": "d", "b": "c"}
+    with pytest.raises(ConfigError, match=r"input\.storage_options\.key: the environment variable FRUITS_UNSET is not"):
+        load_config(path, overrides=overrides[:1])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

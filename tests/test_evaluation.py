@@ -169,6 +169,7 @@ def test_summarize_quality_of_two_pairs_is_what_one_computes_by_hand() -> None:
     assert quality["neighbors"] == {
         "k": 2,
         "agreement": 0.5,
+        "chance": pytest.approx(1 / 3),
         "by_class": {"a": 0.5, "b": 0.5},
         "confusion": {"labels": ["a", "b"], "share": [[0.5, 0.5], [0.5, 0.5]]},
     }
@@ -276,7 +277,21 @@ def test_images_of_one_object_do_not_vouch_for_each_other() -> None:
     assert quality["neighbors"]["agreement"] == 1
     assert quality["grouped"]["neighbors"]["agreement"] == 0
     assert quality["grouped"]["silhouette"]["mean"] < quality["silhouette"]["mean"]
-    assert quality["grouped"]["n_groups"] == 4
+    assert quality["grouped"]["n_groups"] == 4 and quality["grouped"]["n_groups_across_classes"] == 0
+    # The same numbers in both classes, as where the name of a group lacks its class.
+    assert summarize(features, list("aaaabbbb"), groups=list("11221132"))["grouped"]["n_groups_across_classes"] == 2
+
+
+@pytest.mark.parametrize("is_grouped", [False, True], ids=["images", "groups"])
+def test_agreement_by_chance_is_that_of_features_that_say_nothing(is_grouped: bool) -> None:
+    random = np.random.default_rng(0)
+    labels, groups = np.array(["a"] * 900 + ["b"] * 100), np.repeat(np.arange(200), 5).astype(str)
+    quality = summarize(random.normal(size=(1000, 8)), labels, n_neighbors=20, groups=groups if is_grouped else None)
+    neighbors = (quality["grouped"] if is_grouped else quality)["neighbors"]
+    assert neighbors["chance"] == pytest.approx(neighbors["agreement"], abs=0.02)
+    # Of 999 others 899 are of the large class; of 995 in other groups 895.
+    n_same = (895, 95, 995) if is_grouped else (899, 99, 999)
+    assert neighbors["chance"] == pytest.approx((0.9 * n_same[0] + 0.1 * n_same[1]) / n_same[2])
 
 
 def test_a_class_of_one_group_has_no_figure_and_is_left_out_of_the_mean() -> None:

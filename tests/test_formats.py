@@ -108,6 +108,16 @@ def test_orientation_is_applied_once(kind: str, orientation: int) -> None:
     assert_alike(decode(data), scene)
 
 
+@pytest.mark.parametrize("orientation", sorted(STORED), ids=str)
+@pytest.mark.parametrize("kind", ["AVIF", "HEIC"])
+def test_read_header_tells_the_upright_size(kind: str, orientation: int) -> None:
+    scene, exif = np.asarray(draw_scene())[: SIDE // 2], Image.Exif()
+    exif[0x0112] = orientation
+    data = save(Image.fromarray(np.ascontiguousarray(STORED[orientation](scene))), kind, exif=exif.tobytes())
+    header = read_header(data)
+    assert header is not None and header[1:] == (SIDE, SIDE // 2)
+
+
 @pytest.mark.parametrize("kind", ["AVIF", "HEIC"])
 def test_orientation_in_exif_alone_is_none_of_these_formats(kind: str) -> None:
     # ISO/IEC 23008-12: what turns a picture are its properties; EXIF only tells what they were made of.

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings, strategies as st
 from runs import (
     INTERRUPTIONS,
+    ON,
     SIZE,
     Finish,
     MakeConfig,
@@ -145,6 +146,21 @@ def test_changed_image_is_computed_again_and_its_neighbours_are_kept(
     np.testing.assert_array_equal(now[others], np.concatenate([marked, features[SIZE:]])[others])
     np.testing.assert_allclose(now[row], compute_colours(source, ["apple/4.png"])[0], rtol=1e-6)
     assert group["features"].shape == (12, 6)
+
+
+def test_an_exploration_of_earlier_images_says_nothing_about_new_ones(
+    make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
+) -> None:
+    shutil.copy(source / "apple/0.png", source / "pear/copy.png")
+    first = fruitdask.run(make_config(explore=ON, check=ON), client=client)
+    assert first.issues is not None and "copy" in set(first.issues["kind"])
+    again = fruitdask.run(make_config(check=ON, reduce={"n_components": 1}), client=client)
+    assert again.exploration is not None and again.issues is not None and "copy" in set(again.issues["kind"])
+    draw(source, "pear/copy.png", seed=7)
+    result = fruitdask.run(make_config(check=ON), client=client)
+    assert result.exploration is None and not list((tmp_path / "out").glob("explore*"))
+    assert result.issues is not None and "copy" not in set(result.issues["kind"])
+    assert fruitdask.verify(tmp_path / "out").is_well
 
 
 def test_file_of_the_same_age_and_another_size_is_changed(

@@ -18,7 +18,7 @@ from hypothesis import example, given, settings, strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageDraw
 
 from fruitdask.errors import ImageError, ImageTooLargeError
-from fruitdask.worker.images import decode as decoding, decode_image, decode_images
+from fruitdask.worker.images import decode as decoding, decode_image, decode_images, read_header
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -164,6 +164,15 @@ def test_decode_image_turns_upright(kind: str, options: dict[str, Any], orientat
     # It is resized as it is stored, and turned then: the other way about, Pillow rounds in another order.
     assert np.array_equal(STORED[orientation](decode(data)), resize(STORED[orientation](scene)))
     assert orientation == 1 or not np.array_equal(decode(data), resize(STORED[orientation](scene)))
+
+
+@pytest.mark.parametrize("orientation", sorted(STORED), ids=str)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_read_header_tells_the_upright_size(kind: str, orientation: int) -> None:
+    scene, exif = draw_noise(20, 30, 3), Image.Exif()
+    exif[ORIENTATION] = orientation
+    data = save(STORED[orientation](scene), kind, exif=exif)
+    assert read_header(data) == (kind, 30, 20)
 
 
 @pytest.mark.parametrize("orientation", sorted(STORED), ids=str)

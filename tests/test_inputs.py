@@ -182,6 +182,19 @@ def test_table_of_labels_notices_changed_and_missing_files(
     assert fruitdask.verify(tmp_path / "out").is_well
 
 
+def test_missing_files_have_no_size(make_config: MakeConfig, client: Any, source: Path, tmp_path: Path) -> None:
+    paths = [f"train/apple/{n}.png" for n in range(8)] + ["train/pear/gone.png"]
+    (tmp_path / "labels.csv").write_text("path,label\n" + "".join(f"{path},{path.split('/')[1]}\n" for path in paths))
+    config = make_config({"manifest": str(tmp_path / "labels.csv")}, report={"enabled": True})
+    found = fruitdask.explore(config, client=client)
+    sizes = [path.stat().st_size for path in (source / "train/apple").iterdir()]
+    assert found.classes["n_images"].to_dict() == {"apple": 8, "pear": 1} and found.summary["n_ok"] == 3
+    assert found.classes["bytes_total"].to_dict() == {"apple": sum(sizes), "pear": 0}
+    assert found.classes.loc["apple", "bytes_median"] == np.median(sizes)
+    assert np.isnan(found.classes.loc["pear", "bytes_median"])
+    assert "0 B to" not in fruitdask.render_report(config).read()
+
+
 @pytest.mark.slow
 def test_what_is_left_out_is_said_everywhere_and_kept_up_to_date(
     make_config: MakeConfig, client: Any, source: Path, tmp_path: Path

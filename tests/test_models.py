@@ -111,6 +111,22 @@ def test_pooling_summarizes_the_last_feature_map(pooling: str, engine: str) -> N
     assert measure_error(load_predictor(artifact, n_threads=1)(pixels), expected[pooling]) < 1e-5
 
 
+@pytest.mark.parametrize("is_moved_back", [False, True], ids=["channels first", "channels last again"])
+def test_a_feature_map_with_channels_first_is_pooled_over_its_area(
+    tmp_path: Path, is_moved_back: bool, engine: str
+) -> None:
+    import keras
+
+    pixels = keras.Input((32, 32, 3))
+    feature_map = keras.layers.Permute((3, 1, 2))(pixels)
+    feature_map = keras.layers.ReLU()(keras.layers.AveragePooling2D(4, data_format="channels_first")(feature_map))
+    feature_map = keras.layers.Permute((2, 3, 1))(feature_map) if is_moved_back else feature_map
+    keras.Model(pixels, feature_map).save(tmp_path / "own.keras")
+    artifact = build_artifact(ModelConfig(weights=str(tmp_path / "own.keras"), preprocessing="none", engine=engine))
+    features = load_predictor(artifact, n_threads=1)(random_pixels(32))
+    np.testing.assert_allclose(features, random_pixels(32).mean(axis=(1, 2)), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("mode", "scale"),
     [

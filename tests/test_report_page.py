@@ -26,6 +26,7 @@ from fruitdask.core.storage import Location
 from fruitdask.report.maps import choose_axes, sample_points
 from fruitdask.report.page import ReportData, render_page
 from fruitdask.report.sections import choose_title, describe_duplicates
+from fruitdask.report.sections.record import describe_performance
 from fruitdask.report.thumbnails import Thumbnails
 from fruitdask.store.exploration import Exploration
 
@@ -381,6 +382,31 @@ def test_render_page_warns_of_neighbours_that_are_shots_of_one_series() -> None:
     warning = "But 50 % of the images look nearly the same as another one"
     assert warning in Outline(render_page(replace(data, exploration=exploration))).text
     assert "look nearly the same as another one" not in Outline(render_page(data)).text
+
+
+def test_describe_performance_gives_no_rate_to_what_does_not_grow_with_images() -> None:
+    seconds = {"list": 0.5, "start": 4.0, "featurize": 2.0, "total": 8.0, "worker": {"load": 1.0, "decode": 0.5}}
+    view = describe_performance({"seconds": seconds, "n_computed": 10}, n_images=40)
+    assert view is not None
+    assert [row["rate"] for row in view["stages"]] == [80, None, 5, 1.25]
+    assert [row["rate"] for row in view["worker_stages"]] == [None, 20]
+
+
+@pytest.mark.parametrize(
+    ("agreement", "chance", "verdict"),
+    [
+        (0.94, 0.34, "tells these classes apart well, without"),
+        (0.94, 0.92, "does not tell these classes apart well. By chance it would be 92 %"),
+        (0.7, 0.34, "tells most of these classes apart"),
+        (0.7, 0.66, "does not tell these classes apart well. By chance it would be 66 %"),
+    ],
+    ids=["well", "one large class", "most", "few"],
+)
+def test_page_does_not_praise_what_chance_does(agreement: float, chance: float, verdict: str) -> None:
+    data = make_report_data(60, 3)
+    assert data.quality is not None
+    neighbors = data.quality["neighbors"] | {"agreement": agreement, "chance": chance}
+    assert verdict in Outline(render_page(replace(data, quality=data.quality | {"neighbors": neighbors}))).text
 
 
 def test_render_page_has_no_secrets() -> None:

@@ -31,6 +31,20 @@ def test_find_nearest_equals_scikit_learn(features: np.ndarray, metric: str, n_r
 
 
 @pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scale", [1e-30, 1e18, 1e19, 1e36], ids=str)
+def test_find_nearest_takes_features_whose_squares_are_not_finite(metric: str, scale: float) -> None:
+    scaled = (np.random.default_rng(0).normal(0, 1, (103, 24)) * scale).astype(np.float32)
+    features, queries = scaled[:100].copy(), scaled[100:]
+    features[5] = np.nan
+    rows, distances = find_nearest(da.from_array(features, chunks=(30, 24)), queries, k=4, metric=metric)
+    known = np.delete(np.arange(100), 5)
+    index = NearestNeighbors(n_neighbors=4, metric=metric, algorithm="brute").fit(features[known] / np.float64(scale))
+    expected, places = index.kneighbors(queries / np.float64(scale))
+    np.testing.assert_array_equal(rows, known[places])
+    np.testing.assert_allclose(distances, expected * (scale if metric == "euclidean" else 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_find_nearest_leaves_out_a_query_itself_but_not_its_duplicate(features: np.ndarray, metric: str) -> None:
     own = [0, 405, -1]
     queries = features[[0, 405, 3]]

@@ -98,11 +98,11 @@ def train(
     """
     Train a linear probe, and evaluate it and the vote of nearest neighbours by cross-validation.
 
-    No group is in both the training and the test part of a fold; without groups, no image and its copy. Returns
-    the probe, fitted to all images, and JSON: ``classes``; ``n_images``, ``n_groups`` (None without groups),
-    ``n_folds``; for ``linear_probe`` and ``nearest_neighbors`` the ``accuracy`` and its 95 % ``interval``, ``by_class``
-    the recall with its interval, the precision and the number of images, and ``confusion``, counts with true classes in
-    rows, of the classes ``confused``, which are those with the most errors if there are very many;
+    No group is in both the training and the test part of a fold, and no image and its copy. Returns the probe, fitted
+    to all images, and JSON: ``classes``; ``n_images``, ``n_groups`` (None without groups), ``n_folds``; for
+    ``linear_probe`` and ``nearest_neighbors`` the ``accuracy`` and its 95 % ``interval``, ``by_class`` the recall with
+    its interval, the precision and the number of images, and ``confusion``, counts with true classes in rows, of the
+    classes ``confused``, which are those with the most errors if there are very many;
     ``unknown_distance``, the cosine distance from the nearest training image beyond which an image is unknown.
     """
     classes, codes = np.unique(np.asarray(labels, str), return_inverse=True)
@@ -111,7 +111,11 @@ def train(
     folds = choose_folds(codes, numbers)
     guesses = {name: np.full(len(codes), -1) for name in ("linear_probe", "nearest_neighbors")}
     distances = np.full(len(codes), np.nan)
+    contents = number_contents(features)
     for known, held_out in folds:
+        # Copies may be in several groups, which must not be tested on each other, unless there is nothing but copies.
+        is_other = ~np.isin(contents[known], contents[held_out])
+        known = known[is_other] if is_other.any() else known
         present, local = np.unique(codes[known], return_inverse=True)
         guesses["linear_probe"][held_out] = present[_ask_probe(features[known], local, features[held_out])]
         voted, distances[held_out] = _ask_neighbors(features[known], local, features[held_out])

@@ -31,7 +31,7 @@ class AlignedScores:
     #: Mean of their scores minus the mean of ours with that sign.
     offsets: npt.NDArray[np.float64]
     correlations: npt.NDArray[np.float64]
-    #: Norm of the remaining differences, relative to that of their scores around their mean.
+    #: Norm of the remaining differences, relative to the larger one of the scores around their means.
     errors: npt.NDArray[np.float64]
     #: Norm of each image's remaining difference, relative to the standard deviation of all of ours (n,).
     image_errors: npt.NDArray[np.float64]
@@ -91,7 +91,8 @@ def align_scores(ours: npt.NDArray[np.floating], theirs: npt.NDArray[np.floating
     left = y - signs * x
     scale = spreads[0] * spreads[1]
     correlations = np.divide(signs * products, scale, out=np.zeros_like(scale), where=scale > 0)
-    errors = np.linalg.norm(left, axis=0) / np.where(spreads[1] > 0, spreads[1], np.inf)
+    largest = np.maximum(*spreads)
+    errors = np.linalg.norm(left, axis=0) / np.where(largest > 0, largest, np.inf)
     total = np.linalg.norm(x) / np.sqrt(len(x))
     image_errors = np.linalg.norm(left, axis=1) / (total if total > 0 else np.inf)
     return AlignedScores(signs, means[1] - signs * means[0], correlations, errors, image_errors)
@@ -106,7 +107,13 @@ def judge_features(table: pd.DataFrame) -> tuple[bool, str]:
     is_bad = (cosine < 1 - _COSINE_TOLERANCE) | (error > _ERROR_TOLERANCE)
     n_bad, middle, worst = int(is_bad.sum()), float(cosine.median()), float(cosine.min())
     if not n_bad:
-        return True, f"Features agree: all {len(compared):,} images have a cosine of 1 within {max(0, 1 - worst):.1g}."
+        n_left = len(table) - len(compared)
+        which = (
+            f"{len(compared):,} of {len(table):,} images could be compared and"
+            if n_left
+            else f"all {len(table):,} images"
+        )
+        return True, f"Features agree: {which} have a cosine of 1 within {max(0, 1 - worst):.1g}."
     if 2 * n_bad < len(compared):
         example = compared["path"].iloc[int(error.argmax())]
         return False, (

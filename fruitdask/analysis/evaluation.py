@@ -57,15 +57,16 @@ def summarize_quality(
         None with fewer than two classes or if no class has two images.
 
         ``neighbors``: ``k``, the number of neighbours, fewer than ``n_neighbors`` if there are fewer other images;
-        ``agreement``, the mean fraction (0 to 1) of an image's neighbours that share its class, also ``by_class``; a
-        copy, which has the same features, is no neighbour, because it would always agree;
+        ``agreement``, the mean fraction (0 to 1) of an image's neighbours that share its class, also ``by_class``, and
+        ``chance``, the agreement of random neighbours, which is high where one class is large; a copy, which has the
+        same features, is no neighbour, because it would always agree;
         ``confusion``, for each of its ``labels`` a row of ``share``, the fractions of its images' neighbours in each
         class, which add up to 1; of more than 300 classes those that are confused most. With fewer than two images the
         agreements are None and the confusion is empty.
 
-        ``grouped``, with ``groups``: the same two, compared only with images of other groups, ``n_groups``, and
-        ``classes_of_one_group``: as there is no other group to compare them with, they have no figures (None) and are
-        left out of the means.
+        ``grouped``, with ``groups``: the same two, compared only with images of other groups, ``n_groups``,
+        ``n_groups_across_classes``, those with images of several classes, and ``classes_of_one_group``: as there is no
+        other group to compare them with, they have no figures (None) and are left out of the means.
 
     Raises
     ------
@@ -94,17 +95,19 @@ def summarize_quality(
     classes, codes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
     each = np.arange(len(codes))
     measured = _measure(features, codes, each, n_neighbors=n_neighbors, metric=metric)
-    quality = _summarize(measured, classes.tolist(), codes, np.ones(len(codes), bool))
+    quality = _summarize(measured, classes.tolist(), codes, each, np.ones(len(codes), bool))
     if groups is None:
         return quality
     numbers = number_groups(groups)
     measured = _measure(features, codes, numbers, n_neighbors=n_neighbors, metric=metric)
-    of_class = pd.DataFrame({"code": codes, "group": numbers}).groupby("code")["group"].nunique().to_numpy()
+    pairs = pd.DataFrame({"code": codes, "group": numbers}).drop_duplicates()
+    of_class = pairs["code"].value_counts().sort_index().to_numpy()
     return quality | {
         "grouped": {
             "n_groups": len(np.unique(numbers)),
+            "n_groups_across_classes": int((pairs["group"].value_counts() > 1).sum()),
             "classes_of_one_group": classes[of_class == 1].tolist(),
-            **_summarize(measured, classes.tolist(), codes, of_class[codes] > 1),
+            **_summarize(measured, classes.tolist(), codes, numbers, of_class[codes] > 1),
         }
     }
 
@@ -230,13 +233,30 @@ def _count_excluded(groups: npt.NDArray[np.int64], contents: npt.NDArray[np.int6
 
 
 def _summarize(
-    measured: _Measured, classes: list[str], codes: npt.NDArray[np.int64], is_judged: npt.NDArray[np.bool_]
+    measured: _Measured,
+    classes: list[str],
+    codes: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.int64],
+    is_judged: npt.NDArray[np.bool_],
 ) -> dict[str, Any]:
     """Summarize distances over the images that can be judged."""
+    neighbors = _summarize_neighbors(measured.neighbors, classes, codes, is_judged)
+    chance = None if neighbors["agreement"] is None else _expect_agreement(codes, groups, is_judged)
     return {
         "silhouette": _summarize_silhouettes(measured, classes, codes, is_judged),
-        "neighbors": _summarize_neighbors(measured.neighbors, classes, codes, is_judged),
+        "neighbors": neighbors | {"chance": chance},
     }
+
+
+def _expect_agreement(
+    codes: npt.NDArray[np.int64], groups: npt.NDArray[np.int64], is_judged: npt.NDArray[np.bool_]
+) -> float:
+    """Return the agreement to expect of neighbours that chance chooses among the images of other groups."""
+    table = pd.DataFrame({"code": codes, "group": groups})
+    in_class, in_group, in_both = (
+        table.groupby(names)["code"].transform("size").to_numpy() for names in ("code", "group", ["code", "group"])
+    )
+    return float(((in_class - in_both) / (len(codes) - in_group))[is_judged].mean())
 
 
 def _summarize_silhouettes(

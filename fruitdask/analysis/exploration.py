@@ -229,13 +229,14 @@ def _count_files(
     """Count and measure the files of a class."""
     sides = numbers.sides[members]
     sides = sides[sides[:, 0] > 0].astype(np.float64)
-    # The median of none is a warning.
+    # Files that are missing have no size. The median of none is a warning.
+    n_bytes = numbers.bytes[members][numbers.bytes[members] > 0]
     width, height = np.median(sides, axis=0) if len(sides) else (np.nan, np.nan)
     return {
         "n_images": len(members),
         "n_ok": fact.n_ok,
         "bytes_total": int(numbers.bytes[members].sum()),
-        "bytes_median": float(np.median(numbers.bytes[members])),
+        "bytes_median": float(np.median(n_bytes)) if len(n_bytes) else np.nan,
         "width_px_median": float(width),
         "height_px_median": float(height),
         "n_duplicates": int((groups.duplicates[members] >= 0).sum()),

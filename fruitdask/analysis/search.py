@@ -12,6 +12,8 @@ from dask.delayed import delayed
 METRICS = ("cosine", "euclidean")
 #: Queries compared with a block at once, which bounds the memory of their distances.
 _QUERIES_AT_ONCE = 256
+#: Squares of norms from which on features are scaled, as sums of two would not be finite in float32.
+_LARGEST_SQUARE = 1e37
 #: Results of blocks merged at once.
 _MERGED_AT_ONCE = 8
 
@@ -66,10 +68,11 @@ def _search_block(
 ) -> _Found:
     """Find the nearest rows of a block whose first row has the number `start`."""
     rows, distances = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), np.inf)
-    norms = np.einsum("ij,ij->i", block, block)
+    scaled, scaled_queries = _avoid_overflow(block, queries)
+    norms = _square(scaled)
     for first in range(0, len(queries), _QUERIES_AT_ONCE):
         some = slice(first, first + _QUERIES_AT_ONCE)
-        lowest, highest = _bound_distances(block, norms, queries[some], metric)
+        lowest, highest = _bound_distances(scaled, norms, scaled_queries[some], metric)
         is_own = np.flatnonzero((own[some] >= start) & (own[some] < start + len(block)))
         for bound in (lowest, highest):
             # Comparisons with NaN are false, so such a row is not a candidate.
@@ -85,6 +88,20 @@ def _search_block(
     return rows, distances
 
 
+def _square(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return the squared norms of rows."""
+    return np.asarray(np.einsum("ij,ij->i", rows, rows))
+
+
+def _avoid_overflow(*arrays: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], ...]:
+    """Scale arrays by one power of two if the squares of their numbers would be infinite; it changes no order."""
+    if not any((_square(each) > _LARGEST_SQUARE).any() for each in arrays):
+        return arrays
+    # Rows with NaN are in no result.
+    largest = max(float(np.fmax.reduce(np.abs(each), axis=None, initial=0)) for each in arrays)
+    return tuple(np.ldexp(each, -np.frexp(largest)[1]) for each in arrays)
+
+
 def _bound_distances(
     block: npt.NDArray[np.float32], norms: npt.NDArray[np.float32], queries: npt.NDArray[np.float32], metric: str
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -94,7 +111,7 @@ def _bound_distances(
     epsilon times both norms (Higham 2002, section 3.1), whatever the order of its sums.
     """
     error = np.float32(block.shape[1] * np.finfo(np.float32).eps)
-    products, own_norms = queries @ block.T, np.einsum("ij,ij->i", queries, queries)[:, np.newaxis]
+    products, own_norms = queries @ block.T, _square(queries)[:, np.newaxis]
     if metric == "cosine":
         scale = np.sqrt(own_norms) * np.sqrt(norms)
         distances = 1 - np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)

@@ -221,7 +221,8 @@ def _format_quality(quality: dict[str, Any] | None) -> str:
     neighbors = (grouped or quality or {}).get("neighbors", {})
     if quality is None or neighbors["agreement"] is None:
         return "unknown: no class has images of two groups (input.group_from)" if grouped else ""
-    text = f"{neighbors['agreement']:.1%} of the {neighbors['k']} nearest neighbours"
+    by_chance = f" (by chance {chance:.1%})" if (chance := neighbors.get("chance")) is not None else ""
+    text = f"{neighbors['agreement']:.1%}{by_chance} of the {neighbors['k']} nearest neighbours"
     if grouped:
         return f"{text} in other groups ({quality['neighbors']['agreement']:.1%} with those of its own group)"
     if series := quality.get("series"):

@@ -72,9 +72,11 @@ def _print_evaluation(classifier: "Classifier") -> None:
     report = classifier.report
     grouped = report["n_groups"] is not None
     held_out = f"{report['n_folds']} folds of {report['n_images']:,} images"
+    largest = max(each["n_images"] for each in report["linear_probe"]["by_class"].values())
     rows = {
         "linear probe": _format_accuracy(report["linear_probe"]),
         "nearest neighbours": _format_accuracy(report["nearest_neighbors"]),
+        "largest class": f"{largest / report['n_images']:.1%} right if it were always named",
         "measured on": f"{held_out}, no object in two of them ({report['n_groups']:,} groups)" if grouped else held_out,
         "note": (
             ""

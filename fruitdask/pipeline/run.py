@@ -255,7 +255,8 @@ def _reduce_features(
 def _check_images(
     state: RunState, manifest: store.RunManifest, client: Any, progress: RunProgress
 ) -> store.RunManifest:
-    """Write the list of photographs to check, and delete predictions of earlier results; returns the manifest."""
+    """Write the list of photographs to check, and delete what is of earlier images; returns the manifest."""
+    store.delete_outdated(state.output, state.fingerprint["catalog"])
     for name in (store.ISSUES, store.ISSUES_CSV, store.PREDICTIONS, store.PREDICTIONS_CSV):
         store.delete_result(state.output, name)
     if not state.config.check.enabled:

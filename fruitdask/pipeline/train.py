@@ -169,7 +169,7 @@ def train(
     A linear probe (multinomial logistic regression on standardized features), compared with the vote of the 5 nearest
     neighbours. Where groups are known (``input.group_from``), no group is in both the training and the test part of a
     fold, so that the probe is never tested on an object it was trained on; intervals then count groups, not images.
-    Where groups are unknown, copies of one image, which have equal features, stay in one part.
+    Copies of one image, which have equal features, stay in one part, too.
     """
     from fruitdask.analysis.classifier import PROBE_ARRAYS, train as train_probe
 

@@ -27,7 +27,6 @@ from fruitdask.store.checks import (
     restore_store,
 )
 from fruitdask.store.erasure import delete_strays, finish_erasing, stage_rows
-from fruitdask.store.workspace import Workspace, delete_exploring
 from fruitdask.store.layout import (
     CATALOG,
     CLASSIFIER,
@@ -65,6 +64,7 @@ from fruitdask.store.manifests import (
     advise_repair,
     check_output,
     clear_output,
+    delete_outdated,
     delete_result,
     describe_mismatch,
     has_begun,
@@ -80,3 +80,4 @@ from fruitdask.store.manifests import (
 from fruitdask.store.outcomes import count_at_once, list_committed, read_outcomes, read_rows
 from fruitdask.store.schema import AppliedRecord, ExplorationManifest, IssuesRecord, RunManifest, is_intact
 from fruitdask.store.tables import read_table, write_table
+from fruitdask.store.workspace import Workspace, delete_exploring

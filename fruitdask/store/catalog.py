@@ -35,6 +35,12 @@ _ROWS_AT_ONCE = 65_536
 _ROWS_IN_MEMORY = 262_144
 #: A block of a catalog shares the memory of a listing if it has at most this many runs of it: more make it slow.
 _MAX_RUNS = 256
+#: What groups across classes, and across splits, mean.
+_ACROSS_CLASSES = (
+    "images of a group count as one object, so if they show different ones, let input.group_from name the class too, "
+    "such as (.*/[^/_]+)_"
+)
+_ACROSS_SPLITS = "images in one split do not test what was learned of the same object in another"
 #: Endings of archives, and the protocols that read a folder in them.
 _ARCHIVE_ENDINGS = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar"}
 #: The default endings, as messages show them.
@@ -98,6 +104,7 @@ def list_input(config: InputConfig, *, on_listed: Callable[[int], None] = lambda
     names = [name for name in (*COLUMNS, *GROUPINGS) if name in catalog]
     notes = _describe_alike(catalog["label"].unique()) + (() if is_said else listing.notes)
     notes += () if has_table else _describe_backslashes(catalog["path"])
+    notes += _describe_shared(catalog)
     return Listing(catalog[names], {} if has_table else listing.left_out, notes)
 
 
@@ -108,6 +115,22 @@ def _describe_backslashes(paths: pd.Series) -> tuple[str, ...]:
         return ()
     names = f"{len(odd):,} paths have a backslash" if len(odd) > 1 else "one path has a backslash"
     return (f"{names}, such as {odd.iloc[0]!r}, which is part of a name here; if it separates folders, repack them",)
+
+
+def _describe_shared(catalog: pd.DataFrame) -> tuple[str, ...]:
+    """Describe groups across classes, for a number that begins anew in each class names no object; or across splits."""
+    if "group" not in catalog:
+        return ()
+    notes = []
+    for column, parts, advice in (("label", "classes", _ACROSS_CLASSES), ("split", "splits", _ACROSS_SPLITS)):
+        pairs = catalog.filter(["group", column]).drop_duplicates().astype("str")
+        shared = pairs[(pairs["group"] != "") & pairs["group"].duplicated(keep=False)]
+        if len(shared):
+            name, n_groups = shared["group"].iloc[0], shared["group"].nunique()
+            first, second = sorted(shared.loc[shared["group"] == name, column])[:2]
+            groups = f"{n_groups:,} groups span" if n_groups > 1 else "one group spans"
+            notes.append(f"{groups} several {parts}, such as {name!r} in {first!r} and {second!r}; {advice}")
+    return tuple(notes)
 
 
 def _describe_alike(classes: Iterable[str]) -> tuple[str, ...]:

@@ -14,7 +14,16 @@ from pydantic import ValidationError
 from fruitdask.core.fingerprint import compare_fingerprints
 from fruitdask.core.storage import Location, exists, explained, open_new, write_file
 from fruitdask.errors import DamageError, OutputError, StorageError, StoreMismatchError
-from fruitdask.store.layout import ALL_NAMES, CATALOG, CHECKSUM, EXPLORATION, MANIFEST, QUALITY, RUN_NAMES
+from fruitdask.store.layout import (
+    ALL_NAMES,
+    CATALOG,
+    CHECKSUM,
+    EXPLORATION,
+    EXPLORATION_NAMES,
+    MANIFEST,
+    QUALITY,
+    RUN_NAMES,
+)
 from fruitdask.store.schema import (
     ExplorationManifest,
     Manifest,
@@ -188,6 +197,15 @@ def clear_output(output: Location) -> None:
             write_manifest(output, manifest.mark_deleting())
     for name in ALL_NAMES:
         delete_result(output, name)
+
+
+def delete_outdated(output: Location, catalog: str) -> None:
+    """Delete the exploration if it is of other images than those of a catalog, given by its hash."""
+    exploration = read_exploration_manifest(output)
+    if exploration is not None and exploration.fingerprint.get("catalog") != catalog:
+        write_manifest(output, exploration.mark_deleting())
+        for name in EXPLORATION_NAMES:
+            delete_result(output, name)
 
 
 def delete_result(output: Location, name: str) -> None:

@@ -141,6 +141,8 @@ class NeighborsRecord(Record):
 
     k: int
     agreement: float | None
+    #: The agreement of neighbours that chance chooses.
+    chance: float | None = None
     by_class: dict[str, float | None]
     confusion: ConfusionRecord
 
@@ -149,6 +151,8 @@ class GroupedRecord(Record):
     """Silhouettes and neighbours between images of different groups."""
 
     n_groups: int
+    #: Groups with images of several classes, which may be different objects of one name.
+    n_groups_across_classes: int = 0
     #: Classes with a single group, which therefore have no figures.
     classes_of_one_group: tuple[str, ...]
     silhouette: SilhouetteRecord

@@ -84,12 +84,15 @@ def _read_sources(
     else:
         base = Path(source).resolve().parent
         tree, origin = parse_file(_read_text(Path(source)), name)
-    tree, sources = _resolve_paths(_expand_env(tree, origin), base, name), [origin]
+    tops = []
     for override in overrides:
         parsed = parse_override(override)
         if parsed is None:
             raise ConfigError(explain_override(override))
-        top, origin = parsed
+        tops.append(parsed)
+        tree = _drop_overridden(tree, parsed[0])
+    tree, sources = _resolve_paths(_expand_env(tree, origin), base, name), [origin]
+    for top, origin in tops:
         tree = _merge(tree, _resolve_paths(_expand_env(top, origin), Path.cwd(), "--set"))
         sources.append(origin)
     return tree, sources
@@ -109,6 +112,17 @@ def _read_text(path: Path) -> str:
     if len(text) > _MAX_BYTES:
         raise ConfigError(f"{path}: expected a configuration of at most {_MAX_BYTES:,} characters, found more")
     return text
+
+
+def _drop_overridden(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop values that others override: the environment variables in them need not be set."""
+    kept = {}
+    for key, value in base.items():
+        if isinstance(value, Mapping) and isinstance(top.get(key), Mapping):
+            kept[key] = _drop_overridden(value, top[key])
+        elif key not in top:
+            kept[key] = value
+    return kept
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

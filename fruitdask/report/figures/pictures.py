@@ -76,7 +76,8 @@ def plot_sizes(images: pd.DataFrame, *, parts: Sequence[str] = SIZES, n_images: 
     if images.empty:
         return plot_nothing(title, "There are no images.")
     sides = images[["width_px", "height_px"]].dropna().to_numpy(float)
-    n_bytes = images["bytes"].dropna().to_numpy(float)
+    # Files that are missing have no size.
+    n_bytes = images.loc[images["bytes"] > 0, "bytes"].to_numpy(float)
     shown, n_all = f"{len(images):,}", len(images) if n_images is None else n_images
     shown += f" of {n_all:,}" if n_all != len(images) else ""
     figure = start_figure(title, f"{shown} image{'' if n_all == 1 else 's'}")

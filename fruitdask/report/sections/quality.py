@@ -36,11 +36,20 @@ def describe_agreement(quality: Mapping[str, Any]) -> View:
     return {
         "k": neighbors["k"],
         "agreement": neighbors["agreement"],
+        "chance": neighbors.get("chance"),
+        "skill": _measure_skill(neighbors),
         "agreement_in_groups": quality["neighbors"]["agreement"],
         "n_groups": grouped and grouped["n_groups"],
+        "n_groups_across_classes": grouped and grouped.get("n_groups_across_classes"),
         "classes_of_one_group": grouped["classes_of_one_group"] if grouped else [],
         "series": quality.get("series"),
     }
+
+
+def _measure_skill(neighbors: Mapping[str, Any]) -> float | None:
+    """Return how far the agreement of neighbours is from chance (0) to perfect (1); None if chance is not known."""
+    agreement, chance = neighbors["agreement"], neighbors.get("chance")
+    return None if agreement is None or chance is None else (agreement - chance) / max(1 - chance, 1e-9)
 
 
 def _list_confusions(confusion: Mapping[str, Any]) -> list[View]:

@@ -30,6 +30,8 @@ _WORKER_STAGES = {
     "predict": "Run the network",
     "write": "Write features",
 }
+#: Stages whose time does not grow with the images.
+_WITHOUT_RATE = ("start", "load")
 _METADATA = {
     "exif": "camera data (EXIF)",
     "gps": "a GPS position",
@@ -61,7 +63,11 @@ def describe_performance(manifest: Mapping[str, Any], *, n_images: int) -> View 
     of_all = dict.fromkeys(("list", "explore", "reduce", "write", "check"), n_images)
     stages, worker_stages = (
         [
-            {"name": names.get(key, key), "seconds": value, "rate": images.get(key, n_computed) / max(value, 1e-3)}
+            {
+                "name": names.get(key, key),
+                "seconds": value,
+                "rate": None if key in _WITHOUT_RATE else images.get(key, n_computed) / max(value, 1e-3),
+            }
             for key, value in sorted(found.items(), key=lambda item: [*names, item[0]].index(item[0]))
             if isinstance(value, int | float)
         ]

@@ -58,6 +58,7 @@ def describe_summary(
         "seconds": manifest.get("seconds", {}).get("total") if is_whole else None,
         "quality": describe_agreement(quality) if quality else None,
         "explained": sum(pca["explained_variance_ratio"][:2]) if pca else None,
+        "n_fitted": pca["fit"]["n_images"] if pca and pca.get("is_kept") else None,
         "duplicates": exploration.summary.get("duplicates") if exploration else None,
         "near_share": _share_near_duplicates(exploration),
         "metadata": exploration.summary.get("metadata") if exploration else None,

@@ -38,6 +38,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+#: Those that exchange width and height.
+_SIDEWAYS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
 
 
 def decode_image(data: bytes, *, size_px: int, max_pixels: int, is_fast: bool = False) -> npt.NDArray[np.uint8]:
@@ -60,7 +62,7 @@ def decode_image(data: bytes, *, size_px: int, max_pixels: int, is_fast: bool = 
                 _forget_xmp(image)
                 # Before the conversion, which drops EXIF; some formats store it after the pixels.
                 image.load()
-                turn = _find_turn(image)
+                turn = _find_turn(image, is_loaded=True)
                 rgb = convert_to_rgb(image, choose_narrowing(image, data))
                 rgb = lay_frame_on_white(rgb, frame) if frame else rgb
                 pixels = resize_square(rgb, size_px)
@@ -91,10 +93,12 @@ def decode_images(
 
 
 def read_header(data: bytes) -> tuple[str, int, int] | None:
-    """Read the format and the size of an image without decoding it."""
+    """Read the format of an image, and the width and height it has when upright, without decoding it."""
     try:
         with _open(data) as image:
-            return str(image.format), image.width, image.height
+            # Pillow tells the upright size of a TIFF itself.
+            is_sideways = image.format != "TIFF" and _find_turn(image) in _SIDEWAYS
+            return str(image.format), *(image.size[::-1] if is_sideways else image.size)
     except MemoryError:
         raise
     except Exception:
@@ -151,14 +155,17 @@ def _forget_xmp(image: Image.Image) -> None:
         image.info.pop(name, None)
 
 
-def _find_turn(image: Image.Image) -> Image.Transpose | None:
-    """Find the transposition that undoes the EXIF orientation; broken EXIF counts as none."""
+def _find_turn(image: Image.Image, *, is_loaded: bool = False) -> Image.Transpose | None:
+    """Find the transposition that undoes the EXIF orientation; broken EXIF counts as none.
+
+    An image that is not loaded has only what precedes its pixels.
+    """
     # Again, as a PNG may store XMP after its pixels.
     _forget_xmp(image)
     # ImageOps.exif_transpose also rewrites the other tags, and fails if any of them is broken.
     try:
-        if image.format in _JPEGS:
-            # Opening a JPEG has already filled getexif() with the orientation from XMP.
+        if image.format in _JPEGS or not is_loaded:
+            # Opening a JPEG has already filled getexif() with the orientation from XMP; that of a PNG decodes it.
             exif = Image.Exif()
             exif.load(image.info.get("exif", b""))
         else:

@@ -284,10 +284,24 @@ def _pool(network: Any, config: ModelConfig) -> Any:
     pools = {
         "avg": keras.layers.GlobalAveragePooling2D,
         "max": keras.layers.GlobalMaxPooling2D,
-        "flatten": keras.layers.Flatten,
     }
-    pool = pools[config.pooling] if len(network.output_shape) == 4 else keras.layers.Flatten
-    return keras.Model(network.inputs, pool()(network.output), name=network.name)
+    if len(network.output_shape) != 4 or config.pooling == "flatten":
+        pool = keras.layers.Flatten()
+    else:
+        pool = pools[config.pooling](data_format=_find_data_format(network))
+    return keras.Model(network.inputs, pool(network.output), name=network.name)
+
+
+def _find_data_format(network: Any) -> str:
+    """Find the order of the axes of a feature map, as the last layer that depends on it or exchanges them has it."""
+    import keras
+
+    for layer in reversed(network._flatten_layers(include_self=False, recursive=True)):
+        if isinstance(layer, keras.layers.Permute | keras.layers.Reshape):
+            break
+        if getattr(layer, "data_format", None):
+            return str(layer.data_format)
+    return "channels_last"
 
 
 def _rename_scopes(network: Any) -> None:
