@@ -143,6 +143,7 @@ def select_points(page: Page, name: str) -> None:
     for _ in range(5):
         drag_box(page, name)
         with suppress(TimeoutError):
+            page.wait_for_function(f"() => ({LIST_SELECTED})().every((count) => count > 0)", timeout=6000)
             page.wait_for_selector("#selection-clear", state="visible", timeout=6000)
             return
     pytest.fail("nothing was selected")
