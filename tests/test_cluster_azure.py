@@ -479,6 +479,17 @@ def test_max_lifetime(cloud: LoopbackAzure) -> None:
     assert {scheduler, worker} <= deleted
 
 
+def test_the_end_of_a_worker_is_noticed_after_that_of_the_scheduler(cloud: LoopbackAzure) -> None:
+    """A worker that has outlived the scheduler is not taken for connected, and paid for, until the run ends."""
+    with open_client(configure()) as client:
+        scheduler, worker = cloud.machines.values()
+        running = client.cluster.list_running
+        cloud.evict(scheduler)
+        wait_until(lambda: scheduler.name not in running(), "the end of the scheduler is noticed")
+        cloud.evict(worker)
+        wait_until(lambda: worker.name not in running(), "the end of the worker is noticed")
+
+
 def test_machines_that_cannot_be_deleted_are_named(cloud: LoopbackAzure) -> None:
     """The error names the machines that still cost money, and the command that deletes them."""
     refusal = Refusal("virtualMachines", "AuthorizationFailed", status=403, method="DELETE")

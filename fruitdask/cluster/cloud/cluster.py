@@ -318,6 +318,8 @@ class CloudCluster(Tolerant, VMCluster):  # type: ignore[misc]
     async def _watch_worker_status(self, comm: Any) -> None:
         """Follow the workers until the connection ends, and then poll the cloud for the scheduler at once."""
         await super()._watch_worker_status(comm)
+        # Nobody tells any more which of them are lost.
+        self.scheduler_info["workers"].clear()
         if not self.fleet.is_ending:
             logger.warning("the connection to the scheduler is lost")
             self.fleet.changed.set()
