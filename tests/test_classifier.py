@@ -188,7 +188,7 @@ def test_interval_without_groups_is_wilsons() -> None:
         ([], None, "expected images of at least 2 classes, found no image with features; check input.label_from"),
         (["a"] * 4, None, "expected images of at least 2 classes, found only 'a'; check input.label_from"),
         (["a", "a", "b"], None, "at least 2 images with features of each class, found 1 of 'b'; add images, or leave"),
-        (["a", "a", "b", "b"], ["1", "2", "3", "3"], "at least 2 groups of each class, found 1 group of 'b'; a classifier"),
+        (["a", "a", "b", "b"], ["1", "2", "3", "3"], "at least 2 groups of each class, found 1 group of 'b'; a"),
         (["a", "a", "b", "b"], ["1"] * 4, "at least 2 groups of each class, found 1 group of 'a'; a classifier"),
         (["a", "a", "b", "b"], None, "at least 2 different images of each class, found only copies of one of 'a'; add"),
     ],
