@@ -39,6 +39,9 @@ _SETTINGS = {
     "distributed.deploy.lost-worker-timeout": "10000 hours",
     # Messages that Dask keeps for its developers, by default a thousand; here each holds a partition.
     "distributed.admin.low-level-log-length": 10,
+    # Dask's profiler may hang a worker for good: listing the frames of all threads deadlocks if garbage is collected
+    # while a thread starts (https://github.com/python/cpython/issues/106883).
+    "distributed.worker.profile.enabled": False,
     # Users may have set these for long-lived clusters; this one ends only with its run.
     "distributed.scheduler.idle-timeout": None,
     "distributed.scheduler.no-workers-timeout": None,
