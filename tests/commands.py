@@ -18,7 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
-_MAX_BYTES, _MAX_FILES = 1 << 20, 16
+#: More than the number of a process takes.
+_MAX_BYTES = 64
 
 
 class Command:
@@ -102,28 +103,18 @@ class CommandHost:
 
 def _host(channel: socket.socket) -> None:
     """Start a command for each request, until nobody can ask any more."""
-    import distributed.nanny  # noqa: F401
+    from machine_host import fork_for_requests
 
     import fruitdask.analysis.evaluation
     import fruitdask.analysis.pca
     import fruitdask.pipeline.run
-    import fruitdask.worker.featurize
     import fruitdask.worker.images.kernel  # noqa: F401
     from fruitdask.errors import EngineError
     from fruitdask.worker.models.openvino import _import_openvino
 
     with suppress(EngineError):
         _import_openvino()
-    # Those who wait for commands are not waited for.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while True:
-        message, files, _, _ = socket.recv_fds(channel, _MAX_BYTES, _MAX_FILES)
-        if not message:
-            return
-        if not os.fork():
-            return _wait_for_command(json.loads(message), channel, *files)
-        for file in files:
-            os.close(file)
+    fork_for_requests(channel, _wait_for_command)
 
 
 def _wait_for_command(request: dict[str, Any], channel: socket.socket, stdout: int, stderr: int, end: int) -> None:

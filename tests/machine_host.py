@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import dask.config
@@ -32,31 +33,31 @@ _PR_SET_PDEATHSIG = 1
 _FREE_DESCRIPTOR = 500
 
 
-def main() -> None:
-    """Start a container for each request, until the channel is closed."""
-    channel = socket.socket(fileno=int(sys.argv[1]))
-    # Nobody waits for containers here: a pipe reports their end.
+def fork_for_requests(channel: socket.socket, answer: Callable[..., None]) -> None:
+    """Call a function in a fork for each request, with the channel and the files that came with it, until the channel
+    is closed.
+    """
+    # Nobody waits for these processes here: a pipe reports their end.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         message, files, _, _ = socket.recv_fds(channel, _MAX_BYTES, _MAX_FILES)
         if not message:
             return
         if not os.fork():
-            request = json.loads(message)
-            # The processes of a container are found by their folder, so it must be set before the answer.
-            os.chdir(request.pop("folder"))
-            channel.send(str(os.getpid()).encode())
-            channel.close()
-            return _contain(request, *files)
+            return answer(json.loads(message), channel, *files)
         for file in files:
             os.close(file)
 
 
-def _contain(request: dict[str, Any], life: int, log: int, end: int) -> None:
+def _contain(request: dict[str, Any], channel: socket.socket, life: int, log: int, end: int) -> None:
     """Run a command, and kill all processes that it has started when it or the test ends.
 
     Only the test holds the other end of ``life``, and only this process holds ``end``.
     """
+    # The processes of a container are found by their folder, so it must be set before the answer.
+    os.chdir(request.pop("folder"))
+    channel.send(str(os.getpid()).encode())
+    channel.close()
     os.setsid()
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -152,4 +153,4 @@ def _wait_as_spare(channel: socket.socket) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main()
+    fork_for_requests(socket.socket(fileno=int(sys.argv[1])), _contain)

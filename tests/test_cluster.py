@@ -68,6 +68,10 @@ def test_local_workers_are_forked_with_what_they_need(client: Any) -> None:
     assert min(thresholds) >= 16 * 1024**2
 
 
+def test_local_workers_have_no_profiler_which_may_hang_them(client: Any) -> None:
+    assert not any(client.run(lambda dask_worker: "profile" in dask_worker.periodic_callbacks).values())
+
+
 @pytest.mark.slow
 def test_local_workers_have_the_variables_of_their_client() -> None:
     script = """

@@ -188,6 +188,7 @@ def test_custom_data_are_small_and_hold_no_secrets(run: Run) -> None:
         settings = dask.config.deserialize(serialized)
         assert set(settings) == {"distributed"}
         assert set(settings["distributed"]) == {"admin", "comm", "scheduler", "worker"}
+        assert settings["distributed"]["worker"] == {"profile": {"enabled": False}}
         assert settings["distributed"]["comm"]["tls"]["worker"]["key"].startswith("-----BEGIN PRIVATE KEY")
         texts = machine.custom_data + json.dumps(settings)
         assert not [word for word in (SECRET, "loopback", "AZURE_", "ccount") if word in texts]

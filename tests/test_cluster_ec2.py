@@ -198,6 +198,7 @@ def test_user_data_are_small_and_hold_no_secrets(run: Run) -> None:
         settings = dask.config.deserialize(serialized)
         assert set(settings) == {"distributed"}
         assert set(settings["distributed"]) == {"admin", "comm", "scheduler", "worker"}
+        assert settings["distributed"]["worker"] == {"profile": {"enabled": False}}
         assert SECRET not in instance.user_data + json.dumps(settings) and "LOOPBACK" not in instance.user_data
         assert settings["distributed"]["comm"]["tls"]["worker"]["key"].startswith("-----BEGIN PRIVATE KEY")
 

@@ -600,8 +600,8 @@ def change(source: Path, random: np.random.Generator, n_added: int, n_changed: i
     draw(source, *(name for name in names if not (source / name).exists()))
 
 
-#: Grows copies of an output in processes that are killed after a quarter, half, and three quarters of their changes of
-#: files. The next run completes whatever they leave.
+#: Grows copies of an output in processes that are killed after a ninth, two ninths ... of their changes of files. The
+#: next run completes whatever they leave.
 _KILLED = """
 import contextlib, itertools, json, os, shutil, signal, sys
 from pathlib import Path
@@ -659,8 +659,8 @@ def grow(last):
 
 expected = grow(0)
 n_steps = int(Path(sys.argv[2] + ".steps").read_text())
-for part in (1, 2, 3):
-    seen = grow(part * n_steps // 4)
+for part in range(1, 9):
+    seen = grow(part * n_steps // 9)
     assert json.dumps(seen) == json.dumps(expected), (part, n_steps, seen, expected)
 """
 

@@ -13,8 +13,8 @@ from chaos.hostile_images import FILES, repeat_scan, truncate_seeds
 from fruitdask.errors import ImageError
 from fruitdask.worker.images import decode_image
 
-#: About two seconds of one core; tests/chaos/fuzz_images.py takes as many as one likes.
-N_INPUTS = 1_500
+#: About four seconds of one core; tests/chaos/fuzz_images.py takes as many as one likes.
+N_INPUTS = 4_000
 #: Files that take more than a second to be opened.
 LASTING = {
     "png-49-megapixels-in-48-kB",
