@@ -100,14 +100,14 @@ def test_transform_turns_an_image_like_its_file(result: fruitdask.RunResult, tmp
     np.testing.assert_array_equal(features[0], features[1])
 
 
-def test_transform_of_one_and_of_none(result: fruitdask.RunResult, sample_folder: Path) -> None:
+def test_transform_takes_one_image_and_no_images(result: fruitdask.RunResult, sample_folder: Path) -> None:
     features, table = result.transform(str(sample_folder / result.table["path"][0]))
     assert features.shape == (1, 6) and len(table) == 1
     features, table = result.transform([])
     assert features.shape == (0, 6) and list(table.columns) == ["path", "status", "error", "pca_1", "pca_2"]
 
 
-def test_weights_that_changed_or_are_gone_are_one_sentence(
+def test_changed_or_missing_weights_are_one_sentence(
     tiny_model: ModelConfig, sample_folder: Path, finish: Finish, tmp_path: Path
 ) -> None:
     weights = tmp_path / "own.keras"

@@ -104,7 +104,7 @@ def table() -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def clean_memory() -> Iterator[None]:
-    """Empty fsspec's memory file system afterwards, for all tests of a process share it."""
+    """Empty fsspec's memory file system afterwards, because all tests of a process share it."""
     yield
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
@@ -222,7 +222,7 @@ def test_list_images_limits_the_classes_evenly(photographs: Path, limit: int, co
     assert list(catalog.index) == list(range(len(catalog)))
 
 
-def test_list_images_limits_to_what_the_classes_filter_left(photographs: Path) -> None:
+def test_list_images_applies_the_limit_after_the_filter_of_classes(photographs: Path) -> None:
     catalog = list_folder(photographs, limit=9, classes=["apple_red_1", "apple_red_2"])
     assert sorted(count_labels(catalog).values()) == [4, 5]
     assert set(catalog["label"]) == {"apple_red_1", "apple_red_2"}
@@ -432,7 +432,7 @@ def test_list_images_takes_all_pages_of_s3(
     s3_bucket: tuple[str, dict[str, Any]], s3_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket, options = s3_bucket
-    # Of the server, which is a thread of this process; by default a thousand.
+    # The server, a thread of this process, returns pages of a thousand by default.
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
     names = [f"{label}/{number:04}.jpg" for label in "ab" for number in range(23)]
     for name in names:
@@ -463,7 +463,7 @@ def test_list_images_refuses_a_name_that_s3fs_cannot_ask_for(
     ],
     ids=["no bucket", "no name of a bucket", "no folder"],
 )
-def test_list_images_says_what_is_not_there_on_s3(
+def test_list_images_names_what_is_missing_on_s3(
     s3_bucket: tuple[str, dict[str, Any]], url: str, message: str
 ) -> None:
     bucket, options = s3_bucket
@@ -472,7 +472,7 @@ def test_list_images_says_what_is_not_there_on_s3(
 
 
 @pytest.mark.parametrize("links", [{"loop": "loop"}, {"gone": "nowhere.jpg"}], ids=["to itself", "to nothing"])
-def test_list_images_passes_over_links_that_lead_nowhere(tmp_path: Path, links: dict[str, str]) -> None:
+def test_list_images_skips_broken_links(tmp_path: Path, links: dict[str, str]) -> None:
     fill(tmp_path, "a/1.jpg")
     for name, target in links.items():
         (tmp_path / f"{name}.jpg").symlink_to(tmp_path / (f"{name}.jpg" if target == name else target))
@@ -568,7 +568,7 @@ def test_list_input_notes_objects_in_several_splits(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_list_images_takes_a_few_bytes_a_file(tmp_path: Path) -> None:
+def test_list_images_takes_a_few_bytes_per_file(tmp_path: Path) -> None:
     names = [f"class_{number // 1000}/{number:08}.jpg" for number in range(20_000)]
     fill(tmp_path, *names)
     catalog = list_folder(tmp_path)
@@ -596,7 +596,7 @@ def test_list_images_of_other_storages_lists_each_file_once_in_the_order_of_path
 
 
 @given(n_images=st.integers(1, 5_000_000))
-def test_choose_partition_size_stays_in_its_range_and_makes_about_16(n_images: int) -> None:
+def test_choose_partition_size_stays_in_its_range_and_makes_about_16_partitions(n_images: int) -> None:
     size = choose_partition_size(n_images)
     assert 32 <= size <= 512
     if 32 * 16 <= n_images <= 512 * 16:
@@ -676,7 +676,7 @@ def test_split_catalog_gives_some_partitions_as_it_gives_them_among_all(among: s
     assert list(split_catalog(catalog, 3, among=among)) == wanted
 
 
-def test_partition_knows_which_images_to_read() -> None:
+def test_partition_lists_the_images_to_read() -> None:
     partition = Partition(1, 4, ("a", "b", "c", "d"), ("x", "x", "y", "y"), (1, VANISHED_BYTES, 1, 1), (0, 0, 0, 0))
     assert partition.places_to_read == (0, 2, 3)
     assert replace(partition, rows=(1, 3)).places_to_read == (3,)

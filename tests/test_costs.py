@@ -1,4 +1,4 @@
-"""Costs, against arithmetic by hand and AWS's own examples."""
+"""Costs, compared with arithmetic by hand and AWS's own examples."""
 
 import pytest
 
@@ -67,7 +67,7 @@ def test_the_types_taken_by_default_have_a_price(region: str) -> None:
     [(0, 60), (1, 60), (60, 60), (61, 61), (7201.5, 7201.5)],
     ids="nothing short a-minute 61 hours".split(),
 )
-def test_instances_are_billed_by_the_second_and_a_minute_at_least(seconds: float, billed: float) -> None:
+def test_instances_are_billed_by_the_second_for_at_least_a_minute(seconds: float, billed: float) -> None:
     cost = compute_cost([Usage("m6i.large", False, "us-east-1", seconds)], volume_gb=100, has_address=True)
     assert cost.instances == pytest.approx(0.096 / 3600 * billed)
     assert cost.volumes == pytest.approx(0.0952 * 100 / (30 * 86400) * billed)

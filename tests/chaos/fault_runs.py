@@ -178,7 +178,7 @@ class Scene:
         with open(output.with_suffix(".log"), "ab") as log:
             if poison is None:
                 return self._commands.start("run", str(config), stdout=log, stderr=log, environment=environment)
-            # Only a new Python reads what poisons the image.
+            # Only a new Python loads the module that poisons the image.
             command = [sys.executable, "-m", "fruitdask", "run", str(config)]
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 

@@ -78,7 +78,7 @@ def serve(connection: Connection, open_file: Callable[[bytes], str]) -> None:
     far.
     """
     warnings.simplefilter("ignore")
-    # libtiff complains there of each file.
+    # libtiff prints warnings to this descriptor.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     # Memory for imports does not count.
     open_file(b"")
