@@ -222,8 +222,7 @@ def commands() -> Iterator[CommandHost]:
 
 @pytest.fixture(scope="session")
 def finish(client: Any, tmp_path_factory: pytest.TempPathFactory) -> Finish:
-    """A function that fills an output folder with a finished run, computed once per session, configuration and images.
-    """
+    """A function that fills an output folder with a finished run, computed once per configuration and session."""
     return FinishedRuns(tmp_path_factory.mktemp("finished"), client)
 
 

@@ -463,9 +463,7 @@ def test_list_images_refuses_a_name_that_s3fs_cannot_ask_for(
     ],
     ids=["no bucket", "no name of a bucket", "no folder"],
 )
-def test_list_images_names_what_is_missing_on_s3(
-    s3_bucket: tuple[str, dict[str, Any]], url: str, message: str
-) -> None:
+def test_list_images_names_what_is_missing_on_s3(s3_bucket: tuple[str, dict[str, Any]], url: str, message: str) -> None:
     bucket, options = s3_bucket
     with pytest.raises((CatalogError, StorageError), match=message):
         list_images(InputConfig(url=url.replace("BUCKET", bucket), storage_options=options))

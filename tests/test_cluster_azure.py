@@ -62,7 +62,7 @@ def configure(**options: Any) -> AzureClusterConfig:
 
 @pytest.fixture(scope="module")
 def storage(request: pytest.FixtureRequest, sample_folder: Path) -> Iterator[dict[str, Any]]:
-    """Start an Azure Storage account with the drawn images; gives the storage options."""
+    """Start an Azure Storage account with the drawn images; returns the storage options."""
     from azure.storage.blob import BlobServiceClient
 
     with run_azurite(request) as port:

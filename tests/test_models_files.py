@@ -292,9 +292,7 @@ def test_h5_model_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("ending", ["keras", "h5"])
-def test_classes_unknown_to_keras_are_named(
-    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_classes_unknown_to_keras_are_named(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import keras
 
     class Gem(keras.layers.Layer):

@@ -26,7 +26,7 @@ def test_find_nearest_equals_scikit_learn(features: np.ndarray, metric: str, n_r
     expected, _ = index.kneighbors(queries.astype(np.float64))
     assert rows.dtype == np.int64 and distances.dtype == np.float32
     np.testing.assert_allclose(distances, expected, rtol=1e-6, atol=1e-12)
-    # The rows that are there twice are at the same distance, and scikit-learn leaves their order open.
+    # Duplicate rows have the same distance, and scikit-learn does not define their order.
     np.testing.assert_array_equal(np.sort(features[rows].sum(axis=2)), np.sort(features[_].sum(axis=2)))
 
 

@@ -23,9 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", type=lambda path: Path(path).resolve())
     parser.add_argument("weights", type=lambda path: Path(path).resolve())
-    parser.add_argument(
-        "--repeat", type=int, default=10, help="Names per image in the last line; 0 leaves it out."
-    )
+    parser.add_argument("--repeat", type=int, default=10, help="Names per image in the last line; 0 leaves it out.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -48,7 +48,7 @@ class Tally:
 
 
 def open_like_a_worker(data: bytes) -> str:
-    """Do all that a run and an exploration do with the bytes of a file; gives its status."""
+    """Do all that a run and an exploration do with the bytes of a file; returns its status."""
     import imagehash
     from PIL import Image
 
