@@ -124,7 +124,7 @@ def _find_role(command: list[str]) -> str:
 
 
 def localize(command: list[str], address: str) -> list[str]:
-    """Give a command this interpreter and let it listen at an address only."""
+    """Make a command use this interpreter and listen at one address only."""
     command = [sys.executable if part in _PYTHONS and not index else part for index, part in enumerate(command)]
     for index, part in enumerate(command[:-1]):
         if part == "--dashboard-address" and command[index + 1].startswith(":"):

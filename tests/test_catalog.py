@@ -110,7 +110,7 @@ def clean_memory() -> Iterator[None]:
     MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
-def test_list_images_counts_what_was_published(photographs: Path) -> None:
+def test_list_images_agrees_with_the_published_counts(photographs: Path) -> None:
     assert count_labels(list_folder(photographs)) == PUBLISHED_COUNTS
 
 
@@ -126,14 +126,14 @@ def test_list_images_describes_every_file_once_and_sorted(photographs: Path) -> 
     assert list(catalog.dtypes.astype(str)) == ["str", "category", "int64", "int64"]
 
 
-def test_list_images_takes_extensions_in_any_case(tmp_path: Path) -> None:
+def test_list_images_accepts_extensions_in_any_case(tmp_path: Path) -> None:
     wanted = ["a/1.jpg", "a/2.JPG", "a/3.JpEg", "a/4.PNG", "a/5.webp", "a/6.TIF", "a/7.tiff", "a/8.bmp", "a/9.GIF"]
     wanted += ["a/a.jpe", "a/b.jfif", "a/c.AVIF", "a/d.jp2", "a/e.j2k", "a/f.jpg_large", "a/g.jpg-orig", "a/h.dib"]
     fill(tmp_path, *wanted, "a/notes.txt", "a/jpg", "a/10.jpg.part", "a/xjpg", "a/clip.mp4", "a/i.jpg~", "a/j.svg")
     assert list(list_folder(tmp_path)["path"]) == sorted(wanted)
 
 
-def test_list_images_takes_the_extensions_that_are_configured(tmp_path: Path) -> None:
+def test_list_images_lists_the_configured_extensions(tmp_path: Path) -> None:
     fill(tmp_path, "a/1.jpg", "a/2.JP2", "a/3.png")
     assert list(list_folder(tmp_path, extensions=["jp2", ".Png"])["path"]) == ["a/2.JP2", "a/3.png"]
 
@@ -173,7 +173,7 @@ def test_list_images_explains_a_name_that_is_not_unicode(tmp_path: Path) -> None
         list_folder(tmp_path)
 
 
-def test_list_images_sees_new_and_changed_files(tmp_path: Path) -> None:
+def test_list_images_notices_new_and_changed_files(tmp_path: Path) -> None:
     fill(tmp_path, "a/1.jpg")
     before = list_folder(tmp_path)
     fill(tmp_path, "a/0.jpg")
@@ -228,7 +228,7 @@ def test_list_images_applies_the_limit_after_the_filter_of_classes(photographs: 
     assert set(catalog["label"]) == {"apple_red_1", "apple_red_2"}
 
 
-def test_list_images_does_not_just_take_the_first(photographs: Path) -> None:
+def test_list_images_limits_at_random(photographs: Path) -> None:
     chosen = set(list_folder(photographs, limit=250)["path"])
     everything = list_folder(photographs)
     first = set(everything.groupby("label").head(50)["path"])
@@ -414,7 +414,7 @@ def test_list_images_lists_the_same_from_s3_as_from_disk(
     assert list(from_s3["version"]) == list(map(digest, etags))
 
 
-def test_list_images_sees_what_changed_on_s3(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
+def test_list_images_notices_changes_on_s3(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
     bucket, options = s3_bucket
     config = InputConfig(url=f"s3://{bucket}", storage_options=options)
     s3_client.put_object(Bucket=bucket, Key="a/1.jpg", Body=b"1")
@@ -428,7 +428,7 @@ def test_list_images_sees_what_changed_on_s3(s3_bucket: tuple[str, dict[str, Any
 
 
 @pytest.mark.slow
-def test_list_images_takes_all_pages_of_s3(
+def test_list_images_reads_all_pages_of_s3(
     s3_bucket: tuple[str, dict[str, Any]], s3_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket, options = s3_bucket
@@ -495,7 +495,7 @@ def test_list_images_lists_a_disk_in_the_order_of_paths(names: set[str]) -> None
     ],
     ids=["folder", "several", "set, nothing, case", "whole path"],
 )
-def test_list_images_leaves_out_what_is_excluded(tmp_path: Path, patterns: list[str], left: list[str]) -> None:
+def test_list_images_leaves_out_excluded_files(tmp_path: Path, patterns: list[str], left: list[str]) -> None:
     fill(tmp_path, "a/1.jpg", "a/x/2.jpg", "b/3.jpg", "top.jpg")
     catalog = list_folder(tmp_path, exclude=patterns)
     assert (list(catalog["path"]), list(catalog.index)) == (left, list(range(len(left))))
@@ -644,7 +644,7 @@ def test_merge_listing_moves_no_row_and_gives_the_listing_back(
 
 
 @given(chosen=st.sets(st.integers(0, 19)), n_rows=st.integers(1, 25))
-def test_take_rows_takes_what_pandas_takes(chosen: set[int], n_rows: int) -> None:
+def test_take_rows_equals_pandas(chosen: set[int], n_rows: int) -> None:
     catalog = pd.DataFrame({"path": [f"{n}.jpg" for n in range(20)], "label": pd.Categorical(list("abcde" * 4))})
     rows = np.array(sorted(chosen), np.int64)
     with pytest.MonkeyPatch.context() as patch:

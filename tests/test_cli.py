@@ -280,7 +280,7 @@ def test_help_shows_whole_sentences_at_80_columns(command: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_is_enough(
+def test_run_needs_only_a_folder(
     tiny_model: ModelConfig, sample_folder: Path, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(sample_folder, tmp_path / "own: fruits")

@@ -164,7 +164,7 @@ def test_cluster_without_workers_says_so(own: str) -> None:
     assert [cluster.status.name for cluster in OwnCluster.built] == ["closed"]
 
 
-def test_cluster_that_cannot_start_so_many_workers_says_so(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_that_cannot_start_all_workers_says_so(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def scale(cluster: OwnCluster, n: int) -> Any:
         if n:
             raise TypeError(f"no host for {n} workers.")

@@ -79,7 +79,7 @@ def test_small_blocks_give_the_same(result: fruitdask.RunResult, monkeypatch: py
     pd.testing.assert_frame_equal(fruitdask.compare(result, str(SPARK / "vectors")).table, expected)
 
 
-def test_what_is_exported_for_spark_agrees(result: fruitdask.RunResult, tmp_path: Path) -> None:
+def test_export_for_spark_agrees(result: fruitdask.RunResult, tmp_path: Path) -> None:
     fruitdask.export(result, tmp_path / "spark", "spark")
     found = fruitdask.compare(result, str(tmp_path / "spark"))
     assert found.agrees and found.table["relative_error"].max() == 0
@@ -143,7 +143,7 @@ def test_align_scores_finds_signs_and_offsets() -> None:
     assert aligned.image_errors.argmax() == 2
 
 
-def test_what_is_missing_on_one_side_is_counted(tiny_model: ModelConfig, finish: Finish, tmp_path: Path) -> None:
+def test_images_missing_on_one_side_are_counted(tiny_model: ModelConfig, finish: Finish, tmp_path: Path) -> None:
     names = [f"fig/{number}.png" for number in range(8)]
     draw(tmp_path / "in", *names)
     features = compute_colours(tmp_path / "in", names)

@@ -338,7 +338,7 @@ def test_erase_an_image_that_failed(make_config: MakeConfig, client: Any, source
     assert list(pd.read_csv(tmp_path / "out" / "failures.csv")["path"]) == ["pear_1/r0_1.jpg"]
 
 
-def test_erase_takes_the_working_files_of_an_interrupted_exploration(
+def test_erase_deletes_working_files_of_an_interrupted_exploration(
     make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish(make_config())
@@ -418,7 +418,7 @@ def test_erase_reports_older_versions(
     [(["--yes"], "", 0), ([], "y\n", 0), ([], "n\n", 1), ([], "", 1)],
     ids=["--yes", "yes", "no", "no answer"],
 )
-def test_command_asks_and_names_nobody(
+def test_command_asks_and_prints_no_names(
     make_config: MakeConfig, finish: Finish, tmp_path: Path, arguments: list[str], answer: str, exit_code: int
 ) -> None:
     finish(make_config())
@@ -519,7 +519,7 @@ def test_erase_killed_at_any_step_has_no_effect_or_is_finished(
     assert n_finished > 4 and n_tries - n_finished > 4
 
 
-def test_erase_from_a_limited_run_takes_no_other_image_instead(make_config: MakeConfig, finish: Finish) -> None:
+def test_erase_from_a_limited_run_adds_no_other_image(make_config: MakeConfig, finish: Finish) -> None:
     limited = {"limit": 14}
     before = finish(make_config(input=limited)).table
     path = before["path"][0]

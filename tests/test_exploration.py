@@ -394,7 +394,7 @@ def test_explore_refuses_the_folder_of_another_exploration(sample_folder: Path, 
     assert len(fruitdask.explore(again, client=client).images) == 7
 
 
-def test_group_near_duplicates_takes_many_that_are_all_alike() -> None:
+def test_group_near_duplicates_handles_many_equal_images() -> None:
     rng = np.random.default_rng(0)
     centre = rng.integers(0, 2**64, dtype=np.uint64)
     flips = np.uint64(1) << rng.integers(0, 64, (3000, 3), dtype=np.uint64)

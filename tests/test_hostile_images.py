@@ -15,7 +15,7 @@ from fruitdask.worker.images import decode_image
 
 #: About two seconds of one core; tests/chaos/fuzz_images.py takes any number.
 N_INPUTS = 1_500
-#: Files that take more than a second to be opened.
+#: Files that take more than a second to open.
 LASTING = {
     "png-49-megapixels-in-48-kB",
     "png-49-megapixels-transparent",

@@ -634,7 +634,7 @@ def test_each_action_on_s3_is_requested(history: History, need: Permission) -> N
 
 
 def explore(config: Config, client: Client) -> None:
-    """Explore anew."""
+    """Explore again from the beginning."""
     fruitdask.explore(config, client=client)
 
 

@@ -61,7 +61,7 @@ def labels(listing: Listing) -> dict[str, str]:
     ids=["macOS", "Jupyter", "Synology", "NAS", "Windows", "Unix"],
 )
 @pytest.mark.parametrize("kind", ["disk", "s3"])
-def test_list_input_leaves_out_what_is_hidden(
+def test_list_input_leaves_out_hidden_files(
     tmp_path: Path, request: pytest.FixtureRequest, names: tuple[str, ...], n_hidden: int, kind: str
 ) -> None:
     options: dict[str, Any] = {"url": str(fill(tmp_path / ".cache" / "__MACOSX", *names))}
@@ -83,7 +83,7 @@ def test_list_input_takes_names_that_no_system_reserves(tmp_path: Path) -> None:
     assert set(look(fill(tmp_path, *(f"{name}/x.jpg" for name in names))).files["label"]) == set(names)
 
 
-def test_list_input_counts_what_is_left_out_by_kind(tmp_path: Path) -> None:
+def test_list_input_counts_files_left_out_by_kind(tmp_path: Path) -> None:
     fill(
         tmp_path,
         "a/1.jpg",
@@ -109,7 +109,7 @@ def test_list_input_counts_many_odd_endings_together(tmp_path: Path) -> None:
     assert len(kinds) == 11 and sum(kinds.values()) == 6_000
 
 
-def test_format_left_out_says_what_to_install_where_that_would_help() -> None:
+def test_format_left_out_says_what_to_install_if_that_helps() -> None:
     kinds = {".heic": 60, ".mov": 2, "hidden": 3}
     assert (
         format_left_out(kinds, is_default=True) == "60 .heic (install fruitdask[heic] to read them), 2 .mov, 3 hidden"
@@ -123,7 +123,7 @@ def test_list_images_says_that_all_files_are_hidden(tmp_path: Path) -> None:
         list_images(InputConfig(url=str(fill(tmp_path, ".a/1.jpg", ".a/2.jpg", "._1.jpg"))))
 
 
-def test_list_images_takes_heic_where_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_images_lists_heic_if_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, "a/1.jpg", "a/2.HEIC", "a/3.heif")
     monkeypatch.setattr("fruitdask.core.listing.can_read_heic", lambda: True)
     assert list(look(tmp_path).files["path"]) == ["a/1.jpg", "a/2.HEIC", "a/3.heif"]
@@ -316,7 +316,7 @@ def test_a_url_of_one_slash_gets_a_suggestion(url: str, wanted: str) -> None:
         InputConfig(url=url)
 
 
-def test_list_images_takes_capital_protocols(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
+def test_list_images_accepts_capital_protocols(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
     bucket, options = s3_bucket
     s3_client.put_object(Bucket=bucket, Key="x/a/1.jpg", Body=b"x")
     assert list(list_images(InputConfig(url=f"S3://{bucket}/x", storage_options=options))["path"]) == ["a/1.jpg"]

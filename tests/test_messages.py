@@ -91,7 +91,7 @@ def run_on_a_few(scene: Scene, n_images: int, **reduce: Any) -> None:
 
 
 def run_on_broken_images(scene: Scene) -> None:
-    """Run on images most of which cannot be read."""
+    """Run on images, most of which cannot be read."""
     shutil.copytree(scene.images, scene.folder / "in")
     for path in sorted((scene.folder / "in").rglob("*.jpg"))[::2]:
         path.write_bytes(b"broken")

@@ -35,8 +35,8 @@ HOME, MAX_PICTURE_BYTES = "/home/you/fruitdask", 1_000_000
 #: Nothing listens there, so each request to AWS fails.
 NOWHERE = "http://127.0.0.1:9"
 PAGE_NOTE = "<p><i>Run this cell, and the page appears here.</i></p>"
-#: A worker of a cluster that is being closed may find the scheduler gone before itself; Dask then logs a traceback that
-#: means nothing. On a busy machine, it may not be gone in time.
+#: When a cluster closes, its scheduler may end before a worker; Dask then logs a traceback that means nothing. On a
+#: busy machine, a worker may not end in time.
 LAST_WORDS = re.compile(
     r"^\S+ \S+ - distributed\.worker - ERROR - Failed to communicate with scheduler during heartbeat\.$"
     r".*?^\S*CommClosedError: .*?$\n?"

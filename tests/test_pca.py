@@ -233,7 +233,7 @@ def test_fit_refuses_values_that_are_not_finite(solver: str, value: float) -> No
         PCA(2, svd_solver=solver).fit(da.from_array(features, chunks=(20, -1)))
 
 
-def test_fit_takes_differences_far_smaller_than_the_mean() -> None:
+def test_fit_resolves_differences_far_smaller_than_the_mean() -> None:
     features = draw_features(300, 20).astype(np.float64) * 1e-6 + 1e3
     expected = sklearn.decomposition.PCA(3, svd_solver="full").fit(features)
     check_equal(PCA(3).fit(da.from_array(features, chunks=(50, -1))), expected, rtol=1e-6)

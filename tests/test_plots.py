@@ -236,7 +236,7 @@ def compute_lab(light: np.ndarray) -> np.ndarray:
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-def test_style_classes_tells_144_classes_apart() -> None:
+def test_style_classes_has_144_different_styles() -> None:
     styles = list(figures.style_classes([str(number) for number in range(150)]).values())
     assert len(set(styles[:144])) == 144
     assert styles[144:] == styles[:6]

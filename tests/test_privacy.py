@@ -664,7 +664,7 @@ def test_seeds_carry_metadata() -> None:
 @settings(max_examples=150)
 @given(seed=st.sampled_from(SEEDS), mutations=MUTATIONS)
 @example(seed=SEEDS[0], mutations=[("cut", 0.5, b"x")])
-def test_find_metadata_takes_any_bytes(seed: bytes, mutations: list[tuple[str, float, bytes]]) -> None:
+def test_find_metadata_accepts_any_bytes(seed: bytes, mutations: list[tuple[str, float, bytes]]) -> None:
     found = find_metadata(mutate(seed, mutations))
     assert type(found) is frozenset and found <= set(KINDS)
 
@@ -674,5 +674,5 @@ def test_find_metadata_takes_any_bytes(seed: bytes, mutations: list[tuple[str, f
     start=st.sampled_from([b"", b"\xff\xd8", PNG_SIGNATURE, b"RIFFabcdWEBP", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"]),
     body=st.binary(max_size=400),
 )
-def test_find_metadata_takes_noise(start: bytes, body: bytes) -> None:
+def test_find_metadata_accepts_noise(start: bytes, body: bytes) -> None:
     assert find_metadata(start + body) <= set(KINDS)

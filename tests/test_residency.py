@@ -293,7 +293,7 @@ def test_manifest_in_another_bucket_of_amazon_may_be_in_another_region(make_conf
 def test_the_server_is_the_one_that_is_read_from(
     make_config: MakeConfig, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str
 ) -> None:
-    options: dict[str, Any] = {"default_block_size": 1_000_000 + len(way)}  # a client of its own
+    options: dict[str, Any] = {"default_block_size": 1_000_000 + len(way)}  # makes s3fs create another client
     if way == "client_kwargs":
         options["client_kwargs"] = {"endpoint_url": server.url, "region_name": "eu-central-1"}
     elif way == "environment":

@@ -32,7 +32,7 @@ def test_find_nearest_equals_scikit_learn(features: np.ndarray, metric: str, n_r
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("scale", [1e-30, 1e18, 1e19, 1e36], ids=str)
-def test_find_nearest_takes_features_whose_squares_are_not_finite(metric: str, scale: float) -> None:
+def test_find_nearest_accepts_features_whose_squares_are_not_finite(metric: str, scale: float) -> None:
     scaled = (np.random.default_rng(0).normal(0, 1, (103, 24)) * scale).astype(np.float32)
     features, queries = scaled[:100].copy(), scaled[100:]
     features[5] = np.nan

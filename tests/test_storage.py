@@ -278,7 +278,7 @@ def test_hash_file_explains_an_unreachable_server() -> None:
             hash_file(Location("s3://bucket/x.bin", options))
 
 
-def test_exists_tells_files_and_folders_from_nothing(place: Place) -> None:
+def test_exists_finds_files_and_folders(place: Place) -> None:
     place.put("a/x.bin", b"1")
     found = {
         name: exists(place.root.child(*name)) for name in [("a", "x.bin"), ("a",), ("b",), ("a", "y.bin"), ("a", "x")]
@@ -381,7 +381,7 @@ def test_times_of_s3_are_those_of_boto3(s3_bucket: tuple[str, dict[str, Any]], s
         assert times[0] == times[1] and times[0].utcoffset() == times[1].utcoffset()
 
 
-def test_check_bucket_tells_a_missing_bucket_from_an_empty_one(s3_bucket: tuple[str, dict[str, Any]]) -> None:
+def test_check_bucket_distinguishes_missing_and_empty_buckets(s3_bucket: tuple[str, dict[str, Any]]) -> None:
     bucket, options = s3_bucket
     check_bucket(Location(f"s3://{bucket}/none", options))
     check_bucket(Location(f"s3://{bucket}", options))

@@ -117,7 +117,7 @@ class Opener:
         self._end()
 
     def open(self, data: bytes, tally: Tally) -> str:
-        """Let the child open a file; returns the outcome: a status, ``raised ...``, ``crash`` or ``hang``."""
+        """Make the child open a file; returns the outcome: a status, ``raised ...``, ``crash`` or ``hang``."""
         outcome, seconds, peak_bytes = "hang", self._limit_seconds, 0
         try:
             self._connection.send_bytes(data)
@@ -183,7 +183,7 @@ def generate(n_inputs: int, seed: int) -> Iterator[bytes]:
 
 
 def open_all(files: Iterable[bytes]) -> Tally:
-    """Let a child open files."""
+    """Open files in a child."""
     tally = Tally()
     with Opener() as opener:
         for data in files:
