@@ -1,4 +1,4 @@
-"""What happens to clusters in the cloud, for the tests of each of them."""
+"""Waiting, and ways to end a cluster early, for the tests of each cloud."""
 
 import os
 import signal
@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-#: How long to wait for what comes soon.
+#: How long to wait for an event that is due soon.
 PATIENCE_SECONDS = 60
 
 
 def wait_until(condition: Callable[[], Any], what: str) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain until {what}"
@@ -32,7 +32,7 @@ def raise_error() -> None:
     raise LookupError("in the block")
 
 
-#: What ends a block in the middle, by its test's id, and the exception that leaves it.
+#: What ends a block early, and the exception that leaves it.
 ENDS = [
     pytest.param(raise_error, LookupError, id="exception"),
     pytest.param(interrupt_self, KeyboardInterrupt, id="ctrl-c"),
@@ -43,7 +43,7 @@ ENDS = [
 def end_in_the_middle(
     cluster: AbstractContextManager[Any], what: Callable[[], None], expected: type[BaseException]
 ) -> None:
-    """Use a cluster, and end that while a task runs."""
+    """Leave the block of a cluster while a task runs."""
     # As the command line does.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -58,7 +58,7 @@ def end_in_the_middle(
 
 
 def make_slow_square() -> Callable[[int], int]:
-    """Make a function that takes some time; being local, it travels by value to workers without this module."""
+    """Make a slow function; as it is local, it is pickled by value, for workers that lack this module."""
 
     def square(number: int) -> int:
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Commands in processes of their own, forked from one that has imported what they need.
+"""Runs commands in processes of their own, forked from one that has imported what they need.
 
 A command then takes half a second of CPU instead of three. Signals, exit codes and output are the same; a test of an
 import or of the start of Python needs ``python -m fruitdask``.
@@ -23,7 +23,7 @@ _MAX_BYTES = 64
 
 
 class Command:
-    """A command that runs; its methods are those of `subprocess.Popen`."""
+    """A running command, with the methods of `subprocess.Popen`."""
 
     def __init__(self, pid: int, end: int) -> None:
         self.pid, self.returncode = pid, None
@@ -66,7 +66,7 @@ class CommandHost:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it; commands that run go on."""
+        """End it; running commands continue."""
         self._channel.close()
         self._process.wait()
 
@@ -93,7 +93,7 @@ class CommandHost:
     def run(
         self, *arguments: str, environment: Mapping[str, str] | None = None, folder: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end; gives what it has printed."""
+        """Run a command to its end; returns its output."""
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
             command = self.start(*arguments, stdout=stdout, stderr=stderr, environment=environment, folder=folder)
             code = command.wait()
@@ -102,7 +102,7 @@ class CommandHost:
 
 
 def _host(channel: socket.socket) -> None:
-    """Start a command for each request, until nobody can ask any more."""
+    """Start a command for each request, until the channel is closed."""
     from machine_host import fork_for_requests
 
     import fruitdask.analysis.evaluation
@@ -118,7 +118,7 @@ def _host(channel: socket.socket) -> None:
 
 
 def _wait_for_command(request: dict[str, Any], channel: socket.socket, stdout: int, stderr: int, end: int) -> None:
-    """Fork a command, tell its number, and its exit code when it has ended."""
+    """Fork a command; send its process id, and its exit code when it has ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if not pid:
@@ -144,7 +144,7 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str) -> None
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear()
     os.environ.update(environment)
-    # What these modules have read of the environment.
+    # These modules have read the previous environment.
     tempfile.tempdir = None
     dask.config.refresh()
     sys.path[0] = folder

@@ -33,41 +33,42 @@ from fruitdask.worker.models.cache import keep_artifact
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-#: File systems of the modules before.
+#: File systems of earlier modules.
 _CACHES: list[dict[str, S3FileSystem]] = []
 
-# The same examples in every run, of which more show nothing new, and no time limit for one: a shared machine is
+# Every run tries the same examples. More of them show nothing new. None has a time limit, because a shared machine is
 # sometimes slow.
 settings.register_profile("fruitdask", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.load_profile("fruitdask")
 
-# Threads of OpenMP that wait for each other spin, and processes of tests leave them no core for that: with two of them
-# t-SNE of 24 images takes 3 s of CPU, with one 0.1 s.
+# OpenMP threads spin while they wait for each other, and other test processes need the cores: with two threads, t-SNE
+# of 24 images takes 3 s of CPU, with one 0.1 s.
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
-# Both processes of pytest-xdist rewrite the assertions of all tests, in six seconds; later ones read them.
+# Both processes of pytest-xdist rewrite the assertions of all tests, which takes six seconds; later runs read the
+# cache.
 sys.dont_write_bytecode = False
 
-# Whoever runs the tests in the background has Ctrl-C ignored, and so would this process and those that it starts.
+# A shell ignores Ctrl-C for tests in the background; this process and its children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let the sentences of `golden/messages.txt` be written again."""
+    """Add the option that rewrites `golden/messages.txt`."""
     parser.addoption(
         "--write-golden", action="store_true", help="write the sentences of tests/golden/messages.txt again"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile the package and its kernels once: else each process that a test starts may do it."""
+    """Compile the package and its kernels once; otherwise each process that a test starts may do it."""
     if not hasattr(config, "workerinput"):
         importlib.import_module("fruitdask.worker.images.kernel")
         compileall.compile_dir(Path(fruitdask.__file__).parent, quiet=1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that have most slow tests, so that no process is left with one of them in the end."""
+    """Begin with the files that have the most slow tests, so that none of them runs alone at the end."""
     n_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -n_slow[item.path])
 
@@ -173,7 +174,7 @@ def s3_bucket(s3_server: str, s3_client: Any) -> tuple[str, dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def tiny_model(user_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    """A Keras model of a user's own whose six features are the mean and the largest value of each colour."""
+    """A user's own Keras model, whose six features are the mean and the largest value of each colour."""
     import keras
 
     pixels = keras.Input((32, 32, 3))
@@ -183,7 +184,7 @@ def tiny_model(user_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Mo
     path = tmp_path_factory.mktemp("model") / "colours.keras"
     keras.Model(pixels, keras.layers.Dense(2)(features)).save(path)
     config = ModelConfig(weights=str(path), preprocessing="none")
-    # As by an earlier run: TensorFlow, which this process has by now, takes others seconds to import.
+    # As if an earlier run had built it: this process has imported TensorFlow, others would need seconds.
     keep_artifact(config, build_artifact(config))
     return config
 
@@ -221,9 +222,7 @@ def commands() -> Iterator[CommandHost]:
 
 @pytest.fixture(scope="session")
 def finish(client: Any, tmp_path_factory: pytest.TempPathFactory) -> Finish:
-    """A function that fills an output folder with a finished run, computed once a session for each configuration and
-    its images.
-    """
+    """A function that fills an output folder with a finished run, computed once per configuration and session."""
     return FinishedRuns(tmp_path_factory.mktemp("finished"), client)
 
 

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-#: What can befall a request. ``reset after`` and ``truncated`` do so when the server has carried it out.
+#: Faults of requests. ``reset after`` and ``truncated`` happen after the server has executed the request.
 KINDS = ("500", "503", "reset before", "reset after", "truncated", "delay", "stall")
 _ERRORS = {
     "500": (500, "InternalError", "We encountered an internal error. Please try again."),
@@ -33,7 +33,7 @@ class FaultyS3(ThreadingHTTPServer):
     target : str
         URL of the server, such as moto's.
     fraction : float
-        The fraction of requests that a fault befalls; may be changed at any time.
+        The fraction of requests that get a fault; may be changed at any time.
     kinds : Sequence[str]
         Faults to choose from, of ``KINDS``.
     seed : int
@@ -41,7 +41,7 @@ class FaultyS3(ThreadingHTTPServer):
     delay_seconds : float
         How long a delay is.
     stall_seconds : float
-        How long a connection stays open on which nothing comes; longer than the reader waits.
+        How long a stalled connection stays open; longer than the reader waits.
     headers : Sequence[tuple[str, str]]
         Headers to add to responses of the server.
     concerns : Callable, optional
@@ -80,7 +80,7 @@ class FaultyS3(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def choose(self, method: str, path: str) -> str:
-        """Choose what befalls a request; empty for nothing."""
+        """Choose the fault of a request; empty for none."""
         with self._lock:
             self.requests[method] += 1
             if not self.concerns(method, path) or self._random.random() >= self.fraction:
@@ -90,11 +90,11 @@ class FaultyS3(ThreadingHTTPServer):
             return kind
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection without a farewell, so that one may be reset."""
+        """Close a connection without shutting it down first, so that it can be reset."""
         self.close_request(request)
 
     def handle_error(self, *_: Any) -> None:
-        """Say nothing of clients that have gone."""
+        """Print nothing about clients that are gone."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: FaultyS3
 
     def answer(self) -> None:
-        """Answer a request, or do not."""
+        """Answer a request, or inject a fault."""
         kind = self.server.choose(self.command, self.path)
         if kind == "reset before":
             return self.reset()
@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "delay":
             self.server.closing.wait(self.server.delay_seconds)
         status, headers, body = self.forward(data)
-        # Of an answer without a body there is nothing to cut off.
+        # A response without a body cannot be truncated.
         if kind == "reset after" or (kind == "truncated" and not body):
             return self.reset()
         headers = headers + self.server.headers
@@ -131,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
 
     def forward(self, data: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-        """Hand a request on and read the whole response."""
+        """Forward a request and read the whole response."""
         connection = http.client.HTTPConnection(self.server.target)
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
@@ -150,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers:
             if name.lower() not in _HOP_HEADERS:
                 self.send_header(name, value)
-        # That of a HEAD tells the length of an object that is not sent.
+        # The response to HEAD gives the length of an object that is not sent.
         lengths = [value for name, value in headers if name.lower() == "content-length" and self.command == "HEAD"]
         self.send_header("Content-Length", lengths[0] if lengths else str(len(body)))
         self.end_headers()
@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @contextmanager

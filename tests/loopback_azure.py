@@ -112,7 +112,7 @@ class Machine:
 
     @property
     def is_spot(self) -> bool:
-        """Whether Azure may take it away."""
+        """Whether Azure may evict it."""
         return self.body["properties"].get("priority") == "Spot"
 
     def delete(self, *, was_evicted: bool = False) -> None:
@@ -249,7 +249,7 @@ class LoopbackAzure:
         self.calls: list[Call] = []
         self.machines: dict[str, Machine] = {}
         self.is_closing = False
-        #: Makes the timers of all machines that have one go off.
+        #: Set to end the lifetime of all machines that have a timer.
         self.lifetime_is_over = threading.Event()
         self.changed = threading.Condition(threading.RLock())
         self.subscription, self.group = str(uuid.uuid4()), "fruits"
@@ -371,7 +371,7 @@ class LoopbackAzure:
         return {**endpoints, "issuer": f"{root}/v2.0"}
 
     def _answer_metadata(self, path: str, headers: Any) -> dict[str, Any]:
-        """Answer for the metadata service, which knows the calling machine; here by the user of its proxy."""
+        """Answer for the metadata service, which recognizes the calling machine; here by the user of its proxy."""
         user = base64.b64decode(headers["Proxy-Authorization"].split()[1]).decode().partition(":")[0]
         machine = self.machines[user]
         if headers.get("Metadata") != "true":

@@ -27,7 +27,7 @@ import fruitdask
 
 SCHEDULER_PORT = 8786
 
-# Docker's other options are taken to be followed by a value.
+# Docker's other options are assumed to take a value.
 _DOCKER_FLAGS = set("--rm --init --privileged --read-only --detach --interactive --tty -d -i -t -it".split())
 _PYTHONS = {"python", "python3"}
 
@@ -47,7 +47,7 @@ class Plan:
 
 
 def read_plan(user_data: str) -> Plan:
-    """Read cloud-config as cloud-init would, which runs nothing at all of what it cannot read."""
+    """Read cloud-config as cloud-init would, which runs nothing if it cannot parse it."""
     if not user_data.startswith("#cloud-config"):
         return Plan(problem="user data are no cloud-config")
     try:
@@ -61,7 +61,7 @@ def read_plan(user_data: str) -> Plan:
     for line in lines:
         _read_line(plan, line if isinstance(line, str) else shlex.join(line))
         if plan.problem:
-            break  # The shell gives up a script that it cannot read, and the shutdown at its end.
+            break  # A shell runs nothing of a script that it cannot parse, not even the shutdown at its end.
     return plan
 
 
@@ -78,7 +78,7 @@ def _read_line(plan: Plan, line: str) -> None:
 
 
 def _split_in_shell(line: str) -> list[str]:
-    """Let a shell that knows no other program say what docker's arguments would be."""
+    """Parse docker's arguments with a shell that can run no other program."""
     script = 'sudo() { "$@"; }\ndocker() { printf "%s\\0" "$@"; }\n' + line
     done = subprocess.run(
         ["/bin/sh", "-c", script],
@@ -116,7 +116,7 @@ def _read_docker(plan: Plan, arguments: list[str]) -> None:
 
 
 def _find_role(command: list[str]) -> str:
-    """Find out what a command makes of an instance."""
+    """Find the role that a command gives an instance."""
     if not command:
         return "other"
     text = " ".join(command[:3])
@@ -124,7 +124,7 @@ def _find_role(command: list[str]) -> str:
 
 
 def localize(command: list[str], address: str) -> list[str]:
-    """Give a command this interpreter and let it listen at an address only."""
+    """Make a command use this interpreter and listen at one address only."""
     command = [sys.executable if part in _PYTHONS and not index else part for index, part in enumerate(command)]
     for index, part in enumerate(command[:-1]):
         if part == "--dashboard-address" and command[index + 1].startswith(":"):
@@ -144,14 +144,14 @@ def _add_host(spec: str, address: str) -> str:
     try:
         loaded = json.loads(spec)
     except ValueError:
-        return spec  # The worker is to complain.
+        return spec  # The worker reports it.
     for worker in [loaded] if "cls" in loaded else loaded.values():
         worker["opts"].setdefault("host", address)
     return json.dumps(loaded)
 
 
 def build_environment(folder: Path) -> dict[str, str]:
-    """Build the environment of a container, in which nothing of this process's settings is left."""
+    """Build the environment of a container, without the settings of this process."""
     kept = ("LANG", "LC_ALL", "LD_LIBRARY_PATH")
     environment = {name: os.environ[name] for name in kept if name in os.environ}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -175,7 +175,7 @@ class Container:
         os.close(end)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until its process has ended; say whether it has."""
+        """Wait until its process has ended; returns whether it has."""
         readable, _, _ = select.select([self._end], [], [], timeout)
         return bool(readable)
 
@@ -186,7 +186,7 @@ class Container:
         self.wait(grace_seconds)
 
     def kill(self) -> None:
-        """Kill all of its processes, those too that have left its session."""
+        """Kill all of its processes, including those that have left its session."""
         while left := find_processes(self._folder):
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
@@ -194,7 +194,7 @@ class Container:
             time.sleep(0.01)
 
     def close(self) -> None:
-        """Let its files go, when it has ended."""
+        """Close its files after it has ended."""
         os.close(self._life)
         os.close(self._end)
 
@@ -226,7 +226,7 @@ class _Host:
             os.posix_spawn(sys.executable, [sys.executable, str(path), str(theirs.fileno())], environment)
 
     def start(self, request: dict[str, object], files: tuple[int, ...]) -> int:
-        """Start a container; gives the number of its process."""
+        """Start a container; returns its process id."""
         with self._lock:
             socket.send_fds(self._channel, [json.dumps(request).encode()], files)
             return int(self._channel.recv(100))

@@ -22,7 +22,7 @@ Finish = Callable[[Config], fruitdask.RunResult]
 
 #: Images in each partition of a small run.
 SIZE = 5
-#: What takes longest in a small run; a test turns on what it looks at.
+#: The slowest stages of a small run are off; a test turns on those that it checks.
 EXTRAS = ("explore", "quality", "check", "plots", "report")
 ON = {"enabled": True}
 OFF = {"enabled": False}
@@ -37,7 +37,7 @@ INTERRUPTIONS = {
 
 
 def draw(folder: Path, *names: str, seed: int = 0) -> None:
-    """Draw images of noise that differ by name and seed, one class a folder."""
+    """Draw images of noise that differ by name and seed, one folder per class."""
     for name in names:
         random = np.random.default_rng([seed, *name.encode()])
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ class FinishedRuns:
         """
         files = sorted(path for path in Path(config.input.url).rglob("*") if path.is_file())
         assert files and not Path(config.output.url).exists()
-        # A catalog knows images by path, size and age: those are the same in a copy of a folder by shutil.copytree.
+        # A catalog identifies images by path, size and age, all of which shutil.copytree preserves.
         images = tuple(
             (str(path.relative_to(config.input.url)), path.stat().st_size, path.stat().st_mtime_ns) for path in files
         )
@@ -126,6 +126,6 @@ def run_and_interrupt(config: Config, client: Any, name: str) -> None:
             fruitdask.run(config, client=client)
         except KeyboardInterrupt as error:
             assert str(error) == "in this test"
-    # Dask cannot stop a task that runs, and this cluster stays: without this it would write beside the next run.
+    # Dask cannot stop a running task, and this cluster stays open: the task would write during the next run.
     while any(client.run(lambda dask_worker: len(dask_worker.state.all_running_tasks)).values()):
         pass

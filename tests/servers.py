@@ -27,8 +27,8 @@ def run_node(
     options: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[int]:
-    """Run a script of a package, given as name@version, with its arguments and Node's options; gives the port that it
-    says it listens on.
+    """Run a script of a package, given as name@version, with its arguments and Node's options; returns the port that it
+    reports.
     """
     node, npm = shutil.which("node"), shutil.which("npm")
     name = package.partition("@")[0]
@@ -51,14 +51,12 @@ def run_node(
             yield next(int(match[1]) for match in found if match)
         finally:
             process.terminate()
-            # Azurite fails if nobody reads its farewell.
+            # Azurite fails if its last output is not read.
             process.communicate()
 
 
 def make_certificate(folder: Path, *names: str) -> tuple[str, str]:
-    """Make a certificate for this machine, under these names too, that signs itself; gives the files of certificate
-    and key.
-    """
+    """Make a self-signed certificate for this machine and these names; returns the files of certificate and key."""
     key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name(
         [x509.NameAttribute(NameOID.COMMON_NAME, "loopback")]
     )

@@ -64,7 +64,7 @@ def test_transform_equals_the_run_on_its_own_photographs(result: fruitdask.RunRe
     assert transformed["path"].tolist() == [str(sample_folder / path) for path in table["path"]]
 
 
-def test_transform_takes_photographs_of_any_kind_and_bad_ones(result: fruitdask.RunResult, tmp_path: Path) -> None:
+def test_transform_accepts_photographs_of_any_kind_and_broken_ones(result: fruitdask.RunResult, tmp_path: Path) -> None:
     draw(tmp_path, "a.png", "b.png")
     break_image(tmp_path / "b.png")
     cut = Image.open(io.BytesIO((tmp_path / "a.png").read_bytes()[:500]))
@@ -100,14 +100,14 @@ def test_transform_turns_an_image_like_its_file(result: fruitdask.RunResult, tmp
     np.testing.assert_array_equal(features[0], features[1])
 
 
-def test_transform_of_one_and_of_none(result: fruitdask.RunResult, sample_folder: Path) -> None:
+def test_transform_accepts_one_image_and_none(result: fruitdask.RunResult, sample_folder: Path) -> None:
     features, table = result.transform(str(sample_folder / result.table["path"][0]))
     assert features.shape == (1, 6) and len(table) == 1
     features, table = result.transform([])
     assert features.shape == (0, 6) and list(table.columns) == ["path", "status", "error", "pca_1", "pca_2"]
 
 
-def test_weights_that_changed_or_are_gone_are_one_sentence(
+def test_changed_or_missing_weights_are_one_sentence(
     tiny_model: ModelConfig, sample_folder: Path, finish: Finish, tmp_path: Path
 ) -> None:
     weights = tmp_path / "own.keras"

@@ -91,7 +91,7 @@ def test_worker_reads_the_files_of_an_archive(tmp_path: Path, files: dict[str, b
         contents += [outcome.data for outcome in batch.outcomes]
         statuses += [outcome.status for outcome in batch.outcomes]
     assert contents == [*files.values(), b""]
-    # What is no picture is no fault of the archive.
+    # A file that is no image is not a fault of the archive.
     assert statuses == ["unreadable"] * 90 + ["missing"]
 
 
@@ -116,22 +116,22 @@ def test_replaced_archive_is_noticed(tmp_path: Path, pack: Pack) -> None:
     after = list_images(InputConfig(url=url)).set_index("path")
     assert list(after.index) == sorted(changed)
     assert after["version"]["a/2.jpg"] != same.set_index("path")["version"]["a/2.jpg"]
-    # A process that has the older one in memory reads the newer one.
+    # A process that has cached the older archive reads the newer one.
     now = pin(Location(url))
     assert now.stamp != place.stamp and now.fs.cat_file("a/2.jpg") == b"!" * 50
 
 
 class _MacInfo(zipfile.ZipInfo):
-    """A name whose bytes are UTF-8 and not said to be."""
+    """A name in UTF-8 without the flag that says so."""
 
     def _encodeFilenameFlags(self) -> tuple[bytes, int]:
         return self.filename.encode("cp437"), self.flag_bits
 
 
-def test_names_in_a_zip_are_those_that_were_meant(tmp_path: Path) -> None:
+def test_names_in_a_zip_are_decoded_and_use_slashes(tmp_path: Path) -> None:
     path = tmp_path / "photos.zip"
     with zipfile.ZipFile(path, "w") as archive:
-        # macOS: bytes of UTF-8 that are not said to be; Windows: backslashes.
+        # macOS does not flag UTF-8; Windows writes backslashes.
         mac, windows = _MacInfo("pêche/1.jpg".encode().decode("cp437")), zipfile.ZipInfo("pear/2.jpg")
         windows.filename, windows.create_system = "pear\\2.jpg", 0
         archive.writestr(mac, b"mac")
@@ -159,7 +159,7 @@ def damage(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["cut", "empty", "other"])
 @pytest.mark.parametrize("pack", [pack_zip, KINDS["tar.gz"]], ids=["zip", "tar.gz"])
-def test_file_that_is_no_archive_is_told(tmp_path: Path, files: dict[str, bytes], pack: Pack, kind: str) -> None:
+def test_file_that_is_no_archive_is_refused(tmp_path: Path, files: dict[str, bytes], pack: Pack, kind: str) -> None:
     url = pack(tmp_path / "photos", files)
     damage(Path(url.partition("::")[2]), kind)
     with pytest.raises(
@@ -179,13 +179,13 @@ def test_file_that_is_no_archive_is_told(tmp_path: Path, files: dict[str, bytes]
     ],
     ids=["no archive", "no colons", "no folder", "a file"],
 )
-def test_what_is_not_in_an_archive_is_told(tmp_path: Path, url: str, message: str) -> None:
+def test_wrong_path_in_an_archive_is_one_sentence(tmp_path: Path, url: str, message: str) -> None:
     pack_zip(tmp_path / "photos", {"a/1.jpg": b"x"})
     with pytest.raises((StorageError, CatalogError), match=message):
         list_images(InputConfig(url=url.format(tmp_path)))
 
 
-def test_encrypted_archive_is_told_before_anything_is_read(tmp_path: Path) -> None:
+def test_encrypted_archive_is_reported_before_anything_is_read(tmp_path: Path) -> None:
     url = pack_zip(tmp_path / "photos", {"a/1.jpg": b"x"})
     path = tmp_path / "photos.zip"
     data = bytearray(path.read_bytes())
@@ -197,13 +197,13 @@ def test_encrypted_archive_is_told_before_anything_is_read(tmp_path: Path) -> No
         list_images(InputConfig(url=url))
 
 
-def test_zip_of_another_compression_is_told(tmp_path: Path) -> None:
+def test_zip_with_unsupported_compression_is_one_sentence(tmp_path: Path) -> None:
     url = pack_zip(tmp_path / "photos", {"a/1.jpg": b"x"}, zipfile.ZIP_LZMA)
     with pytest.raises(StorageError, match=r"a/1\.jpg in this archive is compressed by another method than deflate"):
         list_images(InputConfig(url=url))
 
 
-def test_file_that_is_longer_than_it_says_is_not_unpacked(tmp_path: Path) -> None:
+def test_file_longer_than_its_declared_size_is_not_unpacked(tmp_path: Path) -> None:
     url, path = pack_zip(tmp_path / "photos", {"a/1.jpg": bytes(10**7)}), tmp_path / "photos.zip"
     data, size = path.read_bytes(), (10**7).to_bytes(4, "little")
     assert data.count(size) == 2
@@ -272,7 +272,7 @@ def test_run_on_an_archive_grows_with_it(
     draw(pictures, "quince/0.png")
     url = store()
     grown = run()
-    # In a tar whose files have one time, nothing tells which of them has changed.
+    # In a tar whose files all have one time, it is unknown which of them has changed.
     assert grown.n_computed == (2 if pack is pack_zip else 13)
     np.testing.assert_allclose(
         grown.features.compute(), compute_colours(pictures, list(grown.table["path"])), rtol=1e-6
@@ -301,7 +301,7 @@ def test_archive_on_this_machine_is_out_of_reach_of_instances(tmp_path: Path) ->
         prepare_inputs(configure_ec2(url), RunProgress())
 
 
-def test_archive_on_s3_is_what_policies_and_regions_are_about(s3_bucket: tuple[str, dict[str, Any]]) -> None:
+def test_policies_and_regions_name_the_archive_on_s3(s3_bucket: tuple[str, dict[str, Any]]) -> None:
     bucket, options = s3_bucket
     needed = list_actions(configure_ec2("zip://Test::s3://fruits/x.zip"))
     permissions = {(each.action, resource) for each in needed for resource in each.resources}
@@ -321,7 +321,7 @@ def test_output_in_an_archive_is_refused(tmp_path: Path, pictures: Path) -> None
         prepare_inputs(config, RunProgress())
 
 
-def test_location_in_an_archive_names_what_lies_below() -> None:
+def test_location_in_an_archive_names_its_parts() -> None:
     top, inner = Location("zip://::s3://b/x.zip", {"anon": True}), Location("tar://Test::/data/x.tar")
     assert top.child("a", "1.jpg").url == "zip://a/1.jpg::s3://b/x.zip" and top.child("a").storage_options == {
         "anon": True
@@ -358,5 +358,5 @@ def test_page_does_not_name_the_home_folder_of_an_archive(monkeypatch: pytest.Mo
     ],
     ids=["s3", "archive", "key", "path"],
 )
-def test_location_writes_protocols_and_nothing_else_small(url: str, expected: str) -> None:
+def test_location_lowercases_only_protocols(url: str, expected: str) -> None:
     assert Location(url).url == expected

@@ -40,7 +40,7 @@ class Refusal(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def refusing(request: pytest.FixtureRequest, s3_server: str) -> Iterator[dict[str, Any]]:
-    """Start a server that refuses with the status, code and message of a parameter; gives its storage options."""
+    """Start a server that refuses with the status, code and message of a parameter; returns its storage options."""
     status, code, message = request.param
     handler = type("Handler", (Refusal,), {"status": status, "code": code, "message": message})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -90,7 +90,7 @@ class Server:
 
 @contextmanager
 def run_azurite(request: pytest.FixtureRequest, *arguments: str) -> Iterator[int]:
-    """Run Azurite; gives its port."""
+    """Run Azurite; returns its port."""
     listen = ["--blobHost", "127.0.0.1", "--blobPort", "0", "--silent", "--inMemoryPersistence"]
     listen += ["--disableTelemetry", "--skipApiVersionCheck"]
     accounts = {"AZURITE_ACCOUNTS": f"{ACCOUNT}:{KEY}"}

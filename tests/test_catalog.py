@@ -104,13 +104,13 @@ def table() -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def clean_memory() -> Iterator[None]:
-    """Empty fsspec's memory file system afterwards, for all tests of a process share it."""
+    """Empty fsspec's memory file system afterwards, because all tests of a process share it."""
     yield
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
-def test_list_images_counts_what_was_published(photographs: Path) -> None:
+def test_list_images_agrees_with_the_published_counts(photographs: Path) -> None:
     assert count_labels(list_folder(photographs)) == PUBLISHED_COUNTS
 
 
@@ -126,14 +126,14 @@ def test_list_images_describes_every_file_once_and_sorted(photographs: Path) -> 
     assert list(catalog.dtypes.astype(str)) == ["str", "category", "int64", "int64"]
 
 
-def test_list_images_takes_extensions_in_any_case(tmp_path: Path) -> None:
+def test_list_images_accepts_extensions_in_any_case(tmp_path: Path) -> None:
     wanted = ["a/1.jpg", "a/2.JPG", "a/3.JpEg", "a/4.PNG", "a/5.webp", "a/6.TIF", "a/7.tiff", "a/8.bmp", "a/9.GIF"]
     wanted += ["a/a.jpe", "a/b.jfif", "a/c.AVIF", "a/d.jp2", "a/e.j2k", "a/f.jpg_large", "a/g.jpg-orig", "a/h.dib"]
     fill(tmp_path, *wanted, "a/notes.txt", "a/jpg", "a/10.jpg.part", "a/xjpg", "a/clip.mp4", "a/i.jpg~", "a/j.svg")
     assert list(list_folder(tmp_path)["path"]) == sorted(wanted)
 
 
-def test_list_images_takes_the_extensions_that_are_configured(tmp_path: Path) -> None:
+def test_list_images_lists_the_configured_extensions(tmp_path: Path) -> None:
     fill(tmp_path, "a/1.jpg", "a/2.JP2", "a/3.png")
     assert list(list_folder(tmp_path, extensions=["jp2", ".Png"])["path"]) == ["a/2.JP2", "a/3.png"]
 
@@ -173,7 +173,7 @@ def test_list_images_explains_a_name_that_is_not_unicode(tmp_path: Path) -> None
         list_folder(tmp_path)
 
 
-def test_list_images_sees_new_and_changed_files(tmp_path: Path) -> None:
+def test_list_images_notices_new_and_changed_files(tmp_path: Path) -> None:
     fill(tmp_path, "a/1.jpg")
     before = list_folder(tmp_path)
     fill(tmp_path, "a/0.jpg")
@@ -222,13 +222,13 @@ def test_list_images_limits_the_classes_evenly(photographs: Path, limit: int, co
     assert list(catalog.index) == list(range(len(catalog)))
 
 
-def test_list_images_limits_to_what_the_classes_filter_left(photographs: Path) -> None:
+def test_list_images_applies_the_limit_after_the_filter_of_classes(photographs: Path) -> None:
     catalog = list_folder(photographs, limit=9, classes=["apple_red_1", "apple_red_2"])
     assert sorted(count_labels(catalog).values()) == [4, 5]
     assert set(catalog["label"]) == {"apple_red_1", "apple_red_2"}
 
 
-def test_list_images_does_not_just_take_the_first(photographs: Path) -> None:
+def test_list_images_limits_at_random(photographs: Path) -> None:
     chosen = set(list_folder(photographs, limit=250)["path"])
     everything = list_folder(photographs)
     first = set(everything.groupby("label").head(50)["path"])
@@ -414,7 +414,7 @@ def test_list_images_lists_the_same_from_s3_as_from_disk(
     assert list(from_s3["version"]) == list(map(digest, etags))
 
 
-def test_list_images_sees_what_changed_on_s3(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
+def test_list_images_notices_changes_on_s3(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
     bucket, options = s3_bucket
     config = InputConfig(url=f"s3://{bucket}", storage_options=options)
     s3_client.put_object(Bucket=bucket, Key="a/1.jpg", Body=b"1")
@@ -428,11 +428,11 @@ def test_list_images_sees_what_changed_on_s3(s3_bucket: tuple[str, dict[str, Any
 
 
 @pytest.mark.slow
-def test_list_images_takes_all_pages_of_s3(
+def test_list_images_reads_all_pages_of_s3(
     s3_bucket: tuple[str, dict[str, Any]], s3_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket, options = s3_bucket
-    # Of the server, which is a thread of this process; by default a thousand.
+    # The server, a thread of this process, returns pages of a thousand by default.
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
     names = [f"{label}/{number:04}.jpg" for label in "ab" for number in range(23)]
     for name in names:
@@ -463,16 +463,14 @@ def test_list_images_refuses_a_name_that_s3fs_cannot_ask_for(
     ],
     ids=["no bucket", "no name of a bucket", "no folder"],
 )
-def test_list_images_says_what_is_not_there_on_s3(
-    s3_bucket: tuple[str, dict[str, Any]], url: str, message: str
-) -> None:
+def test_list_images_names_what_is_missing_on_s3(s3_bucket: tuple[str, dict[str, Any]], url: str, message: str) -> None:
     bucket, options = s3_bucket
     with pytest.raises((CatalogError, StorageError), match=message):
         list_images(InputConfig(url=url.replace("BUCKET", bucket), storage_options=options))
 
 
 @pytest.mark.parametrize("links", [{"loop": "loop"}, {"gone": "nowhere.jpg"}], ids=["to itself", "to nothing"])
-def test_list_images_passes_over_links_that_lead_nowhere(tmp_path: Path, links: dict[str, str]) -> None:
+def test_list_images_skips_broken_links(tmp_path: Path, links: dict[str, str]) -> None:
     fill(tmp_path, "a/1.jpg")
     for name, target in links.items():
         (tmp_path / f"{name}.jpg").symlink_to(tmp_path / (f"{name}.jpg" if target == name else target))
@@ -497,7 +495,7 @@ def test_list_images_lists_a_disk_in_the_order_of_paths(names: set[str]) -> None
     ],
     ids=["folder", "several", "set, nothing, case", "whole path"],
 )
-def test_list_images_leaves_out_what_is_excluded(tmp_path: Path, patterns: list[str], left: list[str]) -> None:
+def test_list_images_leaves_out_excluded_files(tmp_path: Path, patterns: list[str], left: list[str]) -> None:
     fill(tmp_path, "a/1.jpg", "a/x/2.jpg", "b/3.jpg", "top.jpg")
     catalog = list_folder(tmp_path, exclude=patterns)
     assert (list(catalog["path"]), list(catalog.index)) == (left, list(range(len(left))))
@@ -568,7 +566,7 @@ def test_list_input_notes_objects_in_several_splits(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_list_images_takes_a_few_bytes_a_file(tmp_path: Path) -> None:
+def test_list_images_takes_a_few_bytes_per_file(tmp_path: Path) -> None:
     names = [f"class_{number // 1000}/{number:08}.jpg" for number in range(20_000)]
     fill(tmp_path, *names)
     catalog = list_folder(tmp_path)
@@ -596,7 +594,7 @@ def test_list_images_of_other_storages_lists_each_file_once_in_the_order_of_path
 
 
 @given(n_images=st.integers(1, 5_000_000))
-def test_choose_partition_size_stays_in_its_range_and_makes_about_16(n_images: int) -> None:
+def test_choose_partition_size_stays_in_its_range_and_makes_about_16_partitions(n_images: int) -> None:
     size = choose_partition_size(n_images)
     assert 32 <= size <= 512
     if 32 * 16 <= n_images <= 512 * 16:
@@ -646,7 +644,7 @@ def test_merge_listing_moves_no_row_and_gives_the_listing_back(
 
 
 @given(chosen=st.sets(st.integers(0, 19)), n_rows=st.integers(1, 25))
-def test_take_rows_takes_what_pandas_takes(chosen: set[int], n_rows: int) -> None:
+def test_take_rows_equals_pandas(chosen: set[int], n_rows: int) -> None:
     catalog = pd.DataFrame({"path": [f"{n}.jpg" for n in range(20)], "label": pd.Categorical(list("abcde" * 4))})
     rows = np.array(sorted(chosen), np.int64)
     with pytest.MonkeyPatch.context() as patch:
@@ -676,7 +674,7 @@ def test_split_catalog_gives_some_partitions_as_it_gives_them_among_all(among: s
     assert list(split_catalog(catalog, 3, among=among)) == wanted
 
 
-def test_partition_knows_which_images_to_read() -> None:
+def test_partition_lists_the_images_to_read() -> None:
     partition = Partition(1, 4, ("a", "b", "c", "d"), ("x", "x", "y", "y"), (1, VANISHED_BYTES, 1, 1), (0, 0, 0, 0))
     assert partition.places_to_read == (0, 2, 3)
     assert replace(partition, rows=(1, 3)).places_to_read == (3,)

@@ -1,4 +1,4 @@
-"""Training and prediction: held against scikit-learn, honest about groups, and silent about what they do not know."""
+"""Training and prediction: compared with scikit-learn, honest about groups, and "unknown" for strange images."""
 
 import json
 import shutil
@@ -81,7 +81,7 @@ def test_evaluation_of_very_many_classes_shows_those_with_the_most_errors(monkey
     np.testing.assert_allclose([each["precision"] for each in found["by_class"].values()], precision)
 
 
-def test_images_of_one_object_do_not_vouch_for_each_other() -> None:
+def test_images_of_one_object_are_never_in_both_training_and_test() -> None:
     rng = np.random.default_rng(0)
     # Objects differ more than classes, and photographs of one object hardly at all.
     objects = rng.normal(0, 1, (24, 40))
@@ -91,25 +91,25 @@ def test_images_of_one_object_do_not_vouch_for_each_other() -> None:
     for name in ("linear_probe", "nearest_neighbors"):
         assert plain[name]["accuracy"] > 0.99 and grouped[name]["accuracy"] < 0.75
         low, high = grouped[name]["interval"]
-        # Twenty-four objects say less than 240 images.
+        # Twenty-four objects are less evidence than 240 images.
         assert high - low > 0.25
 
 
-def test_copies_do_not_vouch_for_each_other() -> None:
-    # Labels are drawn by lot, so nothing can be learned but which image is a copy of which.
+def test_copies_are_never_in_both_training_and_test() -> None:
+    # Labels are random, so there is nothing to learn except which images are copies.
     rng = np.random.default_rng(0)
     features, labels = rng.normal(0, 1, (80, 200)).astype(np.float32), rng.permutation(["a", "b"] * 40)
     report = classifier.train(np.repeat(features, 3, axis=0), np.repeat(labels, 3))[1]
     assert report["n_groups"] is None and report["n_images"] == 240
     for name in ("linear_probe", "nearest_neighbors"):
         low, high = report[name]["interval"]
-        # Eighty different images say no more than that.
+        # Eighty different images are no more evidence than that.
         assert low < 0.5 < high and high - low > 0.2
     once = classifier.train(features, labels)[1]
     assert report["linear_probe"]["accuracy"] == pytest.approx(once["linear_probe"]["accuracy"], abs=0.1)
 
 
-def test_copies_in_other_groups_do_not_vouch_for_each_other() -> None:
+def test_copies_in_other_groups_are_never_in_both_training_and_test() -> None:
     rng = np.random.default_rng(0)
     features, labels = rng.normal(0, 1, (80, 200)).astype(np.float32), rng.permutation(["a", "b"] * 40)
     groups = np.arange(160).astype(str)
@@ -117,26 +117,26 @@ def test_copies_in_other_groups_do_not_vouch_for_each_other() -> None:
     assert report["n_groups"] == 160
     for name in ("linear_probe", "nearest_neighbors"):
         assert report[name]["accuracy"] < 0.7
-    # Where all images are copies, there is no other to learn from.
+    # If all images are copies, no other image is left to learn from.
     same = classifier.train(np.ones((8, 3), np.float32), np.array(list("abababab")), np.arange(8).astype(str))[1]
     assert same["linear_probe"]["accuracy"] <= 0.5
 
 
-def test_image_that_was_trained_on_is_known_although_all_images_have_copies() -> None:
+def test_training_image_is_known_even_if_all_images_have_copies() -> None:
     features, labels = draw_features(60, 2)
     probe, report = classifier.train(np.repeat(features, 2, axis=0), np.repeat(labels, 2))
-    # A distance of equal features is not always 0.
+    # The computed distance of equal features is not always 0.
     found, _ = classifier.predict(probe, report, features, np.full(60, 2e-16, np.float32))
     assert (found != classifier.UNKNOWN_LABEL).all()
-    # Of an image that has no copy, the nearest one is farther away than that.
+    # An image without a copy has its nearest neighbour farther away than that.
     assert report["unknown_distance"] > 1e-3
 
 
-def test_few_groups_may_leave_one_class_to_learn_from() -> None:
+def test_few_groups_may_leave_a_single_class_for_training() -> None:
     labels, groups = np.array(list("bbaa")), np.array(list("1312"))
     folds = classifier.choose_folds(np.array([1, 1, 0, 0]), groups.astype(int))
     assert {len(set(labels[known])) for known, _ in folds} == {1, 2}
-    # By class, which no probe of one class could tell apart.
+    # Classes lie in two directions, which a probe trained on one class cannot tell apart.
     features = np.array([[0, 1], [0, 1.1], [1, 0], [1.1, 0]], np.float32)
     found = classifier.train(features, labels, groups)[1]["linear_probe"]
     right = [len(set(labels[known])) == 2 or labels[known][0] == labels[held_out] for known, held_out in folds]
@@ -157,9 +157,9 @@ def test_evaluation_does_not_depend_on_the_scale_of_features(exponent: int) -> N
     assert found["linear_probe"]["accuracy"] == pytest.approx(expected["linear_probe"]["accuracy"], abs=0.02)
 
 
-def test_feature_that_only_rounding_changes_says_nothing() -> None:
+def test_feature_that_differs_only_by_rounding_is_ignored() -> None:
     features, labels = draw_features(60, 2)
-    # In its last bit, as between batches; a new photograph may have another value.
+    # It differs in its last bit, as between batches; a new photograph may differ more.
     features[:, 3] = np.float32(0.1) * (1 + np.random.default_rng(0).integers(0, 2, 60) * np.finfo(np.float32).eps)
     probe, _ = classifier.train(features, labels)
     other = features.copy()
@@ -194,7 +194,7 @@ def test_interval_without_groups_is_wilsons() -> None:
     ],
     ids=["nothing", "one class", "one image", "a class of one group", "one group", "copies"],
 )
-def test_what_cannot_be_tested_is_not_trained(labels: list[str], groups: list[str] | None, message: str) -> None:
+def test_data_that_cannot_be_tested_are_refused(labels: list[str], groups: list[str] | None, message: str) -> None:
     features = np.zeros((len(labels), 3), np.float32)
     with pytest.raises(TrainingError, match=message):
         classifier.train(features, np.array(labels, str), None if groups is None else np.array(groups))
@@ -229,7 +229,7 @@ def test_train_stores_a_classifier_without_code(trained: tuple[Path, fruitdask.C
 
 
 @pytest.mark.parametrize("change", ["nothing", "labels", "groups", "splits"])
-def test_page_says_that_a_classifier_is_of_earlier_data(
+def test_page_says_that_a_classifier_was_trained_on_earlier_data(
     tiny_model: ModelConfig, finish: Finish, client: Any, tmp_path: Path, change: str
 ) -> None:
     table = pd.DataFrame(
@@ -289,7 +289,7 @@ def test_predict_labels_a_folder_and_can_be_repeated(
     assert fruitdask.verify(str(tmp_path / "labelled")).is_well
     again = fruitdask.predict(str(output), **places, overrides=settings)
     pd.testing.assert_frame_equal(again, table)
-    # Predictions of other images would be wrong ones.
+    # Old predictions of other images would be wrong.
     draw(tmp_path / "new", "another.png")
     fruitdask.apply(str(output), **places, overrides=settings, client=client)
     assert not (tmp_path / "labelled" / "predictions.parquet").exists()
@@ -305,7 +305,7 @@ def test_without_a_classifier_nothing_is_predicted(
 
 
 @pytest.mark.slow
-def test_commands_say_how_far_to_believe_them(trained: tuple[Path, fruitdask.Classifier], tmp_path: Path) -> None:
+def test_commands_say_how_far_to_trust_it(trained: tuple[Path, fruitdask.Classifier], tmp_path: Path) -> None:
     output, _ = trained
     shutil.copytree(output, tmp_path / "out")
     printed = CliRunner().invoke(cli, ["train", str(tmp_path / "out"), "--max-rows", "60"])

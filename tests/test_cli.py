@@ -1,4 +1,4 @@
-"""The command line as a person meets it: sentences, exit codes, no traceback."""
+"""The command line as users see it: sentences, exit codes, no traceback."""
 
 import json
 import os
@@ -55,19 +55,19 @@ def change(path: Path, **sections: dict[str, Any]) -> None:
 
 
 def use_own_cluster(path: Path) -> None:
-    """Let a configuration start a cluster of its own."""
+    """Make a configuration start a cluster of its own."""
     change(path, cluster={"n_workers": 1, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"})
 
 
 def run_in_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m fruitdask`` as a person does."""
+    """Run ``python -m fruitdask`` as a user does."""
     return subprocess.run(
         [sys.executable, "-m", "fruitdask", *arguments], capture_output=True, text=True, env=os.environ | environment
     )
 
 
 @pytest.mark.slow
-def test_run_shows_progress_a_summary_and_nothing_to_do_the_second_time(
+def test_run_shows_progress_and_a_summary_and_does_nothing_the_second_time(
     config_path: Path, commands: CommandHost
 ) -> None:
     use_own_cluster(config_path)
@@ -218,7 +218,7 @@ def test_storage_that_fails_while_running_is_not_a_wrong_configuration(config_pa
     resource = pytest.importorskip("resource")
     page = config_path.parent / "out" / "report.html"
     change(config_path, report=ON, quality=ON)
-    # Enough for all files but the page, which the client writes in the end.
+    # Enough for all files but the page, which the client writes last.
     result = subprocess.run(
         [sys.executable, "-m", "fruitdask", "run", str(config_path)],
         capture_output=True,
@@ -231,7 +231,7 @@ def test_storage_that_fails_while_running_is_not_a_wrong_configuration(config_pa
     assert again.exit_code == 0 and "nothing to compute" in again.stdout and page.stat().st_size > 500_000
 
 
-def test_validate_tells_each_mistake_in_a_line_of_its_own(config_path: Path) -> None:
+def test_validate_prints_each_mistake_on_its_own_line(config_path: Path) -> None:
     result = invoke("validate", str(config_path), "--set", "modle.x=1", "--set", "plots.dpi=3")
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [
@@ -274,13 +274,13 @@ def test_help_shows_whole_sentences_at_80_columns(command: str) -> None:
     result = CliRunner(env={"COLUMNS": "80"}).invoke(cli, [*filter(None, [command]), "--help"])
     lines = result.stdout.splitlines()
     assert result.exit_code == 0 and lines[0].startswith("Usage:") and max(map(len, lines)) <= 80
-    # click cuts a sentence off that is too long for one line.
+    # click truncates a sentence that is too long for one line.
     if command != "clusters":
         assert not [line for line in lines[1:] if re.search(r"[a-z]\.\.\.$", line)]
 
 
 @pytest.mark.slow
-def test_a_folder_is_enough(
+def test_run_needs_only_a_folder(
     tiny_model: ModelConfig, sample_folder: Path, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(sample_folder, tmp_path / "own: fruits")
@@ -303,19 +303,19 @@ def test_a_folder_is_enough(
 
 
 @pytest.mark.slow
-def test_photographs_stand_for_the_results_beside_them(tiny_model: ModelConfig, finish: Finish, tmp_path: Path) -> None:
+def test_folder_means_the_results_beside_it(tiny_model: ModelConfig, finish: Finish, tmp_path: Path) -> None:
     draw(tmp_path / "in", "fig/1.png", "fig/2.png")
     finish(configure(tmp_path / "in", tmp_path / "in-results", tiny_model))
     for command in ("verify", "validate", "report"):
         done = invoke(command, str(tmp_path / "in"))
         assert done.exit_code == 0, done.output
     assert f"{tmp_path}/in-results/report.html" in done.output
-    # Not those beside the results.
+    # These are not the results beside them.
     assert invoke("check", str(tmp_path / "in" / "fig")).exit_code == 2
 
 
 @pytest.mark.parametrize("command", ["run", "plan", "explore", "report", "validate"])
-def test_a_place_that_is_not_there_is_one_sentence(command: str, tmp_path: Path) -> None:
+def test_a_missing_folder_is_one_sentence(command: str, tmp_path: Path) -> None:
     refused = invoke(command, f"{tmp_path}/apples")
     assert (refused.exit_code, refused.stderr) == (
         2,
@@ -326,7 +326,7 @@ def test_a_place_that_is_not_there_is_one_sentence(command: str, tmp_path: Path)
 def test_short_options_name_the_network(config_path: Path) -> None:
     named = invoke("run", str(config_path), "--model", "MobilNetV2", "--weights", "imagenet")
     assert named.exit_code == 2 and "did you mean MobileNetV2" in named.stderr
-    # The longer form, which may follow in a script, counts.
+    # The long option, which a script may append, takes precedence.
     missing = invoke("run", str(config_path), "--weights", "x.h5", "--set", "model.weights=/no/such.h5")
     assert missing.exit_code == 2 and "cannot read /no/such.h5" in missing.stderr
 
@@ -337,7 +337,7 @@ def test_results_may_go_elsewhere_than_a_configuration_says(config_path: Path, t
 
 
 @pytest.mark.parametrize("place", ["s3://bucket", "s3://bucket/", "zip://Test::s3://bucket"])
-def test_a_bucket_has_no_place_beside_it(place: str) -> None:
+def test_results_of_a_bucket_need_an_output(place: str) -> None:
     refused = invoke("plan", place)
     assert refused.exit_code == 2 and "results cannot be stored beside a whole bucket" in refused.output
 
@@ -371,7 +371,7 @@ def test_verbose_shows_where_and_keeps_the_exit_code(config_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_random_weights_are_warned_of_each_time(config_path: Path) -> None:
+def test_each_run_warns_about_random_weights(config_path: Path) -> None:
     model = ModelConfig(name="SqueezeNet", weights="random", input_px=64)
     keep_artifact(model, build_artifact(model))
     change(config_path, model=model.model_dump(exclude_defaults=True))
@@ -414,7 +414,7 @@ def test_rows_break_between_words_on_a_terminal_and_never_elsewhere(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["validate", "report", "verify", "check", "iam-policy"])
-def test_results_stand_for_their_configuration_wherever_they_are(
+def test_folder_of_results_stands_for_its_configuration_anywhere(
     command: str, tiny_model: ModelConfig, finish: Finish, tmp_path: Path
 ) -> None:
     draw(tmp_path / "in", "fig/1.png", "fig/2.png")
@@ -427,7 +427,7 @@ def test_results_stand_for_their_configuration_wherever_they_are(
 
 
 @pytest.mark.slow
-def test_erase_takes_the_results(tiny_model: ModelConfig, finish: Finish, client: Any, tmp_path: Path) -> None:
+def test_erase_takes_a_results_folder(tiny_model: ModelConfig, finish: Finish, client: Any, tmp_path: Path) -> None:
     draw(tmp_path / "in", "fig/1.png", "fig/2.png", "fig/3.png")
     finish(configure(tmp_path / "in", tmp_path / "out", tiny_model))
     (tmp_path / "in" / "fig" / "3.png").unlink()
@@ -436,11 +436,11 @@ def test_erase_takes_the_results(tiny_model: ModelConfig, finish: Finish, client
     assert erased.exit_code == 0, erased.output
     tables = [pd.read_csv(tmp_path / name / "results.csv")["path"].tolist() for name in ("copy", "out")]
     assert tables == [["fig/1.png", "fig/2.png"], ["fig/1.png", "fig/2.png", "fig/3.png"]]
-    # The name of an erased image is in no file: a variable stands for it, and a run says which.
+    # No file contains the name of an erased image: a variable replaces it, and a run says which.
     again = invoke("run", str(tmp_path / "copy" / "config.yaml"))
     assert again.exit_code == 2 and "the environment variable FRUITDASK_INPUT_EXCLUDE_1 is not set" in again.stderr
     assert invoke("report", str(tmp_path / "copy")).exit_code == 0
-    # The file is gone, so nothing need be excluded any more.
+    # The file is gone, so nothing needs to be excluded any more.
     erased = invoke("erase", str(tmp_path / "copy"), "--path", "fig/2.png", "--yes", "--set", "input.exclude=[]")
     assert erased.exit_code == 0, erased.output
     assert pd.read_csv(tmp_path / "copy" / "results.csv")["path"].tolist() == ["fig/1.png"]
@@ -496,7 +496,7 @@ def test_names_with_brackets_are_shown_as_they_are(config_path: Path, sample_fol
 
 
 @pytest.mark.slow
-def test_verify_names_damage_and_a_run_mends_it(config_path: Path) -> None:
+def test_verify_names_damage_and_a_run_repairs_it(config_path: Path) -> None:
     output = config_path.parent / "out"
     assert invoke("run", str(config_path)).exit_code == 0
     for place in (output, config_path):
@@ -522,7 +522,7 @@ def test_report_of_damaged_results_is_one_sentence(config_path: Path) -> None:
     change(config_path, quality=ON)
     output = config_path.parent / "out"
     assert invoke("run", str(config_path)).exit_code == 0
-    # There is no table of failures; one that is there is read.
+    # A table of failures is optional, but is read if it exists.
     (output / "failures.csv").write_text("path,label,status,error,attempts\n")
     for name, content in (
         ("results.parquet/part-00000.parquet", b"PAR1"),

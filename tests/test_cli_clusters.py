@@ -28,7 +28,7 @@ def invoke(*arguments: str, answer: str | None = None) -> Result:
 
 
 def launch(cloud: LoopbackEC2, run_id: str, *, n_instances: int = 1, **options: Any) -> list[str]:
-    """Launch instances of a run, and give their ids."""
+    """Launch instances of a run, and return their ids."""
     tags = [{"ResourceType": "instance", "Tags": [{"Key": RUN_TAG, "Value": run_id}]}]
     counts = {"MinCount": n_instances, "MaxCount": n_instances}
     options = {"ImageId": cloud.ami, "InstanceType": "m6i.large", **options}
@@ -54,7 +54,7 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackEC2]:
 
 @pytest.fixture
 def group_id(cloud: LoopbackEC2) -> str:
-    """A security group as runs make it, which still admits a machine that has lost its run."""
+    """A security group as runs make it, which still admits a machine whose run is gone."""
     tags = [{"ResourceType": "security-group", "Tags": [{"Key": "fruitdask", "Value": "cluster"}]}]
     with cloud.client("ec2") as client:
         group: str = client.create_security_group(
@@ -127,7 +127,7 @@ def test_cleanup_of_one_run_leaves_the_others_and_their_rules(cloud: LoopbackEC2
     assert invoke("cleanup", "--run", "run-1", "--yes").output == "No instance of run run-1 in eu-west-1.\n"
 
 
-def test_cleanup_that_may_not_look_at_security_groups_has_done_its_work(cloud: LoopbackEC2) -> None:
+def test_cleanup_without_access_to_security_groups_still_terminates(cloud: LoopbackEC2) -> None:
     launch(cloud, "run-1")
     cloud.faults.refusals.append(Refusal("UnauthorizedOperation", "DescribeSecurityGroups"))
     result = invoke("cleanup", "--yes")
@@ -136,7 +136,7 @@ def test_cleanup_that_may_not_look_at_security_groups_has_done_its_work(cloud: L
 
 
 @pytest.mark.slow
-def test_regions_are_searched_as_told(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_given_regions_are_searched(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOTO_EC2_LOAD_DEFAULT_AMIS", "false")  # Moto has a thousand for each region.
     result = invoke("list", "--region", "eu-west-3", "--region", "eu-west-1", "--region", "eu-west-3")
     assert result.output == "No instance of fruitdask in eu-west-3, eu-west-1.\n"
@@ -167,7 +167,7 @@ def test_no_region_is_a_sentence_with_exit_code_2(
     )
 
 
-def test_region_that_is_no_name_is_a_sentence_with_exit_code_2() -> None:
+def test_invalid_region_is_a_sentence_with_exit_code_2() -> None:
     result = invoke("list", "--region", "eu west 3")
     assert (result.exit_code, result.output) == (
         2,

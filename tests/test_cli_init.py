@@ -24,7 +24,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_init_writes_what_runs(home: Path, tiny_model: ModelConfig, client: Any) -> None:
+def test_init_writes_a_configuration_that_runs(home: Path, tiny_model: ModelConfig, client: Any) -> None:
     draw(home / "my: fruits", "fig/1.png", "kiwi/1.png", "kiwi/2.png")
     done = invoke("init", "my: fruits", "fruits.yaml")
     assert (done.exit_code, done.stdout) == (0, "Wrote fruits.yaml. Next: fruitdask run fruits.yaml\n")

@@ -19,7 +19,7 @@ def invoke(*arguments: str) -> Result:
 
 @pytest.fixture(autouse=True)
 def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """File that holds the URL which the only browser of this machine has opened."""
+    """File with the URL that the only browser of this machine has opened."""
     monkeypatch.setattr(webbrowser, "_browsers", {})
     monkeypatch.setattr(webbrowser, "_tryorder", [])
     script = tmp_path / "browser"

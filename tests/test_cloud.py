@@ -1,4 +1,4 @@
-"""The whole way: images in S3, a cluster on (a loopback) EC2 that loses a worker, results in S3, nothing left."""
+"""A whole run: images in S3, a cluster on a loopback EC2 that loses a worker, results in S3, nothing left running."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +55,7 @@ def describe_cluster(cloud: LoopbackEC2) -> dict[str, Any]:
 
 
 def interrupt_a_worker(cloud: LoopbackEC2) -> None:
-    """Take a worker away as soon as a partition is stored."""
+    """Interrupt a worker as soon as a partition is stored."""
     mark = f"{BUCKET}/results/partitions/"
     with cloud.changed:
         while not any(call.action == "PutObject" and call.summary.startswith(mark) for call in cloud.calls):

@@ -44,7 +44,7 @@ def test_local_cluster_listens_on_loopback_only(client: Any) -> None:
     addresses = [info["address"], *info["workers"], client.dashboard_link.replace("http", "tcp")]
     assert all(address.startswith("tcp://127.0.0.1:") for address in addresses)
     assert sorted(client.nthreads().values()) == [2, 2]
-    # Not only what they say: what the kernel knows of this process and its children, which have HTTP servers too.
+    # Ask the kernel about this process and its children too, because they also have HTTP servers.
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     pids = {psutil.Process().pid, *client.run(os.getpid).values()}
     assert pids <= {process.pid for process in processes}
@@ -63,7 +63,7 @@ def test_local_workers_are_forked_with_what_they_need(client: Any) -> None:
     assert len(parents) == 1 and parents != {os.getpid()}
     # What only the client needs to reduce features is not loaded.
     assert all(loaded == {"fruitdask.worker.featurize"} for _, _, loaded in workers)
-    # A decoded photograph is a few megabytes: memory of that size is to be kept and used again.
+    # A decoded photograph takes a few megabytes; the allocator must keep and reuse memory of that size.
     thresholds = [int(environment["MALLOC_TRIM_THRESHOLD_"]) for _, environment, _ in workers]
     assert min(thresholds) >= 16 * 1024**2
 
@@ -93,25 +93,25 @@ with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard
 
 @pytest.mark.slow
 def test_local_workers_that_die_again_and_again_are_replaced() -> None:
-    # Dask gives a worker up that is down so long after its last death, unless it is told otherwise.
+    # By default, Dask gives up a worker that is down for this long after its last death.
     patience = dask.config.set({"distributed.deploy.lost-worker-timeout": "1s"})
     with patience, open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
         deadline = time.monotonic() + 2.5
         while time.monotonic() < deadline:
             for nanny in client.cluster.workers.values():
                 with suppress(ProcessLookupError, TypeError):
-                    # It has no process, and no number of one, between two of them.
+                    # Between two processes it has no process id.
                     os.kill(nanny.pid, signal.SIGKILL)
             time.sleep(0.05)
         client.wait_for_workers(1, timeout=60)
         assert client.submit(sum, [1, 2]).result(60) == 3
 
 
-def test_local_cluster_bears_that_a_worker_dies_while_it_registers() -> None:
+def test_local_cluster_survives_a_worker_that_dies_while_it_registers() -> None:
     def remove(dask_scheduler: Scheduler) -> None:
         dask_scheduler.plugins["worker-status"].remove_worker(dask_scheduler, "tcp://127.0.0.1:1")
 
-    # Closing it waits for what it was told of its workers.
+    # Closing the cluster waits for messages about its workers.
     with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
         client.run_on_scheduler(remove)
         assert client.submit(sum, [1, 2]).result() == 3
@@ -123,7 +123,7 @@ def test_local_cluster_that_cannot_start_says_so() -> None:
             pass
 
 
-def test_local_cluster_is_encrypted_where_the_user_has_dask_require_it() -> None:
+def test_local_cluster_is_encrypted_if_the_users_dask_settings_require_it() -> None:
     with dask.config.set({"distributed.comm.require-encryption": True}):
         with open_client(LocalClusterConfig(n_workers=1, threads_per_worker=1, dashboard_address=None)) as client:
             assert client.submit(sum, [1, 2]).result(60) == 3

@@ -17,7 +17,7 @@ from typing import Any
 
 import dask.config
 
-# Its defaults first: where a test's setting creates their section, they vanish with that setting.
+# Load its defaults first: if a test's setting created their section, both would vanish together.
 import dask_cloudprovider.config  # noqa: F401
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def configure(**options: Any) -> AzureClusterConfig:
 
 @pytest.fixture(scope="module")
 def storage(request: pytest.FixtureRequest, sample_folder: Path) -> Iterator[dict[str, Any]]:
-    """Start an Azure Storage account with the drawn images; gives the storage options."""
+    """Start an Azure Storage account with the drawn images; returns the storage options."""
     from azure.storage.blob import BlobServiceClient
 
     with run_azurite(request) as port:
@@ -207,7 +207,7 @@ def test_custom_data_end_machines(run: Run) -> None:
 
 
 def test_all_that_belongs_to_a_run_is_tagged_and_ends_with_its_machine(run: Run) -> None:
-    """Only the scheduler has a public address, because it was asked for."""
+    """Only the scheduler has a public address, because the configuration asks for one."""
     kinds = [name.partition("/")[0] for name in run.resources]
     assert kinds == ["disks"] * 3 + ["networkinterfaces"] * 3 + ["publicipaddresses"] + ["virtualmachines"] * 3
     run_id = run.client.cluster.settings.run_id
@@ -222,7 +222,7 @@ def test_all_that_belongs_to_a_run_is_tagged_and_ends_with_its_machine(run: Run)
 
 
 def test_machines_have_an_identity_and_workers_are_spot(run: Run) -> None:
-    """A name means an identity in the resource group."""
+    """A name refers to an identity in the resource group."""
     for machine in run.machines:
         [identity] = machine.body["identity"]["userAssignedIdentities"]
         assert identity.endswith(
@@ -242,8 +242,8 @@ def name_action(call: Call) -> str:
     return "/".join(filter(None, (f"Microsoft.{provider}", kind, part, verb)))
 
 
-def test_roles_allow_what_is_asked_of_azure(run: Run) -> None:
-    """The launcher asks for nothing that its role does not allow, and the role allows little more."""
+def test_roles_allow_the_requests_to_azure(run: Run) -> None:
+    """The role allows each request of the launcher, and little more."""
     config = fruitdask.load_config(
         {"input": {"url": "abfs://a/b"}, "output": {"url": "abfs://a/c"}, "cluster": describe(public_ingress=True)}
     )
@@ -251,7 +251,7 @@ def test_roles_allow_what_is_asked_of_azure(run: Run) -> None:
     asked = {name_action(call) for call in run.calls}
     assert asked <= role
     unseen = {action.removeprefix("Microsoft.") for action in role - asked}
-    # Azure itself checks the former; the last one is only for machines that do not start.
+    # Azure checks all but the last one itself; the last one is only for machines that do not start.
     assert unseen == {
         "Compute/disks/write",
         "Network/networkInterfaces/join/action",
@@ -263,7 +263,7 @@ def test_roles_allow_what_is_asked_of_azure(run: Run) -> None:
     }
 
 
-def test_usage_is_known_also_after_the_end(run: Run) -> None:
+def test_usage_is_still_known_after_the_end(run: Run) -> None:
     """There is one entry per machine, which no longer changes after the end."""
     after = list_usage(run.client)
     sizes = [("Standard_B2s_v2", False), ("Standard_D2s_v5", True), ("Standard_D2s_v5", True)]
@@ -272,8 +272,8 @@ def test_usage_is_known_also_after_the_end(run: Run) -> None:
     assert list_usage(run.client) == after
 
 
-def test_list_instances_tells_spot_and_age(run: Run) -> None:
-    """They are what `clusters list` prints."""
+def test_list_instances_reports_spot_and_age(run: Run) -> None:
+    """`clusters list` prints both."""
     scheduler, *workers = run.listed
     assert (scheduler.role, scheduler.is_spot) == ("scheduler", False)
     assert [(worker.role, worker.is_spot, worker.region) for worker in workers] == [("worker", True, "westeurope")] * 2
@@ -294,7 +294,7 @@ def test_scheduler_that_never_comes_up(cloud: LoopbackAzure) -> None:
 
 
 def test_image_that_cannot_be_pulled(cloud: LoopbackAzure) -> None:
-    """The machine deletes itself, which reveals it long before the deadline."""
+    """The machine deletes itself, so the client notices long before the deadline."""
     cloud.faults.unpullable = {"nobody/nothing:1"}
     expected = r"scheduler ended before it started to listen: .*nobody/nothing:1.* is deleted.*pull"
     with pytest.raises(ClusterStartError, match=expected):
@@ -303,7 +303,7 @@ def test_image_that_cannot_be_pulled(cloud: LoopbackAzure) -> None:
 
 
 def test_machine_that_may_not_delete_itself_is_deleted_by_its_client(cloud: LoopbackAzure) -> None:
-    """It only stops, which does not release it; its console tells why."""
+    """It only stops, which does not release it; its console says why."""
     cloud.faults.unpullable, cloud.faults.may_delete = {"nobody/nothing:1"}, False
     expected = r"is stopped; its console ends: .*cannot pull the image.*cannot delete itself: HTTP Error 403"
     with pytest.raises(ClusterStartError, match=expected):
@@ -391,14 +391,14 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["AZURE_CLIENT_SECRET", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_KEY"])
 def test_credentials_in_variables_are_refused(name: str) -> None:
-    """Anybody who may see a machine could read them."""
+    """Anybody with read access to a machine could read them."""
     with pytest.raises(ConfigError, match=f"{name} looks like a credential.*cluster.identity"):
         with open_client(configure(env_vars={name: "x"})):
             pass
 
 
 def test_start_needs_only_the_first_worker(cloud: LoopbackAzure) -> None:
-    """The launch of a refused worker leaves nothing and is retried; the run does not wait for it."""
+    """A refused launch of a worker leaves nothing behind and is retried; the run does not wait for it."""
     cloud.faults.refusals.append(Refusal("virtualMachines", "SkuNotAvailable", name="worker", count=1))
     with open_client(configure(n_workers=2, spot=True)) as client:
         assert len(client.scheduler_info()["workers"]) == 1
@@ -481,8 +481,8 @@ def test_max_lifetime(cloud: LoopbackAzure) -> None:
     assert {scheduler, worker} <= deleted
 
 
-def test_the_end_of_a_worker_is_noticed_after_that_of_the_scheduler(cloud: LoopbackAzure) -> None:
-    """A worker that has outlived the scheduler is not taken for connected, and paid for, until the run ends."""
+def test_the_end_of_a_worker_is_noticed_without_a_scheduler(cloud: LoopbackAzure) -> None:
+    """A worker that ends after the scheduler does not count as connected, and as billed, until the run ends."""
     with open_client(configure()) as client:
         scheduler, worker = cloud.machines.values()
         running = client.cluster.list_running
@@ -523,7 +523,7 @@ def test_evicted_worker_is_replaced(cloud: LoopbackAzure) -> None:
 
 
 def test_stopped_worker_is_replaced_and_deleted(cloud: LoopbackAzure) -> None:
-    """The client deletes a worker that has stopped but may not delete itself, for it would still cost money."""
+    """The client deletes a stopped worker that may not delete itself, because it would still cost money."""
     cloud.faults.may_delete = False
     with open_client(configure()) as client:
         [worker] = cloud.alive("worker")
@@ -577,7 +577,7 @@ def leftovers(cloud: LoopbackAzure) -> LoopbackAzure:
 
 
 def test_clusters_list_and_cleanup(leftovers: LoopbackAzure) -> None:
-    """They find machines and leftovers of other machines; cleanup asks before it deletes them."""
+    """The commands find machines and leftovers of other machines; cleanup asks before it deletes them."""
     where = ("--cloud", "azure", "--resource-group", "fruits")
     code, printed = invoke("clusters", "list", *where)
     [one, other] = [line for line in printed.splitlines() if re.search("0{12}|f{12}", line)]

@@ -43,11 +43,11 @@ class OwnCluster(LocalCluster):
         self.built.append(self)
 
     def scale(self, n: int = 0, memory: Any = None, cores: Any = None) -> Any:
-        """Start no workers unless they are to start."""
+        """Start workers only if `starts` is true."""
         return super().scale(n if self.starts else 0, memory, cores)
 
     def close(self, timeout: float | None = None) -> Any:
-        """Close the cluster, then fail if it is not to close."""
+        """Close the cluster, then fail unless `closes` is true."""
         super().close(timeout)
         if not self.closes:
             raise OSError("the server does not answer")
@@ -117,7 +117,7 @@ ENDS = [
 
 @pytest.fixture
 def terminable() -> Any:
-    """Let SIGTERM raise SystemExit, as in the command line."""
+    """Make SIGTERM raise SystemExit, as the command line does."""
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     yield
     signal.signal(signal.SIGTERM, previous)
@@ -164,7 +164,7 @@ def test_cluster_without_workers_says_so(own: str) -> None:
     assert [cluster.status.name for cluster in OwnCluster.built] == ["closed"]
 
 
-def test_cluster_that_cannot_start_so_many_workers_says_so(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_that_cannot_start_all_workers_says_so(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def scale(cluster: OwnCluster, n: int) -> Any:
         if n:
             raise TypeError(f"no host for {n} workers.")

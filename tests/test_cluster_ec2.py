@@ -18,7 +18,7 @@ from typing import Any
 import boto3
 import dask.config
 
-# Its defaults first: where a test's setting creates their section, they vanish with that setting.
+# Load its defaults first: if a test's setting created their section, both would vanish together.
 import dask_cloudprovider.config  # noqa: F401
 import pytest
 from cluster_events import ENDS, PATIENCE_SECONDS, end_in_the_middle, interrupt_self, make_slow_square, wait_until
@@ -239,14 +239,14 @@ def test_volumes_are_encrypted_and_metadata_need_tokens(run: Run) -> None:
 
 @pytest.mark.slow
 def test_security_group_admits_this_machine_alone(run: Run) -> None:
-    """It does so only during the run, and only to the scheduler."""
+    """The group admits it only during the run, and only to the scheduler."""
     assert run.rules == [(8786, 8786, "127.0.0.1/32")]
     assert "RevokeSecurityGroupIngress" in {call.action for call in run.calls}
 
 
 @pytest.mark.slow
-def test_policy_allows_what_is_asked_of_ec2(run: Run) -> None:
-    """The launcher asks for nothing that its policy does not allow, and the policy allows little more."""
+def test_policy_allows_the_requests_to_ec2(run: Run) -> None:
+    """The policy allows each request of the launcher, and little more."""
     places = {"input": {"url": "s3://photos"}, "output": {"url": "s3://results"}}
     config = fruitdask.load_config(places | {"cluster": run.config.model_dump()})
     policy = build_policies(config)["launcher"]
@@ -258,12 +258,12 @@ def test_policy_allows_what_is_asked_of_ec2(run: Run) -> None:
     ]
     assert [question for question in questions if not is_allowed(policy, *question)] == []
     actions = {need.action for need in list_actions(config) if need.action.startswith("ec2:")}
-    # Only for instances that do not start.
+    # It is only for instances that do not start.
     assert actions - {question[0] for question in questions} == {"ec2:GetConsoleOutput"}
 
 
 @pytest.mark.slow
-def test_usage_is_known_also_after_the_end(run: Run) -> None:
+def test_usage_is_still_known_after_the_end(run: Run) -> None:
     """There is one entry per instance, which no longer changes after the end."""
     after = list_usage(run.client)
     assert [(one.instance_type, one.is_spot, one.region) for one in after] == [
@@ -296,7 +296,7 @@ def test_scheduler_that_never_comes_up(cloud: LoopbackEC2) -> None:
 
 @pytest.mark.slow
 def test_image_that_cannot_be_pulled(cloud: LoopbackEC2) -> None:
-    """The end of the instance reveals it, long before the deadline."""
+    """The instance ends, so the client notices long before the deadline."""
     cloud.faults.unpullable = {"nobody/nothing:1"}
     expected = (
         r"scheduler ended before it started to listen: .*nobody/nothing:1.* is \S+ "
@@ -314,7 +314,7 @@ def are_both_running(fleet: Fleet) -> bool:
 
 @pytest.mark.slow
 def test_workers_that_never_come_up(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same deadline holds for the first worker; here it passes as soon as that runs."""
+    """The same deadline applies to the first worker; here it passes as soon as its instance runs."""
     cloud.faults.never_boots = {"worker"}
     monkeypatch.setattr(Fleet, "is_late", property(are_both_running))
     expected = r"no worker started within .*\(600 s\): instance i-\w+ \(m6i.large.*is running"
@@ -395,7 +395,7 @@ def test_missing_resources_are_named(
 
 
 def test_expired_credentials(cloud: LoopbackEC2) -> None:
-    """The first request to EC2 reveals it."""
+    """The first request to EC2 fails, and one sentence says why."""
     cloud.faults.refusals.append(Refusal("RequestExpired", action="DescribeVpcs"))
     with pytest.raises(ClusterStartError, match="log in again"):
         with open_client(configure()):
@@ -479,7 +479,7 @@ def test_ctrl_c_while_the_scheduler_comes_up(cloud: LoopbackEC2, monkeypatch: py
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "expected"), ENDS)
 def test_end_in_the_middle(cloud: LoopbackEC2, what: Callable[[], None], expected: type[BaseException]) -> None:
-    """The cluster is terminated however its block ends while tasks run."""
+    """The cluster is terminated no matter how its block ends while tasks run."""
     end_in_the_middle(open_client(configure()), what, expected)
 
 
@@ -561,7 +561,7 @@ def test_scaling_down_loses_nothing(cloud: LoopbackEC2) -> None:
 @pytest.mark.slow
 def test_adaptive_cluster_grows_and_shrinks(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of workers follows the work, and results of removed workers are kept."""
-    # By default a worker is kept for a minute without work.
+    # By default, an idle worker is kept for a minute.
     monkeypatch.setattr("fruitdask.cluster.cloud._ADAPT", {"interval": "100ms", "wait_count": 2})
     with open_client(configure(adaptive=AdaptiveConfig(minimum=1, maximum=2))) as client:
         futures = client.map(make_slow_square(), range(100))
@@ -600,7 +600,7 @@ def test_gpus_and_modules(cloud: LoopbackEC2) -> None:
         assert "--idle-timeout 1h" in scheduler.user_data and "--no-dashboard" not in scheduler.user_data
 
 
-def test_find_network_takes_what_is_given(cloud: LoopbackEC2) -> None:
+def test_find_network_uses_given_groups_and_subnets(cloud: LoopbackEC2) -> None:
     """Given security groups, nothing is created; the subnet is in the given zone."""
     config = configure(security_groups=["sg-1"], subnet_id=cloud.subnet_id)
     network = find_network(config)

@@ -1,4 +1,4 @@
-"""Clusters with other versions are refused; here real workers and schedulers are made to differ."""
+"""Clusters with other versions are refused; the tests make real workers and schedulers differ."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from fruitdask.cluster.versions import check_versions
 from fruitdask.core.config import AddressClusterConfig
 from fruitdask.errors import ClusterStartError
 
-# Dask warns of the same differences.
+# Dask warns about the same differences.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatched versions found")
 
 PYTHON = "{}.{}.{}".format(*sys.version_info[:3])

@@ -1,4 +1,4 @@
-"""Comparison with a Spark job: Parquet folders that PySpark wrote (tests/data/write_spark.py), against a run."""
+"""Comparison with a Spark job: Parquet folders that PySpark wrote (tests/data/write_spark.py), compared with a run."""
 
 import shutil
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_small_blocks_give_the_same(result: fruitdask.RunResult, monkeypatch: py
     pd.testing.assert_frame_equal(fruitdask.compare(result, str(SPARK / "vectors")).table, expected)
 
 
-def test_what_is_exported_for_spark_agrees(result: fruitdask.RunResult, tmp_path: Path) -> None:
+def test_export_for_spark_agrees(result: fruitdask.RunResult, tmp_path: Path) -> None:
     fruitdask.export(result, tmp_path / "spark", "spark")
     found = fruitdask.compare(result, str(tmp_path / "spark"))
     assert found.agrees and found.table["relative_error"].max() == 0
@@ -95,13 +95,13 @@ def test_match_paths_whatever_the_prefix(prefix: str) -> None:
 
 
 def test_match_paths_by_the_longest_common_ending() -> None:
-    # The folder of the input decides between data sets, and nothing where that has another name.
+    # The name of the input's folder selects the data set; if no folder has that name, paths stay ambiguous.
     theirs = ["s3://b/Test/a/1.jpg", "s3://b/Training/a/1.jpg"]
     assert match_paths(["a/1.jpg"], theirs, root="/data/Test").tolist() == [0, -1]
     assert match_paths(["a/1.jpg"], theirs, root="/data/photos").tolist() == [-2, -2]
     # Spark's paths may be the shorter ones.
     assert match_paths(["x/a/1.jpg", "x/b/1.jpg"], ["b/1.jpg", "1.jpg"]).tolist() == [1, -2]
-    # Neither ends with the other: a folder and a file are enough where nothing else matches, a file alone is not.
+    # If neither path ends with the other, a common folder and file are enough, but a common file alone is not.
     assert match_paths(["x/a/1.jpg", "x/b/1.jpg"], ["s3://y/b/1.jpg", "s3://y/c/1.jpg"]).tolist() == [1, -1]
     assert match_paths(["a/1.jpg"], ["/data/b/1.jpg"]).tolist() == [-1]
     assert match_paths([], ["a.jpg"]).tolist() == [-1] and match_paths(["a.jpg"], []).tolist() == []
@@ -126,7 +126,7 @@ def test_scores_that_are_all_the_same_do_not_agree() -> None:
 @pytest.mark.parametrize(
     ("n_left", "text"), [(0, "all 4 images have"), (3, "4 of 7 images could be compared and have")], ids=["all", "some"]
 )
-def test_judge_features_says_how_many_images_it_is_about(n_left: int, text: str) -> None:
+def test_judge_features_says_how_many_images_it_compares(n_left: int, text: str) -> None:
     status = ["compared"] * 4 + ["only_run"] * n_left
     numbers = {"cosine": 1.0, "relative_error": 0.0, "path": "x"}
     agrees, verdict = judge_features(pd.DataFrame({"status": status}).assign(**numbers))
@@ -143,7 +143,7 @@ def test_align_scores_finds_signs_and_offsets() -> None:
     assert aligned.image_errors.argmax() == 2
 
 
-def test_what_is_missing_on_one_side_is_counted(tiny_model: ModelConfig, finish: Finish, tmp_path: Path) -> None:
+def test_images_missing_on_one_side_are_counted(tiny_model: ModelConfig, finish: Finish, tmp_path: Path) -> None:
     names = [f"fig/{number}.png" for number in range(8)]
     draw(tmp_path / "in", *names)
     features = compute_colours(tmp_path / "in", names)

@@ -877,7 +877,7 @@ def test_load_config_refuses_to_plot_missing_components(tmp_path: Path) -> None:
 
 
 def explain(tmp_path: Path, text: str, *overrides: str) -> list[str]:
-    """Load a wrong configuration; returns the lines of the message, without the folder of the file."""
+    """Load an invalid configuration; returns the lines of the message, without the folder of the file."""
     with pytest.raises(ConfigError, match=".") as caught:
         load_config(write(tmp_path, text), overrides=overrides)
     return str(caught.value).replace(f"{tmp_path}/", "").split("\n")

@@ -1,4 +1,4 @@
-"""Costs, against arithmetic by hand and AWS's own examples."""
+"""Costs, compared with arithmetic by hand and AWS's own examples."""
 
 import pytest
 
@@ -52,7 +52,7 @@ def test_find_hourly_price(
         ("g5.2xlarge", "us-east-1", None),
     ],
 )
-def test_sizes_of_a_family_cost_what_the_price_list_says(name: str, region: str, expected: float | None) -> None:
+def test_costs_of_all_sizes_of_a_family_equal_the_price_list(name: str, region: str, expected: float | None) -> None:
     assert find_hourly_price(name, region=region, is_spot=False) == pytest.approx(expected)
 
 
@@ -67,7 +67,7 @@ def test_the_types_taken_by_default_have_a_price(region: str) -> None:
     [(0, 60), (1, 60), (60, 60), (61, 61), (7201.5, 7201.5)],
     ids="nothing short a-minute 61 hours".split(),
 )
-def test_instances_are_billed_by_the_second_and_a_minute_at_least(seconds: float, billed: float) -> None:
+def test_instances_are_billed_by_the_second_for_at_least_a_minute(seconds: float, billed: float) -> None:
     cost = compute_cost([Usage("m6i.large", False, "us-east-1", seconds)], volume_gb=100, has_address=True)
     assert cost.instances == pytest.approx(0.096 / 3600 * billed)
     assert cost.volumes == pytest.approx(0.0952 * 100 / (30 * 86400) * billed)
@@ -75,7 +75,7 @@ def test_instances_are_billed_by_the_second_and_a_minute_at_least(seconds: float
     assert cost.dollars == pytest.approx(cost.instances + cost.volumes + cost.addresses)
 
 
-def test_volume_costs_what_the_example_of_aws_says() -> None:
+def test_cost_of_a_volume_equals_the_example_of_aws() -> None:
     """2,000 GB for 12 hours of a 30-day month, by the price of a GB here: https://aws.amazon.com/ebs/pricing, example
     1.
     """

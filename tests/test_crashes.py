@@ -47,9 +47,7 @@ def find_change(event: str, arguments: tuple[Any, ...], folder: str) -> str | No
 
 
 def leave_half(event: str, path: str) -> None:
-    """Leave what a process leaves that is killed while it writes: a file that is there but empty, or half of one that
-    is to be renamed.
-    """
+    """Leave what a process leaves if it is killed while it writes: an empty file, or half of a file to be renamed."""
     if event == "open" and not os.path.exists(path):
         open(path, "xb").close()
     elif event in ("os.rename", "os.link") and os.path.isfile(path):
@@ -57,7 +55,7 @@ def leave_half(event: str, path: str) -> None:
 
 
 def die_at(number: int, folder: str, *, is_half: bool) -> None:
-    """Let this process kill itself at the change of this number."""
+    """Make this process kill itself at the n-th change."""
     n_changes = 0
 
     def look(event: str, arguments: tuple[Any, ...]) -> None:
@@ -75,7 +73,7 @@ def die_at(number: int, folder: str, *, is_half: bool) -> None:
 
 
 def record(folder: str, log: str) -> None:
-    """Let this process write down what it changes."""
+    """Make this process record what it changes."""
 
     def look(event: str, arguments: tuple[Any, ...]) -> None:
         path = find_change(event, arguments, folder)
@@ -95,13 +93,13 @@ def run_in_one_process(config: Config) -> None:
 
 
 def run_and_die(config: Config, number: int, is_half: bool) -> None:
-    """Run until the change of this number."""
+    """Run until the n-th change."""
     die_at(number, config.output.url, is_half=is_half)
     run_in_one_process(config)
 
 
 def run_and_record(config: Config, log: str) -> None:
-    """Run, and write down what is changed."""
+    """Run, and record the changes."""
     record(config.output.url, log)
     run_in_one_process(config)
 
@@ -138,7 +136,7 @@ class Scene:
         self.files = hash_files(Path(config.output.url))
 
     def start(self, function: Any, *arguments: Any) -> int:
-        """Call a function in a process of its own; gives its exit code."""
+        """Call a function in a process of its own; returns its exit code."""
         self._forker.send((function, arguments))
         assert self._forker.poll(PATIENCE_SECONDS)
         code: int = self._forker.recv()
@@ -160,7 +158,9 @@ class Scene:
         )
 
     def check(self, config: Config, before: dict[str, str]) -> None:
-        """Run again where it was killed; the results are those of an undisturbed run, and committed files untouched."""
+        """Run again after a kill; check that results equal those of an undisturbed run, and committed files are
+        untouched.
+        """
         result = fruitdask.run(config, client=self.client)
         pd.testing.assert_frame_equal(result.table, self.undisturbed.table)
         np.testing.assert_array_equal(result.features.compute(), self.undisturbed.features.compute())
@@ -186,7 +186,7 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def is_kept(name: str) -> bool:
-    """Tell whether a file says nothing of when and where a run was."""
+    """Tell whether a file does not depend on time and place of a run."""
     return name.startswith(
         ("features.zarr/features/c", "features.zarr/status/c", "partitions/", "results.", "pca.zarr/mean")
     )
@@ -196,7 +196,7 @@ def is_kept(name: str) -> bool:
 def scene(
     sample_folder: Path, tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory, client: Any
 ) -> Iterator[Scene]:
-    """An undisturbed run, and what it changed in which order."""
+    """An undisturbed run, and its changes in order."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=fork_calls, args=(theirs,))
@@ -208,7 +208,7 @@ def scene(
         process.join()
 
 
-def test_no_file_is_written_under_its_own_name(scene: Scene) -> None:
+def test_files_are_written_under_a_temporary_name(scene: Scene) -> None:
     assert len(scene.changes) > 100
     opened = [path for event, path in scene.changes if event == "open"]
     assert [path for path in opened if not path.endswith((".part", ".partial"))] == []
@@ -218,7 +218,7 @@ def test_no_file_is_written_under_its_own_name(scene: Scene) -> None:
 @given(share=st.floats(0, 1), is_half=st.booleans())
 def test_run_killed_at_any_change_is_repaired_by_the_next(scene: Scene, share: float, is_half: bool) -> None:
     config = scene.make_config()
-    # Threads come in another order each time, and some changes fewer.
+    # The order of threads differs each time, and there may be fewer changes.
     number = 1 + int(share * 0.97 * len(scene.changes))
     assert scene.start(run_and_die, config, number, is_half) == -signal.SIGKILL
     scene.check(config, hash_files(Path(config.output.url)))

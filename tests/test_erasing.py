@@ -54,7 +54,7 @@ def source(drawn: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_config(tiny_model: ModelConfig, source: Path, tmp_path: Path) -> MakeConfig:
-    """Make the configuration of a run of the tiny model, in partitions of 5, with settings of a test's own."""
+    """Make the configuration of a run of the tiny model, in partitions of 5, with the settings of a test."""
     lenient = {"images_per_partition": 5, "max_failed_fraction": 0.2}
     return lambda **sections: configure(source, tmp_path / "out", tiny_model, **{"featurize": lenient} | sections)
 
@@ -112,25 +112,25 @@ def find_colour(output: Location) -> set[str]:
 
 
 def has_colour(pixels: np.ndarray) -> bool:
-    """Tell whether any pixel is of the planted colour, but for what compression does to it."""
+    """Tell whether any pixel has the planted colour, apart from errors of compression."""
     return bool((np.abs(pixels[..., :3].astype(int) - PLANTED).max(axis=-1) < 30).any())
 
 
 @pytest.mark.slow
-def test_erase_leaves_nothing_and_all_else_is_as_in_a_run_without(
+def test_erase_leaves_no_trace_and_the_rest_equals_a_run_without_the_images(
     make_config: MakeConfig, client: Any, places: dict[str, Any], tmp_path: Path, source: Path
 ) -> None:
-    # Figures and page are made on this machine, wherever they are written.
+    # Figures and page are made on this machine, wherever the output is.
     pictures = () if places else ("plots", "report")
     shown = dict.fromkeys(("explore", "quality", *pictures), ON)
     if places:
-        # Each partition is some twenty requests.
+        # Each partition takes some twenty requests.
         shown["featurize"] = {"images_per_partition": 10}
     config = make_config(**places | shown)
     output = Location(config.output.url, config.output.storage_options)
     before = fruitdask.run(config, client=client)
     features, table = before.features.compute(), before.table
-    # What looks for traces finds some.
+    # Before erasing, the searches for traces find some.
     assert {text for _, text in find_texts(output, *SECRETS, "jane_doe")} == {*SECRETS, "jane_doe"}
     assert find_colour(output) >= {"thumbnails", "means", *(("examples.png", "report.html") if pictures else ())}
 
@@ -167,7 +167,7 @@ def test_erase_leaves_nothing_and_all_else_is_as_in_a_run_without(
 
 
 @pytest.mark.slow
-def test_store_has_the_bytes_of_a_run_without(
+def test_store_equals_that_of_a_run_without_the_images(
     make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path, source: Path
 ) -> None:
     finish(make_config())
@@ -186,7 +186,7 @@ def test_store_has_the_bytes_of_a_run_without(
 
 
 @pytest.mark.parametrize("way", ["deleted", "excluded"])
-def test_run_goes_on_where_erased_images_are_gone(
+def test_run_does_nothing_if_erased_images_are_gone(
     make_config: MakeConfig, finish: Finish, client: Any, source: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     finish(make_config(explore={"enabled": True}))
@@ -230,7 +230,7 @@ def test_erasing_twice_adds_up(make_config: MakeConfig, finish: Finish) -> None:
         fruitdask.run(make_config())
 
 
-def test_erase_takes_a_path_by_its_name_and_says_what_it_does_not_find(
+def test_erase_takes_paths_literally_and_names_what_it_does_not_find(
     make_config: MakeConfig, finish: Finish, source: Path
 ) -> None:
     # Browsers and scanners number files in brackets, which would match jane_doe/face1.png.
@@ -289,7 +289,7 @@ def test_erase_after_the_images_were_deleted(make_config: MakeConfig, finish: Fi
     assert fruitdask.run(make_config()).n_computed == 0
 
 
-def test_images_that_were_changed_are_not_taken_for_those_of_the_run(
+def test_changed_images_are_not_mistaken_for_those_of_the_run(
     make_config: MakeConfig, finish: Finish, source: Path
 ) -> None:
     finish(make_config())
@@ -338,7 +338,7 @@ def test_erase_an_image_that_failed(make_config: MakeConfig, client: Any, source
     assert list(pd.read_csv(tmp_path / "out" / "failures.csv")["path"]) == ["pear_1/r0_1.jpg"]
 
 
-def test_erase_takes_the_working_files_of_an_interrupted_exploration(
+def test_erase_deletes_working_files_of_an_interrupted_exploration(
     make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish(make_config())
@@ -358,7 +358,7 @@ def test_erase_takes_the_working_files_of_an_interrupted_exploration(
     assert result is not None and result.exploration is not None and len(result.exploration.images) == 23
 
 
-def test_leftovers_of_killed_writers_go_too(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:
+def test_leftovers_of_killed_writers_are_deleted_too(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:
     finish(make_config())
     names = [f"results.csv.{'0a' * 16}.part", f"figures/examples.png.{'0a' * 16}.part", "notes.part"]
     (tmp_path / "out" / "figures").mkdir()
@@ -398,7 +398,7 @@ def test_erase_needs_a_run(make_config: MakeConfig, client: Any, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_erase_tells_of_older_versions(
+def test_erase_reports_older_versions(
     make_config: MakeConfig, finish: Finish, s3_bucket: tuple[str, dict[str, Any]], s3_client: Any, tmp_path: Path
 ) -> None:
     bucket, options = s3_bucket
@@ -406,7 +406,7 @@ def test_erase_tells_of_older_versions(
     finish(make_config())
     for path in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
         s3_client.upload_file(str(path), bucket, path.relative_to(tmp_path).as_posix())
-    # Had it kept versions all the time, moto would list folders of deleted objects, as S3 does not.
+    # If it had kept versions from the start, moto would list folders of deleted objects, which S3 does not.
     s3_client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Suspended"})
     assert fruitdask.erase(config, PATTERNS).keeps_versions
     s3_client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
@@ -418,7 +418,7 @@ def test_erase_tells_of_older_versions(
     [(["--yes"], "", 0), ([], "y\n", 0), ([], "n\n", 1), ([], "", 1)],
     ids=["--yes", "yes", "no", "no answer"],
 )
-def test_command_asks_and_names_nobody(
+def test_command_asks_and_prints_no_names(
     make_config: MakeConfig, finish: Finish, tmp_path: Path, arguments: list[str], answer: str, exit_code: int
 ) -> None:
     finish(make_config())
@@ -433,9 +433,8 @@ def test_command_asks_and_names_nobody(
     assert (find_texts(Location(str(tmp_path / "out")), "jane_doe") == set()) == (exit_code == 0)
 
 
-#: Erases with one process after another, each of which is killed a step later than the one before it: a step is
-#: anything that changes
-#: files. What is left must be the run as it was, or be finished by the next command.
+#: Erases with one process after another, each of which is killed a step later than the one before it: a step is any
+#: change of files. What is left must be the run as it was, or be finished by the next command.
 _KILLED = """
 import json, os, shutil, sys
 from pathlib import Path
@@ -507,7 +506,7 @@ print(len(found), sum(found))
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_it_has_not_happened_or_is_finished(
+def test_erase_killed_at_any_step_has_no_effect_or_is_finished(
     make_config: MakeConfig, finish: Finish, tmp_path: Path
 ) -> None:
     finish(make_config(explore={"enabled": True}))
@@ -520,7 +519,7 @@ def test_killed_at_any_step_it_has_not_happened_or_is_finished(
     assert n_finished > 4 and n_tries - n_finished > 4
 
 
-def test_erase_from_a_limited_run_takes_no_other_image_instead(make_config: MakeConfig, finish: Finish) -> None:
+def test_erase_from_a_limited_run_adds_no_other_image(make_config: MakeConfig, finish: Finish) -> None:
     limited = {"limit": 14}
     before = finish(make_config(input=limited)).table
     path = before["path"][0]

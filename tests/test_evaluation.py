@@ -1,4 +1,4 @@
-"""Quality of features, held against scikit-learn, brute force and closed forms."""
+"""Quality of features, compared with scikit-learn, brute force and closed forms."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def draw_features(n_images: int, n_features: int = 24, *, n_classes: int = 4, se
 
 
 def measure_distances(features: Array, metric: str) -> Array:
-    """Measure all distances in float64 by their definitions, each row's to itself infinite."""
+    """Measure all distances in float64 by their definitions; that of a row to itself is infinite."""
     rows = features.astype(np.float64)
     if metric == "cosine":
         rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -50,7 +50,7 @@ def summarize(
 ) -> dict[str, Any]:
     features = np.asarray(features, np.float32).reshape(len(labels), -1 if len(labels) else 3)
     quality = summarize_quality(features, labels, n_neighbors=n_neighbors, metric=metric, groups=groups)
-    # What JSON cannot say is refused, and what it says is what there was.
+    # JSON refuses NaN, and returns all other values unchanged.
     assert json.loads(json.dumps(quality, allow_nan=False)) == quality
     return quality
 
@@ -84,7 +84,7 @@ def test_find_neighbors_of_equal_rows_leaves_out_each_row() -> None:
 
 
 @pytest.mark.parametrize(("n_images", "shape"), [(0, (0, 0)), (1, (1, 0)), (2, (2, 1)), (4, (4, 3))], ids=str)
-def test_find_neighbors_takes_fewer_where_there_are_not_so_many(n_images: int, shape: tuple[int, int]) -> None:
+def test_find_neighbors_returns_fewer_if_there_are_not_enough(n_images: int, shape: tuple[int, int]) -> None:
     found = find_neighbors(draw_features(n_images)[0], n_neighbors=5, metric="euclidean")
     assert found.shape == shape and found.dtype == np.int64
 
@@ -160,7 +160,7 @@ def test_summarize_quality_confusion_equals_sklearn_leave_one_out() -> None:
     assert list(found["by_class"].values()) == pytest.approx(np.diag(expected).tolist())
 
 
-def test_summarize_quality_of_two_pairs_is_what_one_computes_by_hand() -> None:
+def test_summarize_quality_of_two_pairs_equals_computation_by_hand() -> None:
     quality = summarize([0, 1, 8, 10], ["a", "a", "b", "b"], n_neighbors=2)
     # Silhouettes: 1 - 1/9, 1 - 1/8, 1 - 2/7.5, 1 - 2/9.5.
     expected = {"a": 1 - (1 / 9 + 1 / 8) / 2, "b": 1 - (2 / 7.5 + 2 / 9.5) / 2}
@@ -178,7 +178,7 @@ def test_summarize_quality_of_two_pairs_is_what_one_computes_by_hand() -> None:
 def test_summarize_quality_of_very_many_classes_tabulates_those_that_are_confused() -> None:
     labels = np.repeat([f"class {number:03}" for number in range(400)], 2)
     features = np.repeat(np.arange(400.0), 2)[:, np.newaxis] * 1000 + np.tile([0.0, 1.0], 400)[:, np.newaxis]
-    # The last two classes have each other's places.
+    # The last two classes are swapped.
     labels[[-1, -3]] = labels[[-3, -1]]
     quality = summarize(features, labels, n_neighbors=1)
     assert len(quality["neighbors"]["by_class"]) == 400
@@ -251,7 +251,7 @@ def test_grouped_agreement_equals_sklearn_leave_one_group_out(metric: str) -> No
     assert found["by_class"] == pytest.approx(
         {label: (predicted == labels)[labels == label].mean() for label in set(labels)}
     )
-    # Those without groups stay what they are.
+    # Figures without groups stay the same.
     assert {name: quality[name] for name in ("silhouette", "neighbors")} == summarize(
         features, labels, n_neighbors=1, metric=metric
     )
@@ -270,7 +270,7 @@ def test_grouped_silhouette_equals_its_definition() -> None:
     assert found["mean"] == pytest.approx(np.mean(values), abs=1e-6)
 
 
-def test_images_of_one_object_do_not_vouch_for_each_other() -> None:
+def test_images_of_one_object_are_no_neighbours() -> None:
     # Two objects a class; each object's images are nearer to those of the other class's object than to its own class.
     features = [0.0, 0.1, 10.0, 10.1, 0.3, 0.4, 10.3, 10.4]
     quality = summarize(features, list("aaaabbbb"), n_neighbors=1, groups=list("11223344"))
@@ -278,12 +278,12 @@ def test_images_of_one_object_do_not_vouch_for_each_other() -> None:
     assert quality["grouped"]["neighbors"]["agreement"] == 0
     assert quality["grouped"]["silhouette"]["mean"] < quality["silhouette"]["mean"]
     assert quality["grouped"]["n_groups"] == 4 and quality["grouped"]["n_groups_across_classes"] == 0
-    # The same numbers in both classes, as where the name of a group lacks its class.
+    # Both classes have the same group numbers, as if names of groups lacked the class.
     assert summarize(features, list("aaaabbbb"), groups=list("11221132"))["grouped"]["n_groups_across_classes"] == 2
 
 
 @pytest.mark.parametrize("is_grouped", [False, True], ids=["images", "groups"])
-def test_agreement_by_chance_is_that_of_features_that_say_nothing(is_grouped: bool) -> None:
+def test_agreement_by_chance_is_that_of_random_features(is_grouped: bool) -> None:
     random = np.random.default_rng(0)
     labels, groups = np.array(["a"] * 900 + ["b"] * 100), np.repeat(np.arange(200), 5).astype(str)
     quality = summarize(random.normal(size=(1000, 8)), labels, n_neighbors=20, groups=groups if is_grouped else None)
@@ -294,7 +294,7 @@ def test_agreement_by_chance_is_that_of_features_that_say_nothing(is_grouped: bo
     assert neighbors["chance"] == pytest.approx((0.9 * n_same[0] + 0.1 * n_same[1]) / n_same[2])
 
 
-def test_a_class_of_one_group_has_no_figure_and_is_left_out_of_the_mean() -> None:
+def test_a_class_of_one_group_has_no_figure_and_is_excluded_from_the_mean() -> None:
     grouped = summarize([0, 1, 8, 9], list("aabb"), n_neighbors=1, groups=["x", "y", "z", "z"])["grouped"]
     assert grouped["classes_of_one_group"] == ["b"]
     assert grouped["neighbors"]["by_class"] == {"a": 1, "b": None} and grouped["neighbors"]["agreement"] == 1
@@ -337,7 +337,7 @@ def test_find_series_names_the_series(template: str, series: str) -> None:
     ]
 
 
-def test_find_series_says_nothing_where_names_say_nothing() -> None:
+def test_find_series_finds_nothing_in_other_names() -> None:
     rng = np.random.default_rng(0)
     numbered = [f"a/{n}.jpg" for n in range(200)]
     following = np.minimum(np.arange(200) + 1, 199)
@@ -355,7 +355,7 @@ def test_find_series_says_nothing_where_names_say_nothing() -> None:
     metric=st.sampled_from(METRICS),
     seed=st.integers(0, 1000),
 )
-def test_summarize_quality_keeps_its_promises(
+def test_summarize_quality_is_consistent_and_ignores_order_rotation_and_scale(
     n_images: int, n_classes: int, n_neighbors: int, metric: str, seed: int
 ) -> None:
     features, labels = draw_features(n_images, 6, n_classes=n_classes, seed=seed)
@@ -366,7 +366,7 @@ def test_summarize_quality_keeps_its_promises(
     assert list(neighbors["by_class"].values()) == pytest.approx(np.diag(share).tolist())
     sizes = [(labels == label).sum() for label in confusion["labels"]]
     assert neighbors["agreement"] == pytest.approx(np.average(np.diag(share), weights=sizes))
-    # Neither the order of the images nor a turn of the space, nor a scale changes who is near whom.
+    # Order of the images, rotation and scale change no neighbours.
     rng = np.random.default_rng(seed)
     order = rng.permutation(n_images)
     turn = np.linalg.qr(rng.normal(size=(6, 6)))[0]
@@ -401,7 +401,7 @@ def test_explain_variance_counts_as_sklearn_does(n_features: int) -> None:
     ],
     ids=["nothing", "too little", "some", "all in one", "more than, not as much as"],
 )
-def test_explain_variance_says_none_where_the_known_do_not_reach(ratio: list[float], counts: list[int | None]) -> None:
+def test_explain_variance_returns_none_beyond_the_components(ratio: list[float], counts: list[int | None]) -> None:
     found = explain_variance(ratio)
     assert found == {"ratio": ratio, "n_components": dict(zip(["0.8", "0.9", "0.95", "0.99"], counts, strict=True))}
 

@@ -1,4 +1,4 @@
-"""Exploration, held against brute force, Pillow and published figures."""
+"""Exploration, compared with brute force, Pillow and published figures."""
 
 import io
 import itertools
@@ -47,7 +47,7 @@ PUBLISHED = {
 def run_here(
     client: Any, function: Any, pieces: Any, *, delivered: Any, on_result: Callable[[Any], None], probe: Any = None
 ) -> None:
-    """Run tasks in this process, the last ones first, on copies as a cluster would."""
+    """Run tasks in this process, the last ones first, on copies, as on a cluster."""
     for piece in reversed(list(pieces)):
         on_result(pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps((piece, delivered)))))))
 
@@ -61,7 +61,7 @@ def explore_here(
     labels: Sequence[str] | None = None,
     **settings: Any,
 ) -> Exploration:
-    """Explore a folder without a cluster, its images in the order of their paths with other labels if there are any."""
+    """Explore a folder without a cluster, its images in the order of their paths, with other labels if given."""
     tree = {"input": {"url": str(folder)}, "output": {"url": str(output)}, "explore": {"input_px": px} | settings}
     if labels is not None:
         table = folder.parent / f"{output.name}.csv"
@@ -131,7 +131,7 @@ def test_mean_squared_difference_is_the_mean_over_all_pairs(images: list[bytes],
 def test_sums_of_a_class_do_not_overflow() -> None:
     pixels = np.full((1, 2, 2, 3), 255, np.uint8)
     total, more = (ClassSums.measure(pixels, pixels) for _ in range(2))
-    # As of 16 million white images each: together they are beyond 32 bits.
+    # As for 16 million white images each: together they exceed 32 bits.
     for sums in (total, more):
         sums.pixels = np.full_like(sums.pixels, 16_000_000 * 255)
     total.add(more)
@@ -153,7 +153,7 @@ def test_mean_squared_difference_loses_nothing_where_images_hardly_differ() -> N
     pixels = np.full((200, 224, 224, 3), 250, np.uint8)
     pixels[0, 0, 0, 0] = 251
     sums = ClassSums.measure(pixels, pixels[:, :1, :1])
-    # Of the pairs, those with the first image differ, by 1 in one of the values.
+    # Only pairs with the first image differ, by 1 in one of the values.
     assert mean_squared_difference(sums, scale="bytes") == pytest.approx(2 / 200 / pixels[0].size, rel=1e-12)
 
 
@@ -239,7 +239,7 @@ def test_explore_finds_what_is_in_the_files(tmp_path: Path) -> None:
     assert len(found.thumbnails) == len(found.thumbnail_rows) == 3 and len(found.means) == 3
 
 
-def test_find_background_is_what_looks_like_an_edge_of_one_colour() -> None:
+def test_find_background_finds_the_colour_of_a_uniform_edge() -> None:
     random = np.random.default_rng(0)
     apple = np.full((64, 64, 3), 245, np.uint8)
     apple[20:44, 20:44] = (180, 40, 30)
@@ -247,14 +247,14 @@ def test_find_background_is_what_looks_like_an_edge_of_one_colour() -> None:
     photograph = random.integers(0, 256, (64, 64, 3), np.uint8)
     noisy = apple - random.integers(0, 12, apple.shape, np.uint8)
     found = find_background(np.stack([apple, noisy, photograph, np.full_like(apple, 90)]))
-    # A highlight as white as the background counts as such.
+    # A highlight as white as the background counts as background.
     expected = (apple > 200).all(axis=2)
     np.testing.assert_array_equal(found, [expected, expected, np.zeros_like(expected), np.zeros_like(expected)])
     sums = ClassSums.measure(apple[None], apple[None])
     assert np.flatnonzero(sums.colours).tolist() == [(180 // 32) * 64 + (40 // 32) * 8] and sums.colours.max() == 560
 
 
-def test_explored_tables_and_thumbnails_are_of_the_images(sample_folder: Path, tmp_path: Path) -> None:
+def test_explored_tables_and_thumbnails_match_the_images(sample_folder: Path, tmp_path: Path) -> None:
     found = explore_here(sample_folder, tmp_path, max_thumbnails=7)
     assert list(found.images["path"]) == list_paths(sample_folder)
     # Besides the 7 that were asked for, the most and the least typical of each of the 6 classes.
@@ -271,7 +271,7 @@ def test_explored_tables_and_thumbnails_are_of_the_images(sample_folder: Path, t
         np.testing.assert_array_equal(found.thumbnails[place], thumbnail)
 
 
-def test_explore_again_looks_at_nothing(sample_folder: Path, client: Any, tmp_path: Path) -> None:
+def test_exploring_again_opens_no_images(sample_folder: Path, client: Any, tmp_path: Path) -> None:
     config = make_config(sample_folder, tmp_path / "out", **{"explore.input_px": 32})
     first = fruitdask.explore(config, client=client)
     marked = (tmp_path / "out" / "explore.parquet").stat().st_mtime_ns
@@ -309,7 +309,7 @@ def test_group_near_duplicates_equals_comparing_all(max_bits: int) -> None:
             flipped ^= np.uint64(1) << column.astype(np.uint64)
         values = np.concatenate([values, flipped])
     values = rng.permutation(values)
-    # A hash of an image that cannot be read is none, whatever it is.
+    # The hash of an image that cannot be read is ignored, whatever it is.
     is_known = np.arange(len(values)) % 9 > 0
     found = group_near_duplicates(values, is_known, max_bits=max_bits)
     assert (found[~is_known] == -1).all()
@@ -324,7 +324,7 @@ def test_group_near_duplicates_equals_comparing_all(max_bits: int) -> None:
     assert 0 < groups.nunique() < len(values)
 
 
-def test_near_duplicates_are_the_same_picture_saved_otherwise(sample_folder: Path, tmp_path: Path) -> None:
+def test_near_duplicates_are_the_same_picture_saved_differently(sample_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     for number, path in enumerate(sorted(sample_folder.glob("*/r0_0.jpg"))):
         with Image.open(path) as image:
@@ -357,7 +357,7 @@ def test_black_images_have_black_means_and_thumbnails(tmp_path: Path) -> None:
     assert found.means.max() == found.thumbnails.max() == 0
 
 
-def test_images_that_cannot_be_read_are_all_that_there_is(tmp_path: Path, client: Any) -> None:
+def test_explore_without_a_readable_image(tmp_path: Path, client: Any) -> None:
     (tmp_path / "in" / "a").mkdir(parents=True)
     for number in range(3):
         (tmp_path / "in" / "a" / f"{number}.jpg").write_bytes(b"no image")
@@ -394,7 +394,7 @@ def test_explore_refuses_the_folder_of_another_exploration(sample_folder: Path, 
     assert len(fruitdask.explore(again, client=client).images) == 7
 
 
-def test_group_near_duplicates_takes_many_that_are_all_alike() -> None:
+def test_group_near_duplicates_handles_many_equal_images() -> None:
     rng = np.random.default_rng(0)
     centre = rng.integers(0, 2**64, dtype=np.uint64)
     flips = np.uint64(1) << rng.integers(0, 64, (3000, 3), dtype=np.uint64)
@@ -449,7 +449,7 @@ def check_classes(found: Exploration, expected: pd.DataFrame) -> None:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of noise, each darker or lighter, of which some cannot be read."""
+    """Images of noise, each darker or lighter, some of which cannot be read."""
     folder, random = tmp_path_factory.mktemp("mixed") / "in", np.random.default_rng(0)
     folder.mkdir()
     for number in range(400):
@@ -497,7 +497,7 @@ def test_classes_in_several_blocks_are_those_of_a_plain_exploration(
         patch.setitem(explore_here.__globals__, "run_here", run_and_count)
         found = explore_here(mixed, tmp_path / "out", images_per_partition=50, px=16, thumbnail_px=16, labels=labels)
     check_classes(found, explore_plainly(mixed, labels, px=16, thumbnail_px=16))
-    # Each class is in one block, and a block does not read more than it may.
+    # Each class is in one block, and no block exceeds its limit of sums.
     assert len(blocks) > 5 and [block.start for block in blocks] == [0, *(block.stop for block in blocks[:-1])]
     assert blocks[-1].stop == 300 and all(len(block.codes) <= 64 for block in blocks)
 
@@ -558,7 +558,7 @@ def interrupt_after(n_partitions: int, config: Config, client: Any) -> set[int]:
 def test_interrupted_exploration_reads_no_finished_partition_again(
     mixed: Path, tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # So many that a slow interruption does not find all of them done.
+    # Enough that a slow interruption does not find all of them done.
     size, n_partitions = 8, 50
     monkeypatch.setattr(explore_module, "choose_partition_size", lambda n_images: size)
     folder = shutil.copytree(mixed, tmp_path / "in")
@@ -566,7 +566,7 @@ def test_interrupted_exploration_reads_no_finished_partition_again(
     whole = fruitdask.explore(make_config(folder, tmp_path / "whole", **{"explore.input_px": 16}), client=client)
     done = interrupt_after(3, config, client)
     assert 3 <= len(done) < n_partitions
-    # An image that is read again would be seen, for it is another one now; catalogs know files by size and age.
+    # Reading an image again would show, as its content has changed; catalogs identify files by size and age.
     for path in (folder / f"{row:03d}.png" for row in range(400) if row // size in done):
         data, age = path.read_bytes(), path.stat().st_mtime_ns
         path.write_bytes(b"x" * len(data))
@@ -578,7 +578,7 @@ def test_interrupted_exploration_reads_no_finished_partition_again(
     assert not (tmp_path / "out" / "exploring").exists()
 
 
-def test_other_settings_take_nothing_of_an_interrupted_exploration(mixed: Path, tmp_path: Path, client: Any) -> None:
+def test_other_settings_reuse_nothing_of_an_interrupted_exploration(mixed: Path, tmp_path: Path, client: Any) -> None:
     interrupt_after(3, make_config(mixed, tmp_path / "out", **{"explore.input_px": 16}), client)
     found, fresh = (
         fruitdask.explore(make_config(mixed, tmp_path / name, **{"explore.input_px": 24}), client=client)
@@ -591,7 +591,7 @@ def test_other_settings_take_nothing_of_an_interrupted_exploration(mixed: Path, 
 @pytest.mark.parametrize(
     ("kind", "damage"), [("rows", "flipped"), ("sums", "cut"), ("thumbnails", "flipped"), ("thumbnails", "lost")]
 )
-def test_damaged_working_file_is_said_once_and_explored_again(
+def test_damaged_working_file_is_reported_once_and_explored_again(
     mixed: Path, tmp_path: Path, client: Any, kind: str, damage: str
 ) -> None:
     config = make_config(mixed, tmp_path / "out", **{"explore.input_px": 16, "explore.thumbnail_px": 16})

@@ -61,7 +61,7 @@ def finished(make_config: MakeConfig, finish: Finish) -> fruitdask.RunResult:
 
 @pytest.fixture
 def result(finished: fruitdask.RunResult, monkeypatch: pytest.MonkeyPatch) -> fruitdask.RunResult:
-    """The finished run, of which each partition is a block."""
+    """The finished run, in which each partition is a block."""
     monkeypatch.setattr(export, "BLOCK_BYTES", 1)
     return finished
 
@@ -109,7 +109,7 @@ def test_embedding_atlas_reads_images_on_the_map(result: fruitdask.RunResult, tm
 
 
 @pytest.mark.slow
-def test_the_map_is_of_components_where_tsne_is_of_a_sample(
+def test_the_map_shows_components_if_tsne_has_only_a_sample(
     make_config: MakeConfig, finish: Finish, tmp_path: Path
 ) -> None:
     tsne = {"enabled": True, "perplexity": 3, "max_rows": 11}
@@ -120,7 +120,7 @@ def test_the_map_is_of_components_where_tsne_is_of_a_sample(
     np.testing.assert_array_equal(found["projection_x"], result.table["pca_1"].dropna())
 
 
-def test_a_map_needs_two_components_and_others_none(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:
+def test_only_the_map_needs_two_components(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:
     result = finish(make_config("stored", **OFF))
     with pytest.raises(OutputError, match="at least two principal components for a map, found fewer; run it with"):
         fruitdask.export(result, tmp_path / "atlas.parquet", "embedding-atlas")
@@ -245,7 +245,7 @@ def test_writers_hold_one_block_at_a_time(to: str, tmp_path: Path) -> None:
 
     def draw_blocks() -> Iterator[Block]:
         for number in range(8):
-            # A loop of the writer still names the one before.
+            # A loop of the writer still refers to the previous block.
             assert sum(each() is not None for each in seen) <= 1
             block = draw_block(number)
             seen.append(weakref.ref(block))
@@ -257,7 +257,7 @@ def test_writers_hold_one_block_at_a_time(to: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_nothing_remains_of_an_export_that_failed(to: str, copied: fruitdask.RunResult, tmp_path: Path) -> None:
+def test_failed_export_leaves_nothing(to: str, copied: fruitdask.RunResult, tmp_path: Path) -> None:
     if to == "lance":
         pytest.importorskip("lance", reason="needs pylance")
     chunk = tmp_path / "out" / "features.zarr" / "features" / "c" / "1" / "0"

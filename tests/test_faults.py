@@ -1,5 +1,5 @@
-"""Runs that lose workers, their command, or an image to which no process is equal; `chaos/fault_runs.py` does it by the
-hundred.
+"""Runs whose workers, or command, are killed, or that meet an image that kills each process; `chaos/fault_runs.py`
+makes hundreds of them.
 """
 
 import os
@@ -50,7 +50,7 @@ def test_nothing_is_lost(scene: Scene, kind: str) -> None:
     [(1, os.killpg), (2, os.kill)],
     ids=["as a terminal does", "twice, the command alone"],
 )
-def test_ctrl_c_ends_everything_and_says_how_to_go_on(
+def test_ctrl_c_ends_everything_and_says_how_to_resume(
     scene: Scene, n_interrupts: int, kill: Callable[[int, int], None]
 ) -> None:
     output = scene.folder / f"interrupted-{n_interrupts}"

@@ -1,6 +1,4 @@
-"""Whole runs on an S3 that fails now and then: nothing is lost, nothing doubled, and what cannot be done is said in one
-sentence.
-"""
+"""Whole runs on an S3 that fails now and then: nothing is lost or doubled, and each failure is one sentence."""
 
 import hashlib
 import io
@@ -27,14 +25,13 @@ from fruitdask.errors import FruitdaskError, PartitionError, StorageError
 from fruitdask.pipeline.results import open_features
 from fruitdask.worker.fetch import ImageSource, Outcome, Stopwatch, read_batches
 
-# Where a connection is reset, aiohttp opens another one within the same attempt, once: such a request arrives twice as
-# often.
+# When a connection is reset, aiohttp opens another one within the same attempt, once: such a request arrives twice.
 
 #: Faults that fail a request.
 FAILING = [kind for kind in KINDS if kind != "delay"]
 #: Images of a run.
 N_IMAGES = 12
-#: What the client is to wait for, in seconds; the faulty server stalls for longer.
+#: The client's timeouts, in seconds; the faulty server stalls for longer.
 READ_TIMEOUT = 1.0
 
 
@@ -99,7 +96,7 @@ def test_run_loses_nothing_to_faults(
 
 
 @pytest.mark.slow
-def test_run_through_a_storm_is_finished_in_fair_weather(
+def test_run_that_lost_half_its_requests_is_finished_by_the_next(
     images: str,
     s3_server: str,
     s3_bucket: tuple[str, dict[str, Any]],
@@ -118,20 +115,20 @@ def test_run_through_a_storm_is_finished_in_fair_weather(
 
 
 class Storm(RunProgress):
-    """Lets half of all requests fail from when the store is there."""
+    """Makes half of all requests fail once the store exists."""
 
     def __init__(self, server: FaultyS3) -> None:
         super().__init__()
         self._server = server
 
     def begin(self, stage: str) -> None:
-        """Look whether it is time."""
+        """Start the faults with the stage that follows the creation of the store."""
         if stage == "Featurizing":
             self._server.fraction = 0.5
 
 
 @pytest.mark.slow
-def test_what_failed_for_good_is_done_by_the_next_run(
+def test_images_that_finally_failed_are_computed_by_the_next_run(
     images: str,
     s3_server: str,
     s3_bucket: tuple[str, dict[str, Any]],
@@ -158,14 +155,14 @@ def test_what_failed_for_good_is_done_by_the_next_run(
         (failure,) = pd.read_csv(
             io.BytesIO(result.output.fs.cat_file(result.output.child("failures.csv").path))
         ).itertuples()
-        # Those of the first run count too, if it came to this image.
+        # Attempts of the first run count too, if it reached this image.
         assert failure.path == path and failure.attempts in (2, 4)
         assert failure.error.startswith(f"cannot read s3://{images}/in/{path}: GetObject: ")
         assert "(SlowDown)" in failure.error
         broken.clear()
         again = fruitdask.run(config, client=client)
         assert again.n_computed == 1
-        # Principal components stay those of the images that were there first.
+        # Principal components stay those of the images of the first run.
         columns = ["path", "label", "status"]
         pd.testing.assert_frame_equal(again.table[columns], undisturbed.table[columns])
         np.testing.assert_array_equal(again.features.compute(), undisturbed.features.compute())
@@ -209,7 +206,7 @@ def test_every_kind_of_request_is_sent_again(s3_server: str, s3_bucket: tuple[st
     assert set(server.requests) == {"GET", "HEAD", "PUT", "POST"}
 
 
-def test_broken_off_images_are_read_again(images: str, s3_server: str, sample_folder: Path) -> None:
+def test_truncated_images_are_read_again(images: str, s3_server: str, sample_folder: Path) -> None:
     is_first = FirstTime()
 
     def is_concerned(method: str, path: str) -> bool:
@@ -227,7 +224,7 @@ def is_image(method: str, path: str) -> bool:
 
 
 def read(source: Location, *, fetch_attempts: int, n_images: int | None = None) -> list[Outcome]:
-    """Read images of a folder; gives their outcomes."""
+    """Read images of a folder; returns their outcomes."""
     names = sorted(path for path in source.fs.find(source.path))[:n_images]
     partition = Partition(0, 0, tuple(name.removeprefix(f"{source.path}/") for name in names), ("any",) * len(names))
     settings = ImageSource(source, 8, 10_000_000, fetch_attempts=fetch_attempts, concurrent_reads=16)
@@ -245,7 +242,7 @@ CAUSES = {
 
 
 @pytest.mark.parametrize("kind", CAUSES)
-def test_image_is_asked_for_as_often_as_configured(images: str, s3_server: str, kind: str) -> None:
+def test_image_is_requested_as_often_as_configured(images: str, s3_server: str, kind: str) -> None:
     with open_faulty_s3(s3_server, fraction=1, kinds=[kind], concerns=is_image) as server:
         source = Location(f"s3://{images}/in", make_options(server.url), attempts=1)
         (outcome,) = read(source, fetch_attempts=2, n_images=1)
@@ -305,7 +302,7 @@ def test_features_that_cannot_be_opened_are_one_sentence_whichever_request_fails
 
 
 @pytest.mark.slow
-def test_chunk_is_asked_for_as_often_as_configured(s3_server: str, s3_bucket: tuple[str, dict[str, Any]]) -> None:
+def test_chunk_is_requested_as_often_as_configured(s3_server: str, s3_bucket: tuple[str, dict[str, Any]]) -> None:
     with open_faulty_s3(s3_server, fraction=0, kinds=["truncated"]) as server:
         output = Location(f"s3://{s3_bucket[0]}/x", make_options(server.url), attempts=2)
         store.create_store(output, n_images=2, n_features=2, images_per_partition=2, attributes={})

@@ -1,4 +1,4 @@
-"""Featurizing: one outcome an image, whatever happens to images, files and workers."""
+"""Featurizing: one outcome per image, whatever happens to images, files and workers."""
 
 import io
 import os
@@ -194,7 +194,7 @@ def test_featurize_partition_fails_images_whose_features_are_not_finite(tmp_path
 
 
 def install_counter() -> None:
-    """Count the networks that this process builds from now on, and forget those it has."""
+    """Count the networks that this process builds from now on, and drop those that it has."""
 
     def count(load: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
         os.environ["N_BUILDS"] = str(int(os.environ.get("N_BUILDS", 0)) + 1)
@@ -206,7 +206,7 @@ def install_counter() -> None:
 
 
 @pytest.mark.slow
-def test_network_is_built_once_a_process(
+def test_network_is_built_once_per_process(
     client: Any, sample_folder: Path, tiny_artifact: ModelArtifact, tmp_path: Path
 ) -> None:
     output = Location(str(tmp_path))
@@ -215,7 +215,7 @@ def test_network_is_built_once_a_process(
     done: list[PartitionSummary] = []
     map_partitions(client, featurize_partition, partitions, job, delivered=tiny_artifact, on_result=done.append)
     assert len(done) == len(catalog) == 24
-    # One that was busy otherwise may have had nothing to do.
+    # A worker that was busy with other work may have computed nothing.
     counts = set(client.run(lambda: os.environ.get("N_BUILDS", "0")).values())
     assert {"1"} <= counts <= {"0", "1"}
     np.testing.assert_allclose(

@@ -74,7 +74,7 @@ def assert_alike(found: Array, expected: Array, most: float = 4) -> None:
 @pytest.mark.parametrize(
     ("kind", "name"), [("GIF", "GIF"), ("AVIF", "AVIF"), ("JPEG2000", "JPEG2000"), ("HEIC", "HEIF")]
 )
-def test_formats_are_told_by_content_and_named(kind: str, name: str) -> None:
+def test_formats_are_recognized_by_content_and_named(kind: str, name: str) -> None:
     scene = draw_scene()
     data = save(scene, kind)
     assert read_header(data) == (name, SIDE, SIDE)
@@ -110,7 +110,7 @@ def test_orientation_is_applied_once(kind: str, orientation: int) -> None:
 
 @pytest.mark.parametrize("orientation", sorted(STORED), ids=str)
 @pytest.mark.parametrize("kind", ["AVIF", "HEIC"])
-def test_read_header_tells_the_upright_size(kind: str, orientation: int) -> None:
+def test_read_header_gives_the_upright_size(kind: str, orientation: int) -> None:
     scene, exif = np.asarray(draw_scene())[: SIDE // 2], Image.Exif()
     exif[0x0112] = orientation
     data = save(Image.fromarray(np.ascontiguousarray(STORED[orientation](scene))), kind, exif=exif.tobytes())
@@ -119,9 +119,9 @@ def test_read_header_tells_the_upright_size(kind: str, orientation: int) -> None
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "HEIC"])
-def test_orientation_in_exif_alone_is_none_of_these_formats(kind: str) -> None:
-    # ISO/IEC 23008-12: what turns a picture are its properties; EXIF only tells what they were made of.
-    # Both encoders would make a property of it, so another tag becomes the orientation afterwards.
+def test_orientation_in_exif_alone_is_ignored(kind: str) -> None:
+    # ISO/IEC 23008-12: only properties turn a picture; EXIF records their source.
+    # Both encoders would make a property of it, so the test turns another tag into the orientation afterwards.
     data = save(draw_scene(), kind, exif=b"Exif\0\0II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x0113, 3, 1, 6, 0, 0))
     entry = struct.pack("<HHI", 0x0113, 3, 1), struct.pack("<HHI", 0x0112, 3, 1)
     turned = data.replace(*entry)
@@ -193,8 +193,8 @@ def test_heic_of_tiles_is_put_together() -> None:
     assert_alike(decode(data), np.asarray(scene.resize((SIDE, SIDE), Image.Resampling.BICUBIC)))
 
 
-def test_avif_of_which_a_part_is_shown_is_refused() -> None:
-    # A colour profile of the length that a clean aperture has: fractions of width, height and two distances from the
+def test_cropped_avif_is_refused() -> None:
+    # A colour profile as long as a clean aperture: fractions of width, height and two distances from the
     # centre.
     profile = bytes(28)
     data = save(draw_scene(), "AVIF", icc_profile=profile)

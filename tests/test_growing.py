@@ -163,7 +163,7 @@ def test_an_exploration_of_earlier_images_says_nothing_about_new_ones(
     assert fruitdask.verify(tmp_path / "out").is_well
 
 
-def test_file_of_the_same_age_and_another_size_is_changed(
+def test_file_of_the_same_age_and_another_size_counts_as_changed(
     make_config: MakeConfig, finish: Finish, client: Any, source: Path
 ) -> None:
     finish(make_config())
@@ -379,7 +379,7 @@ def test_repaired_images_are_computed_after_too_many_failures(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("refit", "kept"), [("auto", [True, False, True]), ("always", [False]), ("never", [True] * 2)])
-def test_refit(
+def test_components_are_fitted_again_after_many_changes(
     make_config: MakeConfig, finish: Finish, client: Any, source: Path, refit: str, kept: list[bool]
 ) -> None:
     draw(source, *(f"quince/{number}.png" for number in range(8)))
@@ -411,7 +411,7 @@ def test_refit(
                 "solver": "covariance_eigh",
                 "seed": 0,
             }
-    # The quality is of all images, whether or not components are kept.
+    # The quality covers all images, whether or not components are kept.
     quality = fruitdask.run(make_config(reduce={"refit": refit}, quality={"enabled": True}), client=client).quality
     assert quality is not None and quality["n_images"] == len(table)
 

@@ -37,7 +37,7 @@ with fruitdask.open_client(config.cluster) as client:
 def run_script(
     text: str, tmp_path: Path, *, is_file: bool = True
 ) -> tuple[subprocess.CompletedProcess[str], list[psutil.Process]]:
-    """Run a script of its own session; gives what it printed, and which of its processes are left."""
+    """Run a script in its own session; returns its output, and which of its processes are left."""
     (tmp_path / "script.py").write_text(text)
     before = set(psutil.pids())
     done = subprocess.run(
@@ -46,7 +46,7 @@ def run_script(
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        # Nothing is kept from before, so that a network has to be built.
+        # The cache is empty, so that a network has to be built.
         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "FRUITDASK_TEST": str(tmp_path)},
         timeout=120,
     )
@@ -65,7 +65,7 @@ def is_of(process: psutil.Process, tmp_path: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("call", ["fruitdask.run(config)", BUILD], ids=["run", "build"])
-def test_script_without_guard_is_told_to_have_one(
+def test_script_without_guard_is_asked_to_add_one(
     sample_folder: Path, tiny_model: ModelConfig, tmp_path: Path, call: str
 ) -> None:
     load = LOAD.format(images=str(sample_folder), model=tiny_model.model_dump(exclude_defaults=True))

@@ -13,9 +13,9 @@ from chaos.hostile_images import FILES, repeat_scan, truncate_seeds
 from fruitdask.errors import ImageError
 from fruitdask.worker.images import decode_image
 
-#: About four seconds of one core; tests/chaos/fuzz_images.py takes as many as one likes.
+#: About four seconds of one core; tests/chaos/fuzz_images.py takes any number.
 N_INPUTS = 4_000
-#: Files that take more than a second to be opened.
+#: Files that take more than a second to open.
 LASTING = {
     "png-49-megapixels-in-48-kB",
     "png-49-megapixels-transparent",
@@ -33,7 +33,7 @@ LASTING = {
 
 
 def harm(data: bytes) -> str:
-    """Do what a file says, as a decoder with a hole would."""
+    """Do what a file says, as a vulnerable decoder would."""
     if data == b"crash":
         os.abort()
     if data == b"hang":
@@ -42,7 +42,7 @@ def harm(data: bytes) -> str:
 
 
 @pytest.mark.slow
-def test_opener_notices_harm_and_goes_on() -> None:
+def test_opener_notices_harm_and_continues() -> None:
     tally = Tally()
     with Opener(harm, limit_seconds=2) as opener:
         outcomes = [opener.open(data, tally) for data in (b"crash", b"hang", b"memory", b"")]
@@ -80,6 +80,6 @@ def test_mutated_files_have_outcomes() -> None:
     assert set(tally.outcomes) == {"ok", "unreadable", "too_large"}
 
 
-def test_refusal_says_what_there_is_too_much_of() -> None:
+def test_refusal_names_the_limit_that_is_exceeded() -> None:
     with pytest.raises(ImageError, match="^expected an image with at most 100 scans, found 210$"):
         decode_image(repeat_scan(64, 200), size_px=16, max_pixels=1_000_000)

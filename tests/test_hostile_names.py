@@ -1,4 +1,4 @@
-"""Files and classes with names that would do harm somewhere: on disk, in a spreadsheet, on a page, on a terminal."""
+"""Files and classes with hostile names: for a disk, a spreadsheet, a page or a terminal."""
 
 import csv
 import shutil
@@ -63,7 +63,7 @@ CONTROLS = ("\x1b", "\x07", "\x9b", "\x7f", "\r", "\u202e")
 def finished(
     tiny_model: ModelConfig, sample_folder: Path, client: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """Folder of a finished run over images of such names, one of them broken in each class, and what it said."""
+    """Folder of a finished run on images with such names, one of them broken in each class, and its output."""
     folder = tmp_path_factory.mktemp("names")
     images = sorted(sample_folder.rglob("*.jpg"))
     for number, name in enumerate(NAMES):
@@ -142,10 +142,10 @@ def test_no_cell_is_a_formula(finished: tuple[Path, str], name: str) -> None:
     assert sum(cell.startswith("'") for cell in cells) >= 8
 
 
-def test_terminal_obeys_no_name(finished: tuple[Path, str]) -> None:
+def test_terminal_gets_no_control_characters(finished: tuple[Path, str]) -> None:
     _, said = finished
     assert [control for control in CONTROLS if control in said] == []
-    # Those of the first classes that a table shows.
+    # A table shows only the names of the first classes.
     assert r"\ttab" in said and "\ttab" not in said
 
 
@@ -166,7 +166,7 @@ def chromium() -> Iterator[str]:
 
 
 @pytest.mark.browser
-def test_browser_runs_no_name(finished: tuple[Path, str], chromium: str) -> None:
+def test_browser_runs_no_script_in_a_name(finished: tuple[Path, str], chromium: str) -> None:
     page_url = (finished[0] / "out" / "report.html").as_uri()
     requests: list[str] = []
     complaints: list[str] = []
@@ -185,7 +185,7 @@ def test_browser_runs_no_name(finished: tuple[Path, str], chromium: str) -> None
     assert (requests, complaints) == ([page_url], [])
 
 
-def test_error_with_a_name_is_one_harmless_line(finished: tuple[Path, str]) -> None:
+def test_error_with_a_name_is_one_escaped_line(finished: tuple[Path, str]) -> None:
     arguments = ["run", str(finished[0] / "run.yaml"), "--set", "input.classes=[none]", "--set", "output.url=o"]
     done = CliRunner().invoke(cli, arguments)
     assert done.exit_code == 2 and "the classes are: " in done.stderr.splitlines()[-1]

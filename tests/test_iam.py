@@ -479,7 +479,7 @@ class Account:
             s3.copy_object(Bucket="results", Key=name.replace(source, target, 1), CopySource=f"results/{name}")
 
     def configure(self, folder: str, /, **changes: Any) -> Config:
-        """Configure a run with everything on S3 that may be there."""
+        """Configure a run that keeps everything it can on S3."""
         sections: dict[str, Any] = {
             "input": {"url": "s3://photos/set/fruits", "manifest": "s3://lists/all.csv"},
             "model": {"weights": "s3://nets/colours.keras", "preprocessing": "none"},
@@ -523,7 +523,7 @@ def account(tmp_path_factory: pytest.TempPathFactory, tiny_model: ModelConfig) -
 
 
 def create_user(iam: Any, name: str) -> dict[str, str]:
-    """Create a user who may do anything for now, and return their keys."""
+    """Create a user with all permissions for now, and return their keys."""
     iam.create_user(UserName=name)
     iam.put_user_policy(UserName=name, PolicyName="fruitdask", PolicyDocument=json.dumps(_ADMIN))
     key = iam.create_access_key(UserName=name)["AccessKey"]
@@ -566,22 +566,22 @@ def workers(account: Account) -> Iterator[Client]:
             yield client
 
 
-#: The policies of each configuration, and what the roles asked for under it.
+#: The policies of each configuration, and the requests of the roles under it.
 History = list[tuple[dict[Role, Policy], dict[str, list[Question]]]]
 
 
 @pytest.fixture(scope="module")
 def history(account: Account, workers: Client) -> History:
-    """Use every command that touches S3, with roles that may do no more than their policies say."""
+    """Use every command that touches S3, with roles that have only the permissions of their policies."""
     config, anew = account.configure("a/run"), account.configure("a/run", output={"overwrite": True})
-    # One run and the page suffice to see what all parts of a run ask for.
+    # One run and the page send the requests of all parts of a run.
     brief = account.configure("a/run", **dict.fromkeys(("quality", "check", "report"), OFF))
     history: History = []
     with note_questions(account, config, history):
         fruitdask.explore(brief, client=workers)
         by_status = fruitdask.run(anew, client=workers).manifest["counts"]["by_status"]
         assert by_status == {"ok": 12, "unreadable": 4, "missing": 1}
-        # An image that vanishes after the listing is requested nevertheless.
+        # An image that vanishes after the listing is still requested.
         vanished = Location(f"{config.input.url}/gone/2.jpg", config.input.storage_options)
         assert isinstance(workers.submit(hash_file, vanished).exception(), StorageError)
         assert fruitdask.run(config, client=workers).n_computed == 0
@@ -602,7 +602,7 @@ def history(account: Account, workers: Client) -> History:
 
 @contextmanager
 def note_questions(account: Account, config: Config, history: History) -> Iterator[None]:
-    """Allow roles what a configuration's policies say, and record what they ask for meanwhile."""
+    """Allow roles what a configuration's policies say, and record their requests meanwhile."""
     before = {role: len(account.list_questions(role)) for role in ROLES}
     policies = build_policies(config)
     for role, policy in policies.items():
@@ -623,7 +623,7 @@ def test_policies_suffice(history: History) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("need", NEEDS, ids=lambda need: f"{need.role}-{need.statement}-{need.action}")
-def test_each_action_on_s3_is_asked_for(history: History, need: Permission) -> None:
+def test_each_action_on_s3_is_requested(history: History, need: Permission) -> None:
     if need.action == "s3:AbortMultipartUpload":
         pytest.skip("s3fs uploads in parts only files above 100 MB, and aborts such an upload when a part fails")
     assert any(
@@ -634,7 +634,7 @@ def test_each_action_on_s3_is_asked_for(history: History, need: Permission) -> N
 
 
 def explore(config: Config, client: Client) -> None:
-    """Explore anew."""
+    """Explore again from the beginning."""
     fruitdask.explore(config, client=client)
 
 
@@ -644,7 +644,7 @@ def run(config: Config, client: Client) -> None:
 
 
 def overwrite(config: Config, client: Client) -> None:
-    """Explore in place of an earlier run."""
+    """Explore, and overwrite an earlier run."""
     output = config.output.model_copy(update={"overwrite": True})
     fruitdask.explore(config.model_copy(update={"output": output}), client=client)
 

@@ -26,8 +26,8 @@ SIDE = 16
 MIB = 1 << 20
 ORIENTATION = 0x0112
 
-# What is stored of an upright scene in each orientation of EXIF (CIPA DC-008, tag Orientation), which says on what
-# sides of the scene the stored row 0 and column 0 lie: 6, for one, has them on its right and its top.
+# How an upright scene is stored in each orientation of EXIF (CIPA DC-008, tag Orientation). It gives the sides of the
+# scene where the stored row 0 and column 0 are: for 6, the right and the top.
 STORED: dict[int, Callable[[Pixels], Pixels]] = {
     1: lambda scene: scene,
     2: lambda scene: scene[:, ::-1],
@@ -82,7 +82,7 @@ def orient(value: int) -> tuple[int, int, int, bytes]:
 
 
 def add_exif(jpeg: bytes, exif: bytes) -> bytes:
-    """Put EXIF into a JPEG as it is, broken or not."""
+    """Put EXIF into a JPEG unchanged, broken or not."""
     payload = b"Exif\0\0" + exif
     return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload + jpeg[2:]
 
@@ -101,7 +101,7 @@ def build_png(
 
 @contextmanager
 def limited_memory(more_bytes: int) -> Iterator[None]:
-    """Refuse this process more than so many further bytes of address space."""
+    """Limit the further bytes of address space of this process."""
     resource = pytest.importorskip("resource", reason="needs POSIX resource limits")
     statm = Path("/proc/self/statm")
     if not statm.exists():
@@ -161,14 +161,14 @@ def test_decode_image_turns_upright(kind: str, options: dict[str, Any], orientat
     scene, exif = draw_noise(20, 30, 3), Image.Exif()
     exif[ORIENTATION] = orientation
     data = save(STORED[orientation](scene), kind, exif=exif, **options)
-    # It is resized as it is stored, and turned then: the other way about, Pillow rounds in another order.
+    # The image is resized as stored, then turned: in the opposite order, Pillow would round differently.
     assert np.array_equal(STORED[orientation](decode(data)), resize(STORED[orientation](scene)))
     assert orientation == 1 or not np.array_equal(decode(data), resize(STORED[orientation](scene)))
 
 
 @pytest.mark.parametrize("orientation", sorted(STORED), ids=str)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_read_header_tells_the_upright_size(kind: str, orientation: int) -> None:
+def test_read_header_gives_the_upright_size(kind: str, orientation: int) -> None:
     scene, exif = draw_noise(20, 30, 3), Image.Exif()
     exif[ORIENTATION] = orientation
     data = save(STORED[orientation](scene), kind, exif=exif)
@@ -255,13 +255,13 @@ def test_decode_image_converts_images_of_any_height(mode: str, height: int) -> N
     else:
         image = Image.fromarray(noise, "L" if mode == "P" else mode)
         image = image.quantize(16) if mode == "P" else image
-        # All of an image at once, as the rows of a band are not to be told from others.
+        # The reference converts the whole image at once; the decoder, which works in bands, must agree.
         white = Image.new("RGBA", image.size, "white")
         expected = Image.alpha_composite(white, image.convert("RGBA")) if mode != "CMYK" else image
     assert np.array_equal(decode(save(image, "TIFF")), resize(expected))
 
 
-def test_large_image_is_not_overtaken_by_small_ones_for_ever() -> None:
+def test_large_image_does_not_wait_forever_behind_small_ones() -> None:
     in_work, order = decoding._PixelBudget(), list[str]()
 
     def work(name: str, n_pixels: int) -> None:
@@ -421,14 +421,14 @@ def test_decode_image_reads_lossless_formats_exactly(kind: str) -> None:
     ],
     ids=["empty", "text named jpg", "start of jpeg", "start of png", "zeros"],
 )
-def test_decode_image_says_what_is_wrong_with_other_files(data: bytes, message: str) -> None:
+def test_decode_image_says_why_other_files_are_no_images(data: bytes, message: str) -> None:
     with pytest.raises(ImageError, match=message) as caught:
         decode(data)
     assert not isinstance(caught.value, ImageTooLargeError)
 
 
 @pytest.mark.parametrize("kind", ["PPM", "EPS", "ICO", "PDF"])
-def test_decode_image_refuses_formats_that_are_not_promised(kind: str) -> None:
+def test_decode_image_refuses_unsupported_formats(kind: str) -> None:
     data = save(draw_scene(), kind)
     with pytest.raises(ImageError, match="^expected a JPEG, PNG, .* or HEIC image, found an? "):
         decode(data)
@@ -474,7 +474,7 @@ def test_decode_image_keeps_the_cause() -> None:
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_decode_images_goes_on_after_an_error() -> None:
+def test_decode_images_continues_after_an_error() -> None:
     one, two = draw_noise(SIDE, SIDE, 3, seed=1), draw_noise(SIDE, SIDE, 3, seed=2)
     files = [save(one), b"", save(draw_noise(40, 40, 3)), save(two)]
     decoded = decode_images(files, size_px=SIDE, max_pixels=SIDE * SIDE)
@@ -483,7 +483,7 @@ def test_decode_images_goes_on_after_an_error() -> None:
     assert str(decoded[1]) == "expected an image, found an empty file"
 
 
-def test_decode_images_of_nothing_is_nothing() -> None:
+def test_decode_images_accepts_an_empty_list() -> None:
     assert decode_images([], size_px=SIDE, max_pixels=100) == []
 
 
@@ -558,7 +558,7 @@ def test_decode_image_fast_shrinks_while_it_decodes(width: int, height: int, fac
     assert np.abs(fast.astype(float) - exact).mean() < 8
 
 
-def test_decode_image_fast_turns_and_limits_as_before() -> None:
+def test_decode_image_fast_turns_and_limits_like_exact_decoding() -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     image = Image.new("RGB", (800, 600), (250, 0, 0))

@@ -36,7 +36,7 @@ def source(drawn: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_config(source: Path, tiny_model: ModelConfig, tmp_path: Path) -> MakeConfig:
-    """Make the configuration of a run on that folder, with settings of the input and sections of a test's own."""
+    """Make the configuration of a run on that folder, with a test's settings of the input and other sections."""
 
     def make(input: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Config:
         return configure(source, tmp_path / "out", tiny_model, input={"url": str(source)} | (input or {}), **sections)
@@ -45,7 +45,7 @@ def make_config(source: Path, tiny_model: ModelConfig, tmp_path: Path) -> MakeCo
 
 
 class Listener(RunProgress):
-    """Keeps what is said."""
+    """Keeps the messages."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -129,7 +129,7 @@ def test_wrong_split_is_a_fault_and_a_lost_catalog_gets_its_splits_back(
     assert fruitdask.verify(tmp_path / "out").is_well
 
 
-def test_label_from_changes_classes_and_what_is_computed_stays_right(
+def test_label_from_changes_classes_and_results_stay_correct(
     make_config: MakeConfig, finish: Finish, client: Any, source: Path, tmp_path: Path
 ) -> None:
     finish(make_config())
@@ -142,7 +142,7 @@ def test_label_from_changes_classes_and_what_is_computed_stays_right(
     assert fruitdask.verify(tmp_path / "out").is_well
 
 
-def test_merged_classes_are_said_once_a_run(make_config: MakeConfig, client: Any) -> None:
+def test_merged_classes_are_reported_once_per_run(make_config: MakeConfig, client: Any) -> None:
     listener = Listener()
     fruitdask.run(make_config(), client=client, progress=listener)
     notes = [message for message in listener.said if message.startswith("Note: ")]
@@ -196,7 +196,7 @@ def test_missing_files_have_no_size(make_config: MakeConfig, client: Any, source
 
 
 @pytest.mark.slow
-def test_what_is_left_out_is_said_everywhere_and_kept_up_to_date(
+def test_files_left_out_are_reported_everywhere_and_kept_up_to_date(
     make_config: MakeConfig, client: Any, source: Path, tmp_path: Path
 ) -> None:
     for name in ("train/a.mov", "train/b.mov", ".DS_Store", "test/._1.png"):
@@ -215,7 +215,7 @@ def test_what_is_left_out_is_said_everywhere_and_kept_up_to_date(
 
 
 @pytest.mark.parametrize("command", ["explore", "run"])
-def test_commands_print_what_is_left_out(
+def test_commands_print_the_files_left_out(
     make_config: MakeConfig, source: Path, tmp_path: Path, client: Any, command: str
 ) -> None:
     (source / "x.mov").write_bytes(b"x")

@@ -27,7 +27,7 @@ KINDS = list(issues.KINDS)
 
 
 def draw_clusters(n_images: int, *, n_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Draw features of classes that are well apart."""
+    """Draw features of well separated classes."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, n_classes, n_images)
     centres = rng.normal(0, 1, (n_classes, 16))
@@ -85,7 +85,7 @@ def test_flipped_labels_are_found_and_no_others() -> None:
 
 @pytest.mark.parametrize("n_each", [2, 3, 5, 20])
 def test_right_labels_of_small_classes_are_not_doubted(n_each: int) -> None:
-    # Classes overlap so far that the nearest image of a third is of another class.
+    # Classes overlap so much that a third of the images have a nearest neighbour of another class.
     rng, codes = np.random.default_rng(0), np.repeat(np.arange(60), n_each)
     features = (rng.normal(0, 1, (60, 32))[codes] + rng.normal(0, 1, (len(codes), 32))).astype(np.float32)
     distances = cdist(features, features, "cosine")
@@ -103,14 +103,14 @@ def test_votes_do_not_depend_on_the_scale_of_features(exponent: int) -> None:
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
-def test_many_copies_of_one_picture_say_nothing_about_classes() -> None:
+def test_many_copies_of_one_picture_do_not_vote() -> None:
     features, codes = draw_clusters(200, n_classes=5)
-    # As "photograph not available": twenty of them in each class.
+    # Like "photograph not available": twenty copies in each class.
     features[:100], codes[:100] = features[0], np.repeat(range(5), 20)
     votes = vote(features, codes)
     assert not set(range(100)) & set(votes.nearest[:100])
     suggested = votes.codes[:100][np.isfinite(issues.find_label_issues(votes, codes)[:100])]
-    # They lie in one place, whose neighbours have one class; it is not that of the copies that are listed first.
+    # All copies share the same neighbours, of one class; it is not the class of the copies listed first.
     (nearest,) = set(votes.codes[:100])
     assert set(suggested) <= {nearest} and nearest == np.bincount(codes[votes.nearest[:100]]).argmax()
 
@@ -119,7 +119,7 @@ def test_many_copies_of_one_picture_say_nothing_about_classes() -> None:
 def test_few_images_have_no_wrong_labels(n_images: int) -> None:
     features, codes = draw_clusters(3, n_classes=3)
     votes = vote(features[:n_images], np.arange(n_images))
-    # Each image is the only one of its class: nobody can vote for it.
+    # Each image is the only one of its class, so no other can vote for it.
     assert (votes.codes == -1).all() and not np.isfinite(issues.find_label_issues(votes, np.arange(n_images))).any()
 
 
@@ -144,7 +144,7 @@ def test_deviations_are_those_from_the_median_of_the_class() -> None:
     # For a normal distribution they are standard scores.
     expected = (values - np.repeat([10, 50], 5000)) / np.repeat([1, 4], 5000)
     np.testing.assert_allclose(found, expected, atol=0.2)
-    # A class of a few images takes the spread of all.
+    # A class of a few images uses the spread of all images.
     few = issues.measure_deviations(np.append(values, [100.0, 100.0, 160.0]), np.append(codes, [2, 2, 2]), floor=0.0)
     assert few[-2] == 0 and few[-1] == pytest.approx(
         60 / (np.median(np.abs(expected * np.repeat([1, 4], 5000))) / 0.6745), rel=0.05
@@ -250,7 +250,7 @@ def test_the_command_lists_issues_and_the_page_begins_with_them(checked: Path) -
 
 
 @pytest.mark.slow
-def test_a_check_that_was_left_out_is_made_up_for(
+def test_a_check_that_was_left_out_is_done_later(
     planted: Path, tiny_model: ModelConfig, finish: Finish, checked: Path, tmp_path: Path
 ) -> None:
     config = configure(
@@ -280,7 +280,7 @@ def test_check_needs_a_finished_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["issues.parquet", "issues.csv"])
-def test_a_damaged_list_is_a_fault_and_is_made_again(
+def test_a_damaged_list_is_a_fault_and_is_written_again(
     name: str, planted: Path, tiny_model: ModelConfig, finish: Finish, tmp_path: Path
 ) -> None:
     config = configure(planted, tmp_path / "out", tiny_model, check=ON)

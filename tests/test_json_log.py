@@ -13,7 +13,7 @@ from fruitdask.errors import ConfigError
 
 
 class Noted(RunProgress):
-    """Notes what it is to show."""
+    """Records what it should show."""
 
     def __init__(self) -> None:
         self.noted: list[object] = []

@@ -1,5 +1,5 @@
-"""Tests of the user's table of labels: as people, spreadsheets and pandas write it, and matched with the files that are
-there.
+"""Tests of the user's table of labels: as people, spreadsheets and pandas write it, and matched with the files in the
+input.
 """
 
 import codecs
@@ -21,7 +21,7 @@ from fruitdask.errors import CatalogError, ConfigError, FruitdaskError
 from fruitdask.store.catalog import list_images
 
 PATHS = ("a/0.jpg", "a/1.jpg", "b/0.jpg", "b/1.jpg")
-#: Labels that programs like to take for something else.
+#: Labels that programs often misread.
 LABELS = ("007", "NA", "True", "null")
 CSV = "path,label\n" + "".join(f"{path},{label}\n" for path, label in zip(PATHS, LABELS))
 
@@ -119,7 +119,7 @@ def test_table_is_read_as_it_was_meant(folder: Path, data: bytes) -> None:
         *("same path", "leads out"),
     ],
 )
-def test_what_is_wrong_with_a_table_is_one_sentence(folder: Path, data: bytes, message: str) -> None:
+def test_invalid_table_is_one_sentence(folder: Path, data: bytes, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         look(folder, write(folder, data))
     assert "\n" not in str(caught.value)
@@ -145,7 +145,7 @@ def test_what_is_wrong_with_a_table_is_one_sentence(folder: Path, data: bytes, m
     ],
     ids=["backslashes", "own folder", "no ending", "capitals", "elsewhere", "URL", "Windows", "other names"],
 )
-def test_paths_that_are_written_otherwise_are_told(folder: Path, rewrite: Callable[[str], str], message: str) -> None:
+def test_paths_in_another_notation_are_explained(folder: Path, rewrite: Callable[[str], str], message: str) -> None:
     rows = [f"{rewrite(path)},x\n" for path in PATHS]
     expected = rf"labels\.csv: expected paths of input\.manifest relative to input\.url {folder}, .*{message}"
     with pytest.raises((ConfigError, CatalogError), match=expected):
@@ -163,7 +163,7 @@ def test_paths_that_are_written_otherwise_are_told(folder: Path, rewrite: Callab
     ],
     ids=["dot", "two slashes", "dot within", "absolute", "URL"],
 )
-def test_paths_are_those_of_the_listing(folder: Path, rewrite: Callable[[str, Path], str]) -> None:
+def test_equivalent_paths_match_the_listing(folder: Path, rewrite: Callable[[str, Path], str]) -> None:
     rows = [f"{rewrite(path, folder)},x\n" for path in (*PATHS, "a/gone.jpg")]
     catalog = look(folder, write(folder, "".join(["path,label\n", *rows])))
     plain = look(folder, write(folder, CSV))
@@ -173,7 +173,7 @@ def test_paths_are_those_of_the_listing(folder: Path, rewrite: Callable[[str, Pa
     assert (plain["version"] != 0).all()
 
 
-def test_names_of_either_unicode_form_find_each_other(tmp_path: Path) -> None:
+def test_names_in_different_unicode_forms_match(tmp_path: Path) -> None:
     names = {form: unicodedata.normalize(form, "pêche/é.jpg") for form in ("NFC", "NFD")}
     assert names["NFC"] != names["NFD"]
     for there, written in (("NFC", "NFD"), ("NFD", "NFC")):
@@ -186,7 +186,7 @@ def test_names_of_either_unicode_form_find_each_other(tmp_path: Path) -> None:
         assert list(classes["path"]) == [names[there]]
 
 
-def test_names_that_only_their_unicode_form_tells_apart_stay_apart(tmp_path: Path) -> None:
+def test_files_that_differ_only_in_unicode_form_stay_distinct(tmp_path: Path) -> None:
     forms = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
     for form in forms:
         (tmp_path / "in" / form).mkdir(parents=True)
@@ -248,7 +248,7 @@ def test_labels_of_parquet_are_text(folder: Path, labels: Any, expected: list[st
     ],
     ids=["Int64", "categories", "floats", "text"],
 )
-def test_a_label_that_is_null_in_parquet_is_told(folder: Path, labels: Any) -> None:
+def test_a_null_label_in_parquet_is_reported(folder: Path, labels: Any) -> None:
     pd.DataFrame({"path": PATHS, "label": labels}).to_parquet(folder.parent / "labels.parquet")
     with pytest.raises(ConfigError, match="row 3 lacks one"):
         look(folder, folder.parent / "labels.parquet")
@@ -288,7 +288,7 @@ def test_table_that_fruitdask_wrote_is_read_back(folder: Path) -> None:
     assert (catalog["bytes"] == 5).all()
 
 
-def test_table_of_an_empty_folder_is_told(tmp_path: Path) -> None:
+def test_table_of_an_empty_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     with pytest.raises(
         CatalogError, match=r"in: expected the files that input\.manifest names, found none; check input\.url"

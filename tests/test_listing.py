@@ -1,4 +1,4 @@
-"""Tests of listing: what is left out and how it is told, links, classes and splits from paths."""
+"""Tests of listing: what is left out and how it is reported, links, classes and splits from paths."""
 
 import os
 from pathlib import Path
@@ -61,7 +61,7 @@ def labels(listing: Listing) -> dict[str, str]:
     ids=["macOS", "Jupyter", "Synology", "NAS", "Windows", "Unix"],
 )
 @pytest.mark.parametrize("kind", ["disk", "s3"])
-def test_list_input_leaves_out_what_is_hidden(
+def test_list_input_leaves_out_hidden_files(
     tmp_path: Path, request: pytest.FixtureRequest, names: tuple[str, ...], n_hidden: int, kind: str
 ) -> None:
     options: dict[str, Any] = {"url": str(fill(tmp_path / ".cache" / "__MACOSX", *names))}
@@ -78,12 +78,12 @@ def test_list_input_leaves_out_what_is_hidden(
     assert list(everything.files["path"]) == images and everything.left_out.get("hidden") is None
 
 
-def test_list_input_takes_names_that_are_no_system_s(tmp_path: Path) -> None:
+def test_list_input_takes_names_that_no_system_reserves(tmp_path: Path) -> None:
     names = ["...", "..dots", "a.b", "__MACOSX2", "my lost+found", "eaDir", "#1"]
     assert set(look(fill(tmp_path, *(f"{name}/x.jpg" for name in names))).files["label"]) == set(names)
 
 
-def test_list_input_counts_what_is_left_out_by_kind(tmp_path: Path) -> None:
+def test_list_input_counts_files_left_out_by_kind(tmp_path: Path) -> None:
     fill(
         tmp_path,
         "a/1.jpg",
@@ -109,7 +109,7 @@ def test_list_input_counts_many_odd_endings_together(tmp_path: Path) -> None:
     assert len(kinds) == 11 and sum(kinds.values()) == 6_000
 
 
-def test_format_left_out_says_what_to_install_where_that_would_help() -> None:
+def test_format_left_out_says_what_to_install_if_that_helps() -> None:
     kinds = {".heic": 60, ".mov": 2, "hidden": 3}
     assert (
         format_left_out(kinds, is_default=True) == "60 .heic (install fruitdask[heic] to read them), 2 .mov, 3 hidden"
@@ -118,12 +118,12 @@ def test_format_left_out_says_what_to_install_where_that_would_help() -> None:
     assert format_left_out({}, is_default=True) == ""
 
 
-def test_list_images_says_that_all_is_hidden(tmp_path: Path) -> None:
+def test_list_images_says_that_all_files_are_hidden(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match=r"found none but 2 hidden; .*input\.hidden: true"):
         list_images(InputConfig(url=str(fill(tmp_path, ".a/1.jpg", ".a/2.jpg", "._1.jpg"))))
 
 
-def test_list_images_takes_heic_where_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_images_lists_heic_if_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, "a/1.jpg", "a/2.HEIC", "a/3.heif")
     monkeypatch.setattr("fruitdask.core.listing.can_read_heic", lambda: True)
     assert list(look(tmp_path).files["path"]) == ["a/1.jpg", "a/2.HEIC", "a/3.heif"]
@@ -149,7 +149,7 @@ def test_real_folders_come_before_links_to_them(tmp_path: Path) -> None:
     assert listing.left_out == {"links to what is listed already": 4}
 
 
-def test_links_to_what_lies_elsewhere_are_followed_once(tmp_path: Path) -> None:
+def test_links_to_other_folders_are_followed_once(tmp_path: Path) -> None:
     out = fill(tmp_path / "out", "x/1.jpg", "x/sub/2.jpg", "x/.hidden.jpg", "3.jpg", "blob")
     top = fill(tmp_path / "in", "m/4.jpg")
     link(
@@ -193,7 +193,7 @@ def test_any_links_list_each_file_once(
     names: dict[Path, list[Path]] = {}
     for path in paths:
         names.setdefault((top / "in" / path).resolve(), []).append(top / "in" / path)
-    # Only links to a file that no folder has may be several.
+    # Only a file outside of the input may be listed several times, by its links.
     assert all(len(same) == 1 or all(path.is_symlink() for path in same) for same in names.values())
     assert {f"{place / f'{number}.jpg'}" for number, place in enumerate(places[:5])} <= set(paths)
 
@@ -226,7 +226,7 @@ def test_split_from_adds_a_column(tmp_path: Path) -> None:
     assert set(limited["split"]) <= {"train"}
 
 
-def test_group_from_tells_turntable_series_apart(tmp_path: Path) -> None:
+def test_group_from_distinguishes_turntable_series(tmp_path: Path) -> None:
     fill(tmp_path, *(f"{label}/r{series}_{n}.jpg" for label in "ab" for series in range(2) for n in (0, 10, 9)))
     files = look(tmp_path, group_from=r"(.*/r\d+)_", split_from="first").files
     assert list(files.columns) == ["path", "label", "bytes", "version", "split", "group"]
@@ -235,7 +235,7 @@ def test_group_from_tells_turntable_series_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["label_from", "split_from", "group_from"])
-def test_a_pattern_that_does_not_match_a_path_is_told_with_that_path(tmp_path: Path, key: str) -> None:
+def test_a_pattern_that_does_not_match_names_the_path(tmp_path: Path, key: str) -> None:
     fill(tmp_path, "train/a/1.jpg", "odd/2.jpg", "notes.txt")
     with pytest.raises(
         ConfigError, match=rf"input\.{key}: expected the group of .* none in 'odd/2\.jpg'; change the pattern"
@@ -252,7 +252,7 @@ def test_a_pattern_that_does_not_match_a_path_is_told_with_that_path(tmp_path: P
     ],
     ids=["no pattern", "no group", "two groups"],
 )
-def test_a_bad_rule_is_told_before_anything_is_listed(rule: str, message: str) -> None:
+def test_a_bad_rule_is_refused_before_anything_is_listed(rule: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         InputConfig(url="nowhere", split_from=rule)
 
@@ -272,7 +272,7 @@ def test_a_bad_rule_is_told_before_anything_is_listed(rule: str, message: str) -
     ],
     ids=["Tiny-ImageNet", "train and test", "plain"],
 )
-def test_classes_of_several_folders_are_told_unless_it_is_meant(
+def test_classes_of_several_folders_are_noted_unless_configured(
     tmp_path: Path, names: list[str], note: str | None
 ) -> None:
     notes = look(fill(tmp_path, *names)).notes
@@ -311,12 +311,12 @@ def test_list_images_says_what_to_write_instead(tmp_path: Path, url: str, messag
     ],
     ids=["dbfs", "capitals", "dbfs with three slashes", "one slash too few"],
 )
-def test_a_url_of_one_slash_is_told(url: str, wanted: str) -> None:
+def test_a_url_of_one_slash_gets_a_suggestion(url: str, wanted: str) -> None:
     with pytest.raises(ValueError, match=f"found {url}; write {wanted}"):
         InputConfig(url=url)
 
 
-def test_list_images_takes_capital_protocols(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
+def test_list_images_accepts_capital_protocols(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
     bucket, options = s3_bucket
     s3_client.put_object(Bucket=bucket, Key="x/a/1.jpg", Body=b"x")
     assert list(list_images(InputConfig(url=f"S3://{bucket}/x", storage_options=options))["path"]) == ["a/1.jpg"]
@@ -325,7 +325,7 @@ def test_list_images_takes_capital_protocols(s3_bucket: tuple[str, dict[str, Any
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="other systems have none")
-def test_list_images_passes_over_what_is_no_file(tmp_path: Path) -> None:
+def test_list_images_skips_special_files(tmp_path: Path) -> None:
     fill(tmp_path, "a/1.jpg")
     os.mkfifo(tmp_path / "a" / "2.jpg")
     assert list(look(tmp_path).files["path"]) == ["a/1.jpg"]

@@ -123,10 +123,10 @@ def make_security() -> Security:
 ROLES = ("client", "scheduler", "worker")
 
 
-# dask-cloudprovider leaves the sockets open with which it probes the scheduler.
+# dask-cloudprovider leaves open the sockets with which it probes the scheduler.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
-# And it warns when a start takes 10 s, as it may while other processes use this machine.
+# It also warns when a start takes 10 s, as it may on a busy machine.
 @pytest.mark.filterwarnings("ignore:Creating your cluster is taking:UserWarning")
 def test_ec2cluster_computes_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """An unmodified EC2Cluster runs tasks over TLS on processes with addresses of their own, and closes."""
@@ -157,7 +157,7 @@ def test_ec2cluster_computes_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch)
             assert (scheduler.role, worker.role) == ("scheduler", "worker")
             assert scheduler.address != worker.address and len(scheduler.user_data) < 6_000
             assert worker.tags["createdBy"] == "dask-cloudprovider" and not worker.is_spot
-            assert len(cloud.processes()) >= 4  # An instance's own, a scheduler, a nanny, a worker.
+            assert len(cloud.processes()) >= 4  # A scheduler, a nanny, a worker, and another one.
         assert cloud.wait_until_quiet(30)
         assert cloud.processes() == [] and cloud.leaks == []
         actions = {call.action for call in cloud.calls}
@@ -174,7 +174,7 @@ def test_run_instances_answers_before_it_runs(cloud: LoopbackEC2) -> None:
     assert described["PublicIpAddress"].startswith("127.") and not described.get("PublicDnsName")
 
 
-def test_run_instances_gives_no_public_address_unasked(cloud: LoopbackEC2) -> None:
+def test_run_instances_gives_a_public_address_only_on_request(cloud: LoopbackEC2) -> None:
     """An instance gets a public address only if its interface asks for one."""
     interface = {"DeviceIndex": 0, "AssociatePublicIpAddress": False, "SubnetId": cloud.subnet_id}
     instance_id = launch(cloud, SLEEP, NetworkInterfaces=[interface])["InstanceId"]
@@ -221,7 +221,7 @@ def test_made_up_address_of_an_instance_is_blocked(cloud: LoopbackEC2, monkeypat
         client.describe_instances()
 
 
-def test_user_data_are_limited_as_by_ec2(cloud: LoopbackEC2) -> None:
+def test_user_data_are_limited_as_on_ec2(cloud: LoopbackEC2) -> None:
     """16,384 bytes before encoding are accepted, and one more is not."""
     largest = render(SLEEP) + "\n#"
     largest += "x" * (MAX_USER_DATA_BYTES - len(largest))
@@ -243,7 +243,7 @@ def test_user_data_are_limited_as_by_ec2(cloud: LoopbackEC2) -> None:
     ],
 )
 def test_run_instances_refuses_what_does_not_exist(cloud: LoopbackEC2, options: dict[str, Any], message: str) -> None:
-    """Unknown images, types, groups and profiles are refused, and types that do not fit."""
+    """Unknown images, types, groups and profiles are refused, and so are unsuitable types."""
     group = options.get("group", cloud.security_group_id)
     interface = {"DeviceIndex": 0, "SubnetId": cloud.subnet_id, "Groups": [group]}
     rest = {name: value for name, value in options.items() if name != "group"}
@@ -307,7 +307,7 @@ def test_container_end_terminates_its_instance(cloud: LoopbackEC2) -> None:
 
 
 def test_container_end_without_shutdown_leaves_the_instance(cloud: LoopbackEC2, tmp_path: Path) -> None:
-    """Without a shutdown in the user data the instance stays running without a process."""
+    """Without a shutdown in the user data, the instance keeps running without a process."""
     with open_pipe(tmp_path / "pipe") as pipe:
         instance_id = launch(cloud, f"docker run any sh -c 'echo done > {tmp_path}/pipe'")["InstanceId"]
         assert read_pipe(pipe) == "done\n"
@@ -358,7 +358,7 @@ def test_termination_kills_what_ignores_sigterm(tmp_path: Path) -> None:
 
 
 def test_interrupt_kills_without_warning(cloud: LoopbackEC2, tmp_path: Path) -> None:
-    """An interrupted spot instance ends at once, with all its children, and states the reason."""
+    """An interrupted spot instance ends at once with all its children, and EC2 states the reason."""
     script = f'trap "echo goodbye; exit" TERM; setsid sleep 600 & echo ready > {tmp_path}/pipe; wait'
     with open_pipe(tmp_path / "pipe") as pipe:
         spot = launch(cloud, f"docker run any sh -c '{script}'", InstanceMarketOptions={"MarketType": "spot"})
@@ -371,7 +371,7 @@ def test_interrupt_kills_without_warning(cloud: LoopbackEC2, tmp_path: Path) -> 
 
 
 def test_never_boots_runs_empty(cloud: LoopbackEC2) -> None:
-    """An instance that never boots has the state running, does nothing, and can be terminated."""
+    """An instance that never boots is in the state running, does nothing, and can be terminated."""
     cloud.faults.never_boots = {"worker"}
     instance_id = launch(cloud, "shutdown -h +1", SLEEP, SHUTDOWN)["InstanceId"]
     wait_for_state(cloud, "running")
@@ -416,7 +416,7 @@ def test_instance_that_is_terminated_while_it_boots_runs_nothing(cloud: Loopback
 def test_read_plan_reads_quotes_as_a_shell(
     line: str, image: str, command: list[str], variables: dict[str, str]
 ) -> None:
-    """Docker gets the arguments that a shell makes of the line."""
+    """Docker gets the arguments that a shell parses from the line."""
     plan = read_plan(render(line, SHUTDOWN))
     assert (plan.image, plan.command, plan.variables) == (image, command, variables)
     # A script that the shell cannot parse never reaches its shutdown.

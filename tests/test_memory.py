@@ -1,4 +1,4 @@
-"""Images and files that are large for the workers they meet; the memory is real, and so are the limits."""
+"""Images and files that are large for their workers; memory and limits are real."""
 
 import multiprocessing
 import os
@@ -33,7 +33,7 @@ RunFolder = Callable[..., pd.DataFrame]
 
 @pytest.fixture(scope="module")
 def photographs_of_100_megapixels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Three files of 100 million pixels each: what they take to be decoded differs."""
+    """Three files of 100 million pixels each, which need different amounts of memory to decode."""
     folder = tmp_path_factory.mktemp("large")
     scene = Image.linear_gradient("L").resize((SIDE, SIDE))
     files = {name: folder / name for name in ("baseline.jpg", "progressive.jpg", "transparent.png")}
@@ -47,7 +47,7 @@ def photographs_of_100_megapixels(tmp_path_factory: pytest.TempPathFactory) -> d
 
 @pytest.fixture
 def run_folder(tiny_model: ModelConfig, sample_folder: Path, tmp_path: Path) -> RunFolder:
-    """Run the tiny model on some large files among small ones, and give the outcomes by file name."""
+    """Run the tiny model on some large files among small ones; returns the outcomes by file name."""
 
     def run_folder(files: list[Path], *, n_threads: int, memory: int, **featurize: Any) -> pd.DataFrame:
         folder = tmp_path / "images" / "apple"
@@ -102,7 +102,7 @@ def test_photograph_of_more_pixels_than_allowed_is_not_decoded(
 
 
 @needs_proc
-def test_photograph_that_no_worker_has_the_memory_for_is_named_and_costs_no_other(
+def test_photograph_too_large_for_every_worker_is_named_and_no_other_fails(
     run_folder: RunFolder, photographs_of_100_megapixels: dict[str, Path]
 ) -> None:
     files = [photographs_of_100_megapixels["transparent.png"]]
@@ -120,15 +120,15 @@ def test_memory_does_not_grow_with_the_files_of_a_partition(tmp_path: Path) -> N
     size = (tmp_path / "large.bmp").stat().st_size
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         grown = pool.submit(_measure_reading, tmp_path, "large.bmp", size, 40).result(120)
-    # Of 30 MB files there are three ahead and three in the batch; one is decoded, which takes 40 MB.
+    # Three 30 MB files are read ahead and three are in the batch; decoding one of them takes 40 MB.
     assert 4 * size < grown < 9 * size
 
 
 def _measure_reading(folder: Path, name: str, size: int, n_files: int) -> int:
-    """Read the same file many times over; gives the bytes by which memory has grown at most."""
+    """Read the same file many times; returns the peak growth of memory in bytes."""
     source = ImageSource(Location(str(folder)), 16, 10_000_000, fetch_attempts=1, concurrent_reads=16)
     partition = Partition(0, 0, (name,) * n_files, ("any",) * n_files, (size,) * n_files, (0,) * n_files)
-    # The kernels of resizing, of which a worker has one set.
+    # Compile the kernels of resizing, which each worker loads once.
     resize_square(Image.new("RGB", (64, 64)), 8)
     before = _read_peak()
     batches = read_batches(partition, source, input_px=32, watch=Stopwatch(), on_asked=lambda: None)
@@ -145,7 +145,7 @@ def _read_peak() -> int:
 
 def test_file_that_is_too_large_for_any_image_is_not_read(run_folder: RunFolder, tmp_path: Path) -> None:
     with open(tmp_path / "film.jpg", "wb") as file:
-        # It takes no room on the disk, and would take all the memory.
+        # The file is sparse: it takes no space on the disk, but would fill the memory.
         file.truncate(1 << 40)
     outcomes = run_folder([tmp_path / "film.jpg"], n_threads=1, memory=1024 * MIB)
     assert dict(outcomes["status"].value_counts()) == {"too_large": 1, "ok": 4}

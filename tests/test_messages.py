@@ -1,7 +1,6 @@
-"""Sentences that users read: each mistake is made for real, and what is said of it is compared with
-``golden/messages.txt``.
+"""Sentences that users read: each test makes a real mistake, and compares the message with ``golden/messages.txt``.
 
-After changing a sentence, write the file again with ``pytest tests/test_messages.py --write-golden``, and read the
+After changing a sentence, write the file again with ``pytest tests/test_messages.py --write-golden``, and review the
 difference.
 """
 
@@ -27,7 +26,7 @@ _WRITE_AGAIN = "if this is what it should say, write the file again with pytest 
 
 
 class Scene:
-    """A folder in which a mistake is made, and what is needed to make it."""
+    """A folder for a mistake, and what is needed to make it."""
 
     def __init__(self, request: pytest.FixtureRequest) -> None:
         self._request = request
@@ -49,12 +48,12 @@ class Scene:
         return fruitdask.run(self.configure(**sections), client=self._request.getfixturevalue("client"))
 
     def finish(self, **sections: Any) -> Path:
-        """Fill the output folder with a finished run, to which a mistake can be made."""
+        """Fill the output folder with a finished run, to be damaged."""
         self._request.getfixturevalue("finish")(self.configure(**sections))
         return self.folder / "out"
 
     def fill(self, *names: str) -> str:
-        """Make a folder of files that nobody opens."""
+        """Make a folder of files that are never opened."""
         for name in names:
             (self.folder / "in" / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / "in" / name).write_bytes(b"x")
@@ -70,7 +69,7 @@ class Scene:
         return self.list(url=self.fill("1.jpg", "a/2.jpg"), manifest=str(self.folder / "labels.csv"))
 
     def mask(self, error: BaseException) -> str:
-        """Write an error without what differs from run to run: places, hashes, addresses."""
+        """Mask the parts of an error that differ from run to run: folders, hashes, addresses."""
         text = f"{type(error).__name__}: {error}"
         places = {self.model.weights: "MODEL", str(self.images): "IMAGES", str(self.folder): "HERE"}
         for place, name in places.items():
@@ -86,13 +85,13 @@ def damage(path: Path, place: int = -1) -> None:
 
 
 def run_on_a_few(scene: Scene, n_images: int, **reduce: Any) -> None:
-    """Run on so many images."""
+    """Run on a number of images."""
     draw(scene.folder / "in", *(f"apple/{number}.png" for number in range(n_images)))
     scene.run(input={"url": str(scene.folder / "in")}, reduce=reduce)
 
 
 def run_on_broken_images(scene: Scene) -> None:
-    """Run on images most of which cannot be read."""
+    """Run on images, most of which cannot be read."""
     shutil.copytree(scene.images, scene.folder / "in")
     for path in sorted((scene.folder / "in").rglob("*.jpg"))[::2]:
         path.write_bytes(b"broken")
@@ -107,7 +106,7 @@ def run_after_erasing(scene: Scene) -> None:
 
 
 def apply_into_another(scene: Scene) -> None:
-    """Apply a run, and write into the results of another one on the same images."""
+    """Apply a run, and write into the results of another run on the same images."""
     shutil.copytree(scene.finish(), scene.folder / "other")
     fruitdask.apply(scene.folder / "out", input=str(scene.images), output=str(scene.folder / "other"))
 
@@ -127,13 +126,13 @@ def open_unfinished(scene: Scene) -> None:
 
 
 def run_on_damage(scene: Scene) -> None:
-    """Reduce features one of whose chunks is damaged."""
+    """Reduce features with a damaged chunk."""
     damage(scene.finish() / "features.zarr" / "features" / "c" / "3" / "0", 5)
     scene.run(reduce={"n_components": 3})
 
 
 def show_damage(scene: Scene, name: str) -> None:
-    """Render the report of results one file of which is damaged."""
+    """Render the report of results with a damaged file."""
     output = scene.finish(quality={"enabled": True})
     (output / name).write_bytes(b"{")
     fruitdask.render_report(scene.configure(quality={"enabled": True}, report={"enabled": True}))
@@ -161,7 +160,7 @@ def build_of_bytes(scene: Scene, name: str, data: bytes, **settings: Any) -> Non
 
 
 def build_of_zip(scene: Scene) -> None:
-    """Use what Teachable Machine downloads, as it is."""
+    """Use a download of Teachable Machine, unchanged."""
     with zipfile.ZipFile(scene.folder / "converted_keras.zip", "w") as archive:
         archive.writestr("keras_model.h5", b"")
     fruitdask.build_artifact(ModelConfig(weights=str(scene.folder / "converted_keras.zip"), preprocessing="none"))
@@ -176,7 +175,7 @@ def make_network(*shape: int | None) -> Any:
 
 
 def sample_into_a_full_folder(scene: Scene) -> None:
-    """Draw a sample where something is."""
+    """Draw a sample into a folder that is not empty."""
     from click.testing import CliRunner
 
     from fruitdask.cli import cli
@@ -254,7 +253,7 @@ MISTAKES: dict[str, Callable[[Scene], Any]] = {
         scene.configure(cluster={"kind": "ec2", "docker_image": "any"})
     ),
     "foreign manifest": run_on_a_foreign_manifest,
-    # An output that is there.
+    # An existing output.
     "results of other images": lambda scene: (scene.finish(), scene.run(input={"limit": 10})),
     "results of another model": lambda scene: (scene.finish(), scene.run(model={"preprocessing": "tf"})),
     "results of another decoding": lambda scene: (scene.finish(), scene.run(featurize={"max_pixels": 9999})),
@@ -317,7 +316,7 @@ def read_golden() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_is_told_in_the_words_of_the_golden_file(request: pytest.FixtureRequest, name: str) -> None:
+def test_mistake_has_the_message_of_the_golden_file(request: pytest.FixtureRequest, name: str) -> None:
     scene = Scene(request)
     with pytest.raises(FruitdaskError, match=".") as caught:
         MISTAKES[name](scene)

@@ -1,4 +1,4 @@
-"""Networks: what is packed on the client gives on a worker what plain Keras gives."""
+"""Networks: the artifact that a client packs computes the same on a worker as plain Keras."""
 
 import io
 import os
@@ -169,7 +169,7 @@ def test_keras_file_ends_at_a_named_layer(tmp_path: Path) -> None:
 
 @pytest.fixture
 def model_with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
-    """A Keras model that doubles pixels by code of its own, which makes a file whenever it is run."""
+    """A Keras model that doubles pixels by its own code, which creates a file each time it runs."""
     import keras
 
     monkeypatch.chdir(tmp_path)
@@ -195,7 +195,7 @@ def test_keras_file_with_code_is_run_where_that_is_allowed(model_with_code: Mode
     np.testing.assert_allclose(features, 2 * pixels.astype(np.float64).mean(axis=(1, 2)), rtol=1e-4)
 
 
-def test_model_built_with_its_code_does_not_slip_past_a_refusal(
+def test_model_cached_with_its_code_is_still_refused(
     model_with_code: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -206,11 +206,11 @@ def test_model_built_with_its_code_does_not_slip_past_a_refusal(
     assert find_artifact(model_with_code) is None
     with pytest.raises(ModelError, match="without Python code"):
         build_artifact(model_with_code)
-    # A finished run is the same run, whoever looks at it.
+    # Allowing code does not change the fingerprint of a finished run.
     assert fingerprint_model(allowed) == fingerprint_model(model_with_code)
 
 
-def test_keras_file_that_is_none_gets_no_advice_to_allow_code(tmp_path: Path) -> None:
+def test_invalid_keras_file_gets_no_advice_to_allow_code(tmp_path: Path) -> None:
     (tmp_path / "own.keras").write_bytes(b"no model")
     with pytest.raises(ModelError, match=r"own\.keras: expected a Keras model without Python code, found [^;]+$"):
         build_artifact(ModelConfig(weights=str(tmp_path / "own.keras"), preprocessing="none"))
@@ -259,7 +259,7 @@ def test_build_artifact_refuses_weights_of_another_network(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_unavailable_weights_name_the_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unavailable_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Port 9 (discard) is closed: the child's download fails at once, with or without a network.
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -270,7 +270,7 @@ def test_unavailable_weights_name_the_ways_out(monkeypatch: pytest.MonkeyPatch, 
 
 
 class Exploit:
-    """What a hostile pickle would hold."""
+    """An object of a hostile pickle."""
 
     def __reduce__(self) -> tuple:
         return os.system, ("true",)
@@ -317,7 +317,7 @@ def test_artifact_survives_pickling(tiny_artifact: ModelArtifact) -> None:
     assert copy == tiny_artifact and copy.sha256 == tiny_artifact.sha256
 
 
-def test_cache_gives_what_was_kept_and_nothing_damaged(
+def test_cache_returns_what_it_kept_but_nothing_damaged(
     tiny_model: ModelConfig, tiny_artifact: ModelArtifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -331,7 +331,7 @@ def test_cache_gives_what_was_kept_and_nothing_damaged(
 
 
 @needs_openvino
-def test_cache_knows_engines_and_versions_apart(
+def test_cache_distinguishes_engines_and_versions(
     tiny_model: ModelConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -346,7 +346,7 @@ def test_cache_knows_engines_and_versions_apart(
 
 
 @pytest.mark.slow
-def test_random_weights_are_warned_of_the_same_in_a_child_and_kept(
+def test_random_weights_cause_a_warning_and_are_the_same_in_a_child_and_cached(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -466,7 +466,7 @@ def test_choose_engine_refuses_openvino_without_its_extra(monkeypatch: pytest.Mo
         choose_engine(ModelConfig(engine="openvino"))
 
 
-def test_has_nvidia_gpu_finds_the_drivers_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_has_nvidia_gpu_looks_for_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "nvidia-smi").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert engines._has_nvidia_gpu()
@@ -551,7 +551,7 @@ def test_kept_artifact_runs_without_tensorflow_and_without_telemetry(
     command = [sys.executable, "-c", _RUN_AGAIN, config.model_dump_json()]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [str([[7.0] * 6] * 2), "[]"]
-    # OpenVINO's telemetry would leave the number by which it knows this user.
+    # OpenVINO's telemetry would leave a file with the id of this user.
     assert list((tmp_path / "home").iterdir()) == []
 
 

@@ -1,5 +1,5 @@
-"""Files of networks and weights as people have them: loaded right, or told in one sentence what they are and what to
-do.
+"""Files of networks and weights as people have them: loaded correctly, or refused in one sentence that says what they
+are and what to do.
 """
 
 import json
@@ -64,7 +64,7 @@ def check_features(
     ],
     ids=lambda value: value,
 )
-def test_whole_model_is_known_by_its_content(saved: str, name: str, tmp_path: Path) -> None:
+def test_whole_model_is_recognized_by_its_content(saved: str, name: str, tmp_path: Path) -> None:
     network, reference = build_network()
     (tmp_path / "saved").mkdir()
     network.save(tmp_path / "saved" / saved)
@@ -73,7 +73,7 @@ def test_whole_model_is_known_by_its_content(saved: str, name: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_whole_h5_model_without_preprocessing_is_still_taken_for_weights(tmp_path: Path) -> None:
+def test_whole_h5_model_without_preprocessing_counts_as_weights(tmp_path: Path) -> None:
     import keras
 
     build_network()[0].save(tmp_path / "own.h5")
@@ -194,14 +194,14 @@ def test_input_of_whole_numbers_and_a_fixed_batch(tmp_path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) and value.startswith("net") else "",
 )  # fmt: skip
-def test_other_files_are_told_what_they_are(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+def test_other_files_are_named_for_what_they_are(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     for ask in (fingerprint_model, choose_input_px, build_artifact):
         with pytest.raises(ModelError, match=message):
             ask(configure(tmp_path / name))
 
 
-def test_other_archives_and_folders_are_told_what_they_are(tmp_path: Path) -> None:
+def test_other_archives_and_folders_are_named_for_what_they_are(tmp_path: Path) -> None:
     def pack(name: str, *files: str) -> Path:
         with zipfile.ZipFile(tmp_path / name, "w") as archive:
             for file in files:
@@ -292,9 +292,7 @@ def test_h5_model_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("ending", ["keras", "h5"])
-def test_classes_that_keras_does_not_have_are_named(
-    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_classes_unknown_to_keras_are_named(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import keras
 
     class Gem(keras.layers.Layer):
@@ -315,7 +313,7 @@ def test_classes_that_keras_does_not_have_are_named(
     expected = (PIXELS.astype(np.float64) ** 3).mean(axis=(1, 2)) ** (1 / 3)
     np.testing.assert_allclose(load_predictor(artifact, n_threads=1)(PIXELS), expected, rtol=1e-4)
     assert artifact.layer == "gem" and artifact.has_foreign_code
-    # The code of such a class may change while the file stays.
+    # The code of such a class may change while the file does not.
     keep_artifact(config, artifact)
     assert find_artifact(config) is None
 

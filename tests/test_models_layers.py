@@ -1,4 +1,4 @@
-"""The layer that makes the features: found in the graph of networks as people build them, beside plain Keras."""
+"""The layer that computes the features: found in networks as people build them, and compared with plain Keras."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def build_base(name: str = "base") -> Any:
 
 
 def augment(x: Any) -> Any:
-    """Put layers before a network that do nothing but in training."""
+    """Put layers before a network that have an effect only in training."""
     from keras import Sequential, layers
 
     return Sequential([layers.RandomFlip(), layers.RandomRotation(0.1)], name="augment")(x)
@@ -214,7 +214,7 @@ CLEAR = [
 
 
 def save_network(build: Callable[[Any], Any], path: Path) -> tuple[ModelConfig, Any]:
-    """Save the network that a function builds on an input, and give what the function gave, with that input first."""
+    """Save the network that a function builds on an input; returns the input, then the results of the function."""
     import keras
 
     keras.utils.set_random_seed(3)
@@ -346,7 +346,7 @@ def chosen_classes(x: Any) -> Any:
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_layer_that_is_not_clear_is_asked_for(build: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+def test_ambiguous_layer_must_be_configured(build: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
     config, _ = save_network(build, tmp_path / "own.keras")
     with pytest.raises(ModelError, match=rf"^whole_network.*{message}"):
         build_artifact(config)
@@ -376,7 +376,7 @@ def test_layer_may_be_named_within_nested_networks(tmp_path: Path) -> None:
         build_artifact(config.model_copy(update={"layer": "lost"}))
 
 
-def test_layers_have_names_that_tensorflow_does_not_take(tmp_path: Path) -> None:
+def test_layers_may_have_names_that_tensorflow_refuses(tmp_path: Path) -> None:
     import keras
 
     def build(x: Any) -> tuple[Any, Any]:
@@ -412,7 +412,7 @@ def test_layer_that_is_used_side_by_side_cannot_be_named(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_network_by_name_says_its_last_layer() -> None:
+def test_network_by_name_states_its_last_layer() -> None:
     artifact = build_artifact(ModelConfig(name="SqueezeNet", input_px=64, engine="tensorflow"))
     assert artifact.layer == "fire9_concat"
     early = ModelConfig(name="SqueezeNet", input_px=64, engine="tensorflow", layer="fire2_concat")

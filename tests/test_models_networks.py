@@ -1,4 +1,4 @@
-"""The table of networks that have a name, held against Keras itself."""
+"""The table of networks that have a name, compared with Keras itself."""
 
 import importlib
 import subprocess
@@ -29,7 +29,7 @@ FAMILIES = {
 
 
 class Asked(Exception):
-    """What a network of Keras is stopped by when it has told its default size."""
+    """Stops a network of Keras once its default size is known."""
 
 
 def test_table_has_all_networks_of_keras() -> None:
@@ -67,11 +67,11 @@ def test_preprocessing_is_that_of_keras(name: str) -> None:
 
 
 def randomize(network: Any) -> None:
-    """Give a network weights with which its features are neither tiny nor huge, as untrained ones are."""
+    """Give a network weights that make its features neither tiny nor huge, unlike those of untrained networks."""
     generator = np.random.default_rng(7)
     for layer in network.layers:
         if type(layer).__name__ == "Normalization":
-            # What it computes with was made of its weights before.
+            # Its constants were computed from its weights when it was built.
             continue
         weights = []
         for value in layer.get_weights():
@@ -87,7 +87,7 @@ def randomize(network: Any) -> None:
 
 @pytest.fixture
 def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let networks of dozens of equal blocks have one or two of each kind: the same layers, in a tenth of the time."""
+    """Reduce networks of dozens of equal blocks to one or two of each kind: the same layers, in a tenth of the time."""
     from keras.src.applications import convnext, efficientnet
 
     tiny = convnext.MODEL_CONFIGS["tiny"] | {"depths": [1] * 4, "projection_dims": [24, 48, 96, 192]}
@@ -117,7 +117,7 @@ def test_features_of_each_family_equal_keras(name: str, tmp_path: Path) -> None:
     packed = replace(artifact, engine="openvino", payload=ENGINES["openvino"].pack_graph(artifact.payload))
     assert artifact.layer and artifact.n_features == expected.shape[1]
     for each in (artifact, packed):
-        # Not by load_predictor, which keeps each network as long as the process lives.
+        # load_predictor is not used here, because it keeps each network until the process ends.
         found = ENGINES[each.engine].load_network(each, n_threads=1)(pixels)
         errors = np.linalg.norm(found - expected, axis=1)
         assert (errors < 1e-4 * np.linalg.norm(expected, axis=1)).all()

@@ -1,5 +1,5 @@
-"""Keras's settings of the user change nothing: neither a file in the home folder, nor the environment, nor the process
-that asks.
+"""The user's settings of Keras change nothing: neither a file in the home folder, nor the environment, nor the calling
+process.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Tests of the one sentence that says what a file is that is no image, and of raw photographs that look like a TIFF."""
+"""Tests of the sentence that names a file that is no image, and of raw photographs that look like a TIFF."""
 
 import gzip
 import io
@@ -111,7 +111,7 @@ def test_sentence_names_what_was_found(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000"])
-def test_start_of_a_file_of_a_format_that_is_read_is_broken(kind: str) -> None:
+def test_start_of_a_file_in_a_supported_format_is_called_broken(kind: str) -> None:
     with pytest.raises(ImageError, match="^the image is broken: "):
         decode_image(save(kind)[:16], size_px=16, max_pixels=1_000_000)
 
@@ -120,7 +120,7 @@ LONG = 4
 
 
 def test_raw_photograph_does_not_become_its_thumbnail() -> None:
-    # As in NEF, ARW and DNG: the first page says that it is a smaller copy, and others hang below it.
+    # As in NEF, ARW and DNG: the first page says that it is a smaller copy, and the others are its children.
     thumbnail = build_tiff((0x00FE, LONG, 1, 1), (0x014A, LONG, 1, 8), side=160, data=bytes(160 * 160))
     with pytest.raises(
         ImageError, match="found a TIFF of several pages whose first is a thumbnail, as in a camera's raw file"

@@ -1,4 +1,4 @@
-"""Nothing in the package runs code that comes with data: the ways to do so are looked for in its source."""
+"""Nothing in the package runs code that comes with data: these tests search its source for ways to do so."""
 
 import ast
 from collections.abc import Iterator
@@ -26,10 +26,10 @@ MODULES = {
     "code",
 }
 ALLOWED = {
-    # An unpickler that admits NumPy's arrays alone; tests/test_models.py gives it others.
+    # An unpickler that admits only NumPy arrays; tests/test_models.py feeds it others.
     ("worker/models/squeezenet.py", "pickle"),
     ("worker/models/squeezenet.py", "pickle.Unpickler"),
-    # The table of public names; and cluster.class, of which SECURITY.md speaks.
+    # The table of public names; and cluster.class, which SECURITY.md describes.
     ("__init__.py", "import_module of a computed name"),
     ("cluster/custom.py", "import_module of a computed name"),
 }
@@ -43,7 +43,7 @@ DOORS = {
 }
 #: Methods that unpickle, or load YAML with tags that run code, by the module they belong to.
 LOADERS = {("torch", "load"), ("yaml", "load"), ("yaml", "unsafe_load"), ("yaml", "full_load"), ("pd", "read_pickle")}
-#: Loaders of YAML that give more than plain values.
+#: Loaders of YAML that return more than plain values.
 UNSAFE_YAML = {"Loader", "UnsafeLoader", "FullLoader", "CLoader"}
 
 
@@ -107,7 +107,7 @@ def test_package_runs_no_code_of_others() -> None:
         "import_module(f'fruitdask.{name}')",
     ],
 )
-def test_what_could_run_code_is_found(source: str) -> None:
+def test_code_that_could_run_data_is_found(source: str) -> None:
     assert list(list_findings(source)) != []
 
 
@@ -121,5 +121,5 @@ def test_what_could_run_code_is_found(source: str) -> None:
         "import_module('json')",
     ],
 )
-def test_what_could_not_is_not(source: str) -> None:
+def test_harmless_code_is_not_reported(source: str) -> None:
     assert list(list_findings(source)) == []

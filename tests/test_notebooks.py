@@ -1,7 +1,7 @@
-"""The notebooks: in short cells, without functions of their own, and running; what costs money stays off.
+"""The notebooks: they run, in short cells without functions of their own, and what costs money stays off.
 
-Their outputs are stored. They are checked as those of a run here are, and must be of the same kinds. After changing a
-notebook or an output, store them again with ``pytest tests/test_notebooks.py --write-golden``.
+Their outputs are stored. They get the same checks as outputs of a run here, and must be of the same kinds. After
+changing a notebook or an output, store them again with ``pytest tests/test_notebooks.py --write-golden``.
 """
 
 import ast
@@ -30,13 +30,13 @@ NAMES = ("00_start", "01_explore", "02_run", "03_map", "04_cloud", "05_answers")
 REGION = "eu-west-1"
 #: Images of the demo, and here.
 N_DEMO_IMAGES, N_IMAGES = 144, 48
-#: Where the stored outputs say that they were made, and the size of a picture in them at the most.
+#: The folder that stored outputs name, and the largest size of a picture in them.
 HOME, MAX_PICTURE_BYTES = "/home/you/fruitdask", 1_000_000
-#: Nothing listens there: whoever asks AWS for anything gets an error.
+#: Nothing listens there, so each request to AWS fails.
 NOWHERE = "http://127.0.0.1:9"
 PAGE_NOTE = "<p><i>Run this cell, and the page appears here.</i></p>"
-#: A worker of a cluster that is being closed may find the scheduler gone before itself; Dask then logs a traceback that
-#: means nothing. On a busy machine, it may not be gone in time.
+#: When a cluster closes, its scheduler may end before a worker; Dask then logs a traceback that means nothing. On a
+#: busy machine, a worker may not end in time.
 LAST_WORDS = re.compile(
     r"^\S+ \S+ - distributed\.worker - ERROR - Failed to communicate with scheduler during heartbeat\.$"
     r".*?^\S*CommClosedError: .*?$\n?"
@@ -96,13 +96,13 @@ def is_written(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, is_written: bool, squeezenet: ModelConfig) -> Iterator[Path]:
-    """A copy of the notebooks and of what they read; Jupyter keeps to it, its kernel is this interpreter, and AWS is
-    out of reach.
+    """A copy of the notebooks and of what they read; Jupyter uses only this folder, its kernel is this interpreter, and
+    AWS is out of reach.
     """
     folder = tmp_path_factory.mktemp("clone")
     for name in ("notebooks", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    # A third of the pictures, which show the same.
+    # A third of the pictures are enough.
     demo = folder / "configs" / "demo.yaml"
     text = demo.read_text()
     assert "sample: {per_class: 24}" in text
@@ -132,7 +132,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, is_written: bool, squeez
 
 @pytest.fixture(scope="module")
 def kernel(workplace: Path) -> Iterator[tuple[Any, Any]]:
-    """A kernel that has imported what notebooks do, after the first of them, and its client."""
+    """A kernel and its client; after the first notebook, it has imported what notebooks import."""
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(workplace / "notebooks"))
     client.allow_stdin = False
     yield manager, client
@@ -142,16 +142,16 @@ def kernel(workplace: Path) -> Iterator[tuple[Any, Any]]:
 
 @pytest.fixture
 def execute(workplace: Path, is_written: bool, kernel: tuple[Any, Any]) -> Execute:
-    """Execute a notebook in the shared folder, in which each finds what those before it have left. Its outputs, unless
-    `is_as_stored` is False, are of the same kinds as those that are stored. It has no names of those before it, and the
-    environment of now only in a kernel of its own.
+    """Execute a notebook in the shared folder, where it finds the files of those before it. Its outputs are of the same
+    kinds as the stored ones, unless `is_as_stored` is False. It sees no names of those before it, and sees the current
+    environment only in its own kernel.
     """
 
     def run(name: str, *, is_as_stored: bool = True, has_own_kernel: bool = False) -> nbformat.NotebookNode:
         notebook = nbformat.read(workplace / "notebooks" / f"{name}.ipynb", as_version=nbformat.NO_CONVERT)
         resources = {"metadata": {"path": str(workplace / "notebooks")}}
         # A cell that raises ends this with a CellExecutionError that shows its traceback.
-        # Outputs come late where the machine is busy.
+        # Outputs come late on a busy machine.
         settings = {"timeout": 300, "iopub_timeout": 60, "kernel_name": "python3", "resources": resources}
         notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f\n__spec__ = None"))
         manager, client = (None, None) if has_own_kernel else kernel
@@ -171,7 +171,7 @@ def execute(workplace: Path, is_written: bool, kernel: tuple[Any, Any]) -> Execu
 
 
 def tidy(executed: nbformat.NotebookNode, workplace: Path) -> nbformat.NotebookNode:
-    """Make what is stored: without the page and what differs from run to run."""
+    """Prepare a notebook for storing: without the page and what differs from run to run."""
     kept = copy.deepcopy(executed)
     kept.metadata = {"kernelspec": kept.metadata.kernelspec, "language_info": {"name": "python"}}
     for cell in kept.cells:
@@ -185,7 +185,7 @@ def tidy(executed: nbformat.NotebookNode, workplace: Path) -> nbformat.NotebookN
 
 
 def tidy_output(output: nbformat.NotebookNode, workplace: Path) -> None:
-    """Leave the page, the number of a cell, and places of this machine out of an output."""
+    """Remove the page, the number of a cell, and paths of this machine from an output."""
     output.pop("metadata", None)
     if output.output_type in ("display_data", "execute_result"):
         output.metadata = {}
@@ -235,7 +235,7 @@ def test_notebook_is_short_cells_without_functions(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_notebook_explains_and_links_to_what_is_there(name: str) -> None:
+def test_notebook_explains_and_has_no_broken_links(name: str) -> None:
     texts = [cell.source for cell in read(name).cells if cell.cell_type == "markdown"]
     assert texts[0].startswith(f"# {int(name[:2])}. ") and "## A question to try\n" in texts[-1]
     links = re.findall(r"\]\(([^)]+)\)", "\n".join(texts))
@@ -297,7 +297,7 @@ def test_03_map(execute: Execute, is_written: bool) -> None:
 
 
 @pytest.mark.slow
-def test_04_cloud_spends_nothing_unless_told_to(execute: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_04_cloud_spends_nothing_unless_allowed_to(execute: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("INSTANCE_PROFILE", "DOCKER_IMAGE"):
         monkeypatch.setenv(f"FRUITDASK_{variable}", "there-is-one")
     for notebook in (execute("04_cloud", has_own_kernel=True), read("04_cloud")):
@@ -310,7 +310,7 @@ def test_04_cloud_spends_nothing_unless_told_to(execute: Execute, monkeypatch: p
 @pytest.mark.cloud
 @pytest.mark.skipif(sys.platform != "linux", reason="the loopback EC2 needs all of 127.0.0.0/8, and /proc")
 def test_04_cloud_on_ec2(execute: Execute, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What other notebooks show of a run takes longest.
+    # The slowest stages of a run are left to other notebooks.
     notebook = workplace / "notebooks" / "04_cloud.ipynb"
     text, settings = notebook.read_text(), r"\"reduce\": {\"n_components\": 5, \"tsne\": {\"enabled\": True}}"
     assert text.count(settings) == 1

@@ -1,4 +1,4 @@
-"""Opening the results of a finished run by their folder: what they hold, and what is said of other folders."""
+"""Opening the results of a finished run by their folder: what they hold, and errors about other folders."""
 
 import json
 import shutil

@@ -1,5 +1,5 @@
-"""Disks that are full or read-only and buckets that are gone in the middle of a run: a clear end, and the same command
-goes on.
+"""Disks that are full or read-only and buckets that are gone in the middle of a run: a clear error, and the same
+command continues.
 """
 
 import subprocess
@@ -19,15 +19,15 @@ from fruitdask.core.config import Config, ModelConfig
 from fruitdask.core.progress import RunProgress
 from fruitdask.errors import OutageError, PartitionError
 
-#: What is free on the small disk when a run begins: enough for its manifest and some of its partitions, which need
-#: three blocks each.
+#: Free space on the small disk when a run begins: enough for its manifest and some of its partitions, which need three
+#: blocks each.
 FREE_BYTES = 150_000
 _DISK_BYTES = 4 << 20
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A small disk in memory, of its own."""
+    """A small disk in memory, for one test."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "fruitdask-test", str(folder)]
@@ -43,7 +43,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def make_config(sample_folder: Path, tiny_model: ModelConfig) -> MakeConfig:
-    """Make the configuration of a run with an image a partition."""
+    """Make the configuration of a run with one image per partition."""
 
     def make(url: str, **options: Any) -> Config:
         return configure(
@@ -60,7 +60,7 @@ def make_config(sample_folder: Path, tiny_model: ModelConfig) -> MakeConfig:
 
 @pytest.fixture(scope="module")
 def undisturbed(make_config: MakeConfig, client: Any, tmp_path_factory: pytest.TempPathFactory) -> fruitdask.RunResult:
-    """The same run where nothing happens."""
+    """The same run without a fault."""
     return fruitdask.run(make_config(str(tmp_path_factory.mktemp("calm"))), client=client)
 
 
@@ -71,14 +71,14 @@ def assert_same(result: fruitdask.RunResult, expected: fruitdask.RunResult) -> N
 
 
 class When(RunProgress):
-    """Does something once, when a stage begins."""
+    """Calls a function when a stage begins."""
 
     def __init__(self, stage: str, happen: Callable[[], Any]) -> None:
         super().__init__()
         self._stage, self._happen = stage, happen
 
     def begin(self, stage: str) -> None:
-        """Look whether it is time."""
+        """Call the function at the start of its stage."""
         if stage == self._stage:
             self._happen()
 
@@ -110,7 +110,7 @@ def test_disk_that_is_full_ends_the_command_with_one_sentence(
 
 
 @pytest.mark.slow
-def test_disk_that_is_full_in_the_end_loses_no_features(
+def test_disk_that_fills_up_at_the_end_loses_no_features(
     make_config: MakeConfig, disk: Path, client: Any, undisturbed: fruitdask.RunResult
 ) -> None:
     config = make_config(str(disk / "out"))
@@ -155,7 +155,7 @@ def test_bucket_that_is_deleted_ends_the_run_with_one_sentence(
 ) -> None:
     bucket, options = s3_bucket
     config = make_config(f"s3://{bucket}/out", **options)
-    # Each attempt would be made for nothing.
+    # More attempts would only cost time.
     output = config.output.model_copy(update={"attempts": 2})
     featurize = config.featurize.model_copy(update={"images_per_partition": 6})
     config = config.model_copy(update={"output": output, "featurize": featurize})

@@ -1,4 +1,4 @@
-"""What is handed on: a source archive, and the wheel built from it, which runs without the checkout."""
+"""What users install: a source archive, and the wheel built from it, which runs without the checkout."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ PARTS = ("fruitdask", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the source archive and the wheel that is built from it."""
+    """A folder with the source archive and the wheel built from it."""
     folder = tmp_path_factory.mktemp("package")
     for name in PARTS:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -36,7 +36,7 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     Path(purelib, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     (wheel,) = built.glob("*.whl")
     python = folder / "bin" / "python"
-    # The pip of this environment: making one of its own takes longer than all else.
+    # Use the pip of this environment, because installing another takes longer than everything else.
     install = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", wheel]
     subprocess.run(install, check=True, capture_output=True)
     return python

@@ -1,4 +1,4 @@
-"""Principal components, held against scikit-learn and dask-ml."""
+"""Principal components, compared with scikit-learn and dask-ml."""
 
 import pickle
 import subprocess
@@ -73,7 +73,7 @@ def test_fit_whitens_like_sklearn(n_components: int | float | None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["numpy", "dask"])
-def test_arrays_come_back_as_they_went_in(kind: str) -> None:
+def test_transform_returns_the_kind_of_array_it_gets(kind: str) -> None:
     features = draw_features(100, 20)
     values: Any = features if kind == "numpy" else da.from_array(features, chunks=(30, 7))
     expected = sklearn.decomposition.PCA(2, svd_solver="full").fit(features.astype(np.float64))
@@ -136,7 +136,7 @@ def test_fit_equals_sklearn_on_ill_conditioned_features() -> None:
     deviations = np.geomspace(1, 1e-9, 10)
     strong = rng.normal(size=(3000, 10)) * deviations @ np.linalg.qr(rng.normal(size=(40, 40)))[0][:10]
     features = strong + rng.uniform(10, 20, 40)
-    features[0] += 1e3  # the first row, about which sums are taken, is an outlier
+    features[0] += 1e3  # the first row, which is subtracted before summing, is an outlier
     expected = sklearn.decomposition.PCA(11, svd_solver="full").fit(features)
     fitted = PCA(11).fit(da.from_array(features, chunks=(250, -1)))
     scores, expected_scores = fitted.transform(features), expected.transform(features)
@@ -164,7 +164,7 @@ def test_fit_does_not_depend_on_chunks(cuts: list[int]) -> None:
     np.testing.assert_allclose(fitted.mean_, whole.mean_, rtol=1e-13)
 
 
-def test_fit_takes_a_choice_of_rows() -> None:
+def test_fit_takes_a_subset_of_rows() -> None:
     features = draw_features(400, 30)
     rows = np.flatnonzero(np.random.default_rng(0).random(400) < 0.7)
     expected = sklearn.decomposition.PCA(4, svd_solver="full").fit(features[rows].astype(np.float64))
@@ -226,21 +226,21 @@ def test_fit_refuses_images_that_are_all_the_same(
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("solver", ["covariance_eigh", "full", "randomized"])
-def test_fit_refuses_what_is_not_finite(solver: str, value: float) -> None:
+def test_fit_refuses_values_that_are_not_finite(solver: str, value: float) -> None:
     features = draw_features(40, 6)
     features[31, 2] = value
     with np.errstate(invalid="ignore"), pytest.raises(ReduceError, match="expected finite features, found NaN or inf"):
         PCA(2, svd_solver=solver).fit(da.from_array(features, chunks=(20, -1)))
 
 
-def test_fit_takes_differences_far_smaller_than_the_mean() -> None:
+def test_fit_resolves_differences_far_smaller_than_the_mean() -> None:
     features = draw_features(300, 20).astype(np.float64) * 1e-6 + 1e3
     expected = sklearn.decomposition.PCA(3, svd_solver="full").fit(features)
     check_equal(PCA(3).fit(da.from_array(features, chunks=(50, -1))), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("solver", ["full", "tsqr", "randomized"])
-def test_solvers_of_dask_ml_find_what_they_find_there(solver: str) -> None:
+def test_solvers_of_dask_ml_equal_dask_ml(solver: str) -> None:
     features = da.from_array(draw_features(1000, 40), chunks=(500, -1))
     theirs = dask_ml.decomposition.PCA(4, svd_solver=solver, iterated_power=4, random_state=3)
     theirs.fit(features.astype(np.float64))
@@ -294,9 +294,9 @@ def test_truncate_and_restore_keep_what_a_smaller_fit_would_find(n_components: i
 
 
 @pytest.mark.parametrize("solver", ["covariance_eigh", "randomized"])
-def test_compare_components_takes_what_a_fit_may_turn(solver: str) -> None:
+def test_compare_components_accepts_rotations_of_equal_variances(solver: str) -> None:
     random = np.random.default_rng(0)
-    # Two directions of the same variance, which any rotation among them describes as well.
+    # Two directions have the same variance, so any rotation of the two is as good.
     corners = np.array([[3.0, 0, 0, 0], [-3, 0, 0, 0], [0, 3, 0, 0], [0, -3, 0, 0], [0, 0, 1, 0], [0, 0, -1, 0]])
     fitted = PCA(3, svd_solver=solver).fit(da.from_array(corners + 5, chunks=(2, 4)))
     angle = random.uniform(0.2, 1.2)
@@ -332,7 +332,7 @@ def test_compare_components_refuses_another_width() -> None:
 
 
 @pytest.mark.slow
-def test_dask_ml_is_imported_where_features_are_reduced_alone() -> None:
+def test_dask_ml_is_imported_only_to_reduce_features() -> None:
     rooms = "pipeline.run, pipeline.verify, pipeline.results, analysis.reduction, worker.featurize, worker.explore"
     code = "import sys\n" + "".join(f"import fruitdask.{name}\n" for name in rooms.split(", "))
     code += "assert not {'dask_ml', 'sklearn'} & set(sys.modules)\nimport fruitdask\nfruitdask.PCA\n"

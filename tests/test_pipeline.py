@@ -48,7 +48,7 @@ PAGED = SHOWN | {"plots": OFF}
 
 @pytest.fixture
 def make_config(tiny_model: ModelConfig, sample_folder: Path, tmp_path: Path) -> MakeConfig:
-    """Make the configuration of a run of the tiny model on the drawn images, with settings of a test's own."""
+    """Make the configuration of a run of the tiny model on the drawn images, with the settings of a test."""
     return lambda **sections: configure(sample_folder, tmp_path / "out", tiny_model, **sections)
 
 
@@ -84,7 +84,7 @@ def reference(some_photographs: Path, mobilenet_weights: Path) -> dict[str, np.n
 
 @pytest.fixture(scope="module")
 def mobilenet(mobilenet_weights: Path) -> ModelConfig:
-    """MobileNetV2, built in this process, which has TensorFlow by now."""
+    """MobileNetV2, built in this process, which has already imported TensorFlow."""
     config = ModelConfig(name="MobileNetV2", weights=str(mobilenet_weights))
     keep_artifact(config, build_artifact(config))
     return config
@@ -124,7 +124,7 @@ def test_run_on_photographs_equals_keras_and_sklearn(
 
 
 @pytest.mark.slow
-def test_run_leaves_what_the_architecture_lists(
+def test_run_writes_the_files_of_the_architecture(
     make_config: MakeConfig, client: Any, sample_folder: Path, tmp_path: Path
 ) -> None:
     config = make_config(reduce={"n_components": 2, "tsne": {"enabled": True, "perplexity": 5}}, **SHOWN)
@@ -171,7 +171,7 @@ def test_run_leaves_out_failed_images(
     assert list(failures["path"]) == ["pear_1/r0_0.jpg"] and failures["error"][0].endswith("found an empty file")
 
 
-def test_run_goes_on_after_too_many_failures(
+def test_run_continues_after_too_many_failures(
     make_config: MakeConfig, client: Any, sample_folder: Path, tmp_path: Path
 ) -> None:
     source = copy_images(sample_folder, tmp_path / "in")
@@ -200,7 +200,7 @@ def test_run_computes_only_what_is_missing(
     before = {path: path.stat().st_mtime_ns for path in chunks.rglob("*") if path.is_file()}
     (marks / "00001.parquet").unlink()
     (marks / "00004.parquet").unlink()
-    # The partition size of the store counts, whatever the configuration says by now.
+    # The partition size of the store counts, whatever the configuration says now.
     again = fruitdask.run(make_config(featurize={"images_per_partition": 7}), client=client)
     assert again.n_computed == 5 + 4
     written = {path.relative_to(chunks).parts[0] for path, time in before.items() if path.stat().st_mtime_ns != time}
@@ -370,7 +370,7 @@ def test_run_refused_for_failures_is_refused_again(
 
 
 @pytest.mark.parametrize("step", ["write_results", "write_components"])
-def test_interrupted_writing_is_mended_by_the_next_run(
+def test_interrupted_writing_is_repaired_by_the_next_run(
     make_config: MakeConfig, finish: Finish, client: Any, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     expected = finish(make_config()).table
@@ -388,7 +388,7 @@ def test_interrupted_writing_is_mended_by_the_next_run(
 
 
 @pytest.mark.parametrize("name", ["results.parquet", "pca.zarr"])
-def test_deleted_results_are_made_again(
+def test_deleted_results_are_written_again(
     make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path, name: str
 ) -> None:
     expected = finish(make_config()).table
@@ -464,7 +464,7 @@ def test_images_have_features_without_components(
     config = make_config(
         input={"url": str(tmp_path / "in")},
         featurize={"images_per_partition": 2, "max_failed_fraction": 1},
-        # More components than there can be are no matter where there are none.
+        # It does not matter that more components are configured than possible, because there are none.
         reduce={"tsne": {"enabled": True}, "n_components": 2 if n_images > 1 else 9} | reduce,
         **SHOWN,
     )
@@ -476,7 +476,7 @@ def test_images_have_features_without_components(
 
 
 def check_without_components(result: fruitdask.RunResult, config: Config) -> None:
-    """Check that results without components are whole: tables, notebook, page, figures, a second run, and verifying."""
+    """Check that results without components are complete: tables, notebook, page, figures, a second run, verifying."""
     assert list(result.table.columns) == ["path", "label", "status"]
     assert result.pca is None and "pca" not in result.manifest and "not computed" in result._repr_html_()
     assert result.quality is not None and "explained_variance" not in result.quality
@@ -569,13 +569,13 @@ def test_exploring_along_with_a_run_finds_what_exploring_alone_does(
 
 
 @pytest.mark.slow
-def test_run_looks_at_each_image_once(
+def test_run_reads_each_image_once(
     make_config: MakeConfig, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(explore_module, "explore_partition", None)
         fruitdask.run(make_config(explore=ON), client=client)
-    # What was explored before is not explored by the run.
+    # The run does not explore again what was explored before.
     alone = make_config(explore=ON, output={"url": str(tmp_path / "alone")})
     fruitdask.explore(alone, client=client)
     before = (tmp_path / "alone" / "explore.json").stat().st_mtime_ns
@@ -587,7 +587,7 @@ def test_run_looks_at_each_image_once(
 @pytest.mark.parametrize(
     "explore", [{}, {"input_px": 20}, {"thumbnail_px": 16}], ids=["left out", "another size", "other thumbnails"]
 )
-def test_exploration_is_made_up_for(make_config: MakeConfig, client: Any, explore: dict[str, Any]) -> None:
+def test_missing_exploration_is_done_later(make_config: MakeConfig, client: Any, explore: dict[str, Any]) -> None:
     first = fruitdask.run(make_config(explore={"enabled": explore != {}}), client=client)
     assert (first.exploration is None) == (explore == {})
     again = fruitdask.run(make_config(explore=ON | explore), client=client)
@@ -684,7 +684,7 @@ def test_run_refuses_the_exploration_of_other_images(make_config: MakeConfig, cl
 
 
 @pytest.mark.slow
-def test_interrupted_drawing_is_made_up_for(
+def test_interrupted_drawing_is_done_by_the_next_run(
     make_config: MakeConfig, finish: Finish, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     explored = {"explore": ON | {"input_px": 24}}
@@ -710,7 +710,7 @@ def test_interrupted_drawing_is_made_up_for(
 
 
 @pytest.mark.slow
-def test_other_numbers_leave_no_picture_of_the_old_ones(
+def test_changed_results_delete_figures_of_the_old_ones(
     make_config: MakeConfig, finish: Finish, tmp_path: Path
 ) -> None:
     finish(make_config(**SHOWN))
@@ -718,7 +718,7 @@ def test_other_numbers_leave_no_picture_of_the_old_ones(
     assert not (tmp_path / "out" / "report.html").exists() and not list((tmp_path / "out" / "figures").iterdir())
 
 
-def test_seconds_are_those_of_the_run_that_took_them(
+def test_seconds_are_those_of_the_run_that_computed_the_images(
     make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path
 ) -> None:
     first = finish(make_config()).manifest
@@ -749,7 +749,7 @@ def test_interrupted_overwriting_leaves_nothing_that_looks_complete(
         fruitdask.render_report(make_config(report={"enabled": True}))
 
 
-def test_thumbnails_of_all_images_go_when_the_exploration_is_complete(
+def test_thumbnails_of_all_images_are_deleted_when_the_exploration_is_complete(
     make_config: MakeConfig, client: Any, sample_folder: Path, tmp_path: Path
 ) -> None:
     source = copy_images(sample_folder, tmp_path / "in")

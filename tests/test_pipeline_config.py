@@ -43,26 +43,26 @@ def test_a_change_without_new_images_is_written(make_config: MakeConfig, finish:
     assert load_config(tmp_path / "out" / "config.yaml") == changed
 
 
-def test_overwriting_is_for_once(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
+def test_overwriting_is_not_stored(make_config: MakeConfig, client: Any, tmp_path: Path) -> None:
     fruitdask.run(make_config(output={"overwrite": True}), client=client)
     assert load_config(tmp_path / "out" / "config.yaml") == make_config()
 
 
 @pytest.mark.slow
-def test_an_exploration_has_one_too_and_leaves_that_of_a_run(
+def test_an_exploration_writes_its_configuration_but_keeps_that_of_a_run(
     make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path
 ) -> None:
     (other := make_config(output={"url": str(tmp_path / "explored")}, explore={"scale": "unit"}))
     fruitdask.explore(other, client=client)
     assert load_config(tmp_path / "explored" / "config.yaml") == other
-    # A run in the same folder does not take it for another one's file.
+    # A run in the same folder accepts this file.
     assert fruitdask.run(other, client=client).n_computed == 3
     before = (tmp_path / "explored" / "config.yaml").read_bytes()
     fruitdask.explore(make_config(output={"url": str(tmp_path / "explored")}), client=client)
     assert (tmp_path / "explored" / "config.yaml").read_bytes() == before
 
 
-def test_somebody_elses_file_is_not_overwritten(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_foreign_file_is_not_overwritten(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.yaml").write_text("mine")
     with pytest.raises(OutputError, match=r"found config\.yaml, which no fruitdask run wrote; choose another"):
@@ -101,7 +101,7 @@ def test_secrets_and_names_of_images_become_variables(tmp_path: Path, monkeypatc
     assert load_config(tmp_path / "out" / "config.yaml") == config
 
 
-def test_read_config_is_of_the_place_where_it_is(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:
+def test_read_config_follows_a_moved_folder(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:
     assert read_config(Location(str(tmp_path / "in"))) is None
     finish(make_config())
     (tmp_path / "out").rename(tmp_path / "moved")
@@ -116,7 +116,7 @@ def test_read_config_is_of_the_place_where_it_is(make_config: MakeConfig, finish
     assert read_config(output) is None
 
 
-def test_read_config_is_of_a_url_too(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:
+def test_read_config_takes_a_url(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:
     finish(make_config())
     fsspec.filesystem("memory").put(str(tmp_path / "out"), "/configured", recursive=True)
     read = read_config(Location("memory://configured"))

@@ -1,5 +1,5 @@
-"""Tests of pixels: every kind that a header can define gives its colours, and every other one a reason. Files are made
-by hand.
+"""Tests of pixels: every kind that a header can define gives its colours, all others are refused with a reason. Files
+are made by hand.
 """
 
 import io
@@ -36,7 +36,7 @@ def draw(*channels: int, bits: int = 8, seed: int = 0) -> Array:
 
 
 def pack(samples: Array, bits: int) -> bytes:
-    """Pack samples of fewer bits than their type, the first one in the highest bits; a row starts a byte."""
+    """Pack samples of fewer bits than their type, the first one in the highest bits; each row starts a new byte."""
     rows = samples.reshape(samples.shape[0], -1)
     planes = (rows[..., None] >> np.arange(bits)[::-1]) & 1
     return np.packbits(planes.reshape(len(rows), -1).astype(np.uint8), axis=1).tobytes()
@@ -111,9 +111,9 @@ def save(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-#: Name: the file, the colours, and by how much Pillow's rounding may miss them.
+#: Name: the file, the colours, and the largest error of Pillow's rounding.
 GOOD: dict[str, tuple[bytes, Array, float]] = {}
-#: Name: the file, and what its refusal says.
+#: Name: the file, and the message of its refusal.
 BAD: dict[str, tuple[bytes, str]] = {}
 
 G8, G16, RGB8, RGB16, ALPHA = draw(), draw(bits=16), draw(3), draw(3, bits=16), draw(seed=1)

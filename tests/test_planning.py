@@ -36,7 +36,7 @@ from fruitdask.worker.fetch import ImageSource
 
 needs_loopback = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc")
 
-#: Image by image 20 ms, and 100 ms a partition.
+#: 20 ms per image, and 100 ms per partition.
 SAMPLE = Sample(
     n_images=32,
     n_failed=0,
@@ -57,7 +57,7 @@ EC2: dict[str, Any] = {
 
 @pytest.fixture
 def make_config(tiny_model: ModelConfig, sample_folder: Path, tmp_path: Path) -> MakeConfig:
-    """Make the configuration of a run of the tiny model on the drawn images, with settings of a test's own."""
+    """Make the configuration of a run of the tiny model on the drawn images, with the settings of a test."""
     cluster = {"kind": "local", "n_workers": 1, "threads_per_worker": 2, "dashboard_address": None}
     return lambda **sections: configure(sample_folder, tmp_path / "out", tiny_model, **{"cluster": cluster} | sections)
 
@@ -99,7 +99,7 @@ def build_plan(
     regions: dict[str, str],
     spent: float = 0.0,
 ) -> Plan:
-    """Build the plan of made-up images of 200 kB, 100 a partition, 1280 features."""
+    """Build the plan of made-up images of 200 kB, 100 per partition, 1280 features."""
     config = fruitdask.load_config(sections)
     catalog = pd.DataFrame(
         {"path": [f"a/{n}.jpg" for n in range(n_images)], "label": "a", "bytes": 200_000, "version": ""}
@@ -112,7 +112,7 @@ def build_plan(
 
 
 @pytest.mark.slow
-def test_plan_of_a_local_run_says_what_there_is_and_writes_nothing(
+def test_plan_of_a_local_run_is_complete_and_writes_nothing(
     make_config: MakeConfig, sample_folder: Path, tmp_path: Path
 ) -> None:
     found = fruitdask.plan(make_config(explore={"enabled": True}))
@@ -161,12 +161,13 @@ def test_expected_seconds_follow_from_the_sample() -> None:
     sections = {"input": {"url": "/in"}, "output": {"url": "/out"}, "cluster": local}
     regions = {"input": "local", "output": "local", "cluster": "local"}
     found = build_plan(sections, regions=regions)
-    # Ten partitions on six threads are two rounds of 100 images, which take a quarter longer beside others.
+    # Ten partitions on six threads are two rounds of 100 images, which take a quarter longer when threads share the
+    # machine.
     assert found.seconds["featurize"] == pytest.approx(2 * (100 * 1.25 * 0.020 + 0.1))
     assert (found.seconds["list"], found.seconds["start"]) == (2.0, 4.0)
     assert found.worker_bytes == 2_000_000_000
     assert build_plan(sections, n_left=550, regions=regions).seconds["featurize"] == pytest.approx(2.6)
-    # Images that are compared at another size than the network's are read again.
+    # Images that are compared at a size that differs from the network's are read again.
     apart = build_plan(sections | {"explore": {"input_px": 96}}, regions=regions)
     assert apart.seconds["featurize"] == pytest.approx(2 * (100 * 1.25 * 0.027 + 0.1))
     assert [movement.n_bytes for movement in (found.movements[0], apart.movements[0])] == [200_000_000, 400_000_000]
@@ -176,7 +177,7 @@ def test_expected_seconds_follow_from_the_sample() -> None:
 
 @pytest.mark.cloud
 @needs_loopback
-def test_expected_cost_is_what_arithmetic_says(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expected_cost_equals_arithmetic_by_hand(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
     cloud.use(monkeypatch)
     prices = {"t3.medium": 0.05, "m6i.large": 0.20, "spot:m6i.large": 0.10}
     cluster = {**EC2, "region": "eu-west-1", "spot": True, "hourly_prices": prices, "filesystem_size": 30}
@@ -208,7 +209,7 @@ def test_expected_cost_is_what_arithmetic_says(cloud: LoopbackEC2, monkeypatch: 
 
 @pytest.mark.cloud
 @needs_loopback
-def test_plan_warns_of_what_would_go_wrong(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_warns_about_problems(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
     cloud.use(monkeypatch)
     sections = {"input": {"url": "s3://photos/in"}, "output": {"url": "s3://results/out"}}
     regions = dict.fromkeys(("input", "output", "cluster"), "eu-west-1")
@@ -320,7 +321,7 @@ def test_cost_that_a_run_would_exceed_refuses_it(
 
 @pytest.mark.cloud
 @needs_loopback
-def test_residency_is_the_verdict_before_anything_is_read(
+def test_residency_is_checked_before_anything_is_read(
     write_config: Callable[..., str], cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cloud.use(monkeypatch)
@@ -332,7 +333,7 @@ def test_residency_is_the_verdict_before_anything_is_read(
 
 
 class Hours(RunProgress):
-    """A run during which time flies: each partition takes an hour, by the clock of its budget."""
+    """A run in which each partition takes an hour, by the clock of its budget."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._seconds = 0.0
@@ -344,7 +345,7 @@ class Hours(RunProgress):
 
 
 @pytest.mark.slow
-def test_limit_that_a_run_has_exceeded_ends_it_and_it_goes_on(
+def test_run_that_exceeds_a_limit_ends_and_can_be_resumed(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # More partitions than may be in flight at once.
@@ -382,7 +383,7 @@ def test_cost_of_a_run_on_ec2_is_in_the_manifest_with_that_of_its_interrupted_pa
     assert cloud.wait_until_quiet(60)
     lifetimes = {read_plan(instance.user_data).lifetime_minutes for instance in cloud.instances(None)}
     assert lifetimes == {90}
-    # Whatever ran for less than a minute is billed for one.
+    # A machine that ran for less than a minute is billed for one.
     each = 60 / 3600 * 0.005 + 0.0952 * 10 * 60 / (30 * 86400)
     paid = 60 / 3600 * (0.0456 + 0.36) + 2 * each
     interrupted = store.read_run(Location(output["url"]))
@@ -410,7 +411,7 @@ def test_cost_of_a_run_on_ec2_is_in_the_manifest_with_that_of_its_interrupted_pa
 
 
 def configure_budget(cost: float, **limits: float) -> Budget:
-    """Configure a budget of a cluster on EC2 of which so much is spent."""
+    """Configure a budget of a cluster on EC2, part of which is spent."""
     cluster = EC2ClusterConfig(kind="ec2", docker_image="any")
     spent = CostRecord(dollars=cost, instances={"m6i.large": {"seconds": 3600, "dollars": cost}})
     return Budget(LimitsConfig(**limits), cluster, region="eu-west-1", spent=spent, elapsed_seconds=7200)
@@ -432,7 +433,7 @@ def test_used_up_budget_opens_no_cluster(limits: dict[str, float], expected: str
     assert spent is not None and spent.dollars == 2.5
 
 
-def test_budget_within_its_limits_lets_a_run_go_on() -> None:
+def test_budget_within_its_limits_does_not_stop_a_run() -> None:
     configure_budget(2.5, max_cost=2.6, max_hours=2.1).check()
 
 

@@ -79,7 +79,7 @@ def make_classes(labels: list[str], *, seed: int = 0) -> pd.DataFrame:
 
 
 def make_table(labels: list[str], n_points: int, *, seed: int = 0) -> pd.DataFrame:
-    """Make a results table with at least one image a class, of which the first has failed."""
+    """Make a results table with at least one image per class, the first of which has failed."""
     rng = np.random.default_rng(seed)
     number = np.r_[0, np.arange(len(labels)), rng.integers(0, len(labels), n_points - len(labels) - 1)]
     place = rng.normal(0, 10, (len(labels), 2))[number] + rng.normal(0, 1, (n_points, 2))
@@ -91,7 +91,7 @@ def make_table(labels: list[str], n_points: int, *, seed: int = 0) -> pd.DataFra
 
 
 def make_exploration(labels: list[str], *, per_class: int = 6, px: int = 8) -> Exploration:
-    """Make an exploration whose thumbnails tell by their first two pixels which class and which image they are of."""
+    """Make an exploration whose thumbnails name their class and image in their first two pixels."""
     rows = [(f"{label}/{number}.jpg", label) for label in labels for number in range(per_class)]
     thumbnails = np.zeros((len(rows), px, px, 3), np.uint8)
     for row in range(len(rows)):
@@ -109,7 +109,7 @@ def make_exploration(labels: list[str], *, per_class: int = 6, px: int = 8) -> E
 
 
 def make_images(*, width: Any, height: Any, n_bytes: Any) -> pd.DataFrame:
-    """Make the columns of the table of images that tell sizes."""
+    """Make the columns of the table of images that hold sizes."""
     images = pd.DataFrame({"bytes": n_bytes, "width_px": width, "height_px": height})
     return images.astype({"width_px": "Int32", "height_px": "Int32"})
 
@@ -132,7 +132,7 @@ def make_silhouette(labels: list[str]) -> dict[str, Any]:
 
 @cache
 def plot_all(n: int) -> dict[str, Figure]:
-    """Plot every figure for so many classes."""
+    """Plot every figure for a number of classes."""
     labels = list_labels(n)
     table, classes = make_table(labels, 5 * n + 20), make_classes(labels)
     rng = np.random.default_rng(0)
@@ -236,7 +236,7 @@ def compute_lab(light: np.ndarray) -> np.ndarray:
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-def test_style_classes_tells_144_classes_apart() -> None:
+def test_style_classes_has_144_different_styles() -> None:
     styles = list(figures.style_classes([str(number) for number in range(150)]).values())
     assert len(set(styles[:144])) == 144
     assert styles[144:] == styles[:6]
@@ -329,7 +329,7 @@ def test_plot_map_names_axes(
     assert n_ticks is None or len(axes.get_xticks()) == n_ticks
 
 
-def test_plot_class_counts_has_the_order_of_all_tables_and_tells_failures() -> None:
+def test_plot_class_counts_has_the_order_of_all_tables_and_shows_failures() -> None:
     classes = pd.DataFrame({"n_images": [5, 12345, 5, 40], "n_ok": [5, 12345, 5, 30]}, index=["b", "c", "a", "d"])
     figure = figures.plot_class_counts(classes)
     assert get_rows(figure) == ["a", "b", "c", "d"]
@@ -372,7 +372,7 @@ def test_plot_colours_draws_shares_of_the_palette() -> None:
     bars = get_bars(figure := figures.plot_colours(classes))
     np.testing.assert_allclose([bar[:2] for bar in bars[:2]], [(0, 0.712), (0.712, 0.103)])
     assert bars[0][2] == "#f0f0f0"
-    # A pixel's colour that is the ink's must not follow the page's text.
+    # A pixel that has the colour of ink must not take the colour of the page's text.
     assert bars[1][2] != INK and max(abs(np.subtract(to_rgb(bars[1][2]), to_rgb(INK)))) < 2 / 255
     assert get_rows(figure) == ["apple", "none"]
 
@@ -402,7 +402,7 @@ def test_plot_confusion_shades_by_share(n: int) -> None:
 def count_images(axes: Axes) -> float:
     """Count the images in a histogram by the heights of its steps."""
     corners = cast(Polygon, axes.patches[0]).get_xy()
-    # Steps stand between two corners at the same height, and the outline comes back along the bottom.
+    # Each step lies between two corners at the same height, and the outline returns along the bottom.
     is_step = (np.diff(corners[:, 1]) == 0) & (np.diff(corners[:, 0]) > 0)
     return float(corners[:-1][is_step][:, 1].sum())
 
@@ -519,7 +519,7 @@ def test_tidy_label(label: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize("dpi", [50, 150])
-def test_render_png_has_the_dots_asked_for_on_white(dpi: int) -> None:
+def test_render_png_has_the_configured_resolution_on_white(dpi: int) -> None:
     figure = figures.plot_class_counts(make_classes(["a", "苹果"]))
     with Image.open(io.BytesIO(figures.render_png(figure, dpi=dpi))) as image:
         np.testing.assert_allclose(image.size, figure.get_size_inches() * dpi, atol=1)
@@ -538,7 +538,7 @@ SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href
 
 
 @pytest.mark.slow
-def test_render_svg_is_a_part_of_a_page() -> None:
+def test_render_svg_can_be_embedded_in_a_page() -> None:
     taken: set[str] = set()
     for name, figure in plot_all(30).items():
         svg = figures.render_svg(figure, label=f'{name} "of" <classes> & more')
@@ -672,7 +672,7 @@ def test_matplotlib_loads_with_a_wrong_backend_and_keeps_a_right_one() -> None:
 
 
 @pytest.mark.slow
-def test_matplotlibrc_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
+def test_binary_matplotlibrc_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe")
     code = (
         "from fruitdask.report import figures\n"
@@ -683,7 +683,7 @@ def test_matplotlibrc_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_letters_without_a_font_are_noted_in_the_file_and_not_on_the_page() -> None:
-    # Cuneiform: none of the fonts that are looked for has it.
+    # Cuneiform: none of the fonts that are searched for has it.
     classes = pd.DataFrame({"n_images": [1, 2], "n_ok": [1, 2]}, index=["pear", "\U00012000\U00012001"])
     pear, other = (figures.plot_class_counts(classes.iloc[:n]) for n in (1, 2))
     assert [fonts.lacks_letters(figure) for figure in (pear, other)] == [False, True]

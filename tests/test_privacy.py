@@ -175,16 +175,16 @@ def test_find_metadata_reads_exif(kind: str, exif: bytes, expected: set[str]) ->
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_find_metadata_takes_an_orientation_for_exif(kind: str) -> None:
+def test_find_metadata_counts_an_orientation_as_exif(kind: str) -> None:
     assert find_metadata(save(kind, exif=build_exif({ORIENTATION: 1}))) == {"exif"}
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_find_metadata_does_not_take_empty_exif_for_exif(kind: str) -> None:
+def test_find_metadata_does_not_count_empty_exif(kind: str) -> None:
     assert find_metadata(save(kind, exif=build_exif({}, {}, {}))) == frozenset()
 
 
-def test_find_metadata_does_not_take_a_tiff_files_own_tags_for_exif() -> None:
+def test_find_metadata_does_not_count_a_tiff_files_own_tags_as_exif() -> None:
     plain = save("TIFF", compression="tiff_lzw", dpi=(72, 72), exif=build_exif({ORIENTATION: 6}))
     assert find_metadata(plain) == frozenset()
     assert find_metadata(save("TIFF", description="my cat")) == {"exif"}
@@ -466,7 +466,7 @@ def test_find_metadata_reads_boxes_of_jpeg_2000(name: bytes, content: bytes, exp
 @pytest.mark.parametrize("is_first", [True, False], ids=["before", "behind"])
 def test_find_metadata_reads_xmp_of_a_gif(is_first: bool) -> None:
     gif = save("GIF")
-    # As XMP's specification has it: the packet uncut, then bytes of which each leads to the end.
+    # As XMP's specification defines it: the packet in one piece, then bytes each of which leads to the end.
     block = b"!\xff\x0bXMP DataXMP" + XMP_POSITION + b"\1" + bytes(range(255, -1, -1)) + b"\0"
     at = gif.index(b",\0\0\0\0") if is_first else -1
     with_xmp = gif[:at] + block + gif[at:]
@@ -577,8 +577,8 @@ OVERLAPPING = b"II*\0\x08\0\0\0" + b"".join(
         "long gaps",
     ],
 )
-def test_find_metadata_comes_to_an_end(data: bytes) -> None:
-    # Each takes a fraction of a second; anything that goes over it repeatedly would take hours.
+def test_find_metadata_ends_quickly(data: bytes) -> None:
+    # Each takes a fraction of a second; an algorithm that scans it repeatedly would take hours.
     assert find_metadata(data) <= {"exif"}
 
 
@@ -664,7 +664,7 @@ def test_seeds_carry_metadata() -> None:
 @settings(max_examples=150)
 @given(seed=st.sampled_from(SEEDS), mutations=MUTATIONS)
 @example(seed=SEEDS[0], mutations=[("cut", 0.5, b"x")])
-def test_find_metadata_takes_any_bytes(seed: bytes, mutations: list[tuple[str, float, bytes]]) -> None:
+def test_find_metadata_accepts_any_bytes(seed: bytes, mutations: list[tuple[str, float, bytes]]) -> None:
     found = find_metadata(mutate(seed, mutations))
     assert type(found) is frozenset and found <= set(KINDS)
 
@@ -674,5 +674,5 @@ def test_find_metadata_takes_any_bytes(seed: bytes, mutations: list[tuple[str, f
     start=st.sampled_from([b"", b"\xff\xd8", PNG_SIGNATURE, b"RIFFabcdWEBP", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"]),
     body=st.binary(max_size=400),
 )
-def test_find_metadata_takes_noise(start: bytes, body: bytes) -> None:
+def test_find_metadata_accepts_noise(start: bytes, body: bytes) -> None:
     assert find_metadata(start + body) <= set(KINDS)

@@ -1,5 +1,5 @@
-"""Positions, serial numbers, names and secrets that are planted wherever they may be, and looked for in all that a run
-leaves behind.
+"""Positions, serial numbers, names and secrets, planted in every place that can hold them, and searched for in all that
+a run leaves behind.
 """
 
 import base64
@@ -61,7 +61,7 @@ XMP = (
 
 
 def build_exif() -> bytes:
-    """Build EXIF with all that is looked for, in a maker note too."""
+    """Build EXIF with everything that is searched for, in a maker note too."""
     exif = Image.Exif()
     exif[0x013B], exif[0x8298] = ARTIST, f"(c) {OWNER}"
     exif[0x8769] = {
@@ -91,8 +91,8 @@ def add_iptc(jpeg: bytes) -> bytes:
 
 
 def plant(folder: Path) -> int:
-    """Write images with planted metadata of every kind into two classes, and files that are broken; gives the number of
-    positions.
+    """Write images with planted metadata of every kind into two classes, and files that are broken; returns the number
+    of positions.
     """
     exif, xmp = build_exif(), XMP.encode()
     generator = np.random.default_rng(0)
@@ -118,7 +118,7 @@ def plant(folder: Path) -> int:
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves a folder to who gives the password, and prints nothing."""
+    """Serves a folder to clients with the password, and prints nothing."""
 
     def do_GET(self) -> None:
         """Serve a file."""
@@ -136,7 +136,7 @@ class Handler(SimpleHTTPRequestHandler):
         if self.headers["Authorization"] == f"Basic {expected}" and "broken" not in self.path:
             return True
         if self.path.endswith(".jpg"):
-            # As stores do that sign their own URLs.
+            # Like stores that sign their own URLs.
             self.send_response(302)
             self.send_header("Location", f"/broken?signature={SECRETS['signature']}")
             self.end_headers()
@@ -162,7 +162,7 @@ def http_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path
 
 @pytest.fixture
 def planted(tmp_path: Path, http_folder: tuple[Path, str], tiny_model: ModelConfig) -> tuple[int, dict[str, Any]]:
-    """Number of positions in the planted images, and the sections of a run with secrets wherever it takes them."""
+    """Number of positions in the planted images, and the sections of a run with secrets wherever it accepts them."""
     folder, url = http_folder
     n_positions = plant(tmp_path / "in")
     originals = b"".join(path.read_bytes() for path in (tmp_path / "in").rglob("*.*"))
@@ -189,13 +189,13 @@ def read_images(html: str) -> Iterator[Image.Image]:
 
 
 def check_image(image: Image.Image) -> None:
-    """See that an image says nothing beside its pixels, but for who drew it."""
+    """Check that an image contains nothing but its pixels and the name of the program that drew it."""
     assert not image.getexif() and not {"exif", "xmp", "photoshop", "comment", "XML:com.adobe.xmp"} & set(image.info)
     assert set(getattr(image, "text", {})) <= {"Software"}
 
 
 def search(fs: Any, root: str) -> tuple[dict[str, list[bytes]], int]:
-    """Look into every file, decoded too; gives what was planted by file, and the number of embedded images."""
+    """Search every file, decoded too; returns planted values by file, and the number of embedded images."""
     wanted = PLANTED + [secret.encode() for secret in SECRETS.values()]
     contents: dict[str, bytes] = {path: fs.cat_file(path) for path in fs.find(root)}
     n_images = 0
@@ -262,7 +262,7 @@ def test_nothing_planted_is_in_the_results_on_s3_or_in_a_log(
     assert result.manifest["regions"] == places
     record = result.manifest["processing"]
     assert (record["in_transit"], record["at_rest"], record["purpose"]) == ("one machine", None, None)
-    # What is done is not done again, but the record says what the configuration says now.
+    # Nothing is computed again, but the record follows the present configuration.
     purpose = config.privacy.model_copy(update={"purpose": "sorting apples"})
     result = fruitdask.run(config.model_copy(update={"privacy": purpose}), client=client)
     assert result.n_computed == 0 and result.manifest["processing"] == record | {"purpose": "sorting apples"}
@@ -315,7 +315,7 @@ def test_nothing_planted_is_in_local_results_or_printed(
 
 @pytest.fixture
 def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """A function that runs a command in this process, where nothing is known of earlier servers and their keys."""
+    """A function that runs a command in this process, without cached connections to earlier servers."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(S3FileSystem, "_cache", {})
 
@@ -327,7 +327,7 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 
 
 def check_failure(done: Result, folder: Path) -> None:
-    """Check that a command has failed, and that what it has said and written keeps the secrets."""
+    """Check that a command has failed, and that its output and files contain no secrets."""
     assert "fruitdask: " in done.stderr and "Traceback" in done.stderr
     assert not [secret for secret in [*SECRETS.values(), "AKIAPLANTED"] if secret in done.output]
     assert search(fsspec.filesystem("file"), str(folder / "out"))[0] == {}
@@ -352,7 +352,7 @@ def use(client: Any) -> dict[str, Any]:
     ("command", "key"),
     [("run", "input"), ("run", "output"), ("run", "model"), ("explore", "input"), ("plan", "model")],
 )
-def test_nothing_planted_is_said_of_an_endpoint_that_fails(
+def test_nothing_planted_is_in_errors_of_an_endpoint(
     planted: tuple[int, dict[str, Any]],
     command_line: Callable[..., Result],
     client: Any,
@@ -361,7 +361,7 @@ def test_nothing_planted_is_said_of_an_endpoint_that_fails(
     command: str,
     key: str,
 ) -> None:
-    """A server that refuses, asked with keys from the options or, for the network, from the environment."""
+    """The server refuses keys from the options or, for the network, from the environment."""
     keys = {"key": "AKIAPLANTEDPLANTED12", "secret": SECRETS["options"], "token": SECRETS["token"]}
     options = {"endpoint_url": s3_server} | ({} if key == "model" else keys)
     place = {"weights" if key == "model" else "url": "s3://no-such-bucket/x.keras", "storage_options": options}

@@ -1,4 +1,4 @@
-"""Progress as a log and as a terminal shows it."""
+"""Progress in a log and on a terminal."""
 
 import io
 import os
@@ -39,7 +39,7 @@ def show(reporter: RunProgress) -> None:
 
 def test_line_progress_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 4.0, 6.0, 12.0])
-    # Not the clock of the process, by which loops of Dask in other threads live.
+    # Do not patch the clock of the process, which loops of Dask in other threads use.
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     out = io.StringIO()
     with LineProgress(Console(file=out, width=200)) as reporter:
@@ -155,7 +155,7 @@ def test_notebook_progress_replaces_its_lines(monkeypatch: pytest.MonkeyPatch) -
     assert shown[-1]["text/html"].startswith("<pre>") and "<b>" not in shown[-1]["text/html"]
 
 
-def test_resolve_progress_shows_where_a_person_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_progress_shows_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     own = RunProgress()
     assert resolve_progress(own) is own
     monkeypatch.setattr(sys, "stderr", io.StringIO())

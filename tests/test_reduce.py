@@ -1,4 +1,4 @@
-"""What is known of a reduction before it begins, t-SNE and samples."""
+"""Checks of a reduction before it begins, t-SNE and samples."""
 
 import numpy as np
 import pytest
@@ -13,11 +13,11 @@ from fruitdask.errors import ReduceError
     [("covariance_eigh", 10**7, 4096), ("tsqr", 4096, 62_720), ("randomized", 10**7, 62_720)],
     ids=["many images", "many features", "many of both"],
 )
-def test_check_solver_takes_what_it_can(solver: str, n_images: int, n_features: int) -> None:
+def test_check_solver_accepts_possible_solvers(solver: str, n_images: int, n_features: int) -> None:
     check_solver(solver, n_images=n_images, n_features=n_features)
 
 
-def test_check_solver_names_those_that_there_are() -> None:
+def test_check_solver_lists_solvers_for_an_unknown_one() -> None:
     with pytest.raises(ReduceError, match="solvers covariance_eigh, full, tsqr, randomized, found 'auto'"):
         check_solver("auto", n_images=5, n_features=5)
 
@@ -33,7 +33,7 @@ def test_check_solver_names_those_that_there_are() -> None:
     ],
     ids=["images", "features", "one image", "none", "more than all"],
 )
-def test_check_n_components_refuses_what_cannot_be(arguments: dict, message: str) -> None:
+def test_check_n_components_refuses_impossible_numbers(arguments: dict, message: str) -> None:
     with pytest.raises(ReduceError, match=message):
         check_n_components(**arguments)
 
@@ -50,7 +50,7 @@ def test_embed_tsne_keeps_neighbours_and_is_reproducible() -> None:
 
 
 @pytest.mark.slow
-def test_embed_tsne_takes_fewer_images_than_its_perplexity() -> None:
+def test_embed_tsne_accepts_fewer_images_than_its_perplexity() -> None:
     assert embed_tsne(np.random.default_rng(0).normal(size=(5, 3)), perplexity=30).shape == (5, 2)
 
 

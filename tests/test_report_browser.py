@@ -23,7 +23,7 @@ from fruitdask.report.figures.styles import INK
 from fruitdask.report.page import render_page
 from fruitdask.store.catalog import list_images
 
-#: A browser of its own that asks nobody for anything.
+#: A separate browser profile that makes no requests of its own.
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -35,7 +35,7 @@ DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 N_CLASSES = 14
 READY = "html[data-maps=ready]"
 
-#: The place on the screen of a point in a map: of those of a class with or without a thumbnail the one that is farthest
+#: The position on the screen of a point in a map: among those of a class, with or without a thumbnail, the one farthest
 #: from all others.
 FIND_POINT = """([name, number, withPicture]) => {
   const data = JSON.parse(document.getElementById("maps-data").textContent);
@@ -64,7 +64,7 @@ pytestmark = pytest.mark.browser
 
 @dataclass
 class Watched:
-    """A page, and what it has asked for and complained of."""
+    """A page, its requests and its complaints."""
 
     page: Page
     requests: list[str] = field(default_factory=list)
@@ -85,7 +85,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report in which not all points have thumbnails, and two names of classes would do harm unless escaped."""
+    """A report in which not all points have thumbnails, and two names of classes must be escaped."""
     names = {N_CLASSES - 2: f"{HOSTILE}", N_CLASSES - 1: f"fruit {HOSTILE_END}"}
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(render_page(make_report_data(700, N_CLASSES, names=names, n_thumbnails=200)), encoding="utf-8")
@@ -110,7 +110,7 @@ def opened(browser: Browser, report_file: Path, request: pytest.FixtureRequest) 
 
 
 def hover(page: Page, name: str, number: int, *, with_picture: bool = True) -> dict[str, Any]:
-    """Move the mouse onto a point of a class; gives its path and label."""
+    """Move the mouse onto a point of a class; returns its path and label."""
     page.locator(f"#map-{name}").scroll_into_view_if_needed()
     point: dict[str, Any] = page.evaluate(FIND_POINT, [name, number, with_picture])
     page.mouse.move(point["x"] - 3, point["y"])
@@ -150,7 +150,7 @@ def select_points(page: Page, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_page_asks_for_nothing_and_complains_of_nothing(opened: Watched, report_file: Path) -> None:
+def test_page_makes_no_requests_and_has_no_errors(opened: Watched, report_file: Path) -> None:
     page = opened.page
     hover(page, "pca", 0)
     select_points(page, "tsne")
@@ -159,7 +159,7 @@ def test_page_asks_for_nothing_and_complains_of_nothing(opened: Watched, report_
 
 
 @pytest.mark.slow
-def test_policy_stops_what_is_not_the_pages_own(opened: Watched, report_file: Path) -> None:
+def test_policy_blocks_foreign_scripts_and_requests(opened: Watched, report_file: Path) -> None:
     page = opened.page
     refused = page.evaluate("""async () => {
           const script = document.createElement("script");
@@ -194,7 +194,7 @@ def test_hover_shows_a_point_without_thumbnail(opened: Watched) -> None:
 
 
 @pytest.mark.slow
-def test_names_of_strangers_stay_text(opened: Watched) -> None:
+def test_hostile_names_stay_text(opened: Watched) -> None:
     page = opened.page
     labels = page.evaluate("() => JSON.parse(document.getElementById('maps-data').textContent).labels")
     for label in (HOSTILE, f"fruit {HOSTILE_END}"):
@@ -227,7 +227,7 @@ def test_legend_works_by_keyboard(opened: Watched) -> None:
     page = opened.page
     page.locator("#legend-none").focus()
     page.keyboard.press("Tab")
-    # The list scrolls, so that a browser may stop at it before its first button.
+    # The list scrolls, so a browser may focus it before its first button.
     if page.evaluate("() => document.activeElement.tagName") != "BUTTON":
         page.keyboard.press("Tab")
     assert page.evaluate("() => document.activeElement.dataset.class") == "0"
@@ -240,7 +240,7 @@ def test_legend_works_by_keyboard(opened: Watched) -> None:
 
 
 @pytest.mark.slow
-def test_legend_filter_limits_what_its_buttons_do(opened: Watched) -> None:
+def test_legend_filter_limits_the_effect_of_its_buttons(opened: Watched) -> None:
     page = opened.page
     page.locator("#legend-filter").fill("  FRUIT_00")
     assert page.locator("#legend .class:visible").count() == 10
@@ -336,7 +336,7 @@ def test_paths_of_selected_images_are_copied(opened: Watched) -> None:
 
 
 @pytest.mark.slow
-def test_pictures_enlarge_by_keyboard_and_give_the_focus_back(opened: Watched) -> None:
+def test_pictures_enlarge_by_keyboard_and_return_the_focus(opened: Watched) -> None:
     page = opened.page
     pictures = page.locator("#examples button.picture:visible")
     pictures.nth(1).focus()
@@ -474,7 +474,7 @@ def test_print_is_black_on_white_and_unfolded(opened: Watched) -> None:
 @pytest.mark.parametrize(
     "opened", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True, ids=["light", "dark"]
 )
-def test_contrast_of_text_is_enough(opened: Watched) -> None:
+def test_text_has_enough_contrast(opened: Watched) -> None:
     worst = opened.page.evaluate("""() => {
           const parse = (text) => text.match(/[\\d.]+/g).map(Number);
           const light = (colour) => parse(colour).slice(0, 3)

@@ -1,4 +1,4 @@
-"""The page: what it says, what it leaves out, and that nothing in it comes from or goes to anywhere else."""
+"""The page: its text, what it leaves out, and that it neither loads nor sends anything."""
 
 import io
 import json
@@ -30,7 +30,7 @@ from fruitdask.report.sections.record import describe_performance
 from fruitdask.report.thumbnails import Thumbnails
 from fruitdask.store.exploration import Exploration
 
-#: Names that would do harm where they are not escaped.
+#: Names that do harm unless they are escaped.
 HOSTILE = '<img src=x onerror="window.harmed=1">'
 HOSTILE_END = "</script><script>window.harmed=2</script>"
 THUMBNAIL_PX = 64
@@ -38,7 +38,7 @@ THUMBNAIL_PX = 64
 
 @cache
 def draw_fruits() -> npt.NDArray[np.uint8]:
-    """Draw five sides of each fruit of the sample."""
+    """Draw each fruit of the sample from five sides."""
     fruits = [
         render_fruit(name, angle_degrees=72 * turn, size_px=THUMBNAIL_PX) for name in CLASS_NAMES for turn in range(5)
     ]
@@ -54,7 +54,7 @@ def make_report_data(
     n_thumbnails: int = 2_000,
     **report: Any,
 ) -> ReportData:
-    """Make what a run of drawn fruits with features in blobs would leave; `names` replaces labels by their number."""
+    """Make the results of a run on drawn fruits with clustered features; `names` replaces labels by their number."""
     config = make_config(**report)
     labels = [(names or {}).get(k, f"fruit_{k:03d}") for k in range(n_classes)]
     coordinates, classes = make_blobs(n_rows, n_features=4, centers=n_classes, cluster_std=0.9, random_state=0)
@@ -62,7 +62,7 @@ def make_report_data(
     coordinates, classes = coordinates[order], classes[order]
     results = pd.DataFrame({"label": np.array(labels, object)[classes]})
     results.insert(0, "path", [f"{label}/r0_{row}.jpg" for row, label in enumerate(results["label"])])
-    # What failed is spread over the table.
+    # Failed images are spread over the table.
     failed = np.linspace(1, n_rows - 1, n_failed).astype(int)
     results["status"] = np.where(np.isin(np.arange(n_rows), failed), "unreadable", "ok")
     columns = ["pca_1", "pca_2", "tsne_1", "tsne_2"]
@@ -118,7 +118,7 @@ def make_manifest(config: Config, results: pd.DataFrame) -> dict[str, Any]:
 
 
 def make_exploration(results: pd.DataFrame, *, n_thumbnails: int) -> Exploration:
-    """Make what an exploration of drawn fruits would find."""
+    """Make the results of an exploration of drawn fruits."""
     n, rng = len(results), np.random.default_rng(0)
     labels = sorted(results["label"].unique())
     codes = pd.Categorical(results["label"], categories=labels).codes
@@ -188,7 +188,7 @@ def make_classes(images: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
 
 
 def make_quality(labels: list[str]) -> dict[str, Any]:
-    """Make numbers about features that are good, and mistake each class for the next one at times."""
+    """Make the quality of good features, which sometimes confuse each class with the next one."""
     n = len(labels)
     share = 0.94 * np.eye(n) + 0.06 * np.roll(np.eye(n), 1, axis=1)
     ratio = 0.3 * 0.75 ** np.arange(40)
@@ -211,7 +211,7 @@ def make_quality(labels: list[str]) -> dict[str, Any]:
 
 
 class Outline(HTMLParser):
-    """What is on a page, as far as a test asks."""
+    """The parts of a page that tests check."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class Outline(HTMLParser):
         self.text = ""
         self._open: list[str] = []
         self.feed(html)
-        # What one reads on the page, on one line.
+        # The visible text of the page, on one line.
         self.text = " ".join(self.text.replace("\u202f", " ").split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -246,7 +246,7 @@ class Outline(HTMLParser):
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    """The page of a run in which everything happened, and a class has a name that would do harm unless escaped."""
+    """The page of a run with every section, and with a class whose name must be escaped."""
     data = make_report_data(60, 4, names={1: HOSTILE, 2: HOSTILE_END})
     assert data.manifest is not None
     more = {"regions": {"input": "eu-central-1", "workers": "eu-central-1"}, "cost": {"total_usd": 0.12}}
@@ -255,7 +255,7 @@ def html() -> str:
 
 @pytest.fixture(scope="module")
 def outline(html: str) -> Outline:
-    """The same page, taken apart."""
+    """The same page, parsed."""
     return Outline(html)
 
 
@@ -311,7 +311,7 @@ def test_render_page_is_accessible(outline: Outline) -> None:
     assert {"header", "nav", "main", "footer"} <= {tag for tag, _ in outline.tags}
 
 
-def test_render_page_points_nowhere_else(html: str, outline: Outline) -> None:
+def test_render_page_has_no_external_links(html: str, outline: Outline) -> None:
     addresses = [
         attributes[key] or ""
         for _, attributes in outline.tags
@@ -326,7 +326,7 @@ def test_render_page_points_nowhere_else(html: str, outline: Outline) -> None:
     assert "@import" not in styles and "url(" not in styles
 
 
-def test_render_page_lets_no_script_run_but_its_own(html: str, outline: Outline) -> None:
+def test_render_page_allows_only_its_own_scripts(html: str, outline: Outline) -> None:
     policy = next(meta["content"] or "" for meta in outline.find("meta") if "http-equiv" in meta)
     assert policy.startswith("default-src 'none'; ") and "unsafe-eval" not in policy
     scripts = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)
@@ -344,7 +344,7 @@ def test_render_page_escapes_what_comes_from_files(html: str, outline: Outline) 
     assert all(image["src"].startswith("data:image/") for image in outline.find("img"))
 
 
-def test_render_page_says_what_was_run_on_what(outline: Outline) -> None:
+def test_render_page_describes_the_run_and_its_input(outline: Outline) -> None:
     for sentence in (
         "The network MobileNetV2 turned 60 images of 4 classes into 1,280 numbers each, in 30 s altogether, ",
         "on a local cluster of 2 workers with 4 threads.",
@@ -366,7 +366,7 @@ def test_render_page_says_what_was_run_on_what(outline: Outline) -> None:
         assert sentence in outline.text
 
 
-def test_render_page_of_an_exploration_speaks_of_no_network() -> None:
+def test_render_page_of_an_exploration_mentions_no_network() -> None:
     data = replace(make_report_data(), manifest=None, results=None, quality=None)
     text = Outline(render_page(data)).text
     assert "60 images of 3 classes were explored; no network has processed them yet." in text
@@ -374,7 +374,7 @@ def test_render_page_of_an_exploration_speaks_of_no_network() -> None:
 
 
 @pytest.mark.slow
-def test_render_page_warns_of_neighbours_that_are_shots_of_one_series() -> None:
+def test_render_page_warns_about_neighbours_of_one_series() -> None:
     data = make_report_data(60, 3)
     assert data.exploration is not None
     near = {"n_groups": 10, "n_images": 30, "n_groups_across_classes": 0}
@@ -384,7 +384,7 @@ def test_render_page_warns_of_neighbours_that_are_shots_of_one_series() -> None:
     assert "look nearly the same as another one" not in Outline(render_page(data)).text
 
 
-def test_describe_performance_gives_no_rate_to_what_does_not_grow_with_images() -> None:
+def test_describe_performance_gives_rates_only_to_stages_that_grow_with_images() -> None:
     seconds = {"list": 0.5, "start": 4.0, "featurize": 2.0, "total": 8.0, "worker": {"load": 1.0, "decode": 0.5}}
     view = describe_performance({"seconds": seconds, "n_computed": 10}, n_images=40)
     assert view is not None
@@ -402,7 +402,7 @@ def test_describe_performance_gives_no_rate_to_what_does_not_grow_with_images() 
     ],
     ids=["well", "one large class", "most", "few"],
 )
-def test_page_does_not_praise_what_chance_does(agreement: float, chance: float, verdict: str) -> None:
+def test_page_compares_agreement_with_chance(agreement: float, chance: float, verdict: str) -> None:
     data = make_report_data(60, 3)
     assert data.quality is not None
     neighbors = data.quality["neighbors"] | {"agreement": agreement, "chance": chance}
@@ -436,7 +436,7 @@ def test_render_page_lists_the_first_failures() -> None:
     assert listed == list(failures["path"][5:55])
 
 
-def test_render_page_bears_a_class_without_any_good_image() -> None:
+def test_render_page_accepts_a_class_without_any_good_image() -> None:
     data = make_report_data(60, 3)
     assert data.exploration is not None and data.quality is not None
     classes, quality = data.exploration.classes.copy(), json.loads(json.dumps(data.quality))
@@ -476,7 +476,7 @@ def test_render_page_shows_each_class_of_a_group_and_lists_all_groups() -> None:
 
 
 @pytest.mark.parametrize("n_rows", [1, 2])
-def test_render_page_bears_very_few_images(n_rows: int) -> None:
+def test_render_page_accepts_very_few_images(n_rows: int) -> None:
     text = Outline(render_page(make_report_data(n_rows, 1, n_failed=0))).text
     assert f"{n_rows} image" in text
 
@@ -485,7 +485,7 @@ def test_render_page_bears_very_few_images(n_rows: int) -> None:
 def test_render_page_stays_small_whatever_the_number_of_images() -> None:
     data = make_report_data(12_000, 40)
     assert data.exploration is not None
-    # Noise is what compresses least.
+    # Noise compresses least.
     noise = np.random.default_rng(0).integers(0, 256, data.exploration.thumbnails.shape, np.uint8)
     html = render_page(replace(data, exploration=replace(data.exploration, thumbnails=noise)))
     assert len(html.encode()) < 10_000_000
@@ -497,7 +497,7 @@ def test_render_page_stays_small_whatever_the_number_of_images() -> None:
 def test_sample_points_is_even_over_classes_and_always_the_same() -> None:
     results = make_report_data(1_000, 4).results
     assert results is not None
-    # One class is small: what it lacks is shared by the others.
+    # One class is small: the others get the points that it cannot fill.
     results = pd.concat([results[results["label"] != "fruit_000"], results[results["label"] == "fruit_000"][:10]])
     results = results.reset_index(drop=True)
     axes = choose_axes(list(results.columns), (1, 2), [])

@@ -1,5 +1,5 @@
-"""Where buckets and clusters are, by a real S3 server, which notes what is asked of it; Amazon's own names lead there
-by a proxy.
+"""Where buckets and clusters are, according to a real S3 server that records its requests; a proxy leads Amazon's own
+names to it.
 """
 
 import copy
@@ -28,7 +28,7 @@ from fruitdask.core.storage import Location
 from fruitdask.errors import ResidencyError
 from fruitdask.pipeline.record import describe_processing
 
-#: Buckets by region. Amazon's servers by these names are asked through a proxy, never in earnest.
+#: Buckets by region. Requests for these names go to a proxy, never to Amazon's servers.
 PARIS, VIRGINIA, LONDON = "photographs-paris", "photographs-virginia", "photographs-london"
 REGIONS = {PARIS: "eu-west-3", VIRGINIA: "us-east-1", LONDON: "eu-west-2"}
 #: An exploration of small pictures without figures.
@@ -47,7 +47,7 @@ class QuietHandler(MotoRequestHandler):
 
 
 class Server:
-    """An S3 server that notes requests, and can be less helpful than moto's.
+    """An S3 server that records requests, and can be less helpful than moto's.
 
     ``head_status`` is what it answers to HeadBucket, ``location`` what it answers to GetBucketLocation; ``is_silent``
     servers leave the region out of headers.
@@ -62,7 +62,7 @@ class Server:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was asked, and be helpful."""
+        """Forget all requests, and be helpful again."""
         self.requests: list[str] = []
         self.head_status: str | None = None
         self.location: str | None = None
@@ -108,14 +108,14 @@ def running_server(s3_server: str) -> Iterator[Server]:
 
 @pytest.fixture
 def server(running_server: Server) -> Server:
-    """The server, of which nothing has been asked."""
+    """The server, without recorded requests."""
     running_server.reset()
     return running_server
 
 
 @pytest.fixture
 def amazon(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """The same, in the place of all servers whose names are not of this machine."""
+    """The same, in place of all servers outside of this machine."""
     monkeypatch.setenv("http_proxy", server.url)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     return server
@@ -152,7 +152,7 @@ def test_privacy_md_spells_the_regions_out() -> None:
     assert [name for name in EU_REGIONS if f"`{name}`" not in text] == []
 
 
-def test_find_regions_asks_for_buckets_and_for_nothing_in_them(make_config: MakeConfig, server: Server) -> None:
+def test_find_regions_requests_buckets_but_nothing_in_them(make_config: MakeConfig, server: Server) -> None:
     options = {"storage_options": {"endpoint_url": server.url}}
     config = make_config(
         input={"url": f"s3://{PARIS}/in", "manifest": f"s3://{LONDON}/list.csv"},
@@ -261,7 +261,7 @@ def test_server_that_says_nothing_is_refused(make_config: MakeConfig, server: Se
     ],
     ids=["found", "found as declared", "declared otherwise", "declared to be allowed", "elsewhere", "London"],
 )
-def test_amazon_knows_better_than_the_configuration(
+def test_amazons_answer_overrides_the_configuration(
     make_config: MakeConfig, amazon: Server, bucket: str, declared: str | None, problem: str | None
 ) -> None:
     config = make_config(input={"url": f"s3://{bucket}/in", "region": declared, "storage_options": AMAZON})
@@ -290,10 +290,10 @@ def test_manifest_in_another_bucket_of_amazon_may_be_in_another_region(make_conf
 
 
 @pytest.mark.parametrize("way", ["client_kwargs", "environment", "profile"])
-def test_the_server_is_found_as_it_is_for_reading(
+def test_the_server_is_the_one_that_is_read_from(
     make_config: MakeConfig, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str
 ) -> None:
-    options: dict[str, Any] = {"default_block_size": 1_000_000 + len(way)}  # a client of its own
+    options: dict[str, Any] = {"default_block_size": 1_000_000 + len(way)}  # makes s3fs create another client
     if way == "client_kwargs":
         options["client_kwargs"] = {"endpoint_url": server.url, "region_name": "eu-central-1"}
     elif way == "environment":
@@ -431,7 +431,7 @@ def test_exploration_of_allowed_places_records_them(make_config: MakeConfig, ser
     assert record["purpose"] == "sorting apples" and record["in_transit"] == "one machine"
     days = date.fromisoformat(record["keep_until"]) - datetime.fromisoformat(found["finished"]).date()
     assert days.days == record["retention_days"] == 30
-    # What is done is not done again, but the record says what the configuration says now.
+    # Nothing is computed again, but the record follows the present configuration.
     later = config.model_copy(update={"privacy": config.privacy.model_copy(update={"purpose": "selling apples"})})
     server.requests.clear()
     fruitdask.explore(later, client=client)
@@ -447,7 +447,7 @@ def test_exploration_of_allowed_places_records_them(make_config: MakeConfig, ser
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["storage_options", "bucket"])
-def test_required_encryption_is_found_or_missed(make_config: MakeConfig, server: Server, client: Any, way: str) -> None:
+def test_required_encryption_is_checked(make_config: MakeConfig, server: Server, client: Any, way: str) -> None:
     options: dict[str, Any] = {"endpoint_url": server.url}
     url, bucket = f"s3://{PARIS}/{way}", {"Bucket": PARIS}
     privacy = {"allowed_regions": "eu", "require_encryption": True}
@@ -455,7 +455,7 @@ def test_required_encryption_is_found_or_missed(make_config: MakeConfig, server:
     bare = make_config(output={"url": url, "storage_options": options}, **copy.deepcopy(sections))
     with pytest.raises(ResidencyError, match=f"^output: {url}/explore.json was stored without encryption, but privacy"):
         fruitdask.explore(bare, client=client)
-    # No photograph has been read by then, and nothing was written but what describes the exploration.
+    # By then no photograph has been read, and only the description of the exploration has been written.
     assert not [request for request in server.requests if ".jpg" in request]
     written = {request.rpartition("/")[2] for request in server.requests if request.startswith("PUT")}
     assert written == {"explore.json", "run.lock"}

@@ -14,13 +14,13 @@ from fruitdask.worker.images import kernel, resize
 
 
 def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Noise of extreme values, which overshoots and is clipped."""
+    """Make noise of extreme values, which overshoots and is clipped."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.choice(np.array([0, 1, 127, 254, 255], np.uint8), (height, width, 3)))
 
 
 def resize_by_pillow(image: Image.Image, side_px: int) -> np.ndarray:
-    """What Keras does in load_img."""
+    """Resize as Keras does in load_img."""
     return np.asarray(image.resize((side_px, side_px), Image.Resampling.BICUBIC))
 
 
@@ -33,20 +33,20 @@ def resize_by_pillow(image: Image.Image, side_px: int) -> np.ndarray:
 @example(width=32, height=33, side_px=32, seed=0)
 @example(width=1, height=700, side_px=224, seed=0)
 def test_resize_square_is_exact(width: int, height: int, side_px: int, seed: int) -> None:
-    """Of all shapes: larger, smaller, tall, wide, and of a size that needs no change."""
+    """All shapes are exact: larger, smaller, tall, wide, and of a size that needs no change."""
     image = make_image(width, height, seed)
     assert np.array_equal(resize.resize_square(image, side_px), resize_by_pillow(image, side_px))
 
 
 @pytest.mark.parametrize("size", [(4000, 3000), (2001, 2003), (31_251, 40), (31_250, 33)], ids=str)
 def test_resize_square_of_several_blocks(size: tuple[int, int]) -> None:
-    """Of images that Pillow holds in several pieces, and of the widest that the kernels take."""
+    """Pillow holds these images in several pieces; two of them are about as wide as the kernels accept."""
     image = make_image(*size)
     assert np.array_equal(resize.resize_square(image, 96), resize_by_pillow(image, 96))
 
 
 def test_resize_square_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image of a usual shape is not left to Pillow; one of which Pillow begins with the columns is."""
+    """The kernels resize an image of a usual shape; Pillow resizes one whose columns it would resize first."""
     image, tall = make_image(300, 376), make_image(300, 377)
     monkeypatch.setattr(Image.Image, "resize", lambda *_: pytest.fail("Pillow has resized it"))
     assert resize.resize_square(image, 224).shape == (224, 224, 3)
@@ -55,7 +55,7 @@ def test_resize_square_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_kernels_that_differ_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they may after a change of Pillow."""
+    """Kernels and Pillow may differ after a change of Pillow."""
     resize._load_kernel.cache_clear()
     monkeypatch.setattr(resize, "_A", -0.75)
     resize._compute_coefficients.cache_clear()
@@ -81,7 +81,7 @@ def test_kernels_that_differ_are_not_used(monkeypatch: pytest.MonkeyPatch) -> No
     ids=["without Numba", "nowhere to keep them", "compiler switched off"],
 )
 def test_resize_square_without_kernels(code: str, variables: dict[str, str]) -> None:
-    """Gives the same where Numba is missing, or cannot keep or compile them."""
+    """The result is the same if Numba is missing, or cannot cache or compile the kernels."""
     check = f"""{code}
 import numpy as np
 from PIL import Image

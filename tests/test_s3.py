@@ -68,14 +68,14 @@ class Server:
 
 
 class Proxy(BaseHTTPRequestHandler):
-    """A forward proxy that takes all names for one server, as no resolver here does."""
+    """A forward proxy that leads all host names to one server, because no resolver here does."""
 
     protocol_version = "HTTP/1.1"
     target = ""
     hosts: set[str] = set()
 
     def forward(self) -> None:
-        """Hand a request on, unchanged."""
+        """Forward a request unchanged."""
         url = urlsplit(self.path)
         # botocore asks for a bucket's region path-style, whatever the style is.
         if url.query != "location":
@@ -100,7 +100,7 @@ class Proxy(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @contextmanager
@@ -133,11 +133,11 @@ def open_moto_https(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 @contextmanager
 def run_s3rver(request: pytest.FixtureRequest, *arguments: str) -> Iterator[int]:
-    """Run s3rver; gives its port."""
+    """Run s3rver; returns its port."""
     request.getfixturevalue("s3_server")  # for its environment
     data = str(request.getfixturevalue("tmp_path_factory").mktemp("s3rver"))
     listen = ["-d", data, "-a", "127.0.0.1", "-p", "0", "-s"]
-    # s3rver makes the tokens of its pages by a cipher that OpenSSL has retired.
+    # s3rver encrypts the tokens of its pages with a cipher that OpenSSL has retired.
     options = ["--openssl-legacy-provider"]
     with run_node(request, S3RVER, "bin/s3rver.js", [*listen, *arguments], options=options) as port:
         yield port
@@ -167,7 +167,7 @@ MOTO = pytest.param(open_moto, id="moto")
 MOTO_HTTPS = pytest.param(open_moto_https, id="moto, https", marks=pytest.mark.slow)
 WITH_S3RVER = pytest.param(open_s3rver, id="s3rver", marks=NEEDS_NODE)
 VIRTUAL_HOSTED = pytest.param(open_virtual_hosted, id="s3rver, virtual-hosted", marks=NEEDS_NODE)
-#: What takes several runs is tried on each server, but not by each way to reach it.
+#: Tests of several runs use each server, but not each way to reach it.
 both_servers = pytest.mark.parametrize("server", [MOTO, WITH_S3RVER], indirect=True)
 
 
@@ -248,10 +248,10 @@ def list_results(result: fruitdask.RunResult) -> list[str]:
 
 
 class Interrupt(RunProgress):
-    """Types Ctrl-C when some images are done."""
+    """Presses Ctrl-C when some images are done."""
 
     def advance(self, n_images: int, *, failures: Mapping[str, int]) -> None:
-        """Type it."""
+        """Press it."""
         raise KeyboardInterrupt("in this test")
 
 
@@ -283,7 +283,7 @@ def test_features_are_the_same_by_https_and_from_virtual_hosts(
 
 @pytest.mark.slow
 @both_servers
-def test_run_goes_on_where_it_was_interrupted(make_config: MakeConfig, client: Any, server: Server) -> None:
+def test_run_resumes_where_it_was_interrupted(make_config: MakeConfig, client: Any, server: Server) -> None:
     config = make_config(
         input={"manifest": f"s3://{BUCKET}/lists/all.csv"},
         featurize={"images_per_partition": 5},
@@ -295,7 +295,7 @@ def test_run_goes_on_where_it_was_interrupted(make_config: MakeConfig, client: A
     n_done = len(list_objects(s3, folder))
     assert n_done >= 1
     result = fruitdask.run(config, client=client)
-    # What was in flight may have been done before the next run began.
+    # Partitions in flight may have been finished before the next run began.
     assert result.n_computed <= 24 - 5 * (n_done - 1) - 4
     assert list(result.table["status"]) == ["ok"] * 24
     for index in (0, 3):
@@ -332,7 +332,7 @@ ODD_NAMES = (
 
 
 def test_odd_names_are_listed_and_read(server: Server) -> None:
-    # s3rver keeps objects as files, for which these are the same as others.
+    # s3rver stores objects as files, whose paths cannot tell these names from others.
     names = [name for name in ODD_NAMES if server.keys is not S3RVER_KEYS or not re.search("//|^/|\\.\\.|\\\\", name)]
     s3 = server.connect()
     for name in [*names, "marker/", "image.jpg/"]:
@@ -351,7 +351,7 @@ def test_odd_names_are_listed_and_read(server: Server) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("server", [MOTO], indirect=True)
-def test_every_object_is_encrypted_as_asked(make_config: MakeConfig, client: Any, server: Server) -> None:
+def test_every_object_is_encrypted_as_configured(make_config: MakeConfig, client: Any, server: Server) -> None:
     asked = server.storage_options | {"s3_additional_kwargs": {"ServerSideEncryption": "aws:kms"}}
     config = make_config(
         output={"storage_options": asked}, explore={"max_thumbnails": 10}, plots={"enabled": True, "dpi": 50}
@@ -377,7 +377,7 @@ def test_unknown_key_is_explained(server: Server) -> None:
 
 
 @pytest.mark.parametrize("server", [MOTO_HTTPS], indirect=True)
-def test_certificate_that_nobody_vouches_for_is_refused(server: Server) -> None:
+def test_certificate_of_an_unknown_authority_is_refused(server: Server) -> None:
     options = server.storage_options | {"client_kwargs": {}}
     with pytest.raises(StorageError, match=r"certificate.*: name the authority of .* client_kwargs: {verify: FILE}"):
         exists(Location(f"s3://{BUCKET}/x", options))
@@ -431,7 +431,7 @@ def test_secrets_are_in_no_command_line_and_weights_are_hashed_once(
 
 
 class Meeting(BaseHTTPRequestHandler):
-    """Answers a GET only when as many as expected are being asked at once."""
+    """Answers GET requests only when the expected number of them is waiting."""
 
     protocol_version = "HTTP/1.1"
     barrier: threading.Barrier
@@ -446,11 +446,11 @@ class Meeting(BaseHTTPRequestHandler):
         self.wfile.write(self.body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 class Crowd(ThreadingHTTPServer):
-    """A server that many may knock at once."""
+    """A server that accepts many connections at once."""
 
     request_queue_size = 128
 
@@ -478,7 +478,7 @@ def test_all_threads_of_a_worker_read_as_many_files_at_once_as_configured(sample
 
 
 @pytest.mark.usefixtures("s3_server")
-def test_server_that_stalls_is_given_up() -> None:
+def test_stalled_server_times_out() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         options = {
             "endpoint_url": f"http://127.0.0.1:{silent.getsockname()[1]}",

@@ -53,14 +53,14 @@ def read_bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.jpg"))}
 
 
-def test_class_names_hold_the_promised_fruits() -> None:
+def test_class_names_contain_the_documented_fruits() -> None:
     assert {"apple_granny_smith_1", "pear_1", "cucumber_3", "zucchini_1"} <= set(CLASS_NAMES)
     assert len(set(CLASS_NAMES)) == len(CLASS_NAMES)
 
 
 @pytest.mark.parametrize("size_px", [16, 33, 100], ids=["smallest", "odd", "like Fruits-360"])
 def test_render_fruit_returns_rgb_without_holes(size_px: int) -> None:
-    """A tomato is smooth: no pixel lets the white background through, which would be much bluer than its neighbours."""
+    """A tomato is smooth: no pixel shows the white background, which would be much bluer than its neighbours."""
     image = render_fruit("tomato_1", angle_degrees=10, size_px=size_px)
     assert (image.mode, image.size) == ("RGB", (size_px, size_px))
     blue, inside = image.getchannel("B"), image.convert("L").filter(ImageFilter.MaxFilter(5))

@@ -32,7 +32,7 @@ def write_note(partition: Partition, folder: Path, text: str) -> int:
 
 
 def wait_for_next(partition: Partition, folder: Path, patience_seconds: float) -> bool:
-    """Leave a file, make way, and tell whether the next partition's file came."""
+    """Leave a file, let the next partition begin, and tell whether its file came."""
     (folder / str(partition.index)).touch()
     let_next_begin()
     deadline = time.monotonic() + patience_seconds * (partition.index < len(PARTITIONS) - 1)
@@ -44,7 +44,7 @@ def wait_for_next(partition: Partition, folder: Path, patience_seconds: float) -
 
 
 def die_of_some(partition: Partition, deadly: str) -> tuple[int, frozenset[int]]:
-    """Kill the process where an image is opened that does so."""
+    """Kill the process if it opens a deadly image."""
     opened = [path for place, path in enumerate(partition.paths) if place not in partition.excluded]
     if set(deadly.split()).intersection(opened):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -52,7 +52,7 @@ def die_of_some(partition: Partition, deadly: str) -> tuple[int, frozenset[int]]
 
 
 def die_together(partition: Partition, size: int) -> int:
-    """Kill the process where so many images are opened at once."""
+    """Kill the process if it opens at least `size` images at once."""
     if len(partition.paths) - len(partition.excluded) >= size:
         os.kill(os.getpid(), signal.SIGKILL)
     return partition.index
@@ -62,7 +62,7 @@ _ballast: list[bytes] = []
 
 
 def fill_memory(partition: Partition, fraction: float, seconds: float) -> int:
-    """Fill so much of the memory that Dask allows the process, and give it back after some time, when this is done."""
+    """Fill a fraction of the memory that Dask allows the process, and free it some time after this task has ended."""
     from distributed import get_worker
 
     worker = get_worker()
@@ -76,7 +76,7 @@ def fill_memory(partition: Partition, fraction: float, seconds: float) -> int:
 
 
 class DeadlyOnce:
-    """What kills the first process that receives it."""
+    """Kills the first process that receives it."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -134,7 +134,7 @@ def test_next_partition_begins_while_one_ends(tmp_path: Path) -> None:
     with open_client(ONE_WORKER) as client:
         map_partitions(client, wait_for_next, PARTITIONS, 20, delivered=tmp_path, on_result=saw.append)
         assert wait_for_next(last, tmp_path, 0) is False, "without a worker nothing happens"
-    # That of the last one never comes.
+    # The last partition has no successor.
     assert sorted(saw) == [False] + [True] * 11
 
 
@@ -151,7 +151,7 @@ def test_map_partitions_delivers_again_when_every_worker_dies(tmp_path: Path) ->
     assert sorted(done) == list(range(12))
 
 
-def test_map_partitions_delivers_again_when_a_worker_dies_of_receiving(tmp_path: Path) -> None:
+def test_map_partitions_delivers_again_when_a_worker_dies_while_receiving(tmp_path: Path) -> None:
     done: list[int] = []
     with open_client(ONE_WORKER) as client:
         map_partitions(client, use_delivery, PARTITIONS, delivered=DeadlyOnce(tmp_path / "mark"), on_result=done.append)
@@ -160,7 +160,7 @@ def test_map_partitions_delivers_again_when_a_worker_dies_of_receiving(tmp_path:
 
 
 @pytest.mark.slow
-def test_map_partitions_ends_when_every_worker_has_paused_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_map_partitions_ends_when_every_worker_stays_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "_POLL_SECONDS", 1)
     done: list[int] = []
     with open_client(ONE_GIBIBYTE) as client:
@@ -173,7 +173,7 @@ def test_map_partitions_ends_when_every_worker_has_paused_for_good(monkeypatch: 
 
 
 @pytest.mark.slow
-def test_map_partitions_goes_on_where_workers_pause_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_map_partitions_continues_if_workers_pause_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "_POLL_SECONDS", 2)
     done: list[int] = []
     with open_client(ONE_GIBIBYTE) as client:
@@ -198,14 +198,14 @@ def test_map_partitions_survives_the_loss_of_results(tmp_path: Path) -> None:
 
 @pytest.fixture
 def impatient_client() -> Iterator[Any]:
-    """Two workers, and a scheduler that has a task killed after the first death, as one is allowed to set."""
+    """Two workers, and a scheduler that fails a task after the first death, as a user may configure."""
     with dask.config.set({"distributed.scheduler.allowed-failures": 0}), open_client(TWO_WORKERS) as client:
         yield client
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deadly", [{2}, {0, 5}, {6}, set(range(7))], ids=["one", "two", "last", "all"])
-def test_images_that_kill_workers_are_found_and_avoided(deadly: set[int], impatient_client: Any) -> None:
+def test_images_that_kill_workers_are_found_and_excluded(deadly: set[int], impatient_client: Any) -> None:
     partitions = [
         Partition(index, 7 * index, tuple(f"{index}/{place}.jpg" for place in range(7)), ("a",) * 7)
         for index in range(4)
@@ -223,7 +223,7 @@ def test_images_that_kill_workers_are_found_and_avoided(deadly: set[int], impati
     assert avoided == {0: frozenset(), 1: frozenset(), 2: deadly, 3: frozenset()}
 
 
-def test_partition_that_kills_workers_without_one_image_to_blame_is_named(impatient_client: Any) -> None:
+def test_partition_that_kills_workers_without_a_poison_image_is_named(impatient_client: Any) -> None:
     partition = Partition(3, 0, ("a/0.jpg", "a/1.jpg", "a/2.jpg"), ("a",) * 3)
     with pytest.raises(
         PartitionError, match=r"partition 3 \(a/0.jpg to a/2.jpg\) kills its workers, whichever images .*"

@@ -1,4 +1,4 @@
-"""What manifests hold: their format, entries of other versions, and what a strange one says."""
+"""What manifests contain: their format, entries of other versions, and errors about invalid ones."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from fruitdask.core.fingerprint import compare_fingerprints, describe_settings
 from fruitdask.core.storage import Location
 from fruitdask.store.schema import seal
 
-#: The settings behind a fingerprint. One that is added here must be in `ADDED_LATER` too, or every output has to be
+#: The settings behind a fingerprint. A setting added here must be in `ADDED_LATER` too, or every output must be
 #: computed again.
 FROZEN = {
     "model": "name weights input_px pooling layer preprocessing precision",
@@ -80,12 +80,12 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def rewrite_attributes(path: Path) -> None:
-    """Let a Zarr group say that it is of a later format."""
+    """Make a Zarr group claim a later format."""
     group = zarr.open_group(path, mode="r+")
     group.attrs.update(seal(dict(group.attrs) | {"format": 2}))
 
 
-def test_everything_that_describes_itself_carries_the_format(output: Path) -> None:
+def test_all_manifests_and_groups_carry_the_format(output: Path) -> None:
     files = [json.loads((output / name).read_text()) for name in ("manifest.json", "explore.json", "quality.json")]
     groups = [dict(zarr.open_group(path, mode="r").attrs) for path in sorted(output.glob("*.zarr"))]
     assert len(groups) == 3 and [tree["format"] for tree in files + groups] == [1] * 6
@@ -113,7 +113,7 @@ def test_verify_refuses_arrays_of_a_later_format(output: Path, name: str) -> Non
     assert done.exit_code == 2 and f"{name}: expected format 1, found format 2" in done.stderr.splitlines()[-1]
 
 
-def test_entries_that_are_not_known_are_kept(output: Path) -> None:
+def test_unknown_entries_are_kept(output: Path) -> None:
     for name in ("manifest.json", "explore.json"):
         rewrite(output / name, lambda tree: tree.update(later={"a": [1]}))
     rewrite(output / "manifest.json", lambda tree: tree["model"].update(later=2))
@@ -135,7 +135,7 @@ def test_outputs_from_before_solvers_were_renamed_are_read(output: Path) -> None
     assert result.pca.svd_solver == "covariance_eigh" and fruitdask.verify(str(output)).is_well
 
 
-#: Manifests that are not what a run writes, by what was done to one.
+#: Invalid manifests, by what was changed.
 STRANGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     **{
         f"no {key}": lambda tree, key=key: tree.pop(key)
@@ -167,7 +167,7 @@ STRANGE: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", STRANGE.values(), ids=STRANGE)
-def test_a_strange_manifest_is_a_sentence(output: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def test_an_invalid_manifest_is_one_sentence(output: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     rewrite(output / "manifest.json", change)
     for command in list_commands(output):
         if command[1:] != [str(output), "--repair"]:

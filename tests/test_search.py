@@ -26,13 +26,13 @@ def test_find_nearest_equals_scikit_learn(features: np.ndarray, metric: str, n_r
     expected, _ = index.kneighbors(queries.astype(np.float64))
     assert rows.dtype == np.int64 and distances.dtype == np.float32
     np.testing.assert_allclose(distances, expected, rtol=1e-6, atol=1e-12)
-    # The rows that are there twice are at the same distance, and scikit-learn leaves their order open.
+    # Duplicate rows have the same distance, and scikit-learn does not define their order.
     np.testing.assert_array_equal(np.sort(features[rows].sum(axis=2)), np.sort(features[_].sum(axis=2)))
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("scale", [1e-30, 1e18, 1e19, 1e36], ids=str)
-def test_find_nearest_takes_features_whose_squares_are_not_finite(metric: str, scale: float) -> None:
+def test_find_nearest_accepts_features_whose_squares_are_not_finite(metric: str, scale: float) -> None:
     scaled = (np.random.default_rng(0).normal(0, 1, (103, 24)) * scale).astype(np.float32)
     features, queries = scaled[:100].copy(), scaled[100:]
     features[5] = np.nan

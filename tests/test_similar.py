@@ -1,4 +1,4 @@
-"""Similar images: what is found, for images of the run and for others, and how it is shown."""
+"""Similar images: search results for images of the run and for others, and how they are shown."""
 
 import base64
 import io
@@ -53,16 +53,14 @@ def test_similar_finds_photographs_of_any_kind(
         found = result.similar(given, k=1)
     assert found["query"].tolist() == [str(copied), "image 2", str(copied), "image 4"]
     assert found["path"].tolist() == [path] * 4 and (found["distance"] < 1e-6).all()
-    # The same photograph by its place in the input is the image of the run, which is not its own neighbour.
+    # By its path in the input, the same photograph is the image of the run, which is not its own neighbour.
     inside = result.similar(sample_folder / path, k=1)
     assert inside["query"].tolist() == [path] and inside["path"][0] != path
     monkeypatch.chdir(sample_folder.parent)
     assert result.similar(f"{sample_folder.name}/{path}", k=1).equals(inside)
 
 
-def test_similar_finds_fewer_images_where_there_are_fewer(
-    tiny_model: ModelConfig, finish: Finish, tmp_path: Path
-) -> None:
+def test_similar_finds_at_most_the_images_of_the_run(tiny_model: ModelConfig, finish: Finish, tmp_path: Path) -> None:
     draw(tmp_path / "in", *(f"fig/{number}.png" for number in range(4)))
     break_image(tmp_path / "in" / "fig" / "2.png")
     config = configure(
@@ -145,7 +143,7 @@ def test_page_holds_no_metadata(result: fruitdask.RunResult, sample_folder: Path
     assert len(pictures) == 2 and not any(b"CAMERA-7" in picture or b"EXIF" in picture for picture in pictures)
 
 
-def test_page_shows_thumbnails_where_the_input_is_gone_and_escapes_names(
+def test_page_shows_thumbnails_if_the_input_is_gone_and_escapes_names(
     tiny_model: ModelConfig, finish: Finish, tmp_path: Path
 ) -> None:
     name = "fig/<b>&x.png"

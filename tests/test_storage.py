@@ -34,7 +34,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Place:
-    """An empty folder, with ways around fruitdask to put files there and to read them."""
+    """An empty folder, with ways to write and read files there without fruitdask."""
 
     root: Location
     put: Callable[[str, bytes], None]
@@ -153,7 +153,7 @@ def test_write_file_writes_all_bytes_and_makes_the_folders(place: Place) -> None
     assert place.get("a/b c/ü#[1].bin") == data
 
 
-def test_write_file_replaces_what_was_there(place: Place) -> None:
+def test_write_file_replaces_an_existing_file(place: Place) -> None:
     place.put("x.bin", b"a longer content than the new one")
     write_file(place.root.child("x.bin"), b"new")
     assert place.get("x.bin") == b"new"
@@ -173,7 +173,7 @@ def test_open_new_writes_pieces_and_makes_the_folders(place: Place) -> None:
     assert place.get("a/b c/ü#[1].bin") == b"".join(pieces)
 
 
-def test_open_new_that_is_given_up_keeps_the_old_content(place: Place) -> None:
+def test_abandoned_open_new_keeps_the_old_content(place: Place) -> None:
     place.put("x.bin", b"old")
     with pytest.raises(ValueError, match="the pieces ended early"), open_new(place.root.child("x.bin")) as file:
         file.write(b"new")
@@ -278,7 +278,7 @@ def test_hash_file_explains_an_unreachable_server() -> None:
             hash_file(Location("s3://bucket/x.bin", options))
 
 
-def test_exists_tells_files_and_folders_from_nothing(place: Place) -> None:
+def test_exists_finds_files_and_folders(place: Place) -> None:
     place.put("a/x.bin", b"1")
     found = {
         name: exists(place.root.child(*name)) for name in [("a", "x.bin"), ("a",), ("b",), ("a", "y.bin"), ("a", "x")]
@@ -336,7 +336,7 @@ def test_storage_error_survives_pickle(tmp_path: Path) -> None:
     ],
     ids=["none", "a user's"],
 )
-def test_location_options_are_those_of_the_user_before_ours(given: dict[str, Any], config: dict[str, Any]) -> None:
+def test_location_options_of_the_user_override_ours(given: dict[str, Any], config: dict[str, Any]) -> None:
     ours = {"use_listings_cache": False, "max_concurrency": 1}
     assert Location("s3://bucket/x", given).options == ours | given | {"config_kwargs": config}
     assert Location("memory://x", given).options == Location("/x", given).options == given
@@ -381,7 +381,7 @@ def test_times_of_s3_are_those_of_boto3(s3_bucket: tuple[str, dict[str, Any]], s
         assert times[0] == times[1] and times[0].utcoffset() == times[1].utcoffset()
 
 
-def test_check_bucket_tells_a_missing_bucket_from_an_empty_one(s3_bucket: tuple[str, dict[str, Any]]) -> None:
+def test_check_bucket_distinguishes_missing_and_empty_buckets(s3_bucket: tuple[str, dict[str, Any]]) -> None:
     bucket, options = s3_bucket
     check_bucket(Location(f"s3://{bucket}/none", options))
     check_bucket(Location(f"s3://{bucket}", options))
@@ -390,7 +390,7 @@ def test_check_bucket_tells_a_missing_bucket_from_an_empty_one(s3_bucket: tuple[
 
 
 @pytest.mark.parametrize("asked", [None, "AES256", "aws:kms"])
-def test_find_encryption_gives_what_was_asked_for(s3_bucket: tuple[str, dict[str, Any]], asked: str | None) -> None:
+def test_find_encryption_returns_the_configured_one(s3_bucket: tuple[str, dict[str, Any]], asked: str | None) -> None:
     bucket, options = s3_bucket
     location = Location(
         f"s3://{bucket}/x.bin", options | {"s3_additional_kwargs": {"ServerSideEncryption": asked} if asked else {}}
@@ -399,7 +399,7 @@ def test_find_encryption_gives_what_was_asked_for(s3_bucket: tuple[str, dict[str
     assert find_encryption(Location(location.url, options)) == asked
 
 
-def test_find_encryption_asks_s3_alone(tmp_path: Path, s3_bucket: tuple[str, dict[str, Any]]) -> None:
+def test_find_encryption_is_for_s3_only(tmp_path: Path, s3_bucket: tuple[str, dict[str, Any]]) -> None:
     bucket, options = s3_bucket
     assert find_encryption(Location(str(tmp_path))) is None
     with pytest.raises(
@@ -410,7 +410,7 @@ def test_find_encryption_asks_s3_alone(tmp_path: Path, s3_bucket: tuple[str, dic
 
 @pytest.mark.parametrize("n_bytes", [0, 10, 6 * MIB, 12 * MIB], ids=["empty", "small", "a part", "parts"])
 @pytest.mark.parametrize("place", [open_local, open_s3], ids=["local", "s3"], indirect=True)
-def test_streamed_file_is_there_whole_or_not_at_all(place: Place, n_bytes: int) -> None:
+def test_streamed_file_is_complete_or_absent(place: Place, n_bytes: int) -> None:
     target, data = place.root.child("streamed", "a.bin"), random.Random(0).randbytes(n_bytes)
 
     def write(file: Any) -> None:

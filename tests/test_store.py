@@ -1,4 +1,4 @@
-"""The output folder: contracts of its layout, and what may be deleted in it."""
+"""The output folder: contracts of its layout, and which files may be deleted."""
 
 import io
 import json
@@ -121,7 +121,7 @@ def test_check_output_refuses_files_that_no_run_wrote(tmp_path: Path, overwrite:
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"fruitdask": 1}', "no json", '{"name": "another tool"}'])
-def test_read_manifest_refuses_what_is_not_ours(tmp_path: Path, text: str) -> None:
+def test_read_manifest_refuses_foreign_files(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(OutputError, match="expected the manifest of a fruitdask run"):
         store.read_run(Location(str(tmp_path)))
@@ -153,8 +153,8 @@ def test_write_manifest_is_readable_json(tmp_path: Path) -> None:
     assert written["format"] == 1 and written["unknown"] == [1] and "finished" not in written
 
 
-def test_read_json_finds_what_was_changed(output: Location) -> None:
-    # Numbers that name entries are texts once they were read.
+def test_read_json_detects_changes(output: Location) -> None:
+    # Numeric keys become text when they are read.
     location, tree = output.child("quality.json"), {"b": 0.1, "a": {10: None, 9: [1, "é"]}}
     store.write_json(location, tree)
     assert store.read_json(location) == {"format": 1} | json.loads(json.dumps(tree))
@@ -165,7 +165,7 @@ def test_read_json_finds_what_was_changed(output: Location) -> None:
         store.read_quality(output)
 
 
-def test_foreign_files_beside_commit_marks_are_passed_over(output: Location) -> None:
+def test_foreign_files_beside_commit_marks_are_ignored(output: Location) -> None:
     fill(output)
     for name in ("notes.parquet", "00009.parquet.part"):
         location = output.child("partitions", name)
@@ -199,12 +199,12 @@ def test_flipped_byte_of_a_chunk_is_one_sentence(tmp_path: Path, name: str) -> N
     lazy = da.from_array(array, chunks=array.chunks, name=False)
     with pytest.raises(DamageError, match="it is partition 2"):
         lazy[np.array([0, 4])].compute(scheduler="threads")
-    # A chunk that is written anew need not be read before, though it is not whole.
+    # A chunk that is written again is not read before, even though it is only partly filled.
     store.write_partition(output, index=2, start=4, features=features[4:], outcomes=make_outcomes(["ok"]))
     np.testing.assert_array_equal(store.open_store(output)["features"][:], features)
 
 
-def test_read_arrays_misses_a_chunk_of_zeros(tmp_path: Path) -> None:
+def test_read_arrays_notices_a_missing_chunk_of_zeros(tmp_path: Path) -> None:
     location = Location(str(tmp_path)).child("explore.zarr")
     store.write_arrays(location, {"rows": (np.zeros(1), ["row"])}, {})
     assert store.read_arrays(location)["rows"].tolist() == [0]
@@ -238,7 +238,7 @@ def test_clear_output_leaves_files_of_other_names(tmp_path: Path) -> None:
     seed=st.integers(0, 2**32 - 1),
     missing=st.sets(st.integers(0, 16), max_size=3),
 )
-def test_stage_rows_keeps_whole_partitions_of_what_is_there(
+def test_stage_rows_keeps_whole_partitions(
     tmp_path_factory: pytest.TempPathFactory, n_images: int, size: int, seed: int, missing: set[int]
 ) -> None:
     output, random = Location(str(tmp_path_factory.mktemp("out"))), np.random.default_rng(seed)
@@ -275,7 +275,7 @@ def test_stage_rows_keeps_whole_partitions_of_what_is_there(
         pd.testing.assert_frame_equal(read, expected)
 
 
-def test_finish_erasing_begins_again_where_it_was_interrupted(output: Location) -> None:
+def test_finish_erasing_resumes_where_it_was_interrupted(output: Location) -> None:
     fill(output)
     store.write_catalog(output, make_outcomes(["ok"] * 5)[["path", "label", "bytes", "version"]])
     for name in ("results.csv", "explore.parquet"):
@@ -302,7 +302,7 @@ def test_finish_erasing_begins_again_where_it_was_interrupted(output: Location) 
     assert manifest is not None and manifest.status == "erased"
 
 
-def test_resized_store_keeps_what_it_has_and_knows_rows_of_a_partition_that_is_not_full(output: Location) -> None:
+def test_resized_store_keeps_its_rows_and_reads_partly_filled_partitions(output: Location) -> None:
     features = fill(output)
     for _ in range(2):
         store.resize_store(output, n_images=9, attributes={"class_names": ["a", "b"]})
@@ -318,7 +318,7 @@ def test_resized_store_keeps_what_it_has_and_knows_rows_of_a_partition_that_is_n
     assert table["status"].to_dict() == {2: "ok", 3: "missing", 4: "ok", 6: "unreadable", 7: "missing"}
 
 
-def test_partition_that_is_written_again_has_no_mark_meanwhile(
+def test_partition_has_no_commit_mark_while_it_is_written_again(
     output: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features = fill(output)
@@ -337,7 +337,7 @@ def test_partition_that_is_written_again_has_no_mark_meanwhile(
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 3, 4, 10], ids=str)
-def test_catalog_of_several_blocks_reads_back_as_another_reader_has_it(
+def test_catalog_of_several_blocks_reads_back_as_pandas_reads_it(
     output: Location, monkeypatch: pytest.MonkeyPatch, n_rows: int
 ) -> None:
     monkeypatch.setattr(store.catalog, "_ROWS_IN_MEMORY", 3)

@@ -1,4 +1,4 @@
-"""The lock of an output folder: one run at a time, and none kept out by a dead one."""
+"""The lock of an output folder: one run at a time, and a dead run blocks no other."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def read_lock(output: Location) -> dict[str, Any]:
 
 
 def write_lock(output: Location, **owner: Any) -> None:
-    """Leave a lock of somebody else's."""
+    """Leave a lock of another run."""
     now = datetime.now(UTC).isoformat()
     owner = {"id": "theirs", "user": "eve", "host": "elsewhere", "pid": 1, "since": now, "seen": now} | owner
     location = output.child(LOCK)
@@ -42,13 +42,13 @@ def write_lock(output: Location, **owner: Any) -> None:
 
 
 def find_dead_process() -> int:
-    """Find the number of a process that is dead."""
+    """Find the process id of a dead process."""
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()
     return process.pid
 
 
-def test_second_run_is_refused_and_told_whose_lock_it_is(output: Location) -> None:
+def test_second_run_is_refused_and_names_the_owner_of_the_lock(output: Location) -> None:
     with locked(output) as lock:
         assert read_lock(output)["pid"] == os.getpid()
         expected = (
@@ -63,7 +63,7 @@ def test_second_run_is_refused_and_told_whose_lock_it_is(output: Location) -> No
         pass
 
 
-def test_one_of_many_at_once_gets_the_lock(output: Location) -> None:
+def test_only_one_of_many_runs_at_once_gets_the_lock(output: Location) -> None:
     barrier, winners, losers = threading.Barrier(8), [], []
 
     def take() -> None:
@@ -98,14 +98,14 @@ def test_lock_of_a_dead_run_is_taken_over(output: Location, owner: str) -> None:
     [{}, {"host": os.uname().nodename, "pid": os.getppid(), "seen": "2020-01-01T00:00:00+00:00"}, {"seen": "what?"}],
     ids=["elsewhere", "here and alive, though silent", "unknown time"],
 )
-def test_lock_of_a_run_that_may_live_is_respected(output: Location, owner: dict[str, Any]) -> None:
+def test_lock_of_a_run_that_may_be_alive_is_respected(output: Location, owner: dict[str, Any]) -> None:
     write_lock(output, **owner)
     with pytest.raises(OutputError, match="another run is using this output folder .*of eve"), locked(output):
         pass
     assert read_lock(output)["id"] == "theirs"
 
 
-def test_damaged_lock_is_respected_and_told_how_to_break(output: Location) -> None:
+def test_damaged_lock_is_respected_and_says_how_to_break_it(output: Location) -> None:
     write_lock(output)
     output.fs.pipe_file(output.child(LOCK).path, b"{half a lo")
     with pytest.raises(OutputError, match=r"\(unknown\); .*if it is dead, delete .*run.lock"), locked(output):
@@ -121,7 +121,7 @@ def test_run_whose_lock_was_taken_ends_and_leaves_the_other_lock(output: Locatio
     assert read_lock(output)["id"] == "theirs"
 
 
-def test_sign_of_life_renews_the_lock(output: Location) -> None:
+def test_heartbeat_renews_the_lock(output: Location) -> None:
     lock = OutputLock(output)
     lock.take()
     first = read_lock(output)
@@ -143,7 +143,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     [(StorageError, OutageError), (OutageError, OutageError), (DamageError, DamageError), (OutputError, OutputError)],
     ids=["storage", "outage", "damage", "another error"],
 )
-def test_storage_that_fails_under_a_lock_is_told_from_a_wrong_place(
+def test_outage_under_a_lock_is_distinguished_from_a_wrong_output(
     tmp_path: Path, raised: type[FruitdaskError], expected: type[FruitdaskError]
 ) -> None:
     with pytest.raises(FruitdaskError, match="^cannot write x$") as caught, locked(Location(f"{tmp_path}/out")):

@@ -1,4 +1,4 @@
-"""Texts of strangers in spreadsheets and on terminals."""
+"""Untrusted texts in spreadsheets and on terminals."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ NAMES = [
 ]
 
 
-def test_format_csv_gives_no_formula_and_keeps_numbers() -> None:
+def test_format_csv_writes_no_formula_and_keeps_numbers() -> None:
     table = pd.DataFrame({"path": NAMES, "pca_1": np.linspace(-1, 1, len(NAMES)), "n": range(-3, len(NAMES) - 3)})
     table["label"] = table["path"].astype("category")
     text = format_csv(table)
@@ -60,18 +60,18 @@ def test_format_csv_leaves_other_tables_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_read_csv_gives_a_name_back(name: str) -> None:
+def test_read_csv_restores_a_name(name: str) -> None:
     table = pd.DataFrame({"path": [name, "other"], "attempts": [1, 2]})
     pd.testing.assert_frame_equal(read_csv(format_csv(table).encode(), {"path": str}), table)
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=1, max_size=5))
-def test_read_csv_gives_any_names_back(names: list[str]) -> None:
+def test_read_csv_restores_any_names(names: list[str]) -> None:
     table = pd.DataFrame({"path": names, "attempts": 1})
     assert read_csv(format_csv(table).encode(), {"path": str})["path"].tolist() == names
 
 
-def test_escape_controls_leaves_names_and_takes_commands() -> None:
+def test_escape_controls_keeps_names_and_escapes_commands() -> None:
     assert escape_controls("é 漢 👩‍🌾 a\u202fb") == "é 漢 👩‍🌾 a\u202fb"
     hostile = "\x1b]0;title\x07\x9b2J\r\n\t\x7f\u202egpj.exe\u2028"
     assert escape_controls(hostile) == r"\x1b]0;title\x07\x9b2J\r\n\t\x7f\u202egpj.exe\u2028"

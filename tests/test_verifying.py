@@ -1,4 +1,4 @@
-"""Verifying and repairing: whatever is damaged is found, and a run makes it again and nothing else."""
+"""Verifying and repairing: all damage is found, and a run restores what was damaged and nothing else."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def read_bytes(output: Path, *names: str) -> dict[str, bytes]:
 
 
 def view(output: Path) -> dict[str, Any]:
-    """Read everything as others do who know nothing of checksums: by zarr, pandas and json."""
+    """Read everything with zarr, pandas and json, which ignore checksums."""
     seen: dict[str, Any] = {}
     for name in list_files(output):
         path = output / name
@@ -140,7 +140,7 @@ def test_verify_finds_whatever_a_reader_would_see(
     assert fruitdask.verify(str(output)).faults == ()
 
 
-#: What is damaged, which faults that makes, and how many images the next run computes again.
+#: What is damaged, the resulting faults, and how many images the next run computes again.
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, int]] = {
     "chunk of features": (
         lambda output: flip(output / "features.zarr/features/c/4/0", 9),
@@ -280,7 +280,7 @@ def change_text(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("damage", "expected", "remedy", "n_computed"), DAMAGES.values(), ids=DAMAGES)
-def test_run_after_repair_makes_what_was_damaged_and_nothing_else(
+def test_run_after_repair_restores_only_what_was_damaged(
     config: Callable[..., Config],
     client: Any,
     request: pytest.FixtureRequest,
@@ -299,7 +299,7 @@ def test_run_after_repair_makes_what_was_damaged_and_nothing_else(
     assert remedy in {fault.remedy for fault in found.faults}
     assert fruitdask.run(config(output, extras), client=client).n_computed == n_computed
     assert fruitdask.verify(str(output)).faults == ()
-    # Nothing but when and how long is another.
+    # Only times and durations differ.
     folders = (
         "features.zarr",
         "partitions",
@@ -315,7 +315,7 @@ def test_run_after_repair_makes_what_was_damaged_and_nothing_else(
 
 
 def rewrite_outcomes(output: Location, index: int, **values: Any) -> None:
-    """Write other outcomes of a partition, as a program with an error would."""
+    """Write other outcomes of a partition, as a buggy program would."""
     outcomes = next(store.read_outcomes(output, [index])).assign(**values)
     store.write_table(output.child("partitions", f"{index:05d}.parquet"), outcomes)
 
@@ -328,7 +328,7 @@ def rewrite_manifest(output: Location, **values: Any) -> None:
 
 
 def rewrite_results(output: Location, **values: Any) -> None:
-    """Write other results, alike in both formats."""
+    """Write other results, the same in both formats."""
     table = store.read_table(output, "results.parquet", "part-00000.parquet").assign(**values)
     store.write_table(output.child("results.parquet", "part-00000.parquet"), table)
     Path(output.path, "results.csv").write_text(table.to_csv(index=False))
@@ -343,7 +343,7 @@ def rewrite_components(output: Location, name: str, *, factor: float = 1.01) -> 
 
 
 def rewrite_features(output: Location) -> None:
-    """Give an image that failed features, and take those of the partition's others."""
+    """Give features to an image that failed, and remove those of the other images of its partition."""
     group: Any = zarr.open_group(output.child("features.zarr").path, mode="r+")
     group["features"][10:15] = np.where(np.isnan(group["features"][10:15]), 1, np.nan)
 
@@ -353,7 +353,7 @@ FIT = {
     "n_components": 2,
     "fit": {"n_images": 23, "n_changed": 0, "n_components": 2, "solver": "covariance_eigh", "seed": 0},
 }
-#: Errors that no checksum shows, and what is said of them.
+#: Errors that no checksum reveals, and their faults.
 ERRORS: dict[str, tuple[Callable[[Location], Any], str]] = {
     "status": (
         lambda output: rewrite_outcomes(output, 1, status="missing"),
@@ -417,7 +417,7 @@ ERRORS: dict[str, tuple[Callable[[Location], Any], str]] = {
 
 
 @pytest.mark.parametrize(("change", "expected"), ERRORS.values(), ids=ERRORS)
-def test_verify_compares_what_checksums_do_not_show(
+def test_verify_compares_files_with_each_other(
     finished: Path, tmp_path: Path, change: Callable[[Location], Any], expected: str
 ) -> None:
     output = Location(str(copy_output(finished, tmp_path)))
@@ -426,7 +426,7 @@ def test_verify_compares_what_checksums_do_not_show(
     assert any(re.search(expected, fault) for fault in faults), faults
 
 
-def test_verify_says_what_is_not_done_yet(finished: Path, tmp_path: Path) -> None:
+def test_verify_says_what_is_still_to_be_computed(finished: Path, tmp_path: Path) -> None:
     output = copy_output(finished, tmp_path)
     rewrite_manifest(Location(str(output)), status="running")
     (output / "partitions/00002.parquet").unlink()
@@ -452,7 +452,7 @@ def test_verify_of_an_exploration_alone(finished: Path, tmp_path: Path) -> None:
     assert fruitdask.verify(str(output)).notes == ("the exploration is not finished: the next run finishes it",)
 
 
-def test_verify_leaves_an_erasure_that_was_interrupted_alone(finished: Path, tmp_path: Path) -> None:
+def test_verify_does_not_touch_an_interrupted_erasure(finished: Path, tmp_path: Path) -> None:
     output = copy_output(finished, tmp_path)
     rewrite_manifest(Location(str(output)), status="erasing")
     found = fruitdask.verify(str(output), repair=True)
@@ -496,7 +496,7 @@ def test_reducing_a_store_with_a_flipped_byte_is_one_sentence(
 
 
 class History:
-    """Photographs with a table of labels, the output of runs on them, and deeds that chance chooses."""
+    """Photographs with a table of labels, the output of runs on them, and random actions."""
 
     def __init__(self, folder: Path, model: ModelConfig, client: Any, seed: int) -> None:
         self.source, self.output, self._folder = folder / "in", folder / "out", folder
@@ -523,7 +523,7 @@ class History:
         return [str(path) for path in self._random.choice(sorted(self._labels), n_images, replace=False)]
 
     def add(self, n_images: int = 3) -> None:
-        """Add images, whose names come before, between and after those that are there."""
+        """Add images, whose names sort before, between and after the existing ones."""
         names = {f"{number:03d}.png" for number in range(100)} - self._labels.keys()
         for name in self._random.choice(sorted(names), n_images, replace=False):
             draw(self.source, str(name), seed=int(self._random.integers(2**16)))
@@ -555,10 +555,10 @@ class History:
         self._labels[f"x{path}"] = self._labels.pop(path)
 
     def retry(self) -> None:
-        """Mend an image that has failed, and try it again."""
+        """Repair an image that has failed, and try it again."""
         (path,) = self.choose(1)
         mend = break_image(self.source / path)
-        # Another age, so that the broken image is read.
+        # The age changes, so that the broken image is read.
         os.utime(self.source / path, (0, 0))
         self.run()
         mend()
@@ -584,7 +584,7 @@ class History:
         fruitdask.explore(config.model_copy(update={"output": output}), client=self._client)
 
     def toggle(self) -> None:
-        """Explore from now on, or do not any more."""
+        """Turn exploration on or off."""
         self.explores = not self.explores
         self.add(1)
 
@@ -618,7 +618,7 @@ class History:
             assert dict(zip(images["path"], images["label"], strict=True)) == self._labels
 
     def check_that_damage_is_found(self) -> None:
-        """Change what is said of an image, as a program with an error would, and a byte, one after the other."""
+        """Change an entry about an image, as a buggy program would, then a byte, and check that each is found."""
         path = self.output / "explore.parquet"
         table, saved = pd.read_parquet(path), {name: (self.output / name).read_bytes() for name in _EXPLORED}
         row, other = self._random.choice(len(table), 2, replace=False)
@@ -647,8 +647,7 @@ def check_is_well(output: Path, deed: str) -> None:
 
 
 _EXPLORED = ("explore.parquet", "explore.csv")
-#: Each of them happens in each history, in an order that chance chooses. Erasing is last: after it, an output does not
-#: grow.
+#: Each of these happens in each history, in random order. Erasing is last: after it, an output does not grow.
 _DEEDS = (
     History.add,
     History.change,
@@ -673,7 +672,7 @@ def test_verify_finds_nothing_after_any_history(tmp_path: Path, tiny_model: Mode
         deed = History.erase if number is None else _DEEDS[number]
         deed(history)
         if number is not None:
-            # What is interrupted, or still to be done, is no damage.
+            # Interrupted or pending work is no damage.
             check_is_well(history.output, deed.__name__)
         result = history.run()
         check_is_well(history.output, deed.__name__)

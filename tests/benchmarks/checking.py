@@ -1,10 +1,10 @@
-"""How well wrong labels are found: labels of finished runs are flipped at random, and the list is held against them.
+"""How well fruitdask finds wrong labels: flips labels of finished runs at random, and compares the list with the flips.
 
     python tests/benchmarks/checking.py RESULTS [RESULTS ...]
 
 RESULTS are folders of finished runs whose labels are right. Prints a table: precision and recall of the list, precision
-of its top (as many images as were flipped), that of a random list, and how many suggestions are right; and in the row
-without flips the false alarms. Beside it, how far a classifier can be believed, with and without groups.
+of its top (as many images as were flipped), that of a random list, and how many suggestions are right; the row without
+flips shows the false alarms. Also prints how far to trust a classifier, with and without groups.
 """
 
 import argparse

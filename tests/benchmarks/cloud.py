@@ -1,5 +1,5 @@
-"""The whole way through a cloud on this machine: photographs in S3, two spot workers of which one is taken away,
-results in S3.
+"""A whole run in a simulated cloud on this machine: photographs in S3, two spot workers, one of which is interrupted,
+and results in S3.
 
     python tests/benchmarks/cloud.py PHOTOGRAPHS WEIGHTS
 
@@ -42,13 +42,13 @@ def build_config(photographs: Path | str, output: Path | str, weights: Path, **s
 
 
 def run(path: Path, sections: dict) -> float:
-    """Run a configuration; gives the seconds of the whole command."""
+    """Run a configuration; returns the seconds of the whole command."""
     path.write_text(yaml.safe_dump(sections))
     return measure([sys.executable, "-m", "fruitdask", "run", str(path)]).seconds
 
 
 def main() -> None:
-    """Run both, and print what there is to say."""
+    """Run both, and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", type=lambda path: Path(path).resolve())
     parser.add_argument("weights", type=lambda path: Path(path).resolve())

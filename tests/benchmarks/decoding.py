@@ -1,10 +1,10 @@
-"""What decoding a large image takes, by kind of file, and what threads of a process keep of it.
+"""Memory and time to decode a large image, by kind of file, and the memory that threads keep afterwards.
 
     python tests/benchmarks/decoding.py [--side 10000]
 
-Each line is a process of its own. The ratio is to the memory of the pixels, which Pillow keeps in 4 bytes each. The
-last two lines decode 16 images on 4 threads, where no more than one fits into ``max_pixels``: once as glibc would have
-it, and once as fruitdask tells it to.
+Each line runs in its own process. The ratio is to the memory of the pixels, which Pillow keeps in 4 bytes each. The
+last two lines decode 16 images on 4 threads, where only one at a time fits into ``max_pixels``: once with glibc's
+defaults, and once with fruitdask's settings.
 """
 
 import argparse
@@ -28,7 +28,7 @@ N_IMAGES, N_THREADS = 16, 4
 
 
 def draw_files(folder: Path, side: int) -> Iterator[Path]:
-    """Draw an image and save it as each kind of file that is decoded in another way."""
+    """Draw an image and save it in each format that is decoded differently."""
     grey = Image.linear_gradient("L").resize((side, side))
     colours = Image.merge("RGB", (grey, grey.transpose(Image.Transpose.ROTATE_90), grey))
     transparent = colours.copy()
@@ -53,7 +53,7 @@ def draw_files(folder: Path, side: int) -> Iterator[Path]:
 
 
 def decode_here(file: Path, n_images: int, n_threads: int) -> None:
-    """Decode a file so many times and print the bytes by which memory grew at most, and the seconds an image."""
+    """Decode a file several times; print the peak growth of memory in bytes, and the seconds per image."""
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     data = file.read_bytes()
     with Image.open(file) as image:
@@ -72,7 +72,7 @@ def read_peak() -> int:
 
 
 def decode(file: Path, *, n_images: int = 1, n_threads: int = 1, **environment: str) -> tuple[float, float]:
-    """Decode a file in a process of its own; gives bytes and seconds."""
+    """Decode a file in its own process; returns bytes and seconds."""
     command = [sys.executable, __file__, "--decode", str(file), str(n_images), str(n_threads)]
     finished = subprocess.run(command, env=os.environ | environment, check=True, capture_output=True, text=True)
     grown, seconds = map(float, finished.stdout.split())

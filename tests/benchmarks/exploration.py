@@ -1,4 +1,4 @@
-"""Exploring against a plain loop that only sums, and its memory when the images are repeated.
+"""Exploring compared with a plain loop that only sums, and its memory when the images are repeated.
 
     python tests/benchmarks/exploration.py PHOTOGRAPHS [--repeat 10]
 
@@ -40,7 +40,7 @@ def main() -> None:
     """Run everything once and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", type=lambda path: Path(path).resolve())
-    parser.add_argument("--repeat", type=int, default=10, help="Names for each image in the last line.")
+    parser.add_argument("--repeat", type=int, default=10, help="Names per image in the last line.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,9 +1,9 @@
-"""How well reading from a distant S3 overlaps with computing: images a second, and what part of the workers' time is
-waiting for files.
+"""How well reading from a distant S3 overlaps with computing: images per second, and the fraction of workers' time
+spent waiting for files.
 
     python tests/benchmarks/latency.py [--images 480] [--milliseconds 50]
 
-Draws images into moto, an S3 server on this machine, behind a proxy that answers each request so much later, and runs
+Draws images into moto, an S3 server on this machine, behind a proxy that delays each response by that time, and runs
 MobileNetV2 with random weights over them; results go to a folder. The first line, without latency, is the baseline of
 the ratios. With one file in flight nothing overlaps, which shows what the latency would cost.
 """
@@ -45,9 +45,7 @@ def fill(server: str, folder: Path, n_images: int) -> None:
 
 
 def run(proxy: FaultyS3, output: Path, n_images: int, concurrent_reads: int) -> tuple[float, float]:
-    """Run the command; gives images a second of featurizing, and the part of the workers' time that is waiting for
-    files.
-    """
+    """Run the command; returns images per second, and the fraction of workers' time spent waiting for files."""
     config = {
         "input": {"url": "s3://drawn-fruits/in", "storage_options": {"endpoint_url": proxy.url}, "limit": n_images},
         "model": {"weights": "random"},

@@ -1,10 +1,10 @@
-"""What it costs the client to list an S3 bucket of many images: seconds and memory, beside fs.find.
+"""What it costs the client to list an S3 bucket of many images: seconds and memory, compared with fs.find.
 
     python tests/benchmarks/listing.py [IMAGES]
 
-A server in a process of its own makes up the pages, for a million objects in moto take hours and gigabytes. Listing
-includes the hash of the catalog, by which a run knows its images. fs.find makes the same table of what s3fs returns;
-beyond two million images it is left out.
+A server in its own process makes up the pages, because a million objects in moto would take hours and gigabytes.
+Listing includes the hash of the catalog, by which a run recognizes its images. fs.find makes the same table of what
+s3fs returns; beyond two million images it is left out.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ class Listing(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 def describe_object(number: int) -> str:
@@ -73,7 +73,7 @@ def describe_object(number: int) -> str:
 
 
 def serve(n_images: int) -> None:
-    """Serve until the process is ended, after the address was printed."""
+    """Print the address, then serve until the process is killed."""
     Listing.n_images = n_images
     with ThreadingHTTPServer(("127.0.0.1", 0), Listing) as server:
         print(f"http://127.0.0.1:{server.server_port}", flush=True)

@@ -1,10 +1,10 @@
-"""The whole command against the plain Keras loop, and its memory when the images are repeated.
+"""The whole command compared with the plain Keras loop, and its memory when the images are repeated.
 
     python tests/benchmarks/main_job.py PHOTOGRAPHS WEIGHTS [--repeat 10]
 
 PHOTOGRAPHS is a folder of classes (the 846 test photographs of Fruits-360's original size), WEIGHTS the file of
-MobileNetV2's weights without its top. The loop computes features and two components, so exploring, quality, figures and
-page are left out, but for one line. Each line gives seconds, their ratio to the plain loop of the same run, and the
+MobileNetV2's weights without its top. The loop computes features and two components, so all lines but one leave out
+exploring, quality, figures and page. Each line gives seconds, their ratio to the plain loop of the same run, and the
 largest resident memory of the client and of a worker.
 """
 
@@ -23,9 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", type=lambda path: Path(path).resolve())
     parser.add_argument("weights", type=lambda path: Path(path).resolve())
-    parser.add_argument(
-        "--repeat", type=int, default=10, help="Names for each image in the last line; 0 leaves it out."
-    )
+    parser.add_argument("--repeat", type=int, default=10, help="Names per image in the last line; 0 leaves it out.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

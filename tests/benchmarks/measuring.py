@@ -35,7 +35,7 @@ class Measurement:
     tree_bytes : int
         Largest sum of the resident memory of all its processes.
     cpu_seconds : float
-        Seconds that all its processes have kept cores busy, as far as sampling sees the end of each.
+        Seconds of CPU of all its processes, as far as sampling sees the end of each.
     output : str
         What it printed.
     """
@@ -93,7 +93,7 @@ def measure_run(
     photographs: Path, weights: Path, output: Path, *settings: str, with_extras: bool = False
 ) -> Measurement:
     """
-    Run fruitdask on a folder, for features and two principal components; networks are kept beside the output.
+    Run fruitdask on a folder, for features and two principal components; networks are cached beside the output.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ def measure_run(
 
 
 def describe_machine() -> str:
-    """Say on what, with what and when this was measured."""
+    """Describe the machine, the versions and the date of a measurement."""
     names = ("dask", "keras", "openvino", "pillow", "tensorflow")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     return (
@@ -140,7 +140,7 @@ def describe_machine() -> str:
 
 def print_table(columns: list[str], rows: list[list[str]], markdown: Path | None = None) -> None:
     """
-    Print a table in Markdown, whose columns are aligned for people too.
+    Print a Markdown table with aligned columns.
 
     Parameters
     ----------
@@ -149,7 +149,7 @@ def print_table(columns: list[str], rows: list[list[str]], markdown: Path | None
     rows : list[list[str]]
         Their cells.
     markdown : Path, optional
-        A file to which the table and what it was measured on are appended.
+        A file to which the table and the description of the machine are appended.
     """
     widths = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
 
@@ -169,14 +169,14 @@ def print_table(columns: list[str], rows: list[list[str]], markdown: Path | None
 
 
 def _read_processor() -> str:
-    """Read the name of the processor, where Linux tells it."""
+    """Read the name of the processor, where Linux reports it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _is_worker(process: psutil.Process, client: psutil.Process) -> bool:
-    """Tell a worker from the child that builds the network: Dask's nanny sets OMP_NUM_THREADS for it."""
+    """Distinguish a worker from the child that builds the network: Dask's nanny sets OMP_NUM_THREADS for workers."""
     return process.environ().get("OMP_NUM_THREADS") == "1" and client.environ().get("OMP_NUM_THREADS") != "1"
 
 
@@ -190,7 +190,7 @@ def repeat_images(photographs: Path, target: Path, times: int) -> Path:
 
 
 def print_header() -> None:
-    """Print what the columns of the lines are."""
+    """Print the titles of the columns."""
     print(f"{'':44}{'seconds':>9}{'ratio':>8}{'client MB':>11}{'worker MB':>11}")
 
 

@@ -3,9 +3,8 @@ image.
 
     python tests/benchmarks/partitions.py [--partitions 2000]
 
-Two workers of one thread. The ratio is to scheduling alone. From the last line follows how small partitions may
-sensibly be: the share of a partition that is not spent on its images, where an image takes the 6 ms of MobileNetV2 with
-OpenVINO.
+Two workers of one thread. The ratio is to scheduling alone. The last line shows how small partitions may sensibly be:
+the share of a partition's time that is not spent on its images, at 6 ms per image (MobileNetV2 with OpenVINO).
 """
 
 import argparse

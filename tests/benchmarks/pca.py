@@ -2,11 +2,11 @@
 
     python tests/benchmarks/pca.py [--rows 100000 1000000] [--features 1280] [--solvers "dask-ml, full" ...]
 
-Features are drawn once into a Zarr store with 512 rows a chunk: fifty strong directions, a mean far from zero, a little
-noise. Each solver runs in a process of its own, with two Dask workers of one thread, and reads the store in blocks of
-4096 rows. Its seconds are those of the fit alone; its CPU seconds are those of client and workers, which tell more
-where a machine is shared. Its error is the largest distance between one of the first ten components and that of the
-covariance in float64.
+Features are drawn once into a Zarr store with 512 rows per chunk: fifty strong directions, a mean far from zero, a
+little noise. Each solver runs in its own process, with two Dask workers of one thread, and reads the store in
+blocks of 4096 rows. Its seconds are those of the fit alone; its CPU seconds are those of client and workers, which tell
+more where a machine is shared. Its error is the largest distance between one of the first ten components and that of
+the covariance in float64.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from measuring import measure
 
 N_COMPONENTS = 10
 _ROWS_PER_CHUNK, _ROWS_PER_BLOCK = 512, 4096
-#: Rows above which solvers are left out that hold the features, or take many minutes.
+#: Number of rows above which solvers that hold all features, or take many minutes, are left out.
 _MANY_ROWS = 200_000
 
 
 def fit_ours(features: Any, store: str, *, svd_solver: str) -> np.ndarray:
-    """Run ours: with covariance_eigh, in one pass."""
+    """Run fruitdask's PCA with covariance_eigh, in one pass."""
     from fruitdask import PCA
 
     return PCA(N_COMPONENTS, svd_solver=svd_solver, random_state=0).fit(features).components_
@@ -66,7 +66,7 @@ def fit_dask_ml(features: Any, store: str, **options: Any) -> np.ndarray:
 
 
 def fit_dask_ml_incremental(features: Any, store: str) -> np.ndarray:
-    """Run dask-ml's incremental PCA: blocks one after another, each with what was found before."""
+    """Run dask-ml's incremental PCA: blocks one after another, each updating the fit so far."""
     from dask_ml.decomposition import IncrementalPCA
 
     solver = IncrementalPCA(N_COMPONENTS, batch_size=_ROWS_PER_BLOCK, svd_solver="full")
@@ -109,8 +109,8 @@ SOLVERS: dict[str, tuple[Callable[[Any, str], np.ndarray], bool]] = {
 
 
 def draw_features(path: Path, n_rows: int, n_features: int) -> np.ndarray:
-    """Write features to a store; gives their first components, from a covariance summed about the mean they were drawn
-    with.
+    """Write features to a store; returns their first components, from a covariance summed about the mean they were
+    drawn with.
     """
     rng = np.random.default_rng(0)
     mean = rng.uniform(1, 5, n_features)
@@ -147,7 +147,7 @@ def solve(name: str, store: str, result: str) -> None:
 
 
 def compare(names: list[str], n_rows: int, n_features: int) -> None:
-    """Run solvers on so many rows and print a table."""
+    """Run solvers on a number of rows and print a table."""
     with tempfile.TemporaryDirectory() as folder:
         store, result = Path(folder, "features.zarr"), Path(folder, "result.npz")
         if shutil.disk_usage(folder).free < 8 * n_rows * n_features:

@@ -1,14 +1,14 @@
-"""fruitdask against what people use today, on the same photographs, in the same run.
+"""fruitdask compared with what people use today, on the same photographs, in the same run.
 
     python tests/benchmarks/peers.py WEIGHTS FOLDER [FOLDER ...] [--steady 10000] [--peers spark ray_data ...]
     [--markdown BENCHMARKS.md]
 
-WEIGHTS is the file of MobileNetV2's weights without its top, each FOLDER one of classes; with --steady the first one's
-images are used again, each under several names, until there are so many. Each peer runs in a virtual environment of its
-own, which is made from the requirements beside its program in `peers/` the first time (Spark needs Java 17 as well).
-All do the same job: features of every photograph and two principal components; fruitdask therefore leaves out
-exploring, quality, figures and page. Seconds are those of the whole command, other seconds those besides featurizing:
-start-up, reduction, end. Ratios are to the plain Keras loop: above 1 is faster.
+WEIGHTS is the file of MobileNetV2's weights without its top, each FOLDER one of classes; --steady repeats the first
+folder's images under several names, up to that number. Each peer runs in a virtual environment of its own, which is
+made from the requirements beside its program in `peers/` the first time (Spark needs Java 17 as well). All do the same
+job: features of every photograph and two principal components; fruitdask therefore leaves out exploring, quality,
+figures and page. Seconds are those of the whole command, other seconds those besides featurizing: start-up, reduction,
+end. Ratios are to the plain Keras loop: above 1 is faster.
 """
 
 import argparse
@@ -53,12 +53,12 @@ class Line:
 
     @property
     def images_per_second(self) -> float:
-        """Images a second while featurizing."""
+        """Images per second while featurizing."""
         return self.n_images / self.featurize_seconds
 
 
 def run_peer(name: str, photographs: Path, weights: Path) -> Line:
-    """Run a peer, making its environment first where there is none."""
+    """Run a peer; make its environment first if there is none."""
     python = PROJECT / f".venv-{name}" / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("weights", type=lambda path: Path(path).resolve())
     parser.add_argument("folders", nargs="+", type=lambda path: Path(path).resolve())
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="The first one is the baseline.")
-    parser.add_argument("--steady", type=int, default=0, help="Images of a further, longer table.")
+    parser.add_argument("--steady", type=int, default=0, help="Number of images of a second, longer table.")
     parser.add_argument("--markdown", type=Path, help="Append the tables to this file too.")
     arguments = parser.parse_args()
     for folder in arguments.folders:

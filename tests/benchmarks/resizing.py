@@ -1,9 +1,10 @@
-"""Resizing photographs: milliseconds of CPU per image, against Pillow's bicubic filter, whose bits it must give.
+"""Resizing photographs: milliseconds of CPU per image, compared with Pillow's bicubic filter, which it must match bit
+for bit.
 
     python tests/benchmarks/resizing.py PHOTOGRAPHS [--side 224] [--markdown FILE]
 
-Each photograph is decoded, and resized by both in turns; the medians of five rounds are shown. The kernels are compiled
-before.
+Decodes each photograph, resizes it with both in turn, and shows the medians of five rounds. The kernels are compiled
+beforehand.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/s3_requests.py [--markdown FILE]
 
-Two runs, of 10 and of 30 partitions: a partition costs a twentieth of what the second one asks for in addition. A proxy
-in front of moto counts. Images are read once each, beside what the table says.
+Makes two runs, of 10 and of 30 partitions: a partition costs a twentieth of the second run's additional requests. A
+proxy in front of moto counts them. In addition to the table, each image is read once.
 """
 
 import argparse
@@ -87,11 +87,11 @@ def main() -> None:
         save_model(model := Path(folder, "model.keras"))
         for title, is_rerun in (("run", False), ("rerun", True)):
             few, many = (count(f"http://{host}:{port}", model, n, is_rerun=is_rerun) for n in (FEW, MANY))
-            # The lock of the output asks by time, not by partition: a difference of one may be negative.
+            # The lock sends requests by time, not by partition, so a small difference may be negative.
             kinds = ("PUT", "GET", "HEAD", "LIST", "DELETE", "POST")
             each = {kind: max(0.0, (many[kind] - few[kind]) / (MANY - FEW)) for kind in kinds}
             n_partitions = N_IMAGES / LARGE
-            # What deletes is free of charge.
+            # Deletions are free of charge.
             writes, reads = each["PUT"] + each["LIST"] + each["POST"], each["GET"] + each["HEAD"]
             dollars = compute_request_cost(n_reads=int(reads * n_partitions), n_writes=int(writes * n_partitions))
             rows.append([title, *(f"{value:.2f}" for value in each.values()), f"{dollars:.2f}"])

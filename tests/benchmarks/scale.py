@@ -2,15 +2,15 @@
 
     python tests/benchmarks/scale.py --images 1000000 [--classes 100] [--commands run rerun grow verify report]
 
-Real are the commands, each in a process of its own, with listing, catalog, partitions, a local cluster of two workers,
-the files of the output and all that is made of them. Made up are
+The commands are real, each in its own process, with listing, catalog, partitions, a local cluster of two workers, and
+all files of the output. Made up are
 
 - the input, a file system of fsspec that invents names, sizes and versions folder by folder, and answers a read with a
-  small JPEG that depends on the name (only ``explore`` reads, with the real workers: about a millisecond an image);
+  small JPEG that depends on the name (only ``explore`` reads, with the real workers: about a millisecond per image);
 - the network: a task reads no image, and stores clusters of random features (16 of them, set --features) and outcomes,
-  of which one in a thousand is a failure, by the functions that the real one calls. Nothing imports TensorFlow.
+  one in a thousand of them a failure, through the functions that the real task calls. Nothing imports TensorFlow.
 
-``grow`` is a run after each class has got 1 % more images, which lie between the others; ``explore`` is left out by
+``grow`` is a run after each class has gained 1 % more images, which sort between the others; ``explore`` is left out by
 default. Seconds of CPU and memory, the largest resident in each stage as Linux counts it, are those of the client's own
 process. The law of growth follows from a few sizes: --images 100000 1000000 prints how seconds grow from one to the
 next.
@@ -118,7 +118,7 @@ def _scatter(seeds: Any, n_features: int) -> Any:
 
 
 class Meter:
-    """Seconds and peak memory of this process by stage; a stage begins where the product says so."""
+    """Seconds and peak memory of this process by stage; a stage begins when fruitdask reports it."""
 
     def __init__(self) -> None:
         self.stages: list[tuple[str, float, float, int]] = []
@@ -126,7 +126,7 @@ class Meter:
 
     def _begin(self, name: str) -> None:
         self._name, self._started, self._cpu_started = name, time.perf_counter(), time.process_time()
-        Path("/proc/self/clear_refs").write_text("5")  # The high-water mark begins anew.
+        Path("/proc/self/clear_refs").write_text("5")  # This resets the high-water mark.
 
     def begin(self, name: str) -> None:
         """Finish a stage and begin the next one."""

@@ -1,10 +1,10 @@
-"""Searching for similar images: seconds and memory, against one matrix product of NumPy over the same features.
+"""Searching for similar images: seconds and memory, compared with one matrix product of NumPy over the same features.
 
     python tests/benchmarks/search.py [--images 200000] [--features 1280] [--queries 1 16] [--folder FOLDER]
 
-Draws features with 512 rows a chunk into a Zarr store like that of a run (5 GB for 1,000,000 images of 1280 features),
-and removes it; beyond 65,536 images, files of chunks are repeated. Each search runs in a process of its own, whose
-largest memory is measured. The baseline reads the same store in blocks of the same size and multiplies them with the
+Draws features with 512 rows per chunk into a Zarr store like that of a run (5 GB for 1,000,000 images of 1280
+features), and removes it; beyond 65,536 images, files of chunks are repeated. Each search runs in its own process,
+whose peak memory is measured. The baseline reads the same store in blocks of the same size and multiplies them with the
 queries, without finding anything: what any exact search has to do. In memory, it multiplies the whole matrix at once.
 """
 

@@ -1,10 +1,10 @@
-"""What it costs to begin: importing the package, asking for help, and a run until its first image is done.
+"""What starting costs: importing the package, asking for help, and a run until its first image is done.
 
     python tests/benchmarks/startup.py [WEIGHTS PHOTOGRAPHS]
 
 Each line gives the median seconds of eleven starts of Python (of five runs), and their ratio to a Python that does
-nothing. With WEIGHTS (the file of MobileNetV2's weights without its top) and PHOTOGRAPHS (a folder of classes) four
-photographs are run on a partition each, with the network in the cache; the first is done when its outcome is committed.
+nothing. With WEIGHTS (the file of MobileNetV2's weights without its top) and PHOTOGRAPHS (a folder of classes) a run
+has four photographs, one per partition, with the network in the cache; the first is done when its outcome is committed.
 """
 
 import argparse

@@ -1,11 +1,10 @@
-"""How images a second grow with workers, and what these spend their time on.
+"""How images per second grow with the number of workers, and how workers spend their time.
 
     python tests/benchmarks/workers.py WEIGHTS PHOTOGRAPHS [--repeat 6] [--workers 1 2 ...] [--engine openvino]
     [--decode exact]
 
-PHOTOGRAPHS is a folder of classes, WEIGHTS the file of MobileNetV2's weights without its top. Each line is a run with
-so many workers of one thread; shares are those of the workers' time while featurizing, and what they do not spend on a
-stage they spend on nothing.
+PHOTOGRAPHS is a folder of classes, WEIGHTS the file of MobileNetV2's weights without its top. Each line is a run with a
+number of one-thread workers; shares are of the workers' time while featurizing, and the rest is idle time.
 """
 
 import argparse
@@ -20,10 +19,10 @@ STAGES = ("predict", "decode", "fetch", "write", "load")
 
 
 def describe_run(manifest: dict, n_workers: int, baseline: float | None) -> tuple[float, list[str]]:
-    """Give images a second, and the row that says so."""
+    """Return images per second, and the row of the table."""
     seconds = manifest["seconds"]
     rate = manifest["n_images"] / seconds["featurize"]
-    # Partitions overlap a little, so that stages may add up to more than has passed.
+    # Partitions overlap a little, so stages may add up to more than the elapsed time.
     whole = max(seconds["featurize"] * n_workers, sum(seconds["worker"].values()))
     shares = [seconds["worker"].get(stage, 0.0) / whole for stage in STAGES]
     shares.append(1 - sum(shares))
@@ -40,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=lambda path: Path(path).resolve())
     parser.add_argument("photographs", type=lambda path: Path(path).resolve())
-    parser.add_argument("--repeat", type=int, default=6, help="Names for each image.")
+    parser.add_argument("--repeat", type=int, default=6, help="Names per image.")
     counts = sorted({1, 2, *(2**power for power in range(2, 8) if 2**power <= (os.cpu_count() or 1))})
     parser.add_argument("--workers", type=int, nargs="+", default=counts)
     parser.add_argument("--engine", default="openvino", choices=("openvino", "tensorflow"))

@@ -1,14 +1,14 @@
-"""Runs that are damaged on purpose, and what is left of them after the next one.
+"""Damages runs on purpose, and checks what is left of them after the next one.
 
     python tests/chaos/fault_runs.py [--runs 200] [--seed 0] [--at-once 2]
 
 Each run featurizes 160 drawn images in 40 partitions with two workers. A seed chooses what happens and when: workers
-are killed (SIGKILL), one or each in its turn or all, the command is killed, interrupted or asked to end, one image
-kills every process that opens it, or images and results are on an S3 of whose requests one in ten fails, and the
-command is killed too. A run that ended is started again until it is complete. Prints, by kind of fault, how many runs
-were complete, how many images were lost or doubled, how many features differ from those of an undisturbed run, how many
-committed files changed by a byte, and how many committed partitions were computed again: of a partition, only what was
-in flight may be.
+are killed (SIGKILL), one, each in turn, or all at once; the command is killed, interrupted or asked to end, one image
+kills every process that opens it, or images and results are on an S3 where one in ten requests fails, and the command
+is killed too. A run that ended is started again until it is complete. Prints, by kind of fault, how many runs were
+complete, how many images were lost or doubled, how many features differ from those of an undisturbed run, how many
+committed files changed by a byte, and how many committed partitions were computed again: only partitions that were in
+flight may be.
 """
 
 import argparse
@@ -47,10 +47,10 @@ from faulty_s3 import open_faulty_s3  # noqa: E402
 N_IMAGES, IMAGES_PER_PARTITION = 160, 4
 _MAX_TRIES = 4
 _S3_FAULTS, _BUCKET, _KEYS = 0.1, "chaos", {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
-#: Far longer than any run takes; one that hangs is a failure, not a reason to wait.
+#: Far longer than any run takes; a run that hangs counts as a failure.
 _PATIENCE_SECONDS = 180
 Process = Command | subprocess.Popen[bytes]
-#: In a process that loads it, opening the poisonous image is deadly, as a crash in a decoder is.
+#: In a process that loads this, opening the poison image is fatal, as a crash in a decoder would be.
 _POISON = """
 import os, signal, sys
 def _die(event, arguments):
@@ -70,7 +70,7 @@ class Verdict:
     kind : str
         What was done to it.
     is_complete : bool
-        Whether it ended with results, in the end.
+        Whether it finally ended with results.
     n_tries : int
         Commands that it took.
     seconds : float
@@ -107,13 +107,13 @@ class Scene:
     Parameters
     ----------
     folder : Path
-        Where all that is kept.
+        Where all of this is kept.
     model : Path
         A small Keras model.
     commands : CommandHost
         What starts commands.
     s3_server : str or None
-        URL of an S3 server on this machine, where the images are put too, for faults of S3.
+        URL of an S3 server on this machine, which holds the images too, for faults of S3.
     """
 
     def __init__(self, folder: Path, model: Path, commands: CommandHost, s3_server: str | None = None) -> None:
@@ -121,7 +121,7 @@ class Scene:
 
         self.folder, self.model, self.s3_server = folder, model, s3_server
         self._commands = commands
-        # Six species; what is too much is left out by input.limit.
+        # Six species; input.limit leaves out the surplus.
         draw_sample(folder / "images", per_class=-(-N_IMAGES // 6), size_px=32)
         output = folder / "undisturbed"
         assert self.start(output).wait(_PATIENCE_SECONDS) == 0
@@ -139,7 +139,7 @@ class Scene:
 
     @contextmanager
     def open_s3(self) -> Iterator[Any]:
-        """Open a client of the S3 server that meets no faults."""
+        """Open a client of the S3 server that bypasses the faults."""
         client = boto3.client("s3", endpoint_url=self.s3_server, region_name="us-east-1", **_KEYS)
         yield client
         client.close()
@@ -178,7 +178,7 @@ class Scene:
         with open(output.with_suffix(".log"), "ab") as log:
             if poison is None:
                 return self._commands.start("run", str(config), stdout=log, stderr=log, environment=environment)
-            # Only a new Python reads what poisons the image.
+            # Only a new Python loads the module that poisons the image.
             command = [sys.executable, "-m", "fruitdask", "run", str(config)]
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
@@ -214,7 +214,7 @@ def stamp_committed(output: Path) -> dict[Path, Stamp]:
 
 
 def wait_for(output: Path, n_committed: int, process: Process) -> None:
-    """Wait until so many partitions are committed, or the command has ended."""
+    """Wait until a number of partitions are committed, or the command has ended."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         folder = output / "partitions"
@@ -254,7 +254,7 @@ def kill_each_worker(process: Process, output: Path, moments: Iterator[int], cha
 
 
 def kill_all_workers(process: Process, output: Path, moments: Iterator[int], chance: random.Random) -> None:
-    """Kill all workers at once, so that nobody holds the network any more."""
+    """Kill all workers at once, so that no process holds the network any more."""
     wait_for(output, next(moments), process)
     for worker in find_workers(process):
         kill(worker)
@@ -276,12 +276,12 @@ def kill_while_starting(process: Process, output: Path, moments: Iterator[int], 
 
 
 def kill_at_any_time(process: Process, output: Path, moments: Iterator[int], chance: random.Random) -> None:
-    """Kill the command at some moment, of which the disk tells nothing."""
+    """Kill the command at some moment, whatever is on disk by then."""
     kill_after(process, chance.uniform(1, 20))
 
 
 def kill_after(process: Process, seconds: float) -> None:
-    """Kill the command after so many seconds, unless it has ended; its workers end by themselves."""
+    """Kill the command after some seconds, unless it has ended; its workers end by themselves."""
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -304,12 +304,12 @@ FAULTS: dict[str, Callable[..., None]] = {
 
 def damage(scene: Scene, kind: str, seed: int) -> Verdict:
     """
-    Damage a run, go on until it is complete, and compare.
+    Damage a run, start it again until it is complete, and compare.
 
     Parameters
     ----------
     scene : Scene
-        Images, network and what must come out.
+        Images, network and the expected features.
     kind : str
         One of `FAULTS`.
     seed : int
@@ -318,7 +318,7 @@ def damage(scene: Scene, kind: str, seed: int) -> Verdict:
     Returns
     -------
     Verdict
-        What was lost: nothing, it is hoped.
+        What was lost, which should be nothing.
     """
     chance, output = random.Random(seed), scene.folder / f"run-{seed}"
     n_partitions = N_IMAGES // IMAGES_PER_PARTITION

@@ -1,4 +1,4 @@
-"""Feed mutated images to all that opens the files of strangers, in child processes, and count what happens.
+"""Feed mutated images to all code that opens untrusted files, in child processes, and count the outcomes.
 
 python tests/chaos/fuzz_images.py [--inputs 10000] [--seed 0] [--keep FOLDER]
 """
@@ -24,9 +24,9 @@ if __name__ == "__main__":
 from chaos.hostile_images import build_seeds
 
 SIDE_PX, MAX_PIXELS = 64, 50_000_000
-#: What a child may take beyond what it has when it starts, and how long for one input; far more than any should.
+#: Memory that a child may take on top of that at its start, and seconds per input; far more than any should need.
 MORE_BYTES, LIMIT_SECONDS = 1_500 << 20, 60.0
-#: Numbers at which decoders like to stumble.
+#: Numbers that often break decoders.
 TELLING = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
 
@@ -48,7 +48,7 @@ class Tally:
 
 
 def open_like_a_worker(data: bytes) -> str:
-    """Do all that a run and an exploration do with the bytes of a file; gives its status."""
+    """Do all that a run and an exploration do with the bytes of a file; returns its status."""
     import imagehash
     from PIL import Image
 
@@ -74,13 +74,13 @@ def open_like_a_worker(data: bytes) -> str:
 
 
 def serve(connection: Connection, open_file: Callable[[bytes], str]) -> None:
-    """Open what comes in, in a process of limited memory, and answer with its outcome, seconds and the most memory so
+    """Open each file that arrives, in a process of limited memory; send its outcome, seconds and the peak memory so
     far.
     """
     warnings.simplefilter("ignore")
-    # libtiff complains there of each file.
+    # libtiff prints warnings to this descriptor.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    # Whatever it imports does not count.
+    # Memory for imports does not count.
     open_file(b"")
     more = read_status("VmSize:") + MORE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (more, more))
@@ -117,7 +117,7 @@ class Opener:
         self._end()
 
     def open(self, data: bytes, tally: Tally) -> str:
-        """Let the child open a file; gives the outcome: a status, ``raised ...``, ``crash`` or ``hang``."""
+        """Make the child open a file; returns the outcome: a status, ``raised ...``, ``crash`` or ``hang``."""
         outcome, seconds, peak_bytes = "hang", self._limit_seconds, 0
         try:
             self._connection.send_bytes(data)
@@ -183,7 +183,7 @@ def generate(n_inputs: int, seed: int) -> Iterator[bytes]:
 
 
 def open_all(files: Iterable[bytes]) -> Tally:
-    """Let a child open files."""
+    """Open files in a child."""
     tally = Tally()
     with Opener() as opener:
         for data in files:

@@ -1,4 +1,4 @@
-"""Images that are broken, or made to crash, stall or exhaust whoever opens them; each is built when it is asked for."""
+"""Images that are broken, or made to crash, stall or exhaust a decoder; each is built on demand."""
 
 import io
 import struct
@@ -33,7 +33,7 @@ def draw(mode: str = "RGB", side: int = 64) -> Image.Image:
 
 
 def deflate_zeros(n_mebibytes: int) -> bytes:
-    """Deflate zeros one mebibyte at a time, which are all the same but for the first."""
+    """Deflate zeros one mebibyte at a time; all compressed pieces but the first are equal."""
     packer, zeros = zlib.compressobj(9), bytes(1 << 20)
     first, other = (packer.compress(zeros) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
     checksum = (n_mebibytes << 20) % 65_521 << 16 | 1
@@ -69,7 +69,7 @@ def build_text_bomb(name: bytes, n_mebibytes: int) -> bytes:
 
 
 def build_segments(payload: bytes, *, part_bytes: int = 65_000) -> bytes:
-    """Build segments of EXIF that Pillow puts together again."""
+    """Build segments of EXIF that Pillow joins."""
     parts = [b"Exif\0\0" + payload[at : at + part_bytes] for at in range(0, len(payload), part_bytes)]
     return b"".join(b"\xff\xe1" + struct.pack(">H", len(part) + 2) + part for part in parts)
 
@@ -81,7 +81,7 @@ def add_to_jpeg(extra: bytes) -> bytes:
 
 
 def repeat_scan(side: int, n_scans: int) -> bytes:
-    """Build a progressive JPEG whose last scan comes again and again; each time all pixels are gone over."""
+    """Build a progressive JPEG that repeats its last scan; each repetition goes over all pixels."""
     jpeg = save(Image.new("RGB", (side, side), (9, 99, 200)), "JPEG", progressive=True)
     return jpeg[:-2] + jpeg[jpeg.rindex(b"\xff\xda") : -2] * n_scans + END_OF_JPEG
 
@@ -95,9 +95,7 @@ def build_exif(n_rationals: int) -> bytes:
 def build_tiff(
     *changes: Entry, side: int = 100, is_tiled: bool = False, data: bytes = b"", following: int = 0
 ) -> bytes:
-    """Build a grey TIFF in one strip or tile; a value that is given as bytes, and then the data, are put behind the
-    directory.
-    """
+    """Build a grey TIFF in one strip or tile; values given as bytes, and then the data, follow the directory."""
     place, size = (0x0144, 0x0145) if is_tiled else (0x0111, 0x0117)
     entries: dict[int, Entry] = {
         tag: (tag, LONG, 1, value)
@@ -116,7 +114,7 @@ def build_tiff(
 
 
 def build_strips(n_strips: int, *, kind: int) -> bytes:
-    """Build a TIFF of two strips' height that names very many."""
+    """Build a TIFF as high as two strips that lists very many."""
     width = {BYTE: 1, LONG: 4}[kind]
     # Growing offsets, so that no strip looks like the one before.
     offsets = np.arange(n_strips, dtype="<u4").astype(f"<u{width}", casting="unsafe").tobytes()
@@ -171,7 +169,7 @@ def add_text(n_texts: int) -> bytes:
 
 
 def save_heic(image: Image.Image, *, n_bits: int = 8, **options: Any) -> bytes:
-    """Encode a HEIC, without making Pillow able to."""
+    """Encode a HEIC without registering its plugin in Pillow."""
     buffer = io.BytesIO()
     if n_bits == 8:
         pillow_heif.from_pillow(image).save(buffer, **options)
@@ -185,7 +183,7 @@ def build_gif(width: int, height: int, *, extra: bytes = b"", has_palette: bool 
     """Build a GIF whose only frame, of 64 x 64 pixels, lies in the corner of a screen of any size."""
     gif = save(draw("P"), "GIF")
     start = gif.index(b",\0\0\0\0\x40\0\x40\0")
-    # Behind the screen's size stand flags, background and aspect, and then the palette.
+    # The screen's size is followed by flags, background and aspect, and then by the palette.
     head = gif[10:start] if has_palette else bytes([gif[10] & 0x7F]) + gif[11:13]
     return b"GIF89a" + struct.pack("<HH", width, height) + head + extra + gif[start:]
 
@@ -196,7 +194,7 @@ def build_comments(n_comments: int, n_blocks: int) -> bytes:
 
 
 def announce(data: bytes, side: int) -> bytes:
-    """Let an AVIF or HEIC announce another size than its pictures have."""
+    """Make an AVIF or HEIC announce a size that is not that of its pictures."""
     parts = data.split(b"ispe")
     size = struct.pack(">II", side, side)
     return b"ispe".join([parts[0], *(part[:4] + size + part[12:] for part in parts[1:])])
@@ -216,7 +214,7 @@ SIZE, CODING = b"\xff\x51", b"\xff\x52"
 LARGE = SIZE, 4, struct.pack(">6I", 3_000, 3_000, 0, 0, 3_000, 3_000)
 
 
-#: Files by name, and what is to become of them: ``ok``, ``unreadable``, ``too_large``; None where either of the first
+#: Files by name, and their expected outcome: ``ok``, ``unreadable``, ``too_large``; None where either of the first
 #: two will do.
 FILES: dict[str, tuple[str | None, Callable[[], bytes]]] = {
     "png-bomb-60000-px": ("too_large", lambda: build_png(60_000, 60_000, bytes(1000))),

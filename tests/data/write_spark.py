@@ -20,7 +20,7 @@ NAMES = [f"{label}/{number} a.png" for label in ("apple", "pear", "quince") for 
 
 
 def main(target: str) -> None:
-    """Compute features of the drawn images with NumPy and let Spark write them."""
+    """Compute features of the drawn images with NumPy and write them with Spark."""
     from pyspark.ml.feature import PCA
     from pyspark.ml.linalg import Vectors
     from pyspark.sql import SparkSession

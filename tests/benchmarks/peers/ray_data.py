@@ -3,7 +3,7 @@ scikit-learn's PCA.
 
 python ray_data.py PHOTOGRAPHS WEIGHTS
 
-Ray gets more CPUs than there are actors, for its reading tasks would otherwise wait for ever.
+Ray gets more CPUs than there are actors, because its reading tasks would otherwise wait forever.
 """
 
 import io

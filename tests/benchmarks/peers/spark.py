@@ -1,4 +1,4 @@
-"""The recipe that is in use on EMR and Databricks: binary files, broadcast weights, a pandas UDF that builds the
+"""The usual recipe on EMR and Databricks: binary files, broadcast weights, a pandas UDF that builds the
 network in each task, Parquet, Spark ML's PCA, toPandas.
 
 python spark.py PHOTOGRAPHS WEIGHTS
