@@ -555,6 +555,34 @@ def test_kept_artifact_runs_without_tensorflow_and_without_telemetry(
     assert list((tmp_path / "home").iterdir()) == []
 
 
+_INTERRUPT = """
+import os, signal, sys, threading
+import numpy as np
+from fruitdask.core.config import ModelConfig
+from fruitdask.worker.models import build_artifact
+from fruitdask.worker.models.engines import ENGINES
+
+artifact = build_artifact(ModelConfig.model_validate_json(sys.argv[1]))
+networks = [ENGINES["openvino"].load_network(artifact, n_threads=1)]
+thread = threading.Thread(target=networks.clear)
+thread.start()
+thread.join()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.slow
+@needs_openvino
+def test_ctrl_c_is_no_crash_after_another_thread_has_dropped_the_last_network(tiny_model: ModelConfig) -> None:
+    config = tiny_model.model_copy(update={"engine": "openvino"})
+    # A process of its own, because OpenVINO keeps what it sets up for the first network until the last one goes.
+    done = subprocess.run([sys.executable, "-c", _INTERRUPT, config.model_dump_json()], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
 def test_worker_without_openvino_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     message = rf"openvino cannot be imported on {platform.node()} .* every worker with pip install 'fruitdask\[openvino"

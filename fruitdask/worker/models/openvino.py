@@ -108,7 +108,11 @@ def _find_reason(error: Exception) -> str:
 
 
 def _compile(network: Any, *, n_threads: int) -> Any:
-    """Compile a network for this machine's CPU."""
+    """Compile a network for this machine's CPU, in a thread of its own.
+
+    OpenVINO gives the thread that compiles the first network a stack for its signals, and frees it when the last
+    network goes, in whichever thread. The next Ctrl-C or SIGTERM would then crash the main thread.
+    """
     settings = {
         # On some CPUs the default is bfloat16, which changes MobileNetV2's features by a fifth.
         "INFERENCE_PRECISION_HINT": "f32",
@@ -117,4 +121,5 @@ def _compile(network: Any, *, n_threads: int) -> Any:
         # Processes that pin their threads all pick the same cores.
         "ENABLE_CPU_PINNING": False,
     }
-    return _import_openvino().Core().compile_model(network, "CPU", settings)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_import_openvino().Core().compile_model, network, "CPU", settings).result()
