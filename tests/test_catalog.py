@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,9 +22,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, strategies as st
 
+from fruitdask.core import prefixes
 from fruitdask.core.config import InputConfig
 from fruitdask.core.partition import VANISHED_BYTES, Partition
 from fruitdask.core.sample import CLASS_NAMES
+from fruitdask.core.storage import Location
 from fruitdask.errors import CatalogError, ConfigError, StorageError
 from fruitdask.store import catalog as catalog_module
 from fruitdask.store.catalog import (
@@ -427,17 +430,59 @@ def test_list_images_notices_changes_on_s3(s3_bucket: tuple[str, dict[str, Any]]
     assert list(after["label"]) == [bucket, "a"]
 
 
+TREES = {
+    "one folder": [f"{n:04}.jpg" for n in range(46)],
+    "two folders": [f"{label}/{n:04}.jpg" for label in "ab" for n in range(23)],
+    "folders in folders": [f"{part}/{label}/{n}.jpg" for part in ("test", "train") for label in "abc" for n in range(12)],
+    "files among folders": [
+        *(f"{n:02}.jpg" for n in range(0, 12, 2)),
+        *(f"{n:02}/{m}/x.jpg" for n in range(15) for m in range(n)),
+        *("05.jpg", "05-/y.jpg", "05//y.jpg", "é/ü.jpg", "~.jpg"),
+    ],
+    "more folders than pages": [f"{n:03}/1.jpg" for n in range(111)],
+    "deep": [f"a/b/c/d/e/{n:03}.jpg" for n in range(25)],
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("names", TREES.values(), ids=TREES)
+@pytest.mark.parametrize(("n_at_once", "n_held"), [(8, 64), (2, 1)])
 def test_list_images_reads_all_pages_of_s3(
-    s3_bucket: tuple[str, dict[str, Any]], s3_client: Any, monkeypatch: pytest.MonkeyPatch
+    s3_bucket: tuple[str, dict[str, Any]],
+    s3_client: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str],
+    n_at_once: int,
+    n_held: int,
 ) -> None:
     bucket, options = s3_bucket
     # The server, a thread of this process, returns pages of a thousand by default.
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
-    names = [f"{label}/{number:04}.jpg" for label in "ab" for number in range(23)]
-    for name in names:
-        s3_client.put_object(Bucket=bucket, Key=name, Body=b"")
-    assert list(list_images(InputConfig(url=f"s3://{bucket}", storage_options=options))["path"]) == names
+    monkeypatch.setattr(prefixes, "_N_AT_ONCE", n_at_once)
+    monkeypatch.setattr(prefixes, "_MAX_HELD", n_held)
+    for name in (*names, "00/"):
+        s3_client.put_object(Bucket=bucket, Key=f"top/{name}", Body=b"")
+    s3_client.put_object(Bucket=bucket, Key="top.jpg", Body=b"")
+    location = Location(f"s3://{bucket}/top", options)
+    assert [path for path, _, _ in prefixes.list_below(location.fs, location.path)] == sorted(names)
+
+
+def test_several_folders_are_listed_at_once() -> None:
+    together = threading.Barrier(8)
+
+    class Bucket:
+        """Lists eight folders, each page only while seven others are being listed."""
+
+        def list_level(self, top: str, folder: str) -> list[str]:
+            return [f"{n}/" for n in range(8)]
+
+        def list_page(self, top: str, token: str | None = None, folder: str = "") -> tuple[list[Any], str | None]:
+            if folder:
+                together.wait(timeout=60)
+            return [(f"{folder}{token or 1}.jpg", 1, "")], None if token else "2"
+
+    found = [path for path, _, _ in prefixes.list_below(Bucket(), "")]
+    assert found == [f"{folder}/{n}.jpg" for folder in range(8) for n in (1, 2)]
 
 
 def test_list_images_refuses_a_name_that_s3fs_cannot_ask_for(

@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fruitdask.core.prefixes import Row, list_below
 from fruitdask.core.storage import Location, explained
 from fruitdask.errors import CatalogError, ConfigError
 
@@ -55,8 +56,6 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 #: Files that are listed and described at once.
 _ROWS_AT_ONCE = 8_192
 
-#: A listed file: path, bytes, and a text that changes when the file does.
-_Row = tuple[str, int, str]
 #: Extracts a name from a path; None if there is none.
 Rule = Callable[[str], str | None]
 
@@ -80,6 +79,8 @@ class _Selection:
         self._takes_hidden = takes_hidden
         # A set is faster than a comparison with each ending.
         self._endings = frozenset(ending for ending in extensions if ending.rfind(".") == 0)
+        # Names with these endings need no other check unless they begin with a dot.
+        self._plain = self._endings - {name[name.rfind(".") :] for name in _SYSTEM_NAMES}
         self._longer = tuple(ending for ending in extensions if ending not in self._endings)
         self.left_out = Counter[str]()
         self._folder, self._is_hidden = "", False
@@ -95,9 +96,7 @@ class _Selection:
 
     def takes(self, name: str) -> bool:
         """Check the name of a file in a folder that is not hidden, and count it if it is skipped."""
-        lower = name.lower()
-        # Most names are plain.
-        if lower[:1] != "." and lower[lower.rfind(".") :] in self._endings and lower not in _SYSTEM_NAMES:
+        if name[name.rfind(".") :] in self._plain and name[0] != ".":
             return True
         if self.hides(name):
             self.left_out[HIDDEN] += 1
@@ -242,16 +241,16 @@ class _Columns:
         """Return the number of files."""
         return len(self._sizes)
 
-    def extend(self, rows: Sequence[_Row]) -> None:
+    def extend(self, rows: Sequence[Row]) -> None:
         """Append files, many at once, which takes less time."""
-        paths, sizes, versions = zip(*rows, strict=True)
+        paths = [path for path, _, _ in rows]
         encoded = [path.encode() for path in paths]
         self._is_sorted &= self._last <= encoded[0] and all(map(le, encoded, encoded[1:]))
         self._last = encoded[-1]
         self._paths += b"".join(encoded)
         self._ends.extend((np.cumsum([len(path) for path in encoded]) + self._ends[-1]).tolist())
-        self._sizes.extend(sizes)
-        self._versions.extend(digest_versions(versions))
+        self._sizes.extend([size for _, size, _ in rows])
+        self._versions.extend(digest_versions([version for _, _, version in rows]))
         for folder, here in groupby(paths, key=_get_folder):
             self._append_names(folder, list(here))
 
@@ -325,16 +324,16 @@ def _check_names(paths: Sequence[str], root: Location) -> None:
         raise CatalogError(f"{root.url}: found the object {odd!r}, expected names without ?versionId=; rename it")
 
 
-def _list_rows(root: Location, selection: _Selection) -> Iterator[_Row]:
+def _list_rows(root: Location, selection: _Selection) -> Iterator[Row]:
     """List the selected files of any file system."""
     if root.is_local:
         return _Walk(root.path or os.sep, selection).list_rows()
-    rows = _list_pages(root) if root.is_s3 or root.is_azure else _find_files(root)
+    rows = list_below(root.fs, root.path) if root.is_s3 else _list_pages(root) if root.is_azure else _find_files(root)
     return (row for row in rows if selection.takes_path(row[0]))
 
 
-def _list_pages(root: Location) -> Iterator[_Row]:
-    """List the files below a folder on S3 or Azure, page by page: fsspec would keep a dictionary per file."""
+def _list_pages(root: Location) -> Iterator[Row]:
+    """List the files below a folder on Azure, page by page: fsspec would keep a dictionary per file."""
     rows, token = root.fs.list_page(root.path)
     yield from rows
     while token:
@@ -342,7 +341,7 @@ def _list_pages(root: Location) -> Iterator[_Row]:
         yield from rows
 
 
-def _find_files(root: Location) -> Iterator[_Row]:
+def _find_files(root: Location) -> Iterator[Row]:
     """List the files below a folder of any other file system, whose root may have an empty name or a slash."""
     top = root.path
     for path, info in _find_by_folder(root.fs, top):
@@ -389,7 +388,7 @@ class _Walk:
         # Real paths of folders.
         self._listed = set[str]()
 
-    def list_rows(self) -> Iterator[_Row]:
+    def list_rows(self) -> Iterator[Row]:
         """List the files; linked ones come last, in the order of the links."""
         yield from self._list_folder(self._top)
         while self._folder_links:
@@ -403,7 +402,7 @@ class _Walk:
             with suppress(FileNotFoundError):
                 yield from self._follow(link)
 
-    def _list_folder(self, top: str) -> Iterator[_Row]:
+    def _list_folder(self, top: str) -> Iterator[Row]:
         """List the real files below a folder in the order of paths, and note links."""
         real, start = os.path.realpath(top), len(top)
         self._listed.add(real)
@@ -449,7 +448,7 @@ class _Walk:
         elif os.path.isfile(entry.path) and self._selection.takes(entry.name):
             self._file_links.append(entry.path)
 
-    def _follow(self, link: str) -> Iterator[_Row]:
+    def _follow(self, link: str) -> Iterator[Row]:
         """List the target of a link, unless it is listed already: in a listed folder, by a name that is selected."""
         folder, name = os.path.split(os.path.realpath(link))
         if folder in self._listed and not self._selection.hides(name) and self._selection.has_ending(name):
@@ -457,6 +456,6 @@ class _Walk:
         else:
             yield self._describe(link, os.stat(link))
 
-    def _describe(self, path: str, status: os.stat_result) -> _Row:
+    def _describe(self, path: str, status: os.stat_result) -> Row:
         """Describe a file by its path below the top."""
         return path[self._skip :].replace(os.sep, "/"), status.st_size, str(status.st_mtime_ns)

@@ -12,6 +12,11 @@ from fsspec import register_implementation
 from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
+from fruitdask.core.prefixes import Row
+
+#: Pages of 1,000 files and folders, beyond which a folder has many.
+_MAX_LEVEL_PAGES = 10
+
 
 class S3(S3FileSystem):  # type: ignore[misc]
     """The file system of s3fs, with retries by its client alone.
@@ -52,20 +57,36 @@ class S3(S3FileSystem):  # type: ignore[misc]
     exists = sync_wrapper(_exists)
 
     def list_page(
-        self, path: str, token: str | None = None, *, n_max: int = 1000
-    ) -> tuple[list[tuple[str, int, str]], str | None]:
-        """List a page of the files below a folder, by name, size and ETag; and the token of the next page."""
-        bucket, key, _ = self.split_path(path)
-        prefix = f"{key}/" if key else ""
+        self, path: str, token: str | None = None, *, n_max: int = 1000, folder: str = ""
+    ) -> tuple[list[Row], str | None]:
+        """List a page of the files below a folder, or below a folder in it; and the token of the next page."""
+        bucket, prefix = self._split_folder(path)
         request = {"ContinuationToken": token} if token else {}
-        page = self.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=n_max, **request)
-        rows = [
-            (entry["Key"][len(prefix) :], entry["Size"], entry.get("ETag", "").strip('"'))
-            for entry in page.get("Contents", ())
-            # A name that ends in a slash marks a folder.
-            if not entry["Key"].endswith("/")
-        ]
-        return rows, page["NextContinuationToken"] if page.get("IsTruncated") else None
+        page = self.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix + folder, MaxKeys=n_max, **request)
+        return _read_rows(page, prefix), page["NextContinuationToken"] if page.get("IsTruncated") else None
+
+    def list_level(self, path: str, folder: str) -> list[Row | str] | None:
+        """List the files and the names of folders, which end in a slash, in a folder below a path, sorted.
+
+        Returns None if there are many, or if the first ones are all files.
+        """
+        bucket, prefix = self._split_folder(path)
+        found, request = list[Row | str](), dict[str, str]()
+        for _ in range(_MAX_LEVEL_PAGES):
+            page = self.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix + folder, Delimiter="/", **request)
+            folders = [entry["Prefix"][len(prefix) :] for entry in page.get("CommonPrefixes", ())]
+            found += [*_read_rows(page, prefix), *folders]
+            if not page.get("IsTruncated"):
+                return sorted(found, key=lambda each: each if isinstance(each, str) else each[0])
+            if not folders:
+                break
+            request = {"ContinuationToken": page["NextContinuationToken"]}
+        return None
+
+    def _split_folder(self, path: str) -> tuple[str, str]:
+        """Split the path of a folder into the bucket and the beginning of the keys below it."""
+        bucket, key, _ = self.split_path(path)
+        return bucket, f"{key}/" if key else ""
 
     def find_encryption(self, path: str) -> str | None:
         """Find how a file is encrypted at rest."""
@@ -79,6 +100,16 @@ class S3(S3FileSystem):  # type: ignore[misc]
         with suppress(OSError):
             return "Status" in self.call_s3("get_bucket_versioning", Bucket=self.split_path(path)[0])
         return False
+
+
+def _read_rows(page: Any, prefix: str) -> list[Row]:
+    """Read the files of a page of a listing: names below a prefix, sizes and ETags."""
+    return [
+        (entry["Key"][len(prefix) :], entry["Size"], entry.get("ETag", "").strip('"'))
+        for entry in page.get("Contents", ())
+        # A name that ends in a slash marks a folder.
+        if not entry["Key"].endswith("/")
+    ]
 
 
 def _parse_timestamp(value: Any) -> datetime:

@@ -1,8 +1,9 @@
 """What it costs the client to list an S3 bucket of many images: seconds and memory, compared with fs.find.
 
-    python tests/benchmarks/listing.py [IMAGES]
+    python tests/benchmarks/listing.py [IMAGES [SECONDS]]
 
-A server in its own process makes up the pages, because a million objects in moto would take hours and gigabytes.
+A server in its own process makes up the pages, because a million objects in moto would take hours and gigabytes. It
+sends each page SECONDS after the request (0), as S3 does after 0.1 to 0.3.
 Listing includes the hash of the catalog, by which a run recognizes its images. fs.find makes the same table of what
 s3fs returns; beyond two million images it is left out.
 """
@@ -10,6 +11,7 @@ s3fs returns; beyond two million images it is left out.
 import hashlib
 import subprocess
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
@@ -39,18 +41,25 @@ class Listing(BaseHTTPRequestHandler):
     """Answers ListObjectsV2 with pages that are made up."""
 
     protocol_version = "HTTP/1.1"
-    n_images = 0
+    n_images, seconds = 0, 0.0
 
     def do_GET(self) -> None:
-        """Make a page up; its token is the number of its first object."""
-        query = parse_qs(urlsplit(self.path).query)
-        start = int(query.get("continuation-token", ["0"])[0])
-        stop = min(start + PAGE, self.n_images)
-        token = f"<NextContinuationToken>{stop}</NextContinuationToken>" if stop < self.n_images else ""
+        """Make a page up; its token is the number of its first object or folder."""
+        query = {name: value for name, (value,) in parse_qs(urlsplit(self.path).query).items()}
+        describe, first, end = describe_object, 0, self.n_images
+        if "delimiter" in query:
+            describe, end = describe_folder, -(-self.n_images // IMAGES_PER_CLASS)
+        elif kind := query["prefix"].removeprefix("photographs/"):
+            first = int(kind[-5:-1]) * IMAGES_PER_CLASS
+            end = min(first + IMAGES_PER_CLASS, end)
+        start = int(query.get("continuation-token", first))
+        stop = min(start + PAGE, end)
+        token = f"<NextContinuationToken>{stop}</NextContinuationToken>" if stop < end else ""
         body = (
             f"<ListBucketResult><IsTruncated>{str(bool(token)).lower()}</IsTruncated>{token}"
-            f"{''.join(map(describe_object, range(start, stop)))}</ListBucketResult>"
+            f"{''.join(map(describe, range(start, stop)))}</ListBucketResult>"
         ).encode()
+        time.sleep(self.seconds)
         self.send_response(200)
         self.send_header("Content-Type", "application/xml")
         self.send_header("Content-Length", str(len(body)))
@@ -72,9 +81,14 @@ def describe_object(number: int) -> str:
     )
 
 
-def serve(n_images: int) -> None:
+def describe_folder(number: int) -> str:
+    """Describe a folder as S3 does."""
+    return f"<CommonPrefixes><Prefix>photographs/apple_golden_{number:04}/</Prefix></CommonPrefixes>"
+
+
+def serve(n_images: int, seconds: float) -> None:
     """Print the address, then serve until the process is killed."""
-    Listing.n_images = n_images
+    Listing.n_images, Listing.seconds = n_images, seconds
     with ThreadingHTTPServer(("127.0.0.1", 0), Listing) as server:
         print(f"http://127.0.0.1:{server.server_port}", flush=True)
         server.serve_forever()
@@ -83,7 +97,8 @@ def serve(n_images: int) -> None:
 def main() -> None:
     """List as fs.find does, then as fruitdask does, and print what each took."""
     n_images = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
-    command = [sys.executable, __file__, "serve", str(n_images)]
+    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
+    command = [sys.executable, __file__, "serve", str(n_images), str(seconds)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         url = server.stdout.readline().strip()
@@ -107,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[2])) if sys.argv[1:2] == ["serve"] else main()
+    serve(int(sys.argv[2]), float(sys.argv[3])) if sys.argv[1:2] == ["serve"] else main()
