@@ -8,6 +8,8 @@ import numpy.typing as npt
 _HASH_BITS = 64
 #: Pairs to compare at once: 8 MB of differences.
 _PAIRS_AT_ONCE = 1 << 20
+#: Rows to look up at once.
+_ROWS_AT_ONCE = 1 << 18
 #: Hashes in a range that is compared together with others.
 _MAX_SMALL = 32
 
@@ -21,10 +23,15 @@ def group_duplicates(keys: npt.NDArray[np.uint64], is_known: npt.NDArray[np.bool
     >>> group_duplicates(keys, np.array([True, True, False, True, False]))
     array([ 0, -1, -1,  0, -1], dtype=int32)
     """
-    rows = np.flatnonzero(is_known)
-    # Of millions of rows, few share their first number; sorting all of them would take most of the memory.
-    first = np.sort(keys[rows, 0])
-    rows = rows[_is_among(keys[rows, 0], first[1:][first[1:] == first[:-1]])]
+    # Of millions of rows, few share their first number; sorting whole rows would take several times the memory.
+    first = keys[is_known, 0]
+    first.sort()
+    repeated = first[1:][first[1:] == first[:-1]]
+    del first
+    is_repeated = is_known.copy()
+    for block in _split_rows(len(keys)):
+        is_repeated[block] &= _is_among(keys[block, 0], repeated)
+    rows = np.flatnonzero(is_repeated)
     # Stable, so the rows of a group stay in their order.
     rows = rows[np.lexsort(tuple(keys[rows, column] for column in range(keys.shape[1])))]
     is_first = np.ones(len(rows), bool)
@@ -66,13 +73,20 @@ def group_near_duplicates(
 
 def _number_distinct(values: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]:
     """Return the distinct values, sorted, and the position of each value among them; in less memory than NumPy."""
-    order = np.argsort(values)
+    ordered = np.sort(values)
     is_first = np.ones(len(values), bool)
-    ordered = values[order]
     is_first[1:] = ordered[1:] != ordered[:-1]
+    distinct = ordered[is_first]
+    del ordered, is_first
     codes = np.empty(len(values), np.int32)
-    codes[order] = np.cumsum(is_first, dtype=np.int32) - 1
-    return ordered[is_first], codes
+    for rows in _split_rows(len(values)):
+        codes[rows] = np.searchsorted(distinct, values[rows])
+    return distinct, codes
+
+
+def _split_rows(n_rows: int) -> Iterator[slice]:
+    """Split rows into blocks."""
+    return (slice(start, start + _ROWS_AT_ONCE) for start in range(0, n_rows, _ROWS_AT_ONCE))
 
 
 def _is_among(values: npt.NDArray[np.uint64], wanted: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
@@ -134,8 +148,10 @@ def find_close_pairs(values: npt.NDArray[np.uint64], max_bits: int) -> Iterator[
     """
     edges = np.linspace(0, _HASH_BITS, max_bits + 2).astype(int) if len(values) else np.empty(0, int)
     for low, high in zip(edges[:-1], edges[1:], strict=True):
-        band = (values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
-        band = band.astype(np.uint32 if high - low <= 32 else np.uint64)
+        shifted = values >> np.uint64(low)
+        shifted &= np.uint64((1 << int(high - low)) - 1)
+        band = shifted.astype(np.uint32) if high - low <= 32 else shifted
+        del shifted
         order = np.argsort(band, kind="stable").astype(np.int32)
         starts, sizes = _find_runs(band[order])
         del band
