@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ import fruitdask
 from fruitdask.cli import cli
 from fruitdask.core.config import Config, ModelConfig
 from fruitdask.core.partition import Partition
+from fruitdask.core.prefixes import list_below
 from fruitdask.core.progress import RunProgress
+from fruitdask.core.s3 import S3
 from fruitdask.core.storage import Location, check_bucket, exists, find_encryption
 from fruitdask.errors import StorageError
 from fruitdask.worker.fetch import ImageSource, Stopwatch, read_batches
@@ -245,6 +248,18 @@ def list_results(result: fruitdask.RunResult) -> list[str]:
     """List the files of a run, relative to its folder."""
     fs, path = result.output.fs, result.output.path
     return sorted(name[len(path) + 1 :] for name in fs.find(path))
+
+
+@both_servers
+def test_large_folder_is_listed_whole(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders that are listed at once hold the same files as pages of the whole."""
+    s3, names = server.connect(), [f"large/{part}/{kind}/{n}.jpg" for part in "ab" for kind in "xyz" for n in range(4)]
+    for name in names:
+        s3.put_object(Bucket=BUCKET, Key=name, Body=b"")
+    monkeypatch.setattr(S3, "list_page", partialmethod(S3.list_page, n_max=3))
+    location = Location(f"s3://{BUCKET}/large", server.storage_options)
+    assert [f"large/{path}" for path, _, _ in list_below(location.fs, location.path)] == names
+    s3.close()
 
 
 class Interrupt(RunProgress):

@@ -1,5 +1,6 @@
 """Listing of S3, several folders at once: a page of a listing takes longer to arrive than to read."""
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -25,8 +26,23 @@ def list_below(fs: Any, top: str) -> Iterator[Row]:
     if token is None:
         yield from rows
         return
+    places = _find_places(fs, top)
+    # Not all servers tell of all folders.
+    if not all(_is_below(path, places) for path, _, _ in rows):
+        places = [""]
     with ThreadPoolExecutor(_N_AT_ONCE) as pool:
-        yield from _list_places(_find_places(fs, top), partial(pool.submit, fs.list_page, top))
+        yield from _list_places(places, partial(pool.submit, fs.list_page, top))
+
+
+def _is_below(path: str, places: list[Row | str]) -> bool:
+    """Whether a file is one of sorted places, or in one of them."""
+    place = places[bisect_right(places, path, key=_get_name) - 1]
+    return path.startswith(place) if isinstance(place, str) else path == place[0]
+
+
+def _get_name(place: Row | str) -> str:
+    """Return the name of a file or folder."""
+    return place if isinstance(place, str) else place[0]
 
 
 def _find_places(fs: Any, top: str) -> list[Row | str]:
