@@ -343,11 +343,11 @@ def _list_pages(root: Location) -> Iterator[Row]:
 
 def _find_files(root: Location) -> Iterator[Row]:
     """List the files below a folder of any other file system, whose root may have an empty name or a slash."""
-    top = root.path
+    top, skip = root.path, len(root.path) + 1
     for path, info in _find_by_folder(root.fs, top):
         # Some stores have a file with the name of the folder.
         if info["type"] == "file" and path != top:
-            yield (path[len(top) + 1 :] if top else path.lstrip("/")), int(info.get("size") or 0), _read_version(info)
+            yield path[skip:] if top else path.lstrip("/"), int(info.get("size") or 0), _read_version(info)
 
 
 def _find_by_folder(fs: Any, top: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -370,8 +370,8 @@ def _find_by_folder(fs: Any, top: str) -> Iterator[tuple[str, Mapping[str, Any]]
 def _read_version(info: Mapping[str, object]) -> str:
     """Read a text that changes when a file does: its checksum if there is one, else its time of modification."""
     for key in ("version", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "created"):
-        if info.get(key) is not None:
-            return str(info[key]).strip('"')
+        if (value := info.get(key)) is not None:
+            return str(value).strip('"')
     return ""
 
 
