@@ -45,7 +45,7 @@ settings.load_profile("fruitdask")
 # of 24 images takes 3 s of CPU, with one 0.1 s.
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
-# Both processes of pytest-xdist rewrite the assertions of all tests, which takes six seconds; later runs read the
+# All processes of pytest-xdist rewrite the assertions of all tests, which takes six seconds; later runs read the
 # cache.
 sys.dont_write_bytecode = False
 

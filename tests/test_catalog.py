@@ -479,7 +479,7 @@ def test_several_folders_are_listed_at_once() -> None:
         def list_page(self, top: str, token: str | None = None, folder: str = "") -> tuple[list[Any], str | None]:
             if folder:
                 together.wait(timeout=60)
-            return [(f"{folder}{token or 1}.jpg", 1, "")], None if token else "2"
+            return [(f"{folder or '0/'}{token or 1}.jpg", 1, "")], None if token else "2"
 
     found = [path for path, _, _ in prefixes.list_below(Bucket(), "")]
     assert found == [f"{folder}/{n}.jpg" for folder in range(8) for n in (1, 2)]

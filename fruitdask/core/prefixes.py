@@ -36,11 +36,11 @@ def list_below(fs: Any, top: str) -> Iterator[Row]:
 
 def _is_below(path: str, places: list[Row | str]) -> bool:
     """Whether a file is one of sorted places, or in one of them."""
-    place = places[bisect_right(places, path, key=_get_name) - 1]
+    place = places[bisect_right(places, path, key=get_name) - 1]
     return path.startswith(place) if isinstance(place, str) else path == place[0]
 
 
-def _get_name(place: Row | str) -> str:
+def get_name(place: Row | str) -> str:
     """Return the name of a file or folder."""
     return place if isinstance(place, str) else place[0]
 

@@ -12,7 +12,7 @@ from fsspec import register_implementation
 from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
-from fruitdask.core.prefixes import Row
+from fruitdask.core.prefixes import Row, get_name
 
 #: Pages of 1,000 files and folders, beyond which a folder has many.
 _MAX_LEVEL_PAGES = 10
@@ -77,7 +77,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
             folders = [entry["Prefix"][len(prefix) :] for entry in page.get("CommonPrefixes", ())]
             found += [*_read_rows(page, prefix), *folders]
             if not page.get("IsTruncated"):
-                return sorted(found, key=lambda each: each if isinstance(each, str) else each[0])
+                return sorted(found, key=get_name)
             if not folders:
                 break
             request = {"ContinuationToken": page["NextContinuationToken"]}
