@@ -11,6 +11,7 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from itertools import islice
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from fruitdask import report, store
@@ -102,6 +103,9 @@ def _start(state: RunState, client: Any, stack: ExitStack) -> tuple[Any, ModelAr
         # A worker without the engine would fail every task: fail now, before anything is written.
         if future.status == "error":
             future.result()
+    if state.applied is None and state.config.reduce.enabled:
+        # This takes a second, in which this process would only wait for the workers.
+        Thread(target=import_module, args=("fruitdask.analysis.pca",), name="import of the reduction").start()
     return client, artifact
 
 
