@@ -12,6 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hypothesis import given, strategies as st
 from fruitdask.core import prefixes
 from fruitdask.core.config import InputConfig
 from fruitdask.core.partition import VANISHED_BYTES, Partition
+from fruitdask.core.s3 import S3
 from fruitdask.core.sample import CLASS_NAMES
 from fruitdask.core.storage import Location
 from fruitdask.errors import CatalogError, ConfigError, StorageError
@@ -458,6 +460,7 @@ def test_list_images_reads_all_pages_of_s3(
     bucket, options = s3_bucket
     # The server, a thread of this process, returns pages of a thousand by default.
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
+    monkeypatch.setattr(S3, "list_page", partialmethod(S3.list_page, n_max=10))
     monkeypatch.setattr(prefixes, "_N_AT_ONCE", n_at_once)
     monkeypatch.setattr(prefixes, "_MAX_HELD", n_held)
     for name in (*names, "00/"):
