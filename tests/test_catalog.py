@@ -488,6 +488,19 @@ def test_several_folders_are_listed_at_once() -> None:
     assert found == [f"{folder}/{n}.jpg" for folder in range(8) for n in (1, 2)]
 
 
+def test_folder_that_a_server_does_not_tell_of_is_listed() -> None:
+    class Bucket:
+        """Lists two folders, and tells of one."""
+
+        def list_level(self, top: str, folder: str) -> list[str]:
+            return ["b/"]
+
+        def list_page(self, top: str, token: str | None = None, folder: str = "") -> tuple[list[Any], str | None]:
+            return [("b/2.jpg" if token else "a/1.jpg", 1, "")], None if token else "2"
+
+    assert [path for path, _, _ in prefixes.list_below(Bucket(), "")] == ["a/1.jpg", "b/2.jpg"]
+
+
 def test_list_images_refuses_a_name_that_s3fs_cannot_ask_for(
     s3_bucket: tuple[str, dict[str, Any]], s3_client: Any
 ) -> None:

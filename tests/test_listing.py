@@ -78,6 +78,11 @@ def test_list_input_leaves_out_hidden_files(
     assert list(everything.files["path"]) == images and everything.left_out.get("hidden") is None
 
 
+def test_list_input_leaves_out_hidden_files_whatever_their_ending(tmp_path: Path) -> None:
+    listing = look(fill(tmp_path, "apple/1.db", "apple/Thumbs.db", "apple/desktop.ini"), extensions=[".db", ".ini"])
+    assert (list(listing.files["path"]), listing.left_out) == (["apple/1.db"], {"hidden": 2})
+
+
 def test_list_input_takes_names_that_no_system_reserves(tmp_path: Path) -> None:
     names = ["...", "..dots", "a.b", "__MACOSX2", "my lost+found", "eaDir", "#1"]
     assert set(look(fill(tmp_path, *(f"{name}/x.jpg" for name in names))).files["label"]) == set(names)
