@@ -86,9 +86,10 @@ def explore(config: str, results: str | None, overrides: tuple[str, ...], overwr
     with reported(verbose=verbose):
         loaded = load(config, overrides, results)
         prepare_cluster(loaded)
-        from fruitdask.pipeline.explore import explore as explore_images
+        from fruitdask.pipeline.explore import carry_out
+        from fruitdask.store.exploration import open_exploration
 
-        print_exploration(explore_images(loaded, progress=choose_progress()), loaded)
+        print_exploration(carry_out(loaded, open_exploration, progress=choose_progress()), loaded)
 
 
 @click.command()

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -29,7 +29,7 @@ from fruitdask.core.fingerprint import EXPLORATION, describe_settings
 from fruitdask.core.guard import leave_imported_script
 from fruitdask.core.partition import Partition
 from fruitdask.core.progress import RunProgress, resolve_progress
-from fruitdask.core.storage import exists
+from fruitdask.core.storage import Location, exists
 from fruitdask.core.version import __version__
 from fruitdask.errors import OutputError
 from fruitdask.pipeline.config import write_config
@@ -71,6 +71,17 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | bool 
     FruitdaskError
         If something is wrong; see the subclasses in `fruitdask.errors`.
     """
+    return carry_out(config, read_exploration, client=client, progress=progress)
+
+
+def carry_out(
+    config: Config,
+    read: Callable[[Location], Exploration | None],
+    *,
+    client: Any = None,
+    progress: RunProgress | bool | None = None,
+) -> Exploration:
+    """Explore the images, and read as much of the findings as is wanted."""
     leave_imported_script()
     progress = resolve_progress(progress)
     with progress, ExitStack() as stack:
@@ -92,7 +103,7 @@ def explore(config: Config, *, client: Any = None, progress: RunProgress | bool 
             write_config(inputs.output, config)
         progress.begin("Drawing")
         render(config, inputs.output)
-    found = read_exploration(inputs.output)
+    found = read(inputs.output)
     if found is None:
         raise OutputError(f"{inputs.output.url}: the exploration was deleted while it was written; explore again")
     return found
