@@ -64,10 +64,12 @@ def group_near_duplicates(
     array([ 0,  0, -1], dtype=int32)
     """
     unique, codes = _number_distinct(hashes[is_known])
-    found = _connect(unique, max_bits)[codes]
+    # Of millions of images, these may be the only ones in memory.
+    del hashes
     # The number of a component serves as a hash.
-    components = np.zeros((len(hashes), 1), np.uint64)
-    components[is_known, 0] = found
+    components = np.zeros((len(is_known), 1), np.uint64)
+    components[is_known, 0] = _connect(unique, max_bits)[codes]
+    del unique, codes
     return group_duplicates(components, is_known)
 
 
@@ -128,8 +130,18 @@ def _connect(values: npt.NDArray[np.uint64], max_bits: int) -> npt.NDArray[np.in
 
     def merge(pairs: list[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
         ends = components[np.concatenate(pairs, axis=1)]
-        links = coo_array((np.ones(ends.shape[1], np.bool_), tuple(ends)), shape=(len(values), len(values)))
-        return np.asarray(connected_components(links, directed=False)[1])[components]
+        # Few of millions of values are close to another one, and SciPy needs 30 bytes for each that it knows.
+        nodes, places = np.unique(ends, return_inverse=True)
+        links = coo_array(
+            (np.ones(ends.shape[1], np.bool_), tuple(places.reshape(ends.shape))), shape=(len(nodes),) * 2
+        )
+        n_connected, numbers = connected_components(links, directed=False)
+        # A component takes the number of its last node.
+        last = np.empty(n_connected, np.int32)
+        last[numbers] = nodes
+        renamed = np.arange(len(values), dtype=np.int32)
+        renamed[nodes] = last[numbers]
+        return renamed[components]
 
     waiting: list[npt.NDArray[np.int32]] = []
     n_waiting = 0
@@ -148,17 +160,31 @@ def find_close_pairs(values: npt.NDArray[np.uint64], max_bits: int) -> Iterator[
     """
     edges = np.linspace(0, _HASH_BITS, max_bits + 2).astype(int) if len(values) else np.empty(0, int)
     for low, high in zip(edges[:-1], edges[1:], strict=True):
-        shifted = values >> np.uint64(low)
-        shifted &= np.uint64((1 << int(high - low)) - 1)
-        band = shifted.astype(np.uint32) if high - low <= 32 else shifted
-        del shifted
-        order = np.argsort(band, kind="stable").astype(np.int32)
-        starts, sizes = _find_runs(band[order])
+        order, band = _order_by_bits(values, int(low), int(high))
+        starts, sizes = _find_runs(band)
         del band
         is_large = sizes > _MAX_SMALL
         yield from _compare_small(values, order, starts[~is_large], sizes[~is_large], max_bits)
         for start, size in zip(starts[is_large], sizes[is_large], strict=True):
             yield from _compare(values, order[start : start + size], max_bits)
+
+
+def _order_by_bits(
+    values: npt.NDArray[np.uint64], low: int, high: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
+    """Order values by some of their bits; returns their positions and these bits, in this order."""
+    bits = values >> np.uint64(low)
+    bits &= np.uint64((1 << (high - low)) - 1)
+    if high - low > 32:
+        order = np.argsort(bits)
+        return order.astype(np.int32), bits[order]
+    # Sorting numbers of bits and position in place takes a third of the memory of argsort.
+    bits <<= np.uint64(32)
+    bits |= np.arange(len(values), dtype=np.uint64)
+    bits.sort()
+    positions = bits.astype(np.uint32).view(np.int32)
+    bits >>= np.uint64(32)
+    return positions, bits
 
 
 def _find_runs(

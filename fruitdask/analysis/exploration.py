@@ -155,8 +155,8 @@ class Groups:
         contents = read_hashes("content_hash", 256)
         duplicates = group_duplicates(contents, (contents != 0).any(axis=1))
         del contents
-        looks = read_hashes("perceptual_hash", 64)[:, 0]
-        return cls(duplicates, group_near_duplicates(looks, is_readable, max_bits=max_bits))
+        near = group_near_duplicates(read_hashes("perceptual_hash", 64)[:, 0], is_readable, max_bits=max_bits)
+        return cls(duplicates, near)
 
     def count(self, codes: npt.NDArray[np.int32]) -> dict[str, dict[str, int]]:
         """Count the groups of each kind."""

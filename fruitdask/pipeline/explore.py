@@ -85,28 +85,34 @@ def carry_out(
     leave_imported_script()
     progress = resolve_progress(progress)
     with progress, ExitStack() as stack:
-        inputs = prepare_inputs(config, progress, client=client)
-        stack.enter_context(store.locked(inputs.output))
-        resolve_erasure(inputs, progress)
-        # The report of a run must not show other images.
-        store.check_output(inputs.output, inputs.fingerprint, overwrite=config.output.overwrite)
-        exploration = ImageExploration(inputs, images_per_partition=choose_partition_size(len(inputs.catalog)))
-        if config.output.overwrite or not exploration.is_done:
-            progress.begin("Starting the cluster")
-            with nullcontext(client) if client is not None else open_client(config.cluster) as client:
-                if config.output.overwrite:
-                    store.clear_output(inputs.output)
-                exploration.complete(client, progress)
-        else:
-            exploration.renew_record()
-        if store.read_run(inputs.output) is None:
-            write_config(inputs.output, config)
+        output = _complete(config, client, progress, stack)
         progress.begin("Drawing")
-        render(config, inputs.output)
-    found = read(inputs.output)
+        render(config, output)
+    found = read(output)
     if found is None:
-        raise OutputError(f"{inputs.output.url}: the exploration was deleted while it was written; explore again")
+        raise OutputError(f"{output.url}: the exploration was deleted while it was written; explore again")
     return found
+
+
+def _complete(config: Config, client: Any, progress: RunProgress, stack: ExitStack) -> Location:
+    """Explore the images if that has not been done, and return the output; drawing needs no catalog of the images."""
+    inputs = prepare_inputs(config, progress, client=client)
+    stack.enter_context(store.locked(inputs.output))
+    resolve_erasure(inputs, progress)
+    # The report of a run must not show other images.
+    store.check_output(inputs.output, inputs.fingerprint, overwrite=config.output.overwrite)
+    exploration = ImageExploration(inputs, images_per_partition=choose_partition_size(len(inputs.catalog)))
+    if config.output.overwrite or not exploration.is_done:
+        progress.begin("Starting the cluster")
+        with nullcontext(client) if client is not None else open_client(config.cluster) as client:
+            if config.output.overwrite:
+                store.clear_output(inputs.output)
+            exploration.complete(client, progress)
+    else:
+        exploration.renew_record()
+    if store.read_run(inputs.output) is None:
+        write_config(inputs.output, config)
+    return inputs.output
 
 
 class ImageExploration:
