@@ -64,7 +64,7 @@ def group_near_duplicates(
     array([ 0,  0, -1], dtype=int32)
     """
     unique, codes = _number_distinct(hashes[is_known])
-    # Of millions of images, these may be the only ones in memory.
+    # This frees their memory, unless the caller has kept them.
     del hashes
     # The number of a component serves as a hash.
     components = np.zeros((len(is_known), 1), np.uint64)
@@ -178,7 +178,7 @@ def _order_by_bits(
     if high - low > 32:
         order = np.argsort(bits)
         return order.astype(np.int32), bits[order]
-    # Sorting numbers of bits and position in place takes a third of the memory of argsort.
+    # Sorting numbers of bits and position in place takes half of the memory of argsort.
     bits <<= np.uint64(32)
     bits |= np.arange(len(values), dtype=np.uint64)
     bits.sort()

@@ -1,6 +1,6 @@
 """What one ordinary client takes for a million images, or ten: seconds and memory of each stage of each command.
 
-    python tests/benchmarks/scale.py --images 1000000 [--classes 100] [--commands run rerun grow verify report]
+    python tests/benchmarks/scale.py --images 1000000 [--classes 100] [--commands run rerun grow verify report erase]
 
 The commands are real, each in its own process, with listing, catalog, partitions, a local cluster of two workers, and
 all files of the output. Made up are
@@ -10,10 +10,10 @@ all files of the output. Made up are
 - the network: a task reads no image, and stores clusters of random features (16 of them, set --features) and outcomes,
   one in a thousand of them a failure, through the functions that the real task calls. Nothing imports TensorFlow.
 
-``grow`` is a run after each class has gained 1 % more images, which sort between the others; ``explore`` is left out by
-default. Seconds of CPU and memory, the largest resident in each stage as Linux counts it, are those of the client's own
-process. The law of growth follows from a few sizes: --images 100000 1000000 prints how seconds grow from one to the
-next.
+``grow`` is a run after each class has gained 1 % more images, which sort between the others; ``erase`` erases one image
+of each class; it and ``explore`` are left out by default. Seconds of CPU and memory, the largest resident in each stage
+as Linux counts it, are those of the client's own process. The law of growth follows from a few sizes: --images 100000
+1000000 prints how seconds grow from one to the next.
 
 """
 
@@ -38,7 +38,7 @@ import numpy as np
 import pandas as pd
 from measuring import print_table
 
-COMMANDS = ("run", "rerun", "grow", "verify", "report", "explore")
+COMMANDS = ("run", "rerun", "grow", "verify", "report", "erase", "explore")
 CHILD = "import sys, scale; scale.carry_out(sys.argv[1], sys.argv[2:])"
 MB = 1_000_000
 
@@ -194,7 +194,10 @@ def measure_command(command: str, folder: Path, n_images: int, arguments: argpar
     config = folder / "config.yaml"
     config.write_text("input: {url: .}\noutput: {url: .}\n")
     verb = {"rerun": "run", "grow": "run"}.get(command, command)
-    line = [verb, str(output)] if command == "verify" else [verb, str(config), *options]
+    line = {
+        "verify": ["verify", str(output)],
+        "erase": ["erase", str(output), "--path", "*/photo_0000005.jpg", "--yes"],
+    }.get(command, [verb, str(config), *options])
     target = folder / "stages.json"
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "SCALE_FEATURES": str(arguments.features)}
@@ -233,7 +236,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--features", type=int, default=16)
-    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS[:-1])
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS[:-2])
     parser.add_argument("--check", action="store_true", help="List photographs to check too.")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--folder", type=Path, help="Where the outputs go; 3 GB per ten million images.")
