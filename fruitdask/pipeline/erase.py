@@ -186,11 +186,14 @@ def remove_images(plan: ErasurePlan) -> None:
         catalog=hash_catalog(take_listing(kept)),
         erasure=ErasureRecord(at=now, n_images=plan.n_erased),
     )
+    class_names = sorted(kept["label"].unique())
+    # Staging takes memory too.
+    del kept
     store.stage_rows(
         output,
         np.flatnonzero(~plan.is_erased),
         images_per_partition=plan.images_per_partition,
-        attributes={"fingerprint": erasing.fingerprint, "class_names": sorted(set(kept["label"]))},
+        attributes={"fingerprint": erasing.fingerprint, "class_names": class_names},
     )
     store.write_manifest(output, erasing)
     store.finish_erasing(output)
