@@ -252,8 +252,9 @@ def test_stage_rows_keeps_whole_partitions(
             output, index=index, start=rows.start, features=features[rows], outcomes=outcomes.iloc[rows]
         )
     store.write_catalog(output, outcomes[["path", "label", "bytes", "version"]])
-    rows = np.flatnonzero(random.random(n_images) < 0.7)
-    store.stage_rows(output, rows, images_per_partition=size, attributes={"b": 3})
+    is_kept = random.random(n_images) < 0.7
+    rows = np.flatnonzero(is_kept)
+    store.stage_rows(output, is_kept, images_per_partition=size, attributes={"b": 3})
     staged = output.child("erasing")
     group = store.open_store(staged)
     assert (
@@ -281,11 +282,11 @@ def test_finish_erasing_resumes_where_it_was_interrupted(output: Location) -> No
     for name in ("results.csv", "explore.parquet"):
         location = output.child(name)
         location.fs.pipe_file(location.path, b"names")
-    store.stage_rows(output, np.array([2, 4]), images_per_partition=2, attributes={})
+    store.stage_rows(output, np.isin(range(5), [2, 4]), images_per_partition=2, attributes={})
     store.finish_erasing(output)
     assert store.list_committed(output) == {1, 2} and not exists(output.child("erasing"))
 
-    store.stage_rows(output, np.array([2, 4]), images_per_partition=2, attributes={})
+    store.stage_rows(output, np.isin(range(5), [2, 4]), images_per_partition=2, attributes={})
     store.write_manifest(output, make_manifest(status="erasing"))
     # Some was deleted already, some copied.
     store.delete_result(output, "features.zarr/features/c/1")

@@ -48,7 +48,7 @@ def erase(
 
         patterns += read_paths(table, "--paths") if table is not None else ()
         plan = plan_erasure(loaded, patterns)
-        question = f"Erase {plan.n_erased:,} of {len(plan.images):,} images from {loaded.output.url}?"
+        question = f"Erase {plan.n_erased:,} of {plan.n_images:,} images from {loaded.output.url}?"
         if not yes:
             click.confirm(question, abort=True)
         print_rows(_describe(carry_out(plan, progress=choose_progress()), loaded))

@@ -27,7 +27,7 @@ from fruitdask.errors import (
 from fruitdask.pipeline.inputs import open_output
 from fruitdask.pipeline.results import RunResult
 from fruitdask.pipeline.run import run
-from fruitdask.store.catalog import escape_paths, hash_catalog, list_images, match_paths, take_listing
+from fruitdask.store.catalog import escape_paths, hash_listing, list_images, match_paths
 from fruitdask.store.schema import ErasureRecord
 
 
@@ -37,31 +37,25 @@ class ErasurePlan:
 
     config: Config
     patterns: tuple[str, ...] = field(repr=False)
-    #: All images of the run, in the order of its rows.
-    images: pd.DataFrame = field(repr=False)
+    #: Mask of the images to erase, in the order of the rows of the run.
     is_erased: npt.NDArray[np.bool_] = field(repr=False)
-    #: The catalog of the input as it is now; None where it cannot be listed.
-    listing: pd.DataFrame | None = field(repr=False)
+    #: Patterns that match no image.
+    unmatched: tuple[str, ...] = field(repr=False)
+    #: Number of matching images in the input; None if that cannot be listed.
+    n_in_input: int | None
     #: Whether the run has the features of all images.
     is_complete: bool
     images_per_partition: int
 
     @property
+    def n_images(self) -> int:
+        """Number of images of the run."""
+        return len(self.is_erased)
+
+    @property
     def n_erased(self) -> int:
         """Number of images to erase."""
         return int(self.is_erased.sum())
-
-    def list_unmatched(self) -> tuple[str, ...]:
-        """List the patterns that match no image."""
-        erased = self.images["path"][self.is_erased]
-        known = {*erased, *map(glob.escape, erased)}
-        left = (pattern for pattern in self.patterns if pattern not in known)
-        return tuple(pattern for pattern in left if not match_paths(erased, [pattern]).any())
-
-    @property
-    def n_in_input(self) -> int | None:
-        """Number of matching images in the input; None if that cannot be listed."""
-        return None if self.listing is None else int(match_paths(self.listing["path"], self.patterns).sum())
 
 
 @dataclass(frozen=True)
@@ -135,27 +129,29 @@ def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
     _read_run(output)
     with store.locked(output):
         store.finish_erasing(output)
-    manifest = _read_run(output)
-    listing = _list_input(config)
-    size, images = manifest.images_per_partition, store.read_catalog(output)
-    if images is None:
+    size, catalog = _read_run(output).images_per_partition, store.read_catalog(output, ["path"])
+    if catalog is None:
         raise OutputError(
             f"{output.child(store.CATALOG).url}: expected the catalog of a run, found none, so nothing was erased; "
             f"{store.advise_repair(output)} first"
         )
-    is_complete = store.list_committed(output).issuperset(range(-(-len(images) // size)))
-    patterns = escape_paths(patterns, images["path"])
-    is_erased = match_paths(images["path"], patterns)
+    paths = catalog.pop("path")
+    patterns = escape_paths(patterns, paths)
+    is_erased = match_paths(paths, patterns)
     if not is_erased.any():
         raise ConfigError(
-            f"{output.url}: none of the {len(images):,} images matches; expected paths relative to input.url or "
+            f"{output.url}: none of the {len(paths):,} images matches; expected paths relative to input.url or "
             "patterns of them, such as 'pear_1/r0_0.jpg' or '*/IMG_20*'"
         )
     if is_erased.all():
         raise ConfigError(
-            f"{output.url}: all {len(images):,} images match, so nothing would be left; delete the folder instead"
+            f"{output.url}: all {len(paths):,} images match, so nothing would be left; delete the folder instead"
         )
-    return ErasurePlan(config, patterns, images, is_erased, listing, is_complete, size)
+    unmatched = _list_unmatched(patterns, paths[is_erased])
+    is_complete = store.list_committed(output).issuperset(range(-(-len(paths) // size)))
+    # Listing takes memory too.
+    del catalog, paths
+    return ErasurePlan(config, patterns, is_erased, unmatched, _count_in_input(config, patterns), is_complete, size)
 
 
 def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | bool | None = None) -> Erasure:
@@ -168,9 +164,9 @@ def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | 
         result = _run_without(plan, client, progress) if plan.is_complete else None
     return Erasure(
         n_erased=plan.n_erased,
-        n_images=len(plan.images),
+        n_images=plan.n_images,
         n_in_input=plan.n_in_input,
-        unmatched=plan.list_unmatched(),
+        unmatched=plan.unmatched,
         keeps_versions=keeps_versions(open_output(plan.config)),
         result=result,
     )
@@ -178,22 +174,19 @@ def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | 
 
 def remove_images(plan: ErasurePlan) -> None:
     """Remove images from the stored features and outcomes, and delete everything made from them."""
-    output = open_output(plan.config)
-    manifest, kept = _read_run(output), plan.images[~plan.is_erased]
+    output, is_kept = open_output(plan.config), ~plan.is_erased
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    erasing = manifest.begin_erasing(
-        n_kept=len(kept),
-        catalog=hash_catalog(take_listing(kept)),
+    erasing = _read_run(output).begin_erasing(
+        n_kept=int(is_kept.sum()),
+        catalog=hash_listing(store.read_catalog_blocks(output, is_kept)),
         erasure=ErasureRecord(at=now, n_images=plan.n_erased),
     )
-    class_names = sorted(kept["label"].unique())
-    # Staging takes memory too.
-    del kept
+    class_names = {name for block in store.read_catalog_blocks(output, is_kept) for name in block["label"].unique()}
     store.stage_rows(
         output,
-        np.flatnonzero(~plan.is_erased),
+        is_kept,
         images_per_partition=plan.images_per_partition,
-        attributes={"fingerprint": erasing.fingerprint, "class_names": class_names},
+        attributes={"fingerprint": erasing.fingerprint, "class_names": sorted(class_names)},
     )
     store.write_manifest(output, erasing)
     store.finish_erasing(output)
@@ -212,10 +205,17 @@ def _read_run(output: Location) -> store.RunManifest:
     raise OutputError(f"{output.url}: expected the results of a run, found none; check output.url")
 
 
-def _list_input(config: Config) -> pd.DataFrame | None:
-    """List the input; None if that fails."""
+def _list_unmatched(patterns: Sequence[str], erased: pd.Series) -> tuple[str, ...]:
+    """List the patterns that match none of the erased paths."""
+    known = {*erased, *map(glob.escape, erased)}
+    left = (pattern for pattern in patterns if pattern not in known)
+    return tuple(pattern for pattern in left if not match_paths(erased, [pattern]).any())
+
+
+def _count_in_input(config: Config, patterns: Sequence[str]) -> int | None:
+    """Count the matching images in the input; None if that cannot be listed."""
     with suppress(CatalogError, StorageError):
-        return list_images(config.input)
+        return int(match_paths(list_images(config.input)["path"], patterns).sum())
     return None
 
 
@@ -228,6 +228,6 @@ def _run_without(plan: ErasurePlan, client: Any, progress: RunProgress) -> RunRe
         return run(config.model_copy(update={"input": without, "output": kept}), client=client, progress=progress)
     except FruitdaskError as error:
         raise type(error)(
-            f"{plan.n_erased:,} of {len(plan.images):,} images were erased, but the results could not be computed "
+            f"{plan.n_erased:,} of {plan.n_images:,} images were erased, but the results could not be computed "
             f"without them; use fruitdask run: {error}"
         ) from error

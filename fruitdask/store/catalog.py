@@ -171,7 +171,7 @@ def match_paths(paths: pd.Series, patterns: Sequence[str]) -> npt.NDArray[np.boo
     array([ True, False, False])
     """
     match = re.compile("|".join(map(fnmatch.translate, patterns))).match
-    return np.array([match(path) is not None for path in paths], bool)
+    return np.fromiter((match(path) is not None for path in paths), bool, len(paths))
 
 
 def escape_paths(patterns: Sequence[str], paths: pd.Series) -> tuple[str, ...]:
@@ -249,10 +249,26 @@ def _deal(codes: npt.NDArray[np.integer], order: npt.NDArray[np.uint64]) -> npt.
 
 def hash_catalog(catalog: pd.DataFrame) -> str:
     """Hash the content of a catalog."""
-    digest = hashlib.sha256(json.dumps([len(catalog), *COLUMNS]).encode())
-    for column in COLUMNS:
-        for hashes in _hash_rows(catalog[column]):
-            digest.update(hashes.tobytes())
+    return _hash_columns(len(catalog), (_hash_rows(catalog[column]) for column in COLUMNS))
+
+
+def hash_listing(stored: Iterable[pd.DataFrame]) -> str:
+    """Hash the listing that the catalog of a store was made from, read in blocks, as `hash_catalog` does."""
+    paths, hashes = list[pd.Series](), {column: list[npt.NDArray[np.integer]]() for column in COLUMNS}
+    for block in stored:
+        listed = block[block["bytes"] != VANISHED_BYTES]
+        paths.append(listed["path"])
+        for column in COLUMNS:
+            hashes[column] += _hash_rows(listed[column])
+    order = pd.concat(paths).argsort().to_numpy()
+    return _hash_columns(len(order), ([np.concatenate(hashes.pop(column))[order]] for column in COLUMNS))
+
+
+def _hash_columns(n_rows: int, columns: Iterable[Iterable[npt.NDArray[np.integer]]]) -> str:
+    """Hash the hashes of the rows of each column."""
+    digest = hashlib.sha256(json.dumps([n_rows, *COLUMNS]).encode())
+    for hashes in chain.from_iterable(columns):
+        digest.update(hashes.tobytes())
     return digest.hexdigest()
 
 
@@ -301,11 +317,6 @@ def merge_listing(
         merged[name] = each.name(column).remove_unused_categories()
     merged |= _take_versions(listing, np.concatenate([block.pop("place") for block in blocks]))
     return pd.DataFrame({name: merged[name] for name in (*COLUMNS, *GROUPINGS) if name in merged}, copy=False)
-
-
-def take_listing(stored: pd.DataFrame) -> pd.DataFrame:
-    """Recover from the catalog of a store the listing it was made from."""
-    return stored[stored["bytes"] != VANISHED_BYTES].sort_values("path", ignore_index=True)
 
 
 class _Words:
@@ -442,9 +453,9 @@ def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str
     return f"{config.url}: expected images ({endings}), found {found}; check input.url and input.extensions{hidden}"
 
 
-def read_catalog(output: Location) -> pd.DataFrame | None:
-    """Read the catalog of a store; classes, splits and groups are categories."""
-    tables = list(_read_blocks(output))
+def read_catalog(output: Location, columns: Sequence[str] | None = None) -> pd.DataFrame | None:
+    """Read the catalog of a store, or some of its columns; classes, splits and groups are categories."""
+    tables = list(_read_blocks(output, columns))
     if not tables:
         return None
     whole = pa.concat_tables(tables).unify_dictionaries()
@@ -453,12 +464,16 @@ def read_catalog(output: Location) -> pd.DataFrame | None:
     return catalog
 
 
-def read_catalog_blocks(output: Location) -> Iterator[pd.DataFrame]:
-    """Read the catalog of a store, if it has one, in blocks of rows."""
-    return (table.to_pandas(ignore_metadata=True, split_blocks=True) for table in _read_blocks(output))
+def read_catalog_blocks(output: Location, among: npt.NDArray[np.bool_] | None = None) -> Iterator[pd.DataFrame]:
+    """Read the catalog of a store, if it has one, or some of its rows, in blocks."""
+    start = 0
+    for table in _read_blocks(output):
+        block = table.to_pandas(ignore_metadata=True, split_blocks=True)
+        yield block if among is None else block[among[start : start + len(block)]]
+        start += len(block)
 
 
-def _read_blocks(output: Location) -> Iterator[pa.Table]:
+def _read_blocks(output: Location, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """Read the catalog of a store, if it has one, in blocks of rows."""
     import pyarrow.parquet
 
@@ -474,26 +489,33 @@ def _read_blocks(output: Location) -> Iterator[pa.Table]:
         )
         with file:
             if not file.metadata.num_rows:
-                yield file.read()
-            for batch in file.iter_batches(_ROWS_IN_MEMORY, use_threads=False):
+                yield file.read(columns)
+            for batch in file.iter_batches(_ROWS_IN_MEMORY, columns=columns, use_threads=False):
                 yield pa.Table.from_batches([batch])
 
 
 def write_catalog(output: Location, catalog: pd.DataFrame) -> None:
     """Write the catalog of a store atomically."""
+    starts = range(0, max(1, len(catalog)), _ROWS_IN_MEMORY)
+    write_catalog_blocks(output, (catalog.iloc[start : start + _ROWS_IN_MEMORY] for start in starts))
+
+
+def write_catalog_blocks(output: Location, blocks: Iterable[pd.DataFrame]) -> None:
+    """Write the catalog of a store atomically, from one or more blocks of rows."""
     import pyarrow.parquet
 
-    # Categories would keep the names of classes of which no image is left, and a dictionary of paths would hold each of
-    # them.
-    words = [name for name in ("label", *GROUPINGS) if name in catalog]
-    blocks = (
-        catalog.iloc[start : start + _ROWS_IN_MEMORY] for start in range(0, max(1, len(catalog)), _ROWS_IN_MEMORY)
-    )
-    texts = (pa.Table.from_pandas(block.astype(dict.fromkeys(words, "str")), preserve_index=False) for block in blocks)
+    texts = map(_write_words, blocks)
     first = next(texts)
+    words = [name for name in ("label", *GROUPINGS) if name in first.column_names]
     options = {"compression": "zstd", "use_dictionary": words, "write_page_checksum": True}
     with open_new(output.child(CATALOG)) as file, pyarrow.parquet.ParquetWriter(
         file, first.schema, **options
     ) as writer:
         for table in chain([first], texts):
             writer.write_table(table)
+
+
+def _write_words(block: pd.DataFrame) -> pa.Table:
+    """Return a block with words as texts: categories would keep the names of classes of which no image is left."""
+    words = [name for name in ("label", *GROUPINGS) if name in block]
+    return pa.Table.from_pandas(block.astype(dict.fromkeys(words, "str")), preserve_index=False)

@@ -13,10 +13,11 @@ import pandas as pd
 
 from fruitdask.core.storage import Location, exists, explained
 from fruitdask.store.arrays import create_store, open_store, write_partition
-from fruitdask.store.catalog import read_catalog, write_catalog
+from fruitdask.store.catalog import read_catalog_blocks, write_catalog_blocks
 from fruitdask.store.checks import find_strays
 from fruitdask.store.layout import (
     ALL_NAMES,
+    CATALOG,
     COMPONENTS,
     CONFIG,
     FEATURES,
@@ -31,20 +32,15 @@ from fruitdask.store.outcomes import list_committed, read_rows
 
 
 def stage_rows(
-    output: Location, rows: npt.NDArray[np.int64], *, images_per_partition: int, attributes: Mapping[str, Any]
+    output: Location, is_kept: npt.NDArray[np.bool_], *, images_per_partition: int, attributes: Mapping[str, Any]
 ) -> None:
-    """Copy rows of a run to a staging store without gaps, except partitions with a row that was not computed.
-
-    `rows` are ascending, int64.
-    """
+    """Copy rows of a run to a staging store without gaps, except partitions with a row that was not computed."""
     staging = output.child(STAGING)
     delete_result(output, STAGING)
     stored = open_store(output)
     if stored is None:
         return
-    features, committed, catalog = stored["features"], list_committed(output), read_catalog(output)
-    if catalog is None:
-        return
+    features, committed, rows = stored["features"], list_committed(output), np.flatnonzero(is_kept)
     columns = OUTCOME_COLUMNS + VERSION_COLUMNS
     create_store(
         staging,
@@ -64,7 +60,7 @@ def stage_rows(
         if np.isin(chosen, outcomes.index).all():
             kept = features[chosen, :]
             write_partition(staging, index=index, start=start, features=kept, outcomes=outcomes.loc[chosen])
-    write_catalog(staging, catalog.iloc[rows])
+    write_catalog_blocks(staging, read_catalog_blocks(output, is_kept))
 
 
 def finish_erasing(output: Location) -> None:
@@ -80,7 +76,8 @@ def finish_erasing(output: Location) -> None:
         delete_strays(output)
         for name in (FEATURES, PARTITIONS):
             _copy_folder(output.child(STAGING, name), output.child(name))
-        _copy_catalog(output)
+        if exists(output.child(STAGING, CATALOG)):
+            write_catalog_blocks(output, read_catalog_blocks(output.child(STAGING)))
         write_manifest(output, manifest.end_erasing())
     delete_result(output, STAGING)
 
@@ -97,10 +94,3 @@ def _copy_folder(source: Location, target: Location) -> None:
         if exists(source):
             source.fs.copy(f"{source.path}/", f"{target.path}/", recursive=True)
             target.fs.invalidate_cache()
-
-
-def _copy_catalog(output: Location) -> None:
-    """Copy the staged catalog, if any, to the output folder."""
-    catalog = read_catalog(output.child(STAGING))
-    if catalog is not None:
-        write_catalog(output, catalog)
