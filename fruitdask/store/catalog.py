@@ -254,13 +254,15 @@ def hash_catalog(catalog: pd.DataFrame) -> str:
 
 def hash_listing(stored: Iterable[pd.DataFrame]) -> str:
     """Hash the listing that the catalog of a store was made from, read in blocks, as `hash_catalog` does."""
-    paths, hashes = list[pd.Series](), {column: list[npt.NDArray[np.integer]]() for column in COLUMNS}
+    paths, hashes = list[pa.Array](), {column: list[npt.NDArray[np.integer]]() for column in COLUMNS}
     for block in stored:
         listed = block[block["bytes"] != VANISHED_BYTES]
-        paths.append(listed["path"])
+        found = pa.table({"path": listed["path"]}).column("path").cast(pa.large_string())
+        # This copies: an array that Arrow has filtered may take twice the memory of its content.
+        paths.append(pa.concat_arrays([*found.chunks, pa.array([], pa.large_string())]))
         for column in COLUMNS:
             hashes[column] += _hash_rows(listed[column])
-    order = pd.concat(paths).argsort().to_numpy()
+    order = pc.array_sort_indices(pa.chunked_array(paths, pa.large_string())).to_numpy()
     return _hash_columns(len(order), ([np.concatenate(hashes.pop(column))[order]] for column in COLUMNS))
 
 

@@ -5,10 +5,10 @@
 The commands are real, each in its own process, with listing, catalog, partitions, a local cluster of two workers, and
 all files of the output. Made up are
 
-- the input, a file system of fsspec that invents names, sizes and versions folder by folder, and answers a read with a
-  small JPEG that depends on the name (only ``explore`` reads, with the real workers: about a millisecond per image);
-- the network: a task reads no image, and stores clusters of random features (16 of them, set --features) and outcomes,
-  one in a thousand of them a failure, through the functions that the real task calls. Nothing imports TensorFlow.
+- the input, a file system of fsspec that invents names, sizes and versions folder by folder;
+- the images: no task reads any. One that featurizes stores clusters of random features (16 of them, set --features) and
+  outcomes, one in a thousand of them a failure; one that explores stores random findings. Both store them through the
+  functions that the real tasks call. Nothing imports TensorFlow.
 
 ``grow`` is a run after each class has gained 1 % more images, which sort between the others; ``erase`` erases one image
 of each class; it and ``explore`` are left out by default. Seconds of CPU and memory, the largest resident in each stage
@@ -19,7 +19,7 @@ as Linux counts it, are those of the client's own process. The law of growth fol
 
 import argparse
 import gc
-import io
+import hashlib
 import json
 import os
 import shutil
@@ -80,15 +80,6 @@ class MadeUp(fsspec.AbstractFileSystem):
         kind = "file" if path.endswith(".jpg") else "directory"
         return {"name": self._strip_protocol(path), "type": kind, "size": 0}
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
-        """Invent the content of a file."""
-        from PIL import Image
-
-        pixels = np.random.default_rng(zlib.crc32(path.encode())).integers(0, 256, (8, 8, 3), np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(pixels).resize((32, 32)).save(file, "JPEG")
-        return (file.getvalue() + path.encode())[start:end]
-
 
 fsspec.register_implementation("madeup", MadeUp, clobber=True)
 
@@ -111,6 +102,40 @@ def invent_partition(partition: Any, artifact: Any, job: Any) -> Any:
     featurize._store(partition, job.output, features, table, before)
     statuses = table["status"].value_counts().to_dict()
     return featurize.PartitionSummary(partition.index, len(table), statuses, 0, {"predict": 0.0})
+
+
+def invent_findings(partition: Any, job: Any) -> Any:
+    """Store what the task that explores a partition stores, without its images."""
+    from fruitdask.worker import explore
+
+    crcs = np.array([zlib.crc32(path.encode()) for path in partition.paths], np.uint32)
+    is_ok, random = crcs % 1000 > 0, np.random.default_rng(partition.index)
+    columns = explore._EMPTY | {
+        "path": partition.paths,
+        "label": partition.labels,
+        "status": np.where(is_ok, "ok", "unreadable"),
+        "bytes": partition.bytes,
+        # Images whose names have the same checksum are copies, about one in a thousand of ten million.
+        "content_hash": [hashlib.sha256(crc).hexdigest() for crc in crcs],
+        "perceptual_hash": [f"{n:016x}" for n in random.integers(0, 1 << 64, len(crcs), np.uint64)],
+        "format": "JPEG",
+    }
+    rows = pd.DataFrame(columns).astype(explore._TYPES)
+    for name in explore._TYPES:
+        rows[name] = np.where(is_ok, random.integers(1, 256, len(crcs)), rows[name])
+    rows.loc[~is_ok, "perceptual_hash"] = ""
+    labels, classes = np.array(partition.labels), sorted(set(partition.labels))
+    thumbnails, sums = np.zeros(len(crcs), job.workspace.thumbnail_type), np.zeros(
+        len(classes), job.workspace.sums_type
+    )
+    pixels = random.integers(0, 256, (256, *sums["pixels"].shape[1:]), np.uint8)[crcs % 256]
+    step = pixels.shape[1] // thumbnails["pixels"].shape[1]
+    thumbnails["is_readable"], thumbnails["pixels"] = is_ok, pixels[:, ::step, ::step]
+    for label, record in zip(classes, sums, strict=True):
+        here = is_ok & (labels == label)
+        explore.ClassSums.measure(pixels[here], thumbnails["pixels"][here]).add_to(record)
+    job.workspace.write_partition(partition.index, rows, sums=sums, thumbnails=thumbnails)
+    return explore.ExploredPartition(partition.index, len(rows), {"unreadable": int((~is_ok).sum())})
 
 
 def _scatter(seeds: Any, n_features: int) -> Any:
@@ -156,7 +181,7 @@ def carry_out(target: str, arguments: list[str]) -> None:
     from fruitdask import cli
     from fruitdask.cluster import local
     from fruitdask.core.progress import RunProgress
-    from fruitdask.pipeline import featurize
+    from fruitdask.pipeline import explore, featurize
     from fruitdask.worker import featurize as tasks
 
     # Workers need the file system that this module registers.
@@ -164,6 +189,7 @@ def carry_out(target: str, arguments: list[str]) -> None:
     featurize.start_building = _no_building  # type: ignore[assignment]
     tasks.prepare_workers = lambda client, engine: []
     tasks.featurize_partition = invent_partition
+    explore.explore_partition = invent_findings  # type: ignore[attr-defined]
     RunProgress.begin = lambda self, stage: meter.begin(stage)  # type: ignore[method-assign]
     gc.freeze()
     try:
@@ -184,6 +210,7 @@ def measure_command(command: str, folder: Path, n_images: int, arguments: argpar
         "cluster.n_workers=2",
         "cluster.threads_per_worker=1",
         "explore.enabled=false",
+        "explore.thumbnail_px=16",
         "reduce.n_components=10",
         "reduce.tsne.max_rows=1000",
         "quality.max_rows=2000",
