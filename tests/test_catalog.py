@@ -374,7 +374,7 @@ def test_list_images_says_that_the_manifest_has_no_rows(tmp_path: Path) -> None:
     ("names", "found"),
     [
         ([], "none"),
-        (["a/notes.txt", "b/1.mp4", "b/2.MP4", "README"], r"none but 2 \.mp4, 1 \.txt, 1 without an ending"),
+        (["a/notes.txt", "b/1.mp4", "b/2.MP4", "README"], r"only 2 \.mp4, 1 \.txt, 1 without an extension"),
     ],
     ids=["empty", "other files"],
 )

@@ -120,7 +120,7 @@ def hover(page: Page, name: str, number: int, *, with_picture: bool = True) -> d
 
 
 def drag_box(page: Page, name: str) -> None:
-    """Select what lies in the middle of a map with its box."""
+    """Select what is in the middle of a map with its box."""
     page.evaluate(
         """(name) => {
           const tools = Bokeh.documents[0].get_model_by_name(`plot-${name}`).toolbar.tools;

@@ -23,7 +23,7 @@ class PCA(decomposition.PCA):  # type: ignore[misc]
     """
     Principal component analysis of dask-ml with one more solver, ``covariance_eigh``, which is the default.
 
-    It takes NumPy and Dask arrays, and gives back the same kind.
+    It takes NumPy and Dask arrays, and returns the same kind.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ from fruitdask.core.storage import Location, exists, explained
 from fruitdask.errors import FruitdaskError
 
 _COORDINATES = r"^(pca|tsne)_\d+$"
-#: Columns of few different texts, which Parquet stores as a dictionary.
+#: Columns with few distinct texts, which Parquet stores as a dictionary.
 _REPEATED = ("label", "status", "split", "group")
 #: The file that the projector of TensorBoard reads first.
 _PROJECTOR = """embeddings {

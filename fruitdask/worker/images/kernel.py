@@ -70,7 +70,7 @@ def narrow_rows(
 ) -> None:
     """Combine some columns of the source into each column of the target; a pixel has four bytes.
 
-    Some rows at a time are transposed, combined and transposed back, so that the inner loop runs along memory.
+    Some rows at a time are transposed, combined and transposed back, so that the inner loop reads consecutive memory.
     """
     height, width = source.shape
     turned, narrow = np.empty((width, ROWS), np.uint32), np.empty((target.shape[1], ROWS), np.uint32)
