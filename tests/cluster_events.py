@@ -23,12 +23,12 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
 
 
 def interrupt_self(number: int = signal.SIGINT) -> None:
-    """Type Ctrl-C."""
+    """Send this process a signal, by default that of Ctrl-C."""
     os.kill(os.getpid(), number)
 
 
 def raise_error() -> None:
-    """Fail."""
+    """Raise an error, as user code may."""
     raise LookupError("in the block")
 
 

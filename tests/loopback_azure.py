@@ -414,7 +414,7 @@ class LoopbackAzure:
         self.calls.append(call)
 
     def _furnish(self) -> None:
-        """Make the network."""
+        """Create the network and its security group."""
         subnet = {"name": "default", "id": f"{self.base}/{_NETWORK}/virtualNetworks/vnet/subnets/default"}
         self.put(f"{_NETWORK}/virtualNetworks", "vnet", {"properties": {"subnets": [subnet]}})
         self.put(f"{_NETWORK}/networkSecurityGroups", "nsg", {})

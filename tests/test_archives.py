@@ -108,7 +108,7 @@ def test_replaced_archive_is_noticed(tmp_path: Path, pack: Pack) -> None:
     before = list_images(InputConfig(url=url))
     same = list_images(InputConfig(url=pack(tmp_path / "photos", files)))
     if pack is pack_zip:
-        # Packed again, the files are what they were.
+        # The same files in a new archive keep their versions.
         pd.testing.assert_frame_equal(before, same)
     place = pin(Location(url))
     changed = files | {"a/2.jpg": b"!" * 50, "a/4.jpg": b"new"}

@@ -124,7 +124,7 @@ def test_format_left_out_says_what_to_install_if_that_helps() -> None:
 
 
 def test_list_images_says_that_all_files_are_hidden(tmp_path: Path) -> None:
-    with pytest.raises(CatalogError, match=r"found none but 2 hidden; .*input\.hidden: true"):
+    with pytest.raises(CatalogError, match=r"found only 2 hidden; .*input\.hidden: true"):
         list_images(InputConfig(url=str(fill(tmp_path, ".a/1.jpg", ".a/2.jpg", "._1.jpg"))))
 
 

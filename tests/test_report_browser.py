@@ -64,7 +64,7 @@ pytestmark = pytest.mark.browser
 
 @dataclass
 class Watched:
-    """A page, its requests and its complaints."""
+    """A page, its requests, and its errors and warnings."""
 
     page: Page
     requests: list[str] = field(default_factory=list)

@@ -44,7 +44,7 @@ class Listing(BaseHTTPRequestHandler):
     n_images, seconds = 0, 0.0
 
     def do_GET(self) -> None:
-        """Make a page up; its token is the number of its first object or folder."""
+        """Answer with a made-up page; its token is the number of its first object or folder."""
         query = {name: value for name, (value,) in parse_qs(urlsplit(self.path).query).items()}
         describe, first, end = describe_object, 0, self.n_images
         if "delimiter" in query:
