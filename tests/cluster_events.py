@@ -18,7 +18,7 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
     """Wait until a condition holds."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        assert time.monotonic() < deadline, f"timed out waiting until {what}"
         time.sleep(0.02)
 
 

@@ -83,7 +83,7 @@ def find_data(*names: str) -> Path:
     """Find a part of the shared data, or skip the test."""
     path = DATA.joinpath(*names)
     if not path.exists():
-        pytest.skip(f"needs {path}, which is kept beside the checkout and is not there")
+        pytest.skip(f"needs {path}, which belongs beside the checkout and is missing")
     return path
 
 

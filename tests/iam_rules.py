@@ -17,7 +17,7 @@ OWN_GROUP = HERE | {"ec2:ResourceTag/fruitdask": "cluster"}
 
 @functools.cache
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Compile a pattern of IAM's, in which ``${*}`` stands for a star."""
+    """Compile a pattern of IAM's, in which ``${*}`` means a literal star."""
     parts = re.split(r"(\$\{[*?$]\}|[*?])", pattern)
     words = {"*": ".*", "?": "."}
     return re.compile("".join(words.get(part) or re.escape(part[2] if part[:2] == "${" else part) for part in parts))

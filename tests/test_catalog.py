@@ -574,7 +574,7 @@ def test_list_input_notes_archives_whose_folders_are_written_as_on_windows(tmp_p
             archive.writestr(name, b"bytes")
     listing = list_input(InputConfig(url=f"zip://::{tmp_path}/photos.zip"))
     (note,) = listing.notes
-    assert note.startswith(r"2 paths have a backslash, such as 'red\\1.jpg', which is part of a name here")
+    assert note.startswith(r"2 paths have a backslash, such as 'red\\1.jpg', which counts as part of a name")
     assert Counter(listing.files["label"]) == {"photos": 2, "blue": 1}
 
 

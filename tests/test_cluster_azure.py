@@ -469,7 +469,7 @@ if __name__ == "__main__":
 
 
 def test_max_lifetime(cloud: LoopbackAzure) -> None:
-    """Machines end whatever the client does, and closing a cluster that has ended is no error."""
+    """Machines end whatever the client does, and closing a cluster that has ended is not an error."""
     with open_client(configure()) as client:
         first = list(cloud.machines.values())
         cloud.lifetime_is_over.set()

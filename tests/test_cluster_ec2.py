@@ -574,7 +574,7 @@ def test_adaptive_cluster_grows_and_shrinks(cloud: LoopbackEC2, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_instances_that_ended_by_themselves(cloud: LoopbackEC2) -> None:
-    """Closing a cluster that has ended, as after max_lifetime, is no error, and nothing is launched for it."""
+    """Closing a cluster that has ended, as after max_lifetime, is not an error, and launches nothing."""
     with open_client(configure()) as client:
         for instance in cloud.instances():
             cloud.interrupt(instance.id)

@@ -154,7 +154,7 @@ def build(scene: Scene, model: Any, **settings: Any) -> None:
 
 
 def build_of_bytes(scene: Scene, name: str, data: bytes, **settings: Any) -> None:
-    """Use a file that is no model."""
+    """Use a file that is not a model."""
     (scene.folder / name).write_bytes(data)
     fruitdask.build_artifact(ModelConfig(weights=str(scene.folder / name), **settings))
 

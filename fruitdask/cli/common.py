@@ -29,7 +29,7 @@ _EXIT_CODES: tuple[tuple[Any, int], ...] = (
     ((errors.WeightsUnavailableError, errors.EngineError), 1),
     (errors.FruitdaskError, 2),
 )
-#: Columns before the value of a row, and rows that are not broken.
+#: Columns before the value of a row, and rows that are never wrapped.
 _INDENT, _PLACES = 20, ("results", "report", "table", "failures")
 #: Ends of the names of configuration files.
 _ENDINGS = (".yaml", ".yml")

@@ -33,7 +33,8 @@ COLUMNS = ("path", "label", "bytes", "version")
 _ROWS_AT_ONCE = 65_536
 #: Rows of a catalog that are written, or read and compared, at once.
 _ROWS_IN_MEMORY = 262_144
-#: A block of a catalog shares the memory of a listing if it has at most this many runs of it: more make it slow.
+#: A block of a catalog shares the memory of a listing if it consists of at most this many runs of the listing's rows:
+#: more would be slow.
 _MAX_RUNS = 256
 #: What groups across classes, and across splits, mean.
 _ACROSS_CLASSES = (
@@ -114,11 +115,14 @@ def _describe_backslashes(paths: pd.Series) -> tuple[str, ...]:
     if odd.empty:
         return ()
     names = f"{len(odd):,} paths have a backslash" if len(odd) > 1 else "one path has a backslash"
-    return (f"{names}, such as {odd.iloc[0]!r}, which is part of a name here; if it separates folders, repack them",)
+    return (
+        f"{names}, such as {odd.iloc[0]!r}, which counts as part of a name; if it separates folders, pack the archive "
+        "again with forward slashes",
+    )
 
 
 def _describe_shared(catalog: pd.DataFrame) -> tuple[str, ...]:
-    """Describe groups across classes, for a number that begins anew in each class names no object; or across splits."""
+    """Describe groups across classes, where a number that restarts in each class names no object; or across splits."""
     if "group" not in catalog:
         return ()
     notes = []

@@ -115,7 +115,7 @@ def main() -> None:
         finally:
             server.terminate()
     used = measured["fruitdask"].client_bytes - measured["imports alone"].client_bytes
-    print(f"fruitdask: {used / n_images:.0f} bytes an image at the most, beside the imports")
+    print(f"fruitdask: {used / n_images:.0f} bytes per image at most, in addition to the imports")
     if "fs.find" in measured:
         naive = measured["fs.find"].client_bytes - measured["imports alone"].client_bytes
         print(f"fs.find: {naive / n_images:.0f} bytes; ratio {used / naive:.3f}")

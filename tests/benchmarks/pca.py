@@ -151,7 +151,7 @@ def compare(names: list[str], n_rows: int, n_features: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store, result = Path(folder, "features.zarr"), Path(folder, "result.npz")
         if shutil.disk_usage(folder).free < 8 * n_rows * n_features:
-            raise SystemExit(f"too little room in {folder} for {n_rows:,} x {n_features:,} features")
+            raise SystemExit(f"too little disk space in {folder} for {n_rows:,} x {n_features:,} features")
         expected = draw_features(store, n_rows, n_features)
         lines = {}
         for name in names:

@@ -291,7 +291,7 @@ def kill_after(process: Process, seconds: float) -> None:
 _POISONED, _ON_S3 = "an image that kills its worker", "S3 at 10 % faults, the command killed"
 FAULTS: dict[str, Callable[..., None]] = {
     "a worker killed": kill_a_worker,
-    "each worker killed in its turn": kill_each_worker,
+    "each worker killed in turn": kill_each_worker,
     "all workers killed at once": kill_all_workers,
     "the command killed": make_signal(signal.SIGKILL),
     "the command killed while starting": kill_while_starting,
@@ -436,7 +436,7 @@ def print_table(verdicts: dict[str, list[Verdict]]) -> None:
         "committed files changed": "n_changed",
         "committed partitions computed again": "n_again",
     }
-    print(f"| fault | runs | {' | '.join(names)} | seconds a run |")
+    print(f"| fault | runs | {' | '.join(names)} | seconds per run |")
     print("|---|" + "---:|" * (len(names) + 2))
     for kind, group in verdicts.items():
         sums = [sum(getattr(verdict, name) for verdict in group) for name in names.values()]

@@ -12,7 +12,7 @@ from fruitdask.worker.images.resize import COEFFICIENT_BITS
 
 Kernel = TypeVar("Kernel", bound=Callable[..., None])
 
-#: Rows that are narrowed together, of which an image must have as many: the pixels of a column fill two cache lines.
+#: Rows that are narrowed together, and the minimum height of an image: their pixels in a column fill two cache lines.
 ROWS = 32
 
 _BYTES = types.Array(numba.uint8, 2, "C", readonly=True)
