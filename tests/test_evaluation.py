@@ -215,7 +215,7 @@ def test_summarize_quality_of_a_class_of_one_image() -> None:
         (["a", "a", "a", "a"], 1.0, {"a": 1.0}),
         (["d", "c", "b", "a"], 0.0, {"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.0}),
     ],
-    ids=["nothing", "one image", "one pair", "two classes of one", "one class", "one label an image"],
+    ids=["nothing", "one image", "one pair", "two classes of one", "one class", "one label per image"],
 )
 def test_summarize_quality_has_no_silhouette_where_there_is_none(
     labels: list[str], agreement: float | None, by_class: dict[str, float | None]
