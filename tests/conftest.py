@@ -208,7 +208,7 @@ def squeezenet(user_cache: Path) -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def tiny_artifact(tiny_model: ModelConfig) -> ModelArtifact:
-    """The same model, packed."""
+    """The artifact of `tiny_model`."""
     return build_artifact(tiny_model)
 
 

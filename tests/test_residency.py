@@ -115,7 +115,7 @@ def server(running_server: Server) -> Server:
 
 @pytest.fixture
 def amazon(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """The same, in place of all servers outside of this machine."""
+    """The same server, which answers in place of all servers outside of this machine."""
     monkeypatch.setenv("http_proxy", server.url)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     return server

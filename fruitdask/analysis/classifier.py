@@ -241,7 +241,7 @@ def _check(
     if counts.min() < 2:
         raise TrainingError(
             f"expected at least 2 images with features of each class, found 1 of {str(classes[counts.argmin()])!r}; "
-            "add images, or leave the class out by input.classes"
+            "add images, or leave the class out with input.classes"
         )
     if groups is None:
         return
@@ -249,7 +249,7 @@ def _check(
     if counts.min() < 2 and are_copies:
         raise TrainingError(
             f"expected at least 2 different images of each class, found only copies of one of "
-            f"{str(classes[counts.argmin()])!r}; add images, or leave the class out by input.classes"
+            f"{str(classes[counts.argmin()])!r}; add images, or leave the class out with input.classes"
         )
     if counts.min() < 2:
         raise TrainingError(

@@ -443,7 +443,7 @@ def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str
                 folder = _WILDCARDS.split(config.url)[0].rpartition("/")[0]
                 return (
                     f"{config.url}: expected a folder in input.url, found a pattern; write {folder or '.'}, which is "
-                    "searched at all levels, and choose files by input.extensions, input.classes and input.exclude"
+                    "searched at all levels, and choose files with input.extensions, input.classes and input.exclude"
                 )
             return f"{config.url}: there is no such folder; check input.url"
         if root.fs.isfile(root.path):
@@ -452,7 +452,7 @@ def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str
         return f"{config.url}: expected the files that input.manifest names, found none; check input.url"
     left_out = format_left_out(listing.left_out, is_default=config.extensions is None)
     found = f"only {left_out}" if left_out else "none"
-    hidden = ", or include hidden files by input.hidden: true" if "hidden" in listing.left_out else ""
+    hidden = ", or include hidden files with input.hidden: true" if "hidden" in listing.left_out else ""
     endings = ", ".join(config.extensions or _SHOWN_ENDINGS)
     return f"{config.url}: expected images ({endings}), found {found}; check input.url and input.extensions{hidden}"
 
