@@ -34,7 +34,7 @@ from fruitdask.worker.models.cache import keep_artifact
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-#: File systems of earlier modules.
+#: S3 file systems of earlier test modules.
 _CACHES: list[dict[str, S3FileSystem]] = []
 
 # Every run tries the same examples. More of them show nothing new. None has a time limit, because a shared machine is

@@ -1,4 +1,4 @@
-"""An Azure on this machine whose virtual machines really run, to test a cluster launcher without a cloud.
+"""A simulated Azure on this machine whose virtual machines really run, to test a cluster launcher without a cloud.
 
 It is a proxy on 127.0.0.1. The variables HTTPS_PROXY and HTTP_PROXY make the unmodified clients of Azure use it. It
 answers over TLS for Resource Manager (management.azure.com) and Entra (login.microsoftonline.com), and for the metadata

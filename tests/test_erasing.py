@@ -112,7 +112,7 @@ def find_colour(output: Location) -> set[str]:
 
 
 def has_colour(pixels: np.ndarray) -> bool:
-    """Tell whether any pixel has the planted colour, apart from errors of compression."""
+    """Return whether any pixel has the planted colour, apart from errors of compression."""
     return bool((np.abs(pixels[..., :3].astype(int) - PLANTED).max(axis=-1) < 30).any())
 
 
