@@ -18,17 +18,17 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
     """Wait until a condition holds."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        assert time.monotonic() < deadline, f"timed out waiting until {what}"
         time.sleep(0.02)
 
 
 def interrupt_self(number: int = signal.SIGINT) -> None:
-    """Type Ctrl-C."""
+    """Send this process a signal, by default that of Ctrl-C."""
     os.kill(os.getpid(), number)
 
 
 def raise_error() -> None:
-    """Fail."""
+    """Raise an error, as user code may."""
     raise LookupError("in the block")
 
 

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
-#: More than the number of a process takes.
+#: More bytes than a process id or an exit code takes.
 _MAX_BYTES = 64
 
 

@@ -34,7 +34,7 @@ from fruitdask.worker.models.cache import keep_artifact
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-#: File systems of earlier modules.
+#: S3 file systems of earlier test modules.
 _CACHES: list[dict[str, S3FileSystem]] = []
 
 # Every run tries the same examples. More of them show nothing new. None has a time limit, because a shared machine is
@@ -83,7 +83,7 @@ def find_data(*names: str) -> Path:
     """Find a part of the shared data, or skip the test."""
     path = DATA.joinpath(*names)
     if not path.exists():
-        pytest.skip(f"needs {path}, which is kept beside the checkout and is not there")
+        pytest.skip(f"needs {path}, which belongs beside the checkout and is missing")
     return path
 
 
@@ -208,7 +208,7 @@ def squeezenet(user_cache: Path) -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def tiny_artifact(tiny_model: ModelConfig) -> ModelArtifact:
-    """The same model, packed."""
+    """The artifact of `tiny_model`."""
     return build_artifact(tiny_model)
 
 

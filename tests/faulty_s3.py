@@ -37,7 +37,7 @@ class FaultyS3(ThreadingHTTPServer):
     kinds : Sequence[str]
         Faults to choose from, of ``KINDS``.
     seed : int
-        Seed of the choice; which request comes when is up to threads.
+        Seed of the choice; the order of requests still depends on threads.
     delay_seconds : float
         How long a delay is.
     stall_seconds : float

@@ -1,4 +1,4 @@
-"""An Azure on this machine whose virtual machines really run, to test a cluster launcher without a cloud.
+"""A simulated Azure on this machine whose virtual machines really run, to test a cluster launcher without a cloud.
 
 It is a proxy on 127.0.0.1. The variables HTTPS_PROXY and HTTP_PROXY make the unmodified clients of Azure use it. It
 answers over TLS for Resource Manager (management.azure.com) and Entra (login.microsoftonline.com), and for the metadata
@@ -414,7 +414,7 @@ class LoopbackAzure:
         self.calls.append(call)
 
     def _furnish(self) -> None:
-        """Make the network."""
+        """Create the network and its security group."""
         subnet = {"name": "default", "id": f"{self.base}/{_NETWORK}/virtualNetworks/vnet/subnets/default"}
         self.put(f"{_NETWORK}/virtualNetworks", "vnet", {"properties": {"subnets": [subnet]}})
         self.put(f"{_NETWORK}/networkSecurityGroups", "nsg", {})

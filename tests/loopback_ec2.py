@@ -1,4 +1,4 @@
-"""An EC2 on this machine whose instances really run, to test a cluster launcher without a cloud.
+"""A simulated EC2 on this machine whose instances really run, to test a cluster launcher without a cloud.
 
 A moto server answers for EC2, S3, IAM and STS on 127.0.0.1. Each instance gets its own loopback address. When it boots,
 it runs the ``docker run`` line of its user data as a process of this machine, with this interpreter in place of the
@@ -440,7 +440,7 @@ def _name_object_call(method: str, query: dict[str, list[str]], environ: dict[st
 
 
 class LoopbackEC2:
-    """An EC2, S3, IAM and STS on this machine, whose instances are processes.
+    """Simulated EC2, S3, IAM and STS on this machine, whose instances are processes.
 
     ``seconds_per_minute`` is how long a minute of ``shutdown -h +N`` in the user data lasts. With ``needs_profile``
     only instances launched with an instance profile have credentials.

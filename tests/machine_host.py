@@ -25,7 +25,7 @@ import s3fs  # noqa: F401
 
 import fruitdask.worker.featurize  # noqa: F401
 
-#: More than any environment and command here.
+#: More bytes than any environment and command here take.
 _MAX_BYTES = 1 << 20
 _MAX_FILES = 16
 _PR_SET_PDEATHSIG = 1

@@ -49,7 +49,7 @@ class Plan:
 def read_plan(user_data: str) -> Plan:
     """Read cloud-config as cloud-init would, which runs nothing if it cannot parse it."""
     if not user_data.startswith("#cloud-config"):
-        return Plan(problem="user data are no cloud-config")
+        return Plan(problem="user data are not cloud-config")
     try:
         loaded = yaml.safe_load(user_data) or {}
     except yaml.YAMLError as error:

@@ -91,7 +91,7 @@ def test_worker_reads_the_files_of_an_archive(tmp_path: Path, files: dict[str, b
         contents += [outcome.data for outcome in batch.outcomes]
         statuses += [outcome.status for outcome in batch.outcomes]
     assert contents == [*files.values(), b""]
-    # A file that is no image is not a fault of the archive.
+    # A file that is not an image is not a fault of the archive.
     assert statuses == ["unreadable"] * 90 + ["missing"]
 
 
@@ -108,7 +108,7 @@ def test_replaced_archive_is_noticed(tmp_path: Path, pack: Pack) -> None:
     before = list_images(InputConfig(url=url))
     same = list_images(InputConfig(url=pack(tmp_path / "photos", files)))
     if pack is pack_zip:
-        # Packed again, the files are what they were.
+        # The same files in a new archive keep their versions.
         pd.testing.assert_frame_equal(before, same)
     place = pin(Location(url))
     changed = files | {"a/2.jpg": b"!" * 50, "a/4.jpg": b"new"}
@@ -159,7 +159,7 @@ def damage(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["cut", "empty", "other"])
 @pytest.mark.parametrize("pack", [pack_zip, KINDS["tar.gz"]], ids=["zip", "tar.gz"])
-def test_file_that_is_no_archive_is_refused(tmp_path: Path, files: dict[str, bytes], pack: Pack, kind: str) -> None:
+def test_file_that_is_not_an_archive_is_refused(tmp_path: Path, files: dict[str, bytes], pack: Pack, kind: str) -> None:
     url = pack(tmp_path / "photos", files)
     damage(Path(url.partition("::")[2]), kind)
     with pytest.raises(

@@ -374,7 +374,7 @@ def test_list_images_says_that_the_manifest_has_no_rows(tmp_path: Path) -> None:
     ("names", "found"),
     [
         ([], "none"),
-        (["a/notes.txt", "b/1.mp4", "b/2.MP4", "README"], r"none but 2 \.mp4, 1 \.txt, 1 without an ending"),
+        (["a/notes.txt", "b/1.mp4", "b/2.MP4", "README"], r"only 2 \.mp4, 1 \.txt, 1 without an extension"),
     ],
     ids=["empty", "other files"],
 )
@@ -488,9 +488,9 @@ def test_several_folders_are_listed_at_once() -> None:
     assert found == [f"{folder}/{n}.jpg" for folder in range(8) for n in (1, 2)]
 
 
-def test_folder_that_a_server_does_not_tell_of_is_listed() -> None:
+def test_folder_that_a_server_does_not_report_is_listed() -> None:
     class Bucket:
-        """Lists two folders, and tells of one."""
+        """Lists files of two folders, but reports only one of the folders."""
 
         def list_level(self, top: str, folder: str) -> list[str]:
             return ["b/"]
@@ -574,7 +574,7 @@ def test_list_input_notes_archives_whose_folders_are_written_as_on_windows(tmp_p
             archive.writestr(name, b"bytes")
     listing = list_input(InputConfig(url=f"zip://::{tmp_path}/photos.zip"))
     (note,) = listing.notes
-    assert note.startswith(r"2 paths have a backslash, such as 'red\\1.jpg', which is part of a name here")
+    assert note.startswith(r"2 paths have a backslash, such as 'red\\1.jpg', which counts as part of a name")
     assert Counter(listing.files["label"]) == {"photos": 2, "blue": 1}
 
 
@@ -728,7 +728,7 @@ def test_sample_evenly_takes_the_first_ranks_of_each_class(labels: list[str], li
 
 
 @pytest.mark.parametrize("among", [{1}, {0, 3}, set()], ids=["one", "ends", "none"])
-def test_split_catalog_gives_some_partitions_as_it_gives_them_among_all(among: set[int]) -> None:
+def test_split_catalog_returns_the_same_partitions_alone_and_among_all(among: set[int]) -> None:
     paths = [f"{n}.jpg" for n in range(10)]
     catalog = pd.DataFrame({"path": paths, "label": "a", "bytes": range(10), "version": range(10)})
     wanted = [partition for partition in split_catalog(catalog, 3) if partition.index in among]

@@ -263,7 +263,7 @@ def test_sample_draws_and_refuses_to_overwrite(tmp_path: Path) -> None:
     result = invoke("sample", str(folder))
     assert (result.exit_code, result.stderr) == (
         2,
-        f"fruitdask: Expected a new or an empty folder for the sample, found that {folder} cannot be created "
+        f"fruitdask: Expected a new or empty folder for the sample, but {folder} cannot be created "
         "(Directory not empty); name another folder.\n",
     )
     assert {path: path.read_bytes() for path in folder.rglob("*.jpg")} == before

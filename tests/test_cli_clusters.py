@@ -46,7 +46,7 @@ def list_ranges(cloud: LoopbackEC2, group_id: str) -> list[str]:
 
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackEC2]:
-    """An EC2 in Ireland."""
+    """A loopback EC2 in Ireland."""
     with LoopbackEC2() as cloud:
         cloud.use(monkeypatch)
         yield cloud

@@ -1,4 +1,4 @@
-"""The command that writes a configuration: what it writes runs, and nothing is overwritten."""
+"""The command that writes a configuration: its files run, and it overwrites nothing."""
 
 from pathlib import Path
 from typing import Any

@@ -25,7 +25,7 @@ BUCKET = "fruits"
 
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackEC2]:
-    """An EC2 and S3."""
+    """A loopback EC2, and S3."""
     with LoopbackEC2() as cloud:
         cloud.use(monkeypatch)
         yield cloud

@@ -32,7 +32,7 @@ GIB = 1024**3
         ({"n_workers": 3, "threads_per_worker": 5}, 2, GIB, (3, 5)),
         ({"n_workers": 8}, 2, GIB, (8, 1)),
     ],
-    ids=["a process a core", "short of memory", "very short", "threads given", "both given", "more than cores"],
+    ids=["one process per core", "short of memory", "very short", "threads given", "both given", "more than cores"],
 )
 def test_choose_workers(settings: dict, n_cores: int, memory_bytes: int, expected: tuple[int, int]) -> None:
     chosen = choose_workers(LocalClusterConfig(**settings), n_cores=n_cores, memory_bytes=memory_bytes)

@@ -76,7 +76,7 @@ def storage(request: pytest.FixtureRequest, sample_folder: Path) -> Iterator[dic
 
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackAzure]:
-    """Start an Azure, and check at the end that nothing is left on it."""
+    """Start a loopback Azure, and check at the end that nothing is left on it."""
     with LoopbackAzure() as cloud:
         cloud.use(monkeypatch)
         yield cloud
@@ -181,7 +181,7 @@ def test_cluster_computes_over_tls(run: Run) -> None:
 
 
 def test_custom_data_are_small_and_hold_no_secrets(run: Run) -> None:
-    """They include only the Dask settings that the machines need, and no credentials of the client."""
+    """Custom data include only the Dask settings that the machines need, and no credentials of the client."""
     for machine in run.machines:
         assert len(machine.custom_data.encode()) < 10_000
         serialized = machine.custom_data.partition('DASK_INTERNAL_INHERIT_CONFIG="')[2].partition('"')[0]
@@ -222,7 +222,7 @@ def test_all_that_belongs_to_a_run_is_tagged_and_ends_with_its_machine(run: Run)
 
 
 def test_machines_have_an_identity_and_workers_are_spot(run: Run) -> None:
-    """A name refers to an identity in the resource group."""
+    """cluster.identity may be the name of an identity in the resource group."""
     for machine in run.machines:
         [identity] = machine.body["identity"]["userAssignedIdentities"]
         assert identity.endswith(
@@ -251,7 +251,7 @@ def test_roles_allow_the_requests_to_azure(run: Run) -> None:
     asked = {name_action(call) for call in run.calls}
     assert asked <= role
     unseen = {action.removeprefix("Microsoft.") for action in role - asked}
-    # Azure checks all but the last one itself; the last one is only for machines that do not start.
+    # Azure checks all but the last one itself; the last one is used only if a machine does not start.
     assert unseen == {
         "Compute/disks/write",
         "Network/networkInterfaces/join/action",
@@ -264,7 +264,7 @@ def test_roles_allow_the_requests_to_azure(run: Run) -> None:
 
 
 def test_usage_is_still_known_after_the_end(run: Run) -> None:
-    """There is one entry per machine, which no longer changes after the end."""
+    """Usage has one entry per machine, which no longer changes after the end."""
     after = list_usage(run.client)
     sizes = [("Standard_B2s_v2", False), ("Standard_D2s_v5", True), ("Standard_D2s_v5", True)]
     assert [(one.instance_type, one.is_spot) for one in after] == sizes and after[0].region == "westeurope"
@@ -273,7 +273,7 @@ def test_usage_is_still_known_after_the_end(run: Run) -> None:
 
 
 def test_list_instances_reports_spot_and_age(run: Run) -> None:
-    """`clusters list` prints both."""
+    """`fruitdask clusters list` prints both."""
     scheduler, *workers = run.listed
     assert (scheduler.role, scheduler.is_spot) == ("scheduler", False)
     assert [(worker.role, worker.is_spot, worker.region) for worker in workers] == [("worker", True, "westeurope")] * 2
@@ -303,7 +303,7 @@ def test_image_that_cannot_be_pulled(cloud: LoopbackAzure) -> None:
 
 
 def test_machine_that_may_not_delete_itself_is_deleted_by_its_client(cloud: LoopbackAzure) -> None:
-    """It only stops, which does not release it; its console says why."""
+    """Without the right to delete itself the machine only stops, which still costs money; its console says why."""
     cloud.faults.unpullable, cloud.faults.may_delete = {"nobody/nothing:1"}, False
     expected = r"is stopped; its console ends: .*cannot pull the image.*cannot delete itself: HTTP Error 403"
     with pytest.raises(ClusterStartError, match=expected):
@@ -410,12 +410,12 @@ def test_start_needs_only_the_first_worker(cloud: LoopbackAzure) -> None:
 def test_ctrl_c_while_a_machine_is_being_created(
     cloud: LoopbackAzure, monkeypatch: pytest.MonkeyPatch, ending: threading.Event, n: int
 ) -> None:
-    """A requested machine is deleted even if Azure answers late."""
+    """A machine is deleted even if Ctrl-C comes before Azure has answered the request to create it."""
 
     def interrupt() -> None:
         interrupt_self()
         assert ending.wait(PATIENCE_SECONDS)
-        # Longer than several polls, if there were any.
+        # Long enough for several polls, if the cluster still polled.
         time.sleep(0.5)
 
     on_call(cloud, monkeypatch, ("PUT", "virtualMachines"), n, interrupt)
@@ -469,7 +469,7 @@ if __name__ == "__main__":
 
 
 def test_max_lifetime(cloud: LoopbackAzure) -> None:
-    """Machines end whatever the client does, and closing a cluster that has ended is no error."""
+    """Machines end whatever the client does, and closing a cluster that has ended is not an error."""
     with open_client(configure()) as client:
         first = list(cloud.machines.values())
         cloud.lifetime_is_over.set()
@@ -482,7 +482,7 @@ def test_max_lifetime(cloud: LoopbackAzure) -> None:
 
 
 def test_the_end_of_a_worker_is_noticed_without_a_scheduler(cloud: LoopbackAzure) -> None:
-    """A worker that ends after the scheduler does not count as connected, and as billed, until the run ends."""
+    """A worker that ends after the scheduler does not count as connected and billed until the end of the run."""
     with open_client(configure()) as client:
         scheduler, worker = cloud.machines.values()
         running = client.cluster.list_running
@@ -577,7 +577,7 @@ def leftovers(cloud: LoopbackAzure) -> LoopbackAzure:
 
 
 def test_clusters_list_and_cleanup(leftovers: LoopbackAzure) -> None:
-    """The commands find machines and leftovers of other machines; cleanup asks before it deletes them."""
+    """The commands find machines and what deleted machines have left; cleanup asks before it deletes them."""
     where = ("--cloud", "azure", "--resource-group", "fruits")
     code, printed = invoke("clusters", "list", *where)
     [one, other] = [line for line in printed.splitlines() if re.search("0{12}|f{12}", line)]

@@ -52,7 +52,7 @@ def configure(**options: Any) -> EC2ClusterConfig:
 
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackEC2]:
-    """Start an EC2, and check at the end that nothing is left on it."""
+    """Start a loopback EC2, and check at the end that nothing is left on it."""
     with LoopbackEC2(grace_seconds=0.05) as cloud:
         cloud.use(monkeypatch)
         yield cloud
@@ -191,7 +191,7 @@ def test_scheduler_and_cluster_know_workers_by_the_same_names(run: Run) -> None:
 
 @pytest.mark.slow
 def test_user_data_are_small_and_hold_no_secrets(run: Run) -> None:
-    """They include only the Dask settings that the machines need."""
+    """User data include only the Dask settings that the machines need, and stay far below EC2's limit."""
     for instance in run.instances:
         assert len(instance.user_data.encode()) < 8_000
         serialized = instance.user_data.partition('DASK_INTERNAL_INHERIT_CONFIG="')[2].partition('"')[0]
@@ -239,7 +239,7 @@ def test_volumes_are_encrypted_and_metadata_need_tokens(run: Run) -> None:
 
 @pytest.mark.slow
 def test_security_group_admits_this_machine_alone(run: Run) -> None:
-    """The group admits it only during the run, and only to the scheduler."""
+    """The security group admits this machine only during the run, and only to the scheduler."""
     assert run.rules == [(8786, 8786, "127.0.0.1/32")]
     assert "RevokeSecurityGroupIngress" in {call.action for call in run.calls}
 
@@ -258,13 +258,13 @@ def test_policy_allows_the_requests_to_ec2(run: Run) -> None:
     ]
     assert [question for question in questions if not is_allowed(policy, *question)] == []
     actions = {need.action for need in list_actions(config) if need.action.startswith("ec2:")}
-    # It is only for instances that do not start.
+    # This permission is used only if an instance does not start.
     assert actions - {question[0] for question in questions} == {"ec2:GetConsoleOutput"}
 
 
 @pytest.mark.slow
 def test_usage_is_still_known_after_the_end(run: Run) -> None:
-    """There is one entry per instance, which no longer changes after the end."""
+    """Usage has one entry per instance, which no longer changes after the end."""
     after = list_usage(run.client)
     assert [(one.instance_type, one.is_spot, one.region) for one in after] == [
         ("t3.medium", False, "eu-west-1"),
@@ -314,7 +314,7 @@ def are_both_running(fleet: Fleet) -> bool:
 
 @pytest.mark.slow
 def test_workers_that_never_come_up(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same deadline applies to the first worker; here it passes as soon as its instance runs."""
+    """The deadline applies to the first worker too; this test lets it pass as soon as the worker's instance runs."""
     cloud.faults.never_boots = {"worker"}
     monkeypatch.setattr(Fleet, "is_late", property(are_both_running))
     expected = r"no worker started within .*\(600 s\): instance i-\w+ \(m6i.large.*is running"
@@ -430,7 +430,7 @@ def test_refused_options(cloud: LoopbackEC2, options: dict[str, Any], expected: 
 
 
 def test_variable_that_only_looks_like_a_token_is_accepted(cloud: LoopbackEC2) -> None:
-    """The start fails later, because the image does not exist."""
+    """Such a variable passes the check of options; the start fails later, because the image does not exist."""
     with pytest.raises(ClusterStartError, match="check cluster.ami"):
         with open_client(configure(env_vars={"TOKENIZERS_PARALLELISM": "false"}, ami="ami-0123456789abcdef0")):
             pass
@@ -450,12 +450,12 @@ def test_start_needs_only_the_first_worker(cloud: LoopbackEC2) -> None:
 def test_ctrl_c_while_an_instance_is_being_launched(
     cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch, ending: threading.Event, n: int
 ) -> None:
-    """A requested instance is terminated even if EC2 answers late and does not list it until then."""
+    """An instance is terminated even if Ctrl-C comes before EC2 has answered the request to launch it."""
 
     def interrupt() -> None:
         interrupt_self()
         assert ending.wait(PATIENCE_SECONDS)
-        # Longer than several polls, none of which shows the instance.
+        # Long enough for several polls, none of which lists the instance yet.
         time.sleep(0.5)
 
     on_call(cloud, monkeypatch, "RunInstances", n, interrupt)
@@ -574,7 +574,7 @@ def test_adaptive_cluster_grows_and_shrinks(cloud: LoopbackEC2, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_instances_that_ended_by_themselves(cloud: LoopbackEC2) -> None:
-    """Closing a cluster that has ended, as after max_lifetime, is no error, and nothing is launched for it."""
+    """Closing a cluster that has ended, as after max_lifetime, is not an error, and launches nothing."""
     with open_client(configure()) as client:
         for instance in cloud.instances():
             cloud.interrupt(instance.id)
@@ -601,7 +601,7 @@ def test_gpus_and_modules(cloud: LoopbackEC2) -> None:
 
 
 def test_find_network_uses_given_groups_and_subnets(cloud: LoopbackEC2) -> None:
-    """Given security groups, nothing is created; the subnet is in the given zone."""
+    """If the configuration names security groups, none is created; the subnet is in the given zone."""
     config = configure(security_groups=["sg-1"], subnet_id=cloud.subnet_id)
     network = find_network(config)
     assert (network.vpc, network.subnet_id, network.security_groups) == (cloud.vpc_id, cloud.subnet_id, ["sg-1"])
@@ -628,7 +628,7 @@ def test_find_network_shares_the_group(cloud: LoopbackEC2) -> None:
 
 
 def test_find_network_needs_a_default_vpc(cloud: LoopbackEC2) -> None:
-    """In an account without one, the error says so."""
+    """In an account without a default VPC, the error says so."""
     with contextlib.closing(boto3.client("ec2", region_name="eu-west-2")) as client:
         for subnet in client.describe_subnets()["Subnets"]:
             client.delete_subnet(SubnetId=subnet["SubnetId"])

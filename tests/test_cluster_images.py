@@ -25,7 +25,7 @@ DRIVERS = "Deep Learning Base OSS Nvidia Driver GPU AMI (Ubuntu 24.04) 202610{da
 
 @pytest.fixture(scope="module")
 def cloud() -> Iterator[LoopbackEC2]:
-    """Start an EC2 in Ireland."""
+    """Start a loopback EC2 in Ireland."""
     with LoopbackEC2() as cloud, pytest.MonkeyPatch.context() as patch:
         cloud.use(patch)
         yield cloud

@@ -21,7 +21,7 @@ SLEEP = "#cloud-config\nruncmd:\n  - docker run any sleep 600\n"
 
 
 class LateEC2(LoopbackEC2):
-    """An EC2 in which another instance of a run appears while its instances are being terminated."""
+    """A loopback EC2 in which another instance of a run appears while its instances are being terminated."""
 
     def note(self, caller: str, call: Call) -> None:
         """Launch it at the first request to terminate."""

@@ -97,7 +97,7 @@ def test_image_is_not_built_without_constraints(tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin:/bin"}
     command = ["/bin/sh", "-c", list_arguments("RUN")[0]]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode != 0 and "build this image by configs/docker/build.py" in result.stderr
+    assert result.returncode != 0 and "build this image with configs/docker/build.py" in result.stderr
 
 
 def test_build_pins_this_environment(tmp_path: Path) -> None:

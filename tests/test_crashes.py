@@ -186,7 +186,7 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def is_kept(name: str) -> bool:
-    """Tell whether a file does not depend on time and place of a run."""
+    """Return whether a file does not depend on time and place of a run."""
     return name.startswith(
         ("features.zarr/features/c", "features.zarr/status/c", "partitions/", "results.", "pca.zarr/mean")
     )

@@ -1,4 +1,4 @@
-"""Erasing images from results: nothing of them is left anywhere, and all else is as if they had never been there."""
+"""Erasing images from results: no trace of them remains, and everything else is as if they had never been there."""
 
 import base64
 import io
@@ -112,7 +112,7 @@ def find_colour(output: Location) -> set[str]:
 
 
 def has_colour(pixels: np.ndarray) -> bool:
-    """Tell whether any pixel has the planted colour, apart from errors of compression."""
+    """Return whether any pixel has the planted colour, apart from errors of compression."""
     return bool((np.abs(pixels[..., :3].astype(int) - PLANTED).max(axis=-1) < 30).any())
 
 
@@ -130,7 +130,7 @@ def test_erase_leaves_no_trace_and_the_rest_equals_a_run_without_the_images(
     output = Location(config.output.url, config.output.storage_options)
     before = fruitdask.run(config, client=client)
     features, table = before.features.compute(), before.table
-    # Before erasing, the searches for traces find some.
+    # The searches for traces do find them before the erasing.
     assert {text for _, text in find_texts(output, *SECRETS, "jane_doe")} == {*SECRETS, "jane_doe"}
     assert find_colour(output) >= {"thumbnails", "means", *(("examples.png", "report.html") if pictures else ())}
 
@@ -213,7 +213,7 @@ def test_erased_images_do_not_come_back(make_config: MakeConfig, finish: Finish,
     finish(make_config())
     fruitdask.erase(make_config(), PATTERNS)
     for command in (fruitdask.run, fruitdask.explore):
-        with pytest.raises(StoreMismatchError, match="since 3 were erased"):
+        with pytest.raises(StoreMismatchError, match="since 3 images were erased"):
             command(make_config(), client=client)
     again = fruitdask.run(make_config(output={"overwrite": True}), client=client, progress=Said())
     assert len(again.table) == 26 and again.manifest["erasures"] == []
@@ -226,7 +226,7 @@ def test_erasing_twice_adds_up(make_config: MakeConfig, finish: Finish) -> None:
     erasure = fruitdask.erase(make_config(input={"exclude": PATTERNS[:1]}), PATTERNS[1:])
     assert erasure.result is not None and len(erasure.result.table) == 23
     assert [erased["n_images"] for erased in erasure.result.manifest["erasures"]] == [2, 1]
-    with pytest.raises(StoreMismatchError, match="since 3 were erased"):
+    with pytest.raises(StoreMismatchError, match="since 3 images were erased"):
         fruitdask.run(make_config())
 
 
@@ -268,15 +268,15 @@ def test_erase_where_the_input_cannot_be_listed(
     if later == "renamed":
         (source / "pear_1" / "r0_1.jpg").rename(source / "pear_1" / "other.jpg")
     if later != "without":
-        with pytest.raises(StoreMismatchError, match="since 3 were erased"):
+        with pytest.raises(StoreMismatchError, match="since 3 images were erased"):
             fruitdask.run(make_config())
         return
     result = fruitdask.run(make_config())
     assert result.n_computed == 0
     np.testing.assert_array_equal(result.features.compute(), features[is_kept])
-    # From here on sizes and versions count again.
+    # After this run, an image with another size or version counts as changed again.
     Image.new("RGB", (40, 40)).save(source / "pear_1" / "r0_1.jpg")
-    with pytest.raises(StoreMismatchError, match="since 3 were erased"):
+    with pytest.raises(StoreMismatchError, match="since 3 images were erased"):
         fruitdask.run(make_config())
 
 
@@ -297,7 +297,7 @@ def test_changed_images_are_not_mistaken_for_those_of_the_run(
     with pytest.raises(StoreMismatchError, match="3 of 26 images were erased"):
         fruitdask.erase(make_config(), PATTERNS)
     with pytest.raises(
-        StoreMismatchError, match="the input has other images than the results have since 3 were erased"
+        StoreMismatchError, match="since 3 images were erased from these results, the input no longer matches"
     ):
         fruitdask.run(make_config(input={"exclude": PATTERNS}))
 
@@ -315,7 +315,7 @@ def test_erase_from_a_run_that_is_not_complete(
     is_whole = [not (rows[start : start + 5] // 5 == 3).any() for start in range(0, 23, 5)]
     committed = sorted(store.list_committed(Location(str(tmp_path / "out"))))
     assert committed == list(np.flatnonzero(is_whole)) and 2 <= len(committed) < 5
-    with pytest.raises(StoreMismatchError, match="since 3 were erased"):
+    with pytest.raises(StoreMismatchError, match="since 3 images were erased"):
         fruitdask.run(make_config(), client=client)
     result = fruitdask.run(make_config(input={"exclude": PATTERNS}), client=client)
     assert 0 < result.n_computed == 23 - sum(len(rows[index * 5 :][:5]) for index in committed)
@@ -406,7 +406,7 @@ def test_erase_reports_older_versions(
     finish(make_config())
     for path in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
         s3_client.upload_file(str(path), bucket, path.relative_to(tmp_path).as_posix())
-    # If it had kept versions from the start, moto would list folders of deleted objects, which S3 does not.
+    # Versioning starts only now, because moto lists folders of deleted objects that have versions; S3 does not.
     s3_client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Suspended"})
     assert fruitdask.erase(config, PATTERNS).keeps_versions
     s3_client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
@@ -433,8 +433,8 @@ def test_command_asks_and_prints_no_names(
     assert (find_texts(Location(str(tmp_path / "out")), "jane_doe") == set()) == (exit_code == 0)
 
 
-#: Erases with one process after another, each of which is killed a step later than the one before it: a step is any
-#: change of files. What is left must be the run as it was, or be finished by the next command.
+#: Starts one process after another to erase the images, and kills each of them one change of a file later than the one
+#: before. Each time, either the run is as it was, or the next command finishes the erasure.
 _KILLED = """
 import json, os, shutil, sys
 from pathlib import Path

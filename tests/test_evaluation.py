@@ -118,7 +118,7 @@ def test_summarize_quality_agreement_equals_sklearn_leave_one_out() -> None:
     assert summarize(features, labels, n_neighbors=1)["neighbors"]["agreement"] == pytest.approx(accuracy)
 
 
-def test_summarize_quality_copies_are_no_neighbours() -> None:
+def test_summarize_quality_does_not_count_copies_as_neighbours() -> None:
     features, labels = draw_features(120, 4)
     rng = np.random.default_rng(0)
     rows = np.sort(np.append(np.arange(120), rng.integers(0, 120, 200)))
@@ -215,7 +215,7 @@ def test_summarize_quality_of_a_class_of_one_image() -> None:
         (["a", "a", "a", "a"], 1.0, {"a": 1.0}),
         (["d", "c", "b", "a"], 0.0, {"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.0}),
     ],
-    ids=["nothing", "one image", "one pair", "two classes of one", "one class", "one label an image"],
+    ids=["nothing", "one image", "one pair", "two classes of one", "one class", "one label per image"],
 )
 def test_summarize_quality_has_no_silhouette_where_there_is_none(
     labels: list[str], agreement: float | None, by_class: dict[str, float | None]
@@ -270,8 +270,8 @@ def test_grouped_silhouette_equals_its_definition() -> None:
     assert found["mean"] == pytest.approx(np.mean(values), abs=1e-6)
 
 
-def test_images_of_one_object_are_no_neighbours() -> None:
-    # Two objects a class; each object's images are nearer to those of the other class's object than to its own class.
+def test_images_of_one_object_do_not_count_as_neighbours() -> None:
+    # Two objects per class; each object's images are nearer to those of the other class's object than to its own class.
     features = [0.0, 0.1, 10.0, 10.1, 0.3, 0.4, 10.3, 10.4]
     quality = summarize(features, list("aaaabbbb"), n_neighbors=1, groups=list("11223344"))
     assert quality["neighbors"]["agreement"] == 1

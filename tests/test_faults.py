@@ -30,7 +30,7 @@ def scene(tiny_model: ModelConfig, commands: CommandHost, tmp_path_factory: pyte
 @pytest.mark.parametrize(
     "kind",
     [
-        "each worker killed in its turn",
+        "each worker killed in turn",
         "all workers killed at once",
         "the command killed",
         "an image that kills its worker",

@@ -170,13 +170,13 @@ def test_images_that_finally_failed_are_computed_by_the_next_run(
 
 
 class FirstTime:
-    """Tells whether a request is made for the first time."""
+    """Says whether a request is made for the first time."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[str, str]] = set()
 
     def __call__(self, method: str, path: str) -> bool:
-        """Tell whether this one is."""
+        """Return whether this one is."""
         is_new = (method, path) not in self._seen
         self._seen.add((method, path))
         return is_new
@@ -219,7 +219,7 @@ def test_truncated_images_are_read_again(images: str, s3_server: str, sample_fol
 
 
 def is_image(method: str, path: str) -> bool:
-    """Tell whether a request is for an image."""
+    """Return whether a request is for an image."""
     return path.endswith(".jpg")
 
 

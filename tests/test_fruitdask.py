@@ -1,4 +1,4 @@
-"""The package's face: what an import costs, and that every public name is there."""
+"""The package from outside: what an import costs, and that every public name exists."""
 
 import configparser
 import re
@@ -39,7 +39,7 @@ def test_import_loads_nothing_heavy(statement: str) -> None:
 
 
 @pytest.mark.parametrize("name", fruitdask.__all__)
-def test_public_name_is_there(name: str) -> None:
+def test_public_name_exists(name: str) -> None:
     assert getattr(fruitdask, name).__name__ == name
     assert name in dir(fruitdask)
 

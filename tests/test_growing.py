@@ -504,14 +504,14 @@ def test_erasing_from_a_grown_output(make_config: MakeConfig, finish: Finish, cl
     assert catalog is not None and list(catalog["path"]) == list(names)
     assert list(catalog["label"]) == list(erasure.result.table["label"])
     # Their files still exist, so a run would add them again.
-    with pytest.raises(StoreMismatchError, match="since 2 were erased"):
+    with pytest.raises(StoreMismatchError, match="since 2 images were erased"):
         fruitdask.run(make_config())
     for name in ("apple/4.png", "ananas/1.png"):
         (source / name).unlink()
     assert fruitdask.run(make_config()).n_computed == 0
     # This may be an erased image under another name.
     draw(source, "quince/0.png")
-    with pytest.raises(StoreMismatchError, match="since 2 were erased"):
+    with pytest.raises(StoreMismatchError, match="since 2 images were erased"):
         fruitdask.run(make_config())
 
 

@@ -56,7 +56,7 @@ def run_script(
 
 
 def is_of(process: psutil.Process, tmp_path: Path) -> bool:
-    """Tell whether a process belongs to a script."""
+    """Return whether a process belongs to a script."""
     try:
         return process.environ().get("FRUITDASK_TEST") == str(tmp_path)
     except psutil.Error:

@@ -421,7 +421,7 @@ def test_decode_image_reads_lossless_formats_exactly(kind: str) -> None:
     ],
     ids=["empty", "text named jpg", "start of jpeg", "start of png", "zeros"],
 )
-def test_decode_image_says_why_other_files_are_no_images(data: bytes, message: str) -> None:
+def test_decode_image_says_why_other_files_are_not_images(data: bytes, message: str) -> None:
     with pytest.raises(ImageError, match=message) as caught:
         decode(data)
     assert not isinstance(caught.value, ImageTooLargeError)

@@ -254,7 +254,7 @@ def test_a_null_label_in_parquet_is_reported(folder: Path, labels: Any) -> None:
         look(folder, folder.parent / "labels.parquet")
 
 
-def test_lists_in_parquet_are_no_labels(folder: Path) -> None:
+def test_lists_in_parquet_are_not_labels(folder: Path) -> None:
     pd.DataFrame({"path": PATHS, "label": [["a"]] * 4}).to_parquet(folder.parent / "labels.parquet")
     with pytest.raises(ConfigError, match=r"found the column label of type list<.*>; expected text"):
         look(folder, folder.parent / "labels.parquet")

@@ -99,7 +99,7 @@ def test_list_input_counts_files_left_out_by_kind(tmp_path: Path) -> None:
     )
     fill(tmp_path, "b/IMG.2020 copy", "a/x.csv", ".x", "a/Thumbs.db")
     assert look(tmp_path).left_out == {
-        ".heix": 60, ".mov": 2, ".csv": 1, "with other endings": 1, "without an ending": 1, "hidden": 2,
+        ".heix": 60, ".mov": 2, ".csv": 1, "with other extensions": 1, "without an extension": 1, "hidden": 2,
     }  # fmt: skip
     assert look(tmp_path, extensions=["mov"]).left_out[".jpg"] == 1
 
@@ -124,7 +124,7 @@ def test_format_left_out_says_what_to_install_if_that_helps() -> None:
 
 
 def test_list_images_says_that_all_files_are_hidden(tmp_path: Path) -> None:
-    with pytest.raises(CatalogError, match=r"found none but 2 hidden; .*input\.hidden: true"):
+    with pytest.raises(CatalogError, match=r"found only 2 hidden; .*input\.hidden: true"):
         list_images(InputConfig(url=str(fill(tmp_path, ".a/1.jpg", ".a/2.jpg", "._1.jpg"))))
 
 
@@ -151,7 +151,7 @@ def test_real_folders_come_before_links_to_them(tmp_path: Path) -> None:
     )
     listing = look(tmp_path)
     assert labels(listing) == {"apple/3.jpg": "apple", "pear/1.jpg": "pear", "pear/deep/2.jpg": "deep"}
-    assert listing.left_out == {"links to what is listed already": 4}
+    assert listing.left_out == {"links to files already listed": 4}
 
 
 def test_links_to_other_folders_are_followed_once(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_links_to_other_folders_are_followed_once(tmp_path: Path) -> None:
         "a/1.jpg": "a", "a/sub/2.jpg": "sub", "m/4.jpg": "m", "c/6.jpg": "c", "c/7.jpg": "c", "z/5.jpg": "z",
     }  # fmt: skip
     assert list(listing.files["path"]) == sorted(listing.files["path"])
-    assert listing.left_out == {"hidden": 1, "links to what is listed already": 2, "broken links": 1}
+    assert listing.left_out == {"hidden": 1, "links to files already listed": 2, "broken links": 1}
     assert dict(zip(listing.files["path"], listing.files["bytes"]))["c/6.jpg"] == len("3.jpg")
 
 
@@ -290,7 +290,10 @@ def test_classes_of_several_folders_are_noted_unless_configured(
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("{}/in/*/*.jpg", r"expected a folder in input\.url, found a pattern; write {}/in, all of which is searched"),
+        (
+            "{}/in/*/*.jpg",
+            r"expected a folder in input\.url, found a pattern; write {}/in, which is searched at all levels",
+        ),
         ("{}/in/a/1.jpg", r"expected a folder of images in input\.url, found a file; write the folder .*: {}/in/a$"),
         (
             "{}/in/photos.zip",

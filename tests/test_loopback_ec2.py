@@ -42,7 +42,7 @@ SHUTDOWN = "shutdown -h now"
 
 @pytest.fixture
 def cloud() -> Iterator[LoopbackEC2]:
-    """Start a loopback EC2 in which a minute lasts a hundredth of a second."""
+    """Start a loopback EC2 in which a minute of a scheduled shutdown lasts a hundredth of a second."""
     with LoopbackEC2(seconds_per_minute=0.01) as cloud:
         yield cloud
 
@@ -123,13 +123,13 @@ def make_security() -> Security:
 ROLES = ("client", "scheduler", "worker")
 
 
-# dask-cloudprovider leaves open the sockets with which it probes the scheduler.
+# dask-cloudprovider does not close the sockets with which it probes the scheduler.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 # It also warns when a start takes 10 s, as it may on a busy machine.
 @pytest.mark.filterwarnings("ignore:Creating your cluster is taking:UserWarning")
 def test_ec2cluster_computes_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unmodified EC2Cluster runs tasks over TLS on processes with addresses of their own, and closes."""
+    """An unmodified EC2Cluster runs tasks over TLS on processes, each with its own address, and closes."""
     from dask_cloudprovider.aws import EC2Cluster
 
     with LoopbackEC2(boot_delay_seconds=0.2) as cloud, keep_dask_config():
@@ -165,7 +165,7 @@ def test_ec2cluster_computes_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_run_instances_answers_before_it_runs(cloud: LoopbackEC2) -> None:
-    """The answer says pending, without a public address; later the instance runs at a loopback address."""
+    """RunInstances reports a pending instance without a public address; later it runs at a loopback address."""
     answered = launch(cloud, SLEEP)
     assert answered["State"]["Name"] == "pending" and "PublicIpAddress" not in answered
     wait_for_state(cloud, "running")
@@ -183,7 +183,7 @@ def test_run_instances_gives_a_public_address_only_on_request(cloud: LoopbackEC2
 
 
 def test_addresses_of_other_machines_are_blocked(cloud: LoopbackEC2) -> None:
-    """An address that moto makes up never reaches the client."""
+    """No response contains an address that moto has made up, which may be that of a real machine."""
     with cloud.client("ec2") as client, pytest.raises(ClientError, match="LoopbackLeak"):
         client.create_network_interface(SubnetId=cloud.subnet_id)
     assert len(cloud.leaks) > 0
@@ -207,12 +207,12 @@ def test_unsigned_requests_are_refused(cloud: LoopbackEC2) -> None:
     ],
 )
 def test_find_foreign_addresses_reads_whole_texts(document: str, expected: list[str]) -> None:
-    """Networks, times and counts are not taken as addresses."""
+    """Networks, times and counts are not mistaken for addresses."""
     assert find_foreign_addresses(document, "127.3.4") == expected
 
 
 def test_made_up_address_of_an_instance_is_blocked(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If an instance had an address elsewhere, launching and describing it would fail."""
+    """If an instance had an address outside of the loopback network, requests to launch or describe it would fail."""
     monkeypatch.setattr(cloud, "_take_address", lambda: "192.0.2.1")
     for _ in range(2):
         with pytest.raises(ClientError, match=r"LoopbackLeak.*192\.0\.2\.1"):
@@ -222,7 +222,7 @@ def test_made_up_address_of_an_instance_is_blocked(cloud: LoopbackEC2, monkeypat
 
 
 def test_user_data_are_limited_as_on_ec2(cloud: LoopbackEC2) -> None:
-    """16,384 bytes before encoding are accepted, and one more is not."""
+    """User data may have 16,384 bytes before Base64, and not one more."""
     largest = render(SLEEP) + "\n#"
     largest += "x" * (MAX_USER_DATA_BYTES - len(largest))
     launch(cloud, UserData=largest)
@@ -253,7 +253,7 @@ def test_run_instances_refuses_what_does_not_exist(cloud: LoopbackEC2, options: 
 
 
 def test_refusals_count_calls(cloud: LoopbackEC2) -> None:
-    """A refusal skips some calls, then refuses some."""
+    """With skip=1 and count=2, the first call succeeds, the next two are refused, and the fourth succeeds."""
     cloud.faults.refusals.append(Refusal("VcpuLimitExceeded", skip=1, count=2))
     launch(cloud, SLEEP)
     for _ in range(2):
@@ -265,7 +265,7 @@ def test_refusals_count_calls(cloud: LoopbackEC2) -> None:
 
 
 def test_lack_of_capacity_is_retried_by_clients(cloud: LoopbackEC2) -> None:
-    """EC2 reports it as an error of the server, so clients retry."""
+    """EC2 reports a lack of capacity as an error of the server, so clients retry."""
     cloud.faults.refusals.append(Refusal("InsufficientInstanceCapacity"))
     with pytest.raises(ClientError, match="InsufficientInstanceCapacity") as caught:
         launch(cloud, SLEEP)
@@ -391,7 +391,7 @@ def test_unpullable_image_ends_the_instance(cloud: LoopbackEC2) -> None:
 
 
 def test_instance_that_is_terminated_while_it_boots_runs_nothing(cloud: LoopbackEC2) -> None:
-    """Its container never starts."""
+    """An instance that is terminated while it boots never starts its container."""
     cloud.faults.boot_delay_seconds = 600
     instance_id = launch(cloud, SLEEP)["InstanceId"]
     wait_for_state(cloud, "running")
@@ -416,7 +416,7 @@ def test_instance_that_is_terminated_while_it_boots_runs_nothing(cloud: Loopback
 def test_read_plan_reads_quotes_as_a_shell(
     line: str, image: str, command: list[str], variables: dict[str, str]
 ) -> None:
-    """Docker gets the arguments that a shell parses from the line."""
+    """Docker gets its arguments as a shell parses them, quotes included."""
     plan = read_plan(render(line, SHUTDOWN))
     assert (plan.image, plan.command, plan.variables) == (image, command, variables)
     # A script that the shell cannot parse never reaches its shutdown.
@@ -432,7 +432,7 @@ def test_read_plan_reads_quotes_as_a_shell(
     ],
 )
 def test_read_plan_runs_nothing_of_invalid_user_data(user_data: str) -> None:
-    """As with cloud-init, a mistake results in a running instance that does nothing."""
+    """As with cloud-init, an instance with invalid user data runs, but does nothing."""
     plan = read_plan(user_data)
     assert plan.problem and not plan.command and not plan.shuts_down
 
@@ -471,7 +471,7 @@ def test_instances_without_profile_have_no_credentials() -> None:
 
 
 def test_images_are_found_by_name(cloud: LoopbackEC2) -> None:
-    """There are only images of Canonical, one for each of two architectures."""
+    """The simulator has only images by Canonical, one for each of two architectures."""
     filters = [{"Name": "name", "Values": ["ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-*-server-*"]}]
     with cloud.client("ec2") as client:
         found = client.describe_images(Owners=[CANONICAL], Filters=filters)["Images"]
@@ -494,7 +494,7 @@ def test_exit_ends_everything_and_keeps_other_servers(s3_bucket: tuple[str, dict
 
 
 def test_only_one_at_a_time(cloud: LoopbackEC2) -> None:
-    """A second simulator would share the state of moto, so it is refused."""
+    """A process cannot start a second simulator, because moto's state is global."""
     with pytest.raises(RuntimeError, match="a loopback EC2 in this process already"):
         LoopbackEC2().__enter__()
     launch(cloud, SLEEP)

@@ -154,7 +154,7 @@ def build(scene: Scene, model: Any, **settings: Any) -> None:
 
 
 def build_of_bytes(scene: Scene, name: str, data: bytes, **settings: Any) -> None:
-    """Use a file that is no model."""
+    """Use a file that is not a model."""
     (scene.folder / name).write_bytes(data)
     fruitdask.build_artifact(ModelConfig(weights=str(scene.folder / name), **settings))
 
@@ -189,16 +189,16 @@ MISTAKES: dict[str, Callable[[Scene], Any]] = {
     # The configuration.
     "unknown section": lambda scene: scene.read(MINIMAL + "modle: {}"),
     "unknown key": lambda scene: scene.read(MINIMAL + "model:\n  pooling: avg\n  weight: x"),
-    "unknown key, nothing near": lambda scene: scene.read(MINIMAL + "model: {xyzzy: 1}"),
+    "unknown key without a similar one": lambda scene: scene.read(MINIMAL + "model: {xyzzy: 1}"),
     "unknown key of a nested section": lambda scene: scene.read(MINIMAL.replace("}", ", sample: {perclass: 3}}", 1)),
     "unknown key of a kind of cluster": lambda scene: scene.read(
         MINIMAL + "cluster:\n  kind: address\n  address: tcp://h:1\n  timeout_second: 3"
     ),
     "two mistakes": lambda scene: scene.read(MINIMAL + "model: {pooling: mean}\nplots: {dpi: 3}"),
-    "no such choice": lambda scene: scene.read(MINIMAL, "model.pooling=mean"),
+    "unknown choice": lambda scene: scene.read(MINIMAL, "model.pooling=mean"),
     "wrong type": lambda scene: scene.read(MINIMAL, "input.limit=many"),
-    "below the least": lambda scene: scene.read(MINIMAL, "input.limit=0"),
-    "word for a list": lambda scene: scene.read(MINIMAL, "input.classes=pear_1"),
+    "below the minimum": lambda scene: scene.read(MINIMAL, "input.limit=0"),
+    "word instead of a list": lambda scene: scene.read(MINIMAL, "input.classes=pear_1"),
     "override without a value": lambda scene: scene.read(MINIMAL, "model.pooling"),
     "override without a section": lambda scene: scene.read(MINIMAL, "pooling=max"),
     "override that is not YAML": lambda scene: scene.read(MINIMAL, "input.classes=[pear_1"),
@@ -206,12 +206,12 @@ MISTAKES: dict[str, Callable[[Scene], Any]] = {
     "missing key": lambda scene: scene.read("input: {url: x}\noutput:\n  overwrite: true"),
     "missing address": lambda scene: scene.read(MINIMAL + "cluster: {kind: address}"),
     "missing configuration": lambda scene: fruitdask.load_config(scene.folder / "nope.yaml"),
-    "folder for a configuration": lambda scene: fruitdask.load_config(scene.folder),
+    "folder instead of a configuration": lambda scene: fruitdask.load_config(scene.folder),
     "configuration that is a list": lambda scene: scene.read("- input\n- output"),
     "configuration that is not YAML": lambda scene: scene.read("input: {url: x"),
     "huge configuration": lambda scene: scene.read(MINIMAL + "#" * 1_048_576),
     "variable that is not set": lambda scene: scene.read("input:\n  url: ${FRUITS_UNSET}/in\noutput: {url: out}"),
-    "components that mean nothing": lambda scene: scene.read(MINIMAL, "reduce.n_components=0"),
+    "zero components": lambda scene: scene.read(MINIMAL, "reduce.n_components=0"),
     "fraction with the wrong solver": lambda scene: scene.read(
         MINIMAL, "reduce.n_components=0.8", "reduce.solver=randomized"
     ),
@@ -220,8 +220,10 @@ MISTAKES: dict[str, Callable[[Scene], Any]] = {
         MINIMAL, "model.weights=mine.keras", "model.preprocessing=none", "model.precision=mixed_float16"
     ),
     "more pixels than Pillow opens": lambda scene: scene.read(MINIMAL, "featurize.max_pixels=178956971"),
-    "dashboard for everybody": lambda scene: scene.read(MINIMAL, "cluster.dashboard_address=0.0.0.0:8787"),
-    "components that are not kept": lambda scene: scene.read(MINIMAL, "plots.components=[1, 3]"),
+    "dashboard that other machines can reach": lambda scene: scene.read(
+        MINIMAL, "cluster.dashboard_address=0.0.0.0:8787"
+    ),
+    "figure of a component that is not kept": lambda scene: scene.read(MINIMAL, "plots.components=[1, 3]"),
     # The input.
     "no folder": lambda scene: scene.list(url=str(scene.folder / "nope")),
     "no images": lambda scene: scene.list(url=scene.fill("a/notes.txt", "b/1.mp4", "README")),
@@ -234,9 +236,9 @@ MISTAKES: dict[str, Callable[[Scene], Any]] = {
     "table with other columns": lambda scene: scene.list_table("file,class\n1.jpg,a\n"),
     "table with a path twice": lambda scene: scene.list_table("path,label\n1.jpg,a\n1.jpg,b\n"),
     "table with an empty field": lambda scene: scene.list_table("path,label\n1.jpg,\n"),
-    "table with a path outside": lambda scene: scene.list_table("path,label\n../1.jpg,a\n"),
+    "table with a path outside the input": lambda scene: scene.list_table("path,label\n../1.jpg,a\n"),
     "table of other files": lambda scene: scene.list_table("path,label\nx.jpg,a\ny.jpg,b\n"),
-    "label pattern that does not fit": lambda scene: scene.list(
+    "label pattern that does not match a path": lambda scene: scene.list(
         url=scene.fill("odd/2.jpg"), label_from="class_([a-z]+)/"
     ),
     # A run.
@@ -261,49 +263,61 @@ MISTAKES: dict[str, Callable[[Scene], Any]] = {
         scene.finish(),
         fruitdask.explore(scene.configure(input={"limit": 10})),
     ),
-    "opening nothing": lambda scene: fruitdask.open(str(scene.folder)),
-    "opening an exploration": open_an_exploration,
-    "opening a run that is not finished": open_unfinished,
-    "searching for nothing": lambda scene: fruitdask.open(str(scene.finish())).similar("nope.jpg"),
-    "searching for no photograph": lambda scene: fruitdask.open(str(scene.finish())).similar(b"no photograph"),
-    "searching by no distance": lambda scene: fruitdask.open(str(scene.finish())).similar(0, metric="manhattan"),
-    "searching for no row": lambda scene: fruitdask.open(str(scene.finish())).similar(24),
-    "transforming no image": lambda scene: fruitdask.open(str(scene.finish())).transform([24]),
-    "transforming by another network": lambda scene: fruitdask.open(str(scene.finish())).transform(
+    "open a folder without results": lambda scene: fruitdask.open(str(scene.folder)),
+    "open an exploration without a run": open_an_exploration,
+    "open an unfinished run": open_unfinished,
+    "search for a path that does not exist": lambda scene: fruitdask.open(str(scene.finish())).similar("nope.jpg"),
+    "search for a file that is not a photograph": lambda scene: fruitdask.open(str(scene.finish())).similar(
+        b"no photograph"
+    ),
+    "search with an unknown metric": lambda scene: fruitdask.open(str(scene.finish())).similar(0, metric="manhattan"),
+    "search for a row that does not exist": lambda scene: fruitdask.open(str(scene.finish())).similar(24),
+    "transform a number instead of an image": lambda scene: fruitdask.open(str(scene.finish())).transform([24]),
+    "transform with another network": lambda scene: fruitdask.open(str(scene.finish())).transform(
         [], overrides=["model.preprocessing=tf"]
     ),
-    "applying a run into itself": lambda scene: fruitdask.apply(
+    "apply a run into its own folder": lambda scene: fruitdask.apply(
         scene.finish(), input=str(scene.images), output=str(scene.folder / "out")
     ),
-    "applying a run into another": apply_into_another,
-    "exporting to no format": lambda scene: fruitdask.export(str(scene.folder), scene.folder / "fruits", "excel"),
-    "exporting over something": lambda scene: fruitdask.export(str(scene.finish()), scene.folder),
-    "report of nothing": lambda scene: fruitdask.render_report(scene.configure()),
-    "verification of nothing": lambda scene: fruitdask.verify(str(scene.folder)),
-    "erasure from nothing": lambda scene: fruitdask.erase(scene.configure(), ["pear_1/*"]),
-    "erasure of nothing": lambda scene: (scene.finish(), fruitdask.erase(scene.configure(), ["nobody/*"])),
-    "erasure of everything": lambda scene: (scene.finish(), fruitdask.erase(scene.configure(), ["*"])),
+    "apply a run into the folder of another": apply_into_another,
+    "export to an unknown format": lambda scene: fruitdask.export(str(scene.folder), scene.folder / "fruits", "excel"),
+    "export over an existing folder": lambda scene: fruitdask.export(str(scene.finish()), scene.folder),
+    "report without results": lambda scene: fruitdask.render_report(scene.configure()),
+    "verify without results": lambda scene: fruitdask.verify(str(scene.folder)),
+    "erase without results": lambda scene: fruitdask.erase(scene.configure(), ["pear_1/*"]),
+    "erase with a pattern that matches nothing": lambda scene: (
+        scene.finish(),
+        fruitdask.erase(scene.configure(), ["nobody/*"]),
+    ),
+    "erase with a pattern that matches everything": lambda scene: (
+        scene.finish(),
+        fruitdask.erase(scene.configure(), ["*"]),
+    ),
     "run after an erasure": run_after_erasing,
     "damaged features": run_on_damage,
     "damaged quality": lambda scene: show_damage(scene, "quality.json"),
     "damaged results": lambda scene: show_damage(scene, "results.parquet/part-00000.parquet"),
     # The network.
     "misspelt network": lambda scene: fruitdask.build_artifact(ModelConfig(name="MobilNetV2")),
-    "no network": lambda scene: fruitdask.build_artifact(ModelConfig(name="Pineapple")),
+    "unknown network": lambda scene: fruitdask.build_artifact(ModelConfig(name="Pineapple")),
     "no such layer": lambda scene: fruitdask.build_artifact(
         ModelConfig(name="SqueezeNet", layer="fire99", weights="random")
     ),
-    "file of another kind": lambda scene: fruitdask.build_artifact(ModelConfig(weights="weights.txt")),
-    "no such weights": lambda scene: fruitdask.build_artifact(ModelConfig(weights=str(scene.folder / "none.h5"))),
-    "no weights": lambda scene: build_of_bytes(scene, "text.h5", b"no weights"),
-    "no Keras model": lambda scene: build_of_bytes(scene, "no.keras", b"no archive", preprocessing="none"),
-    "archive of Teachable Machine": build_of_zip,
-    "model of rectangles": lambda scene: build(scene, make_network(32, 24, 3)),
-    "model of grey images": lambda scene: build(scene, make_network(32, 32, 1)),
+    "weights in a file of another kind": lambda scene: fruitdask.build_artifact(ModelConfig(weights="weights.txt")),
+    "weights file that does not exist": lambda scene: fruitdask.build_artifact(
+        ModelConfig(weights=str(scene.folder / "none.h5"))
+    ),
+    "file without weights": lambda scene: build_of_bytes(scene, "text.h5", b"no weights"),
+    "file that is not a Keras model": lambda scene: build_of_bytes(
+        scene, "no.keras", b"no archive", preprocessing="none"
+    ),
+    "archive from Teachable Machine": build_of_zip,
+    "model for rectangular images": lambda scene: build(scene, make_network(32, 24, 3)),
+    "model for grey images": lambda scene: build(scene, make_network(32, 32, 1)),
     "mixed precision on OpenVINO": lambda scene: fruitdask.build_artifact(
         ModelConfig(name="SqueezeNet", weights="random", engine="openvino", precision="mixed_float16")
     ),
-    "sample into a full folder": sample_into_a_full_folder,
+    "sample into a folder that is not empty": sample_into_a_full_folder,
 }
 
 

@@ -576,7 +576,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.slow
 @needs_openvino
-def test_ctrl_c_is_no_crash_after_another_thread_has_dropped_the_last_network(tiny_model: ModelConfig) -> None:
+def test_ctrl_c_does_not_crash_after_another_thread_has_dropped_the_last_network(tiny_model: ModelConfig) -> None:
     config = tiny_model.model_copy(update={"engine": "openvino"})
     # A process of its own, because OpenVINO keeps what it sets up for the first network until the last one goes.
     done = subprocess.run([sys.executable, "-c", _INTERRUPT, config.model_dump_json()], capture_output=True, text=True)

@@ -137,7 +137,7 @@ def test_model_that_takes_any_size_takes_the_configured_one(ending: str, tmp_pat
     ],
     ids=["rectangular", "grey", "four channels"],
 )
-def test_input_that_is_no_square_colour_image(shape: tuple[int, ...], message: str, tmp_path: Path) -> None:
+def test_input_that_is_not_a_square_colour_image(shape: tuple[int, ...], message: str, tmp_path: Path) -> None:
     build_network(shape)[0].save(tmp_path / "own.keras")
     for ask in (choose_input_px, build_artifact):
         with pytest.raises(ModelError, match=rf"own\.keras: expected one input of square RGB images, .*{message}"):

@@ -20,7 +20,7 @@ from fruitdask.worker.models.engines import ENGINES
 from fruitdask.worker.models.networks import INPUT_PX, find_preprocessing
 
 APPLICATIONS = sorted(set(INPUT_PX) - {"SqueezeNet"})
-#: Networks of other layers each, with a small size that they take.
+#: One network of each kind of layers, with a small input size that it accepts.
 FAMILIES = {
     "ConvNeXtTiny": 64,
     "EfficientNetB0": 64,

@@ -1,4 +1,4 @@
-"""Tests of the sentence that names a file that is no image, and of raw photographs that look like a TIFF."""
+"""Tests of the sentence that says what a file is if not an image, and of raw photographs that look like a TIFF."""
 
 import gzip
 import io

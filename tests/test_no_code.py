@@ -9,9 +9,9 @@ import pytest
 import fruitdask
 
 FOLDER = Path(fruitdask.__file__).parent
-#: Functions that run what they are given, or load what could.
+#: Functions that run their argument, or load an object that could run code.
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "load_source", "system", "popen", "getoutput", "literal_code"}
-#: Modules whose functions do, and where one of them is needed nevertheless.
+#: Modules with such functions; `ALLOWED` has the files that need one of them.
 MODULES = {
     "pickle",
     "cPickle",
@@ -33,7 +33,7 @@ ALLOWED = {
     ("__init__.py", "import_module of a computed name"),
     ("cluster/custom.py", "import_module of a computed name"),
 }
-#: Keyword arguments that open a door.
+#: Keyword arguments that permit code to run.
 DOORS = {
     "allow_pickle": True,
     "shell": True,

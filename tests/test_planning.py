@@ -64,7 +64,7 @@ def make_config(tiny_model: ModelConfig, sample_folder: Path, tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def cloud(sample_folder: Path) -> Iterator[LoopbackEC2]:
-    """An EC2 and S3 in eu-west-1, the drawn images in a bucket there and in one in us-east-1."""
+    """A loopback EC2 and S3 in eu-west-1, with the drawn images in a bucket there and in another in us-east-1."""
     with LoopbackEC2() as cloud:
         with cloud.client("s3") as client:
             for bucket in ("photos", "results"):

@@ -385,7 +385,7 @@ def test_plot_explained_variance_marks_where_the_curve_reaches_the_shares() -> N
     assert curve.get_drawstyle() == "steps-post"
     (dots,) = (line for line in axes.lines if line.get_marker() == "o")
     np.testing.assert_allclose(dots.get_xydata(), [(3, 0.8), (4, 0.9), (4, 0.95)])
-    assert {"80 %: 3 components", "95 %: 4 components", "99 %: more than are known"} <= set(list_texts(figure))
+    assert {"80 %: 3 components", "95 %: 4 components", "99 %: more than were computed"} <= set(list_texts(figure))
 
 
 @pytest.mark.parametrize("n", [5, 40], ids=["with numbers", "with a legend"])
@@ -461,11 +461,11 @@ WITHOUT_DATA: list[tuple[Callable[[], Figure], str]] = [
     (lambda: figures.plot_differences(make_classes(["a"]).assign(mean_squared_difference=np.nan)), NO_PAIR),
     (lambda: figures.plot_silhouettes({"mean": None, "by_class": {}}), NO_CLASSES),
     (lambda: figures.plot_confusion([], []), NO_CLASSES),
-    (lambda: figures.plot_explained_variance([], {}), "No component is known."),
+    (lambda: figures.plot_explained_variance([], {}), "No components were computed."),
     (lambda: figures.plot_sizes(make_images(width=[], height=[], n_bytes=[])), "There are no images."),
     (
         lambda: figures.plot_map(TABLE.assign(pca_1=np.nan), x="pca_1", y="pca_2", title="Map"),
-        "No image has a position.",
+        "No image has coordinates.",
     ),
     (lambda: figures.plot_examples(cast(Exploration, SimpleNamespace(classes=EMPTY)), per_class=2), NO_CLASSES),
 ]

@@ -64,7 +64,7 @@ pytestmark = pytest.mark.browser
 
 @dataclass
 class Watched:
-    """A page, its requests and its complaints."""
+    """A page, its requests, and its errors and warnings."""
 
     page: Page
     requests: list[str] = field(default_factory=list)
@@ -120,7 +120,7 @@ def hover(page: Page, name: str, number: int, *, with_picture: bool = True) -> d
 
 
 def drag_box(page: Page, name: str) -> None:
-    """Select what lies in the middle of a map with its box."""
+    """Select what is in the middle of a map with its box."""
     page.evaluate(
         """(name) => {
           const tools = Bokeh.documents[0].get_model_by_name(`plot-${name}`).toolbar.tools;

@@ -346,7 +346,7 @@ def test_render_page_escapes_what_comes_from_files(html: str, outline: Outline) 
 
 def test_render_page_describes_the_run_and_its_input(outline: Outline) -> None:
     for sentence in (
-        "The network MobileNetV2 turned 60 images of 4 classes into 1,280 numbers each, in 30 s altogether, ",
+        "The network MobileNetV2 turned 60 images of 4 classes into 1,280 numbers each, in 30 s in total, ",
         "on a local cluster of 2 workers with 4 threads.",
         "2 images (3.3 %) could not be used; the reasons are below.",
         "Of the 5 images that look most like an image to the network, 94 % show the same class as the image itself",
@@ -557,7 +557,7 @@ def test_sample_points_prefers_images_on_both_maps_then_those_with_thumbnails() 
         (["pca_1"], (1, 2), []),
         (["pca_1", "pca_2", "tsne_1", "tsne_2"], (2, 1), [("pca_2", "pca_1"), ("tsne_1", "tsne_2")]),
     ],
-    ids=["as wished", "too few for the wish", "one component", "with t-SNE"],
+    ids=["as configured", "fewer than configured", "one component", "with t-SNE"],
 )
 def test_choose_axes(columns: list[str], components: tuple[int, int], expected: list[tuple[str, str]]) -> None:
     axes = choose_axes(columns, components, [0.3, 0.2])

@@ -47,7 +47,7 @@ class QuietHandler(MotoRequestHandler):
 
 
 class Server:
-    """An S3 server that records requests, and can be less helpful than moto's.
+    """An S3 server that records requests, and can withhold regions that moto would report.
 
     ``head_status`` is what it answers to HeadBucket, ``location`` what it answers to GetBucketLocation; ``is_silent``
     servers leave the region out of headers.
@@ -62,7 +62,7 @@ class Server:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all requests, and be helpful again."""
+        """Forget all requests, and answer as moto does."""
         self.requests: list[str] = []
         self.head_status: str | None = None
         self.location: str | None = None
@@ -115,7 +115,7 @@ def server(running_server: Server) -> Server:
 
 @pytest.fixture
 def amazon(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """The same, in place of all servers outside of this machine."""
+    """The same server, which answers in place of all servers outside of this machine."""
     monkeypatch.setenv("http_proxy", server.url)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     return server
@@ -290,7 +290,7 @@ def test_manifest_in_another_bucket_of_amazon_may_be_in_another_region(make_conf
 
 
 @pytest.mark.parametrize("way", ["client_kwargs", "environment", "profile"])
-def test_the_server_is_the_one_that_is_read_from(
+def test_region_is_requested_from_the_server_that_holds_the_images(
     make_config: MakeConfig, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str
 ) -> None:
     options: dict[str, Any] = {"default_block_size": 1_000_000 + len(way)}  # makes s3fs create another client

@@ -40,7 +40,7 @@ def test_resize_square_is_exact(width: int, height: int, side_px: int, seed: int
 
 @pytest.mark.parametrize("size", [(4000, 3000), (2001, 2003), (31_251, 40), (31_250, 33)], ids=str)
 def test_resize_square_of_several_blocks(size: tuple[int, int]) -> None:
-    """Pillow holds these images in several pieces; two of them are about as wide as the kernels accept."""
+    """Pillow holds these images in several blocks of memory; two of them are about as wide as the kernels accept."""
     image = make_image(*size)
     assert np.array_equal(resize.resize_square(image, 96), resize_by_pillow(image, 96))
 

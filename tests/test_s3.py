@@ -71,7 +71,7 @@ class Server:
 
 
 class Proxy(BaseHTTPRequestHandler):
-    """A forward proxy that leads all host names to one server, because no resolver here does."""
+    """A forward proxy that sends requests for any host name to one server, because no resolver here knows the names."""
 
     protocol_version = "HTTP/1.1"
     target = ""

@@ -198,7 +198,7 @@ def test_draw_sample_refuses_a_place_in_use(tmp_path: Path, kind: str) -> None:
     keep.parent.mkdir()
     keep.write_text("mine")
     folder = {"folder": keep.parent, "file": keep, "parent": keep / "below"}[kind]
-    with pytest.raises(OutputError, match=r"Expected a new or an empty folder .*; name another folder\."):
+    with pytest.raises(OutputError, match=r"Expected a new or empty folder .*; name another folder\."):
         draw_sample(folder, per_class=1, size_px=16)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [keep]
     assert keep.read_text() == "mine"

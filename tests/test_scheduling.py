@@ -26,13 +26,13 @@ ONE_GIBIBYTE = ONE_WORKER.model_copy(update={"memory_limit": "1GiB"})
 
 
 def write_note(partition: Partition, folder: Path, text: str) -> int:
-    """Leave a file for each partition, so that it shows what was done."""
+    """Write a file for each partition, as a record of what was done."""
     (folder / str(partition.index)).write_text(text + partition.paths[0])
     return partition.index
 
 
 def wait_for_next(partition: Partition, folder: Path, patience_seconds: float) -> bool:
-    """Leave a file, let the next partition begin, and tell whether its file came."""
+    """Write a file, let the next partition begin, and return whether its file appeared in time."""
     (folder / str(partition.index)).touch()
     let_next_begin()
     deadline = time.monotonic() + patience_seconds * (partition.index < len(PARTITIONS) - 1)
@@ -97,7 +97,7 @@ def _receive(mark: str) -> DeadlyOnce:
 
 
 def use_delivery(partition: Partition, delivered: DeadlyOnce) -> int:
-    """Use what was delivered."""
+    """Use the value that was broadcast."""
     delivered.write(partition.paths[0].replace("/", "-"))
     return partition.index
 

@@ -73,7 +73,7 @@ def list_commands(output: Path) -> Iterator[list[str]]:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change a JSON file, and seal it again."""
+    """Change a JSON file, and renew its checksum."""
     tree = json.loads(path.read_text())
     change(tree)
     path.write_text(json.dumps(seal(tree)))

@@ -672,7 +672,7 @@ def test_verify_finds_nothing_after_any_history(tmp_path: Path, tiny_model: Mode
         deed = History.erase if number is None else _DEEDS[number]
         deed(history)
         if number is not None:
-            # Interrupted or pending work is no damage.
+            # Interrupted or pending work is not damage.
             check_is_well(history.output, deed.__name__)
         result = history.run()
         check_is_well(history.output, deed.__name__)

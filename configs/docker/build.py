@@ -1,7 +1,7 @@
 """Build the image that the instances of a cluster run, with the versions of the Python environment that runs this.
 
     python configs/docker/build.py me/fruitdask:1           # for instances without GPUs
-    python configs/docker/build.py me/fruitdask:1-gpu --gpu # with what TensorFlow needs for GPUs of NVIDIA
+    python configs/docker/build.py me/fruitdask:1-gpu --gpu # with what TensorFlow needs for NVIDIA's GPUs
 
 Then push it to where instances can pull it from: docker push me/fruitdask:1
 """

@@ -70,7 +70,7 @@ def fit_probe(features: Floats, codes: npt.NDArray[np.int64]) -> LinearProbe:
     )
     weights, bias = model.coef_.T, model.intercept_
     if weights.shape[1] == 1:
-        # Of two classes, scikit-learn stores the logits of the second.
+        # For two classes, scikit-learn stores the logits of the second only.
         weights, bias = np.concatenate([0 * weights, weights], axis=1), np.concatenate([0 * bias, bias])
     arrays = (mean, scale, weights, bias)
     return LinearProbe(*(np.asarray(each, np.float32) for each in arrays))
@@ -138,7 +138,7 @@ def evaluate(
     classes: list[str],
     groups: npt.NDArray[np.int64] | None,
 ) -> dict[str, Any]:
-    """Compare out-of-fold guesses with the labels."""
+    """Compare out-of-fold predictions with the labels."""
     n_classes, is_right = len(classes), guesses == codes
     guessed = np.bincount(guesses, minlength=n_classes)
     right = np.bincount(codes[is_right], minlength=n_classes)
@@ -241,7 +241,7 @@ def _check(
     if counts.min() < 2:
         raise TrainingError(
             f"expected at least 2 images with features of each class, found 1 of {str(classes[counts.argmin()])!r}; "
-            "add images, or leave the class out by input.classes"
+            "add images, or leave the class out with input.classes"
         )
     if groups is None:
         return
@@ -249,7 +249,7 @@ def _check(
     if counts.min() < 2 and are_copies:
         raise TrainingError(
             f"expected at least 2 different images of each class, found only copies of one of "
-            f"{str(classes[counts.argmin()])!r}; add images, or leave the class out by input.classes"
+            f"{str(classes[counts.argmin()])!r}; add images, or leave the class out with input.classes"
         )
     if counts.min() < 2:
         raise TrainingError(

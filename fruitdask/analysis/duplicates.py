@@ -51,7 +51,7 @@ def group_duplicates(keys: npt.NDArray[np.uint64], is_known: npt.NDArray[np.bool
 def group_near_duplicates(
     hashes: npt.NDArray[np.uint64], is_known: npt.NDArray[np.bool_], *, max_bits: int
 ) -> npt.NDArray[np.int32]:
-    """Number the groups of rows whose 64-bit hashes differ in at most so many bits, directly or through others.
+    """Number the groups of rows whose 64-bit hashes differ in at most `max_bits` bits, directly or through others.
 
     Returns shape (n,), int32; -1 for rows that are alone or have no hash.
 
@@ -130,7 +130,7 @@ def _connect(values: npt.NDArray[np.uint64], max_bits: int) -> npt.NDArray[np.in
 
     def merge(pairs: list[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
         ends = components[np.concatenate(pairs, axis=1)]
-        # Few of millions of values are close to another one, and SciPy needs 30 bytes for each that it knows.
+        # SciPy needs 30 bytes per node, and of millions of values only a few are close to another one.
         nodes, places = np.unique(ends, return_inverse=True)
         links = coo_array(
             (np.ones(ends.shape[1], np.bool_), tuple(places.reshape(ends.shape))), shape=(len(nodes),) * 2
@@ -154,7 +154,7 @@ def _connect(values: npt.NDArray[np.uint64], max_bits: int) -> npt.NDArray[np.in
 
 
 def find_close_pairs(values: npt.NDArray[np.uint64], max_bits: int) -> Iterator[npt.NDArray[np.int32]]:
-    """Find the pairs of 64-bit hashes that differ in at most so many bits; pairs may repeat.
+    """Find the pairs of 64-bit hashes that differ in at most `max_bits` bits; pairs may repeat.
 
     Yields positions of shape (2, n_pairs), int32, a bounded number at a time.
     """

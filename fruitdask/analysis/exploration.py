@@ -31,9 +31,9 @@ _MEANS = ("mean_red", "mean_green", "mean_blue")
 _MAX_SUMS_BYTES, _IMAGES_TOGETHER = 64_000_000, 512
 #: ... until they fit, but not below this side.
 _MIN_COMPARED_PX = 16
-#: A task adds up at most so many sums of one class in one partition, unless it has a single class, ...
+#: The most sums (each of one class in one partition) that a task adds up, unless it has a single class, ...
 _SUMS_PER_BLOCK = 1_024
-#: ... and its totals have at most so many bytes, unless it has a single class.
+#: ... and the most bytes of its totals, unless it has a single class.
 _TOTAL_BYTES = 64_000_000
 
 
@@ -118,7 +118,7 @@ class ImageNumbers:
 
 
 def parse_hashes(column: Any, *, n_bits: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
-    """Parse an Arrow column of hashes in hexadecimal digits, of so many bits or empty.
+    """Parse an Arrow column of hashes in hexadecimal digits, of `n_bits` bits or empty.
 
     Returns shape (n, n_bits // 64), uint64, and which rows have a hash.
 
@@ -151,7 +151,7 @@ class Groups:
         *,
         max_bits: int,
     ) -> "Groups":
-        """Find the groups; `read_hashes` reads a column of hashes of so many bits, which fills memory."""
+        """Find the groups; `read_hashes` reads a column of hashes with a number of bits, which takes much memory."""
         contents = read_hashes("content_hash", 256)
         duplicates = group_duplicates(contents, (contents != 0).any(axis=1))
         del contents

@@ -292,8 +292,8 @@ def find_copies(groups: pd.Series) -> npt.NDArray[np.int64]:
 def find_near_pairs(images: pd.DataFrame, parts: npt.NDArray[np.int64], *, max_bits: int) -> npt.NDArray[np.int64]:
     """Find pairs of images of different parts (class and split) whose perceptual hashes and mean colours agree.
 
-    Returns index labels of `images`, which are positions in `parts`, shape (2, n_pairs), int64. Equal files are no
-    pairs. One of many images of a part that look the same stands for all of them, so that their number does not matter.
+    Returns index labels of `images`, which are positions in `parts`, shape (2, n_pairs), int64. Equal files are
+    not pairs. If many images of a part look the same, one of them represents all, so that their number does not matter.
     """
     known = images[images["has_look"]]
     looks = (known[_MEANS] // (_COLOUR_LEVELS / 2)).assign(hash=known["perceptual_hash"], part=parts[known.index])

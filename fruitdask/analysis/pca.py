@@ -23,7 +23,7 @@ class PCA(decomposition.PCA):  # type: ignore[misc]
     """
     Principal component analysis of dask-ml with one more solver, ``covariance_eigh``, which is the default.
 
-    It takes NumPy and Dask arrays, and gives back the same kind.
+    It takes NumPy and Dask arrays, and returns the same kind.
 
     Parameters
     ----------
@@ -309,10 +309,10 @@ def _open_rows(values: Any) -> Any:
 
 
 def _compute_like(values: Any, project: Any) -> Any:
-    """Project a Dask array lazily; anything else at once in this process, even if a cluster is connected."""
+    """Project a Dask array lazily; anything else immediately in this process, even if a cluster is connected."""
     if isinstance(values, da.Array):
         return project(values)
-    # With scikit-learn's `set_output` it is no Dask array any more.
+    # With scikit-learn's `set_output` the result is no longer a Dask array.
     return da.compute(project(da.from_array(np.asarray(values), chunks=-1, name=False)), scheduler="synchronous")[0]
 
 

@@ -32,12 +32,12 @@ def cli() -> None:
     """Map a bucket full of photographs: features by a neural network on a Dask cluster, then PCA and t-SNE.
 
     \b
-    Start with:             fruitdask run PHOTOS
-    or, in a clone of it:   fruitdask run configs/demo.yaml
+    Start with:                     fruitdask run PHOTOS
+    or, in a clone of the project:  fruitdask run configs/demo.yaml
 
     Exit codes: 0 success; 1 the run failed, storage failed during the run, or results are damaged; 2 the configuration
-    or the command line is wrong, or a place in it cannot be used; 3 too many images failed; 4 refused by a policy or a
-    limit; 5 the cluster did not start; 130 interrupted.
+    or the command line is wrong, or a path or URL in it cannot be used; 3 too many images failed; 4 refused by a policy
+    or a limit; 5 the cluster did not start; 130 interrupted.
     """
 
 

@@ -29,9 +29,10 @@ def apply(
 
     The network, the decoding and the principal components are those of that run.
 
-    OUTPUT is a folder or URL, or the configuration file of the run, for its storage options. The other settings are
-    those of that run, unless --set changes them, except that t-SNE, quality and the check are off. Storage options
-    and other settings that may hold secrets are not recorded: give them again with --set. The images need no labels.
+    OUTPUT is a folder or URL, or the configuration file of the run, which also gives storage options. The other
+    settings are those of that run, unless --set changes them, except that t-SNE, quality and the check are off. Storage
+    options and other settings that may hold secrets are not recorded: give them again with --set. The images need no
+    labels.
 
     Run it again after an interruption, or after images were added, changed or removed: it reuses stored results, and
     never fits components again.

@@ -29,7 +29,7 @@ _EXIT_CODES: tuple[tuple[Any, int], ...] = (
     ((errors.WeightsUnavailableError, errors.EngineError), 1),
     (errors.FruitdaskError, 2),
 )
-#: Columns before the value of a row, and rows that are not broken.
+#: Columns before the value of a row, and rows that are never wrapped.
 _INDENT, _PLACES = 20, ("results", "report", "table", "failures")
 #: Ends of the names of configuration files.
 _ENDINGS = (".yaml", ".yml")
@@ -89,13 +89,13 @@ def reported(*, verbose: bool = False, again: str = "run the same command again"
 
 
 def _tell(sentence: str) -> None:
-    """Write a sentence to standard error, on a terminal broken between words."""
+    """Write a sentence to standard error; on a terminal, wrap it between words."""
     n_columns = get_terminal_size().columns if sys.stderr.isatty() else None
     click.echo("\n".join(_break(f"fruitdask: {sentence}", n_columns)), err=True)
 
 
 def _break(line: str, n_columns: int | None) -> list[str]:
-    """Break a line between words, if there is a width."""
+    """Wrap a line between words, if there is a width."""
     return [line] if n_columns is None else wrap(line, n_columns, break_long_words=False, break_on_hyphens=False)
 
 
@@ -221,7 +221,7 @@ def print_rows(rows: dict[str, str], *above: Any) -> None:
     console = Console()
     for each in above:
         console.print(each)
-    # Other programs read lines, and a person copies places.
+    # Other programs read whole lines, and people copy paths and URLs.
     n_columns = max(console.width - _INDENT, _INDENT) if console.is_terminal else None
     for name, value in rows.items():
         if value:
@@ -230,6 +230,6 @@ def print_rows(rows: dict[str, str], *above: Any) -> None:
 
 
 def _indent(text: str, n_columns: int | None) -> str:
-    """Align the lines of a value with its first one, after breaking them between words if there is a width."""
+    """Align the lines of a value with its first one, after wrapping them between words if there is a width."""
     lines = [part for line in text.split("\n") for part in _break(line.strip(), n_columns)]
     return ("\n" + " " * _INDENT).join(lines)

@@ -33,10 +33,10 @@ def compare(
 ) -> None:
     """Compare features and scores with those of a Spark job.
 
-    CONFIG_OR_OUTPUT is the folder or URL of the results, or the configuration file of the run, whose storage options
-    then hold for SPARK_PARQUET on the same storage too. SPARK_PARQUET is a folder, file or URL with a column of paths,
-    and features or scores as arrays or as vectors of Spark ML. Images match by the longest common ending of their paths
-    that is unique, whatever the prefix (s3a://, dbfs:/ ...).
+    CONFIG_OR_OUTPUT is the folder or URL of the results, or the configuration file of the run, which also gives storage
+    options; they apply to SPARK_PARQUET too if it is on the same kind of storage. SPARK_PARQUET is a folder, file or
+    URL with a column of paths, and features or scores as arrays or as vectors of Spark ML. Images match by the longest
+    common ending of their paths that is unique, whatever the prefix (s3a://, dbfs:/ ...).
 
     The exit code is 0 if all images that could be compared agree, and 1 if some do not or none could be compared.
     Images that are on one side only, or have no features there, are counted and do not change the exit code.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "--paths", "table", metavar="FILE", help="CSV or Parquet table (path, label), such as the page's selected.csv."
 )
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @set_option
 @verbose_option
 def erase(

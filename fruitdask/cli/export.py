@@ -27,12 +27,12 @@ _OPEN = {
 def export(output: str, target: str, to: str, overwrite: bool, verbose: bool) -> None:
     """Write the table and the features for another program.
 
-    OUTPUT is the folder or URL of a finished run, or its configuration file, for its storage options; they apply to
-    TARGET too if that has the same protocol. TARGET is a file for parquet and embedding-atlas, else a folder; for
-    parquet and spark it may be a URL.
+    OUTPUT is the folder or URL of a finished run, or its configuration file, which also gives storage options; they
+    apply to TARGET too if that has the same protocol. TARGET is a file for parquet and embedding-atlas, else a folder;
+    for parquet and spark it may be a URL.
 
-    tensorboard and embedding-atlas leave out images without features. fiftyone shows images on a disk only: if the
-    input is elsewhere, give it a copy as rel_dir.
+    tensorboard and embedding-atlas leave out images without features. FiftyOne shows only images on a local disk: if
+    the input is elsewhere, copy it, and pass the folder of the copy to FiftyOne as rel_dir.
     """
     with reported(verbose=verbose):
         url, options = find_output(output)

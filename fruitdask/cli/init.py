@@ -10,7 +10,7 @@ from fruitdask.cli.common import describe_photographs, reported, show
 from fruitdask.errors import ConfigError
 
 _FILE = "fruitdask.yaml"
-#: Names beside the file where no photographs are given, and what draws some there.
+#: Without photographs: the folders beside the file, and the setting that draws photographs into the first one.
 _PHOTOS, _RESULTS = "photographs", "photographs-results"
 _SAMPLE = """
   # Draws photographs of fruits if that folder does not exist. To use your own, name their folder and delete this line.

@@ -30,15 +30,15 @@ def iam_policy(
 ) -> None:
     """Print the minimal permissions that a run needs on AWS or Azure.
 
-    On AWS they are IAM policies; with --role a single one, for the command aws:
+    On AWS they are IAM policies. --role prints only one of them, for the aws command:
 
     \b
     fruitdask iam-policy CONFIG --role workers > policy.json
     aws iam put-role-policy --role-name ROLE --policy-name fruitdask \\
         --policy-document file://policy.json
 
-    For a cluster on Azure they are definitions of custom roles, with the commands
-    of az that create and assign them.
+    For a cluster on Azure they are definitions of custom roles, with the az
+    commands that create and assign them.
     """
     from fruitdask.cluster.ec2.policies import ROLES, build_policies, list_actions
 

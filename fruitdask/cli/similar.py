@@ -45,9 +45,9 @@ def similar(
 
     Those are the images whose features are nearest to the features of PHOTO.
 
-    OUTPUT is the folder or URL of a finished run, or its configuration file, for its storage options. PHOTO is the path
-    of an image of the run, as in its table, or any photograph: a file or a URL, whose features the network of the run
-    computes on this machine. The search is exact. An image of the run is not among its own results.
+    OUTPUT is the folder or URL of a finished run, or its configuration file, which also gives storage options. PHOTO is
+    the path of an image of the run, as in its table, or any photograph: a file or a URL, whose features the network of
+    the run computes on this machine. The search is exact. An image of the run is not among its own results.
 
     --html FILE contains small copies of the photographs, without metadata.
     """

@@ -16,7 +16,7 @@ _SHOWN_CLASSES = 24
 _FEWEST_PRICED = 10_000
 #: Advice on speed needs this many seconds of featurizing, and this share of them in one stage.
 _LONG_SECONDS, _LIMITING_SHARE = 60.0, 0.4
-#: What metadata hold, by its name in the counts.
+#: Kinds of metadata in words, by their names in the counts.
 _METADATA = {"exif": "camera data", "gps": "positions", "serial": "serial numbers", "name": "names"}
 
 

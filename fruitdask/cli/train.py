@@ -16,15 +16,16 @@ _SHOWN_CLASSES = 40
 
 @click.command()
 @click.argument("output")
-@click.option("--max-rows", type=click.IntRange(min=4), help="Images to train on at most; 20,000 by default.")
+@click.option("--max-rows", type=click.IntRange(min=4), help="Maximum number of images to train on; 20,000 by default.")
 @verbose_option
 def train(output: str, max_rows: int | None, verbose: bool) -> None:
     """Train a classifier, and say how far to trust it.
 
     It learns from the features and labels of the finished run in OUTPUT.
 
-    OUTPUT is a folder or URL, or the configuration file of the run, for its storage options. With input.group_from, no
-    object is in both the training and the test part of the cross-validation. The classifier is stored in OUTPUT.
+    OUTPUT is a folder or URL, or the configuration file of the run, which also gives storage options. With
+    input.group_from, no object is in both the training and the test part of the cross-validation. The classifier is
+    stored in OUTPUT.
     """
     with reported(verbose=verbose):
         url, options = find_output(output)
@@ -42,10 +43,10 @@ def train(output: str, max_rows: int | None, verbose: bool) -> None:
 def predict(output: str, source: str, target: str, overrides: tuple[str, ...], verbose: bool) -> None:
     """Predict the labels of other images.
 
-    The classifier is that of the run in OUTPUT, which fruitdask train has trained.
+    Uses the classifier that fruitdask train has stored in OUTPUT.
 
     Applies the run to the images first, as fruitdask apply does: run it again after an interruption. An image that is
-    unlike all training images is labelled unknown, and each prediction names the training image that is most alike.
+    unlike all training images is labelled unknown, and each prediction names the most similar training image.
     """
     from fruitdask.core.progress import choose_progress
 

@@ -20,8 +20,8 @@ def verify(output: str, repair: bool, verbose: bool) -> None:
     """Report what is damaged, missing or inconsistent in OUTPUT.
 
     Reads all results, but no image, and starts no cluster. OUTPUT is a folder or URL, or the configuration file of the
-    run, for its storage options. Verifies what an unfinished run has stored so far. The exit code is 0 if there is no
-    fault, or all were repaired, and 1 otherwise.
+    run, which also gives storage options. Verifies what an unfinished run has stored so far. The exit code is 0 if
+    there is no fault, or all were repaired, and 1 otherwise.
 
     After --repair, the next fruitdask run computes only the damaged results again. No run may use OUTPUT meanwhile.
     """

@@ -1,4 +1,4 @@
-"""Azure Blob Storage by adlfs, with retries in one layer only: Azure's client."""
+"""Azure Blob Storage through adlfs, with retries in one layer only: Azure's client."""
 
 import asyncio
 import inspect

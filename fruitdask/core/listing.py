@@ -44,8 +44,8 @@ _SYSTEM_NAMES = {
 GROUPINGS = ("split", "group")
 
 #: Kinds of skipped files, in addition to endings.
-HIDDEN, NO_ENDING, OTHER_ENDINGS = "hidden", "without an ending", "with other endings"
-_SAME, _BROKEN = "links to what is listed already", "broken links"
+HIDDEN, NO_ENDING, OTHER_ENDINGS = "hidden", "without an extension", "with other extensions"
+_SAME, _BROKEN = "links to files already listed", "broken links"
 #: Maximum of endings that are counted separately, and that are shown.
 _MAX_ENDINGS, _MAX_SHOWN = 1_000, 10
 _ENDING = re.compile(r"\.[\w+~-]{1,15}")

@@ -13,7 +13,7 @@ Row = tuple[str, int, str]
 #: Folders that are listed at once, and pages of each that are held until the folders before it are complete: these are
 #: at most 512,000 files, which take 130 MB.
 _N_AT_ONCE, _MAX_HELD = 8, 64
-#: Levels of folders that are searched for so many folders.
+#: Levels of folders that are searched until there are that many folders.
 _MAX_DEPTH = 3
 
 #: Asks for a page of a folder: its rows, and the token of the next one.
@@ -27,7 +27,7 @@ def list_below(fs: Any, top: str) -> Iterator[Row]:
         yield from rows
         return
     places = _find_places(fs, top)
-    # Not all servers tell of all folders.
+    # Not all servers report all folders.
     if not all(_is_below(path, places) for path, _, _ in rows):
         places = [""]
     with ThreadPoolExecutor(_N_AT_ONCE) as pool:
@@ -48,7 +48,7 @@ def get_name(place: Row | str) -> str:
 def _find_places(fs: Any, top: str) -> list[Row | str]:
     """Find files and names of folders that together hold all files, in the order of their names.
 
-    Of folders that are fewer than are listed at once, such as train and test, the folders inside are found.
+    If there are fewer folders than can be listed at once, such as train and test, this finds those inside them.
     """
     places: list[Row | str] = [""]
     for _ in range(_MAX_DEPTH):

@@ -1,4 +1,4 @@
-"""S3 by s3fs, with retries in one layer only: botocore's client."""
+"""S3 through s3fs, with retries in one layer only: botocore's client."""
 
 import io
 from contextlib import suppress

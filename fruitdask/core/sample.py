@@ -131,7 +131,7 @@ class _Skin:
     rng: np.random.Generator
 
     def noise(self, n_rows: int, n_columns: int) -> Array:
-        """Draw smooth noise of so many cells, nearly all of it in [0, 1]."""
+        """Draw smooth noise from a grid of random cells, nearly all of it in [0, 1]."""
         cells = np.pad(self.rng.random((n_rows, n_columns), np.float32), ((0, 0), (2, 2)), mode="wrap")
         size, box = (self.n_columns, len(self.axial)), (2, 0, 2 + n_columns, n_rows)
         return np.asarray(Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC, box))
@@ -349,7 +349,7 @@ def draw_sample(folder: str | Path, *, per_class: int = 24, size_px: int = 160, 
             draft.rename(target)
     except OSError as error:
         raise OutputError(
-            f"Expected a new or an empty folder for the sample, found that {target} cannot be created"
+            f"Expected a new or empty folder for the sample, but {target} cannot be created"
             f" ({error.strerror or error}); name another folder."
         ) from error
     return len(CLASS_NAMES) * per_class

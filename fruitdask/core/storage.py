@@ -151,7 +151,7 @@ def hide_secrets(text: str) -> str:
     if "://" not in text:
         return text
     # After a colon, a password may contain slashes and at signs, as those of AWS do: hide up to the last at sign.
-    # What stands before the account in abfss://container@account.dfs.core.windows.net is no secret.
+    # The container in abfss://container@account.dfs.core.windows.net is not a secret.
     hidden = re.sub(r"://[^@\s:]*:\S*@|(?<!\babfs)(?<!\babfss)(?<!\baz)://[^/@\s]+@", "://***@", text)
     return re.sub(r"([?#])\S+", r"\1***", hidden)
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 #: Columns of an exploration that reveal issues.
 _SIZES = dict.fromkeys(("width_px", "height_px"), "float32")
 _FINDINGS = ("duplicate_group", *_SIZES, "mean_red", "mean_green", "mean_blue", "contrast", "sharpness")
-#: Blocks of features that Dask gets at once: half a million images of 1280 features, whose classes are not so many that
-#: Dask warns of a large graph.
+#: Blocks of features in one Dask graph: half a million images of 1280 features. Dask may warn of larger graphs if there
+#: are many classes.
 _BLOCKS_AT_ONCE = 128
 #: Pairs of near duplicates whose features are compared: one block of them is in memory.
 _PAIRS_AT_ONCE = 4_096

@@ -26,7 +26,7 @@ def write_config(output: Location, config: Config) -> None:
 
 
 def read_config(output: Location, *, sections: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """Read the configuration in the results, with the present place of the folder as output; None if there is none.
+    """Read the configuration in the results, with the folder's current location as output; None if there is none.
 
     With `sections`, the others are left out, and their environment variables need not be set.
     """

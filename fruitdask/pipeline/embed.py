@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: Modes of Pillow that PNG stores as they are.
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I")
-#: The level of zlib that costs least time.
+#: The fastest level of zlib that compresses.
 _COMPRESS_LEVEL = 1
 
 
@@ -87,7 +87,7 @@ def locate_photograph(
     if isinstance(photograph, np.ndarray):
         return f"image {number}", _pack_array(photograph)
     if isinstance(photograph, Image.Image):
-        # Pillow has it for images that were opened from a file.
+        # Images that Pillow opened from a file have a name.
         return getattr(photograph, "filename", "") or f"image {number}", _pack_image(photograph)
     raise ConfigError(
         f"image {number}: expected a path, a URL, bytes, a Pillow image or a NumPy array, found "

@@ -115,9 +115,9 @@ def dump_config(config: Config) -> dict[str, Any]:
 def restore_config(
     manifest: store.RunManifest, *, overrides: Sequence[str] = (), sections: Mapping[str, dict[str, Any]] | None = None
 ) -> Config:
-    """Restore the configuration of a run from its manifest, with the engine that ran and other sections or settings.
+    """Restore the configuration of a run from its manifest, with the engine that it used, and replace some sections.
 
-    Storage options are not recorded, so those that are needed are overrides.
+    Storage options are not recorded, so `overrides` must contain those that are needed.
     """
     recorded = manifest.config | dict(sections or {})
     kinds = [str(override).partition("=")[2] for override in overrides if override.startswith("cluster.kind=")]
@@ -137,8 +137,8 @@ def check_network(output: Location, manifest: store.RunManifest, config: Config)
     differences = "; ".join(compare_fingerprints(manifest.fingerprint, ours))
     if differences:
         raise StoreMismatchError(
-            f"{output.url}: expected the network and the decoding of its features, found others: {differences}; "
-            "set model.weights to the file that the run has used, and leave the other settings as they were"
+            f"{output.url}: expected the network and the decoding of that run, found others: {differences}; "
+            "set model.weights to the file that the run used, and leave the other settings as they were"
         )
 
 

@@ -279,7 +279,7 @@ class Estimator:
         if isinstance(cloud, AzureClusterConfig) and cloud.identity is None:
             self._warnings.append(
                 "without cluster.identity, machines cannot delete themselves, or read storage without keys: if this "
-                "machine dies they only stop, and cost money until fruitdask clusters cleanup --cloud azure; set it"
+                "machine dies, they only stop, and cost money until you run fruitdask clusters cleanup --cloud azure"
             )
         if not isinstance(cloud, EC2ClusterConfig):
             return {}

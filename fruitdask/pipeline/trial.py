@@ -123,9 +123,7 @@ def _summarize(trials: list[_Trial], open_seconds: float) -> Sample:
 
 
 def _read_memory(field: str) -> int:
-    """Read the memory of this process, now (VmRSS) or at most so far (VmHWM); elsewhere than on Linux, now in either
-    case.
-    """
+    """Read the current (VmRSS) or peak (VmHWM) memory of this process; the current in both cases if not on Linux."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

@@ -18,7 +18,7 @@ from fruitdask.core.storage import Location, exists, explained
 from fruitdask.errors import FruitdaskError
 
 _COORDINATES = r"^(pca|tsne)_\d+$"
-#: Columns of few different texts, which Parquet stores as a dictionary.
+#: Columns with few distinct texts, which Parquet stores as a dictionary.
 _REPEATED = ("label", "status", "split", "group")
 #: The file that the projector of TensorBoard reads first.
 _PROJECTOR = """embeddings {
@@ -185,13 +185,13 @@ def write_tensorboard(blocks: Iterable[Block], target: Location) -> None:
                 metadata.write("\t".join(map(escape_controls, row)) + "\n")
             columns = [pa.array(column) for column in block.features.T]
             csv.write_csv(pa.table(columns, [str(place) for place in range(len(columns))]), features, options)
-    # The projector looks for it, so it is written last.
+    # The projector looks for this file, so it is written last.
     with open(target.child("projector_config.pbtxt").path, "w", encoding="utf-8") as config:
         config.write(_PROJECTOR)
 
 
 def write_fiftyone(blocks: Iterable[Block], target: Location) -> None:
-    """Write samples.json of a FiftyOneDataset, in the form whose fields FiftyOne finds by itself."""
+    """Write samples.json of a FiftyOneDataset, in the form from which FiftyOne infers the fields."""
     os.mkdir(target.path)
     with open(target.child("samples.json").path, "w", encoding="utf-8") as file:
         file.write('{"samples": [')

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from bokeh.models import ColumnDataSource, Filter
     from bokeh.plotting import figure as Figure
 
-#: A class that is muted, and points outside a selection.
+#: Opacity of the points of a muted class, and of those outside a selection.
 _FADED_ALPHA = 0.08
-#: Points of a map with few of them, and of one with thousands, in pixels.
+#: Size of points in pixels, on a map with few of them and on one with thousands.
 _POINT_PX, _SMALL_POINT_PX, _MANY_POINTS = 8, 6, 3_000
 _SEED = 0
 
@@ -80,7 +80,7 @@ def read_points(
     max_points: int,
     with_thumbnail: frozenset[str],
 ) -> tuple[pd.DataFrame, int]:
-    """Read what maps need of the table of all images; of very many images a sample, as `sample_points` chooses it.
+    """Read what maps need from the table of all images; if there are very many, of the sample from `sample_points`.
 
     Returns the table, and the number of images with coordinates that it lacks.
     """

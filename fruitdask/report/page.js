@@ -318,7 +318,7 @@ const showMaps = async () => {
     for (const plot of plots) plot.toolbar.tools.find((tool) => tool.type === "PanTool").active = true;
   }
 
-  // Paper is white, and does not wait for the next frame.
+  // Paper is white, and printing does not wait for the next frame.
   addEventListener("beforeprint", () => {
     paint(true);
     for (const plot of plots) views.get(plot).repaint();

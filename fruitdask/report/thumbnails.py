@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from fruitdask.store.exploration import Exploration
 
-#: Sides to which thumbnails are shrunk: enough to be enlarged where all fit into the budget, else as they are shown.
+#: Sides of thumbnails: large enough to enlarge if all fit into the budget, else the size at which the page shows them.
 _LARGE_PX, _SMALL_PX = 128, 72
 #: Thumbnails by which the size of all is estimated.
 _N_TRIED = 12

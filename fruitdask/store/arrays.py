@@ -30,7 +30,7 @@ _CACHE_BYTES = 32 << 20
 
 @dataclass(frozen=True, eq=False)
 class StoredArray:
-    """An array whose damage is one sentence that names the chunk; picklable, for Dask."""
+    """An array that reports damage in one sentence, which names the chunk; picklable, for Dask."""
 
     #: The array; its chunks, along the first dimension, are partitions.
     array: Any

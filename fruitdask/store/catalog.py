@@ -33,7 +33,8 @@ COLUMNS = ("path", "label", "bytes", "version")
 _ROWS_AT_ONCE = 65_536
 #: Rows of a catalog that are written, or read and compared, at once.
 _ROWS_IN_MEMORY = 262_144
-#: A block of a catalog shares the memory of a listing if it has at most this many runs of it: more make it slow.
+#: A block of a catalog shares the memory of a listing if it consists of at most this many runs of the listing's rows:
+#: more would be slow.
 _MAX_RUNS = 256
 #: What groups across classes, and across splits, mean.
 _ACROSS_CLASSES = (
@@ -114,11 +115,14 @@ def _describe_backslashes(paths: pd.Series) -> tuple[str, ...]:
     if odd.empty:
         return ()
     names = f"{len(odd):,} paths have a backslash" if len(odd) > 1 else "one path has a backslash"
-    return (f"{names}, such as {odd.iloc[0]!r}, which is part of a name here; if it separates folders, repack them",)
+    return (
+        f"{names}, such as {odd.iloc[0]!r}, which counts as part of a name; if it separates folders, pack the archive "
+        "again with forward slashes",
+    )
 
 
 def _describe_shared(catalog: pd.DataFrame) -> tuple[str, ...]:
-    """Describe groups across classes, for a number that begins anew in each class names no object; or across splits."""
+    """Describe groups across classes, where a number that restarts in each class names no object; or across splits."""
     if "group" not in catalog:
         return ()
     notes = []
@@ -440,8 +444,8 @@ def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str
             if _WILDCARDS.search(config.url) and not root.is_archive:
                 folder = _WILDCARDS.split(config.url)[0].rpartition("/")[0]
                 return (
-                    f"{config.url}: expected a folder in input.url, found a pattern; write {folder or '.'}, all of "
-                    "which is searched, and choose among files by input.extensions, input.classes and input.exclude"
+                    f"{config.url}: expected a folder in input.url, found a pattern; write {folder or '.'}, which is "
+                    "searched at all levels, and choose files with input.extensions, input.classes and input.exclude"
                 )
             return f"{config.url}: there is no such folder; check input.url"
         if root.fs.isfile(root.path):
@@ -449,8 +453,8 @@ def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str
     if config.manifest is not None:
         return f"{config.url}: expected the files that input.manifest names, found none; check input.url"
     left_out = format_left_out(listing.left_out, is_default=config.extensions is None)
-    found = f"none but {left_out}" if left_out else "none"
-    hidden = ", or include hidden files by input.hidden: true" if "hidden" in listing.left_out else ""
+    found = f"only {left_out}" if left_out else "none"
+    hidden = ", or include hidden files with input.hidden: true" if "hidden" in listing.left_out else ""
     endings = ", ".join(config.extensions or _SHOWN_ENDINGS)
     return f"{config.url}: expected images ({endings}), found {found}; check input.url and input.extensions{hidden}"
 

@@ -72,8 +72,9 @@ def _check_other_images(output: Location, manifest: RunManifest | None, *, may_g
     if manifest is not None and manifest.erasures:
         n_erased = sum(erasure.n_images for erasure in manifest.erasures)
         raise StoreMismatchError(
-            f"{output.url}: the input has other images than the results have since {n_erased:,} were erased; delete "
-            "the erased ones from the input too or name them in input.exclude, or start again with --overwrite"
+            f"{output.url}: since {n_erased:,} images were erased from these results, the input no longer matches "
+            "them; delete the erased ones from the input too or name them in input.exclude, or start again with "
+            "--overwrite"
         )
     can_grow = manifest is not None and exists(output.child(CATALOG))
     if not (can_grow and may_grow):

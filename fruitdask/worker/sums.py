@@ -11,7 +11,7 @@ COLOUR_LEVELS = 8
 #: Byte levels per unit of each scale.
 LEVELS_PER_UNIT = {"signed": 127.5, "unit": 255.0, "bytes": 1.0}
 _PALETTE_COLOURS = 6
-#: A pixel has the colour of the background if no channel is further from it, in byte levels.
+#: A pixel has the colour of the background if no channel differs from it by more than this, in byte levels.
 _BACKGROUND_LEVELS = 24
 #: An image has a background if this share of its edge has one colour, and if no more than that share of the image is
 #: background.

@@ -100,7 +100,7 @@ def main() -> None:
         [name, f"{grown / 1e6:,.0f}", f"{grown / pixels:.1f}", f"{seconds:.1f}"]
         for name, (grown, seconds) in found.items()
     ]
-    print_table(["file", "MB", "ratio", "seconds an image"], rows, arguments.markdown)
+    print_table(["file", "MB", "ratio", "seconds per image"], rows, arguments.markdown)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Listing(BaseHTTPRequestHandler):
     n_images, seconds = 0, 0.0
 
     def do_GET(self) -> None:
-        """Make a page up; its token is the number of its first object or folder."""
+        """Answer with a made-up page; its token is the number of its first object or folder."""
         query = {name: value for name, (value,) in parse_qs(urlsplit(self.path).query).items()}
         describe, first, end = describe_object, 0, self.n_images
         if "delimiter" in query:
@@ -115,7 +115,7 @@ def main() -> None:
         finally:
             server.terminate()
     used = measured["fruitdask"].client_bytes - measured["imports alone"].client_bytes
-    print(f"fruitdask: {used / n_images:.0f} bytes an image at the most, beside the imports")
+    print(f"fruitdask: {used / n_images:.0f} bytes per image at most, in addition to the imports")
     if "fs.find" in measured:
         naive = measured["fs.find"].client_bytes - measured["imports alone"].client_bytes
         print(f"fs.find: {naive / n_images:.0f} bytes; ratio {used / naive:.3f}")

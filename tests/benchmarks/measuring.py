@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 CONFIG = Path(__file__).parents[2] / "configs" / "local.yaml"
-#: What the programs that fruitdask is compared with do not do.
+#: Stages that the programs compared with fruitdask do not have.
 EXTRAS = ("explore.enabled", "quality.enabled", "check.enabled", "plots.enabled", "report.enabled")
 _SECONDS_BETWEEN_SAMPLES = 0.05
 

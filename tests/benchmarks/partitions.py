@@ -84,7 +84,7 @@ def main() -> None:
     for n_images in (8, 32, 128, 512):
         print(
             f"{n_images:4} images per partition: {of_worker / (of_worker + n_images * IMAGE_SECONDS):.1%} "
-            "of a worker's time besides them"
+            "of a worker's time is not spent on images"
         )
 
 

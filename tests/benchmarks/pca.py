@@ -4,8 +4,8 @@
 
 Features are drawn once into a Zarr store with 512 rows per chunk: fifty strong directions, a mean far from zero, a
 little noise. Each solver runs in its own process, with two Dask workers of one thread, and reads the store in
-blocks of 4096 rows. Its seconds are those of the fit alone; its CPU seconds are those of client and workers, which tell
-more where a machine is shared. Its error is the largest distance between one of the first ten components and that of
+blocks of 4096 rows. Its seconds are those of the fit alone; its CPU seconds are those of client and workers, which are
+more reliable on a shared machine. Its error is the largest distance between one of the first ten components and that of
 the covariance in float64.
 """
 
@@ -151,7 +151,7 @@ def compare(names: list[str], n_rows: int, n_features: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store, result = Path(folder, "features.zarr"), Path(folder, "result.npz")
         if shutil.disk_usage(folder).free < 8 * n_rows * n_features:
-            raise SystemExit(f"too little room in {folder} for {n_rows:,} x {n_features:,} features")
+            raise SystemExit(f"too little disk space in {folder} for {n_rows:,} x {n_features:,} features")
         expected = draw_features(store, n_rows, n_features)
         lines = {}
         for name in names:

@@ -3,12 +3,12 @@
     python tests/benchmarks/peers.py WEIGHTS FOLDER [FOLDER ...] [--steady 10000] [--peers spark ray_data ...]
     [--markdown BENCHMARKS.md]
 
-WEIGHTS is the file of MobileNetV2's weights without its top, each FOLDER one of classes; --steady repeats the first
-folder's images under several names, up to that number. Each peer runs in a virtual environment of its own, which is
-made from the requirements beside its program in `peers/` the first time (Spark needs Java 17 as well). All do the same
-job: features of every photograph and two principal components; fruitdask therefore leaves out exploring, quality,
-figures and page. Seconds are those of the whole command, other seconds those besides featurizing: start-up, reduction,
-end. Ratios are to the plain Keras loop: above 1 is faster.
+WEIGHTS is the file of MobileNetV2's weights without its top. Each FOLDER holds one folder per class. --steady repeats
+the images of the first one under several names, up to that number. Each peer runs in its own virtual environment, which
+the first run creates from the requirements beside its program in `peers/` (Spark needs Java 17 as well). All do the
+same job: features of every photograph and two principal components; fruitdask therefore leaves out exploring, quality,
+figures and page. Seconds are those of the whole command; other seconds are those not spent featurizing: start-up,
+reduction, end. Ratios are to the plain Keras loop: above 1 is faster.
 """
 
 import argparse

@@ -68,7 +68,7 @@ def main() -> None:
         "decode and resize, fruitdask": (decoding + pillow) / (decoding + kernel),
     }
     table = [[name, f"{value:.2f}", f"{ratios[name]:.2f}" if name in ratios else ""] for name, value in rows.items()]
-    print(f"{len(images)} photographs, {n_different} of them with other bits")
+    print(f"{len(images)} photographs, {n_different} of them differ in some bit")
     print_table(["step", "ms per image", "times as fast"], table, options.markdown)
 
 

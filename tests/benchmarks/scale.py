@@ -3,7 +3,7 @@
     python tests/benchmarks/scale.py --images 1000000 [--classes 100] [--commands run rerun grow verify report erase]
 
 The commands are real, each in its own process, with listing, catalog, partitions, a local cluster of two workers, and
-all files of the output. Made up are
+all files of the output. These parts are made up:
 
 - the input, a file system of fsspec that invents names, sizes and versions folder by folder;
 - the images: no task reads any. One that featurizes stores clusters of random features (16 of them, set --features) and
@@ -12,8 +12,8 @@ all files of the output. Made up are
 
 ``grow`` is a run after each class has gained 1 % more images, which sort between the others; ``erase`` erases one image
 of each class; it and ``explore`` are left out by default. Seconds of CPU and memory, the largest resident in each stage
-as Linux counts it, are those of the client's own process. The law of growth follows from a few sizes: --images 100000
-1000000 prints how seconds grow from one to the next.
+as Linux counts it, are those of the client's own process. With several sizes, as in --images 100000 1000000, it prints
+how seconds grow from one to the next.
 
 """
 

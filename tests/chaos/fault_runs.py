@@ -3,7 +3,7 @@
     python tests/chaos/fault_runs.py [--runs 200] [--seed 0] [--at-once 2]
 
 Each run featurizes 160 drawn images in 40 partitions with two workers. A seed chooses what happens and when: workers
-are killed (SIGKILL), one, each in turn, or all at once; the command is killed, interrupted or asked to end, one image
+are killed (SIGKILL), one, each in turn, or all at once; the command is killed, interrupted or terminated, one image
 kills every process that opens it, or images and results are on an S3 where one in ten requests fails, and the command
 is killed too. A run that ended is started again until it is complete. Prints, by kind of fault, how many runs were
 complete, how many images were lost or doubled, how many features differ from those of an undisturbed run, how many
@@ -196,7 +196,7 @@ def read_features(output: Path) -> np.ndarray:
 
 
 class Stamp(NamedTuple):
-    """What tells whether a file has changed, and whether it was written again."""
+    """The hash and the time of a file, which reveal whether it has changed, and whether it was written again."""
 
     sha256: str
     written_ns: int
@@ -291,12 +291,12 @@ def kill_after(process: Process, seconds: float) -> None:
 _POISONED, _ON_S3 = "an image that kills its worker", "S3 at 10 % faults, the command killed"
 FAULTS: dict[str, Callable[..., None]] = {
     "a worker killed": kill_a_worker,
-    "each worker killed in its turn": kill_each_worker,
+    "each worker killed in turn": kill_each_worker,
     "all workers killed at once": kill_all_workers,
     "the command killed": make_signal(signal.SIGKILL),
     "the command killed while starting": kill_while_starting,
     "Ctrl-C": make_signal(signal.SIGINT),
-    "asked to end (SIGTERM)": make_signal(signal.SIGTERM),
+    "SIGTERM": make_signal(signal.SIGTERM),
     _POISONED: lambda *_: None,
     _ON_S3: kill_at_any_time,
 }
@@ -436,7 +436,7 @@ def print_table(verdicts: dict[str, list[Verdict]]) -> None:
         "committed files changed": "n_changed",
         "committed partitions computed again": "n_again",
     }
-    print(f"| fault | runs | {' | '.join(names)} | seconds a run |")
+    print(f"| fault | runs | {' | '.join(names)} | seconds per run |")
     print("|---|" + "---:|" * (len(names) + 2))
     for kind, group in verdicts.items():
         sums = [sum(getattr(verdict, name) for verdict in group) for name in names.values()]

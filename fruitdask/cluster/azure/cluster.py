@@ -173,7 +173,7 @@ class RunCluster(CloudCluster, AzureVMCluster):  # type: ignore[misc]
 
     @property
     def cleanup_command(self) -> str:
-        """The command that ends what may be left."""
+        """The command that deletes machines that may be left."""
         arm = self.arm
         return (
             f"fruitdask clusters cleanup --cloud azure --subscription {arm.subscription} --resource-group {arm.group}"

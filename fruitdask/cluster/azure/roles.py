@@ -33,7 +33,7 @@ _LAUNCHER = (
     ("Microsoft.Network/virtualNetworks/read", "finds the virtual network and its subnets"),
     ("Microsoft.Network/virtualNetworks/subnets/join/action", "connects network interfaces to the subnet"),
     ("Microsoft.Network/networkSecurityGroups/read", "finds the security group"),
-    ("Microsoft.Network/networkSecurityGroups/join/action", "protects network interfaces by it"),
+    ("Microsoft.Network/networkSecurityGroups/join/action", "protects network interfaces with it"),
 )
 _PUBLIC = (
     (f"{_ADDRESS}/write", "creates the public address of the scheduler"),
@@ -43,10 +43,10 @@ _PUBLIC = (
 _IDENTITY = (("Microsoft.ManagedIdentity/userAssignedIdentities/assign/action", "gives machines their identity"),)
 _MACHINES = (
     (f"{_MACHINE}/delete", "lets a machine delete itself (and any other in the resource group)"),
-    ("Microsoft.Compute/disks/delete", "its disk goes with it"),
-    (f"{_INTERFACE}/delete", "its network interface goes with it"),
+    ("Microsoft.Compute/disks/delete", "deletes its disk with it"),
+    (f"{_INTERFACE}/delete", "deletes its network interface with it"),
 )
-_ADDRESS_OF_MACHINE = ((f"{_ADDRESS}/delete", "its public address goes with it"),)
+_ADDRESS_OF_MACHINE = ((f"{_ADDRESS}/delete", "deletes its public address with it"),)
 
 
 @dataclass(frozen=True)

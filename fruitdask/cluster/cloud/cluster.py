@@ -222,7 +222,7 @@ class CloudCluster(Tolerant, VMCluster):  # type: ignore[misc]
 
     @property
     def cleanup_command(self) -> str:
-        """The command that ends what may be left."""
+        """The command that terminates machines that may be left."""
         raise NotImplementedError
 
     def terminate(self) -> list[str]:
@@ -318,7 +318,7 @@ class CloudCluster(Tolerant, VMCluster):  # type: ignore[misc]
     async def _watch_worker_status(self, comm: Any) -> None:
         """Follow the workers until the connection ends, and then poll the cloud for the scheduler at once."""
         await super()._watch_worker_status(comm)
-        # Nobody tells any more which of them are lost.
+        # Nothing reports any more which of them are lost.
         self.scheduler_info["workers"].clear()
         if not self.fleet.is_ending:
             logger.warning("the connection to the scheduler is lost")

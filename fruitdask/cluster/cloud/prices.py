@@ -35,7 +35,7 @@ _OUT_DOLLARS = 0.09
 _READS_DOLLARS = 0.00043
 _WRITES_DOLLARS = 0.0054
 
-#: The least that is billed: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/ec2-on-demand-instances.html
+#: The minimum time that is billed: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/ec2-on-demand-instances.html
 _MIN_SECONDS = 60.0
 _HOUR_SECONDS = 3600.0
 _MONTH_SECONDS = 30 * 24 * _HOUR_SECONDS

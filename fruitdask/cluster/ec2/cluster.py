@@ -137,7 +137,7 @@ class RunCluster(CloudCluster, EC2Cluster):  # type: ignore[misc]
 
     @property
     def cleanup_command(self) -> str:
-        """The command that ends what may be left."""
+        """The command that terminates instances that may be left."""
         return f"fruitdask clusters cleanup --region {self.region}"
 
     def terminate(self) -> list[str]:

@@ -194,7 +194,7 @@ def _list_storage(config: Config, role: Role) -> Iterator[Permission]:
         for need in _NEEDS[place.kind]:
             reason = "; ".join(filter(None, need.reasons if is_both else [need.reasons[ROLES.index(role)]]))
             resources = (place.bucket,) if need.statement in ("List", "Ask") else place.objects
-            # S3's check whether it may report a missing object has no prefix: hence IfExists.
+            # S3 also checks this permission, without a prefix, before it reports an object as missing: hence IfExists.
             conditions = listed if need.statement == "List" else {}
             if reason:
                 yield Permission(role, need.statement + place.kind, need.action, resources, reason, conditions)

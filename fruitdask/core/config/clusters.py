@@ -51,7 +51,9 @@ class AddressClusterConfig(Section):
     kind: Literal["address"]
     address: str = Field(description="Address of its scheduler, such as tcp://10.0.0.5:8786.")
     timeout_seconds: float = Field(30, gt=0, description="How long to wait for the scheduler and its first worker.")
-    region: str | None = Field(None, description="Where it is, such as eu-west-3, for privacy.allowed_regions.")
+    region: str | None = Field(
+        None, description="Region of the cluster, such as eu-west-3, for privacy.allowed_regions."
+    )
 
 
 class AdaptiveConfig(Section):
@@ -86,8 +88,10 @@ class CloudClusterConfig(Section):
     worker_module: str | None = Field(None, description="Module to run for workers instead of worker_class.")
     adaptive: AdaptiveConfig | None = Field(None, description="Grow and shrink between {minimum, maximum} workers.")
     start_timeout: Seconds = Field(600, description="How long to wait for the scheduler and the first worker.")
-    idle_timeout: Seconds = Field(1200, description="Machines end themselves after this time without work or client.")
-    max_lifetime: Seconds = Field(43200, description="Machines end themselves after this time, whatever happens.")
+    idle_timeout: Seconds = Field(
+        1200, description="Machines terminate themselves after this time without work or a client."
+    )
+    max_lifetime: Seconds = Field(43200, description="Machines terminate themselves after this time, whatever happens.")
     hourly_prices: dict[str, PositiveFloat] = Field(
         {}, description="US dollars per hour by type or size of machine (spot:TYPE for spot)."
     )
@@ -118,7 +122,9 @@ class EC2ClusterConfig(CloudClusterConfig):
     kind: Literal["ec2"]
     region: str | None = Field(None, description="Region; null takes that of the AWS profile or environment.")
     availability_zone: str | list[str] | None = Field(None, description="Zone, or several; null lets AWS choose.")
-    instance_type: str | None = Field(None, description="Type of all instances, instead of the next two.")
+    instance_type: str | None = Field(
+        None, description="Type of all instances, instead of scheduler_instance_type and worker_instance_type."
+    )
     scheduler_instance_type: str | None = Field(None, description="Type of the scheduler; null takes t3.medium.")
     worker_instance_type: str | None = Field(None, description="Type of the workers; null takes m6i.large.")
     iam_instance_profile: dict[str, str] | None = Field(
@@ -229,7 +235,9 @@ class CustomClusterConfig(Section):
     n_workers: int | None = Field(None, ge=1, description="Workers; or give adaptive.")
     adaptive: AdaptiveConfig | None = Field(None, description="Grow and shrink between {minimum, maximum} workers.")
     start_timeout: Seconds = Field(600, description="How long to wait for the scheduler, then for the first worker.")
-    region: str | None = Field(None, description="Where it is, such as eu-west-3, for privacy.allowed_regions.")
+    region: str | None = Field(
+        None, description="Region of the cluster, such as eu-west-3, for privacy.allowed_regions."
+    )
 
     @field_validator("class_path")
     @classmethod

@@ -42,7 +42,7 @@ class InputConfig(Section):
     region: str | None = Field(
         None,
         description=(
-            "Its region, such as eu-west-3. AWS reports it; other stores need it if privacy.allowed_regions is set."
+            "Region of url, such as eu-west-3. AWS reports it; other stores need it if privacy.allowed_regions is set."
         ),
     )
     label_from: str = Field(
@@ -145,7 +145,7 @@ class ModelConfig(Section):
         ),
     )
     storage_options: dict[str, Any] = Field({}, repr=False, description="Options of the weights' fsspec file system.")
-    region: str | None = Field(None, description="Where remote weights are, as input.region.")
+    region: str | None = Field(None, description="Region of remote weights, as input.region.")
     input_px: int | None = Field(
         None,
         ge=32,
@@ -220,7 +220,7 @@ class FeaturizeConfig(Section):
         "exact",
         description=(
             "fast lets the JPEG decoder shrink images that are at least twice the network's input: decoding takes half "
-            "as long, and features have a cosine similarity of 0.9992 to the exact ones (0.992 at worst of 846)."
+            "as long, and features have a cosine similarity of 0.9992 to the exact ones (0.992 at worst in 846 images)."
         ),
     )
     fetch_attempts: int = Field(5, ge=1, description="Attempts to read an image, with random exponential backoff.")
@@ -230,7 +230,7 @@ class FeaturizeConfig(Section):
 class TsneConfig(Section):
     """A two-dimensional t-SNE map, in addition to the PCA."""
 
-    enabled: bool = Field(False, description="Compute it.")
+    enabled: bool = Field(False, description="Compute t-SNE.")
     max_rows: int = Field(5_000, ge=10, description="Maximum number of images, drawn at random; time grows with it.")
     perplexity: float = Field(30.0, gt=0, description="About how many neighbours each image has.")
     seed: int = Field(0, ge=0, description="Seed of the sample and of the map.")
@@ -334,7 +334,7 @@ class CheckConfig(Section):
 class PlotsConfig(Section):
     """Figures as PNG files."""
 
-    enabled: bool = Field(True, description="Write them.")
+    enabled: bool = Field(True, description="Write the figures.")
     components: tuple[PositiveInt, PositiveInt] = Field(
         (1, 2), description="The two principal components that the maps show, counted from 1."
     )
@@ -352,7 +352,7 @@ class ReportConfig(Section):
     """The page of results, for people who never open Python."""
 
     enabled: bool = Field(True, description="Write report.html.")
-    title: str | None = Field(None, description="Its title; null takes the input's name.")
+    title: str | None = Field(None, description="Title of the page; null takes the input's name.")
     max_points: int = Field(10_000, ge=10, description="Images in the interactive maps, sampled evenly over classes.")
     examples_per_class: int = Field(6, ge=0, description="Thumbnails per class.")
 
@@ -362,9 +362,11 @@ class OutputConfig(Section):
 
     url: str = Field(min_length=1, description="Folder for the results, outside the input: a path or a URL.")
     storage_options: dict[str, Any] = Field({}, repr=False, description="Options of the fsspec file system.")
-    region: str | None = Field(None, description="Where it is, as input.region.")
+    region: str | None = Field(None, description="Region of url, as input.region.")
     attempts: int = Field(
-        5, ge=1, description="Attempts of each request to an output on S3 or Azure; then the run stops, to be resumed."
+        5,
+        ge=1,
+        description="Attempts per request to an output on S3 or Azure. If all fail, the run stops, and can be resumed.",
     )
     overwrite: bool = Field(
         False, description="Delete the results of earlier runs there, and no other files, and start again."
@@ -387,7 +389,7 @@ class PrivacyConfig(Section):
 
 
 class LimitsConfig(Section):
-    """Limits of a run; it does not start, or stops, if it exceeds one."""
+    """Limits of a run. It does not start if it would exceed one, and stops if it does."""
 
     max_cost: PositiveFloat | None = Field(None, description="US dollars for the instances of the cluster.")
     max_hours: PositiveFloat | None = Field(None, description="Hours from start to end.")

@@ -106,7 +106,7 @@ def start_figure(title: str, note: str = "") -> Figure:
 
 def fit_figure(figure: Figure, *, width: float = 0.0, height: float = 0.0) -> Figure:
     """Set the total width and the height of a row of axes in inches; labels around them come on top."""
-    # Labels take the same inches in a figure of any size, so one large layout, the slowest step, gives their size.
+    # Labels take the same inches in a figure of any size, so the slowest step, the layout, is done once in a large one.
     wide, high = width + 12.0, height + 20.0
     _lay_out(figure, wide, high)
     slots = [axes.get_position(original=True) for axes in figure.axes]

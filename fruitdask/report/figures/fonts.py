@@ -41,7 +41,7 @@ def _is_taken(name: str) -> bool:
 
 @contextmanager
 def quiet_search() -> Iterator[None]:
-    """Search fonts without warnings, such as that one has no bold letters."""
+    """Search fonts without warnings, such as one about missing bold letters."""
     logger = logging.getLogger("matplotlib.font_manager")
     level = logger.level
     logger.setLevel(logging.ERROR)

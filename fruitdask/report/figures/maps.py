@@ -88,12 +88,12 @@ def plot_map(
     labels = [str(label) for label in sorted(table["label"].unique())]
     points = table[["label", x, y]][np.isfinite(table[[x, y]].to_numpy(float)).all(axis=1)]
     if points.empty:
-        return plot_nothing(title, "No image has a position.")
+        return plot_nothing(title, "No image has coordinates.")
     present = {str(label) for label in points["label"].unique()}
     styles = {label: style for label, style in style_classes(labels).items() if label in present}
     n_without = len(table) - len(points)
     said = f"{len(points):,} of {len(table) + n_hidden:,} images" if n_hidden else f"{len(points):,} images"
-    said += f"; {n_without:,} without a position" if n_without and not n_hidden else ""
+    said += f"; {n_without:,} without coordinates" if n_without and not n_hidden else ""
     figure = start_figure(title, said)
     axes = figure.subplots()
     _draw_points(axes, points, x=x, y=y, styles=styles)
@@ -126,7 +126,7 @@ def plot_explained_variance(
     explained = np.cumsum(shares[np.isfinite(shares)])
     n = len(explained)
     if not n:
-        return plot_nothing(title, "No component is known.")
+        return plot_nothing(title, "No components were computed.")
     figure = start_figure(title, "Fraction of the features' variance that the first components hold together")
     axes = figure.subplots()
     first = 1 if n > _MAX_LINEAR else 0
@@ -155,7 +155,7 @@ def plot_confusion(
     columns: str = "classes of its nearest neighbours",
     n_classes: int = 0,
 ) -> Figure:
-    """Plot which classes the nearest neighbours of each class's images belong to, or what else the columns are.
+    """Plot which classes the nearest neighbours of each class's images belong to, or what else `columns` names.
 
     `share` holds fractions (0 to 1): the class of an image in rows, those of its neighbours in columns. `n_classes` is
     the number of all classes, if only those that are confused most are shown.
@@ -249,7 +249,7 @@ def _name_axis(column: str) -> str:
 
 def _describe_components(share: str, n: int | None) -> str:
     """Describe how many components explain a share of the variance."""
-    found = "more than are known" if n is None else f"{n:,} component{'' if n == 1 else 's'}"
+    found = "more than were computed" if n is None else f"{n:,} component{'' if n == 1 else 's'}"
     return f"{float(share) * 100:g} %: {found}"
 
 

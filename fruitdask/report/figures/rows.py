@@ -170,6 +170,6 @@ def _format_signed(value: float) -> str:
 
 
 def _parse_palette(text: str) -> list[tuple[str, float]]:
-    """Read "#f0f0f0 0.712, #b03020 0.103"; a colour that happens to be the ink's is moved off it by one step."""
+    """Read "#f0f0f0 0.712, #b03020 0.103"; a colour equal to that of the text is changed by one step."""
     found = re.findall(r"(#[0-9a-fA-F]{6}) ([0-9.]+)", text)
     return [(colour.lower().replace(INK, "#1b1d22"), float(share)) for colour, share in found]

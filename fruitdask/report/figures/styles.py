@@ -9,7 +9,7 @@ INK = "#1b1d21"
 MUTED, FAINT, HAIRLINE = (INK, 0.68), (INK, 0.28), (INK, 0.12)
 #: Sizes of type in points: of names and of numbers.
 TEXT_SIZE, SMALL_SIZE = 9.0, 8.0
-#: Of Okabe and Ito's colours: for what is shown, and for what went wrong. The accent's light form is for dark pages.
+#: Colours of Okabe and Ito: one for data, one for failures. The light form of the first is for dark pages.
 ACCENT, LIGHT_ACCENT, ALARM = "#0072b2", "#56b4e9", "#d55e00"
 #: Colours of Okabe and Ito (2008), "Color Universal Design". A grey replaces their black, which would vanish on a dark
 #: page, and a darker yellow theirs (#f0e442), which nearly vanishes on a white one: each has a contrast of at least 1.6

@@ -13,7 +13,7 @@ _MAX_ISSUES, _MAX_LISTED_ISSUES = 12, 2_000
 
 
 def count_pictured(kinds: pd.Series) -> int:
-    """Count the pictures that the issues shown of each kind need: each one's own, and that of the image beside it."""
+    """Count the pictures of the issues that are shown of each kind: of the image, and of the one it conflicts with."""
     return int(2 * kinds.value_counts().clip(upper=_MAX_ISSUES).sum())
 
 

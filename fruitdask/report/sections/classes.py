@@ -97,7 +97,7 @@ def parse_palette(palette: str) -> list[tuple[str, float]]:
 
 
 def _describe_differences(exploration: Exploration) -> View | None:
-    """Describe the scale of differences, and between which classes they lie."""
+    """Describe the scale of differences, and the classes with the largest and the smallest."""
     values = exploration.classes["mean_squared_difference"].dropna().sort_values()
     if values.empty:
         return None

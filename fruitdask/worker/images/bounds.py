@@ -107,6 +107,8 @@ def _count_items(data: bytes) -> dict[str, tuple[int, int]]:
     items = read_items(data).by_number
     metadata = [item for item in items.values() if item.kind in (b"Exif", b"mime", b"uri ")]
     if any(item.encoding for item in metadata):
-        raise ImageError("expected uncompressed metadata in an AVIF or HEIC, found it compressed; convert it to JPEG")
+        raise ImageError(
+            "expected uncompressed metadata in an AVIF or HEIC, found compressed metadata; convert it to JPEG"
+        )
     n_bytes = sum(item.n_bytes for item in metadata) * (len(items) - len(metadata))
     return {"items": (len(items), _MAX_ITEMS), "bytes of metadata for all its items": (n_bytes, _MAX_METADATA_BYTES)}

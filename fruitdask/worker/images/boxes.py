@@ -33,7 +33,7 @@ class Item:
         return sum(end - start for start, end in self.extents)
 
     def read(self, data: bytes, most: int) -> bytes:
-        """Read at most so many bytes of the item."""
+        """Read the item, but at most `most` bytes of it."""
         content = bytearray()
         for start, end in self.extents:
             content += data[start : min(end, start + most - len(content))]

@@ -12,7 +12,7 @@ from fruitdask.worker.images.resize import COEFFICIENT_BITS
 
 Kernel = TypeVar("Kernel", bound=Callable[..., None])
 
-#: Rows that are narrowed together, of which an image must have as many: the pixels of a column fill two cache lines.
+#: Rows that are narrowed together, and the minimum height of an image: their pixels in a column fill two cache lines.
 ROWS = 32
 
 _BYTES = types.Array(numba.uint8, 2, "C", readonly=True)
@@ -70,7 +70,7 @@ def narrow_rows(
 ) -> None:
     """Combine some columns of the source into each column of the target; a pixel has four bytes.
 
-    Some rows at a time are transposed, combined and transposed back, so that the inner loop runs along memory.
+    Some rows at a time are transposed, combined and transposed back, so that the inner loop reads consecutive memory.
     """
     height, width = source.shape
     turned, narrow = np.empty((width, ROWS), np.uint32), np.empty((target.shape[1], ROWS), np.uint32)

@@ -9,7 +9,7 @@ from PIL import Image
 
 #: Bits of the fraction of a coefficient: Pillow's, for channels of 8 bits.
 COEFFICIENT_BITS = 32 - 8 - 2
-#: Pixels of a larger image that are narrowed together: few enough for a cache, and for one of Pillow's pieces of 16 MB.
+#: Pixels of a larger image that are narrowed together: few enough for a cache, and for one of Pillow's blocks of 16 MB.
 _PIXELS_AT_ONCE = 1_000_000
 #: Half the width of the filter in pixels of the smaller image, and its parameter (Keys 1981).
 _SUPPORT, _A = 2.0, -0.5
@@ -94,7 +94,7 @@ def _load_kernel() -> Any:
     except Exception:
         # No Numba for this Python or processor, or a compiler that fails.
         return None
-    # The tallest image for which Pillow begins with the rows; both sizes leave a remainder of the rows done at once.
+    # The tallest image for which Pillow begins with the rows; neither size is a multiple of the rows narrowed together.
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 61, 3), np.uint8))
     is_same = np.array_equal(_resize_by_kernel(noise, 32, kernel), _resize_by_pillow(noise, 32))
     return kernel if is_same else None

@@ -61,7 +61,7 @@ class TiffReader:
         return int.from_bytes(self._data[end : end + self._offset_bytes], self._order)
 
     def read_value(self, kind: int, count: int, field: bytes, *, most: int) -> bytes:
-        """Read up to so many bytes of an entry's value, which lies in the entry if it fits, else at an offset."""
+        """Read up to `most` bytes of an entry's value, which is in the entry if it fits, else at an offset."""
         size = count * _WIDTHS.get(kind, 1)
         if size <= len(field):
             return field[:size]
@@ -137,7 +137,7 @@ def _find_numbers(tags: Mapping[int, Any]) -> str | None:
 
 
 def _find_colours(tags: Mapping[int, Any]) -> str | None:
-    """Detect colours that no mode of Pillow stands for."""
+    """Detect colours for which Pillow has no mode."""
     photometric = int(read_numbers(tags, 0x0106, -1)[0])
     if photometric == -1 and read_numbers(tags, 0x0103, _UNCOMPRESSED)[0] != _OLD_JPEG:
         return f"samples without a photometric interpretation (is zero black or white?); {_ADVICE}"

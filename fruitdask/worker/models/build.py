@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _RANDOM_WEIGHTS_SEED = 0
 _WORDS = ("imagenet", "random")
-#: Images for comparing an engine with TensorFlow, and the largest relative difference; mixed precision has hundredths.
+#: Images for comparing an engine with TensorFlow, and the largest relative difference (mixed precision: some 0.01).
 _N_CHECKED, _MAX_DIFFERENCE = 2, 0.05
 
 Preprocess = Callable[[Any], Any]

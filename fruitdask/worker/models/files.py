@@ -19,7 +19,7 @@ _BLOCK_BYTES = 1 << 16
 _HEAD_BYTES = 256
 _ENDINGS = (".keras", ".h5", ".hdf5")
 _RESAVE = "load it with the software that made it, and save it with model.save('model.keras')"
-_NOT_KERAS = "fruitdask runs Keras networks; use the same network by model.name, or a Keras version of it"
+_NOT_KERAS = "fruitdask runs Keras networks; select the same network with model.name, or use a Keras version of it"
 #: First bytes of other files, what they are, and what to do.
 _MAGIC = (
     (b"version https://git-lfs", "a Git LFS pointer in place of the file", "run git lfs pull"),
