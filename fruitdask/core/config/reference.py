@@ -64,8 +64,9 @@ def _list_rows(section: type[Section], place: tuple[str, ...], inside: str = "")
 def _format_row(key: str, field: FieldInfo) -> str:
     """Format the row of a key."""
     default = "required" if field.is_required() else _format_default(field.default)
-    choices = ", ".join(f"`{choice}`" for choice in _list_choices(field.annotation))
-    meaning = f"{field.description}{f' One of {choices}.' if choices else ''}"
+    choices = [f"`{choice}`" for choice in _list_choices(field.annotation)]
+    # A single word is one of many values, such as `eu` beside the names of regions.
+    meaning = f"{field.description} One of {', '.join(choices)}." if len(choices) > 1 else str(field.description)
     return f"| `{key}` | {default} | {meaning.replace('|', '&#124;')} |"
 
 
