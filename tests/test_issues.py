@@ -36,7 +36,6 @@ def draw_clusters(n_images: int, *, n_classes: int, seed: int = 0) -> tuple[np.n
 
 def vote(features: np.ndarray, codes: np.ndarray, groups: np.ndarray | None = None, **settings: Any) -> issues.Votes:
     rows = np.arange(len(codes))
-    groups = rows if groups is None else groups
     reference = issues.Reference.build(features, rows, codes, groups, n_classes=int(codes.max()) + 1)
     return issues.collect_votes(features, rows, codes, groups, reference, **{"n_neighbors": 7} | settings)
 

@@ -112,15 +112,14 @@ def summarize_quality(
     }
 
 
-def number_groups(groups: Sequence[str] | npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+def number_groups(groups: Sequence[str] | npt.NDArray[Any] | pd.Series) -> npt.NDArray[np.int64]:
     """Number groups, int64; each empty text is a group of its own.
 
     >>> number_groups(["r0", "", "r0", ""])
     array([0, 1, 0, 2])
     """
-    names = pd.Series(np.asarray(groups, dtype=str))
-    # A tuple equals no text.
-    keys = names.where(names != "", pd.Series(list(zip(names.index)), dtype=object))
+    names = pd.Series(groups).astype("category")
+    keys = np.where(names == "", len(names.cat.categories) + np.arange(len(names)), names.cat.codes)
     return np.asarray(pd.factorize(keys)[0], np.int64)
 
 

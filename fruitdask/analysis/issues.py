@@ -60,10 +60,11 @@ class Reference:
 
     #: Features of unit length, shape (m, n_features).
     features: Floats
-    #: Their rows among all images, class codes and group numbers, shape (m,), int64.
+    #: Their rows among all images, and class codes, shape (m,), int64.
     rows: npt.NDArray[np.int64]
     codes: npt.NDArray[np.int64]
-    groups: npt.NDArray[np.int64]
+    #: Their group numbers, shape (m,), int64; None if groups are unknown.
+    groups: npt.NDArray[np.int64] | None
     #: Numbers that copies share, shape (m,), uint64.
     contents: npt.NDArray[np.uint64]
     #: Direction of the mean of the features of each class, shape (n_classes, n_features).
@@ -75,7 +76,7 @@ class Reference:
         features: Floats,
         rows: npt.NDArray[np.int64],
         codes: npt.NDArray[np.int64],
-        groups: npt.NDArray[np.int64],
+        groups: npt.NDArray[np.int64] | None,
         *,
         n_classes: int,
     ) -> "Reference":
@@ -97,7 +98,8 @@ class Votes:
     own_shares: npt.NDArray[np.float64]
     #: Number of votes, shape (n,), int64.
     n_votes: npt.NDArray[np.int64]
-    #: Share for that class among the neighbours of other groups, shape (n,); NaN where these have no votes.
+    #: Share for that class among the neighbours of other groups, shape (n,); NaN where these have no votes, or without
+    #: groups.
     group_shares: npt.NDArray[np.float64]
     #: Row of the nearest image of that class, shape (n,), int64.
     nearest: npt.NDArray[np.int64]
@@ -123,7 +125,7 @@ def collect_votes(
     features: Floats,
     rows: npt.NDArray[np.int64],
     codes: npt.NDArray[np.int64],
-    groups: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.int64] | None,
     reference: Reference,
     *,
     n_neighbors: int,
@@ -140,7 +142,17 @@ def collect_votes(
     size = max(1, _SIMILARITIES_AT_ONCE // len(reference.rows))
     pieces = [slice(start, start + size) for start in range(0, max(1, len(rows)), size)]
     return Votes.concatenate(
-        [_vote(features[piece], rows[piece], codes[piece], groups[piece], reference, n_neighbors) for piece in pieces]
+        [
+            _vote(
+                features[piece],
+                rows[piece],
+                codes[piece],
+                None if groups is None else groups[piece],
+                reference,
+                n_neighbors,
+            )
+            for piece in pieces
+        ]
     )
 
 
@@ -148,7 +160,7 @@ def _vote(
     features: Floats,
     rows: npt.NDArray[np.int64],
     codes: npt.NDArray[np.int64],
-    groups: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.int64] | None,
     reference: Reference,
     n_neighbors: int,
 ) -> Votes:
@@ -162,10 +174,12 @@ def _vote(
     counts = (weights[:, np.newaxis] * (of_voters[:, np.newaxis] == of_voters[:, :, np.newaxis])).sum(axis=2)
     best, each = counts.argmax(axis=1), np.arange(len(rows))
     winners, n_votes = of_voters[each, best], np.maximum(weights.sum(axis=1), 1)
-    is_same_group = is_itself | (groups[:, np.newaxis] == reference.groups)
-    others, other_weights = _find_voters(similarity, is_same_group, codes, reference, n_neighbors)
-    with np.errstate(invalid="ignore"):
-        group_shares = _count(others, other_weights, winners, reference) / other_weights.sum(axis=1)
+    group_shares = np.full(len(rows), np.nan)
+    if groups is not None:
+        is_same_group = is_itself | (groups[:, np.newaxis] == reference.groups)
+        others, other_weights = _find_voters(similarity, is_same_group, codes, reference, n_neighbors)
+        with np.errstate(invalid="ignore"):
+            group_shares = _count(others, other_weights, winners, reference) / other_weights.sum(axis=1)
     return Votes(
         codes=np.where(weights.any(axis=1), winners, -1),
         shares=counts[each, best] / n_votes,

@@ -133,7 +133,7 @@ def _read_findings(output: Location, paths: pd.Series) -> pd.DataFrame:
 
 def _number_parts(catalog: pd.DataFrame, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
     """Number the parts of the data that should have no image in common: classes, and splits of each."""
-    splits = catalog["split"].to_numpy(str) if "split" in catalog else np.zeros(len(catalog), np.int64)
+    splits = catalog["split"].astype("category").cat.codes if "split" in catalog else 0
     return np.asarray(pd.DataFrame({"code": codes, "split": splits}).groupby(["code", "split"]).ngroup(), np.int64)
 
 
@@ -150,13 +150,12 @@ def _find_by_features(
     from fruitdask.analysis.issues import find_label_issues, find_odd_values
 
     rows = np.flatnonzero(is_ok)
-    groups = number_groups(catalog["group"].to_numpy(str)) if "group" in catalog else np.arange(len(catalog))
+    groups = number_groups(catalog["group"]) if "group" in catalog else None
     distances = [np.empty(0)]
     for here, votes in _collect_votes(settings, features, is_ok, catalog, codes, groups):
         scores = find_label_issues(votes, codes[here])
-        agreement = votes.group_shares if "group" in catalog else np.nan
         columns = {"row": here, "kind": "label", "score": scores, "other_row": votes.nearest, "class": votes.codes}
-        yield pd.DataFrame(columns | {"agreement": agreement})[np.isfinite(scores)]
+        yield pd.DataFrame(columns | {"agreement": votes.group_shares})[np.isfinite(scores)]
         distances.append(votes.distances)
     for kind, scores in find_odd_values(images.iloc[rows], codes[rows], np.concatenate(distances)):
         yield pd.DataFrame({"row": rows, "kind": kind, "score": scores})[np.isfinite(scores)]
@@ -168,7 +167,7 @@ def _collect_votes(
     is_ok: npt.NDArray[np.bool_],
     catalog: pd.DataFrame,
     codes: npt.NDArray[np.integer],
-    groups: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.int64] | None,
 ) -> Iterator[tuple[npt.NDArray[np.int64], "Votes"]]:
     """Let neighbours vote on the classes of all images with features, block by block on the workers that hold them.
 
@@ -181,8 +180,8 @@ def _collect_votes(
 
     chosen = sample_evenly(catalog, settings.max_rows, among=is_ok)
     known = features[chosen].rechunk((-1, -1)).to_delayed().ravel()[0]
-    codes_there = codes[chosen].astype(np.int64)
-    reference = delayed(Reference.build)(known, chosen, codes_there, groups[chosen], n_classes=int(codes.max()) + 1)
+    codes_there, groups_there = codes[chosen].astype(np.int64), None if groups is None else groups[chosen]
+    reference = delayed(Reference.build)(known, chosen, codes_there, groups_there, n_classes=int(codes.max()) + 1)
     (reference,) = dask.base.persist(reference)
     starts, vote = np.cumsum((0, *features.chunks[0])), delayed(_vote_on_block)
     blocks = zip(features.to_delayed().ravel(), pairwise(starts), strict=True)
@@ -193,7 +192,7 @@ def _collect_votes(
                 start,
                 np.flatnonzero(~is_ok[start:stop]),
                 codes[start:stop],
-                groups[start:stop] if "group" in catalog else None,
+                None if groups is None else groups[start:stop],
                 reference,
                 n_neighbors=settings.n_neighbors,
             )
@@ -213,12 +212,12 @@ def _vote_on_block(
     *,
     n_neighbors: int,
 ) -> "Votes":
-    """Let neighbours vote on the classes of the images of a block that have features; without groups, each is one."""
+    """Let neighbours vote on the classes of the images of a block that have features."""
     from fruitdask.analysis.issues import collect_votes
 
     rows = np.delete(start + np.arange(len(features)), failed)
     here = rows - start
-    of_rows = rows if groups is None else groups[here]
+    of_rows = None if groups is None else groups[here]
     return collect_votes(
         features[here], rows, codes[here].astype(np.int64), of_rows, reference, n_neighbors=n_neighbors
     )

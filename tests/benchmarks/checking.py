@@ -22,9 +22,9 @@ _SEEDS = 3
 def judge(features: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Score the labels; returns the scores and the suggested classes."""
     rows = np.arange(len(codes))
-    reference = issues.Reference.build(features, rows, codes, rows, n_classes=int(codes.max()) + 1)
+    reference = issues.Reference.build(features, rows, codes, None, n_classes=int(codes.max()) + 1)
     n_neighbors = CheckConfig().n_neighbors
-    votes = issues.collect_votes(features, rows, codes, rows, reference, n_neighbors=n_neighbors)
+    votes = issues.collect_votes(features, rows, codes, None, reference, n_neighbors=n_neighbors)
     return issues.find_label_issues(votes, codes), votes.codes
 
 
