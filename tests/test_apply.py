@@ -91,6 +91,14 @@ def test_transform_accepts_photographs_of_any_kind_and_broken_ones(result: fruit
     assert "expected an array of uint8" in table["error"][8] and "float64 of shape (32, 32, 3)" in table["error"][8]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int32", ">u2"])
+def test_pillow_images_that_pillow_would_clip_are_refused(result: fruitdask.RunResult, dtype: str) -> None:
+    image = Image.fromarray(np.linspace(0, 1, 64).reshape(8, 8).astype(dtype))
+    features, table = result.transform([image, image.convert("L")])
+    assert table["status"].tolist() == ["unreadable", "ok"] and np.isnan(features[0]).all()
+    assert f"of 8 bits, found an image of Pillow's mode {image.mode};" in table["error"][0]
+
+
 def test_transform_turns_an_image_like_its_file(result: fruitdask.RunResult, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
