@@ -364,6 +364,17 @@ def test_mixed_and_quantized_models_equal_keras(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("openvino") is None, reason="needs the extra openvino")
+def test_weights_that_are_nan_are_refused(tmp_path: Path) -> None:
+    network, _ = build_network()
+    weights = network.get_weights()
+    weights[0][0, 0, 0, 0] = np.nan
+    network.set_weights(weights)
+    network.save(tmp_path / "own.keras")
+    for engine in ("tensorflow", "openvino"):
+        with pytest.raises(ModelError, match=r"own\.keras: expected numbers, found NaN in the weights first/kernel, as"):
+            build_artifact(configure(tmp_path / "own.keras", engine=engine))
+
+
 def test_engine_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     import keras
 

@@ -71,6 +71,7 @@ def build_here(config: ModelConfig) -> ModelArtifact:
     import_keras()
     with default_settings(config.precision):
         network, own = _load_network(config)
+        _check_weights(network, config)
         place = find_layer(network, config.layer) if config.layer else find_features(network, own)
         features = cut_network(network, place) if own or config.layer else network
         shapes = [tensor.shape for tensor in network.inputs]
@@ -93,6 +94,16 @@ def build_here(config: ModelConfig) -> ModelArtifact:
     if own and engine != "tensorflow":
         _check_engine(artifact, graph)
     return artifact
+
+
+def _check_weights(network: Any, config: ModelConfig) -> None:
+    """Refuse weights that are NaN: behind a ReLU, OpenVINO would make features of 0 of them."""
+    for weight in network.weights:
+        if np.isnan(np.asarray(weight)).any():
+            raise ModelError(
+                f"{config.weights}: expected numbers, found NaN in the weights {weight.path}, as after a training that "
+                "diverged; use weights from before"
+            )
 
 
 def _check_engine(artifact: ModelArtifact, graph: bytes) -> None:
