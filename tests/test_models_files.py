@@ -364,6 +364,35 @@ def test_mixed_and_quantized_models_equal_keras(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("openvino") is None, reason="needs the extra openvino")
+@pytest.mark.parametrize("preprocessing", ["tf", "torch"])
+def test_pixels_are_not_scaled_twice(preprocessing: str, tmp_path: Path) -> None:
+    import keras
+
+    network, _ = build_network()
+    outer = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.RandomFlip(), network])
+    outer.save(tmp_path / "own.keras")
+    message = (
+        rf"own\.keras: expected pixels .* once, found model\.preprocessing {preprocessing} before .* own/rescaling"
+    )
+    with pytest.raises(ModelError, match=message):
+        build_artifact(configure(tmp_path / "own.keras", preprocessing=preprocessing))
+
+
+@pytest.mark.parametrize("scale", [1 / 255, 0.5], ids=["other pixels", "small"])
+def test_scaling_of_something_else_is_left_to_the_network(scale: float, tmp_path: Path) -> None:
+    import keras
+    from keras.applications.imagenet_utils import preprocess_input
+
+    image = keras.Input((32, 32, 3))
+    x = image if scale < 0.1 else keras.layers.Rescaling(scale)(image)
+    x = keras.layers.Conv2D(6, 3)(x)
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(x))
+    keras.Model(image, keras.layers.Dense(5, activation="softmax")(x)).save(tmp_path / "own.keras")
+    artifact = build_artifact(configure(tmp_path / "own.keras", preprocessing="tf"))
+    expected = keras.Model(image, x).predict(preprocess_input(PIXELS.astype(np.float32), mode="tf"), verbose=0)
+    np.testing.assert_allclose(load_predictor(artifact, n_threads=1)(PIXELS), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_weights_that_are_nan_are_refused(tmp_path: Path) -> None:
     network, _ = build_network()
     weights = network.get_weights()
@@ -371,7 +400,7 @@ def test_weights_that_are_nan_are_refused(tmp_path: Path) -> None:
     network.set_weights(weights)
     network.save(tmp_path / "own.keras")
     for engine in ("tensorflow", "openvino"):
-        with pytest.raises(ModelError, match=r"own\.keras: expected numbers, found NaN in the weights first/kernel, as"):
+        with pytest.raises(ModelError, match=r"own\.keras: expected numbers, found NaN in the weights first/kernel"):
             build_artifact(configure(tmp_path / "own.keras", engine=engine))
 
 

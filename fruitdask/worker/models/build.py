@@ -26,7 +26,14 @@ from fruitdask.worker.models.files import (
     locate_weights,
     read_input_shapes,
 )
-from fruitdask.worker.models.layers import cut_network, find_features, find_layer, has_foreign_layers
+from fruitdask.worker.models.layers import (
+    Place,
+    cut_network,
+    find_features,
+    find_layer,
+    find_scaling,
+    has_foreign_layers,
+)
 from fruitdask.worker.models.networks import INPUT_PX, build_network, check_name, find_preprocessing
 from fruitdask.worker.models.settings import default_settings, import_keras
 
@@ -77,6 +84,7 @@ def build_here(config: ModelConfig) -> ModelArtifact:
         shapes = [tensor.shape for tensor in network.inputs]
         input_px = _find_input_px(config, shapes) if own else choose_input_px(config)
         features = _pool(_fix_input(features, input_px, config), config)
+        _check_scaling(place, config)
         preprocess, preprocessing = _choose_preprocessing(config, is_own=own is not None)
         name, layer = network.name, place.name
         _rename_scopes(features)
@@ -104,6 +112,15 @@ def _check_weights(network: Any, config: ModelConfig) -> None:
                 f"{config.weights}: expected numbers, found NaN in the weights {weight.path}, as after a training that "
                 "diverged; use weights from before"
             )
+
+
+def _check_scaling(place: Place, config: ModelConfig) -> None:
+    """Refuse to scale pixels that the network scales itself: it would see almost nothing but black."""
+    if config.preprocessing in ("tf", "torch") and (scaling := find_scaling(place)) is not None:
+        raise ModelError(
+            f"{config.weights}: expected pixels to be scaled once, found model.preprocessing {config.preprocessing} "
+            f"before the model's own layer {scaling.name}; set model.preprocessing: none"
+        )
 
 
 def _check_engine(artifact: ModelArtifact, graph: bytes) -> None:
