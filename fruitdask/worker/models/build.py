@@ -242,11 +242,14 @@ def _load_own(path: str, config: ModelConfig, found: ModelFile) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            network = keras.saving.load_model(
-                path, compile=False, safe_mode=not config.allow_code, custom_objects=_patch_classes(found)
-            )
+            network = keras.saving.load_model(path, compile=False, safe_mode=not config.allow_code)
     except Exception as error:
         # Keras raises ValueError, TypeError, KeyError, zipfile or h5py errors for a file that is not a safe model.
+        if found.kind == "keras" and found.version.startswith("2."):
+            raise ModelError(
+                f"{expected} a .keras file of Keras {found.version}, which Keras 3 cannot read; load it with that "
+                "version and save it as .h5"
+            ) from error
         if foreign := found.list_foreign():
             raise ModelError(f"{expected} {_explain_foreign(*foreign[0], found)}") from error
         advice = f"; {trust}" if "safe_mode" in str(error) else ""
@@ -261,24 +264,13 @@ def _explain_foreign(class_name: str, name: str, found: ModelFile) -> str:
             f"a model of the class {class_name}, whose code is not in the file; "
             "build it with keras.Sequential or keras.Model(inputs, outputs) and save that"
         )
+    if class_name.endswith("OpLambda"):
+        return f"the operation {name} of Keras 2, which Keras 3 cannot read; use layers of Keras, such as Rescaling"
     return (
         f"the layer {name} of the class {class_name}, which Keras does not have; decorate the class with "
         "@keras.saving.register_keras_serializable() in the script that calls fruitdask, "
         'outside of its if __name__ == "__main__":, or save the model without the layer'
     )
-
-
-def _patch_classes(found: ModelFile) -> dict[str, Any] | None:
-    """Make Keras 3 accept a removed argument in Keras 2 files, such as Teachable Machine's."""
-    if found.kind != "h5":
-        return None
-    import keras
-
-    class DepthwiseConv2D(keras.layers.DepthwiseConv2D):  # type: ignore[misc]
-        def __init__(self, *args: Any, groups: int = 1, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-
-    return {"DepthwiseConv2D": DepthwiseConv2D}
 
 
 def _fix_input(network: Any, input_px: int, config: ModelConfig) -> Any:
