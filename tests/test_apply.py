@@ -183,7 +183,8 @@ def test_one_image_is_enough(
 ) -> None:
     for name in NEW[1:]:
         (tmp_path / "new" / name).unlink()
-    applied = apply(overrides=["report.enabled=true", "plots.enabled=true", "explore.enabled=true"])
+    sections = ("report", "plots", "explore", "reduce.tsne")
+    applied = apply(overrides=[f"{name}.enabled=true" for name in sections])
     expected = project(result, compute_colours(tmp_path / "new", NEW[:1]))
     np.testing.assert_allclose(get_scores(applied.table), expected, rtol=1e-3, atol=1e-3)
     n_fitted = result.manifest["pca"]["fit"]["n_images"]
