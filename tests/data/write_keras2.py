@@ -21,7 +21,7 @@ layers = keras.layers
 def build_base(name: str) -> Any:
     """Build a small network of the kinds of layers that networks for images have."""
     image = keras.Input((32, 32, 3))
-    x = layers.Conv2D(6, 3, strides=2, use_bias=False)(image)
+    x = layers.Conv2D(6, 3, strides=2, use_bias=False)(layers.Normalization()(image))
     x = layers.ReLU(6.0)(layers.BatchNormalization()(x))
     y = layers.BatchNormalization()(layers.DepthwiseConv2D(3, padding="same")(x))
     x = layers.SeparableConv2D(8, 3)(layers.Add()([x, y]))
@@ -72,10 +72,13 @@ def build_operators() -> tuple[Any, Any]:
 
 def draw_weights(model: Any) -> None:
     """Draw weights whose order matters, as those of a trained network."""
-    rng = np.random.default_rng(3)
+    rng, drawn = np.random.default_rng(3), []
     for weight in model.weights:
         noise = rng.normal(0, 0.3, weight.shape)
-        weight.assign(np.abs(noise) + 0.5 if "variance" in weight.name else weight.numpy() + noise)
+        value = np.abs(noise) + 0.5 if "variance" in weight.name else weight.numpy() + noise
+        drawn.append(np.asarray(value, weight.dtype.as_numpy_dtype))
+    # Unlike assigning them one by one, this makes Normalization use them.
+    model.set_weights(drawn)
 
 
 def main(target: str) -> None:

@@ -254,6 +254,10 @@ def _load_own(path: str, config: ModelConfig, found: ModelFile) -> Any:
             raise ModelError(f"{expected} {_explain_foreign(*foreign[0], found)}") from error
         advice = f"; {trust}" if "safe_mode" in str(error) else ""
         raise ModelError(f"{expected} {_first_line(error)}{advice}") from error
+    for layer in network._flatten_layers():
+        # From .h5 files, Keras loads the mean and variance of a nested network, but does not use them.
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()
     return network
 
 
