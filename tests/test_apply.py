@@ -91,6 +91,14 @@ def test_transform_accepts_photographs_of_any_kind_and_broken_ones(result: fruit
     assert "expected an array of uint8" in table["error"][8] and "float64 of shape (32, 32, 3)" in table["error"][8]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int32", ">u2"])
+def test_pillow_images_that_pillow_would_clip_are_refused(result: fruitdask.RunResult, dtype: str) -> None:
+    image = Image.fromarray(np.linspace(0, 1, 64).reshape(8, 8).astype(dtype))
+    features, table = result.transform([image, image.convert("L")])
+    assert table["status"].tolist() == ["unreadable", "ok"] and np.isnan(features[0]).all()
+    assert f"of 8 bits, found an image of Pillow's mode {image.mode};" in table["error"][0]
+
+
 def test_transform_turns_an_image_like_its_file(result: fruitdask.RunResult, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -175,7 +183,8 @@ def test_one_image_is_enough(
 ) -> None:
     for name in NEW[1:]:
         (tmp_path / "new" / name).unlink()
-    applied = apply(overrides=["report.enabled=true", "plots.enabled=true", "explore.enabled=true"])
+    sections = ("report", "plots", "explore", "reduce.tsne")
+    applied = apply(overrides=[f"{name}.enabled=true" for name in sections])
     expected = project(result, compute_colours(tmp_path / "new", NEW[:1]))
     np.testing.assert_allclose(get_scores(applied.table), expected, rtol=1e-3, atol=1e-3)
     n_fitted = result.manifest["pca"]["fit"]["n_images"]

@@ -187,12 +187,13 @@ def test_interval_without_groups_is_wilsons() -> None:
     [
         ([], None, "expected images of at least 2 classes, found no image with features; check input.label_from"),
         (["a"] * 4, None, "expected images of at least 2 classes, found only 'a'; check input.label_from"),
+        (["a", "unknown"] * 2, None, "expected no class 'unknown', which .* unlike all training images; rename"),
         (["a", "a", "b"], None, "at least 2 images with features of each class, found 1 of 'b'; add images, or leave"),
         (["a", "a", "b", "b"], ["1", "2", "3", "3"], "at least 2 groups of each class, found 1 group of 'b'; a"),
         (["a", "a", "b", "b"], ["1"] * 4, "at least 2 groups of each class, found 1 group of 'a'; a classifier"),
         (["a", "a", "b", "b"], None, "at least 2 different images of each class, found only copies of one of 'a'; add"),
     ],
-    ids=["nothing", "one class", "one image", "a class of one group", "one group", "copies"],
+    ids=["nothing", "one class", "unknown", "one image", "a class of one group", "one group", "copies"],
 )
 def test_data_that_cannot_be_tested_are_refused(labels: list[str], groups: list[str] | None, message: str) -> None:
     features = np.zeros((len(labels), 3), np.float32)
@@ -229,8 +230,13 @@ def test_train_stores_a_classifier_without_code(trained: tuple[Path, fruitdask.C
 
 
 @pytest.mark.parametrize("change", ["nothing", "labels", "groups", "splits"])
-def test_page_says_that_a_classifier_was_trained_on_earlier_data(
-    tiny_model: ModelConfig, finish: Finish, client: Any, tmp_path: Path, change: str
+def test_page_and_predictions_say_that_a_classifier_was_trained_on_earlier_data(
+    tiny_model: ModelConfig,
+    finish: Finish,
+    client: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: str,
 ) -> None:
     table = pd.DataFrame(
         [(f"{name}/{number}.png", name, f"{name}{number}", "train") for name in "ab" for number in range(4)],
@@ -244,10 +250,12 @@ def test_page_says_that_a_classifier_was_trained_on_earlier_data(
     if change != "nothing":
         table.loc[0, change.removesuffix("s")] = "b"
     table.to_csv(tmp_path / "labels.csv", index=False)
-    fruitdask.run(config, client=client)
+    result = fruitdask.run(config, client=client)
     page = (tmp_path / "out" / "report.html").read_text()
     assert 'id="classifier-heading"' in page
-    assert ("have changed since the classifier was trained" in page) == (change in ("labels", "groups"))
+    assert result.classifier.report["n_images"] == 8
+    for text in (page, caplog.text):
+        assert ("have changed since the classifier was trained" in text) == (change in ("labels", "groups"))
 
 
 def test_known_photographs_are_labelled_and_strange_ones_are_unknown(

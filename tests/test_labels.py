@@ -136,6 +136,7 @@ def test_invalid_table_is_one_sentence(folder: Path, data: bytes, message: str) 
         (lambda path: path.removesuffix(".jpg"), r"found 'a/0' for 'a/0\.jpg'; add the file's extension"),
         (lambda path: path.upper(), r"found 'A/0\.JPG' for 'a/0\.jpg'; use the upper and lower case"),
         (lambda path: f"/elsewhere/{path}", r"found '/elsewhere/a/0\.jpg', which is not inside it"),
+        (lambda path: f"/{path}", r"found '/a/0\.jpg', which is not inside it; write it like 'a/0\.jpg'"),
         (lambda path: f"https://example.org/{path}", r"found 'https://example\.org/a/0\.jpg', which is not inside it"),
         (lambda path: f"C:\\photos\\{path}", r"found 'C:\\\\photos\\\\a/0\.jpg', which is not inside it"),
         (
@@ -143,7 +144,7 @@ def test_invalid_table_is_one_sentence(folder: Path, data: bytes, message: str) 
             r"none of its 4 exists: the first path in the table is 'xa/0\.jpg', the first file is 'a/0\.jpg'",
         ),
     ],
-    ids=["backslashes", "own folder", "no ending", "capitals", "elsewhere", "URL", "Windows", "other names"],
+    ids=["backslashes", "own folder", "no ending", "capitals", "elsewhere", "slash", "URL", "Windows", "other names"],
 )
 def test_paths_in_another_notation_are_explained(folder: Path, rewrite: Callable[[str], str], message: str) -> None:
     rows = [f"{rewrite(path)},x\n" for path in PATHS]

@@ -19,6 +19,8 @@ from fruitdask.errors import ConfigError, ModelError
 from fruitdask.worker.models import build_artifact, choose_input_px, fingerprint_model, load_predictor
 from fruitdask.worker.models.cache import find_artifact, keep_artifact
 
+#: Written by tests/data/write_keras2.py.
+KERAS2 = Path(__file__).parent / "data" / "keras2"
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
 
 
@@ -99,17 +101,43 @@ def edit_h5(path: Path, edit: Callable[[str], str]) -> None:
         file.attrs["model_config"] = edit(str(file.attrs["model_config"]))
 
 
-def test_model_of_teachable_machine(tmp_path: Path) -> None:
-    network, reference = build_network()
-    path = tmp_path / "keras_model.h5"
-    network.save(path)
-    mark = '"class_name": "DepthwiseConv2D", "config": {'
-    edit_h5(
-        path, lambda text: text.replace(mark, mark + '"groups": 1, ').replace('"batch_shape"', '"batch_input_shape"')
-    )
-    check_features(configure(path), reference)
+@pytest.mark.parametrize("name", ["transfer", "teachable", "policy"])
+def test_h5_model_of_keras_2_equals_keras_2(name: str) -> None:
+    artifact = build_artifact(configure(KERAS2 / f"{name}.h5"))
+    features = load_predictor(artifact, n_threads=1)(PIXELS)
+    expected = np.load(KERAS2 / "features.npz")[name]
+    tolerance = 5e-3 if name == "policy" else 1e-5
+    np.testing.assert_allclose(features, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+    assert artifact.input_px == choose_input_px(configure(KERAS2 / f"{name}.h5")) == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("transfer.keras", r"found a \.keras file of Keras 2\.[\d.]+, which Keras 3 cannot read; .* save it as \.h5"),
+        ("operators.h5", "found the operation tf.math.truediv of Keras 2, which Keras 3 cannot read; use layers"),
+    ],
+)
+def test_model_of_keras_2_that_cannot_be_read(name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        build_artifact(configure(KERAS2 / name))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda text: text.replace('"class_name"', '"kind"', 2), lambda text: text.replace('"axis": [', '"axis": [7, ')],
+    ids=["a layer without a class", "two axes"],
+)
+def test_damaged_description_of_keras_2(damage: Callable[[str], str], tmp_path: Path) -> None:
+    shutil.copy(KERAS2 / "transfer.h5", tmp_path / "own.h5")
+    edit_h5(tmp_path / "own.h5", damage)
+    with pytest.raises(ModelError, match=r"own\.h5: expected .*, found "):
+        build_artifact(configure(tmp_path / "own.h5"))
+
+
+def test_archive_of_teachable_machine(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "converted_keras.zip", "w") as archive:
-        archive.write(path, "keras_model.h5")
+        archive.write(KERAS2 / "teachable.h5", "keras_model.h5")
         archive.writestr("labels.txt", "0 pear")
     with pytest.raises(ModelError, match=r"an export of Teachable Machine"):
         build_artifact(configure(tmp_path / "converted_keras.zip"))
@@ -364,6 +392,46 @@ def test_mixed_and_quantized_models_equal_keras(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("openvino") is None, reason="needs the extra openvino")
+@pytest.mark.parametrize("preprocessing", ["tf", "torch"])
+def test_pixels_are_not_scaled_twice(preprocessing: str, tmp_path: Path) -> None:
+    import keras
+
+    network, _ = build_network()
+    outer = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.RandomFlip(), network])
+    outer.save(tmp_path / "own.keras")
+    message = (
+        rf"own\.keras: expected pixels .* once, found model\.preprocessing {preprocessing} before .* own/rescaling"
+    )
+    with pytest.raises(ModelError, match=message):
+        build_artifact(configure(tmp_path / "own.keras", preprocessing=preprocessing))
+
+
+@pytest.mark.parametrize("scale", [1 / 255, 0.5], ids=["other pixels", "small"])
+def test_scaling_of_something_else_is_left_to_the_network(scale: float, tmp_path: Path) -> None:
+    import keras
+    from keras.applications.imagenet_utils import preprocess_input
+
+    image = keras.Input((32, 32, 3))
+    x = image if scale < 0.1 else keras.layers.Rescaling(scale)(image)
+    x = keras.layers.Conv2D(6, 3)(x)
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(x))
+    keras.Model(image, keras.layers.Dense(5, activation="softmax")(x)).save(tmp_path / "own.keras")
+    artifact = build_artifact(configure(tmp_path / "own.keras", preprocessing="tf"))
+    expected = keras.Model(image, x).predict(preprocess_input(PIXELS.astype(np.float32), mode="tf"), verbose=0)
+    np.testing.assert_allclose(load_predictor(artifact, n_threads=1)(PIXELS), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_that_are_nan_are_refused(tmp_path: Path) -> None:
+    network, _ = build_network()
+    weights = network.get_weights()
+    weights[0][0, 0, 0, 0] = np.nan
+    network.set_weights(weights)
+    network.save(tmp_path / "own.keras")
+    for engine in ("tensorflow", "openvino"):
+        with pytest.raises(ModelError, match=r"own\.keras: expected numbers, found NaN in the weights first/kernel"):
+            build_artifact(configure(tmp_path / "own.keras", engine=engine))
+
+
 def test_engine_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     import keras
 

@@ -50,6 +50,14 @@ def test_embed_tsne_keeps_neighbours_and_is_reproducible() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("exponent", [-110, -60, 60, 120])
+def test_embed_tsne_does_not_depend_on_the_scale(exponent: int) -> None:
+    scores = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    scores /= np.abs(scores).max() * np.float32(1.5)
+    scaled = np.ldexp(scores, exponent)
+    np.testing.assert_array_equal(embed_tsne(scaled, perplexity=10), embed_tsne(scores, perplexity=10))
+
+
 def test_embed_tsne_accepts_fewer_images_than_its_perplexity() -> None:
     assert embed_tsne(np.random.default_rng(0).normal(size=(5, 3)), perplexity=30).shape == (5, 2)
 

@@ -24,6 +24,8 @@ _MAX_FOLDS = 5
 _MAX_CONFUSED = 300
 #: A new image is unknown if its nearest training image is farther than that of this fraction of the held-out images.
 _KNOWN_FRACTION = 0.99
+#: Label of an image that is unlike all training images.
+UNKNOWN_LABEL = "unknown"
 #: Relative errors of features from batches of different size, at most.
 _ROUNDING = 1e-6
 #: Two-sided 95 % quantile of the normal distribution.
@@ -202,10 +204,6 @@ def predict(
     return np.where(is_known, labels, UNKNOWN_LABEL), probabilities[np.arange(len(best)), best]
 
 
-#: Label of an image that is unlike all training images.
-UNKNOWN_LABEL = "unknown"
-
-
 def _ask_probe(known: Floats, codes: npt.NDArray[np.int64], features: Floats) -> npt.NDArray[np.int64]:
     """Predict with a probe of the known images; if these are of a single class, predict that."""
     if not codes.any():
@@ -237,6 +235,11 @@ def _check(
     if len(classes) < 2:
         found = f"only {str(classes[0])!r}" if len(classes) else "no image with features"
         raise TrainingError(f"expected images of at least 2 classes, found {found}; check input.label_from")
+    if UNKNOWN_LABEL in classes:
+        raise TrainingError(
+            f"expected no class {UNKNOWN_LABEL!r}, which is the label of images that are unlike all training images; "
+            "rename that class, or leave it out by input.classes"
+        )
     counts = np.bincount(codes)
     if counts.min() < 2:
         raise TrainingError(

@@ -5,6 +5,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
+from fruitdask.analysis.neighbors import scale_to_one
 from fruitdask.core.config import Solver
 from fruitdask.errors import ReduceError
 
@@ -12,6 +13,9 @@ from fruitdask.errors import ReduceError
 TSNE_COMPONENTS = 50
 #: Side of the largest matrix that is decomposed, 134 MB in float64; only pooling: flatten exceeds it.
 LARGEST_SIDE = 4096
+#: The largest power of two in scores, and the smallest, from which scikit-learn finds the neighbours: it doubles or
+#: halves their squares up to a hundred times. Beyond, it lays out all images at one place, or crashes.
+_MAX_EXPONENT = 30
 #: One image has no variance.
 MIN_IMAGES = 2
 #: The arrays that principal components consist of, and their dimensions.
@@ -79,10 +83,15 @@ def embed_tsne(
     """
     from sklearn.manifold import TSNE
 
-    few = max(1.0, (len(scores) - 1) / 3)
-    init = "pca" if scores.shape[1] > 1 else "random"
+    if len(scores) < MIN_IMAGES:
+        return np.zeros((len(scores), 2), np.float32)
+    if abs(np.frexp(np.abs(scores).max(initial=0))[1]) > _MAX_EXPONENT:
+        scores = scale_to_one(scores)
+    points, few = np.asarray(scores, np.float32), max(1.0, (len(scores) - 1) / 3)
+    # Copies of one image have no components, without which scikit-learn crashes.
+    init = "pca" if points.shape[1] > 1 and np.ptp(points, axis=0).any() else "random"
     tsne = TSNE(n_components=2, perplexity=min(perplexity, few), init=init, random_state=seed)
-    embedding: npt.NDArray[np.float32] = tsne.fit_transform(np.asarray(scores, np.float32)).astype(np.float32)
+    embedding: npt.NDArray[np.float32] = tsne.fit_transform(points).astype(np.float32)
     return embedding
 
 

@@ -115,9 +115,11 @@ def _describe_unlisted(table: pd.DataFrame, is_listed: npt.NDArray[np.bool_], ro
     if not root.is_local:
         return
     for row in np.flatnonzero(~is_listed):
+        path = table["path"].iloc[row]
         with suppress(OSError, ValueError):
-            status = os.stat(root.locate(table["path"].iloc[row]))
-            if stat.S_ISREG(status.st_mode):
+            status = os.stat(root.locate(path))
+            # Below the input, /a.jpg would name a.jpg a second time.
+            if stat.S_ISREG(status.st_mode) and not _ABSOLUTE.match(path):
                 table.loc[row, ["bytes", "version"]] = status.st_size, digest_version(str(status.st_mtime_ns))
 
 

@@ -21,8 +21,9 @@ from fruitdask.worker.models import choose_batch_size, start_building
 if TYPE_CHECKING:
     from PIL import Image
 
-#: Modes of Pillow that PNG stores as they are.
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I")
+#: Modes of Pillow that PNG stores as they are, and those of more than 8 bits that it does not store.
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+_DEEP_MODES = ("F", "I", "I;16B", "I;16L", "I;16N")
 #: The fastest level of zlib that compresses.
 _COMPRESS_LEVEL = 1
 
@@ -113,6 +114,12 @@ def _pack_image(image: "Image.Image") -> bytes | ImageError:
     """
     from PIL import ImageOps
 
+    if image.mode in _DEEP_MODES:
+        # Pillow would clip them at 255.
+        return ImageError(
+            f"expected pixels of 8 bits, found an image of Pillow's mode {image.mode}; give its file, or its pixels as "
+            "an array of uint8"
+        )
     file = io.BytesIO()
     try:
         upright = ImageOps.exif_transpose(image)

@@ -92,6 +92,8 @@ def find_similar(result: RunResult, queries: Queries, *, k: int, metric: str, cl
         raise ConfigError(f"k: expected at least 1 image to find, found {k}")
     features, _ = open_features(result.output, block_bytes=_BLOCK_BYTES)
     with _choose_scheduler(int(features.nbytes), client):
+        # The memory of the search grows with k.
+        k = min(k, len(features))
         rows, distances = find_nearest(features, queries.features, k=k, metric=metric, own=queries.rows)
     n_queries, k = rows.shape
     found = read_images(result.output).drop(columns="status").iloc[rows.ravel()].reset_index(drop=True)

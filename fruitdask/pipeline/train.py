@@ -1,5 +1,6 @@
 """Trains a classifier on the features of a finished run, and predicts the labels of other images."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     import dask.array as da
 
     from fruitdask.analysis.classifier import LinearProbe
+
+logger = logging.getLogger(__name__)
 
 #: Images that a classifier is trained on at most: 100 MB of features of MobileNetV2.
 MAX_ROWS = 20_000
@@ -206,6 +209,11 @@ def open_classifier(result: RunResult) -> Classifier:
     arrays = store.read_arrays(result.output.child(store.CLASSIFIER))
     if missing := sorted({"rows", *PROBE_ARRAYS} - arrays.keys()):
         raise DamageError(f"{location.url} is damaged ({missing[0]} is missing); use fruitdask train again")
+    if report.get("trained_on") != store.RunManifest.model_validate(result.manifest).trained_on:
+        logger.warning(
+            "%s: images, labels or groups have changed since the classifier was trained; use fruitdask train again",
+            result.output.url,
+        )
     rows = arrays.pop("rows")
     return Classifier(result, report, LinearProbe(**arrays), rows)
 

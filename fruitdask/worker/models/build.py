@@ -26,7 +26,14 @@ from fruitdask.worker.models.files import (
     locate_weights,
     read_input_shapes,
 )
-from fruitdask.worker.models.layers import cut_network, find_features, find_layer, has_foreign_layers
+from fruitdask.worker.models.layers import (
+    Place,
+    cut_network,
+    find_features,
+    find_layer,
+    find_scaling,
+    has_foreign_layers,
+)
 from fruitdask.worker.models.networks import INPUT_PX, build_network, check_name, find_preprocessing
 from fruitdask.worker.models.settings import default_settings, import_keras
 
@@ -71,11 +78,13 @@ def build_here(config: ModelConfig) -> ModelArtifact:
     import_keras()
     with default_settings(config.precision):
         network, own = _load_network(config)
+        _check_weights(network, config)
         place = find_layer(network, config.layer) if config.layer else find_features(network, own)
         features = cut_network(network, place) if own or config.layer else network
         shapes = [tensor.shape for tensor in network.inputs]
         input_px = _find_input_px(config, shapes) if own else choose_input_px(config)
         features = _pool(_fix_input(features, input_px, config), config)
+        _check_scaling(place, config)
         preprocess, preprocessing = _choose_preprocessing(config, is_own=own is not None)
         name, layer = network.name, place.name
         _rename_scopes(features)
@@ -93,6 +102,25 @@ def build_here(config: ModelConfig) -> ModelArtifact:
     if own and engine != "tensorflow":
         _check_engine(artifact, graph)
     return artifact
+
+
+def _check_weights(network: Any, config: ModelConfig) -> None:
+    """Refuse weights that are NaN: behind a ReLU, OpenVINO would make features of 0 of them."""
+    for weight in network.weights:
+        if np.isnan(np.asarray(weight)).any():
+            raise ModelError(
+                f"{config.weights}: expected numbers, found NaN in the weights {weight.path}, as after a training that "
+                "diverged; use weights from before"
+            )
+
+
+def _check_scaling(place: Place, config: ModelConfig) -> None:
+    """Refuse to scale pixels that the network scales itself: it would see almost nothing but black."""
+    if config.preprocessing in ("tf", "torch") and (scaling := find_scaling(place)) is not None:
+        raise ModelError(
+            f"{config.weights}: expected pixels to be scaled once, found model.preprocessing {config.preprocessing} "
+            f"before the model's own layer {scaling.name}; set model.preprocessing: none"
+        )
 
 
 def _check_engine(artifact: ModelArtifact, graph: bytes) -> None:
@@ -214,15 +242,22 @@ def _load_own(path: str, config: ModelConfig, found: ModelFile) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            network = keras.saving.load_model(
-                path, compile=False, safe_mode=not config.allow_code, custom_objects=_patch_classes(found)
-            )
+            network = keras.saving.load_model(path, compile=False, safe_mode=not config.allow_code)
     except Exception as error:
         # Keras raises ValueError, TypeError, KeyError, zipfile or h5py errors for a file that is not a safe model.
+        if found.kind == "keras" and found.version.startswith("2."):
+            raise ModelError(
+                f"{expected} a .keras file of Keras {found.version}, which Keras 3 cannot read; load it with that "
+                "version and save it as .h5"
+            ) from error
         if foreign := found.list_foreign():
             raise ModelError(f"{expected} {_explain_foreign(*foreign[0], found)}") from error
         advice = f"; {trust}" if "safe_mode" in str(error) else ""
         raise ModelError(f"{expected} {_first_line(error)}{advice}") from error
+    for layer in network._flatten_layers():
+        # From .h5 files, Keras loads the mean and variance of a nested network, but does not use them.
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()
     return network
 
 
@@ -233,24 +268,13 @@ def _explain_foreign(class_name: str, name: str, found: ModelFile) -> str:
             f"a model of the class {class_name}, whose code is not in the file; "
             "build it with keras.Sequential or keras.Model(inputs, outputs) and save that"
         )
+    if class_name.endswith("OpLambda"):
+        return f"the operation {name} of Keras 2, which Keras 3 cannot read; use layers of Keras, such as Rescaling"
     return (
         f"the layer {name} of the class {class_name}, which Keras does not have; decorate the class with "
         "@keras.saving.register_keras_serializable() in the script that calls fruitdask, "
         'outside of its if __name__ == "__main__":, or save the model without the layer'
     )
-
-
-def _patch_classes(found: ModelFile) -> dict[str, Any] | None:
-    """Make Keras 3 accept a removed argument in Keras 2 files, such as Teachable Machine's."""
-    if found.kind != "h5":
-        return None
-    import keras
-
-    class DepthwiseConv2D(keras.layers.DepthwiseConv2D):  # type: ignore[misc]
-        def __init__(self, *args: Any, groups: int = 1, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-
-    return {"DepthwiseConv2D": DepthwiseConv2D}
 
 
 def _fix_input(network: Any, input_px: int, config: ModelConfig) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 from fruitdask.core.config import ModelConfig
 from fruitdask.core.storage import Location, explained
 from fruitdask.errors import ModelError
+from fruitdask.worker.models.keras2 import modernize
 
 #: Bytes per request to a remote file, of which only the few kilobytes that describe the network are read.
 _BLOCK_BYTES = 1 << 16
@@ -52,6 +53,8 @@ class ModelFile:
     description: Mapping[str, Any] = field(default_factory=dict)
     #: Keras's description of the training, if the file has one.
     training: Any = None
+    #: The version of Keras that wrote the network.
+    version: str = ""
 
     @property
     def ending(self) -> str:
@@ -126,7 +129,8 @@ def fetch_file(config: ModelConfig, found: ModelFile) -> Iterator[str]:
     """Yield a local path of the file with the extension that Keras expects."""
     location = locate_weights(config)
     ending = next((ending for ending in (".weights.h5", ".keras", ".h5") if location.path.endswith(ending)), None)
-    if location.is_local and ending == found.ending:
+    description = _modernize(config, found)
+    if location.is_local and ending == found.ending and description == found.description:
         yield location.path
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +140,27 @@ def fetch_file(config: ModelConfig, found: ModelFile) -> Iterator[str]:
         else:
             with explained(location, "read"):
                 location.fs.get_file(location.path, path)
+        if description != found.description:
+            _describe_anew(path, description)
         yield path
+
+
+def _modernize(config: ModelConfig, found: ModelFile) -> Mapping[str, Any]:
+    """Describe the network as Keras 3 does."""
+    if found.kind != "h5" or found.version.startswith("3."):
+        return found.description
+    try:
+        return modernize(found.description)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _refuse(config, "a network that is not described as Keras does", _RESAVE) from error
+
+
+def _describe_anew(path: str, description: Mapping[str, Any]) -> None:
+    """Replace the description of the network in an HDF5 file."""
+    import h5py
+
+    with h5py.File(path, "r+") as hdf5:
+        hdf5.attrs["model_config"] = json.dumps(description)
 
 
 def _refuse(config: ModelConfig, what: str = "", advice: str = "") -> ModelError:
@@ -179,8 +203,9 @@ def _examine_zip(config: ModelConfig, file: Any) -> ModelFile:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
             if {"config.json", "metadata.json"} <= set(names):
-                description = json.loads(archive.read("config.json"))
-                return ModelFile("keras", description, description.get("compile_config"))
+                description, metadata = (json.loads(archive.read(name)) for name in ("config.json", "metadata.json"))
+                version = str(metadata.get("keras_version", ""))
+                return ModelFile("keras", description, description.get("compile_config"), version)
     except (zipfile.BadZipFile, ValueError, EOFError, AttributeError) as error:
         raise _refuse(config, "a truncated or damaged .keras file or ZIP archive", _DAMAGED) from error
     files = {name.rsplit("/", 1)[-1] for name in names}
@@ -208,7 +233,7 @@ def _examine_hdf5(config: ModelConfig, file: Any) -> ModelFile:
                 for name in ("model_config", "training_config")
             )
             if description is not None:
-                return ModelFile("h5", description, training)
+                return ModelFile("h5", description, training, str(hdf5.attrs.get("keras_version", "")))
             is_legacy = "layer_names" in hdf5.attrs or "model_weights" in hdf5
             is_keras = is_legacy or any(name in hdf5 for name in ("layers", "vars", "_layer_checkpoint_dependencies"))
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -4,12 +4,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from fruitdask.errors import ModelError
 from fruitdask.worker.models.files import ModelFile
 
 #: A last Dense of fewer units counts as a classifier even without softmax or sigmoid: embeddings have more.
 _MAX_SCORES = 32
 _LAST_LAYERS = 5
+#: Pixels from 0 to 255 are divided by 127.5 or 255.
+_PIXEL_SCALE = 0.01
 # Layers and operations of Keras, by their role between a classifier and the output.
 _DROPOUTS = frozenset(
     "Dropout SpatialDropout1D SpatialDropout2D AlphaDropout GaussianDropout GaussianNoise ActivityRegularization"
@@ -151,6 +155,15 @@ def find_layer(network: Any, name: str) -> Place:
             "name a layer that comes after it"
         )
     return found[-1]
+
+
+def find_scaling(place: Place) -> Place | None:
+    """Find the layer that scales pixels from 0 to 255, of what leads to a place."""
+    for each in _list_places([place]):
+        layer = each.node.operation
+        if "Rescaling" in _name_kinds(layer) and each.tensor.shape[-1] == 3 and np.max(layer.scale) < _PIXEL_SCALE:
+            return each
+    return None
 
 
 def cut_network(network: Any, place: Place) -> Any:
