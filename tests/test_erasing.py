@@ -27,6 +27,7 @@ from fruitdask.core.progress import RunProgress
 from fruitdask.core.storage import Location, keeps_versions
 from fruitdask.errors import CatalogError, ConfigError, OutputError, StoreMismatchError
 from fruitdask.pipeline import budget, explore as explore_module
+from fruitdask.pipeline.erase import carry_out, plan_erasure
 
 #: A colour that no drawn fruit has.
 PLANTED = (255, 0, 255)
@@ -300,6 +301,19 @@ def test_changed_images_are_not_mistaken_for_those_of_the_run(
         StoreMismatchError, match="since 3 images were erased from these results, the input no longer matches"
     ):
         fruitdask.run(make_config(input={"exclude": PATTERNS}))
+
+
+def test_erase_refuses_results_that_were_changed_while_it_asked(
+    make_config: MakeConfig, finish: Finish, client: Any, source: Path
+) -> None:
+    finish(make_config())
+    plan = plan_erasure(make_config(), PATTERNS)
+    Image.new("RGB", (40, 40)).save(source / "pear_1" / "later.jpg")
+    grown = fruitdask.run(make_config(), client=client)
+    with pytest.raises(OutputError, match="another command has changed the results meanwhile, so nothing was erased"):
+        carry_out(plan, client=client)
+    pd.testing.assert_frame_equal(fruitdask.open(grown.output.url).table, grown.table)
+    assert len(grown.table) == 27
 
 
 def test_erase_from_a_run_that_is_not_complete(

@@ -45,7 +45,8 @@ class ErasurePlan:
     n_in_input: int | None
     #: Whether the run has the features of all images.
     is_complete: bool
-    images_per_partition: int
+    #: The manifest of the run when the plan was made.
+    manifest: store.RunManifest = field(repr=False)
 
     @property
     def n_images(self) -> int:
@@ -129,7 +130,7 @@ def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
     _read_run(output)
     with store.locked(output):
         store.finish_erasing(output)
-    size, catalog = _read_run(output).images_per_partition, store.read_catalog(output, ["path"])
+    manifest, catalog = _read_run(output), store.read_catalog(output, ["path"])
     if catalog is None:
         raise OutputError(
             f"{output.child(store.CATALOG).url}: expected the catalog of a run, found none, so nothing was erased; "
@@ -148,10 +149,10 @@ def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
             f"{output.url}: all {len(paths):,} images match, so nothing would be left; delete the folder instead"
         )
     unmatched = _list_unmatched(patterns, paths[is_erased])
-    is_complete = store.list_committed(output).issuperset(range(-(-len(paths) // size)))
+    is_complete = store.list_committed(output).issuperset(range(-(-len(paths) // manifest.images_per_partition)))
     # Listing takes memory too.
     del catalog, paths
-    return ErasurePlan(config, patterns, is_erased, unmatched, _count_in_input(config, patterns), is_complete, size)
+    return ErasurePlan(config, patterns, is_erased, unmatched, _count_in_input(config, patterns), is_complete, manifest)
 
 
 def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | bool | None = None) -> Erasure:
@@ -175,8 +176,12 @@ def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | 
 def remove_images(plan: ErasurePlan) -> None:
     """Remove images from the stored features and outcomes, and delete everything made from them."""
     output, is_kept = open_output(plan.config), ~plan.is_erased
+    if _read_run(output) != plan.manifest:
+        raise OutputError(
+            f"{output.url}: another command has changed the results meanwhile, so nothing was erased; erase again"
+        )
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    erasing = _read_run(output).begin_erasing(
+    erasing = plan.manifest.begin_erasing(
         n_kept=int(is_kept.sum()),
         catalog=hash_listing(store.read_catalog_blocks(output, is_kept)),
         erasure=ErasureRecord(at=now, n_images=plan.n_erased),
@@ -185,7 +190,7 @@ def remove_images(plan: ErasurePlan) -> None:
     store.stage_rows(
         output,
         is_kept,
-        images_per_partition=plan.images_per_partition,
+        images_per_partition=plan.manifest.images_per_partition,
         attributes={"fingerprint": erasing.fingerprint, "class_names": sorted(class_names)},
     )
     store.write_manifest(output, erasing)
