@@ -32,6 +32,9 @@ from fruitdask.core.sample import draw_sample
 from fruitdask.worker.models import ModelArtifact, build_artifact
 from fruitdask.worker.models.cache import keep_artifact
 
+#: Scripts that write data of tests need other packages.
+collect_ignore = ["data"]
+
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 #: S3 file systems of earlier test modules.
