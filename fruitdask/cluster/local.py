@@ -42,6 +42,9 @@ _SETTINGS = {
     # Dask's profiler may hang a worker for good: listing the frames of all threads deadlocks if garbage is collected
     # while a thread starts (https://github.com/python/cpython/issues/106883).
     "distributed.worker.profile.enabled": False,
+    # Each process measures its event loop fifty times per second, and itself twice, which takes 1 % of a core.
+    "distributed.admin.tick.interval": "500ms",
+    "distributed.admin.system-monitor.interval": "2s",
     # Users may have set these for long-lived clusters; this one ends only with its run.
     "distributed.scheduler.idle-timeout": None,
     "distributed.scheduler.no-workers-timeout": None,
