@@ -161,11 +161,16 @@ def _narrow(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
         patterns += read_paths(config.exclude_from, "input.exclude_from")
     if patterns:
         # Last, so that excluding an image does not change the choice of the others.
-        catalog = catalog[~match_paths(catalog["path"], patterns)].reset_index(drop=True)
+        catalog = _keep_rows(catalog, ~match_paths(catalog["path"], patterns))
         if catalog.empty:
             name = "input.exclude" if config.exclude else "input.exclude_from"
             raise CatalogError(f"{config.url}: expected images besides those that {name} names, found none")
     return catalog
+
+
+def _keep_rows(catalog: pd.DataFrame, is_kept: npt.NDArray[np.bool_]) -> pd.DataFrame:
+    """Keep some rows; pandas would also make an index of them and another copy, which is 18 bytes per image."""
+    return pd.DataFrame({name: catalog[name].array[is_kept] for name in catalog}, copy=False)
 
 
 def match_paths(paths: pd.Series, patterns: Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -417,7 +422,7 @@ def _keep_classes(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
         raise CatalogError(
             f"{config.url}: input.classes names {', '.join(absent)}, which is not there; the classes are: {names}"
         )
-    return catalog[catalog["label"].isin(wanted)].reset_index(drop=True)
+    return _keep_rows(catalog, catalog["label"].isin(wanted).to_numpy())
 
 
 def _check_folder(root: Location, config: InputConfig) -> None:
