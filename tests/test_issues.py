@@ -250,8 +250,16 @@ def test_the_command_lists_issues_and_the_page_begins_with_them(checked: Path) -
 
 @pytest.mark.slow
 def test_a_check_that_was_left_out_is_done_later(
-    planted: Path, tiny_model: ModelConfig, finish: Finish, checked: Path, tmp_path: Path
+    planted: Path,
+    tiny_model: ModelConfig,
+    finish: Finish,
+    checked: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # In graphs of two partitions, not all at once as in the run.
+    monkeypatch.setattr(check_module, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(check_module, "_ROWS_AT_ONCE", 10)
     config = configure(
         planted,
         tmp_path / "out",

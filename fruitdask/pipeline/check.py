@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 #: Columns of an exploration that reveal issues.
 _SIZES = dict.fromkeys(("width_px", "height_px"), "float32")
 _FINDINGS = ("duplicate_group", *_SIZES, "mean_red", "mean_green", "mean_blue", "contrast", "sharpness")
-#: Blocks of features in one Dask graph: half a million images of 1280 features. Dask may warn of larger graphs if there
-#: are many classes.
-_BLOCKS_AT_ONCE = 128
+#: Images whose neighbours vote in one Dask graph: Dask warns of graphs of 10 MB, and their votes take 45 MB.
+_ROWS_AT_ONCE = 750_000
 #: Pairs of near duplicates whose features are compared: one block of them is in memory.
 _PAIRS_AT_ONCE = 4_096
 
@@ -185,7 +184,8 @@ def _collect_votes(
     (reference,) = dask.base.persist(reference)
     starts, vote = np.cumsum((0, *features.chunks[0])), delayed(_vote_on_block)
     blocks = zip(features.to_delayed().ravel(), pairwise(starts), strict=True)
-    while some := list(islice(blocks, _BLOCKS_AT_ONCE)):
+    n_at_once = max(1, _ROWS_AT_ONCE // features.chunks[0][0])
+    while some := list(islice(blocks, n_at_once)):
         tasks = [
             vote(
                 block,
