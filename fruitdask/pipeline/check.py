@@ -157,7 +157,8 @@ def _find_by_features(
         yield pd.DataFrame(columns | {"agreement": votes.group_shares})[np.isfinite(scores)]
         distances.append(votes.distances)
     for kind, scores in find_odd_values(images.iloc[rows], codes[rows], np.concatenate(distances)):
-        yield pd.DataFrame({"row": rows, "kind": kind, "score": scores})[np.isfinite(scores)]
+        is_odd = np.isfinite(scores)
+        yield pd.DataFrame({"row": rows[is_odd], "kind": kind, "score": scores[is_odd]})
 
 
 def _collect_votes(
