@@ -39,6 +39,8 @@ class ErasurePlan:
     patterns: tuple[str, ...] = field(repr=False)
     #: Mask of the images to erase, in the order of the rows of the run.
     is_erased: npt.NDArray[np.bool_] = field(repr=False)
+    #: Classes of the other images, in alphabetical order.
+    class_names: tuple[str, ...] = field(repr=False)
     #: Patterns that match no image.
     unmatched: tuple[str, ...] = field(repr=False)
     #: Number of matching images in the input; None if that cannot be listed.
@@ -130,7 +132,7 @@ def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
     _read_run(output)
     with store.locked(output):
         store.finish_erasing(output)
-    manifest, catalog = _read_run(output), store.read_catalog(output, ["path"])
+    manifest, catalog = _read_run(output), store.read_catalog(output, ["path", "label"])
     if catalog is None:
         raise OutputError(
             f"{output.child(store.CATALOG).url}: expected the catalog of a run, found none, so nothing was erased; "
@@ -148,11 +150,20 @@ def plan_erasure(config: Config, patterns: Sequence[str]) -> ErasurePlan:
         raise ConfigError(
             f"{output.url}: all {len(paths):,} images match, so nothing would be left; delete the folder instead"
         )
-    unmatched = _list_unmatched(patterns, paths[is_erased])
+    unmatched, class_names = _list_unmatched(patterns, paths[is_erased]), sorted(catalog["label"][~is_erased].unique())
     is_complete = store.list_committed(output).issuperset(range(-(-len(paths) // manifest.images_per_partition)))
     # Listing takes memory too.
     del catalog, paths
-    return ErasurePlan(config, patterns, is_erased, unmatched, _count_in_input(config, patterns), is_complete, manifest)
+    return ErasurePlan(
+        config=config,
+        patterns=patterns,
+        is_erased=is_erased,
+        class_names=tuple(class_names),
+        unmatched=unmatched,
+        n_in_input=_count_in_input(config, patterns),
+        is_complete=is_complete,
+        manifest=manifest,
+    )
 
 
 def carry_out(plan: ErasurePlan, *, client: Any = None, progress: RunProgress | bool | None = None) -> Erasure:
@@ -186,12 +197,11 @@ def remove_images(plan: ErasurePlan) -> None:
         catalog=hash_listing(store.read_catalog_blocks(output, is_kept)),
         erasure=ErasureRecord(at=now, n_images=plan.n_erased),
     )
-    class_names = {name for block in store.read_catalog_blocks(output, is_kept) for name in block["label"].unique()}
     store.stage_rows(
         output,
         is_kept,
         images_per_partition=plan.manifest.images_per_partition,
-        attributes={"fingerprint": erasing.fingerprint, "class_names": sorted(class_names)},
+        attributes={"fingerprint": erasing.fingerprint, "class_names": list(plan.class_names)},
     )
     store.write_manifest(output, erasing)
     store.finish_erasing(output)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -69,8 +70,9 @@ def measure(command: list[str], **environment: str) -> Measurement:
     with tempfile.TemporaryFile("w+") as output:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, env=os.environ | environment)
-        while process.poll() is None:
-            try:
+        while process.returncode is None:
+            # A process may have just ended.
+            with suppress(psutil.Error):
                 root = psutil.Process(process.pid)
                 children = root.children(recursive=True)
                 used = {each.pid: each.memory_info().rss for each in (root, *children)}
@@ -78,9 +80,8 @@ def measure(command: list[str], **environment: str) -> Measurement:
                 workers = [used[child.pid] for child in children if _is_worker(child, root)]
                 worker_bytes = max([worker_bytes, *workers])
                 cpu_seconds |= {each.pid: sum(each.cpu_times()[:2]) for each in (root, *children)}
-            except psutil.Error:
-                pass  # A process has just ended.
-            time.sleep(_SECONDS_BETWEEN_SAMPLES)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_SECONDS_BETWEEN_SAMPLES)
         seconds = time.perf_counter() - start
         output.seek(0)
         printed = output.read()
