@@ -352,6 +352,9 @@ def test_catalog_of_several_blocks_reads_back_as_pandas_reads_it(
     assert read.astype(object).to_dict("list") == catalog.astype(object).to_dict("list")
     assert [len(block) for block in blocks] == [3] * (n_rows // 3) + [n_rows % 3] * (n_rows % 3 > 0 or not n_rows)
     assert [path for block in blocks for path in block["path"]] == paths
+    is_kept = np.arange(n_rows) % 4 > 0
+    kept = [path for block in store.read_catalog_blocks(output, is_kept) for path in block["path"]]
+    assert kept == [path for n, path in enumerate(paths) if n % 4]
     data = io.BytesIO(output.fs.cat_file(output.child("catalog.parquet").path))
     assert pd.read_parquet(data).astype(object).to_dict("list") == catalog.astype(object).to_dict("list")
 
