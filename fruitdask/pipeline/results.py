@@ -272,7 +272,8 @@ def read_images(output: Location) -> pd.DataFrame:
             f"{output.url}: expected the catalog and the features of a run; {store.advise_repair(output)}"
         )
     images = catalog.drop(columns=list(store.VERSION_COLUMNS))
-    images.insert(2, "status", np.asarray(store.STATUSES)[stored["status"][:]])
+    statuses = pd.Categorical.from_codes(np.asarray(stored["status"][:]), pd.Index(store.STATUSES, dtype="str"))
+    images.insert(2, "status", statuses)
     return images
 
 

@@ -102,7 +102,7 @@ class Classifier:
 
         is_ok = (images["status"] == "ok").to_numpy()
         columns: dict[str, Any] = {"label": "", "probability": np.nan, "nearest": "", "distance": np.nan}
-        found = images[["path", "status"]].reset_index(drop=True).assign(**columns)
+        found = images[["path", "status"]].astype("str").reset_index(drop=True).assign(**columns)
         if is_ok.any():
             distances, nearest = self._find_nearest(features[is_ok])
             labels, probabilities = predict(self.probe, self.report, features[is_ok], distances)
