@@ -273,7 +273,7 @@ def read_images(output: Location) -> pd.DataFrame:
         )
     images = catalog.drop(columns=list(store.VERSION_COLUMNS))
     statuses = pd.Categorical.from_codes(np.asarray(stored["status"][:]), pd.Index(store.STATUSES, dtype="str"))
-    images.insert(2, "status", statuses)
+    images.insert(2, "status", pd.Series(statuses, images.index))
     return images
 
 
