@@ -630,7 +630,7 @@ class LoopbackEC2:
     def _own_moto(self) -> Iterator[None]:
         """Take over EC2 and IAM of moto, and remove our buckets at the end; other S3 servers are not affected."""
         if hasattr(InstanceBackend.run_instances, "is_loopback"):
-            raise RuntimeError("there is a loopback EC2 in this process already")
+            raise RuntimeError("this process already runs a loopback EC2")
         _reset_moto()
         self._furnish()
         with contextlib.ExitStack() as stack:
