@@ -709,7 +709,7 @@ def test_take_rows_equals_pandas(chosen: set[int], n_rows: int) -> None:
     catalog = pd.DataFrame({"path": [f"{n}.jpg" for n in range(20)], "label": pd.Categorical(list("abcde" * 4))})
     rows = np.array(sorted(chosen), np.int64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalog_module, "_ROWS_IN_MEMORY", n_rows)
+        patch.setattr(catalog_module, "ROWS_IN_MEMORY", n_rows)
         pd.testing.assert_frame_equal(take_rows(catalog, rows), catalog.iloc[rows])
 
 

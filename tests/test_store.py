@@ -341,7 +341,7 @@ def test_partition_has_no_commit_mark_while_it_is_written_again(
 def test_catalog_of_several_blocks_reads_back_as_pandas_reads_it(
     output: Location, monkeypatch: pytest.MonkeyPatch, n_rows: int
 ) -> None:
-    monkeypatch.setattr(store.catalog, "_ROWS_IN_MEMORY", 3)
+    monkeypatch.setattr(store.catalog_file, "ROWS_IN_MEMORY", 3)
     paths, labels = [f"{n}/ü.jpg" for n in range(n_rows)], [f"class {n // 2}" for n in range(n_rows)]
     columns = {"path": paths, "label": labels, "bytes": np.arange(n_rows), "version": -np.arange(n_rows)}
     catalog = pd.DataFrame(columns | {"split": ["train", "test"] * (n_rows // 2) + ["train"] * (n_rows % 2)})
