@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from loopback_ec2 import LoopbackEC2, Refusal
+from ec2_gateway import Refusal
+from loopback_ec2 import LoopbackEC2
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.ec2.models import ec2_backends
 

@@ -23,8 +23,10 @@ import dask_cloudprovider.config  # noqa: F401
 import pytest
 from cluster_events import ENDS, PATIENCE_SECONDS, end_while_tasks_run, interrupt_self, make_slow_square, wait_until
 from distributed import wait
+from ec2_gateway import Call, Refusal
+from ec2_machines import LoopbackInstance
 from iam_rules import is_allowed, list_questions_on_ec2
-from loopback_ec2 import Call, LoopbackEC2, LoopbackInstance, Refusal
+from loopback_ec2 import LoopbackEC2
 
 import fruitdask
 from fruitdask.cluster import list_usage, open_client

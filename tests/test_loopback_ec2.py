@@ -21,14 +21,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from distributed import Client, Security, SpecCluster
-from loopback_ec2 import (
-    CANONICAL,
-    MAX_USER_DATA_BYTES,
-    LoopbackEC2,
-    Refusal,
-    find_foreign_addresses,
-    keep_dask_config,
-)
+from ec2_gateway import Refusal, find_foreign_addresses
+from ec2_moto import CANONICAL, MAX_USER_DATA_BYTES
+from loopback_ec2 import LoopbackEC2, keep_dask_config
 from machines import read_plan
 
 pytestmark = [
