@@ -22,12 +22,14 @@ import dask_cloudprovider.config  # noqa: F401
 import numpy as np
 import pytest
 import yaml
+from azure_machines import Machine
+from azure_proxy import Call, Refusal
+from azurite import CONTAINER, open_account
 from click.testing import CliRunner
 from cluster_events import PATIENCE_SECONDS, end_while_tasks_run, interrupt_self, make_slow_square, wait_until
 from distributed import wait
-from loopback_azure import Call, LoopbackAzure, Machine, Refusal
+from loopback_azure import LoopbackAzure
 from runs import Finish, configure as configure_run
-from test_azure import CONTAINER, connect_by_key, run_azurite
 
 import fruitdask
 from fruitdask.cli import cli
@@ -63,15 +65,8 @@ def configure(**options: Any) -> AzureClusterConfig:
 @pytest.fixture(scope="module")
 def storage(request: pytest.FixtureRequest, sample_folder: Path) -> Iterator[dict[str, Any]]:
     """Start an Azure Storage account that holds the drawn images; return its storage options."""
-    from azure.storage.blob import BlobServiceClient
-
-    with run_azurite(request) as port:
-        options = connect_by_key(f"http://127.0.0.1:{port}")
-        with BlobServiceClient.from_connection_string(options["connection_string"]) as blobs:
-            container = blobs.create_container(CONTAINER)
-            for path in sample_folder.rglob("*.jpg"):
-                container.upload_blob(f"images/{path.relative_to(sample_folder).as_posix()}", path.read_bytes())
-        yield options
+    with open_account(request, sample_folder, "images") as server:
+        yield server.options
 
 
 @pytest.fixture
