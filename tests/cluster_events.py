@@ -61,6 +61,7 @@ def make_slow_square() -> Callable[[int], int]:
     """Make a slow function. It is local, so it is pickled by value, because workers do not have this module."""
 
     def square(number: int) -> int:
+        # Simulates work.
         time.sleep(0.2)
         return number**2
 

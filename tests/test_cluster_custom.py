@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cluster_events import ENDS, wait_until
 from distributed import LocalCluster
 from runs import configure
 
@@ -33,12 +34,14 @@ class OwnCluster(LocalCluster):
     """A cluster whose start and end can go wrong."""
 
     begun = threading.Event()
+    released = threading.Event()
     built: list["OwnCluster"] = []
 
     def __init__(self, *, delay: float = 0.0, starts: bool = True, closes: bool = True, **options: Any) -> None:
         self.starts, self.closes = starts, closes
         self.begun.set()
-        time.sleep(delay)
+        # Simulates a cluster that starts slowly.
+        self.released.wait(delay)
         super().__init__(**options if starts else options | {"n_workers": 0})
         self.built.append(self)
 
@@ -73,6 +76,7 @@ def make(path: str = "distributed.LocalCluster", **settings: Any) -> CustomClust
 def own() -> str:
     """Return the import path of a cluster whose start and end can go wrong."""
     OwnCluster.begun.clear()
+    OwnCluster.released.clear()
     OwnCluster.built.clear()
     return f"{__name__}.OwnCluster"
 
@@ -96,23 +100,12 @@ def test_adaptive_cluster_grows_with_its_work(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(custom, "_ADAPT", {"interval": "100ms"})
     with open_client(make(adaptive={"minimum": 0, "maximum": 3})) as client:
         assert client.cluster._adaptive.minimum == 0 and client.cluster._adaptive.maximum == 3
+        # Simulates work that takes some time: a cluster does not grow for tasks that take none.
         futures = client.map(lambda seconds: time.sleep(seconds) or 1, [0.5] * 40, pure=False)
         client.wait_for_workers(2, timeout=60)
         assert sum(client.gather(futures[:2])) == 2
         client.cancel(futures)
     assert client.cluster.status.name == "closed"
-
-
-def raise_error() -> None:
-    """Fail."""
-    raise LookupError("in the block")
-
-
-ENDS = [
-    pytest.param(raise_error, LookupError, id="exception"),
-    pytest.param(lambda: os.kill(os.getpid(), signal.SIGINT), KeyboardInterrupt, id="ctrl-c"),
-    pytest.param(lambda: os.kill(os.getpid(), signal.SIGTERM), SystemExit, id="sigterm"),
-]
 
 
 @pytest.fixture
@@ -130,7 +123,7 @@ def test_cluster_is_closed_whatever_ends_the_run(end: Callable[[], None], expect
         with open_client(make()) as client:
             assert client.submit(sum, [1, 2]).result(60) == 3
             end()
-            time.sleep(60)
+            wait_until(lambda: False, "the signal arrives")
     assert client.cluster.status.name == "closed"
 
 
@@ -177,12 +170,13 @@ def test_cluster_that_cannot_start_all_workers_says_so(own: str, monkeypatch: py
     assert [cluster.status.name for cluster in OwnCluster.built] == ["closed"]
 
 
-def test_cluster_that_starts_even_later_is_closed(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_that_starts_after_the_end_is_closed(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(custom, "_END_SECONDS", 0.1)
     with pytest.raises(ClusterStartError, match="is still starting, and is closed if it comes up while this process"):
-        with open_client(make(own, options={"delay": 1.0}, start_timeout=0.1)):
+        with open_client(make(own, options={"delay": 60}, start_timeout=0.1)):
             pass
     assert OwnCluster.built == []
+    OwnCluster.released.set()
     for thread in threading.enumerate():
         if thread.name == "start of the cluster":
             thread.join(60)
