@@ -1,4 +1,4 @@
-"""An Azure Storage account on this machine, by Microsoft's Azurite."""
+"""An Azure Storage account on this machine, simulated by Microsoft's Azurite."""
 
 import base64
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Server:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The storage options of fruitdask for it."""
+        """fruitdask's storage options for this server."""
         return connect_by_key(self.url)
 
     def list(self, folder: str = "") -> list[str]:
@@ -55,7 +55,7 @@ class Server:
 
 @contextmanager
 def run_azurite(request: pytest.FixtureRequest, *arguments: str) -> Iterator[int]:
-    """Run Azurite; returns its port."""
+    """Run Azurite; yield its port."""
     listen = ["--blobHost", "127.0.0.1", "--blobPort", "0", "--silent", "--inMemoryPersistence"]
     listen += ["--disableTelemetry", "--skipApiVersionCheck"]
     accounts = {"AZURITE_ACCOUNTS": f"{ACCOUNT}:{KEY}"}

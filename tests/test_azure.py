@@ -94,7 +94,7 @@ def assert_same_features(result: fruitdask.RunResult, expected: fruitdask.RunRes
 
 
 def run_command(tree: dict[str, Any], folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start a command in a process group of its own."""
+    """Start a command in its own process group."""
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "fruitdask", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -152,7 +152,7 @@ def test_killed_command_is_resumed_by_the_same_command(
 def test_run_loses_nothing_to_faults(
     make_tree: MakeTree, server: Server, client: Any, on_disk: fruitdask.RunResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # In this process, which sends most requests.
+    # Only in this process, but it sends most requests.
     monkeypatch.setattr(abfs, "_MAX_BACKOFF_SECONDS", 0.1)
     kinds = [kind for kind in KINDS if kind != "stall"]
     with open_faulty_s3(server.url, fraction=0.1, seed=3, kinds=kinds) as proxy:
@@ -171,7 +171,7 @@ OPERATIONS: dict[str, tuple[Callable[[Location], Any], str]] = {
 }
 CAUSES = {
     "500": (2, r"\(InternalError\): the server has failed; try again later"),
-    "503": (2, r"\(ServerBusy\): Azure asks for fewer requests; try again later"),
+    "503": (2, r"\(ServerBusy\): Azure received too many requests; try again later"),
     # After a reset, aiohttp may open another connection within the same attempt, once.
     "reset after": (4, "the server closed the connection; check the network, or try again"),
     "truncated": (2, "the server closed the connection; check the network, or try again"),
@@ -243,7 +243,7 @@ def test_erase_also_deletes_snapshots(make_tree: MakeTree, server: Server, clien
 
 
 def test_versions_are_detected(server: Server) -> None:
-    # Azurite has no versions; a header reveals them.
+    # Azurite keeps no versions. An account that does sends this header.
     server.put("versioned/x", b"1")
     with open_faulty_s3(server.url, fraction=0, headers=[("x-ms-version-id", "2026-11-30T00:00:00.0000000Z")]) as proxy:
         assert keeps_versions(Location(f"abfs://{CONTAINER}/versioned", connect_by_key(proxy.url)))
@@ -259,7 +259,7 @@ def test_other_account_is_another_place(make_tree: MakeTree, monkeypatch: pytest
         fruitdask.run(fruitdask.load_config(tree))
     source |= {"url": source["url"].replace("photographs/", "photographs@other.dfs.core.windows.net/")}
     source["storage_options"] = {"account_key": KEY}
-    with pytest.raises(StorageError, match="^cannot list abfs://photographs@other.*: no server answers there"):
+    with pytest.raises(StorageError, match="^cannot list abfs://photographs@other.*: no server answers"):
         fruitdask.run(fruitdask.load_config(tree))
 
 
@@ -339,9 +339,7 @@ def test_azure_encrypts_at_rest_and_its_region_must_be_given(make_tree: MakeTree
     assert describe_protection(privacy, place) == {"at_rest": "AES256 by Azure Storage"}
     region = {"region": "westeurope"}
     tree = make_tree(privacy={"allowed_regions": "eu"}, input=region, model=region)
-    with pytest.raises(
-        ResidencyError, match="^output: .* needs the region of abfss://.*, which is unknown; set output.region$"
-    ):
+    with pytest.raises(ResidencyError, match="needs the region of abfss://.*unknown; set output.region$"):
         check_regions(fruitdask.load_config(tree))
     tree["output"]["region"] = "northeurope"
     assert check_regions(fruitdask.load_config(tree))["output"] == "northeurope"

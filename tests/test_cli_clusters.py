@@ -1,4 +1,4 @@
-"""The commands that find and end what runs on EC2: in tables and sentences, asking before they do anything."""
+"""The commands that list and terminate instances on EC2, and ask before they terminate any."""
 
 import re
 import sys
@@ -55,7 +55,7 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackEC2]:
 
 @pytest.fixture
 def group_id(cloud: LoopbackEC2) -> str:
-    """A security group as runs make it, which still admits a machine whose run is gone."""
+    """A security group as runs create it, which still admits the machine of a run that has ended."""
     tags = [{"ResourceType": "security-group", "Tags": [{"Key": "fruitdask", "Value": "cluster"}]}]
     with cloud.client("ec2") as client:
         group: str = client.create_security_group(

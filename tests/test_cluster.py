@@ -122,7 +122,7 @@ def test_local_cluster_survives_a_worker_that_dies_while_it_registers() -> None:
 
 
 def test_local_cluster_that_cannot_start_says_so() -> None:
-    with pytest.raises(ClusterStartError, match="the local cluster .* did not start: .*; check the section cluster"):
+    with pytest.raises(ClusterStartError, match="local cluster.* did not start: .*; check the section cluster"):
         with open_client(LocalClusterConfig(n_workers=1, memory_limit="a lot", dashboard_address=None)):
             pass
 
@@ -174,7 +174,7 @@ def test_scheduler_without_workers_times_out() -> None:
         n_workers=0, processes=False, protocol="tcp", dashboard_address="127.0.0.1:0", host="127.0.0.1"
     ) as cluster:
         assert isinstance(cluster.scheduler, Scheduler)
-        with pytest.raises(ClusterStartError, match="no worker within 0.5 s; start one: dask worker tcp://127.0.0.1"):
+        with pytest.raises(ClusterStartError, match="no worker within 0.5 s; start one: dask worker tcp://127"):
             config = AddressClusterConfig(kind="address", address=cluster.scheduler_address, timeout_seconds=0.5)
             with open_client(config):
                 pass

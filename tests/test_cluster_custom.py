@@ -1,4 +1,4 @@
-"""Clusters whose class the configuration names."""
+"""Clusters of a class that the configuration names."""
 
 import os
 import re
@@ -31,7 +31,7 @@ INSIDE |= {"threads_per_worker": 1}
 
 
 class OwnCluster(LocalCluster):
-    """A cluster whose start and end can go wrong."""
+    """A cluster whose start and end can fail."""
 
     begun = threading.Event()
     released = threading.Event()
@@ -74,7 +74,7 @@ def make(path: str = "distributed.LocalCluster", **settings: Any) -> CustomClust
 
 @pytest.fixture
 def own() -> str:
-    """Return the import path of a cluster whose start and end can go wrong."""
+    """Return the import path of `OwnCluster`."""
     OwnCluster.begun.clear()
     OwnCluster.released.clear()
     OwnCluster.built.clear()
@@ -144,7 +144,7 @@ def test_cluster_that_was_interrupted_while_it_started_is_closed(
 
 
 def test_cluster_that_starts_too_slowly_is_closed(own: str) -> None:
-    with pytest.raises(ClusterStartError, match=r"the cluster of class .*\.OwnCluster did not start within 0.2 s"):
+    with pytest.raises(ClusterStartError, match=r"cluster of class .*\.OwnCluster did not start within 0.2 s"):
         with open_client(make(own, options={"delay": 0.5}, start_timeout=0.2)):
             pass
     assert [cluster.status.name for cluster in OwnCluster.built] == ["closed"]
@@ -172,7 +172,7 @@ def test_cluster_that_cannot_start_all_workers_says_so(own: str, monkeypatch: py
 
 def test_cluster_that_starts_after_the_end_is_closed(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(custom, "_END_SECONDS", 0.1)
-    with pytest.raises(ClusterStartError, match="is still starting, and is closed if it comes up while this process"):
+    with pytest.raises(ClusterStartError, match="is still starting; fruitdask closes it if it starts while"):
         with open_client(make(own, options={"delay": 60}, start_timeout=0.1)):
             pass
     assert OwnCluster.built == []
@@ -184,7 +184,7 @@ def test_cluster_that_starts_after_the_end_is_closed(own: str, monkeypatch: pyte
 
 
 def test_cluster_that_cannot_be_closed_is_named(own: str) -> None:
-    message = r"may still run, because it could not be closed \(the server does not answer\); end it where it runs"
+    message = r"may still run: closing it failed \(the server does not answer\); stop"
     with pytest.raises(ClusterStartError, match=message):
         with open_client(make(own, options={"closes": False})):
             pass
@@ -294,7 +294,7 @@ def test_plan_starts_no_cluster(sample_folder: Path, tiny_model: ModelConfig, tm
 
 
 SBATCH = """#!/bin/sh
-# Does with a job what SLURM does, but without a queue: keep the script, run it, and name the process.
+# Runs a job as SLURM does, but without a queue: copy the script, run it, and print the id of the process.
 job={folder}/job.$$
 cp "$1" $job
 setsid sh $job > $job.log 2>&1 &

@@ -32,7 +32,7 @@ _ROWS_AT_ONCE = 65_536
 #: A block of a catalog shares the memory of a listing if it consists of at most this many runs of the listing's rows:
 #: more would be slow.
 _MAX_RUNS = 256
-#: What groups across classes, and across splits, mean.
+#: Why groups should not span classes, or splits.
 _ACROSS_CLASSES = (
     "images of a group count as one object, so if they show different ones, let input.group_from name the class too, "
     "such as (.*/[^/_]+)_"
@@ -347,7 +347,7 @@ class _Words:
         return codes
 
     def name(self, codes: npt.NDArray[np.int32]) -> pd.Categorical:
-        """Name codes by their words."""
+        """Convert codes to words."""
         return pd.Categorical.from_codes(codes, pd.Index(list(self._numbers), dtype="str"))
 
 
@@ -405,7 +405,7 @@ def _hash_rows(column: pd.Series, *, n_rows: int = _ROWS_AT_ONCE) -> Iterator[np
 
 
 def _keep_classes(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
-    """Keep the classes that the configuration names, in whichever form of Unicode."""
+    """Keep the classes that the configuration names, in any Unicode form."""
     existing = set(catalog["label"].unique())
     composed = normalize_unique(existing)
     wanted = {
