@@ -30,7 +30,7 @@ class DamageError(StorageError):
 
 
 class CatalogError(FruitdaskError, FileNotFoundError):
-    """The input holds no images, or not those that were asked for."""
+    """The input has no images, or not the requested ones."""
 
 
 class ImageError(FruitdaskError, ValueError):

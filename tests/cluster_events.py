@@ -1,4 +1,4 @@
-"""Waiting, and ways to end a cluster early, for the tests of each cloud."""
+"""Helpers for the tests of each cloud: waiting for a condition, and ending a cluster early."""
 
 import os
 import signal
@@ -23,16 +23,16 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
 
 
 def interrupt_self(number: int = signal.SIGINT) -> None:
-    """Send this process a signal, by default that of Ctrl-C."""
+    """Send a signal to this process, by default the one that Ctrl-C sends."""
     os.kill(os.getpid(), number)
 
 
 def raise_error() -> None:
-    """Raise an error, as user code may."""
+    """Raise an error, as a user's code might."""
     raise LookupError("in the block")
 
 
-#: What ends a block early, and the exception that leaves it.
+#: Functions that end a block early, and the exceptions that leave the block.
 ENDS = [
     pytest.param(raise_error, LookupError, id="exception"),
     pytest.param(interrupt_self, KeyboardInterrupt, id="ctrl-c"),
@@ -40,17 +40,17 @@ ENDS = [
 ]
 
 
-def end_in_the_middle(
+def end_while_tasks_run(
     cluster: AbstractContextManager[Any], what: Callable[[], None], expected: type[BaseException]
 ) -> None:
-    """Leave the block of a cluster while a task runs."""
-    # As the command line does.
+    """Open a cluster, and leave its block while a task runs."""
+    # The command line handles SIGTERM in this way.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with pytest.raises(expected, match="in the block|143|^$"):
             with cluster as client:
                 future = client.submit(time.sleep, 600)
-                wait_until(lambda: client.processing(), "the task runs")
+                wait_until(lambda: client.processing(), "a task runs")
                 what()
                 future.result(PATIENCE_SECONDS)
     finally:
@@ -58,9 +58,10 @@ def end_in_the_middle(
 
 
 def make_slow_square() -> Callable[[int], int]:
-    """Make a slow function; as it is local, it is pickled by value, for workers that lack this module."""
+    """Make a slow function. It is local, so it is pickled by value, because workers do not have this module."""
 
     def square(number: int) -> int:
+        # Simulates work.
         time.sleep(0.2)
         return number**2
 

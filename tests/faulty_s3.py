@@ -45,7 +45,7 @@ class FaultyS3(ThreadingHTTPServer):
     headers : Sequence[tuple[str, str]]
         Headers to add to responses of the server.
     concerns : Callable, optional
-        Tells from method and path whether a request may be faulty; all may by default.
+        Decides by method and path whether a request may get a fault; by default, all may.
     """
 
     daemon_threads = True
@@ -94,7 +94,7 @@ class FaultyS3(ThreadingHTTPServer):
         self.close_request(request)
 
     def handle_error(self, *_: Any) -> None:
-        """Print nothing about clients that are gone."""
+        """Print nothing about clients that have closed their connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: FaultyS3
 
     def answer(self) -> None:
-        """Answer a request, or inject a fault."""
+        """Respond to a request, or inject a fault."""
         kind = self.server.choose(self.command, self.path)
         if kind == "reset before":
             return self.reset()

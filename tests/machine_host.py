@@ -25,7 +25,7 @@ import s3fs  # noqa: F401
 
 import fruitdask.worker.featurize  # noqa: F401
 
-#: More bytes than any environment and command here take.
+#: More bytes than the environment and the command of any container here.
 _MAX_BYTES = 1 << 20
 _MAX_FILES = 16
 _PR_SET_PDEATHSIG = 1

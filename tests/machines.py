@@ -1,6 +1,6 @@
-"""What the loopback clouds have in common: what start-up data make a machine do, its address, and its processes.
+"""Shared parts of the loopback clouds: the commands in the user data of a machine, its address, and its processes.
 
-A container is a process of this machine, with this interpreter in place of the image's; see `machine_host.py`.
+A container is a process of this machine, with this interpreter instead of the image's; see `machine_host.py`.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +33,7 @@ _PYTHONS = {"python", "python3"}
 
 @dataclass
 class Plan:
-    """What user data make an instance do."""
+    """What an instance does, according to its user data."""
 
     role: str = "other"
     image: str = ""
@@ -47,9 +46,9 @@ class Plan:
 
 
 def read_plan(user_data: str) -> Plan:
-    """Read cloud-config as cloud-init would, which runs nothing if it cannot parse it."""
+    """Read cloud-config like cloud-init, which runs nothing if it cannot parse all of it."""
     if not user_data.startswith("#cloud-config"):
-        return Plan(problem="user data are not cloud-config")
+        return Plan(problem="the user data is not cloud-config")
     try:
         loaded = yaml.safe_load(user_data) or {}
     except yaml.YAMLError as error:
@@ -66,7 +65,7 @@ def read_plan(user_data: str) -> Plan:
 
 
 def _read_line(plan: Plan, line: str) -> None:
-    """Read a command of cloud-init's."""
+    """Read a command that cloud-init runs."""
     if re.match(r"\s*(sudo\s+)?docker\s+run\s", line):
         _read_docker(plan, _split_in_shell(line))
     elif seconds := re.match(r"systemd-run --on-active=(\d+)\s", line):
@@ -92,7 +91,7 @@ def _split_in_shell(line: str) -> list[str]:
 
 
 def _read_docker(plan: Plan, arguments: list[str]) -> None:
-    """Read variables, image and command out of docker's arguments."""
+    """Read variables, image and command from docker's arguments."""
     rest = iter(arguments[1:])
     for argument in rest:
         if not argument.startswith("-"):
@@ -116,7 +115,7 @@ def _read_docker(plan: Plan, arguments: list[str]) -> None:
 
 
 def _find_role(command: list[str]) -> str:
-    """Find the role that a command gives an instance."""
+    """Find the role of an instance by its command."""
     if not command:
         return "other"
     text = " ".join(command[:3])
@@ -124,7 +123,7 @@ def _find_role(command: list[str]) -> str:
 
 
 def localize(command: list[str], address: str) -> list[str]:
-    """Make a command use this interpreter and listen at one address only."""
+    """Make a command use this interpreter, and listen on one address only."""
     command = [sys.executable if part in _PYTHONS and not index else part for index, part in enumerate(command)]
     for index, part in enumerate(command[:-1]):
         if part == "--dashboard-address" and command[index + 1].startswith(":"):
@@ -144,7 +143,7 @@ def _add_host(spec: str, address: str) -> str:
     try:
         loaded = json.loads(spec)
     except ValueError:
-        return spec  # The worker reports it.
+        return spec  # The worker reports the error.
     for worker in [loaded] if "cls" in loaded else loaded.values():
         worker["opts"].setdefault("host", address)
     return json.dumps(loaded)
@@ -156,15 +155,15 @@ def build_environment(folder: Path) -> dict[str, str]:
     environment = {name: os.environ[name] for name in kept if name in os.environ}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
-    # The same fruitdask as the test's, wherever that was found.
+    # The fruitdask that the test imports, wherever it is.
     return environment | {"PYTHONPATH": str(Path(fruitdask.__file__).parents[1])}
 
 
 class Container:
-    """A process that runs a command, and all that this starts."""
+    """A process that runs a command, and all processes that the command starts."""
 
     def __init__(self, command: list[str], *, folder: Path, log: Path, environment: dict[str, str]) -> None:
-        """Start it in an empty folder and a session of its own."""
+        """Start the command in an empty folder and in its own session."""
         request = {"command": command, "environment": environment, "folder": str(folder)}
         self._folder = folder
         life, self._life = os.pipe()
@@ -175,35 +174,40 @@ class Container:
         os.close(end)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until its process has ended; returns whether it has."""
+        """Wait until the process has ended; return whether it has."""
         readable, _, _ = select.select([self._end], [], [], timeout)
         return bool(readable)
 
     def stop(self, grace_seconds: float) -> None:
-        """Ask its process to end, and wait a while for that."""
+        """Ask the process to end, and wait until it has, or for the grace period."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGTERM)
         self.wait(grace_seconds)
 
     def kill(self) -> None:
-        """Kill all of its processes, including those that have left its session."""
+        """Kill all processes of the container, including those that have left its session."""
         while left := find_processes(self._folder):
             for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
+                _kill(pid)
 
     def close(self) -> None:
-        """Close its files after it has ended."""
+        """Close the pipes after the container has ended."""
         os.close(self._life)
         os.close(self._end)
 
 
+def _kill(pid: int) -> None:
+    """Kill a process, and wait until it has ended."""
+    with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(pid)) as descriptor:
+        signal.pidfd_send_signal(descriptor.fileno(), signal.SIGKILL)
+        select.select([descriptor], [], [], 30)
+
+
 def find_processes(folder: Path) -> list[int]:
-    """Find the live processes whose folder is inside another one."""
+    """Find the live processes whose working folder is inside a folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cwd"):
-        # A process may end meanwhile, others are not ours to read, and a zombie has no folder.
+        # Processes may end meanwhile or belong to other users, and a zombie has no folder.
         with contextlib.suppress(OSError):
             if path.readlink().is_relative_to(folder):
                 found.append(int(path.parent.name))
@@ -217,16 +221,16 @@ class _Host:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._lock = threading.Lock()
         path = Path(__file__).with_name("machine_host.py")
-        # The same fruitdask as the test's, wherever that was found.
+        # The fruitdask that the test imports, wherever it is.
         environment = os.environ | {"PYTHONPATH": str(Path(fruitdask.__file__).parents[1])}
-        # As Dask sets them for workers, before NumPy reads them.
+        # Dask sets these for workers; NumPy reads them when it is imported.
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         with theirs:
             theirs.set_inheritable(True)
             os.posix_spawn(sys.executable, [sys.executable, str(path), str(theirs.fileno())], environment)
 
     def start(self, request: dict[str, object], files: tuple[int, ...]) -> int:
-        """Start a container; returns its process id."""
+        """Start a container; return its process id."""
         with self._lock:
             socket.send_fds(self._channel, [json.dumps(request).encode()], files)
             return int(self._channel.recv(100))
@@ -234,14 +238,14 @@ class _Host:
 
 @functools.cache
 def _start_host() -> _Host:
-    """Start it once; it ends with this process."""
+    """Start the host once; it ends with this process."""
     return _Host()
 
 
 @contextlib.contextmanager
 def reserve_network() -> Iterator[str]:
-    """Reserve 127.A.B.0/24 among the simulators of this machine by taking a port of its first address."""
-    # Not the tests' own generator, which would choose the same network in processes that run at the same time.
+    """Reserve 127.A.B.0/24 among the simulators on this machine, by binding a port of its first address."""
+    # The tests' own generator would choose the same network in processes that run at the same time.
     choose = random.SystemRandom().randrange
     for _ in range(100):
         network = f"127.{choose(1, 255)}.{choose(256)}"
@@ -253,5 +257,5 @@ def reserve_network() -> Iterator[str]:
             yield network
             return
     raise RuntimeError(
-        f"127.A.B.1:{SCHEDULER_PORT} is taken for 100 A and B; does something listen at that port of all addresses?"
+        f"port {SCHEDULER_PORT} of 100 addresses such as {network}.1 is taken; does a program listen on it at 0.0.0.0?"
     )

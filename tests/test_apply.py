@@ -131,9 +131,7 @@ def test_changed_or_missing_weights_are_one_sentence(
     network = keras.saving.load_model(tiny_model.weights)
     network.layers[-1].set_weights([np.ones((6, 2)), np.zeros(2)])
     network.save(weights)
-    with pytest.raises(
-        StoreMismatchError, match="found others: model.weights was sha256:.*, is sha256:.*; set model.weights"
-    ):
+    with pytest.raises(StoreMismatchError, match="model.weights was sha256:.*, is sha256:.*; set model.weights"):
         result.transform(path)
     with pytest.raises(StoreMismatchError, match="model.weights was sha256:"):
         fruitdask.apply(result, input=str(sample_folder), output=str(tmp_path / "applied"))
@@ -210,9 +208,7 @@ def test_run_report_and_erase_keep_the_components(
     assert fruitdask.verify(erased.output.url).faults == ()
     store.delete_result(erased.output, "pca.zarr")
     (tmp_path / "new" / "0.png").unlink()
-    with pytest.raises(
-        OutputError, match="pca.zarr: expected the principal components of .*, found none; use fruitdask apply"
-    ):
+    with pytest.raises(OutputError, match="principal components of .*, found none; use fruitdask apply"):
         fruitdask.run(config, client=client)
 
 

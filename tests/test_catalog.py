@@ -199,7 +199,7 @@ def test_list_images_keeps_the_classes_that_are_named(sample_folder: Path) -> No
 
 def test_list_images_names_the_existing_classes_beside_an_unknown_one(sample_folder: Path) -> None:
     names = ", ".join(sorted(CLASS_NAMES))
-    with pytest.raises(CatalogError, match=rf"input\.classes names kiwi, plum, which is not there; .* are: {names}$"):
+    with pytest.raises(CatalogError, match=rf"names kiwi, plum, which is not there; .* are: {names}$"):
         list_folder(sample_folder, classes=["plum", "pear_1", "kiwi"])
 
 
@@ -341,7 +341,7 @@ def test_list_images_refuses_a_broken_csv_manifest(tmp_path: Path, content: str,
 )
 def test_list_images_refuses_a_manifest_in_another_format(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"{name}: expected a CSV or Parquet table in input\.manifest, found .+"):
+    with pytest.raises(ConfigError, match=f"{name}: expected a CSV or Parquet table in .*, found .+"):
         list_folder(tmp_path, manifest=str(tmp_path / name))
 
 
@@ -379,9 +379,7 @@ def test_list_images_says_that_the_manifest_has_no_rows(tmp_path: Path) -> None:
     ids=["empty", "other files"],
 )
 def test_list_images_says_that_a_folder_holds_no_images(tmp_path: Path, names: list[str], found: str) -> None:
-    with pytest.raises(
-        CatalogError, match=rf"{tmp_path}: expected images \(\.jpg, .*\), found {found}; check input\.url"
-    ):
+    with pytest.raises(CatalogError, match=rf"{tmp_path}: expected images .*, found {found}; check input"):
         list_folder(fill(tmp_path, *names))
 
 
@@ -392,7 +390,7 @@ def test_list_images_says_that_a_folder_is_missing(tmp_path: Path) -> None:
 
 def test_list_images_says_that_a_folder_is_missing_on_s3(s3_bucket: tuple[str, dict[str, Any]]) -> None:
     bucket, options = s3_bucket
-    with pytest.raises(CatalogError, match=rf"s3://{bucket}/nope: there is no such folder; check input\.url"):
+    with pytest.raises(CatalogError, match=f"{bucket}/nope: there is no such folder; check input.url"):
         list_images(InputConfig(url=f"s3://{bucket}/nope", storage_options=options))
 
 
@@ -506,9 +504,7 @@ def test_list_images_refuses_a_name_that_s3fs_cannot_ask_for(
 ) -> None:
     bucket, options = s3_bucket
     s3_client.put_object(Bucket=bucket, Key="a/x?versionId=1.jpg", Body=b"x")
-    with pytest.raises(
-        CatalogError, match=r"found the object 'a/x\?versionId=1\.jpg', expected names without .*; rename"
-    ):
+    with pytest.raises(CatalogError, match=r"object 'a/x\?versionId=1\.jpg', expected names .*; rename"):
         list_images(InputConfig(url=f"s3://{bucket}", storage_options=options))
 
 
@@ -709,7 +705,7 @@ def test_take_rows_equals_pandas(chosen: set[int], n_rows: int) -> None:
     catalog = pd.DataFrame({"path": [f"{n}.jpg" for n in range(20)], "label": pd.Categorical(list("abcde" * 4))})
     rows = np.array(sorted(chosen), np.int64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalog_module, "_ROWS_IN_MEMORY", n_rows)
+        patch.setattr(catalog_module, "ROWS_IN_MEMORY", n_rows)
         pd.testing.assert_frame_equal(take_rows(catalog, rows), catalog.iloc[rows])
 
 

@@ -307,7 +307,7 @@ def test_without_a_classifier_nothing_is_predicted(
     tiny_model: ModelConfig, finish: Finish, sample_folder: Path, tmp_path: Path
 ) -> None:
     finish(configure(sample_folder, tmp_path / "out", tiny_model))
-    with pytest.raises(OutputError, match="out: expected a trained classifier, found none; use fruitdask train first"):
+    with pytest.raises(OutputError, match="a trained classifier, found none; use fruitdask train"):
         fruitdask.predict(str(tmp_path / "out"), input=str(sample_folder), output=str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 

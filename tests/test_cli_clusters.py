@@ -1,4 +1,4 @@
-"""The commands that find and end what runs on EC2: in tables and sentences, asking before they do anything."""
+"""The commands that list and terminate instances on EC2, and ask before they terminate any."""
 
 import re
 import sys
@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from loopback_ec2 import LoopbackEC2, Refusal
+from ec2_gateway import Refusal
+from loopback_ec2 import LoopbackEC2
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.ec2.models import ec2_backends
 
@@ -54,7 +55,7 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackEC2]:
 
 @pytest.fixture
 def group_id(cloud: LoopbackEC2) -> str:
-    """A security group as runs make it, which still admits a machine whose run is gone."""
+    """A security group as runs create it, which still admits the machine of a run that has ended."""
     tags = [{"ResourceType": "security-group", "Tags": [{"Key": "fruitdask", "Value": "cluster"}]}]
     with cloud.client("ec2") as client:
         group: str = client.create_security_group(

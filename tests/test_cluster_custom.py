@@ -1,4 +1,4 @@
-"""Clusters whose class the configuration names."""
+"""Clusters of a class that the configuration names."""
 
 import os
 import re
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cluster_events import ENDS, wait_until
 from distributed import LocalCluster
 from runs import configure
 
@@ -30,15 +31,17 @@ INSIDE |= {"threads_per_worker": 1}
 
 
 class OwnCluster(LocalCluster):
-    """A cluster whose start and end can go wrong."""
+    """A cluster whose start and end can fail."""
 
     begun = threading.Event()
+    released = threading.Event()
     built: list["OwnCluster"] = []
 
     def __init__(self, *, delay: float = 0.0, starts: bool = True, closes: bool = True, **options: Any) -> None:
         self.starts, self.closes = starts, closes
         self.begun.set()
-        time.sleep(delay)
+        # Simulates a cluster that starts slowly.
+        self.released.wait(delay)
         super().__init__(**options if starts else options | {"n_workers": 0})
         self.built.append(self)
 
@@ -71,8 +74,9 @@ def make(path: str = "distributed.LocalCluster", **settings: Any) -> CustomClust
 
 @pytest.fixture
 def own() -> str:
-    """Return the import path of a cluster whose start and end can go wrong."""
+    """Return the import path of `OwnCluster`."""
     OwnCluster.begun.clear()
+    OwnCluster.released.clear()
     OwnCluster.built.clear()
     return f"{__name__}.OwnCluster"
 
@@ -96,23 +100,12 @@ def test_adaptive_cluster_grows_with_its_work(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(custom, "_ADAPT", {"interval": "100ms"})
     with open_client(make(adaptive={"minimum": 0, "maximum": 3})) as client:
         assert client.cluster._adaptive.minimum == 0 and client.cluster._adaptive.maximum == 3
+        # Simulates work that takes some time: a cluster does not grow for tasks that take none.
         futures = client.map(lambda seconds: time.sleep(seconds) or 1, [0.5] * 40, pure=False)
         client.wait_for_workers(2, timeout=60)
         assert sum(client.gather(futures[:2])) == 2
         client.cancel(futures)
     assert client.cluster.status.name == "closed"
-
-
-def raise_error() -> None:
-    """Fail."""
-    raise LookupError("in the block")
-
-
-ENDS = [
-    pytest.param(raise_error, LookupError, id="exception"),
-    pytest.param(lambda: os.kill(os.getpid(), signal.SIGINT), KeyboardInterrupt, id="ctrl-c"),
-    pytest.param(lambda: os.kill(os.getpid(), signal.SIGTERM), SystemExit, id="sigterm"),
-]
 
 
 @pytest.fixture
@@ -130,7 +123,7 @@ def test_cluster_is_closed_whatever_ends_the_run(end: Callable[[], None], expect
         with open_client(make()) as client:
             assert client.submit(sum, [1, 2]).result(60) == 3
             end()
-            time.sleep(60)
+            wait_until(lambda: False, "the signal arrives")
     assert client.cluster.status.name == "closed"
 
 
@@ -151,7 +144,7 @@ def test_cluster_that_was_interrupted_while_it_started_is_closed(
 
 
 def test_cluster_that_starts_too_slowly_is_closed(own: str) -> None:
-    with pytest.raises(ClusterStartError, match=r"the cluster of class .*\.OwnCluster did not start within 0.2 s"):
+    with pytest.raises(ClusterStartError, match=r"cluster of class .*\.OwnCluster did not start within 0.2 s"):
         with open_client(make(own, options={"delay": 0.5}, start_timeout=0.2)):
             pass
     assert [cluster.status.name for cluster in OwnCluster.built] == ["closed"]
@@ -177,12 +170,13 @@ def test_cluster_that_cannot_start_all_workers_says_so(own: str, monkeypatch: py
     assert [cluster.status.name for cluster in OwnCluster.built] == ["closed"]
 
 
-def test_cluster_that_starts_even_later_is_closed(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_that_starts_after_the_end_is_closed(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(custom, "_END_SECONDS", 0.1)
-    with pytest.raises(ClusterStartError, match="is still starting, and is closed if it comes up while this process"):
-        with open_client(make(own, options={"delay": 1.0}, start_timeout=0.1)):
+    with pytest.raises(ClusterStartError, match="is still starting; fruitdask closes it if it starts while"):
+        with open_client(make(own, options={"delay": 60}, start_timeout=0.1)):
             pass
     assert OwnCluster.built == []
+    OwnCluster.released.set()
     for thread in threading.enumerate():
         if thread.name == "start of the cluster":
             thread.join(60)
@@ -190,7 +184,7 @@ def test_cluster_that_starts_even_later_is_closed(own: str, monkeypatch: pytest.
 
 
 def test_cluster_that_cannot_be_closed_is_named(own: str) -> None:
-    message = r"may still run, because it could not be closed \(the server does not answer\); end it where it runs"
+    message = r"may still run: closing it failed \(the server does not answer\); stop"
     with pytest.raises(ClusterStartError, match=message):
         with open_client(make(own, options={"closes": False})):
             pass
@@ -300,7 +294,7 @@ def test_plan_starts_no_cluster(sample_folder: Path, tiny_model: ModelConfig, tm
 
 
 SBATCH = """#!/bin/sh
-# Does with a job what SLURM does, but without a queue: keep the script, run it, and name the process.
+# Runs a job as SLURM does, but without a queue: copy the script, run it, and print the id of the process.
 job={folder}/job.$$
 cp "$1" $job
 setsid sh $job > $job.log 2>&1 &

@@ -1,39 +1,28 @@
-"""Clusters on the loopback EC2, of real schedulers and workers over TLS. Whatever happens, nothing is left running."""
+"""Clusters on the loopback EC2: how they start, fail, scale and end; none of them leaves anything running."""
 
-import asyncio
 import contextlib
-import json
 import operator
-import os
-import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import boto3
-import dask.config
-
-# Load its defaults first: if a test's setting created their section, both would vanish together.
-import dask_cloudprovider.config  # noqa: F401
 import pytest
-from cluster_events import ENDS, PATIENCE_SECONDS, end_in_the_middle, interrupt_self, make_slow_square, wait_until
+from cluster_events import ENDS, PATIENCE_SECONDS, end_while_tasks_run, interrupt_self, make_slow_square, wait_until
 from distributed import wait
-from iam_rules import is_allowed, list_questions_on_ec2
-from loopback_ec2 import Call, LoopbackEC2, LoopbackInstance, Refusal
+from ec2_clusters import check_nothing_left, configure, list_rules
+from ec2_gateway import Refusal
+from loopback_ec2 import LoopbackEC2
 
-import fruitdask
 from fruitdask.cluster import list_usage, open_client
 from fruitdask.cluster.cloud.fleet import Fleet
-from fruitdask.cluster.cloud.prices import Usage
 from fruitdask.cluster.ec2.instances import terminate_run
 from fruitdask.cluster.ec2.network import find_network
-from fruitdask.cluster.ec2.policies import build_policies, list_actions
-from fruitdask.core.config import AdaptiveConfig, EC2ClusterConfig
+from fruitdask.core.config import AdaptiveConfig
 from fruitdask.errors import ClusterStartError, ConfigError
 
 pytestmark = [
@@ -41,48 +30,18 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc"),
 ]
 
-SECRET = "planted-4f1c"
-
-
-def configure(**options: Any) -> EC2ClusterConfig:
-    """Configure a cluster of one worker."""
-    defaults = {"docker_image": "any", "client_cidr": "127.0.0.1/32", "n_workers": 1, "worker_options": {"nthreads": 1}}
-    return EC2ClusterConfig(kind="ec2", **defaults | options)
-
 
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackEC2]:
-    """Start a loopback EC2, and check at the end that nothing is left on it."""
+    """Start a loopback EC2, and check at the end that the test left nothing on it."""
     with LoopbackEC2(grace_seconds=0.05) as cloud:
         cloud.use(monkeypatch)
         yield cloud
         check_nothing_left(cloud)
 
 
-def check_nothing_left(cloud: LoopbackEC2) -> None:
-    """Check that no instance, process, rule or TLS setting is left."""
-    assert cloud.wait_until_quiet(PATIENCE_SECONDS), [cloud.log(instance.id) for instance in cloud.instances()]
-    assert cloud.instances() == [] and cloud.processes() == [] and cloud.leaks == []
-    assert list_rules(cloud) == []
-    assert dask.config.get("distributed.comm.tls.ca-file") is None
-    assert not dask.config.get("distributed.comm.require-encryption")
-
-
-def list_rules(cloud: LoopbackEC2) -> list[tuple[int, int, str]]:
-    """List the address ranges that the security group of fruitdask admits, with their ports."""
-    filters = [{"Name": "group-name", "Values": ["fruitdask"]}]
-    with cloud.client("ec2") as client:
-        groups = client.describe_security_groups(Filters=filters)["SecurityGroups"]
-    return [
-        (rule["FromPort"], rule["ToPort"], entry["CidrIp"])
-        for group in groups
-        for rule in group["IpPermissions"]
-        for entry in rule["IpRanges"]
-    ]
-
-
 def drop_rules(cloud: LoopbackEC2) -> None:
-    """Revoke the rules of the security group that a killed client has left."""
+    """Revoke the security group rules that a killed client left behind."""
     filters = [{"Name": "group-name", "Values": ["fruitdask"]}]
     with cloud.client("ec2") as client:
         for group in client.describe_security_groups(Filters=filters)["SecurityGroups"]:
@@ -90,7 +49,7 @@ def drop_rules(cloud: LoopbackEC2) -> None:
 
 
 def on_call(cloud: LoopbackEC2, patch: pytest.MonkeyPatch, action: str, n: int, do: Callable[[], Any]) -> None:
-    """Call a function before the n-th call of an action is answered."""
+    """Call a function when the n-th request for an action arrives, before EC2 responds."""
     note, seen = cloud.note, []
 
     def note_and_do(caller: str, call: Any) -> None:
@@ -103,186 +62,14 @@ def on_call(cloud: LoopbackEC2, patch: pytest.MonkeyPatch, action: str, n: int, 
     patch.setattr(cloud, "note", note_and_do)
 
 
-@dataclass
-class Run:
-    """Observations of a run, during it and afterwards."""
-
-    client: Any
-    greeting: str | None
-    threshold: str | None
-    workers: list[dict[str, Any]]
-    instances: list[LoopbackInstance]
-    described: list[dict[str, Any]]
-    volumes: list[dict[str, Any]]
-    rules: list[tuple[int, int, str]]
-    usage: list[Usage]
-    global_tls: str | None
-    config: EC2ClusterConfig
-    calls: list[Call]
-
-
-async def observe_run(cloud: LoopbackEC2) -> Run:
-    """Start two workers within a running event loop, as a notebook would, and observe them."""
-    config = configure(
-        region=cloud.region,
-        n_workers=2,
-        spot=True,
-        env_vars={"GREETING": "good day: # 1"},
-        extra_bootstrap=["echo 'a: b' # c"],
-        instance_tags={"team": "fruits"},
-        volume_tags={"cost": "42"},
-    )
-    with open_client(config) as client, cloud.client("ec2") as ec2:
-        client.wait_for_workers(2, timeout=PATIENCE_SECONDS)
-        reservations = ec2.describe_instances()["Reservations"]
-        run = Run(
-            client=client,
-            greeting=client.submit(os.getenv, "GREETING").result(PATIENCE_SECONDS),
-            threshold=client.submit(os.getenv, "MALLOC_TRIM_THRESHOLD_").result(PATIENCE_SECONDS),
-            workers=list(client.scheduler_info(n_workers=-1)["workers"].values()),
-            instances=cloud.instances(),
-            described=[instance for reservation in reservations for instance in reservation["Instances"]],
-            volumes=ec2.describe_volumes()["Volumes"],
-            rules=list_rules(cloud),
-            usage=list_usage(client),
-            global_tls=dask.config.get("distributed.comm.tls.ca-file"),
-            config=config,
-            calls=[],
-        )
-    run.calls.extend(cloud.calls_by("client"))
-    return run
-
-
-@pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    """Observe a run, with a secret in the user's Dask settings."""
-    with LoopbackEC2(grace_seconds=0.05) as cloud, pytest.MonkeyPatch.context() as patch:
-        cloud.use(patch)
-        with dask.config.set({"cloudprovider.digitalocean.token": SECRET}):
-            run = asyncio.run(observe_run(cloud))
-        check_nothing_left(cloud)
-    yield run
-
-
-@pytest.mark.slow
-def test_cluster_computes(run: Run) -> None:
-    """Tasks run on the instances with the configured environment, also from within an event loop."""
-    assert run.greeting == "good day: # 1"
-    # The default of Dask is 64 kB.
-    assert run.threshold == str(64 * 1024**2)
-    assert [instance.role for instance in run.instances] == ["scheduler", "worker", "worker"]
-
-
-@pytest.mark.slow
-def test_cluster_talks_tls(run: Run) -> None:
-    """All addresses use TLS, and the TLS settings do not leak into other clusters of this process."""
-    cluster = run.client.cluster
-    assert cluster.scheduler_address == f"tls://{run.instances[0].address}:8786"
-    assert all(worker["nanny"].startswith("tls://") for worker in run.workers)
-    assert run.global_tls is None and cluster.security.require_encryption
-
-
-@pytest.mark.slow
-def test_scheduler_and_cluster_know_workers_by_the_same_names(run: Run) -> None:
-    """The cluster asks the scheduler to retire workers by name."""
-    names = {instance.tags["Name"] for instance in run.instances if instance.role == "worker"}
-    assert {worker["name"] for worker in run.workers} == names
-
-
-@pytest.mark.slow
-def test_user_data_are_small_and_hold_no_secrets(run: Run) -> None:
-    """User data include only the Dask settings that the machines need, and stay far below EC2's limit."""
-    for instance in run.instances:
-        assert len(instance.user_data.encode()) < 8_000
-        serialized = instance.user_data.partition('DASK_INTERNAL_INHERIT_CONFIG="')[2].partition('"')[0]
-        settings = dask.config.deserialize(serialized)
-        assert set(settings) == {"distributed"}
-        assert set(settings["distributed"]) == {"admin", "comm", "scheduler", "worker"}
-        assert settings["distributed"]["worker"] == {"profile": {"enabled": False}}
-        assert SECRET not in instance.user_data + json.dumps(settings) and "LOOPBACK" not in instance.user_data
-        assert settings["distributed"]["comm"]["tls"]["worker"]["key"].startswith("-----BEGIN PRIVATE KEY")
-
-
-@pytest.mark.slow
-def test_user_data_end_instances(run: Run) -> None:
-    """Instances shut down after max_lifetime, after idle_timeout, and when the container ends."""
-    for instance in run.instances:
-        assert '"shutdown -h +720"' in instance.user_data and "- shutdown -h now" in instance.user_data
-        assert "apt-get install -y docker.io" in instance.user_data and "download.docker.com" not in instance.user_data
-        assert "\"echo 'a: b' # c\"" in instance.user_data and "--gpus" not in instance.user_data
-    assert "--idle-timeout 1200s" in run.instances[0].user_data and "--no-dashboard" in run.instances[0].user_data
-    assert all('"death_timeout": 1200' in instance.user_data for instance in run.instances[1:])
-
-
-@pytest.mark.slow
-def test_instances_are_tagged_at_launch(run: Run) -> None:
-    """Instances and volumes carry the tags of the run and those of the user."""
-    ids = {instance.tags["fruitdask:run"] for instance in run.instances}
-    assert len(ids) == 1
-    for tags in [instance.tags for instance in run.instances]:
-        assert tags["team"] == "fruits" and tags["fruitdask:started"].endswith("+00:00")
-    for volume in run.volumes:
-        tags = {tag["Key"]: tag["Value"] for tag in volume["Tags"]}
-        assert tags["fruitdask:run"] in ids and tags["cost"] == "42"
-    assert "CreateTags" not in {call.action for call in run.calls}
-
-
-@pytest.mark.slow
-def test_volumes_are_encrypted_and_metadata_need_tokens(run: Run) -> None:
-    """Each instance has one encrypted volume, its root, and version 1 of the metadata service is disabled."""
-    assert len(run.volumes) == 3 and all(volume["Encrypted"] for volume in run.volumes)
-    assert {volume["Size"] for volume in run.volumes} == {40}
-    for instance in run.described:
-        assert [mapping["DeviceName"] for mapping in instance["BlockDeviceMappings"]] == [instance["RootDeviceName"]]
-        assert instance["MetadataOptions"]["HttpTokens"] == "required"
-
-
-@pytest.mark.slow
-def test_security_group_admits_this_machine_alone(run: Run) -> None:
-    """The security group admits this machine only during the run, and only to the scheduler."""
-    assert run.rules == [(8786, 8786, "127.0.0.1/32")]
-    assert "RevokeSecurityGroupIngress" in {call.action for call in run.calls}
-
-
-@pytest.mark.slow
-def test_policy_allows_the_requests_to_ec2(run: Run) -> None:
-    """The policy allows each request of the launcher, and little more."""
-    places = {"input": {"url": "s3://photos"}, "output": {"url": "s3://results"}}
-    config = fruitdask.load_config(places | {"cluster": run.config.model_dump()})
-    policy = build_policies(config)["launcher"]
-    questions = [
-        question
-        for call in run.calls
-        if call.service == "ec2"
-        for question in list_questions_on_ec2(call.action, dict(re.findall(r"(\S+?)=(\S*)", call.summary)))
-    ]
-    assert [question for question in questions if not is_allowed(policy, *question)] == []
-    actions = {need.action for need in list_actions(config) if need.action.startswith("ec2:")}
-    # This permission is used only if an instance does not start.
-    assert actions - {question[0] for question in questions} == {"ec2:GetConsoleOutput"}
-
-
-@pytest.mark.slow
-def test_usage_is_still_known_after_the_end(run: Run) -> None:
-    """Usage has one entry per instance, which no longer changes after the end."""
-    after = list_usage(run.client)
-    assert [(one.instance_type, one.is_spot, one.region) for one in after] == [
-        ("t3.medium", False, "eu-west-1"),
-        ("m6i.large", True, "eu-west-1"),
-        ("m6i.large", True, "eu-west-1"),
-    ]
-    assert all(0 < early.seconds < late.seconds < 120 for early, late in zip(run.usage, after, strict=True))
-    assert list_usage(run.client) == after
-
-
-def test_list_usage_is_empty_elsewhere(client: Any) -> None:
+def test_list_usage_is_empty_for_a_local_cluster(client: Any) -> None:
     """A cluster on this machine costs nothing."""
     assert list_usage(client) == []
 
 
 @pytest.mark.slow
-def test_scheduler_that_never_comes_up(cloud: LoopbackEC2) -> None:
-    """The start has a deadline, and the error says what to look at."""
+def test_scheduler_that_never_starts(cloud: LoopbackEC2) -> None:
+    """The start has a deadline, and the error says what to check."""
     cloud.faults.never_boots = {"scheduler"}
     expected = (
         r"scheduler did not start within cluster.start_timeout \(3 s\): instance i-\w+ \(t3.medium, image any, "
@@ -308,13 +95,13 @@ def test_image_that_cannot_be_pulled(cloud: LoopbackEC2) -> None:
 
 
 def are_both_running(fleet: Fleet) -> bool:
-    """Whether the cluster knows that the instances of the scheduler and of a worker run."""
+    """Whether the cluster has seen that the instances of the scheduler and of a worker are running."""
     return [fleet.find_state(instance).description for instance in fleet.launches] == ["running"] * 2
 
 
 @pytest.mark.slow
-def test_workers_that_never_come_up(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The deadline applies to the first worker too; this test lets it pass as soon as the worker's instance runs."""
+def test_workers_that_never_start(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deadline applies to the first worker too; here it expires as soon as the worker's instance is running."""
     cloud.faults.never_boots = {"worker"}
     monkeypatch.setattr(Fleet, "is_late", property(are_both_running))
     expected = r"no worker started within .*\(600 s\): instance i-\w+ \(m6i.large.*is running"
@@ -383,7 +170,7 @@ def test_missing_resources_are_named(
     environment: dict[str, str | None],
     expected: str,
 ) -> None:
-    """Nothing is launched, and one sentence names what is missing."""
+    """Nothing is launched, and the error names what is missing in one sentence."""
     with monkeypatch.context() as patch:
         for name, value in environment.items():
             patch.delenv(name) if value is None else patch.setenv(name, value)
@@ -395,7 +182,7 @@ def test_missing_resources_are_named(
 
 
 def test_expired_credentials(cloud: LoopbackEC2) -> None:
-    """The first request to EC2 fails, and one sentence says why."""
+    """The first request to EC2 fails, and the error tells the user to log in again."""
     cloud.faults.refusals.append(Refusal("RequestExpired", action="DescribeVpcs"))
     with pytest.raises(ClusterStartError, match="log in again"):
         with open_client(configure()):
@@ -422,7 +209,7 @@ def test_expired_credentials(cloud: LoopbackEC2) -> None:
     ],
 )
 def test_refused_options(cloud: LoopbackEC2, options: dict[str, Any], expected: str) -> None:
-    """Options that an instance could not receive are refused before anything is launched."""
+    """Options that cannot be passed to an instance are refused before anything is launched."""
     with pytest.raises(ConfigError, match=expected):
         with open_client(configure(**options)):
             pass
@@ -430,7 +217,7 @@ def test_refused_options(cloud: LoopbackEC2, options: dict[str, Any], expected: 
 
 
 def test_variable_that_only_looks_like_a_token_is_accepted(cloud: LoopbackEC2) -> None:
-    """Such a variable passes the check of options; the start fails later, because the image does not exist."""
+    """The variable passes the check of options; the start fails later, because the image does not exist."""
     with pytest.raises(ClusterStartError, match="check cluster.ami"):
         with open_client(configure(env_vars={"TOKENIZERS_PARALLELISM": "false"}, ami="ami-0123456789abcdef0")):
             pass
@@ -438,7 +225,7 @@ def test_variable_that_only_looks_like_a_token_is_accepted(cloud: LoopbackEC2) -
 
 @pytest.mark.slow
 def test_start_needs_only_the_first_worker(cloud: LoopbackEC2) -> None:
-    """The launch of a refused spot worker is retried; the run does not wait for it."""
+    """If EC2 refuses a spot worker, its launch is retried, and the run does not wait for it."""
     cloud.faults.refusals.append(Refusal("MaxSpotInstanceCountExceeded", is_spot=True, count=1))
     with open_client(configure(n_workers=2, spot=True)) as client:
         assert len(client.scheduler_info()["workers"]) == 1
@@ -450,12 +237,12 @@ def test_start_needs_only_the_first_worker(cloud: LoopbackEC2) -> None:
 def test_ctrl_c_while_an_instance_is_being_launched(
     cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch, ending: threading.Event, n: int
 ) -> None:
-    """An instance is terminated even if Ctrl-C comes before EC2 has answered the request to launch it."""
+    """The instance is terminated even if the user presses Ctrl-C before EC2 responds to the request to launch it."""
 
     def interrupt() -> None:
         interrupt_self()
         assert ending.wait(PATIENCE_SECONDS)
-        # Long enough for several polls, none of which lists the instance yet.
+        # Simulates a slow response: a cluster that did not wait for it would find no instance to terminate.
         time.sleep(0.5)
 
     on_call(cloud, monkeypatch, "RunInstances", n, interrupt)
@@ -465,7 +252,7 @@ def test_ctrl_c_while_an_instance_is_being_launched(
     assert len(cloud.instances(None)) == n
 
 
-def test_ctrl_c_while_the_scheduler_comes_up(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_the_scheduler_starts(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C interrupts the wait, and a second Ctrl-C does not prevent the cleanup."""
     cloud.faults.never_boots = {"scheduler"}
     on_call(cloud, monkeypatch, "DescribeInstances", 3, interrupt_self)
@@ -478,14 +265,14 @@ def test_ctrl_c_while_the_scheduler_comes_up(cloud: LoopbackEC2, monkeypatch: py
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "expected"), ENDS)
-def test_end_in_the_middle(cloud: LoopbackEC2, what: Callable[[], None], expected: type[BaseException]) -> None:
-    """The cluster is terminated no matter how its block ends while tasks run."""
-    end_in_the_middle(open_client(configure()), what, expected)
+def test_end_while_tasks_run(cloud: LoopbackEC2, what: Callable[[], None], expected: type[BaseException]) -> None:
+    """The cluster is terminated however its block ends."""
+    end_while_tasks_run(open_client(configure()), what, expected)
 
 
 @pytest.mark.slow
 def test_killed_client(cloud: LoopbackEC2, tmp_path: Path) -> None:
-    """Instances shut themselves down when their client is gone."""
+    """Instances shut themselves down after their client was killed."""
     script = f"""
 import sys, time
 sys.path[:0] = {sys.path!r}
@@ -496,7 +283,7 @@ if __name__ == "__main__":
     with open_client(config) as client:
         futures = client.map(time.sleep, [0.05 + n / 1e6 for n in range(2000)])
         futures[0].result()
-        # A cluster that starts slowly may not end before it is used, so only now is the timeout short.
+        # Shorten the timeout only now: otherwise a cluster that starts slowly would end before it is used.
         client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "idle_timeout", 0.5))
         print("computing", flush=True)
         client.gather(futures)
@@ -531,7 +318,7 @@ def test_instances_that_cannot_be_terminated_are_named(cloud: LoopbackEC2) -> No
 
 @pytest.mark.slow
 def test_interrupted_worker_is_replaced(cloud: LoopbackEC2) -> None:
-    """No result is lost when a worker is interrupted, and another worker is launched."""
+    """If a worker is interrupted, no result is lost and another worker is launched."""
     with open_client(configure(n_workers=2, spot=True)) as client:
         client.wait_for_workers(2, timeout=PATIENCE_SECONDS)
         futures = client.map(make_slow_square(), range(12))
@@ -547,7 +334,7 @@ def test_interrupted_worker_is_replaced(cloud: LoopbackEC2) -> None:
 
 @pytest.mark.slow
 def test_scaling_down_loses_nothing(cloud: LoopbackEC2) -> None:
-    """Data that cannot be recomputed move to the remaining worker."""
+    """Data that cannot be recomputed is moved to the remaining worker."""
     with open_client(configure(n_workers=2)) as client:
         client.wait_for_workers(2, timeout=PATIENCE_SECONDS)
         futures = client.scatter(list(range(24)))
@@ -560,7 +347,7 @@ def test_scaling_down_loses_nothing(cloud: LoopbackEC2) -> None:
 
 @pytest.mark.slow
 def test_adaptive_cluster_grows_and_shrinks(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number of workers follows the work, and results of removed workers are kept."""
+    """The number of workers follows the amount of work, and results of removed workers are kept."""
     # By default, an idle worker is kept for a minute.
     monkeypatch.setattr("fruitdask.cluster.cloud._ADAPT", {"interval": "100ms", "wait_count": 2})
     with open_client(configure(adaptive=AdaptiveConfig(minimum=1, maximum=2))) as client:
@@ -573,19 +360,19 @@ def test_adaptive_cluster_grows_and_shrinks(cloud: LoopbackEC2, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_instances_that_ended_by_themselves(cloud: LoopbackEC2) -> None:
-    """Closing a cluster that has ended, as after max_lifetime, is not an error, and launches nothing."""
+def test_closing_a_cluster_that_has_ended(cloud: LoopbackEC2) -> None:
+    """If the instances have ended, as after max_lifetime, closing raises no error and launches nothing."""
     with open_client(configure()) as client:
-        # The worker ends after its scheduler: were it seen to end first, another would rightly be launched.
+        # End the scheduler first: if its worker ended first, the cluster would rightly launch another one.
         cloud.interrupt(cloud.instances()[0].id)
         assert cloud.wait_until_quiet(PATIENCE_SECONDS)
-        wait_until(lambda: not client.cluster.list_running(), "the ends are noticed")
+        wait_until(lambda: not client.cluster.list_running(), "the cluster notices that both have ended")
     assert len(list_usage(client)) == 2
 
 
 @pytest.mark.slow
 def test_gpus_and_modules(cloud: LoopbackEC2) -> None:
-    """Containers get a GPU where the instance type has one; dashboard and worker module are configurable."""
+    """Containers can use the GPU of their instance type; the dashboard and the worker module are configurable."""
     config = configure(
         ami=cloud.ami,
         worker_instance_type="g4dn.xlarge",
@@ -601,7 +388,7 @@ def test_gpus_and_modules(cloud: LoopbackEC2) -> None:
 
 
 def test_find_network_uses_given_groups_and_subnets(cloud: LoopbackEC2) -> None:
-    """If the configuration names security groups, none is created; the subnet is in the given zone."""
+    """If the configuration names security groups, no group is created; the subnet is in the given zone."""
     config = configure(security_groups=["sg-1"], subnet_id=cloud.subnet_id)
     network = find_network(config)
     assert (network.vpc, network.subnet_id, network.security_groups) == (cloud.vpc_id, cloud.subnet_id, ["sg-1"])
@@ -609,8 +396,8 @@ def test_find_network_uses_given_groups_and_subnets(cloud: LoopbackEC2) -> None:
     assert not any(call.action.startswith(("Create", "Authorize")) for call in cloud.calls)
 
 
-def test_find_network_admits_the_vpc_where_addresses_are_private(cloud: LoopbackEC2) -> None:
-    """With private addresses, the client is in the VPC."""
+def test_find_network_admits_the_vpc_if_addresses_are_private(cloud: LoopbackEC2) -> None:
+    """The client is then in the VPC too."""
     network = find_network(configure(use_private_ip=True, client_cidr=None, scheduler_options={"port": 9000}))
     with cloud.client("ec2") as client:
         cidr = client.describe_vpcs(VpcIds=[cloud.vpc_id])["Vpcs"][0]["CidrBlock"]

@@ -6,7 +6,8 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from loopback_ec2 import LoopbackEC2, Refusal
+from ec2_gateway import Refusal
+from loopback_ec2 import LoopbackEC2
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.ec2.models import ec2_backends
 from moto.ec2.models.amis import Ami
@@ -132,5 +133,5 @@ def test_find_image_says_which_setting_names_an_image(
 
 def test_describe_types_explains_a_refusal(cloud: LoopbackEC2) -> None:
     cloud.faults.refusals.append(Refusal("UnauthorizedOperation", "DescribeInstanceTypes", count=1))
-    with pytest.raises(ClusterStartError, match="cannot look up the instance types t3.medium: .*iam-policy CONFIG"):
+    with pytest.raises(ClusterStartError, match="look up the instance types t3.medium: .*iam-policy CONFIG"):
         describe_types(cloud.region, ["t3.medium"])

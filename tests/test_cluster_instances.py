@@ -6,7 +6,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from loopback_ec2 import Call, LoopbackEC2, Refusal
+from ec2_gateway import Call, Refusal
+from loopback_ec2 import LoopbackEC2
 
 from fruitdask.cluster.ec2.instances import list_instances, terminate_run
 from fruitdask.core.aws import RUN_TAG

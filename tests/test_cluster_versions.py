@@ -1,4 +1,4 @@
-"""Clusters with other versions are refused; the tests make real workers and schedulers differ."""
+"""Clusters with other versions are refused; here, real workers and schedulers have other versions."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ Start = Callable[..., Client]
 
 
 def add_package(folder: Path, name: str, *, version: str | None) -> None:
-    """Write the metadata of an installed package; without a version, Dask takes it as missing."""
+    """Write the metadata of an installed package; without a version, Dask reports it as missing."""
     info = folder / f"{name}-{version}.dist-info"
     info.mkdir(parents=True)
     lines = ["Metadata-Version: 2.1", f"Name: {name}", *([f"Version: {version}"] if version else [])]
@@ -39,14 +39,14 @@ def add_package(folder: Path, name: str, *, version: str | None) -> None:
 
 
 def add_module(folder: Path, source: str) -> None:
-    """Write another package fruitdask."""
+    """Write another package with the name fruitdask."""
     (folder / "fruitdask").mkdir(parents=True)
     (folder / "fruitdask" / "__init__.py").write_text(source)
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Return a function that starts workers, each of which prefers the packages of a folder."""
+    """Return a function that starts workers, each of which prefers the packages in a folder."""
     with ExitStack() as stack:
         options = {"processes": False, "protocol": "tcp", "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
         cluster = stack.enter_context(LocalCluster(n_workers=0, **options))
@@ -103,7 +103,7 @@ def test_check_versions_sends_no_code_to_another_python(start: Start, tmp_path: 
     (tmp_path / "other.py").write_text(OTHER_PYTHON)
     add_module(tmp_path / "broken", "raise ImportError('was asked for')")
     client = start((tmp_path / "broken", "--preload", str(tmp_path / "other.py")))
-    with pytest.raises(ClusterStartError, match=f"this machine: python 3.99.1 on tcp://\\S+, {PYTHON} here; install"):
+    with pytest.raises(ClusterStartError, match=f": python 3.99.1 on tcp://\\S+, {PYTHON} here; install"):
         check_versions(client)
 
 

@@ -207,7 +207,7 @@ def test_folders_that_cannot_be_compared(result: fruitdask.RunResult, tmp_path: 
     folder = tmp_path / "spark"
     folder.mkdir()
     (folder / "_SUCCESS").touch()
-    with pytest.raises(CatalogError, match="expected Parquet files, such as part-.*, found only _SUCCESS; check"):
+    with pytest.raises(CatalogError, match="expected Parquet files, .*, found only _SUCCESS; check"):
         fruitdask.compare(result, str(folder))
     (folder / "photo.jpg").touch()
     with pytest.raises(CatalogError, match="found only _SUCCESS, photo.jpg"):
@@ -215,16 +215,12 @@ def test_folders_that_cannot_be_compared(result: fruitdask.RunResult, tmp_path: 
     with pytest.raises((CatalogError, StorageError), match="nope"):
         fruitdask.compare(result, str(tmp_path / "nope"))
     other = write(tmp_path / "other", ["a"] * 4, features=pa.array([[1.0]] * 4), word=["x"] * 4)
-    with pytest.raises(
-        ConfigError, match="expected the column image, found path, features, word; name one with --path"
-    ):
+    with pytest.raises(ConfigError, match="the column image, found path, features, word; name one with"):
         fruitdask.compare(result, other, path_column="image")
-    with pytest.raises(
-        ConfigError, match="expected an array of numbers or a Spark ML vector in the column word, found s"
-    ):
+    with pytest.raises(ConfigError, match="Spark ML vector in the column word, found string; name"):
         fruitdask.compare(result, other, features_column="word")
     bare = write(tmp_path / "bare", ["a"] * 4)
-    with pytest.raises(ConfigError, match="expected a column of features .*, found path; name one with --features-col"):
+    with pytest.raises(ConfigError, match="a column of features .*, found path; name .*--features-col"):
         fruitdask.compare(result, bare)
     with pytest.raises(CatalogError, match="expected rows, found Parquet files without any"):
         fruitdask.compare(result, write(tmp_path / "empty", [], features=pa.array([], pa.list_(pa.float32()))))

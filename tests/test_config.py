@@ -186,7 +186,7 @@ def test_load_config_refuses_an_override_without_a_section_or_a_value(override: 
 
 
 def test_load_config_refuses_an_override_that_is_not_yaml() -> None:
-    with pytest.raises(ConfigError, match=re.escape("--set input.classes=[pear_1: '[pear_1' is not a YAML value")):
+    with pytest.raises(ConfigError, match=r"input.classes=\[pear_1: '\[pear_1' is not a YAML value"):
         load_config(SECTIONS, overrides=["input.classes=[pear_1"])
 
 
@@ -318,7 +318,7 @@ def test_load_config_needs_no_environment_variable_that_is_overridden(
     overrides = ["input.exclude=[a]", "input.storage_options.key=d"]
     config = load_config(path, overrides=overrides)
     assert config.input.exclude == ("a",) and config.input.storage_options == {"key": "d", "b": "c"}
-    with pytest.raises(ConfigError, match=r"input\.storage_options\.key: the environment variable FRUITS_UNSET is not"):
+    with pytest.raises(ConfigError, match=r"storage_options\.key: the environment variable FRUITS_UNSET"):
         load_config(path, overrides=overrides[:1])
 
 

@@ -255,9 +255,7 @@ def test_erase_where_the_input_cannot_be_listed(
     before = finish(make_config())
     features, is_kept = before.features.compute(), ~before.table["path"].isin(SECRETS)
     source.rename(tmp_path / "away")
-    with pytest.raises(
-        CatalogError, match="3 of 26 images were erased, .* use fruitdask run: .* there is no such folder"
-    ):
+    with pytest.raises(CatalogError, match="3 of 26 .* erased, .* use fruitdask run: .* no such folder"):
         fruitdask.erase(make_config(), PATTERNS)
     assert find_texts(Location(str(tmp_path / "out")), *SECRETS) == set()
     with pytest.raises(OutputError, match="expected a finished run"):
@@ -297,9 +295,7 @@ def test_changed_images_are_not_mistaken_for_those_of_the_run(
     Image.new("RGB", (40, 40)).save(source / "pear_1" / "r0_1.jpg")
     with pytest.raises(StoreMismatchError, match="3 of 26 images were erased"):
         fruitdask.erase(make_config(), PATTERNS)
-    with pytest.raises(
-        StoreMismatchError, match="since 3 images were erased from these results, the input no longer matches"
-    ):
+    with pytest.raises(StoreMismatchError, match="since 3 images were erased from these results, the input"):
         fruitdask.run(make_config(input={"exclude": PATTERNS}))
 
 
@@ -310,7 +306,7 @@ def test_erase_refuses_results_that_were_changed_while_it_asked(
     plan = plan_erasure(make_config(), PATTERNS)
     Image.new("RGB", (40, 40)).save(source / "pear_1" / "later.jpg")
     grown = fruitdask.run(make_config(), client=client)
-    with pytest.raises(OutputError, match="another command has changed the results meanwhile, so nothing was erased"):
+    with pytest.raises(OutputError, match="another command has changed the .* nothing was erased"):
         carry_out(plan, client=client)
     pd.testing.assert_frame_equal(fruitdask.open(grown.output.url).table, grown.table)
     assert len(grown.table) == 27
@@ -336,7 +332,7 @@ def test_erase_from_a_run_that_is_not_complete(
     np.testing.assert_array_equal(result.features.compute(), features[rows])
     assert [erased["n_images"] for erased in result.manifest["erasures"]] == [3]
     (tmp_path / "out" / "catalog.parquet").unlink()
-    with pytest.raises(OutputError, match="expected the catalog of a run, found none, so nothing was erased"):
+    with pytest.raises(OutputError, match="the catalog of a run, found none, so nothing was erased"):
         fruitdask.erase(make_config(input={"exclude": PATTERNS}), ["pear_1/*"])
 
 

@@ -407,7 +407,7 @@ def test_damaged_exploration_is_one_sentence(sample_folder: Path, tmp_path: Path
     output = Location(str(tmp_path))
     explore_here(sample_folder, tmp_path)
     store.delete_result(output, "explore.zarr/means")
-    with pytest.raises(DamageError, match="explore.zarr is damaged .means is missing.; use fruitdask verify"):
+    with pytest.raises(DamageError, match="explore.zarr is damaged .means is missing.; use fruitdask"):
         read_exploration(output)
 
 

@@ -253,9 +253,7 @@ def test_partition_that_cannot_be_stored_is_named(
     output = Location(str(tmp_path))
     _, partitions, job = prepare(Location(str(sample_folder)), output, images_per_partition=24)
     (tmp_path / "partitions").write_text("a file where the folder of commit marks should be")
-    with pytest.raises(
-        PartitionError, match=r"partition 0 \(apple_granny_smith_1/r0_0.jpg to .*cannot write .*00000.parquet"
-    ):
+    with pytest.raises(PartitionError, match=r"partition 0 \(apple_.*/r0_0.jpg to .*cannot write .*/00000"):
         map_partitions(
             client, featurize_partition, partitions, job, delivered=tiny_artifact, on_result=lambda summary: None
         )

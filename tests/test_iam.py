@@ -92,8 +92,6 @@ def without(policy: Policy, action: str, *, sid: str | None = None) -> Policy:
     return policy | {"Statement": [part for part in statements if part["Action"]]}
 
 
-# -- the documents
-
 NEEDS = [
     need
     for need in list_actions(
@@ -330,9 +328,6 @@ def test_given_security_groups_are_neither_created_nor_changed() -> None:
     assert not {action for action in needs if action.endswith(("SecurityGroup", "SecurityGroupIngress"))}
 
 
-# -- the command
-
-
 def invoke(tmp_path: Path, *arguments: str, **cluster: Any) -> Any:
     """Run the command on a configuration."""
     path = tmp_path / "config.yaml"
@@ -370,9 +365,7 @@ def test_command_states_its_assumptions(tmp_path: Path) -> None:
     assert "workers have no credentials" in invoke(tmp_path, **EC2 | {"iam_instance_profile": None}).stderr
 
 
-# -- moto
-
-#: A moto server in a process of its own, because enforcement holds for a whole process. It logs the requests to S3 in a
+#: A moto server in its own process, because enforcement holds for a whole process. It logs the requests to S3 in a
 #: file, and, as our fixture `read_once` does, it reads descriptions of services and lists its modules only once.
 _SERVER = r"""
 import functools, io, json, re, sys
@@ -721,8 +714,6 @@ def test_moto_refuses_without_an_action(
     with pytest.raises(FruitdaskError, match=message):
         do(config, workers)
 
-
-# -- EC2
 
 ANY_NETWORK = EC2 | {"subnet_id": None}
 EC2_ACTIONS = sorted(

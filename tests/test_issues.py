@@ -280,7 +280,7 @@ def test_without_an_exploration_features_alone_are_checked(
 
 
 def test_check_needs_a_finished_run(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"nothing: expected the results of a run, found none; check the folder"):
+    with pytest.raises(OutputError, match="expected the results of a run, found none; check the folder"):
         fruitdask.check(str(tmp_path / "nothing"))
 
 

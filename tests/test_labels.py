@@ -291,9 +291,7 @@ def test_table_that_fruitdask_wrote_is_read_back(folder: Path) -> None:
 
 def test_table_of_an_empty_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    with pytest.raises(
-        CatalogError, match=r"in: expected the files that input\.manifest names, found none; check input\.url"
-    ):
+    with pytest.raises(CatalogError, match="in: expected the files that input.manifest names, found none"):
         look(tmp_path / "in", write(tmp_path / "in", CSV))
 
 

@@ -135,7 +135,7 @@ def test_list_images_lists_heic_if_it_can_be_read(tmp_path: Path, monkeypatch: p
     assert list(look(tmp_path, extensions=["heic"]).files["path"]) == ["a/2.HEIC"]
     monkeypatch.setattr("fruitdask.core.listing.can_read_heic", lambda: False)
     assert look(tmp_path).left_out == {".heic": 1, ".heif": 1}
-    with pytest.raises(ConfigError, match=r"input\.extensions names \.heic, .*pip install 'fruitdask\[heic\]'"):
+    with pytest.raises(ConfigError, match=r"extensions names \.heic, .*pip install 'fruitdask\[heic\]'"):
         look(tmp_path, extensions=[".jpg", ".heic"])
     assert isinstance(can_read_heic(), bool) and ".heic" not in IMAGE_ENDINGS
 
@@ -242,9 +242,7 @@ def test_group_from_distinguishes_turntable_series(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["label_from", "split_from", "group_from"])
 def test_a_pattern_that_does_not_match_names_the_path(tmp_path: Path, key: str) -> None:
     fill(tmp_path, "train/a/1.jpg", "odd/2.jpg", "notes.txt")
-    with pytest.raises(
-        ConfigError, match=rf"input\.{key}: expected the group of .* none in 'odd/2\.jpg'; change the pattern"
-    ):
+    with pytest.raises(ConfigError, match=rf"input\.{key}: expected the group of .* in 'odd/2\.jpg'; "):
         look(tmp_path, **{key: "^train/([^/]+)/"})
 
 

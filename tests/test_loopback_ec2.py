@@ -1,4 +1,4 @@
-"""The loopback EC2 refuses, runs and ends instances as EC2 does, and calls no other machine."""
+"""The loopback EC2 refuses, runs and terminates instances as EC2 does, and contacts no other machine."""
 
 import contextlib
 import operator
@@ -21,14 +21,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from distributed import Client, Security, SpecCluster
-from loopback_ec2 import (
-    CANONICAL,
-    MAX_USER_DATA_BYTES,
-    LoopbackEC2,
-    Refusal,
-    find_foreign_addresses,
-    keep_dask_config,
-)
+from ec2_gateway import Refusal, find_foreign_addresses
+from ec2_moto import CANONICAL, MAX_USER_DATA_BYTES
+from loopback_ec2 import LoopbackEC2, keep_dask_config
 from machines import read_plan
 
 pytestmark = [
@@ -42,18 +37,18 @@ SHUTDOWN = "shutdown -h now"
 
 @pytest.fixture
 def cloud() -> Iterator[LoopbackEC2]:
-    """Start a loopback EC2 in which a minute of a scheduled shutdown lasts a hundredth of a second."""
+    """Start a loopback EC2 that waits 10 ms for each minute of a scheduled shutdown."""
     with LoopbackEC2(seconds_per_minute=0.01) as cloud:
         yield cloud
 
 
 def render(*lines: str) -> str:
-    """Render user data that run some commands."""
+    """Render user data that runs some commands."""
     return "\n".join(["#cloud-config", "runcmd:", *(f"  - '{line.replace(chr(39), chr(39) * 2)}'" for line in lines)])
 
 
 def launch(cloud: LoopbackEC2, *lines: str, **options: Any) -> dict[str, Any]:
-    """Launch an instance that runs some commands, and return the answer of EC2."""
+    """Launch an instance that runs some commands, and return EC2's response."""
     request = {
         "ImageId": cloud.ami,
         "InstanceType": "t3.medium",
@@ -75,14 +70,14 @@ def launch(cloud: LoopbackEC2, *lines: str, **options: Any) -> dict[str, Any]:
 
 
 def describe(cloud: LoopbackEC2, instance_id: str) -> dict[str, Any]:
-    """Ask EC2 for the description of an instance."""
+    """Ask EC2 to describe an instance."""
     with cloud.client("ec2") as client:
         return client.describe_instances(InstanceIds=[instance_id])["Reservations"][0]["Instances"][0]
 
 
 @contextlib.contextmanager
 def open_pipe(path: Path) -> Iterator[int]:
-    """Make a named pipe into which a process reports its progress."""
+    """Create a named pipe through which a process reports its progress."""
     os.mkfifo(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -92,9 +87,9 @@ def open_pipe(path: Path) -> Iterator[int]:
 
 
 def read_pipe(descriptor: int) -> str:
-    """Wait until a process writes into a pipe."""
+    """Wait until a process writes to a pipe, and return the text."""
     readable, _, _ = select.select([descriptor], [], [], 30)
-    assert readable, "nothing was written in time"
+    assert readable, "nothing was written within 30 s"
     return os.read(descriptor, 1000).decode()
 
 
@@ -106,7 +101,7 @@ def wait_for_state(cloud: LoopbackEC2, state: str) -> None:
 
 
 def make_security() -> Security:
-    """Make TLS settings of one elliptic-curve key, which is small enough for user data."""
+    """Create TLS settings with one elliptic-curve key, so that they fit into user data."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
     now = datetime.now(UTC)
@@ -126,10 +121,10 @@ ROLES = ("client", "scheduler", "worker")
 # dask-cloudprovider does not close the sockets with which it probes the scheduler.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
-# It also warns when a start takes 10 s, as it may on a busy machine.
+# It also warns if the start takes 10 s, which can happen on a busy machine.
 @pytest.mark.filterwarnings("ignore:Creating your cluster is taking:UserWarning")
 def test_ec2cluster_computes_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unmodified EC2Cluster runs tasks over TLS on processes, each with its own address, and closes."""
+    """An unmodified EC2Cluster runs tasks over TLS, each process at its own address, and leaves no process."""
     from dask_cloudprovider.aws import EC2Cluster
 
     with LoopbackEC2(boot_delay_seconds=0.2) as cloud, keep_dask_config():
@@ -157,19 +152,19 @@ def test_ec2cluster_computes_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch)
             assert (scheduler.role, worker.role) == ("scheduler", "worker")
             assert scheduler.address != worker.address and len(scheduler.user_data) < 6_000
             assert worker.tags["createdBy"] == "dask-cloudprovider" and not worker.is_spot
-            assert len(cloud.processes()) >= 4  # A scheduler, a nanny, a worker, and another one.
+            assert len(cloud.processes()) >= 4  # A scheduler, a nanny, a worker, and a helper of multiprocessing.
         assert cloud.wait_until_quiet(30)
         assert cloud.processes() == [] and cloud.leaks == []
         actions = {call.action for call in cloud.calls}
         assert actions == {"RunInstances", "CreateTags", "DescribeInstances", "TerminateInstances"}
 
 
-def test_run_instances_answers_before_it_runs(cloud: LoopbackEC2) -> None:
-    """RunInstances reports a pending instance without a public address; later it runs at a loopback address."""
-    answered = launch(cloud, SLEEP)
-    assert answered["State"]["Name"] == "pending" and "PublicIpAddress" not in answered
+def test_run_instances_responds_before_the_instance_runs(cloud: LoopbackEC2) -> None:
+    """RunInstances returns a pending instance without a public address; later it runs at a loopback address."""
+    launched = launch(cloud, SLEEP)
+    assert launched["State"]["Name"] == "pending" and "PublicIpAddress" not in launched
     wait_for_state(cloud, "running")
-    described = describe(cloud, answered["InstanceId"])
+    described = describe(cloud, launched["InstanceId"])
     assert described["PublicIpAddress"] == described["PrivateIpAddress"] == cloud.instances()[0].address
     assert described["PublicIpAddress"].startswith("127.") and not described.get("PublicDnsName")
 
@@ -183,14 +178,14 @@ def test_run_instances_gives_a_public_address_only_on_request(cloud: LoopbackEC2
 
 
 def test_addresses_of_other_machines_are_blocked(cloud: LoopbackEC2) -> None:
-    """No response contains an address that moto has made up, which may be that of a real machine."""
+    """Responses with an address that moto made up are blocked: it may belong to a real machine."""
     with cloud.client("ec2") as client, pytest.raises(ClientError, match="LoopbackLeak"):
         client.create_network_interface(SubnetId=cloud.subnet_id)
     assert len(cloud.leaks) > 0
 
 
 def test_unsigned_requests_are_refused(cloud: LoopbackEC2) -> None:
-    """EC2 answers only requests with credentials."""
+    """EC2 refuses requests without credentials."""
     with cloud.client("ec2", config=Config(signature_version=UNSIGNED)) as client:
         with pytest.raises(ClientError, match="AuthFailure"):
             client.describe_instances()
@@ -206,13 +201,13 @@ def test_unsigned_requests_are_refused(cloud: LoopbackEC2) -> None:
         pytest.param("<cidrIp>0.0.0.0/0</cidrIp><time>12:30:59</time><count>16</count>", [], id="no addresses"),
     ],
 )
-def test_find_foreign_addresses_reads_whole_texts(document: str, expected: list[str]) -> None:
+def test_find_foreign_addresses_finds_only_addresses(document: str, expected: list[str]) -> None:
     """Networks, times and counts are not mistaken for addresses."""
     assert find_foreign_addresses(document, "127.3.4") == expected
 
 
 def test_made_up_address_of_an_instance_is_blocked(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If an instance had an address outside of the loopback network, requests to launch or describe it would fail."""
+    """If an instance has an address outside the loopback network, requests to launch or describe it fail."""
     monkeypatch.setattr(cloud, "_take_address", lambda: "192.0.2.1")
     for _ in range(2):
         with pytest.raises(ClientError, match=r"LoopbackLeak.*192\.0\.2\.1"):
@@ -221,8 +216,8 @@ def test_made_up_address_of_an_instance_is_blocked(cloud: LoopbackEC2, monkeypat
         client.describe_instances()
 
 
-def test_user_data_are_limited_as_on_ec2(cloud: LoopbackEC2) -> None:
-    """User data may have 16,384 bytes before Base64, and not one more."""
+def test_user_data_is_limited_as_on_ec2(cloud: LoopbackEC2) -> None:
+    """User data may have at most 16,384 bytes before Base64 encoding."""
     largest = render(SLEEP) + "\n#"
     largest += "x" * (MAX_USER_DATA_BYTES - len(largest))
     launch(cloud, UserData=largest)
@@ -242,8 +237,8 @@ def test_user_data_are_limited_as_on_ec2(cloud: LoopbackEC2) -> None:
         pytest.param({"IamInstanceProfile": {"Name": "nobody"}}, "nobody", id="profile"),
     ],
 )
-def test_run_instances_refuses_what_does_not_exist(cloud: LoopbackEC2, options: dict[str, Any], message: str) -> None:
-    """Unknown images, types, groups and profiles are refused, and so are unsuitable types."""
+def test_run_instances_refuses_unknown_resources(cloud: LoopbackEC2, options: dict[str, Any], message: str) -> None:
+    """Unknown images, types, groups and profiles are refused, as well as unsuitable types."""
     group = options.get("group", cloud.security_group_id)
     interface = {"DeviceIndex": 0, "SubnetId": cloud.subnet_id, "Groups": [group]}
     rest = {name: value for name, value in options.items() if name != "group"}
@@ -252,7 +247,7 @@ def test_run_instances_refuses_what_does_not_exist(cloud: LoopbackEC2, options: 
     assert cloud.instances(None) == []
 
 
-def test_refusals_count_calls(cloud: LoopbackEC2) -> None:
+def test_refusals_apply_to_a_number_of_calls(cloud: LoopbackEC2) -> None:
     """With skip=1 and count=2, the first call succeeds, the next two are refused, and the fourth succeeds."""
     cloud.faults.refusals.append(Refusal("VcpuLimitExceeded", skip=1, count=2))
     launch(cloud, SLEEP)
@@ -264,8 +259,8 @@ def test_refusals_count_calls(cloud: LoopbackEC2) -> None:
     assert [call.action for call in cloud.calls] == ["RunInstances"] * 4
 
 
-def test_lack_of_capacity_is_retried_by_clients(cloud: LoopbackEC2) -> None:
-    """EC2 reports a lack of capacity as an error of the server, so clients retry."""
+def test_clients_retry_if_capacity_is_insufficient(cloud: LoopbackEC2) -> None:
+    """EC2 reports insufficient capacity as a server error, so clients retry."""
     cloud.faults.refusals.append(Refusal("InsufficientInstanceCapacity"))
     with pytest.raises(ClientError, match="InsufficientInstanceCapacity") as caught:
         launch(cloud, SLEEP)
@@ -274,7 +269,7 @@ def test_lack_of_capacity_is_retried_by_clients(cloud: LoopbackEC2) -> None:
 
 
 def test_refusals_select_calls(cloud: LoopbackEC2) -> None:
-    """A refusal may concern only launches of a role, only spot launches, or another action."""
+    """A refusal can apply only to launches of one role, only to spot launches, or to another action."""
     worker = "docker run any python -m distributed.cli.dask_spec tls://127.0.0.1:1 --spec {}"
     spot = {"InstanceMarketOptions": {"MarketType": "spot"}}
     cloud.faults.boot_delay_seconds = 600
@@ -296,7 +291,7 @@ def test_refusals_select_calls(cloud: LoopbackEC2) -> None:
     assert [(instance.role, instance.tags) for instance in cloud.instances()] == [("worker", {"run": "1"})]
 
 
-def test_container_end_terminates_its_instance(cloud: LoopbackEC2) -> None:
+def test_instance_is_terminated_when_its_container_ends(cloud: LoopbackEC2) -> None:
     """When the container ends, the next command shuts the instance down."""
     instance_id = launch(cloud, "docker run any sh -c 'echo done; exit 3'", SHUTDOWN)["InstanceId"]
     assert cloud.wait_until_quiet(30)
@@ -306,8 +301,8 @@ def test_container_end_terminates_its_instance(cloud: LoopbackEC2) -> None:
     assert cloud.log(instance_id).splitlines() == ["done", "docker: the container ended with 3"]
 
 
-def test_container_end_without_shutdown_leaves_the_instance(cloud: LoopbackEC2, tmp_path: Path) -> None:
-    """Without a shutdown in the user data, the instance keeps running without a process."""
+def test_instance_without_shutdown_outlives_its_container(cloud: LoopbackEC2, tmp_path: Path) -> None:
+    """If the user data has no shutdown, the instance keeps running without a process."""
     with open_pipe(tmp_path / "pipe") as pipe:
         instance_id = launch(cloud, f"docker run any sh -c 'echo done > {tmp_path}/pipe'")["InstanceId"]
         assert read_pipe(pipe) == "done\n"
@@ -316,16 +311,16 @@ def test_container_end_without_shutdown_leaves_the_instance(cloud: LoopbackEC2, 
     assert cloud.processes() == []
 
 
-def test_shutdown_may_stop_the_instance(cloud: LoopbackEC2) -> None:
-    """The default of EC2 is to stop an instance that shuts down, not to terminate it."""
+def test_shutdown_stops_the_instance_by_default(cloud: LoopbackEC2) -> None:
+    """By default, EC2 stops an instance that shuts down instead of terminating it."""
     launch(cloud, "docker run any true", SHUTDOWN, InstanceInitiatedShutdownBehavior="stop")
     wait_for_state(cloud, "stopped")
     assert cloud.processes() == []
 
 
 @pytest.mark.parametrize("command", ["shutdown -h +60", "shutdown -P +60"], ids=["h", "P"])
-def test_shutdown_later_caps_the_lifetime(cloud: LoopbackEC2, command: str) -> None:
-    """A scheduled shutdown ends the instance even while its container runs."""
+def test_scheduled_shutdown_limits_the_lifetime(cloud: LoopbackEC2, command: str) -> None:
+    """A scheduled shutdown terminates the instance even while its container runs."""
     instance_id = launch(cloud, command, SLEEP)["InstanceId"]
     assert cloud.wait_until_quiet(30)
     assert describe(cloud, instance_id)["StateReason"]["Code"] == "Client.InstanceInitiatedShutdown"
@@ -337,8 +332,8 @@ def test_termination_sends_sigterm_first(cloud: LoopbackEC2, tmp_path: Path) -> 
     with open_pipe(tmp_path / "pipe") as pipe, cloud.client("ec2") as client:
         instance_id = launch(cloud, f"docker run any sh -c '{script}'")["InstanceId"]
         read_pipe(pipe)
-        answer = client.terminate_instances(InstanceIds=[instance_id])["TerminatingInstances"][0]
-        assert answer["CurrentState"]["Name"] == "shutting-down" and answer["PreviousState"]["Name"] == "running"
+        change = client.terminate_instances(InstanceIds=[instance_id])["TerminatingInstances"][0]
+        assert change["CurrentState"]["Name"] == "shutting-down" and change["PreviousState"]["Name"] == "running"
         assert cloud.wait_until_quiet(30)
         client.terminate_instances(InstanceIds=[instance_id])
     described = describe(cloud, instance_id)
@@ -347,8 +342,8 @@ def test_termination_sends_sigterm_first(cloud: LoopbackEC2, tmp_path: Path) -> 
     assert "goodbye" in cloud.log(instance_id)
 
 
-def test_termination_kills_what_ignores_sigterm(tmp_path: Path) -> None:
-    """A process that ignores SIGTERM is killed after the grace period."""
+def test_termination_kills_a_process_that_ignores_sigterm(tmp_path: Path) -> None:
+    """The process is killed after the grace period."""
     script = f'trap "" TERM; echo ready > {tmp_path}/pipe; while :; do sleep 0.02; done'
     with LoopbackEC2(grace_seconds=0.1) as cloud, open_pipe(tmp_path / "pipe") as pipe, cloud.client("ec2") as client:
         instance_id = launch(cloud, f"docker run any sh -c '{script}'")["InstanceId"]
@@ -357,8 +352,8 @@ def test_termination_kills_what_ignores_sigterm(tmp_path: Path) -> None:
         assert cloud.wait_until_quiet(30)
 
 
-def test_interrupt_kills_without_warning(cloud: LoopbackEC2, tmp_path: Path) -> None:
-    """An interrupted spot instance ends at once with all its children, and EC2 states the reason."""
+def test_interruption_kills_without_sigterm(cloud: LoopbackEC2, tmp_path: Path) -> None:
+    """All processes of an interrupted spot instance are killed at once, and EC2 reports the reason."""
     script = f'trap "echo goodbye; exit" TERM; setsid sleep 600 & echo ready > {tmp_path}/pipe; wait'
     with open_pipe(tmp_path / "pipe") as pipe:
         spot = launch(cloud, f"docker run any sh -c '{script}'", InstanceMarketOptions={"MarketType": "spot"})
@@ -370,8 +365,8 @@ def test_interrupt_kills_without_warning(cloud: LoopbackEC2, tmp_path: Path) -> 
     assert "goodbye" not in cloud.log(spot["InstanceId"])
 
 
-def test_never_boots_runs_empty(cloud: LoopbackEC2) -> None:
-    """An instance that never boots is in the state running, does nothing, and can be terminated."""
+def test_instance_that_never_boots_does_nothing(cloud: LoopbackEC2) -> None:
+    """An instance that never boots is reported as running, runs no command, and can be terminated."""
     cloud.faults.never_boots = {"worker"}
     instance_id = launch(cloud, "shutdown -h +1", SLEEP, SHUTDOWN)["InstanceId"]
     wait_for_state(cloud, "running")
@@ -382,15 +377,15 @@ def test_never_boots_runs_empty(cloud: LoopbackEC2) -> None:
     assert cloud.wait_until_quiet(30)
 
 
-def test_unpullable_image_ends_the_instance(cloud: LoopbackEC2) -> None:
-    """If docker finds no image, cloud-init continues with the shutdown."""
+def test_instance_ends_if_its_image_cannot_be_pulled(cloud: LoopbackEC2) -> None:
+    """If docker cannot pull the image, cloud-init continues with the shutdown."""
     cloud.faults.unpullable = {"nobody/nothing:1"}
     instance_id = launch(cloud, "docker run --rm --net=host nobody/nothing:1 sleep 600", SHUTDOWN)["InstanceId"]
     assert cloud.wait_until_quiet(30)
     assert "nobody/nothing:1" in cloud.log(instance_id)
 
 
-def test_instance_that_is_terminated_while_it_boots_runs_nothing(cloud: LoopbackEC2) -> None:
+def test_instance_terminated_during_boot_runs_nothing(cloud: LoopbackEC2) -> None:
     """An instance that is terminated while it boots never starts its container."""
     cloud.faults.boot_delay_seconds = 600
     instance_id = launch(cloud, SLEEP)["InstanceId"]
@@ -413,10 +408,10 @@ def test_instance_that_is_terminated_while_it_boots_runs_nothing(cloud: Loopback
         pytest.param('docker run img run "', "", [], {}, id="unbalanced"),
     ],
 )
-def test_read_plan_reads_quotes_as_a_shell(
+def test_read_plan_parses_quotes_like_a_shell(
     line: str, image: str, command: list[str], variables: dict[str, str]
 ) -> None:
-    """Docker gets its arguments as a shell parses them, quotes included."""
+    """A shell parses the arguments of docker, including quotes."""
     plan = read_plan(render(line, SHUTDOWN))
     assert (plan.image, plan.command, plan.variables) == (image, command, variables)
     # A script that the shell cannot parse never reaches its shutdown.
@@ -431,14 +426,14 @@ def test_read_plan_reads_quotes_as_a_shell(
         pytest.param("#cloud-config\nruncmd:\n  - 'docker run img run", id="broken"),
     ],
 )
-def test_read_plan_runs_nothing_of_invalid_user_data(user_data: str) -> None:
-    """As with cloud-init, an instance with invalid user data runs, but does nothing."""
+def test_read_plan_runs_nothing_if_user_data_is_invalid(user_data: str) -> None:
+    """As with cloud-init, an instance with invalid user data runs, but executes no command."""
     plan = read_plan(user_data)
     assert plan.problem and not plan.command and not plan.shuts_down
 
 
-def test_instances_reach_s3_and_their_calls_are_recorded(cloud: LoopbackEC2) -> None:
-    """Instances have an endpoint and credentials, which identify their calls."""
+def test_instances_use_s3_and_their_calls_are_recorded(cloud: LoopbackEC2) -> None:
+    """Instances get an endpoint and credentials of their own, by which their calls are recognized."""
     script = (
         "import boto3; s3 = boto3.client(chr(115) + chr(51)); s3.put_object(Bucket=str.lower(chr(65) * 3), Key=str(1))"
     )
@@ -449,8 +444,7 @@ def test_instances_reach_s3_and_their_calls_are_recorded(cloud: LoopbackEC2) -> 
         assert client.get_object(Bucket="aaa", Key="1")["Body"].read() == b""
         client.list_objects_v2(Bucket="aaa", Prefix="b/")
     assert cloud.calls_by(instance_id) == [("s3", "PutObject", "aaa/1")]
-    seen = [call for call in cloud.calls if call.service == "s3"]
-    assert seen == [
+    assert [call for call in cloud.calls if call.service == "s3"] == [
         ("s3", "CreateBucket", "aaa"),
         ("s3", "PutObject", "aaa/1"),
         ("s3", "GetObject", "aaa/1"),
@@ -470,8 +464,8 @@ def test_instances_without_profile_have_no_credentials() -> None:
         assert "AWS_SECRET_ACCESS_KEY" in cloud.log(trusted)
 
 
-def test_images_are_found_by_name(cloud: LoopbackEC2) -> None:
-    """The simulator has only images by Canonical, one for each of two architectures."""
+def test_machine_images_are_found_by_name(cloud: LoopbackEC2) -> None:
+    """The simulator has only two images by Canonical, one per architecture."""
     filters = [{"Name": "name", "Values": ["ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-*-server-*"]}]
     with cloud.client("ec2") as client:
         found = client.describe_images(Owners=[CANONICAL], Filters=filters)["Images"]
@@ -479,8 +473,8 @@ def test_images_are_found_by_name(cloud: LoopbackEC2) -> None:
     assert {image["Architecture"]: image["ImageId"] for image in found} == {"x86_64": cloud.ami, "arm64": cloud.arm_ami}
 
 
-def test_exit_ends_everything_and_keeps_other_servers(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
-    """At the end all processes and buckets are gone, but not the buckets of another S3 server of this process."""
+def test_exit_deletes_everything_but_keeps_other_servers(s3_bucket: tuple[str, dict[str, Any]], s3_client: Any) -> None:
+    """The simulator ends its processes and deletes its buckets, but not those of another server in this process."""
     with LoopbackEC2() as cloud:
         launch(cloud, SLEEP)
         with cloud.client("s3") as client:
@@ -493,16 +487,16 @@ def test_exit_ends_everything_and_keeps_other_servers(s3_bucket: tuple[str, dict
     assert s3_bucket[0] in names and "loopback" not in names
 
 
-def test_only_one_at_a_time(cloud: LoopbackEC2) -> None:
-    """A process cannot start a second simulator, because moto's state is global."""
-    with pytest.raises(RuntimeError, match="a loopback EC2 in this process already"):
+def test_process_can_run_only_one_simulator(cloud: LoopbackEC2) -> None:
+    """A second simulator is refused, because moto's state is global."""
+    with pytest.raises(RuntimeError, match="this process already runs a loopback EC2"):
         LoopbackEC2().__enter__()
     launch(cloud, SLEEP)
 
 
 @pytest.mark.slow
 def test_use_redirects_every_client(cloud: LoopbackEC2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients talk to the simulator, whatever profile and endpoint the environment has."""
+    """Clients connect to the simulator, whatever profile and endpoint the environment sets."""
     monkeypatch.setenv("AWS_PROFILE", "work")
     monkeypatch.setenv("AWS_ENDPOINT_URL_EC2", "http://192.0.2.1")
     cloud.use(monkeypatch)
@@ -513,8 +507,8 @@ def test_use_redirects_every_client(cloud: LoopbackEC2, monkeypatch: pytest.Monk
         assert client.get_caller_identity()["Account"] == "123456789012"
 
 
-def test_exit_disarms_clusters_left_open() -> None:
-    """At exit, the interpreter does not close a cluster that a test left open, which would call the real EC2."""
+def test_interpreter_does_not_close_clusters_left_open() -> None:
+    """Closing a cluster that a test left open would call the real EC2 when the interpreter exits."""
 
     class Forgotten:
         boto_session = None
@@ -531,8 +525,8 @@ def test_exit_disarms_clusters_left_open() -> None:
 
 
 @pytest.mark.slow
-def test_containers_do_not_outlive_a_killed_test(tmp_path: Path) -> None:
-    """When the process of the test is killed, the processes of instances end."""
+def test_containers_end_when_the_test_is_killed(tmp_path: Path) -> None:
+    """If the process of the test is killed, the processes of its instances end."""
     line = f"docker run any sh -c 'exec 3> {tmp_path}/held; sleep 600 & echo ready > {tmp_path}/pipe; wait'"
     script = f"""
 import signal
@@ -550,5 +544,5 @@ signal.pause()
         with subprocess.Popen([sys.executable, "-c", script], env=environment) as process:
             assert read_pipe(pipe) == "ready\n"
             process.kill()
-        # The pipe ends when all processes that held it open are gone.
+        # The pipe is at its end once all processes that held it open have ended.
         assert read_pipe(held) == ""

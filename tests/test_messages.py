@@ -11,12 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from runs import configure, draw
 
 import fruitdask
 from fruitdask import store
+from fruitdask.cluster import open_client
+from fruitdask.cluster.regions import check_regions
 from fruitdask.core.config import Config, ModelConfig
+from fruitdask.core.sample import render_fruit
 from fruitdask.core.storage import Location
 from fruitdask.errors import FruitdaskError
 
@@ -65,7 +70,7 @@ class Scene:
 
     def list_table(self, text: str) -> Any:
         """List the images that a table of labels names."""
-        (self.folder / "labels.csv").write_text(text)
+        (self.folder / "labels.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
         return self.list(url=self.fill("1.jpg", "a/2.jpg"), manifest=str(self.folder / "labels.csv"))
 
     def mask(self, error: BaseException) -> str:
@@ -75,6 +80,30 @@ class Scene:
         for place, name in places.items():
             text = text.replace(place, name)
         return re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{12}\b", "HASH", text)
+
+
+def list_archive(scene: Scene) -> None:
+    """List a ZIP archive with a compression that fruitdask does not read."""
+    with zipfile.ZipFile(scene.folder / "photos.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a/1.jpg", b"x")
+    scene.list(url=f"zip://::{scene.folder}/photos.zip")
+
+
+def open_cluster(scene: Scene, path: str, **options: Any) -> None:
+    """Open a cluster of a class."""
+    config = scene.configure(cluster={"kind": "custom", "class": path, "options": options, "n_workers": 1})
+    with open_client(config.cluster):
+        pass
+
+
+def compare_with(scene: Scene, columns: dict[str, Any] | None, **settings: str) -> None:
+    """Compare a run with a Spark job that has written one file, or none."""
+    (scene.folder / "spark").mkdir()
+    if columns is None:
+        (scene.folder / "spark" / "_SUCCESS").touch()
+    else:
+        pd.DataFrame(columns).to_parquet(scene.folder / "spark" / "part-0.parquet")
+    fruitdask.compare(str(scene.finish()), str(scene.folder / "spark"), **settings)
 
 
 def damage(path: Path, place: int = -1) -> None:
@@ -174,6 +203,14 @@ def make_network(*shape: int | None) -> Any:
     return keras.Model(image, keras.layers.Dense(2)(keras.layers.Flatten()(image)))
 
 
+def make_network_of_two_inputs() -> Any:
+    """Make a network that takes an image and a vector."""
+    import keras
+
+    image, vector = keras.Input((32, 32, 3)), keras.Input((4,))
+    return keras.Model([image, vector], keras.layers.Concatenate()([keras.layers.Flatten()(image), vector]))
+
+
 def sample_into_a_full_folder(scene: Scene) -> None:
     """Draw a sample into a folder that is not empty."""
     from click.testing import CliRunner
@@ -238,12 +275,22 @@ MISTAKES: dict[str, Callable[[Scene], Any]] = {
     "table with an empty field": lambda scene: scene.list_table("path,label\n1.jpg,\n"),
     "table with a path outside the input": lambda scene: scene.list_table("path,label\n../1.jpg,a\n"),
     "table of other files": lambda scene: scene.list_table("path,label\nx.jpg,a\ny.jpg,b\n"),
+    "table that is not UTF-8": lambda scene: scene.list_table("path,label\n\udce9.jpg,a\n"),
     "label pattern that does not match a path": lambda scene: scene.list(
         url=scene.fill("odd/2.jpg"), label_from="class_([a-z]+)/"
+    ),
+    "archive of another compression": list_archive,
+    "input in a region that is not allowed": lambda scene: check_regions(
+        scene.configure(
+            input={"url": "s3://photos", "region": "us-east-1", "storage_options": {"endpoint_url": "https://s3.test"}},
+            privacy={"allowed_regions": "eu"},
+        )
     ),
     # A run.
     "output inside the input": lambda scene: scene.run(output={"url": str(scene.images / "out")}),
     "output that is a file": lambda scene: scene.run(output={"url": f"{scene.model.weights}/out"}),
+    "output in an archive": lambda scene: scene.run(output={"url": f"zip://out::{scene.folder}/x.zip"}),
+    "output among other files": lambda scene: scene.run(output={"url": scene.fill("config.yaml")}),
     "sample for a remote input": lambda scene: scene.run(input={"url": "memory://drawn", "sample": {"per_class": 1}}),
     "more components than images": lambda scene: run_on_a_few(scene, 4, n_components=5),
     "more components than features": lambda scene: run_on_a_few(scene, 9, n_components=7),
@@ -251,6 +298,12 @@ MISTAKES: dict[str, Callable[[Scene], Any]] = {
     "no scheduler": lambda scene: fruitdask.run(
         scene.configure(cluster={"kind": "address", "address": "tcp://127.0.0.1:9", "timeout_seconds": 0.5})
     ),
+    "class of clusters of a missing package": lambda scene: open_cluster(scene, "no_such_thing.Cluster"),
+    "class of clusters that does not exist": lambda scene: open_cluster(scene, "distributed.LocalClutser"),
+    "option that a class of clusters does not have": lambda scene: open_cluster(
+        scene, "dask_cloudprovider.aws.FargateCluster", imag="x"
+    ),
+    "unknown solver": lambda scene: fruitdask.PCA(svd_solver="auto").fit(np.eye(3)),
     "local folders on EC2": lambda scene: fruitdask.run(
         scene.configure(cluster={"kind": "ec2", "docker_image": "any"})
     ),
@@ -276,11 +329,23 @@ MISTAKES: dict[str, Callable[[Scene], Any]] = {
     "transform with another network": lambda scene: fruitdask.open(str(scene.finish())).transform(
         [], overrides=["model.preprocessing=tf"]
     ),
+    "compare with a folder without Parquet": lambda scene: compare_with(scene, None),
+    "compare without vectors": lambda scene: compare_with(scene, {"path": ["a"]}),
+    "compare with a column that does not exist": lambda scene: compare_with(
+        scene, {"path": ["a"], "features": [[1.0]]}, path_column="image"
+    ),
+    "compare with a column of words": lambda scene: compare_with(
+        scene, {"path": ["a"], "word": ["x"]}, features_column="word"
+    ),
+    "predict without a classifier": lambda scene: fruitdask.predict(
+        str(scene.finish()), input=str(scene.images), output=str(scene.folder / "other")
+    ),
     "apply a run into its own folder": lambda scene: fruitdask.apply(
         scene.finish(), input=str(scene.images), output=str(scene.folder / "out")
     ),
     "apply a run into the folder of another": apply_into_another,
     "export to an unknown format": lambda scene: fruitdask.export(str(scene.folder), scene.folder / "fruits", "excel"),
+    "export for Lance to a URL": lambda scene: fruitdask.export(str(scene.finish()), "memory://fruits", "lance"),
     "export over an existing folder": lambda scene: fruitdask.export(str(scene.finish()), scene.folder),
     "report without results": lambda scene: fruitdask.render_report(scene.configure()),
     "verify without results": lambda scene: fruitdask.verify(str(scene.folder)),
@@ -314,10 +379,12 @@ MISTAKES: dict[str, Callable[[Scene], Any]] = {
     "archive from Teachable Machine": build_of_zip,
     "model for rectangular images": lambda scene: build(scene, make_network(32, 24, 3)),
     "model for grey images": lambda scene: build(scene, make_network(32, 32, 1)),
+    "model of several inputs": lambda scene: build(scene, make_network_of_two_inputs()),
     "mixed precision on OpenVINO": lambda scene: fruitdask.build_artifact(
         ModelConfig(name="SqueezeNet", weights="random", engine="openvino", precision="mixed_float16")
     ),
     "sample into a folder that is not empty": sample_into_a_full_folder,
+    "fruit that is not in the sample": lambda scene: render_fruit("durian_1", angle_degrees=0),
 }
 
 

@@ -212,7 +212,7 @@ def test_model_cached_with_its_code_is_still_refused(
 
 def test_invalid_keras_file_gets_no_advice_to_allow_code(tmp_path: Path) -> None:
     (tmp_path / "own.keras").write_bytes(b"no model")
-    with pytest.raises(ModelError, match=r"own\.keras: expected a Keras model without Python code, found [^;]+$"):
+    with pytest.raises(ModelError, match=r"expected a Keras model without Python code, found [^;]+$"):
         build_artifact(ModelConfig(weights=str(tmp_path / "own.keras"), preprocessing="none"))
 
 
@@ -252,9 +252,7 @@ def test_build_artifact_refuses(settings: dict, message: str) -> None:
 def test_build_artifact_refuses_weights_of_another_network(tmp_path: Path) -> None:
     path = tmp_path / "squeeze.weights.h5"
     build_squeezenet(input_px=64, weights="imagenet").save_weights(path)
-    with pytest.raises(
-        ModelError, match="expected weights of MobileNetV2 without its classifier, found a file that does not fit"
-    ):
+    with pytest.raises(ModelError, match="weights of MobileNetV2 without its classifier, found a file"):
         build_artifact(ModelConfig(weights=str(path)))
 
 
@@ -378,9 +376,7 @@ def test_fingerprint_model_changes_with_settings_and_content(tiny_model: ModelCo
 
 
 def test_input_size_that_a_network_refuses_is_not_blamed_on_the_network_connection() -> None:
-    with pytest.raises(
-        ModelError, match="InceptionV3 cannot be built as configured: .*75x75.*; check the section model"
-    ):
+    with pytest.raises(ModelError, match="InceptionV3 cannot be built .*75x75.*; check .* model"):
         build_artifact(ModelConfig(name="InceptionV3", input_px=64))
 
 
@@ -436,9 +432,7 @@ def test_mixed_precision_takes_tensorflow(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(engines, "find_spec", lambda name: object())
     monkeypatch.setattr(engines, "_has_nvidia_gpu", lambda: False)
     assert choose_engine(ModelConfig(precision="mixed_float16")) == "tensorflow"
-    with pytest.raises(
-        ModelError, match="model.precision mixed_float16 needs TensorFlow, .*; set model.engine: tensor"
-    ):
+    with pytest.raises(ModelError, match="mixed_float16 needs TensorFlow, .*; set model.engine: tensor"):
         choose_engine(ModelConfig(precision="mixed_float16", engine="openvino"))
 
 
@@ -462,7 +456,7 @@ def test_choose_batch_size(
 
 def test_choose_engine_refuses_openvino_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"needs its extra: pip install 'fruitdask\[openvino\]', or set"):
+    with pytest.raises(ModelError, match=r"its extra: pip install 'fruitdask\[openvino\]', or set"):
         choose_engine(ModelConfig(engine="openvino"))
 
 
@@ -597,7 +591,5 @@ def test_artifact_that_a_worker_cannot_read_is_an_error_of_its_openvino() -> Non
         archive.writestr("network.xml", "<net version='99'/>")
         archive.writestr("network.bin", b"")
     artifact = ModelArtifact(buffer.getvalue(), "openvino", "Pear", "own", input_px=32, n_features=3)
-    with pytest.raises(
-        EngineError, match=f"openvino .* on {platform.node()} cannot load Pear: Unable to read the model"
-    ):
+    with pytest.raises(EngineError, match=f"on {platform.node()} cannot load Pear: Unable to read"):
         load_predictor(artifact, n_threads=1)

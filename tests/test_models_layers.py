@@ -372,7 +372,7 @@ def test_layer_may_be_named_within_nested_networks(tmp_path: Path) -> None:
     assert (early.layer, early.n_features) == ("first/first_first", 6)
     with pytest.raises(ModelError, match=r"has 2 layers 'last'; write first/last or second/last$"):
         build_artifact(config.model_copy(update={"layer": "last"}))
-    with pytest.raises(ModelError, match=r"no layer 'lost' in whole_network; its last ones are .*, both, scores$"):
+    with pytest.raises(ModelError, match="no layer 'lost' in whole_network; .* are .*, both, scores$"):
         build_artifact(config.model_copy(update={"layer": "lost"}))
 
 
@@ -405,9 +405,7 @@ def test_layer_that_is_used_side_by_side_cannot_be_named(tmp_path: Path) -> None
 
     config, _ = save_network(build, tmp_path / "own.keras")
     assert build_artifact(config).layer == "pool"
-    with pytest.raises(
-        ModelError, match=r"calls the layer 'base' 2 times in parallel; name a layer that comes after it$"
-    ):
+    with pytest.raises(ModelError, match="layer 'base' 2 times in parallel; name a layer that comes"):
         build_artifact(config.model_copy(update={"layer": "base"}))
 
 

@@ -122,9 +122,7 @@ LONG = 4
 def test_raw_photograph_does_not_become_its_thumbnail() -> None:
     # As in NEF, ARW and DNG: the first page says that it is a smaller copy, and the others are its children.
     thumbnail = build_tiff((0x00FE, LONG, 1, 1), (0x014A, LONG, 1, 8), side=160, data=bytes(160 * 160))
-    with pytest.raises(
-        ImageError, match="found a TIFF of several pages whose first is a thumbnail, as in a camera's raw file"
-    ):
+    with pytest.raises(ImageError, match="found a TIFF of several pages whose first is a thumbnail"):
         decode_image(thumbnail, size_px=16, max_pixels=1_000_000)
     paged = build_tiff((0x00FE, LONG, 1, 1), side=160, data=bytes(160 * 160), following=8)
     with pytest.raises(ImageError, match="found a TIFF of several pages whose first is a thumbnail"):

@@ -252,9 +252,7 @@ def test_solvers_of_dask_ml_equal_dask_ml(solver: str) -> None:
 
 def test_fit_refuses_many_features_of_many_images() -> None:
     features = da.zeros((5000, 62_720), chunks=(500, -1), dtype=np.float32)
-    with pytest.raises(
-        ReduceError, match="62,720 features of 5,000 images; set model.pooling to avg, or reduce.solver"
-    ):
+    with pytest.raises(ReduceError, match="62,720 features of 5,000 images; set .* or reduce.solver"):
         PCA(2).fit(features)
 
 

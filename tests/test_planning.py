@@ -306,15 +306,11 @@ def test_cost_that_a_run_would_exceed_refuses_it(
     cloud.use(monkeypatch)
     config = make_config(input={"url": "s3://photos/fruits"}, output={"url": "s3://results/refused"})
     limited = {"limits": {"max_cost": 0.01}, "cluster": EC2}
-    with pytest.raises(
-        LimitError, match=r"was not started: its instances would cost about \$0.0\d, and limits.max_cost is \$0.01"
-    ):
+    with pytest.raises(LimitError, match=r"not started: .*cost about \$0.0\d, and .*max_cost is \$0.01"):
         fruitdask.run(fruitdask.load_config(config.model_dump() | limited))
     unpriced = {"limits": {"max_cost": 1}, "cluster": {**EC2, "worker_instance_type": "m6a.large"}}
     for start in (fruitdask.plan, fruitdask.run):
-        with pytest.raises(
-            ConfigError, match="limits.max_cost needs a price for m6a.large in eu-west-1.*hourly_prices"
-        ):
+        with pytest.raises(ConfigError, match="needs a price for m6a.large in eu-west-1.*hourly_prices"):
             start(fruitdask.load_config(config.model_dump() | unpriced))
     assert count_launches(cloud) == 0 and list_objects(cloud, "results") == []
 
@@ -351,7 +347,7 @@ def test_run_that_exceeds_a_limit_ends_and_can_be_resumed(
     # More partitions than may be in flight at once.
     limited = make_config(limits={"max_hours": 1.5}, featurize={"images_per_partition": 1})
     with monkeypatch.context() as patch, pytest.raises(
-        LimitError, match="has taken 2 hours, and limits.max_hours is 1.5; results so far"
+        LimitError, match="has taken 2 hours, and limits.max_hours is 1.5; results so"
     ):
         fruitdask.run(limited, progress=Hours(patch))
     n_done = len(store.list_committed(Location(limited.output.url)))

@@ -18,7 +18,7 @@ def test_check_solver_accepts_possible_solvers(solver: str, n_images: int, n_fea
 
 
 def test_check_solver_lists_solvers_for_an_unknown_one() -> None:
-    with pytest.raises(ReduceError, match="solvers covariance_eigh, full, tsqr, randomized, found 'auto'"):
+    with pytest.raises(ReduceError, match="covariance_eigh, full, tsqr, randomized, found 'auto'"):
         check_solver("auto", n_images=5, n_features=5)
 
 

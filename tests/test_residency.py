@@ -1,5 +1,5 @@
-"""Where buckets and clusters are, according to a real S3 server that records its requests; a proxy leads Amazon's own
-names to it.
+"""Where buckets and clusters are, according to a real S3 server that records its requests; a proxy sends requests for
+Amazon's host names to it.
 """
 
 import copy
@@ -173,7 +173,7 @@ def test_find_regions_requests_buckets_but_nothing_in_them(make_config: MakeConf
 def test_find_regions_of_this_machine(make_config: MakeConfig) -> None:
     assert find_regions(make_config()) == {"input": "local", "output": "local", "cluster": "local"}
     mounted = make_config(input={"url": "/mnt/share", "region": "us-east-1"})
-    with pytest.raises(ResidencyError, match="^input: /mnt/share is in us-east-1, but privacy.allowed_regions has eu"):
+    with pytest.raises(ResidencyError, match="^input: /mnt/share is in us-east-1, but .*regions has eu"):
         check_regions(mounted)
 
 
@@ -190,8 +190,8 @@ def test_bucket_elsewhere_is_refused_before_a_byte_is_read(server: Server, tmp_p
     assert result.exit_code == 4, result.output
     assert result.stderr.strip().splitlines()[-1] == (
         f"fruitdask: input: the bucket {VIRGINIA} is in us-east-1, but privacy.allowed_regions has eu (the European "
-        "Union); choose one "
-        "that is, or set input.region if its server reports a wrong region, or change privacy.allowed_regions"
+        "Union); choose one in an allowed region, or set input.region if its server reports a wrong region, or change "
+        "privacy.allowed_regions"
     )
     assert server.requests == [f"HEAD {server.url.removeprefix('http://')}/{VIRGINIA}"]
 
@@ -256,7 +256,7 @@ def test_server_that_says_nothing_is_refused(make_config: MakeConfig, server: Se
         (PARIS, "eu-west-3", None),
         (PARIS, "eu-west-1", f"the bucket {PARIS} is in eu-west-3, not in eu-west-1 as input.region says; correct"),
         (VIRGINIA, "eu-west-3", f"the bucket {VIRGINIA} is in us-east-1, not in eu-west-3"),
-        (VIRGINIA, None, f"the bucket {VIRGINIA} is in us-east-1, but .*; choose one that is, or change privacy"),
+        (VIRGINIA, None, f"the bucket {VIRGINIA} is in us-east-1, but .*; choose one in an allowed region, or"),
         (LONDON, None, f"the bucket {LONDON} is in eu-west-2, but privacy.allowed_regions has eu"),
     ],
     ids=["found", "found as declared", "declared otherwise", "declared to be allowed", "elsewhere", "London"],
@@ -322,7 +322,7 @@ def test_bucket_that_cannot_be_asked_is_refused(
 ) -> None:
     source = {"url": "s3://fruits/in", "storage_options": {"endpoint_url": server.url} | options}
     config = make_config(input=source)
-    with pytest.raises(ResidencyError, match=f"^input: {problem}.*privacy.allowed_regions needs to know the region$"):
+    with pytest.raises(ResidencyError, match=f"^input: {problem}.*regions needs to know the region$"):
         check_regions(config)
     assert find_regions(config)["input"] == "unknown"
 
@@ -390,18 +390,16 @@ def test_cluster_that_is_refused(
 def test_scheduler_that_is_used_instead_is_checked(make_config: MakeConfig) -> None:
     elsewhere = make_config(cluster={"kind": "ec2", "docker_image": "i", "region": "us-east-1"})
     assert check_regions(elsewhere, scheduler="tcp://127.0.0.1:1")["cluster"] == "local"
-    with pytest.raises(
-        ResidencyError, match="the cluster at tcp://10.0.0.5:1, .*add cluster.region to a cluster of kind"
-    ):
+    with pytest.raises(ResidencyError, match="the cluster at tcp://10.0.0.5:1, .*add cluster.region to a"):
         check_regions(make_config(), scheduler="tcp://10.0.0.5:1")
 
 
 @pytest.mark.parametrize(
     ("allowed", "hint"),
     [
-        (["eu-west3", "eu"], "has eu-west3, eu (the European Union); .*; did you mean eu-west-3 by eu-west3"),
-        (["us-east1"], "did you mean us-east-1 by us-east1"),
-        (["westeurop"], "did you mean westeurope by westeurop"),
+        (["eu-west3", "eu"], "has eu-west3, eu (the European Union); .*; did you mean eu-west-3 instead of eu-west3"),
+        (["us-east1"], "did you mean us-east-1 instead of us-east1"),
+        (["westeurop"], "did you mean westeurope instead of westeurop"),
         (["us-east-2"], "privacy.allowed_regions$"),
         (["mars-north-1"], "has mars-north-1; choose .* or change privacy.allowed_regions$"),
         ([], "privacy.allowed_regions has none"),
@@ -453,7 +451,7 @@ def test_required_encryption_is_checked(make_config: MakeConfig, server: Server,
     privacy = {"allowed_regions": "eu", "require_encryption": True}
     sections = {"input": {"url": f"s3://{PARIS}/in"}, "privacy": privacy, "report": {"enabled": False}, **SMALL}
     bare = make_config(output={"url": url, "storage_options": options}, **copy.deepcopy(sections))
-    with pytest.raises(ResidencyError, match=f"^output: {url}/explore.json was stored without encryption, but privacy"):
+    with pytest.raises(ResidencyError, match=f"^output: {url}/explore.json was stored without encryption"):
         fruitdask.explore(bare, client=client)
     # By then no photograph has been read, and only the description of the exploration has been written.
     assert not [request for request in server.requests if ".jpg" in request]

@@ -58,12 +58,12 @@ class Server:
 
     @property
     def storage_options(self) -> dict[str, Any]:
-        """How fruitdask is to reach it."""
+        """fruitdask's storage options for this server."""
         keys = {"key": self.keys["aws_access_key_id"], "secret": self.keys["aws_secret_access_key"]}
         return {"endpoint_url": self.url, **keys, **self.options}
 
     def connect(self) -> Any:
-        """Make a client that shares no code with s3fs's file system."""
+        """Make a client that shares no code with the file system of s3fs."""
         settings = BotoConfig(**self.options.get("config_kwargs", {}))
         return boto3.client(
             "s3", endpoint_url=self.url, config=settings, **self.keys, **self.options.get("client_kwargs", {})
@@ -394,7 +394,7 @@ def test_unknown_key_is_explained(server: Server) -> None:
 @pytest.mark.parametrize("server", [MOTO_HTTPS], indirect=True)
 def test_certificate_of_an_unknown_authority_is_refused(server: Server) -> None:
     options = server.storage_options | {"client_kwargs": {}}
-    with pytest.raises(StorageError, match=r"certificate.*: name the authority of .* client_kwargs: {verify: FILE}"):
+    with pytest.raises(StorageError, match=r"certificate.*: give .* certificate authority .* {verify: FILE}"):
         exists(Location(f"s3://{BUCKET}/x", options))
 
 
@@ -446,7 +446,7 @@ def test_secrets_are_in_no_command_line_and_weights_are_hashed_once(
 
 
 class Meeting(BaseHTTPRequestHandler):
-    """Answers GET requests only when the expected number of them is waiting."""
+    """Responds to GET requests only when the expected number of them is waiting."""
 
     protocol_version = "HTTP/1.1"
     barrier: threading.Barrier
@@ -499,7 +499,5 @@ def test_stalled_server_times_out() -> None:
             "endpoint_url": f"http://127.0.0.1:{silent.getsockname()[1]}",
             "config_kwargs": {"read_timeout": 0.1, "retries": {"max_attempts": 0}},
         }
-        with pytest.raises(
-            StorageError, match=r"cannot read s3://bucket/x: .*: the server stopped answering; check the"
-        ):
+        with pytest.raises(StorageError, match="cannot read s3://bucket/x: .*: the server stopped answering"):
             exists(Location("s3://bucket/x", options))

@@ -76,7 +76,7 @@ def test_similar_finds_at_most_the_images_of_the_run(tiny_model: ModelConfig, fi
     assert result.similar("fig/0.png", k=10**15).equals(found)
     assert sorted(found["path"]) == ["fig/1.png", "fig/3.png"] and found["rank"].tolist() == [1, 2]
     assert list(found.columns) == ["query", "rank", "path", "label", "split", "distance"]
-    with pytest.raises(ImageError, match="fig/2.png: this image of the run has no features .unreadable."):
+    with pytest.raises(ImageError, match="fig/2.png: this image .* has no features .unreadable."):
         fruitdask.open(str(tmp_path / "out")).similar("fig/2.png")
 
 
@@ -92,9 +92,7 @@ def test_similar_refuses_what_it_cannot_find(result: fruitdask.RunResult, tmp_pa
     with pytest.raises(ImageError, match="nope.jpg: expected an image of the run, .* found neither"):
         result.similar("nope.jpg")
     (tmp_path / "text.jpg").write_text("text")
-    with pytest.raises(
-        ImageError, match="text.jpg: expected a photograph, found one that cannot be used .unreadable.: "
-    ):
+    with pytest.raises(ImageError, match="text.jpg: expected a photograph, found one .*.unreadable.: "):
         result.similar(tmp_path / "text.jpg")
 
 

@@ -238,7 +238,7 @@ def _check(
     if UNKNOWN_LABEL in classes:
         raise TrainingError(
             f"expected no class {UNKNOWN_LABEL!r}, which is the label of images that are unlike all training images; "
-            "rename that class, or leave it out by input.classes"
+            "rename that class, or leave it out with input.classes"
         )
     counts = np.bincount(codes)
     if counts.min() < 2:

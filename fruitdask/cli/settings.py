@@ -34,7 +34,7 @@ def schema(markdown: bool) -> None:
 @click.option("--size", "size_px", default=160, show_default=True, help="Side of the images, in pixels.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the differences between images.")
 def sample(folder: str, per_class: int, size_px: int, seed: int) -> None:
-    """Draw a small data set of turning fruits into FOLDER."""
+    """Draw a small data set of fruits on a turntable into FOLDER."""
     from fruitdask.core.sample import draw_sample
 
     with reported():

@@ -41,7 +41,7 @@ def similar(
     overrides: tuple[str, ...],
     verbose: bool,
 ) -> None:
-    """Find the images in OUTPUT that are most like each PHOTO.
+    """Find the images in OUTPUT that are most similar to each PHOTO.
 
     Those are the images whose features are nearest to the features of PHOTO.
 

@@ -53,7 +53,7 @@ def open_client(config: ClusterConfig) -> AbstractContextManager[Any]:
 
 
 def list_usage(client: Any) -> list[Usage]:
-    """List the running times of a client's instances, also after it was closed."""
+    """List the running times of a client's instances, even after it was closed."""
     list_usage_of = getattr(getattr(client, "cluster", None), "list_usage", list)
     usage: list[Usage] = list_usage_of()
     return usage

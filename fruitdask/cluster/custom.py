@@ -138,14 +138,14 @@ def _close(config: CustomClusterConfig, starting: "Future[Any]") -> None:
             return
         starting.add_done_callback(lambda late: late.exception() or late.result().close())
         raise ClusterStartError(
-            f"{config.name} is still starting, and is closed if it comes up while this process lives; otherwise end it "
-            "where it runs"
+            f"{config.name} is still starting; fruitdask closes it if it starts while this process runs, otherwise "
+            "stop it yourself"
         ) from error
     try:
         cluster.close()
     except Exception as error:
         raise ClusterStartError(
-            f"{config.name} may still run, because it could not be closed ({_explain(error)}); end it where it runs"
+            f"{config.name} may still run: closing it failed ({_explain(error)}); stop it yourself"
         ) from error
 
 

@@ -39,7 +39,7 @@ _SETTINGS = {
     "distributed.deploy.lost-worker-timeout": "10000 hours",
     # Messages that Dask keeps for its developers, by default a thousand; here each holds a partition.
     "distributed.admin.low-level-log-length": 10,
-    # Dask's profiler may hang a worker for good: listing the frames of all threads deadlocks if garbage is collected
+    # Dask's profiler may hang a worker forever: listing the frames of all threads deadlocks if garbage is collected
     # while a thread starts (https://github.com/python/cpython/issues/106883).
     "distributed.worker.profile.enabled": False,
     # Each process measures its event loop fifty times per second, and itself twice, which takes 1 % of a core.

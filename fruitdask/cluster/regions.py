@@ -13,7 +13,7 @@ from fruitdask.core.config import ClusterConfig, Config
 from fruitdask.core.storage import Location, explained, hide_secrets
 from fruitdask.errors import ResidencyError, StorageError
 
-#: In place of a region: this machine, whose location its user knows, and unknown locations.
+#: Used instead of a region: this machine, whose location the user knows, and unknown locations.
 LOCAL, UNKNOWN = "local", "unknown"
 
 #: Regions of AWS in the European Union and their places; PRIVACY.md names the sources. London and Zurich are outside.
@@ -60,7 +60,7 @@ class _Finding:
     name: str
     region: str = UNKNOWN
     problem: str = ""
-    advice: str = "choose one that is"
+    advice: str = "choose one in an allowed region"
 
 
 def find_regions(config: Config, *, scheduler: str | None = None) -> dict[str, str]:
@@ -117,7 +117,7 @@ def _suggest_regions(names: tuple[str, ...]) -> str:
     for partition in session.get_available_partitions():
         known.update(session.get_available_regions("ec2", partition))
     near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in names if name not in known}
-    return "".join(f"; did you mean {close[0]} by {name}?" for name, close in near.items() if close)
+    return "".join(f"; did you mean {close[0]} instead of {name}?" for name, close in near.items() if close)
 
 
 def _find_storage(place: str, location: Location, declared: str | None, *, key: str | None = None) -> _Finding:
@@ -144,7 +144,9 @@ def _find_storage(place: str, location: Location, declared: str | None, *, key: 
         differs = declared and key and region != declared
         problem = f"{name} is in {region}, not in {declared} as {key} says; correct {key}" if differs else ""
         return _Finding(place, name, region, problem=problem)
-    return _Finding(place, name, region, advice=f"choose one that is, or {remedy} if its server reports a wrong region")
+    return _Finding(
+        place, name, region, advice=f"choose one in an allowed region, or {remedy} if its server reports a wrong region"
+    )
 
 
 def _have_same_host(one: Location, other: Location) -> bool:

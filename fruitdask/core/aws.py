@@ -6,7 +6,7 @@ from typing import Any
 
 #: Tag of the instances and volumes of a run; its value is the run's id.
 RUN_TAG = "fruitdask:run"
-#: What to do, by the codes of an error of AWS; ACTION stands for what was refused.
+#: What to do, by the codes of AWS errors; ACTION stands for what was refused.
 _ADVICE = {
     "the credentials have expired; log in again (aws sso login, or a new session token)": (
         "ExpiredToken ExpiredTokenException RequestExpired TokenRefreshRequired"
@@ -25,7 +25,7 @@ _ADVICE = {
     "AWS has no capacity there now; try another instance type, another availability_zone, or spot: false": (
         "InsufficientInstanceCapacity InsufficientHostCapacity SpotMaxPriceTooLow"
     ),
-    "the account's quota is used up; ask for more in Service Quotas, or use fewer or smaller workers": (
+    "the account's quota is used up; request more in Service Quotas, or use fewer or smaller workers": (
         "VcpuLimitExceeded InstanceLimitExceeded MaxSpotInstanceCountExceeded"
     ),
     "there is no such machine image in this region; check cluster.ami, or remove it": (
@@ -36,12 +36,12 @@ _ADVICE = {
     "there is no such security group; check cluster.security_groups": "InvalidGroup.NotFound InvalidGroupId.Malformed",
     "there is no such key pair in this region; check cluster.key_name": "InvalidKeyPair.NotFound",
     "there is no such VPC in this region; check cluster.vpc": "InvalidVpcID.NotFound",
-    "AWS asks for fewer requests; try again later": "SlowDown RequestLimitExceeded Throttling",
+    "AWS received too many requests; try again later": "SlowDown RequestLimitExceeded Throttling",
     "the server has failed; try again later": "InternalError ServiceUnavailable 500 502 503 504",
 }
 _ADVICE_BY_CODE = {code: advice for advice, codes in _ADVICE.items() for code in codes.split()}
 
-#: The same for errors that botocore raises before it asks AWS, by the name of their class.
+#: The same for errors that botocore raises before it sends a request, by the name of their class.
 _ADVICE_BY_CLASS = {
     "NoCredentialsError": "found no AWS credentials; log in (aws configure, aws sso login) or set AWS_PROFILE",
     "PartialCredentialsError": "the AWS credentials are incomplete; set both the access key and the secret key",
@@ -50,11 +50,11 @@ _ADVICE_BY_CLASS = {
     "UnauthorizedSSOTokenError": "the AWS login has expired; log in again: aws sso login",
     "TokenRetrievalError": "the AWS login has expired; log in again: aws sso login",
     "EndpointConnectionError": "no server answers there; check the network and endpoint_url",
-    "ConnectTimeoutError": "no server answers there in time; check the network and endpoint_url",
+    "ConnectTimeoutError": "no server answered in time; check the network and endpoint_url",
     "ConnectionClosedError": "the server closed the connection; check the network and endpoint_url, or try again",
     "ReadTimeoutError": "the server stopped answering; check the network and endpoint_url, or try again",
     "ParamValidationError": "check the name of the bucket in the URL",
-    "SSLError": "name the authority of the server's certificate in storage_options: client_kwargs: {verify: FILE}",
+    "SSLError": "give the server's certificate authority in storage_options: client_kwargs: {verify: FILE}",
 }
 
 #: The IAM action that an operation of S3 needs.
@@ -87,13 +87,13 @@ def find_default_region() -> str | None:
     try:
         region: str | None = botocore.session.Session().get_config_variable("region")
     except BotoCoreError:
-        # The profile does not exist: the first client that uses it reports that.
+        # The profile does not exist; the first client that uses it reports this.
         return None
     return region
 
 
 def explain_aws_error(error: BaseException) -> str | None:
-    """Explain an error of AWS and what to do; None for other errors.
+    """Explain an AWS error and what to do; None for other errors.
 
     >>> from botocore.exceptions import ClientError
     >>> explain_aws_error(ClientError({"Error": {"Code": "NoSuchBucket", "Message": "Gone"}}, "ListObjectsV2"))
@@ -121,7 +121,7 @@ def _create_loader(data_path: str | None) -> Any:
 
 
 def list_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """List an error and those it was raised from."""
+    """List an error and the errors that it was raised from."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         yield error

@@ -9,7 +9,7 @@ from fruitdask.core.aws import list_causes
 logging.getLogger("azure").addHandler(logging.NullHandler())
 logging.getLogger("azure.core.pipeline.policies.http_logging_policy").setLevel(logging.WARNING)
 
-#: Tag of all that a run creates on Azure; its value is the run's id.
+#: Tag of everything that a run creates on Azure; its value is the run's id.
 RUN_TAG = "fruitdask-run"
 _CREDENTIALS = "account_key, sas_token or connection_string in storage_options"
 #: What to do, by the codes of an error of Azure Storage: https://learn.microsoft.com/rest/api/storageservices
@@ -24,7 +24,7 @@ _ADVICE = {
         "AuthorizationPermissionMismatch AuthorizationResourceTypeMismatch AuthorizationServiceMismatch "
         "InsufficientAccountPermissions 403"
     ),
-    "the account accepts no keys; log in (az login) and remove them from storage_options": (
+    "the account does not accept keys; log in (az login) and remove them from storage_options": (
         "KeyBasedAuthenticationNotPermitted"
     ),
     f"the container is not public; log in (az login), or give {_CREDENTIALS}": (
@@ -39,7 +39,7 @@ _ADVICE = {
     "a lease, a legal hold or a policy protects it; remove that, or choose another container": (
         "LeaseIdMissing BlobImmutableDueToPolicy"
     ),
-    "Azure asks for fewer requests; try again later": "ServerBusy 503",
+    "Azure received too many requests; try again later": "ServerBusy 503",
     "the server has failed; try again later": "InternalError OperationTimedOut 500 502 504",
 }
 _ADVICE_BY_CODE = {code: advice for advice, codes in _ADVICE.items() for code in codes.split()}
@@ -64,7 +64,7 @@ _ARM_ADVICE = {
     ),
     "there is no such image; check cluster.vm_image": "PlatformImageNotFound ImageNotFound GalleryImageNotFound",
     "it does not exist; check its name in the configuration": "ResourceNotFound NotFound 404",
-    "Azure asks for fewer requests; try again later": "TooManyRequests 429",
+    "Azure received too many requests; try again later": "TooManyRequests 429",
     "the server has failed; try again later": "InternalServerError InternalExecutionError 500 502 503 504",
 }
 _ARM_ADVICE_BY_CODE = {code: advice for advice, codes in _ARM_ADVICE.items() for code in codes.split()}
@@ -72,9 +72,9 @@ _ARM_ADVICE_BY_CODE = {code: advice for advice, codes in _ARM_ADVICE.items() for
 #: The same for errors without a response, by the name of their class or of that of their cause.
 _ADVICE_BY_CLASS = {
     "AzureSigningError": f"the account key is malformed; correct {_CREDENTIALS}",
-    "ClientConnectorCertificateError": "name the authority of the server's certificate in the variable SSL_CERT_FILE",
+    "ClientConnectorCertificateError": "give the server's certificate authority in the variable SSL_CERT_FILE",
     "ClientConnectorError": "no server answers there; check the name of the storage account, and the network",
-    "ServiceRequestTimeoutError": "no server answers there in time; check the network",
+    "ServiceRequestTimeoutError": "no server answered in time; check the network",
     "ServiceResponseTimeoutError": "the server stopped answering; check the network, or try again",
     "ServiceRequestError": "the server closed the connection; check the network, or try again",
     "ServiceResponseError": "the server closed the connection; check the network, or try again",
@@ -84,7 +84,7 @@ _ADVICE_BY_CLASS = {
 
 
 def explain_azure_error(error: BaseException) -> str | None:
-    """Explain an error of Azure and what to do; None for other errors.
+    """Explain an Azure error and what to do; None for other errors.
 
     >>> from azure.core.exceptions import ServiceResponseError
     >>> explain_azure_error(ServiceResponseError("Broken"))

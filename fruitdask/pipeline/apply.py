@@ -46,7 +46,7 @@ def apply(
     client : distributed.Client, optional
         A cluster to use instead of the configured one; it is left open.
     progress : RunProgress or bool, optional
-        Shows progress: by default on a terminal and in a notebook; False never does.
+        How to show progress; by default, only on a terminal and in a notebook. False shows none.
 
     Returns
     -------

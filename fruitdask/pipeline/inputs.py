@@ -145,7 +145,7 @@ def check_network(output: Location, manifest: store.RunManifest, config: Config)
 def _check_places(source: Location, output: Location) -> None:
     """Refuse an output inside the input, which would be listed as input next time, or one that cannot be a folder."""
     if output.is_archive:
-        raise ConfigError(f"output.url {output.url}: expected a folder, found an archive; choose another one")
+        raise ConfigError(f"output.url {output.url}: expected a folder, found an archive; choose a folder")
     inner, outer = (os.path.realpath(place.path) if place.is_local else place.path for place in (output, source))
     # Containers of Azure belong to accounts, buckets of S3 have names of their own.
     is_same = type(output.fs) is type(source.fs) and _find_account(output) == _find_account(source)

@@ -47,7 +47,7 @@ def run(
     client : distributed.Client, optional
         A cluster to use instead of the configured one; it is left open.
     progress : RunProgress or bool, optional
-        Shows progress: by default on a terminal and in a notebook; False never does.
+        How to show progress; by default, only on a terminal and in a notebook. False shows none.
 
     Returns
     -------
@@ -123,7 +123,7 @@ def plan(config: Config, *, progress: RunProgress | bool | None = None) -> Plan:
     config : Config
         The run, from `fruitdask.load_config`.
     progress : RunProgress or bool, optional
-        Shows progress: by default on a terminal and in a notebook; False never does.
+        How to show progress; by default, only on a terminal and in a notebook. False shows none.
 
     Returns
     -------

@@ -94,7 +94,7 @@ def verify(
     repair : bool
         Delete or restore what is damaged, so that the next run computes only the damaged parts again.
     progress : RunProgress or bool, optional
-        Shows progress: by default on a terminal and in a notebook; False never does.
+        How to show progress; by default, only on a terminal and in a notebook. False shows none.
 
     Returns
     -------

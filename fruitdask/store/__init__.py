@@ -12,7 +12,7 @@ from fruitdask.store.arrays import (
     write_arrays,
     write_partition,
 )
-from fruitdask.store.catalog import read_catalog, read_catalog_blocks, write_catalog, write_catalog_blocks
+from fruitdask.store.catalog_file import read_catalog, read_catalog_blocks, write_catalog, write_catalog_blocks
 from fruitdask.store.checks import (
     CheckedPartition,
     Fault,

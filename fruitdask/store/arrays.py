@@ -206,7 +206,7 @@ def write_arrays(
                 data=np.asarray(values),
                 dimension_names=tuple(dimensions),
                 compressors=_COMPRESSORS,
-                # A chunk that is not there is missing then, not one of zeros.
+                # Then a missing chunk is an error, instead of zeros.
                 config={"write_empty_chunks": True},
             )
 
@@ -238,7 +238,7 @@ def open_array(location: Location, name: str) -> Any:
     """Open an array of a group to write parts of it."""
     with explained(location, "write"):
         array = zarr.open_array(**name_store(location.child(name)), mode="r+", zarr_format=3)
-        # A chunk that is not there is missing then, not one of zeros.
+        # Then a missing chunk is an error, instead of zeros.
         return array.with_config({"write_empty_chunks": True})
 
 

@@ -3,7 +3,6 @@
 import fnmatch
 import glob
 import hashlib
-import io
 import json
 import posixpath
 import re
@@ -23,19 +22,16 @@ from fruitdask.core.config import InputConfig
 from fruitdask.core.labels import label_files, normalize_unique, read_labels, read_paths
 from fruitdask.core.listing import GROUPINGS, Listing, find_rows, format_left_out, list_files
 from fruitdask.core.partition import VANISHED_BYTES, Partition
-from fruitdask.core.storage import Location, exists, explained, open_new
+from fruitdask.core.storage import Location, exists, explained
 from fruitdask.errors import CatalogError
-from fruitdask.store.layout import CATALOG
+from fruitdask.store.catalog_file import ROWS_IN_MEMORY
 from fruitdask.store.paths import ROWS_AT_ONCE, hash_rows
-from fruitdask.store.tables import decoded
 
 COLUMNS = ("path", "label", "bytes", "version")
-#: Rows of a catalog that are written, or read and compared, at once.
-_ROWS_IN_MEMORY = 262_144
 #: A block of a catalog shares the memory of a listing if it consists of at most this many runs of the listing's rows:
 #: more would be slow.
 _MAX_RUNS = 256
-#: What groups across classes, and across splits, mean.
+#: Why groups should not span classes, or splits.
 _ACROSS_CLASSES = (
     "images of a group count as one object, so if they show different ones, let input.group_from name the class too, "
     "such as (.*/[^/_]+)_"
@@ -215,9 +211,9 @@ def split_catalog(
 
 def take_rows(catalog: pd.DataFrame, rows: npt.NDArray[np.int64]) -> pd.DataFrame:
     """Take rows in ascending order, block by block: pandas would first copy all paths if they are in several pieces."""
-    starts = range(0, len(catalog), _ROWS_IN_MEMORY)
+    starts = range(0, len(catalog), ROWS_IN_MEMORY)
     pieces = np.split(rows, np.searchsorted(rows, starts[1:]))
-    blocks = (catalog.iloc[start : start + _ROWS_IN_MEMORY] for start in starts)
+    blocks = (catalog.iloc[start : start + ROWS_IN_MEMORY] for start in starts)
     return pd.concat([block.iloc[piece - start] for block, piece, start in zip(blocks, pieces, starts, strict=True)])
 
 
@@ -350,7 +346,7 @@ class _Words:
         return codes
 
     def name(self, codes: npt.NDArray[np.int32]) -> pd.Categorical:
-        """Name codes by their words."""
+        """Convert codes to words."""
         return pd.Categorical.from_codes(codes, pd.Index(list(self._numbers), dtype="str"))
 
 
@@ -397,7 +393,7 @@ def _share_paths(block: pd.Series, paths: pd.Series, places: npt.NDArray[np.int6
 
 
 def _keep_classes(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
-    """Keep the classes that the configuration names, in whichever form of Unicode."""
+    """Keep the classes that the configuration names, in any Unicode form."""
     existing = set(catalog["label"].unique())
     composed = normalize_unique(existing)
     wanted = {
@@ -450,71 +446,3 @@ def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str
     hidden = ", or include hidden files with input.hidden: true" if "hidden" in listing.left_out else ""
     endings = ", ".join(config.extensions or _SHOWN_ENDINGS)
     return f"{config.url}: expected images ({endings}), found {found}; check input.url and input.extensions{hidden}"
-
-
-def read_catalog(output: Location, columns: Sequence[str] | None = None) -> pd.DataFrame | None:
-    """Read the catalog of a store, or some of its columns; classes, splits and groups are categories."""
-    tables = list(_read_blocks(output, columns))
-    if not tables:
-        return None
-    whole = pa.concat_tables(tables).unify_dictionaries()
-    tables.clear()
-    catalog: pd.DataFrame = whole.to_pandas(ignore_metadata=True, split_blocks=True, self_destruct=True)
-    return catalog
-
-
-def read_catalog_blocks(output: Location, among: npt.NDArray[np.bool_] | None = None) -> Iterator[pd.DataFrame]:
-    """Read the catalog of a store, if it has one, or some of its rows, in blocks."""
-    start = 0
-    for table in _read_blocks(output):
-        block = table.to_pandas(ignore_metadata=True, split_blocks=True)
-        yield block if among is None else block[among[start : start + len(block)]]
-        start += len(block)
-
-
-def _read_blocks(output: Location, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Read the catalog of a store, if it has one, in blocks of rows."""
-    import pyarrow.parquet
-
-    location = output.child(CATALOG)
-    if not exists(location):
-        return
-    with explained(location, "read"):
-        source = location.path if location.is_local else io.BytesIO(location.fs.cat_file(location.path))
-    with decoded(location, output):
-        words = [name for name in pyarrow.parquet.read_schema(source).names if name in ("label", *GROUPINGS)]
-        file = pyarrow.parquet.ParquetFile(
-            source, page_checksum_verification=True, read_dictionary=words, pre_buffer=False
-        )
-        with file:
-            if not file.metadata.num_rows:
-                yield file.read(columns)
-            for batch in file.iter_batches(_ROWS_IN_MEMORY, columns=columns, use_threads=False):
-                yield pa.Table.from_batches([batch])
-
-
-def write_catalog(output: Location, catalog: pd.DataFrame) -> None:
-    """Write the catalog of a store atomically."""
-    starts = range(0, max(1, len(catalog)), _ROWS_IN_MEMORY)
-    write_catalog_blocks(output, (catalog.iloc[start : start + _ROWS_IN_MEMORY] for start in starts))
-
-
-def write_catalog_blocks(output: Location, blocks: Iterable[pd.DataFrame]) -> None:
-    """Write the catalog of a store atomically, from one or more blocks of rows."""
-    import pyarrow.parquet
-
-    texts = map(_write_words, blocks)
-    first = next(texts)
-    words = [name for name in ("label", *GROUPINGS) if name in first.column_names]
-    options = {"compression": "zstd", "use_dictionary": words, "write_page_checksum": True}
-    with open_new(output.child(CATALOG)) as file, pyarrow.parquet.ParquetWriter(
-        file, first.schema, **options
-    ) as writer:
-        for table in chain([first], texts):
-            writer.write_table(table)
-
-
-def _write_words(block: pd.DataFrame) -> pa.Table:
-    """Return a block with words as texts: categories would keep the names of classes of which no image is left."""
-    words = [name for name in ("label", *GROUPINGS) if name in block]
-    return pa.Table.from_pandas(block.astype(dict.fromkeys(words, "str")), preserve_index=False)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from fruitdask.core.storage import Location, exists, explained
 from fruitdask.store.arrays import create_store, open_store, write_partition
-from fruitdask.store.catalog import read_catalog_blocks, write_catalog_blocks
+from fruitdask.store.catalog_file import read_catalog_blocks, write_catalog_blocks
 from fruitdask.store.checks import find_strays
 from fruitdask.store.layout import (
     ALL_NAMES,

@@ -1,4 +1,4 @@
-"""The names of everything in an output folder. No other module writes one."""
+"""The names of all files and folders of an output; no other module contains them."""
 
 #: Statuses of an image; the position is its code in the store. ``pending``: its partition is not committed yet.
 STATUSES = ("pending", "ok", "unreadable", "too_large", "missing", "unreachable", "not_finite", "crashed")

@@ -1,4 +1,4 @@
-"""Reading: fetch and decode the images of a partition in batches, some ahead of use; each ends with one outcome."""
+"""Reading: fetch and decode the images of a partition in batches, some ahead of use; each image gets one outcome."""
 
 import random
 import time

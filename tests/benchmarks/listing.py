@@ -59,6 +59,7 @@ class Listing(BaseHTTPRequestHandler):
             f"<ListBucketResult><IsTruncated>{str(bool(token)).lower()}</IsTruncated>{token}"
             f"{''.join(map(describe, range(start, stop)))}</ListBucketResult>"
         ).encode()
+        # Simulates a distant server.
         time.sleep(self.seconds)
         self.send_response(200)
         self.send_header("Content-Type", "application/xml")

@@ -220,6 +220,7 @@ def wait_for(output: Path, n_committed: int, process: Process) -> None:
         folder = output / "partitions"
         if folder.exists() and sum(1 for _ in folder.glob("*.parquet")) >= n_committed:
             return
+        # Poll: another process writes the files, and the command may end at any time.
         time.sleep(0.002)
 
 

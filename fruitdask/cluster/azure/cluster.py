@@ -43,7 +43,7 @@ class _Machine(Machine):
         self.id = ""
 
     async def create_vm(self) -> tuple[str, str | None]:
-        """Launch it, or leave nothing of it."""
+        """Launch it; if that fails, leave nothing behind."""
         self.check_start_data()
         try:
             public = await self._create_address() if self.public_ingress else None
@@ -59,7 +59,7 @@ class _Machine(Machine):
         return nic.ip_configurations[0].private_ip_address, public.ip_address if public else None
 
     async def end_vm(self) -> None:
-        """Delete it, with all that belongs to it."""
+        """Delete it, with its disk, network interface and address."""
         await self.cluster.call_async(delete_machine, self.cluster.arm, self.cluster.settings.run_id, self.name)
 
     async def describe(self) -> str:
@@ -112,7 +112,7 @@ class _Machine(Machine):
         await self._create("virtual machine", self.model | {"properties": properties})
 
     async def _create(self, kind: str, body: dict[str, Any]) -> Any:
-        """Create a part of it, and wait until it exists."""
+        """Create a part of the machine, and wait until it exists."""
         cluster = self.cluster
         content = json.dumps({"location": cluster.location, "tags": cluster.get_tags(), **body}).encode()
         create = cluster.arm.kinds[kind].begin_create_or_update
@@ -129,11 +129,11 @@ class _RunScheduler(_Machine, SchedulerMachine, AzureVMScheduler):  # type: igno
 
     @property
     def advice(self) -> str:  # type: ignore[override]
-        """What to check where nobody can connect to it."""
+        """What to check if nothing can connect to it."""
         way = "from the internet" if self.public_ingress else "in the virtual network, or one that reaches it"
         return (
             f"check that this machine is {way}, that the security group {self.security_group} admits it (port "
-            f"{self.port}), and that the subnet reaches the internet, by a NAT gateway for example"
+            f"{self.port}), and that the subnet reaches the internet, for example by a NAT gateway"
         )
 
 
@@ -142,10 +142,10 @@ class _RunWorker(_Machine, WorkerMachine, AzureVMWorker):  # type: ignore[misc]
 
     @property
     def advice(self) -> str:  # type: ignore[override]
-        """What to check where it does not connect."""
+        """What to check if it does not connect."""
         return (
             f"check that the security group {self.security_group} lets machines reach each other, and that the subnet "
-            "reaches the internet, by a NAT gateway for example"
+            "reaches the internet, for example by a NAT gateway"
         )
 
 
@@ -173,7 +173,7 @@ class RunCluster(CloudCluster, AzureVMCluster):  # type: ignore[misc]
 
     @property
     def cleanup_command(self) -> str:
-        """The command that deletes machines that may be left."""
+        """The command that deletes machines that may still exist."""
         arm = self.arm
         return (
             f"fruitdask clusters cleanup --cloud azure --subscription {arm.subscription} --resource-group {arm.group}"
@@ -184,7 +184,7 @@ class RunCluster(CloudCluster, AzureVMCluster):  # type: ignore[misc]
         return terminate_run(self.arm, self.settings.run_id)
 
     def get_tags(self) -> dict[str, str]:
-        """Tag all that belongs to the run."""
+        """The tags of everything that the run creates."""
         return self._tags | {RUN_TAG: self.settings.run_id}
 
     def render_process_cloud_init(self, process: Any) -> str:
@@ -204,12 +204,12 @@ class RunCluster(CloudCluster, AzureVMCluster):  # type: ignore[misc]
         return states
 
     def _discard(self, worker: WorkerMachine) -> None:
-        """Delete what is left of a failed worker: a machine that has only stopped is still paid for."""
+        """Delete what is left of a failed worker: a machine that has only stopped still costs money."""
         self._tasks.append(asyncio.create_task(worker.destroy_vm()))
 
 
 def _read_console(arm: Arm, name: str) -> list[str]:
-    """Read what a machine has printed while it booted, if Azure has it."""
+    """Read the boot log of a machine, if Azure has one."""
     try:
         found: Any = arm.compute.virtual_machines.retrieve_boot_diagnostics_data(arm.group, name)
         with urlopen(found.serial_console_log_blob_uri, timeout=_CONSOLE_SECONDS) as log:

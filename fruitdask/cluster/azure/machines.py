@@ -19,9 +19,9 @@ _DELETE_TIMEOUT_SECONDS = 480.0
 _POLL_SECONDS = 2.0
 #: Statuses of responses to requests that succeed once other resources are deleted.
 _CONFLICTS = (400, 409, 429)
-#: What a machine consists of, in the order in which it can be deleted.
+#: The parts of a machine, in the order in which they can be deleted.
 _KINDS = ("virtual machine", "network interface", "disk", "public address")
-#: The run in the name of a machine and its parts.
+#: Finds the run in the name of a machine or a part.
 _NAME = re.compile(r"dask-([0-9a-f]{12})-")
 _STOPPED = ("stopped", "stopping", "deallocated", "deallocating")
 _SETTINGS: dict[str, Any] = {"retry_total": 3, "connection_timeout": 10, "read_timeout": 60, "polling_interval": 5}
@@ -113,7 +113,7 @@ def check_installed() -> None:
 
 
 def find_subscription(subscription: str | None) -> str:
-    """Find the subscription: the given one, or that of the environment."""
+    """Find the subscription: the given one, else the one in the environment."""
     found = subscription or os.environ.get("AZURE_SUBSCRIPTION_ID")
     if not found:
         raise ConfigError(
@@ -146,7 +146,7 @@ def list_instances(arm: Arm, *, run_id: str | None = None) -> list[Instance]:
 
 
 def terminate_run(arm: Arm, run_id: str) -> list[str]:
-    """Delete all that belongs to a run, and list it again until nothing is left."""
+    """Delete everything that a run has created, and list it again until nothing is left."""
     deleted: dict[str, None] = {}
     deadline = time.monotonic() + _DELETE_TIMEOUT_SECONDS
     refused: Exception | None = None

@@ -73,7 +73,7 @@ class Machine(VMInterface):  # type: ignore[misc]
     #: Its instance type or size.
     size: str
     set_env: str
-    #: What to check where nobody can connect to it.
+    #: What to check if nothing can connect to it.
     advice: str
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -222,7 +222,7 @@ class CloudCluster(Tolerant, VMCluster):  # type: ignore[misc]
 
     @property
     def cleanup_command(self) -> str:
-        """The command that terminates machines that may be left."""
+        """The command that terminates machines that may still run."""
         raise NotImplementedError
 
     def terminate(self) -> list[str]:
@@ -261,7 +261,7 @@ class CloudCluster(Tolerant, VMCluster):  # type: ignore[misc]
         return self.fleet.list_running()
 
     def check(self) -> None:
-        """Raise the error that has stopped monitoring, without which the wait for machines would not end."""
+        """Raise the error that has stopped monitoring: otherwise the wait for machines would never end."""
         if self.fleet.error is not None:
             raise self.fleet.error
         if self._tasks[0].done():
@@ -318,7 +318,7 @@ class CloudCluster(Tolerant, VMCluster):  # type: ignore[misc]
     async def _watch_worker_status(self, comm: Any) -> None:
         """Follow the workers until the connection ends, and then poll the cloud for the scheduler at once."""
         await super()._watch_worker_status(comm)
-        # Nothing reports any more which of them are lost.
+        # From now on, nothing reports lost workers.
         self.scheduler_info["workers"].clear()
         if not self.fleet.is_ending:
             logger.warning("the connection to the scheduler is lost")
@@ -356,7 +356,7 @@ class CloudCluster(Tolerant, VMCluster):  # type: ignore[misc]
                 logger.warning("worker %s: %s", name, worker.failure)
 
     def _replace(self) -> None:
-        """Replace failed workers: those that had joined at once, those that never joined after increasing pauses."""
+        """Replace failed workers: at once if they had joined, otherwise after increasing pauses."""
         failed = {name: worker for name, worker in self.workers.items() if worker.failure}
         due = {name for name, worker in failed.items() if worker.has_joined}
         now = time.monotonic()

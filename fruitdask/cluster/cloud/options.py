@@ -31,7 +31,7 @@ def check_options(config: CloudClusterConfig, *, remedy: str) -> None:
             )
         if _CREDENTIAL.search(name):
             raise ConfigError(
-                f"cluster.env_vars: {name} looks like a credential, and everybody who may describe machines could "
+                f"cluster.env_vars: {name} looks like a credential, and anyone who may describe machines could "
                 f"read it; {remedy}"
             )
         if _SPECIAL_IN_SHELL.search(value):

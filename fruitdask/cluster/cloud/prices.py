@@ -24,7 +24,7 @@ g5.xlarge      1.0060
 #: The price of a size relative to the large one of its family.
 _LARGES = {"medium": 0.5, "xlarge": 2.0, "2xlarge": 4.0}
 
-#: If regions differ a little, the highest price of those above. A gp3 volume of 1 GB for 30 days:
+#: Where regions differ a little, these are the highest prices of the regions above. A gp3 volume of 1 GB for 30 days:
 #: https://aws.amazon.com/ebs/pricing; a public IPv4 address for an hour: https://aws.amazon.com/vpc/pricing
 _VOLUME_DOLLARS = 0.0952
 _ADDRESS_DOLLARS = 0.005

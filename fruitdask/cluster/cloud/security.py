@@ -48,7 +48,7 @@ def serialize_settings(security: Any, *, no_workers_timeout_seconds: float) -> s
     scheduler = {"no-workers-timeout": f"{no_workers_timeout_seconds}s"}
     # Messages that Dask keeps for its developers, by default a thousand per worker; here each holds a partition.
     admin = {"low-level-log-length": 10}
-    # Dask's profiler may hang a worker for good, as in local clusters.
+    # Dask's profiler may hang a worker forever, as in local clusters.
     worker = {"profile": {"enabled": False}}
     sections = {"admin": admin, "comm": comm, "scheduler": scheduler, "worker": worker}
     serialized: str = dask.config.serialize({"distributed": sections})

@@ -62,7 +62,7 @@ class _Instance(Machine):
     async def create_vm(self) -> tuple[str, str | None]:
         """Launch it."""
         self.check_start_data()
-        # Tags of the launch itself: an instance that is tagged later has a moment without them.
+        # Tag at launch: an instance that is tagged later exists for a moment without tags.
         self.instance_tags = self.instance_tags | {"Name": self.name, "Dask Cluster": self.cluster.uuid}
         addresses: tuple[str, str | None] = await self.fleet.request(super().create_vm())
         return addresses
@@ -99,7 +99,7 @@ class _RunScheduler(_Instance, SchedulerMachine, EC2Scheduler):  # type: ignore[
 
     @property
     def advice(self) -> str:  # type: ignore[override]
-        """What to check where nobody can connect to it."""
+        """What to check if nothing can connect to it."""
         return (
             f"check that the security groups {', '.join(self.security_groups)} admit this machine (port {self.port}), "
             f"and that the subnet {self.subnet_id} reaches the internet"
@@ -111,7 +111,7 @@ class _RunWorker(_Instance, WorkerMachine, EC2Worker):  # type: ignore[misc]
 
     @property
     def advice(self) -> str:  # type: ignore[override]
-        """What to check where it does not connect."""
+        """What to check if it does not connect."""
         groups = ", ".join(self.security_groups)
         return f"check that instances of the security groups {groups} may reach each other"
 
@@ -137,7 +137,7 @@ class RunCluster(CloudCluster, EC2Cluster):  # type: ignore[misc]
 
     @property
     def cleanup_command(self) -> str:
-        """The command that terminates instances that may be left."""
+        """The command that terminates instances that may still run."""
         return f"fruitdask clusters cleanup --region {self.region}"
 
     def terminate(self) -> list[str]:

@@ -13,8 +13,8 @@ class LocalClusterConfig(Section):
     """A Dask cluster on this machine."""
 
     kind: Literal["local"] = "local"
-    n_workers: int | None = Field(None, ge=1, description="Worker processes; null depends on cores and memory.")
-    threads_per_worker: int | None = Field(None, ge=1, description="Threads per process; null depends on the cores.")
+    n_workers: int | None = Field(None, ge=1, description="Worker processes; null chooses by cores and memory.")
+    threads_per_worker: int | None = Field(None, ge=1, description="Threads per process; null chooses by cores.")
     memory_limit: str | int | None = Field(None, description="Memory per process, such as 4GiB; null: an equal share.")
     dashboard_address: str | None = Field(
         "127.0.0.1:8787", description="Address of the dashboard, on this machine only; null turns it off."
@@ -70,7 +70,7 @@ class AdaptiveConfig(Section):
 
 
 class CloudClusterConfig(Section):
-    """What Dask clusters in all clouds have in common: they start for a run and end with it."""
+    """Settings of Dask clusters in all clouds, which start with a run and end with it."""
 
     n_workers: int = Field(2, ge=1, description="Workers to start with.")
     docker_image: str = Field(
@@ -108,7 +108,7 @@ class CloudClusterConfig(Section):
 
     @property
     def max_workers(self) -> int:
-        """The most workers at once."""
+        """The maximum number of workers."""
         return self.adaptive.maximum if self.adaptive else self.n_workers
 
 
@@ -120,7 +120,7 @@ class EC2ClusterConfig(CloudClusterConfig):
     """
 
     kind: Literal["ec2"]
-    region: str | None = Field(None, description="Region; null takes that of the AWS profile or environment.")
+    region: str | None = Field(None, description="Region; null takes it from the AWS profile or environment.")
     availability_zone: str | list[str] | None = Field(None, description="Zone, or several; null lets AWS choose.")
     instance_type: str | None = Field(
         None, description="Type of all instances, instead of scheduler_instance_type and worker_instance_type."
@@ -187,7 +187,7 @@ class AzureClusterConfig(CloudClusterConfig):
     public_ingress: bool = Field(False, description="Give the scheduler a public address.")
     identity: str | None = Field(
         None,
-        description="User-assigned identity, by name or id, with which machines read storage and delete themselves.",
+        description="User-assigned identity, by name or id, by which machines read storage and delete themselves.",
     )
     vm_size: str = Field("Standard_D2s_v5", min_length=1, description="Size of the workers.")
     scheduler_vm_size: str = Field("Standard_B2s_v2", min_length=1, description="Size of the scheduler.")
@@ -226,7 +226,7 @@ class AzureClusterConfig(CloudClusterConfig):
 class CustomClusterConfig(Section):
     """A Dask cluster of any class, such as those of dask-jobqueue, that starts for a run and ends with it."""
 
-    # `class` is a word of Python, so the field has another name.
+    # `class` is a keyword of Python, so the field has another name.
     model_config = ConfigDict(serialize_by_alias=True)
 
     kind: Literal["custom"]
@@ -266,7 +266,7 @@ class CustomClusterConfig(Section):
 
     @property
     def max_workers(self) -> int:
-        """The most workers at once."""
+        """The maximum number of workers."""
         return self.adaptive.maximum if self.adaptive else self.n_first
 
 

@@ -232,7 +232,7 @@ class TsneConfig(Section):
 
     enabled: bool = Field(False, description="Compute t-SNE.")
     max_rows: int = Field(5_000, ge=10, description="Maximum number of images, drawn at random; time grows with it.")
-    perplexity: float = Field(30.0, gt=0, description="About how many neighbours each image has.")
+    perplexity: float = Field(30.0, gt=0, description="Approximate number of neighbours of each image.")
     seed: int = Field(0, ge=0, description="Seed of the sample and of the map.")
 
 
@@ -308,7 +308,7 @@ class ExploreConfig(Section):
 
 
 class QualityConfig(Section):
-    """How well the features separate the classes, in numbers."""
+    """How well the features separate the classes."""
 
     enabled: bool = Field(True, description="Compute silhouettes and the agreement of nearest neighbours.")
     n_neighbors: int = Field(5, ge=1, description="Nearest neighbours whose classes are compared with each image's.")
@@ -378,7 +378,7 @@ class PrivacyConfig(Section):
 
     allowed_regions: Literal["eu"] | tuple[str, ...] | None = Field(
         None,
-        description="Regions for images, results and machines; eu means those of AWS and Azure in the European Union.",
+        description="Regions for images, results and machines; eu means all of AWS and Azure in the European Union.",
     )
     require_encryption: bool = Field(False, description="Refuse an output on S3 without encryption at rest.")
     controller: str | None = Field(
