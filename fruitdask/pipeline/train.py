@@ -1,6 +1,7 @@
 """Trains a classifier on the features of a finished run, and predicts the labels of other images."""
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -182,7 +183,10 @@ def train(
     chosen = images.iloc[rows]
     features = open_features(result.output, block_bytes=BLOCK_BYTES)[0][rows].compute(scheduler="threads")
     groups = chosen["group"].to_numpy(str) if "group" in chosen else None
-    probe, evaluated = train_probe(features, chosen["label"].to_numpy(str), groups)
+    with warnings.catch_warnings():
+        # scikit-learn takes classes of few images for numbers.
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        probe, evaluated = train_probe(features, chosen["label"].to_numpy(str), groups)
     arrays = {name: (getattr(probe, name), dimensions) for name, dimensions in PROBE_ARRAYS.items()}
     manifest = store.RunManifest.model_validate(result.manifest)
     report = {"fruitdask": __version__, "finished": datetime.now(UTC).isoformat(timespec="seconds")} | evaluated
