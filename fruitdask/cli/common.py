@@ -86,8 +86,8 @@ def reported(*, verbose: bool = False, again: str = "run the same command again"
         _tell(f"interrupted; {again}")
         sys.exit(_INTERRUPTED)
     finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        for each, earlier in previous.items():
+            signal.signal(each, earlier)
 
 
 def _tell(sentence: str) -> None:
