@@ -5,6 +5,7 @@ from fruitdask.store.arrays import (
     copy_arrays,
     create_store,
     hash_arrays,
+    open_finished,
     open_store,
     read_arrays,
     read_partition,
