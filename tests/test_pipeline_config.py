@@ -110,6 +110,8 @@ def test_read_config_follows_a_moved_folder(make_config: MakeConfig, finish: Fin
     assert whole is not None and part is not None
     assert load_config(whole) == make_config(output={"url": output.url})
     assert (set(part), part["output"]["url"]) == ({"input", "output", "plots"}, output.url)
+    # The page names the photographs.
+    assert part["input"] == {"url": whole["input"]["url"], "extensions": None}
     # Photographs may have a file of that name beside them.
     for name in ("manifest.json", "explore.json"):
         (tmp_path / "moved" / name).unlink(missing_ok=True)

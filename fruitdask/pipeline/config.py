@@ -39,8 +39,10 @@ def read_config(output: Location, *, sections: Sequence[str] | None = None) -> d
         text = location.fs.cat_file(location.path).decode()
     tree, _ = parse_file(text, location.url)
     if sections is not None:
-        # The input is required, but not read.
-        tree = {name: tree[name] for name in sections if name in tree} | {"input": {"url": output.url}}
+        # The input is required and named on the page, but not read.
+        named = {key: value for key, value in dict(tree.get("input") or {}).items() if key in ("url", "extensions")}
+        source = {"url": output.url} | {key: value for key, value in named.items() if "${" not in str(value)}
+        tree = {name: tree[name] for name in sections if name in tree} | {"input": source}
     return tree | {"output": tree.get("output", {}) | {"url": output.url}}
 
 
