@@ -91,7 +91,7 @@ class Reference:
 class Votes:
     """What the nearest neighbours say about the classes of n images."""
 
-    #: Class code with the most votes, shape (n,), int64; -1 where there are no votes.
+    #: Class code with the most votes, shape (n,), int64; -1 if there are no votes.
     codes: npt.NDArray[np.int64]
     #: Shares of the votes (0 to 1) for that class, and for the image's own, shape (n,).
     shares: npt.NDArray[np.float64]
@@ -291,7 +291,7 @@ def _score(deviations: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def find_copies(groups: pd.Series) -> npt.NDArray[np.int64]:
     """Find for each copy the row of the first image with the same content, shape (n,), int64; -1 for the others.
 
-    `groups` are numbers of equal files, NaN for those that are alone.
+    `groups` are numbers of equal files, NaN for files without a copy.
 
     >>> find_copies(pd.Series([0, 1, np.nan, 0, 1])).tolist()
     [-1, -1, -1, 0, 1]
@@ -319,7 +319,7 @@ def find_near_pairs(images: pd.DataFrame, parts: npt.NDArray[np.int64], *, max_b
     for pairs in find_close_pairs(hashes, max_bits):
         first, second = pairs
         is_pair = (np.abs(colours[first] - colours[second]) <= _COLOUR_LEVELS).all(axis=1)
-        # Files that are alone differ from all others: NaN is not equal to itself.
+        # Files without a copy differ from all others: NaN is not equal to itself.
         is_pair &= (parts[rows[first]] != parts[rows[second]]) & (contents[first] != contents[second])
         found.append(rows[pairs[:, is_pair]])
     return np.unique(np.concatenate(found, axis=1), axis=1)
