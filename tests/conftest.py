@@ -53,6 +53,12 @@ os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM
 # cache.
 sys.dont_write_bytecode = False
 
+# botocore reads each description of a service once, not for each session, and moto lists its modules once, not for each
+# request. The imports of moto already read some.
+_read, _modules = functools.cache(JSONFileLoader().load_file), tuple(moto.backends.list_of_moto_modules())
+JSONFileLoader.load_file = lambda self, path: _read(path)
+moto.backends.list_of_moto_modules = lambda: _modules
+
 # A shell ignores Ctrl-C for tests in the background; this process and its children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -97,18 +103,6 @@ def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def read_once() -> Iterator[None]:
-    """Let botocore read each description of a service once, not for each session, and moto list its modules once, not
-    for each request.
-    """
-    read, modules = functools.cache(JSONFileLoader().load_file), tuple(moto.backends.list_of_moto_modules())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JSONFileLoader, "load_file", lambda self, path: read(path))
-        patch.setattr(moto.backends, "list_of_moto_modules", lambda: modules)
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -38,7 +38,7 @@ def apply(result: fruitdask.RunResult, client: Any, tmp_path: Path) -> Callable[
     draw(tmp_path / "new", *NEW)
 
     def apply(**settings: Any) -> fruitdask.RunResult:
-        given = {"input": str(tmp_path / "new"), "output": str(tmp_path / "applied"), "client": client} | settings
+        given = {"input": tmp_path / "new", "output": tmp_path / "applied", "client": client} | settings
         return fruitdask.apply(result.output.url, **given)
 
     return apply
@@ -70,7 +70,8 @@ def test_transform_accepts_photographs_of_any_kind_and_broken_ones(result: fruit
     cut = Image.open(io.BytesIO((tmp_path / "a.png").read_bytes()[:500]))
     with Image.open(tmp_path / "a.png") as image:
         pixels = np.asarray(image)
-        given = [tmp_path / "a.png", (tmp_path / "a.png").read_bytes(), image, pixels, pixels[:, :, 0]]
+        data = (tmp_path / "a.png").read_bytes()
+        given = [tmp_path / "a.png", data, image, pixels, pixels[:, :, 0]]
         bad = [
             str(tmp_path / "b.png"),
             str(tmp_path / "c.png"),
@@ -85,6 +86,10 @@ def test_transform_accepts_photographs_of_any_kind_and_broken_ones(result: fruit
     np.testing.assert_allclose(features[:4], np.tile(expected, (4, 1)), rtol=1e-4)
     np.testing.assert_allclose(get_scores(table)[:4], project(result, np.tile(expected, (4, 1))), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(features[4], np.repeat([pixels[..., 0].mean(), pixels[..., 0].max()], 3), rtol=1e-4)
+    # The bytes of a file are not a list of row numbers.
+    for each in (bytearray(data), memoryview(data), io.BytesIO(data), 1.5):
+        with pytest.raises(ConfigError, match=f"image 1: expected a path, .* found {type(each).__name__}$"):
+            result.transform(each)
     statuses = ["unreadable", "missing", "unreadable", "unreadable", "unreadable", "unreachable", "unreachable"]
     assert table["status"].tolist() == ["ok"] * 5 + statuses
     assert np.isnan(features[5:]).all() and np.isnan(get_scores(table)[5:]).all() and (table["error"][5:] != "").all()

@@ -716,7 +716,7 @@ def test_sample_evenly_takes_the_first_ranks_of_each_class(labels: list[str], li
     turns = hashes.groupby(catalog["label"]).rank(method="first")
     expected = pd.DataFrame({"turn": turns, "hash": hashes}).sort_values(["turn", "hash"]).index[:limit]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalog_module, "_ROWS_AT_ONCE", n_rows)
+        patch.setattr(catalog_module, "ROWS_AT_ONCE", n_rows)
         assert sample_evenly(catalog, limit).tolist() == sorted(expected)
         among = np.arange(len(labels)) % 3 > 0
         some = sample_evenly(catalog[among].reset_index(drop=True), limit)

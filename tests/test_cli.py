@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from commands import CommandHost
 from runs import EXTRAS, OFF, ON, Finish, break_image, configure, draw
 
 from fruitdask.cli import cli
-from fruitdask.cli.common import print_rows
+from fruitdask.cli.common import print_rows, reported
 from fruitdask.core.config import ModelConfig
 from fruitdask.worker.models import build_artifact
 from fruitdask.worker.models.cache import keep_artifact
@@ -539,3 +540,17 @@ def test_report_of_damaged_results_is_one_sentence(config_path: Path) -> None:
 def test_verify_of_a_folder_without_results(tmp_path: Path) -> None:
     result = invoke("verify", str(tmp_path))
     assert result.exit_code == 2 and "expected the results of a run or an exploration, found none" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
+def test_signals_of_a_closing_terminal_end_a_command_unless_they_are_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit, match=str(128 + number)), reported():
+            signal.raise_signal(number)
+        assert signal.signal(number, signal.SIG_IGN) == signal.SIG_DFL
+        with reported():
+            signal.raise_signal(number)
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)

@@ -957,6 +957,11 @@ def test_load_config_explains_a_mistake(tmp_path: Path, text: str, sentence: str
         ("report.title=2024", "expected text, found 2024; put it in quotes: --set 'report.title=\"2024\"'"),
         ("input.classes=pear_1", "input.classes: expected a list, found 'pear_1'; write input.classes=[pear_1]"),
         ("input.exclude=*.jpg", "'*.jpg' is not a YAML value; if it is text, write --set 'input.exclude=\"*.jpg\"'"),
+        ("input.url=/photos #2", "YAML reads '#2' as a comment; if it is text, write --set 'input.url=\"/photos #2\"'"),
+        ("report.title=#2", "YAML reads '#2' as a comment; if it is text, write --set 'report.title=\"#2\"'"),
+        ("reduce.seed=4294967296", "reduce.seed: expected at most 4294967295, found 4294967296"),
+        ("reduce.tsne.seed=4294967296", "reduce.tsne.seed: expected at most 4294967295, found 4294967296"),
+        ("featurize.batch_size=1000001", "featurize.batch_size: expected at most 1000000, found 1000001"),
         ("reduce.tsne=true", "reduce.tsne: expected keys and values, found true; write reduce.tsne.enabled=true"),
         (
             "cluster.kind=loacl",

@@ -299,6 +299,8 @@ def test_a_class_of_one_group_has_no_figure_and_is_excluded_from_the_mean() -> N
     assert grouped["classes_of_one_group"] == ["b"]
     assert grouped["neighbors"]["by_class"] == {"a": 1, "b": None} and grouped["neighbors"]["agreement"] == 1
     assert grouped["silhouette"]["by_class"]["b"] is None and grouped["silhouette"]["mean"] > 0
+    # Its neighbours are of other classes because those of its own are in its group.
+    assert grouped["neighbors"]["confusion"] == {"labels": ["a", "b"], "share": [[1, 0], [0, 0]]}
 
 
 @pytest.mark.parametrize("groups", [["x"] * 4, [""] * 4], ids=["one group", "no groups"])

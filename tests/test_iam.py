@@ -28,10 +28,6 @@ import botocore.session
 import pytest
 from botocore import xform_name
 from botocore.exceptions import ClientError
-from cfnlint.api import lint
-from cfnlint.config import ManualArgs
-from cfnlint.data import AdditionalSpecs
-from cfnlint.helpers import load_resource
 from click.testing import CliRunner
 from distributed import Client
 from hypothesis import given, settings, strategies
@@ -52,8 +48,6 @@ from fruitdask.errors import ConfigError, FruitdaskError, StorageError
 
 pytestmark = pytest.mark.cloud
 
-#: AWS's list of its actions, as cfn-lint ships it.
-ACTIONS = load_resource(AdditionalSpecs, "Policies.json")
 #: File systems of this module: s3fs caches them by their options, which do not include keys and servers of the
 #: environment.
 FILE_SYSTEMS: dict[str, S3FileSystem] = {}
@@ -151,6 +145,15 @@ def configs(draw: Any) -> Config:
     )
 
 
+@functools.cache
+def load_actions() -> dict[str, Any]:
+    """Load AWS's list of its actions, as cfn-lint ships it; the import takes half a second."""
+    from cfnlint.data import AdditionalSpecs
+    from cfnlint.helpers import load_resource
+
+    return load_resource(AdditionalSpecs, "Policies.json")
+
+
 @pytest.mark.slow
 @settings(max_examples=60)
 @given(configs())
@@ -165,13 +168,16 @@ def test_policies_name_each_action_and_scope_what_aws_can_scope(config: Config) 
             for action in part["Action"]:
                 service, _, name = action.partition(":")
                 assert "*" not in action
-                has_resources = "Resources" in ACTIONS[service]["Actions"][name.lower()]
+                has_resources = "Resources" in load_actions()[service]["Actions"][name.lower()]
                 assert ("*" in part["Resource"]) is not has_resources
                 # EC2 scopes by region what it cannot scope by resource.
                 assert has_resources or "aws:RequestedRegion" in part["Condition"]["StringEquals"]
 
 
 def test_policies_pass_cfn_lint() -> None:
+    from cfnlint.api import lint
+    from cfnlint.config import ManualArgs
+
     clusters = [EC2, EC2 | {"security_groups": ["sg-1"], "region": "cn-north-1"}, {"kind": "local"}]
     encryption = {"s3_additional_kwargs": {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "alias/fruits"}}
     loaded = [

@@ -158,19 +158,18 @@ def test_near_duplicates_agree_in_hash_and_colour_and_are_in_different_parts() -
         ("00000000000000fd", (100, 50, 20), "d", 0),  # the same part as the first, and near the second
         ("ffffffffffffffff", (100, 50, 20), "e", 1),  # another hash
         ("00000000000000ff", (100, 50, 20), "a", 1),  # a copy of the first
-        ("", (np.nan,) * 3, "", 1),
     ]
     table = pd.DataFrame(rows, columns=["perceptual_hash", "colour", "content_hash", "part"])
     colours = pd.DataFrame(table.pop("colour").tolist(), columns=["mean_red", "mean_green", "mean_blue"])
     parts = table.pop("part").to_numpy()
     hashes = table.pop("perceptual_hash")
     found_in_files = {
-        "perceptual_hash": [np.uint64(int(text or "0", 16)) for text in hashes],
-        "has_look": hashes != "",
+        "perceptual_hash": [np.uint64(int(text, 16)) for text in hashes],
         # Only the first and its copy are equal files.
-        "duplicate_group": np.where(table.pop("content_hash") == "a", 0.0, np.nan),
+        "duplicate_group": np.where(table.pop("content_hash") == "a", 0, -1),
+        "part": parts,
     }
-    pairs = issues.find_near_pairs(colours.assign(**found_in_files), parts, max_bits=2)
+    pairs = issues.find_near_pairs(colours.assign(**found_in_files), max_bits=2)
     found = {frozenset(pair) for pair in pairs.T.tolist()}
     assert found == {frozenset(pair) for pair in ((0, 1), (1, 3), (3, 5))}
     assert pairs.dtype == np.int64
@@ -302,18 +301,23 @@ def test_a_damaged_list_is_a_fault_and_is_written_again(
 
 
 def test_findings_of_an_exploration_are_aligned_with_the_rows_of_a_store(sample_folder: Path, tmp_path: Path) -> None:
-    tree = {"input": {"url": str(sample_folder)}, "output": {"url": str(tmp_path)}, "explore": {"input_px": 32}}
+    folder = Path(shutil.copytree(sample_folder, tmp_path / "in"))
+    for path in sorted(folder.rglob("*.jpg"))[::5]:
+        shutil.copy(path, path.with_stem(f"{path.stem}_copy"))
+    tree = {"input": {"url": str(folder)}, "output": {"url": f"{tmp_path}/out"}, "explore": {"input_px": 32}}
     images = fruitdask.explore(fruitdask.load_config(tree | dict.fromkeys(("plots", "report"), OFF))).images
     # After the input has grown, rows of a store have another order, and some are of images that have vanished.
     order = np.random.default_rng(0).permutation(len(images))
     paths = pd.concat([images["path"].iloc[order], pd.Series(["gone.jpg"])], ignore_index=True)
     for rows, names in ((np.arange(len(images)), images["path"]), (order, paths)):
-        found = check_module._read_findings(Location(str(tmp_path)), names)
-        assert len(found) == len(names)
-        for name in ("width_px", "mean_red", "sharpness"):
-            expected = images[name].iloc[rows].to_numpy(np.float64, na_value=np.nan)
-            np.testing.assert_allclose(found[name].iloc[: len(rows)], expected, rtol=1e-6)
-        hashes = [int(text, 16) for text in images["perceptual_hash"].iloc[rows]]
-        assert found["perceptual_hash"].iloc[: len(rows)].tolist() == hashes
-        assert found["has_look"].tolist() == [True] * len(rows) + [False] * (len(names) - len(rows))
-    assert np.isnan(found["mean_red"].iloc[-1])
+        is_ok = np.arange(len(names)) != 3
+        findings = check_module._Findings(Location(f"{tmp_path}/out"), names, is_ok)
+        found = findings.read("width_px", "mean_red", "sharpness")
+        expected = images[list(found)].iloc[rows].to_numpy(np.float64, na_value=np.nan)
+        np.testing.assert_allclose(found.iloc[: len(rows)], np.where(is_ok[: len(rows), np.newaxis], expected, np.nan))
+        assert found.iloc[len(rows) :].isna().all(axis=None)
+        alike = images.iloc[rows].reset_index(drop=True)[["perceptual_hash", "near_duplicate_group"]]
+        alike = alike[alike["near_duplicate_group"].notna() & is_ok[: len(rows)]]
+        near = findings.read_near_duplicates()
+        assert len(near) > 1 and near.index.tolist() == alike.index.tolist()
+        assert near["perceptual_hash"].tolist() == [int(text, 16) for text in alike["perceptual_hash"]]

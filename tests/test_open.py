@@ -105,3 +105,31 @@ def test_folders_without_finished_results_are_refused(make_config: MakeConfig, f
     store.write_manifest(output, store.ExplorationManifest(fruitdask="1", status="running", fingerprint={}))
     with pytest.raises(OutputError, match="found only an exploration; use fruitdask run"):
         fruitdask.open(output.url)
+
+
+def test_missing_chunks_are_not_read_as_numbers(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:
+    # Copies of results are sometimes incomplete; Zarr reads a chunk that is not there as NaN.
+    result, store_folder = finish(make_config()), tmp_path / "out" / "features.zarr"
+    features = result.features
+    (store_folder / "features" / "c" / "1" / "0").rename(tmp_path / "chunk")
+    broken = r"features\.zarr is damaged \(chunks are missing\); use fruitdask verify .* --repair"
+    for read in (features.compute, result.X_y, lambda: fruitdask.train(result), lambda: result.similar(0)):
+        with pytest.raises(DamageError, match=broken):
+            read()
+    with pytest.raises(DamageError, match=broken):
+        fruitdask.export(result, tmp_path / "images.parquet")
+    assert not (tmp_path / "images.parquet").exists()
+    (tmp_path / "chunk").rename(store_folder / "features" / "c" / "1" / "0")
+    (store_folder / "status" / "c" / "2").unlink()
+    with pytest.raises(DamageError, match=r"features\.zarr is damaged \(chunks of status are missing\); use"):
+        result.X_y()
+
+
+def test_incomplete_table_is_damage(make_config: MakeConfig, finish: Finish, tmp_path: Path) -> None:
+    result = finish(make_config())
+    (part,) = (tmp_path / "out" / "results.parquet").iterdir()
+    part.unlink()
+    with pytest.raises(
+        DamageError, match=r"results\.parquet is damaged \(expected 12 images, found 0\); use fruitdask"
+    ):
+        _ = result.table

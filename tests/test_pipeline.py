@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import sklearn.decomposition
 import sklearn.metrics
+from distributed import Client, LocalCluster
 from PIL import Image
 from runs import EXTRAS, OFF, ON, Finish, MakeConfig, configure
 
@@ -321,6 +323,24 @@ def test_run_refuses_and_writes_nothing(
         fruitdask.run(make_config(**settings), client=client)
     assert not (tmp_path / "out").exists()
     assert sorted(sample_folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("call", [fruitdask.run, fruitdask.explore, fruitdask.plan])
+def test_what_is_no_configuration_or_no_open_client_is_one_sentence(
+    make_config: MakeConfig, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="^config: expected a configuration, found str; load it with fruitdask.load_"):
+        call("configs/demo.yaml")
+    if call is fruitdask.plan:
+        return
+    with LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster, Client(
+        cluster
+    ) as client:
+        pass
+    for wrong, found in ((client, "one that is closed"), (cluster.scheduler_address, "str")):
+        with pytest.raises(ConfigError, match=f"^client: expected an open distributed.Client, found {found}; open one"):
+            call(make_config(), client=wrong)
+    assert not (tmp_path / "out").exists()
 
 
 def test_run_refuses_the_results_of_another_run(

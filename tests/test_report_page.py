@@ -409,6 +409,15 @@ def test_page_compares_agreement_with_chance(agreement: float, chance: float, ve
     assert verdict in Outline(render_page(replace(data, quality=data.quality | {"neighbors": neighbors}))).text
 
 
+def test_page_does_not_praise_neighbours_that_are_unknown() -> None:
+    data = make_report_data(60, 3)
+    assert data.quality is not None
+    nobody = {"labels": [], "share": []}
+    neighbors = data.quality["neighbors"] | {"k": 0, "agreement": None, "chance": None, "confusion": nobody}
+    text = Outline(render_page(replace(data, quality=data.quality | {"neighbors": neighbors}))).text
+    assert "share its class is unknown" in text and "No image has a neighbour of another class" not in text
+
+
 def test_render_page_has_no_secrets() -> None:
     config = load_config(
         {

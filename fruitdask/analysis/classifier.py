@@ -115,9 +115,13 @@ def train(
     distances = np.full(len(codes), np.nan)
     contents = number_contents(features)
     for known, held_out in folds:
-        # Copies may be in several groups, which must not be tested on each other, unless there is nothing but copies.
-        is_other = ~np.isin(contents[known], contents[held_out])
-        known = known[is_other] if is_other.any() else known
+        # Copies may be in several groups, which must not be tested on each other.
+        known = known[~np.isin(contents[known], contents[held_out])]
+        if not len(known):
+            raise TrainingError(
+                "expected groups with images of their own, found only copies of the same images in several groups; a "
+                "classifier cannot be tested on the images it was trained on: add images, or change input.group_from"
+            )
         present, local = np.unique(codes[known], return_inverse=True)
         guesses["linear_probe"][held_out] = present[_ask_probe(features[known], local, features[held_out])]
         voted, distances[held_out] = _ask_neighbors(features[known], local, features[held_out])

@@ -61,12 +61,13 @@ def summarize_quality(
         ``chance``, the agreement of random neighbours, which is high where one class is large; a copy, which has the
         same features, is no neighbour, because it would always agree;
         ``confusion``, for each of its ``labels`` a row of ``share``, the fractions of its images' neighbours in each
-        class, which add up to 1; of more than 300 classes those that are confused most. With fewer than two images the
-        agreements are None and the confusion is empty.
+        class, which add up to 1; of more than 300 classes those that are confused most. With fewer than two different
+        images the agreements are None and the confusion is empty.
 
         ``grouped``, with ``groups``: the same two, compared only with images of other groups, ``n_groups``,
         ``n_groups_across_classes``, those with images of several classes, and ``classes_of_one_group``: as there is no
-        other group to compare them with, they have no figures (None) and are left out of the means.
+        other group to compare them with, they have no figures (None, and zeros in the confusion) and are left out of
+        the means.
 
     Raises
     ------
@@ -281,7 +282,7 @@ def _summarize_neighbors(
         return {"k": 0, "agreement": None, "by_class": dict.fromkeys(classes), "confusion": confusion}
     of_neighbors = codes[neighbors]
     agreement = (of_neighbors == codes[:, np.newaxis]).mean(axis=1)
-    confusion = _tabulate_confusion(codes, of_neighbors, classes)
+    confusion = _tabulate_confusion(codes[is_judged], of_neighbors[is_judged], classes)
     return {"k": k, **_average(agreement, classes, codes, is_judged, "agreement"), "confusion": confusion}
 
 
@@ -296,7 +297,7 @@ def _tabulate_confusion(
     counts = coo_array((np.ones(of_neighbors.size), places), shape=(len(classes), len(classes))).tocsr()
     totals = counts.sum(axis=1)
     shown = np.sort(np.argsort(counts.diagonal() - totals, kind="stable")[:_MAX_CONFUSED])
-    share = counts[shown][:, shown].toarray() / totals[shown, np.newaxis]
+    share = counts[shown][:, shown].toarray() / np.maximum(totals[shown, np.newaxis], 1)
     return {"labels": [classes[code] for code in shown], "share": share.tolist()}
 
 

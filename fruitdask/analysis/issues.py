@@ -1,8 +1,7 @@
 """Issues: photographs that a person should look at, found by their features, pixels and files."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +30,6 @@ COLUMNS = ("path", "label", "kind", "score", "other", "suggestion", "agreement")
 #: Similarities computed at once: 16 MB.
 _SIMILARITIES_AT_ONCE = 1 << 22
 
-_SIDES = ("width_px", "height_px")
 _MEANS = ["mean_red", "mean_green", "mean_blue"]
 #: A label is doubted if the share of votes for another class exceeds that for its own by this much, and ...
 _MIN_MARGIN = 0.5
@@ -45,7 +43,9 @@ _MAD = 0.6745
 _MIN_IMAGES = 10
 #: Smallest standard deviation assumed for each value, because very uniform classes would make any image odd: levels of
 #: brightness (0 to 255), natural logarithms of sharpness, pixels, aspect ratio and distance.
-_FLOORS = {"brightness": 6.0, "sharpness": 0.25, "pixels": 0.1, "aspect": 0.02, "distance": 0.1}
+_FLOORS = {"brightness": 6.0, "sharpness": 0.25, "size": 0.1, "shape": 0.02, "distance": 0.1}
+#: What is computed from the width and height of an image.
+_SIZES: Mapping[str, Callable[..., Floats]] = {"size": np.multiply, "shape": np.divide}
 #: Images whose brightness (0 to 255) deviates no more than this from black and white levels of grey are one colour.
 _UNIFORM_LEVELS = 3.0
 #: Near duplicates agree in the means of red, green and blue within this many levels of 255, and ...
@@ -91,7 +91,7 @@ class Reference:
 class Votes:
     """What the nearest neighbours say about the classes of n images."""
 
-    #: Class code with the most votes, shape (n,), int64; -1 if there are no votes.
+    #: Class code with the most votes, shape (n,), int64; -1 where there are no votes.
     codes: npt.NDArray[np.int64]
     #: Shares of the votes (0 to 1) for that class, and for the image's own, shape (n,).
     shares: npt.NDArray[np.float64]
@@ -226,101 +226,110 @@ def find_label_issues(votes: Votes, codes: npt.NDArray[np.integer]) -> npt.NDArr
     return np.where((votes.codes >= 0) & (votes.codes != codes) & is_clear, margins, np.nan)
 
 
-def measure_deviations(values: npt.NDArray[Any], codes: npt.NDArray[np.integer], *, floor: float) -> npt.NDArray[Any]:
+def measure_deviations(
+    values: npt.NDArray[np.floating], codes: npt.NDArray[np.integer], *, floor: float
+) -> npt.NDArray[np.floating]:
     """Measure how many robust standard deviations values are above (or below) the median of their class.
 
     >>> measure_deviations(np.array([1.0, 2, 3, 40]), np.zeros(4, int), floor=1.0).round(1).tolist()
     [-1.0, -0.3, 0.3, 25.3]
     """
-    values, order = np.asarray(values, np.float64), np.argsort(codes, kind="stable")
-    classes, firsts = np.unique(codes[order], return_index=True)
-    deviations, spreads = np.full(len(values), np.nan), np.full(int(classes.max(initial=-1)) + 1, np.nan)
-    for code, rows in zip(classes, np.split(order, firsts[1:]), strict=False):
+    order, sizes = np.argsort(codes, kind="stable"), np.bincount(codes)
+    deviations, spreads = np.full_like(values, np.nan), np.full(len(sizes), np.nan, values.dtype)
+    for code, rows in enumerate(np.split(order, np.cumsum(sizes)[:-1])):
         with np.errstate(invalid="ignore"):
             deviations[rows] = values[rows] - _find_median(values[rows])
         if np.count_nonzero(~np.isnan(deviations[rows])) >= _MIN_IMAGES:
             spreads[code] = _find_median(np.abs(deviations[rows]))
+    # Of millions of images, two such arrays less count.
+    del order
     spreads[np.isnan(spreads)] = _find_median(np.abs(deviations))
     with np.errstate(divide="ignore", invalid="ignore"):
         deviations /= np.maximum(spreads / _MAD, floor)[codes]
     return deviations
 
 
-def _find_median(values: npt.NDArray[np.float64]) -> float:
+def _find_median(values: npt.NDArray[np.floating]) -> float:
     """Return the median of the known values; NaN if there are none."""
     known = values[~np.isnan(values)]
     return float(np.median(known, overwrite_input=True)) if len(known) else np.nan
 
 
 def find_odd_values(
-    images: pd.DataFrame, codes: npt.NDArray[np.integer], distances: npt.NDArray[Any]
-) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """Yield kinds of issues, and for each the scores of all images, 0 to 1; NaN for those without it.
+    read: Callable[..., pd.DataFrame] | None, codes: npt.NDArray[np.integer], distances: Floats
+) -> Iterator[tuple[str, npt.NDArray[np.int64], npt.NDArray[np.floating]]]:
+    """Yield kinds of issues, and for each the rows of the images that have it and their scores, 0 to 1.
 
-    `images` are findings of an exploration, if there are any; `distances` those of the images to their classes.
+    `read` reads columns of the findings of an exploration for all images, as float32; None if there is none.
+    `distances` are those of the images to their classes. Both are NaN where nothing is known.
     """
-    with np.errstate(divide="ignore"):
-        far = measure_deviations(np.log(np.maximum(distances, 1e-6)), codes, floor=_FLOORS["distance"])
-    yield "outlier", _score(far)
-    if "mean_red" in images:
-        brightness = images[_MEANS].mean(axis=1).to_numpy(np.float64)
-        deviations = measure_deviations(brightness, codes, floor=_FLOORS["brightness"])
-        yield "dark", _score(-deviations)
-        yield "bright", _score(deviations)
-        width, height = (images[name].astype("Float64").to_numpy(np.float64, na_value=np.nan) for name in _SIDES)
+    far = measure_deviations(np.log(np.maximum(distances, 1e-6)), codes, floor=_FLOORS["distance"])
+    yield "outlier", *_score(far)
+    if read is None:
+        return
+    deviations = measure_deviations(read(*_MEANS).to_numpy().mean(axis=1), codes, floor=_FLOORS["brightness"])
+    yield "dark", *_score(-deviations)
+    yield "bright", *_score(deviations)
+    for kind, combine in _SIZES.items():
+        sides = read("width_px", "height_px")
         with np.errstate(divide="ignore", invalid="ignore"):
-            for kind, value in (("pixels", width * height), ("aspect", width / height)):
-                deviations = measure_deviations(np.log(value), codes, floor=_FLOORS[kind])
-                yield ("size" if kind == "pixels" else "shape"), _score(np.abs(deviations))
-    if "sharpness" in images:
-        sharpness, contrast = (images[name].to_numpy(np.float64) for name in ("sharpness", "contrast"))
-        is_uniform = contrast < _UNIFORM_LEVELS
-        yield "uniform", np.where(is_uniform, 1 - contrast / (2 * _UNIFORM_LEVELS), np.nan)
-        # Edges grow with contrast, which the brightness of the light determines too.
-        relative = np.maximum(sharpness, 1e-3) / np.maximum(contrast, 1) ** 2
-        deviations = measure_deviations(np.log(relative), codes, floor=_FLOORS["sharpness"])
-        yield "blurry", np.where(is_uniform, np.nan, _score(-deviations))
+            values = np.log(combine(sides["width_px"].to_numpy(), sides["height_px"].to_numpy()))
+        yield kind, *_score(np.abs(measure_deviations(values, codes, floor=_FLOORS[kind])))
+    yield from _find_odd_sharpness(read("sharpness", "contrast"), codes)
 
 
-def _score(deviations: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Score deviations above the limit: 0.5 at the limit, towards 1 far beyond it."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(deviations > _MIN_DEVIATION, 1 - _MIN_DEVIATION / (2 * deviations), np.nan)
+def _find_odd_sharpness(
+    images: pd.DataFrame, codes: npt.NDArray[np.integer]
+) -> Iterator[tuple[str, npt.NDArray[np.int64], npt.NDArray[np.floating]]]:
+    """Yield the images of one colour, and of the others those that are blurry."""
+    sharpness, contrast = images["sharpness"].to_numpy(), images["contrast"].to_numpy()
+    is_uniform = contrast < _UNIFORM_LEVELS
+    rows = np.flatnonzero(is_uniform)
+    yield "uniform", rows, 1 - contrast[rows] / (2 * _UNIFORM_LEVELS)
+    # Edges grow with contrast, which the brightness of the light determines too.
+    relative = np.log(np.maximum(sharpness, 1e-3) / np.maximum(contrast, 1) ** 2)
+    deviations = measure_deviations(relative, codes, floor=_FLOORS["sharpness"])
+    deviations[is_uniform] = np.nan
+    yield "blurry", *_score(-deviations)
 
 
-def find_copies(groups: pd.Series) -> npt.NDArray[np.int64]:
-    """Find for each copy the row of the first image with the same content, shape (n,), int64; -1 for the others.
+def _score(deviations: npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.floating]]:
+    """Return the rows of deviations above the limit, and scores: 0.5 at the limit, towards 1 far beyond it."""
+    rows = np.flatnonzero(deviations > _MIN_DEVIATION)
+    return rows, 1 - _MIN_DEVIATION / (2 * deviations[rows])
 
-    `groups` are numbers of equal files, NaN for files without a copy.
 
-    >>> find_copies(pd.Series([0, 1, np.nan, 0, 1])).tolist()
-    [-1, -1, -1, 0, 1]
+def find_copies(groups: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Find the rows of copies, and for each the row of the first image with the same content, int64.
+
+    `groups` are numbers of equal files, -1 for files without a copy.
+
+    >>> find_copies(np.array([0, 1, -1, 0, 1]))
+    (array([3, 4]), array([0, 1]))
     """
-    firsts, rows = np.full(len(groups), -1, np.int64), np.flatnonzero(groups.notna())
-    numbers = groups.to_numpy()[rows]
-    _, places, inverse = np.unique(numbers, return_index=True, return_inverse=True)
-    firsts[rows] = rows[places[inverse]]
-    return np.where(firsts == np.arange(len(groups)), -1, firsts)
+    rows = np.flatnonzero(groups >= 0)
+    _, places, inverse = np.unique(groups[rows], return_index=True, return_inverse=True)
+    firsts = rows[places[inverse]]
+    is_copy = firsts != rows
+    return rows[is_copy], firsts[is_copy]
 
 
-def find_near_pairs(images: pd.DataFrame, parts: npt.NDArray[np.int64], *, max_bits: int) -> npt.NDArray[np.int64]:
+def find_near_pairs(images: pd.DataFrame, *, max_bits: int) -> npt.NDArray[np.int64]:
     """Find pairs of images of different parts (class and split) whose perceptual hashes and mean colours agree.
 
-    Returns index labels of `images`, which are positions in `parts`, shape (2, n_pairs), int64. Equal files are
-    not pairs. If many images of a part look the same, one of them represents all, so that their number does not matter.
+    `images` have the columns ``perceptual_hash`` (uint64), ``part``, ``duplicate_group`` and their mean colours.
+    Returns their index labels, shape (2, n_pairs), int64. Equal files are not pairs. If many images of a part look the
+    same, one of them represents all, so that their number does not matter.
     """
-    known = images[images["has_look"]]
-    looks = (known[_MEANS] // (_COLOUR_LEVELS / 2)).assign(hash=known["perceptual_hash"], part=parts[known.index])
-    rows = looks.drop_duplicates().index.to_numpy()
-    chosen = images.loc[rows]
-    hashes, contents = (chosen[name].to_numpy() for name in ("perceptual_hash", "duplicate_group"))
-    colours = chosen[_MEANS].to_numpy(np.float64)
+    looks = (images[_MEANS] // (_COLOUR_LEVELS / 2)).assign(hash=images["perceptual_hash"], part=images["part"])
+    chosen = images[~looks.duplicated()]
+    rows, colours = chosen.index.to_numpy(np.int64), chosen[_MEANS].to_numpy()
+    hashes, parts, contents = (chosen[name].to_numpy() for name in ("perceptual_hash", "part", "duplicate_group"))
     found = [np.empty((2, 0), np.int64)]
     for pairs in find_close_pairs(hashes, max_bits):
         first, second = pairs
         is_pair = (np.abs(colours[first] - colours[second]) <= _COLOUR_LEVELS).all(axis=1)
-        # Files without a copy differ from all others: NaN is not equal to itself.
-        is_pair &= (parts[rows[first]] != parts[rows[second]]) & (contents[first] != contents[second])
+        is_pair &= (parts[first] != parts[second]) & ((contents[first] != contents[second]) | (contents[first] < 0))
         found.append(rows[pairs[:, is_pair]])
     return np.unique(np.concatenate(found, axis=1), axis=1)
 

@@ -63,8 +63,9 @@ def reported(*, verbose: bool = False, again: str = "run the same command again"
         handler = logging.StreamHandler()
         handler.setFormatter(_SafeFormatter(_LOG_FORMAT))
         logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # Like Ctrl-C, the termination signal of a service manager must close clusters.
-    previous = signal.signal(signal.SIGTERM, _end)
+    # Like Ctrl-C, a service manager or a terminal that closes must close clusters; nohup ignores the latter.
+    ending = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+    previous = {each: signal.signal(each, _end) for each in ending}
     try:
         yield
     except errors.FruitdaskError as error:
@@ -85,7 +86,8 @@ def reported(*, verbose: bool = False, again: str = "run the same command again"
         _tell(f"interrupted; {again}")
         sys.exit(_INTERRUPTED)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for each, earlier in previous.items():
+            signal.signal(each, earlier)
 
 
 def _tell(sentence: str) -> None:

@@ -1,5 +1,6 @@
 """Applies a finished run to other images: the same network, decoding and principal components."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ from fruitdask.pipeline.state import Applied
 def apply(
     results: "str | RunResult",
     *,
-    input: str | Mapping[str, Any],
-    output: str | Mapping[str, Any],
+    input: "str | os.PathLike[str] | Mapping[str, Any]",
+    output: "str | os.PathLike[str] | Mapping[str, Any]",
     storage_options: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
     retry_failed: bool = False,
@@ -33,9 +34,9 @@ def apply(
     ----------
     results : str or RunResult
         The finished run, or the folder or URL of its results.
-    input : str or Mapping
+    input : str, PathLike or Mapping
         The other images: a folder or URL, or the section ``input`` of a configuration. They need no labels.
-    output : str or Mapping
+    output : str, PathLike or Mapping
         Where the results go: a folder or URL, or the section ``output`` of a configuration.
     storage_options : Mapping[str, Any], optional
         Options of the fsspec file system of ``results``.
@@ -77,14 +78,14 @@ def apply(
 def configure(
     result: RunResult,
     *,
-    input: str | Mapping[str, Any],
-    output: str | Mapping[str, Any],
+    input: "str | os.PathLike[str] | Mapping[str, Any]",
+    output: "str | os.PathLike[str] | Mapping[str, Any]",
     overrides: Sequence[str] = (),
 ) -> Config:
     """Configure a run that applies a finished one."""
     manifest, given = store.RunManifest.model_validate(result.manifest), {"input": input, "output": output}
     recorded = manifest.config
-    sections = {name: {"url": value} if isinstance(value, str) else dict(value) for name, value in given.items()}
+    sections = {name: dict(value) if isinstance(value, Mapping) else {"url": value} for name, value in given.items()}
     sections["reduce"] = recorded["reduce"] | {"tsne": recorded["reduce"].get("tsne", {}) | {"enabled": False}}
     sections["quality"] = recorded["quality"] | {"enabled": False}
     # Its images need no labels.

@@ -1,17 +1,17 @@
 """Finds photographs to check, from stored features and the findings of an exploration."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
 
 from fruitdask import store
 from fruitdask.core.config import CheckConfig
 from fruitdask.core.escaping import format_csv
-from fruitdask.core.listing import find_rows
 from fruitdask.core.storage import Location
 from fruitdask.pipeline.open import open as open_result
 from fruitdask.pipeline.reduce import BLOCK_BYTES
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
     from fruitdask.analysis.issues import Reference, Votes
 
-#: Columns of an exploration that reveal issues.
-_SIZES = dict.fromkeys(("width_px", "height_px"), "float32")
-_FINDINGS = ("duplicate_group", *_SIZES, "mean_red", "mean_green", "mean_blue", "contrast", "sharpness")
+#: Columns of an exploration by which near duplicates are found.
+_LOOKS = ("perceptual_hash", "near_duplicate_group", "duplicate_group", "mean_red", "mean_green", "mean_blue")
 #: Images whose neighbours vote in one Dask graph: Dask warns of graphs of 10 MB, and their votes take 45 MB.
 _ROWS_AT_ONCE = 750_000
 #: Pairs of near duplicates whose features are compared: one block of them is in memory.
@@ -82,12 +81,12 @@ def find_issues(settings: CheckConfig, output: Location, catalog: pd.DataFrame) 
     found = [pd.DataFrame(columns=["row", "kind", "score", "other_row", "class", "agreement"])]
     exploration = store.read_exploration_manifest(output)
     is_explored = exploration is not None and exploration.is_complete
-    images = _read_findings(output, catalog["path"]) if is_explored else pd.DataFrame(index=catalog.index)
+    findings = _Findings(output, catalog["path"], is_ok) if is_explored else None
     if is_ok.sum() > 1:
-        found += _find_by_features(settings, features, is_ok, images, catalog, codes)
-    if exploration is not None and is_explored:
+        found += _find_by_features(settings, features, is_ok, findings, catalog, codes)
+    if exploration is not None and findings is not None:
         bits = exploration.near_duplicate_bits or 0
-        found += _find_alike(features, is_ok, images, _number_parts(catalog, codes), bits)
+        found += _find_alike(features, findings, _number_parts(catalog, codes), bits)
     table = pd.concat(found, ignore_index=True)
     rows, paths = table["row"].to_numpy(np.int64), catalog["path"]
     table["path"], table["label"] = paths.iloc[rows].array, classes[codes[rows]]
@@ -107,40 +106,64 @@ def write_issues(output: Location, issues: pd.DataFrame) -> tuple[dict[str, str]
     )
 
 
-def _read_findings(output: Location, paths: pd.Series) -> pd.DataFrame:
-    """Read numbers that an exploration found, for the rows of a catalog: some 50 bytes per image."""
-    from fruitdask.analysis.exploration import parse_hashes
+class _Findings:
+    """What an exploration found about the images of a catalog: of millions, only a few columns fit into memory."""
 
-    images, is_same, start = [], True, 0
-    for block in read_images(output, ("path", "perceptual_hash", *_FINDINGS)):
-        here = block["path"].to_pandas()
-        is_same = is_same and list(here) == list(paths.iloc[start : start + len(here)])
-        start += len(here)
-        found = block.select(_FINDINGS).to_pandas().astype({"duplicate_group": "float64"} | _SIZES)
-        looks, has_look = parse_hashes(block["perceptual_hash"], n_bits=64)
-        images.append(found.assign(perceptual_hash=looks[:, 0], has_look=has_look))
-    table: pd.DataFrame = pd.concat(images, ignore_index=True)
-    if is_same and len(table) == len(paths):
-        return table
-    # The rows of the store are in another order than the listing once images were added.
-    rows = find_rows(paths, pd.concat([block["path"].to_pandas() for block in read_images(output, ("path",))]))
-    aligned: pd.DataFrame = table.iloc[rows].reset_index(drop=True)
-    aligned.loc[rows < 0, aligned.columns.drop(["perceptual_hash", "has_look"])] = np.nan
-    aligned["has_look"] &= rows >= 0
-    return aligned
+    def __init__(self, output: Location, paths: pd.Series, is_ok: npt.NDArray[np.bool_]) -> None:
+        self._output, self._is_ok = output, is_ok
+        # Once images were added, the rows of the store are in another order than those of the exploration.
+        finder = store.PathFinder(paths)
+        blocks = read_images(output, ("path",))
+        self._rows = [finder.find(block["path"].to_pandas()).astype(np.int32) for block in blocks]
+
+    def read(self, *columns: str) -> pd.DataFrame:
+        """Read columns for all images, float32; NaN where nothing was found, and for images without features."""
+        values = np.full((len(columns), len(self._is_ok)), np.nan, np.float32)
+        for rows, block in self._read_blocks(columns):
+            values[:, rows] = np.where(self._is_ok[rows], block.to_numpy(np.float32, na_value=np.nan).T, np.nan)
+        return pd.DataFrame(values.T, columns=list(columns), copy=False)
+
+    def read_copies(self) -> npt.NDArray[np.int32]:
+        """Read the numbers of groups of equal files; -1 for files that are alone."""
+        groups = np.full(len(self._is_ok), -1, np.int32)
+        for rows, block in self._read_blocks(["duplicate_group"]):
+            groups[rows] = block["duplicate_group"].fillna(-1)
+        return groups
+
+    def read_near_duplicates(self) -> pd.DataFrame:
+        """Read hashes, colours and groups of equal files of images that have features and near duplicates."""
+        from fruitdask.analysis.exploration import parse_hashes
+
+        found = []
+        for rows, block in self._read_blocks(_LOOKS):
+            is_chosen = self._is_ok[rows] & block.pop("near_duplicate_group").notna().to_numpy()
+            chosen = block.set_index(rows)[is_chosen]
+            hashes, _ = parse_hashes(pa.array(chosen["perceptual_hash"]), n_bits=64)
+            groups = chosen["duplicate_group"].fillna(-1).astype(np.int64)
+            found.append(chosen.assign(perceptual_hash=hashes[:, 0], duplicate_group=groups))
+        return pd.concat(found).sort_index()
+
+    def _read_blocks(self, columns: Sequence[str]) -> Iterator[tuple[npt.NDArray[np.int32], pd.DataFrame]]:
+        """Read columns block by block, with the rows that their images have in the catalog."""
+        for rows, block in zip(self._rows, read_images(self._output, columns), strict=True):
+            is_there = rows >= 0
+            yield rows[is_there], block.to_pandas()[is_there]
 
 
-def _number_parts(catalog: pd.DataFrame, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+def _number_parts(catalog: pd.DataFrame, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
     """Number the parts of the data that should have no image in common: classes, and splits of each."""
-    splits = catalog["split"].astype("category").cat.codes if "split" in catalog else 0
-    return np.asarray(pd.DataFrame({"code": codes, "split": splits}).groupby(["code", "split"]).ngroup(), np.int64)
+    if "split" not in catalog:
+        return codes.astype(np.int32)
+    splits = catalog["split"].astype("category").cat
+    # The code of an unknown split is -1.
+    return np.asarray(codes, np.int32) * (len(splits.categories) + 1) + np.asarray(splits.codes, np.int32)
 
 
 def _find_by_features(
     settings: CheckConfig,
     features: "da.Array",
     is_ok: npt.NDArray[np.bool_],
-    images: pd.DataFrame,
+    findings: _Findings | None,
     catalog: pd.DataFrame,
     codes: npt.NDArray[np.integer],
 ) -> Iterator[pd.DataFrame]:
@@ -148,17 +171,16 @@ def _find_by_features(
     from fruitdask.analysis.evaluation import number_groups
     from fruitdask.analysis.issues import find_label_issues, find_odd_values
 
-    rows = np.flatnonzero(is_ok)
     groups = number_groups(catalog["group"]) if "group" in catalog else None
-    distances = [np.empty(0)]
-    for here, votes in _collect_votes(settings, features, is_ok, catalog, codes, groups):
-        scores = find_label_issues(votes, codes[here])
-        columns = {"row": here, "kind": "label", "score": scores, "other_row": votes.nearest, "class": votes.codes}
+    distances = np.full(len(codes), np.nan, np.float32)
+    for rows, votes in _collect_votes(settings, features, is_ok, catalog, codes, groups):
+        scores = find_label_issues(votes, codes[rows])
+        columns = {"row": rows, "kind": "label", "score": scores, "other_row": votes.nearest, "class": votes.codes}
         yield pd.DataFrame(columns | {"agreement": votes.group_shares})[np.isfinite(scores)]
-        distances.append(votes.distances)
-    for kind, scores in find_odd_values(images.iloc[rows], codes[rows], np.concatenate(distances)):
-        is_odd = np.isfinite(scores)
-        yield pd.DataFrame({"row": rows[is_odd], "kind": kind, "score": scores[is_odd]})
+        distances[rows] = votes.distances
+    read = None if findings is None else findings.read
+    for kind, here, odd_scores in find_odd_values(read, codes, distances):
+        yield pd.DataFrame({"row": here, "kind": kind, "score": odd_scores})
 
 
 def _collect_votes(
@@ -225,21 +247,17 @@ def _vote_on_block(
 
 
 def _find_alike(
-    features: "da.Array",
-    is_ok: npt.NDArray[np.bool_],
-    images: pd.DataFrame,
-    parts: npt.NDArray[np.int64],
-    max_bits: int,
+    features: "da.Array", findings: _Findings, parts: npt.NDArray[np.int32], max_bits: int
 ) -> Iterator[pd.DataFrame]:
     """Find copies, and near duplicates in another class or split."""
     from fruitdask.analysis.issues import find_copies, find_near_pairs, measure_pairs
 
-    copies = find_copies(images["duplicate_group"])
-    rows = np.flatnonzero(copies >= 0)
+    rows, firsts = find_copies(findings.read_copies())
     # Copies in one class and split do less harm.
-    scores = np.where(parts[rows] != parts[copies[rows]], 1.0, 0.5)
-    yield pd.DataFrame({"row": rows, "kind": "copy", "score": scores, "other_row": copies[rows]})
-    pairs = find_near_pairs(images[is_ok], parts, max_bits=max_bits)
+    scores = np.where(parts[rows] != parts[firsts], 1.0, 0.5)
+    yield pd.DataFrame({"row": rows, "kind": "copy", "score": scores, "other_row": firsts})
+    images = findings.read_near_duplicates()
+    pairs = find_near_pairs(images.assign(part=parts[images.index]), max_bits=max_bits)
     for start in range(0, pairs.shape[1], _PAIRS_AT_ONCE):
         first, second = pairs[:, start : start + _PAIRS_AT_ONCE]
         scores = measure_pairs(*(features[rows].compute() for rows in (first, second)))

@@ -266,8 +266,7 @@ def _compare_scores(result: RunResult, folder: SparkFolder, pairs: _Pairs) -> pd
 def _read_scores(output: Location, n_components: int) -> npt.NDArray[np.float32]:
     """Read our scores of the first components (n, n_components), part by part."""
     names = [f"pca_{number}" for number in range(1, n_components + 1)]
-    parts = (store.read_table(output, store.RESULTS, part)[names] for part in report.list_parts(output))
-    return np.concatenate([part.to_numpy(np.float32) for part in parts])
+    return np.concatenate([part[names].to_numpy(np.float32) for part in report.read_parts(output)])
 
 
 def _conclude(pairs: _Pairs, widths: tuple[int, int], components: pd.DataFrame) -> Comparison:

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,8 +58,10 @@ def embed_photographs(
 
 def list_photographs(photographs: Any) -> list[Any]:
     """List one photograph or many; an array is one."""
-    is_one = isinstance(photographs, str | bytes | os.PathLike | int | np.integer | np.ndarray)
-    return [photographs] if is_one or hasattr(photographs, "getbands") else list(photographs)
+    is_one = isinstance(photographs, str | bytes | bytearray | memoryview | os.PathLike | np.ndarray)
+    # Images of Pillow, and open files.
+    is_one = is_one or hasattr(photographs, "getbands") or hasattr(photographs, "read")
+    return list(photographs) if isinstance(photographs, Iterable) and not is_one else [photographs]
 
 
 def describe_source(config: Config) -> ImageSource:

@@ -8,7 +8,7 @@ from typing import Any
 from fruitdask import report, store
 from fruitdask.core.config import ReduceConfig
 from fruitdask.core.storage import Location, exists, explained
-from fruitdask.errors import ConfigError, DamageError, OutputError
+from fruitdask.errors import ConfigError, OutputError
 from fruitdask.pipeline.open import open as open_result
 from fruitdask.pipeline.reduce import BLOCK_BYTES
 from fruitdask.pipeline.results import RunResult, open_features
@@ -105,19 +105,13 @@ def read_blocks(result: RunResult, axes: tuple[str, str] | None) -> Iterator[Blo
     output, start = result.output, 0
     features = open_features(output, block_bytes=BLOCK_BYTES)[0]
     n_rows, folder = int(features.chunksize[0]), _locate_input(result)
-    for name in report.list_parts(output):
-        part = store.read_table(output, store.RESULTS, name)
+    for part in report.read_parts(output):
         for first in range(0, len(part), n_rows):
             table = part.iloc[first : first + n_rows].reset_index(drop=True)
             rows = features[start : start + len(table)].compute(scheduler="threads")
             start += len(table)
             if len(rows) == len(table):
                 yield Block(table, rows, [folder.child(path).url for path in table["path"]], axes)
-    if start != len(features):
-        raise DamageError(
-            f"{output.child(store.RESULTS).url} is damaged (expected {len(features):,} images, found {start:,}); "
-            f"{store.advise_repair(output)}"
-        )
 
 
 def _locate_input(result: RunResult) -> Location:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
-from importlib.metadata import version
 from itertools import islice
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from fruitdask import report, store
 from fruitdask.cluster.scheduling import map_partitions
 from fruitdask.core.partition import Partition
 from fruitdask.core.progress import RunProgress
-from fruitdask.core.version import __version__
+from fruitdask.core.version import __version__, find_version
 from fruitdask.errors import PartitionError, TooManyFailuresError
 from fruitdask.pipeline.changes import carry_components
 from fruitdask.pipeline.config import write_config
@@ -251,6 +250,6 @@ def _describe_computation(state: RunState, artifact: ModelArtifact, client: Any)
             "n_threads": sum(client.nthreads().values()),
         },
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in (*_PACKAGES, artifact.engine)},
+        | {name: find_version(name) for name in (*_PACKAGES, artifact.engine)},
         "seconds": {},
     }

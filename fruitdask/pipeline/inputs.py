@@ -48,6 +48,7 @@ class Inputs:
 
 def prepare_inputs(config: Config, progress: RunProgress, *, client: Any = None) -> Inputs:
     """Check input and output, draw the sample if one is configured, and list the images."""
+    _check_arguments(config, client)
     source, output = Location(config.input.url, config.input.storage_options), open_output(config)
     is_drawn = config.input.sample is not None and source.is_local and not exists(source)
     progress.begin("Drawing sample photographs" if is_drawn else "Listing images")
@@ -140,6 +141,17 @@ def check_network(output: Location, manifest: store.RunManifest, config: Config)
             f"{output.url}: expected the network and the decoding of that run, found others: {differences}; "
             "set model.weights to the file that the run used, and leave the other settings as they were"
         )
+
+
+def _check_arguments(config: Any, client: Any) -> None:
+    """Refuse a configuration that was not loaded, and what is no open client."""
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"config: expected a configuration, found {type(config).__name__}; load it with fruitdask.load_config first"
+        )
+    if client is not None and getattr(client, "status", "") != "running":
+        found = "one that is closed" if hasattr(client, "status") else type(client).__name__
+        raise ConfigError(f"client: expected an open distributed.Client, found {found}; open one, or leave it out")
 
 
 def _check_places(source: Location, output: Location) -> None:

@@ -56,7 +56,9 @@ class Scores:
         if self.fitted is None:
             return np.empty((n_images, 0), np.float32)
         n_rows = min(_PROJECTED_ROWS, max(1, BLOCK_BYTES // (features.dtype.itemsize * n_features)))
-        padded = da.pad(features, ((0, -n_images % n_rows), (0, 0))).rechunk((n_rows, n_features))
+        # da.pad would pad few images with as many tiny chunks as fit into a block.
+        padding = da.zeros((-n_images % n_rows, n_features), features.dtype, chunks=-1)
+        padded = da.concatenate([features, padding]).rechunk((n_rows, n_features))
         scores: npt.NDArray[np.float32] = self.fitted.transform(padded)[:n_images].astype(np.float32).compute()
         return scores
 

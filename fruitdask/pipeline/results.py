@@ -266,13 +266,14 @@ class RunResult:
 
 def read_images(output: Location) -> pd.DataFrame:
     """Read ``path``, ``label``, ``status`` and further columns of the catalog, such as ``split``, of all images."""
-    catalog, stored = store.read_catalog(output), store.open_store(output)
-    if catalog is None or stored is None:
+    catalog, finished = store.read_catalog(output), store.open_finished(output)
+    if catalog is None or finished is None:
         raise OutputError(
             f"{output.url}: expected the catalog and the features of a run; {store.advise_repair(output)}"
         )
     images = catalog.drop(columns=list(store.VERSION_COLUMNS))
-    images.insert(2, "status", np.asarray(store.STATUSES)[stored["status"][:]])
+    statuses = pd.Categorical.from_codes(finished[1], pd.Index(store.STATUSES, dtype="str"))
+    images.insert(2, "status", pd.Series(statuses, images.index))
     return images
 
 
@@ -295,10 +296,10 @@ def open_features(output: Location, *, block_bytes: int = 0) -> tuple["da.Array"
     """
     import dask.array as da
 
-    stored = store.open_store(output)
-    if stored is None:
+    finished = store.open_finished(output)
+    if finished is None:
         raise OutputError(f"{output.url}: expected the features of a run, found none; run it first")
-    array, status = stored["features"], np.asarray(stored["status"][:])
+    array, status = finished
     n_chunks = max(1, block_bytes // (array.chunks[0] * array.chunks[1] * array.dtype.itemsize))
     chunks = (n_chunks * array.chunks[0], array.chunks[1])
     return da.from_array(array, chunks=chunks, name=False), status == store.STATUSES.index("ok")

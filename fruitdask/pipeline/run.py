@@ -103,8 +103,9 @@ def carry_out(
             progress.begin("Closing the cluster")
         manifest = _record_run(state, manifest)
         store.write_manifest(state.output, manifest)
-        # The configuration may have changed although there was nothing to compute.
-        write_config(state.output, config)
+        if not state.pending.n_images:
+            # The configuration may have changed although there was nothing to compute.
+            write_config(state.output, config)
         progress.begin("Drawing")
         output, clock, n_computed = state.output, state.clock, state.pending.n_images
         # Frees the catalog, which drawing does not need.

@@ -135,7 +135,12 @@ def _find_given(given: list[Any], images: pd.DataFrame, result: RunResult) -> np
         lambda path: os.path.abspath(path).removeprefix(folder),
     ):
         left = [place for place in paths if rows[place] < 0]
-        rows[left] = find_rows(pd.Series([rewrite(paths[place]) for place in left], dtype="str"), images["path"])
+        wanted = pd.Series([rewrite(paths[place]) for place in left], dtype="str")
+        # An index of the few, not of the many.
+        found = find_rows(images["path"], wanted)
+        there = np.flatnonzero(found >= 0)
+        rows_of = dict(zip(wanted.iloc[found[there]], there.tolist(), strict=True))
+        rows[left] = [rows_of.get(path, -1) for path in wanted]
     for place, each in enumerate(given):
         if isinstance(each, int | np.integer):
             if not 0 <= each < n_images:

@@ -1,6 +1,8 @@
 """Trains a classifier on the features of a finished run, and predicts the labels of other images."""
 
 import logging
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -102,7 +104,7 @@ class Classifier:
 
         is_ok = (images["status"] == "ok").to_numpy()
         columns: dict[str, Any] = {"label": "", "probability": np.nan, "nearest": "", "distance": np.nan}
-        found = images[["path", "status"]].reset_index(drop=True).assign(**columns)
+        found = images[["path", "status"]].astype("str").reset_index(drop=True).assign(**columns)
         if is_ok.any():
             distances, nearest = self._find_nearest(features[is_ok])
             labels, probabilities = predict(self.probe, self.report, features[is_ok], distances)
@@ -182,7 +184,10 @@ def train(
     chosen = images.iloc[rows]
     features = open_features(result.output, block_bytes=BLOCK_BYTES)[0][rows].compute(scheduler="threads")
     groups = chosen["group"].to_numpy(str) if "group" in chosen else None
-    probe, evaluated = train_probe(features, chosen["label"].to_numpy(str), groups)
+    with warnings.catch_warnings():
+        # scikit-learn takes classes of few images for numbers.
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        probe, evaluated = train_probe(features, chosen["label"].to_numpy(str), groups)
     arrays = {name: (getattr(probe, name), dimensions) for name, dimensions in PROBE_ARRAYS.items()}
     manifest = store.RunManifest.model_validate(result.manifest)
     report = {"fruitdask": __version__, "finished": datetime.now(UTC).isoformat(timespec="seconds")} | evaluated
@@ -221,8 +226,8 @@ def open_classifier(result: RunResult) -> Classifier:
 def predict(
     results: "str | RunResult",
     *,
-    input: str | Mapping[str, Any],
-    output: str | Mapping[str, Any],
+    input: "str | os.PathLike[str] | Mapping[str, Any]",
+    output: "str | os.PathLike[str] | Mapping[str, Any]",
     storage_options: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
     client: Any = None,
@@ -235,9 +240,9 @@ def predict(
     ----------
     results : str or RunResult
         The finished run with a classifier, or the folder or URL of its results.
-    input : str or Mapping
+    input : str, PathLike or Mapping
         The other images: a folder or URL, or the section ``input`` of a configuration. They need no labels.
-    output : str or Mapping
+    output : str, PathLike or Mapping
         Where their features and the predictions go: a folder or URL, or the section ``output`` of a configuration.
     storage_options : Mapping[str, Any], optional
         Options of the fsspec file system of ``results``.

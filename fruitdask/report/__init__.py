@@ -8,6 +8,7 @@ from fruitdask.report.tables import (
     compare_rows,
     list_parts,
     read_failures,
+    read_parts,
     read_results,
     write_failures,
     write_results,

@@ -11,9 +11,8 @@ import pandas as pd
 from fruitdask.core.storage import Location
 from fruitdask.report import figures
 from fruitdask.report.formats import format_share
-from fruitdask.report.tables import list_parts
+from fruitdask.report.tables import read_parts
 from fruitdask.report.thumbnails import Thumbnails
-from fruitdask.store import RESULTS, read_table
 
 if TYPE_CHECKING:
     from bokeh.models import ColumnDataSource, Filter
@@ -85,8 +84,7 @@ def read_points(
     Returns the table, and the number of images with coordinates that it lacks.
     """
     kept, n_known, random = list[pd.DataFrame](), 0, np.random.default_rng(_SEED)
-    for name in list_parts(output):
-        part = read_table(output, RESULTS, name)
+    for part in read_parts(output):
         axes = choose_axes(list(part.columns), components, ratio)
         columns = dict.fromkeys(["path", "label", *(column for each in axes for column in (each.x, each.y))])
         kept.append(part[list(columns)].assign(_order=random.random(len(part))))

@@ -13,6 +13,7 @@ import pandas as pd
 
 from fruitdask.core.escaping import format_csv, read_csv
 from fruitdask.core.storage import Location, exists, explained
+from fruitdask.errors import DamageError
 from fruitdask.store import (
     FAILURES,
     OUTCOME_COLUMNS,
@@ -21,6 +22,7 @@ from fruitdask.store import (
     advise_repair,
     delete_result,
     open_digested,
+    read_run,
     read_table,
     write_table,
 )
@@ -126,7 +128,22 @@ def read_failures(output: Location) -> pd.DataFrame:
 
 def read_results(output: Location) -> pd.DataFrame:
     """Read the table of all images."""
-    return pd.concat([read_table(output, RESULTS, name) for name in list_parts(output)], ignore_index=True)
+    return pd.concat(read_parts(output), ignore_index=True)
+
+
+def read_parts(output: Location) -> Iterator[pd.DataFrame]:
+    """Read the table of all images part by part, and check at the end that none is missing."""
+    manifest, n_images = read_run(output), 0
+    for name in list_parts(output):
+        part = read_table(output, RESULTS, name)
+        n_images += len(part)
+        yield part
+    n_expected = manifest.n_images if manifest is not None and manifest.is_complete else max(1, n_images)
+    if n_images != n_expected:
+        raise DamageError(
+            f"{output.child(RESULTS).url} is damaged (expected {n_expected:,} images, found {n_images:,}); "
+            f"{advise_repair(output)}"
+        )
 
 
 def list_parts(output: Location) -> list[str]:

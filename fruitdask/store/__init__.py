@@ -5,6 +5,7 @@ from fruitdask.store.arrays import (
     copy_arrays,
     create_store,
     hash_arrays,
+    open_finished,
     open_store,
     read_arrays,
     read_partition,
@@ -78,6 +79,7 @@ from fruitdask.store.manifests import (
     write_manifest,
 )
 from fruitdask.store.outcomes import count_at_once, list_committed, read_outcomes, read_rows
+from fruitdask.store.paths import PathFinder
 from fruitdask.store.schema import AppliedRecord, ExplorationManifest, IssuesRecord, RunManifest, is_intact
 from fruitdask.store.tables import read_table, write_table
 from fruitdask.store.workspace import Workspace, delete_exploring

@@ -15,7 +15,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import FsspecStore
 
 from fruitdask.core.storage import Location, exists, explained
-from fruitdask.errors import StorageError
+from fruitdask.errors import DamageError, StorageError
 from fruitdask.store.layout import FEATURES, RUN_NAMES, STATUSES, name_outcomes
 from fruitdask.store.manifests import advise_repair, delete_result
 from fruitdask.store.schema import check_format, seal
@@ -76,6 +76,23 @@ class StoredArray:
 
 
 @dataclass(frozen=True, eq=False)
+class FinishedFeatures(StoredArray):
+    """Features of a finished run, which reports a missing chunk too: Zarr reads it as NaN."""
+
+    status: StoredArray
+
+    def __getitem__(self, selection: Any) -> Any:
+        """Read some rows."""
+        found = super().__getitem__(selection)
+        is_nan = np.isnan(found[..., :1]).any(axis=-1)
+        if is_nan.any():
+            codes = self.status[selection[0] if isinstance(selection, tuple) else selection]
+            if (is_nan & (codes == STATUSES.index("ok"))).any():
+                raise DamageError(f"{_name_features(self.output)} (chunks are missing); {advise_repair(self.output)}")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
 class RunArrays:
     """The arrays of a run, whose metadata were read once, and the attributes of their group."""
 
@@ -133,6 +150,22 @@ def open_store(output: Location) -> RunArrays | None:
         arrays = {name: StoredArray(group[name], output) for name in ("features", "status")}
     check_format(group.attrs, location.url)
     return RunArrays(arrays, dict(group.attrs))
+
+
+def open_finished(output: Location) -> tuple[FinishedFeatures, npt.NDArray[np.uint8]] | None:
+    """Open the features of a finished run, and read the codes of its statuses."""
+    stored = open_store(output)
+    if stored is None:
+        return None
+    codes = np.asarray(stored["status"][:])
+    if (codes == STATUSES.index("pending")).any():
+        raise DamageError(f"{_name_features(output)} (chunks of status are missing); {advise_repair(output)}")
+    return FinishedFeatures(stored["features"].array, output, stored["status"]), codes
+
+
+def _name_features(output: Location) -> str:
+    """Begin a sentence on damage to the arrays."""
+    return f"{output.child(FEATURES).url} is damaged"
 
 
 def resize_store(output: Location, *, n_images: int, attributes: Mapping[str, Any]) -> None:

@@ -25,10 +25,9 @@ from fruitdask.core.partition import VANISHED_BYTES, Partition
 from fruitdask.core.storage import Location, exists, explained
 from fruitdask.errors import CatalogError
 from fruitdask.store.catalog_file import ROWS_IN_MEMORY
+from fruitdask.store.paths import ROWS_AT_ONCE, hash_rows
 
 COLUMNS = ("path", "label", "bytes", "version")
-#: Rows hashed at once: pandas makes a Python object of each text.
-_ROWS_AT_ONCE = 65_536
 #: A block of a catalog shares the memory of a listing if it consists of at most this many runs of the listing's rows:
 #: more would be slow.
 _MAX_RUNS = 256
@@ -234,7 +233,7 @@ def sample_evenly(
     codes = np.asarray(catalog["label"].astype("category").cat.codes)
     rows, hashes, start = np.empty(0, np.int64), np.empty(0, np.uint64), 0
     # A row that is chosen from all is also chosen from any subset that contains it, so blocks can be merged.
-    for block in _hash_rows(catalog["path"], n_rows=max(limit, _ROWS_AT_ONCE)):
+    for block in hash_rows(catalog["path"], n_rows=max(limit, ROWS_AT_ONCE)):
         here = slice(start, start := start + len(block))
         places = np.arange(len(block)) if among is None else np.flatnonzero(among[here])
         rows, hashes = np.append(rows, here.start + places), np.append(hashes, block.view(np.uint64)[places])
@@ -254,7 +253,7 @@ def _deal(codes: npt.NDArray[np.integer], order: npt.NDArray[np.uint64]) -> npt.
 
 def hash_catalog(catalog: pd.DataFrame) -> str:
     """Hash the content of a catalog."""
-    return _hash_columns(len(catalog), (_hash_rows(catalog[column]) for column in COLUMNS))
+    return _hash_columns(len(catalog), (hash_rows(catalog[column]) for column in COLUMNS))
 
 
 def hash_listing(stored: Iterable[pd.DataFrame]) -> str:
@@ -266,7 +265,7 @@ def hash_listing(stored: Iterable[pd.DataFrame]) -> str:
         # This copies: an array that Arrow has filtered may take twice the memory of its content.
         paths.append(pa.concat_arrays([*found.chunks, pa.array([], pa.large_string())]))
         for column in COLUMNS:
-            hashes[column] += _hash_rows(listed[column])
+            hashes[column] += hash_rows(listed[column])
     order = pc.array_sort_indices(pa.chunked_array(paths, pa.large_string())).to_numpy()
     return _hash_columns(len(order), ([np.concatenate(hashes.pop(column))[order]] for column in COLUMNS))
 
@@ -284,7 +283,7 @@ def hash_groupings(catalog: pd.DataFrame) -> dict[str, str]:
     hashed = {}
     for name in (name for name in GROUPINGS if name in catalog):
         digest = hashlib.sha256()
-        for hashes in _hash_rows(catalog[name]):
+        for hashes in hash_rows(catalog[name]):
             digest.update(hashes.tobytes())
         hashed[name] = digest.hexdigest()
     return hashed
@@ -391,17 +390,6 @@ def _share_paths(block: pd.Series, paths: pd.Series, places: npt.NDArray[np.int6
     runs = [paths.iloc[first : last + 1] for first, last in zip(places[firsts], lasts, strict=True)]
     shared: pd.Series = pd.concat(runs)
     return shared
-
-
-def _hash_rows(column: pd.Series, *, n_rows: int = _ROWS_AT_ONCE) -> Iterator[npt.NDArray[np.integer]]:
-    """Hash each row, some at a time: pandas makes a Python object of each text."""
-    for start in range(0, len(column), n_rows):
-        rows = column.iloc[start : start + n_rows]
-        if pd.api.types.is_string_dtype(rows.dtype):
-            # The same hashes; that of a pandas object would look for equal texts first.
-            yield pd.util.hash_array(rows.to_numpy(object), categorize=False)
-        else:
-            yield pd.util.hash_pandas_object(rows, index=False).to_numpy()
 
 
 def _keep_classes(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import pandas as pd
 
 from fruitdask.core.escaping import format_csv
-from fruitdask.core.listing import find_rows
 from fruitdask.core.partition import VANISHED_BYTES
 from fruitdask.core.storage import Location, exists, explained
 from fruitdask.errors import DamageError
@@ -24,6 +23,7 @@ from fruitdask.store.manifests import (
     read_exploration_manifest,
     open_digested,
 )
+from fruitdask.store.paths import PathFinder
 from fruitdask.store.schema import ExplorationManifest
 from fruitdask.store.tables import read_blocks, read_table, stream_table
 
@@ -259,30 +259,24 @@ def _check_images(
     expected = catalog
     if catalog is not None and (catalog["bytes"] == VANISHED_BYTES).any():
         expected = catalog[catalog["bytes"] != VANISHED_BYTES]
-    counts, n_images, is_same = Counter[str](), 0, expected is None or len(expected) == manifest.n_images
+    counts, n_images = Counter[str](), 0
+    is_same = expected is None or len(expected) == manifest.n_images
+    finder = None if expected is None else PathFinder(expected["path"])
+    is_found = np.zeros(0 if expected is None else len(expected), np.bool_)
     try:
         for block in read_blocks(output, where):
             images = block.select(["path", "label"]).to_pandas().astype("str")
-            if is_same and expected is not None:
-                here = expected[["path", "label"]].iloc[n_images : n_images + len(images)].astype("str")
-                is_same = len(here) == len(images) and bool((here.to_numpy() == images.to_numpy()).all())
+            if is_same and finder is not None and expected is not None:
+                rows = finder.find(images["path"])
+                labels = expected["label"].iloc[rows].astype("str")
+                is_same = bool((rows >= 0).all()) and list(labels) == list(images["label"])
+                is_found[rows] = True
             counts.update(images["label"].value_counts().to_dict())
             n_images += len(images)
-        if expected is not None and not is_same:
-            # The rows of the store are in another order than the listing once images were added.
-            is_same = _has_same_images(_concatenate(list(read_images(output, ["path", "label"]))), expected)
     except DamageError as error:
         return None, [_fault(where, describe_damage(error))]
-    is_same &= n_images == manifest.n_images
+    is_same &= n_images == manifest.n_images and bool(is_found.all())
     return dict(counts), [] if is_same else [_fault(where, "its rows are not those of the catalog")]
-
-
-def _has_same_images(images: pd.DataFrame, catalog: pd.DataFrame) -> bool:
-    """Whether rows are exactly the images of a catalog, in any order."""
-    rows = find_rows(images["path"], catalog["path"])
-    if len(images) != len(catalog) or (rows < 0).any() or len(np.unique(rows)) < len(rows):
-        return False
-    return np.array_equal(catalog["label"].iloc[rows].astype(str).to_numpy(), images["label"].astype(str).to_numpy())
 
 
 def _check_table(output: Location, name: str) -> tuple[pd.DataFrame | None, list[Fault]]:

@@ -8,6 +8,10 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_v
 from fruitdask.core.config.base import Section
 from fruitdask.core.config.clusters import ClusterConfig, LocalClusterConfig
 
+#: The random numbers of scikit-learn take seeds of 32 bits.
+_MAX_SEED = 2**32 - 1
+#: Of images in one task and in one array in memory; far more than is of use.
+_MAX_TOGETHER = 1_000_000
 #: Pillow refuses images of more than twice its own ``MAX_IMAGE_PIXELS`` (89,478,485), so no higher limit works.
 PILLOW_LIMIT_PIXELS = 178_956_970
 
@@ -199,10 +203,16 @@ class FeaturizeConfig(Section):
     """How images become features."""
 
     images_per_partition: int | None = Field(
-        None, ge=1, description="Images per task, Zarr chunk and commit; null chooses by the number of images."
+        None,
+        ge=1,
+        le=_MAX_TOGETHER,
+        description="Images per task, Zarr chunk and commit; null chooses by the number of images.",
     )
     batch_size: int | None = Field(
-        None, ge=1, description="Images per call of the network; null takes 8 on CPUs, where more is not faster, or 32."
+        None,
+        ge=1,
+        le=_MAX_TOGETHER,
+        description="Images per call of the network; null takes 8 on CPUs, where more is not faster, or 32.",
     )
     max_failed_fraction: float = Field(
         0.05, ge=0, le=1, description="The run fails above this fraction of failed images."
@@ -233,7 +243,7 @@ class TsneConfig(Section):
     enabled: bool = Field(False, description="Compute t-SNE.")
     max_rows: int = Field(5_000, ge=10, description="Maximum number of images, drawn at random; time grows with it.")
     perplexity: float = Field(30.0, gt=0, description="Approximate number of neighbours of each image.")
-    seed: int = Field(0, ge=0, description="Seed of the sample and of the map.")
+    seed: int = Field(0, ge=0, le=_MAX_SEED, description="Seed of the sample and of the map.")
 
 
 #: Solvers of principal components, by the names of scikit-learn and dask-ml.
@@ -259,7 +269,7 @@ class ReduceConfig(Section):
             "the workers' memory; randomized is an estimate, for over 4096 features and images."
         ),
     )
-    seed: int = Field(0, ge=0, description="Seed of the randomized solver.")
+    seed: int = Field(0, ge=0, le=_MAX_SEED, description="Seed of the randomized solver.")
     refit: Literal["auto", "always", "never"] = Field(
         "auto",
         description=(

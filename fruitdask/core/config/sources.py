@@ -117,6 +117,11 @@ def parse_override(override: str) -> tuple[dict[str, Any], Source] | None:
         raise ConfigError(
             f"--set {override}: {value!r} is not a YAML value; if it is text, write --set '{key}=\"{value}\"'"
         ) from error
+    if "#" in (comment := value[0 if root is None else root.end_mark.index :].strip()):
+        # A folder may be named photos #2.
+        raise ConfigError(
+            f"--set {override}: YAML reads {comment!r} as a comment; if it is text, write --set '{key}=\"{value}\"'"
+        )
     for part in reversed(path):
         tree = {part: tree}
     return dict(tree), Source(f"--set {override}", root, path)

@@ -6,12 +6,11 @@ import logging
 import platform
 from dataclasses import asdict
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from fruitdask.core.config import ModelConfig
 from fruitdask.core.storage import Location, write_file
-from fruitdask.core.version import __version__
+from fruitdask.core.version import __version__, find_version
 from fruitdask.errors import StorageError
 from fruitdask.worker.models.artifact import ModelArtifact
 from fruitdask.worker.models.build import fingerprint_model
@@ -55,20 +54,12 @@ def _name_files(config: ModelConfig) -> tuple[Path, Path]:
     import platformdirs
 
     engine = choose_engine(config)
-    versions = {name: _find_version(name) for name in (*_PACKAGES, engine)}
+    versions = {name: find_version(name) for name in (*_PACKAGES, engine)}
     # An artifact built with allow_code must not be found without it; the code is bytecode of one Python version.
     parts = [fingerprint_model(config), config.allow_code, engine, platform.python_version(), versions, _hash_code()]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     folder = platformdirs.user_cache_path("fruitdask") / "models"
     return folder / f"{key}.json", folder / f"{key}.bin"
-
-
-def _find_version(package: str) -> str | None:
-    """Find the version of a package; None if it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 @lru_cache(maxsize=1)
