@@ -1,7 +1,7 @@
-"""Exceptions that fruitdask raises: each carries one finished sentence for a person to read.
+"""Exceptions that fruitdask raises: each has one complete sentence for the user.
 
 A message says what was expected, what was found, where, and what to do. Exceptions cross processes by pickle, so every
-constructor takes that message alone.
+constructor takes only that message.
 """
 
 
@@ -73,7 +73,7 @@ class ScriptError(SystemExit, FruitdaskError):
     """
     A script lacks the guard ``if __name__ == "__main__":``, so that no process can be started for it.
 
-    Uncaught, it ends the script with its message alone and exit code 1, without a traceback.
+    Uncaught, it ends the script with only its message and exit code 1, without a traceback.
     """
 
 

@@ -78,7 +78,7 @@ class CommandHost:
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
     ) -> Command:
-        """Start ``python -m fruitdask`` with these arguments, in a process group of its own."""
+        """Start ``python -m fruitdask`` with these arguments, in its own process group."""
         ours, theirs = os.pipe()
         request = {
             "arguments": arguments,

@@ -218,7 +218,7 @@ def client(s3_server: str) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def commands() -> Iterator[CommandHost]:
-    """Starts commands in processes of their own."""
+    """Starts commands in separate processes."""
     with CommandHost() as host:
         yield host
 

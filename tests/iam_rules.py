@@ -17,7 +17,7 @@ OWN_GROUP = HERE | {"ec2:ResourceTag/fruitdask": "cluster"}
 
 @functools.cache
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Compile a pattern of IAM's, in which ``${*}`` means a literal star."""
+    """Compile an IAM pattern, in which ``${*}`` means a literal star."""
     parts = re.split(r"(\$\{[*?$]\}|[*?])", pattern)
     words = {"*": ".*", "?": "."}
     return re.compile("".join(words.get(part) or re.escape(part[2] if part[:2] == "${" else part) for part in parts))
@@ -29,7 +29,7 @@ def match(pattern: str, text: str) -> bool:
 
 
 def holds(operator: str, expected: str | list[str], found: str | list[str] | None) -> bool:
-    """Return whether a condition holds for the values of a key; None where the request has no such key."""
+    """Return whether a condition holds for the values of a key; None if the request has no such key."""
     quantifier, _, test = operator.rpartition(":")
     if found is None:
         return quantifier == "ForAllValues" or test.endswith("IfExists") or test.startswith("StringNot")

@@ -46,7 +46,7 @@ def draw(folder: Path, *names: str, seed: int = 0) -> None:
 
 
 def compute_colours(folder: Path, paths: list[str]) -> np.ndarray:
-    """Compute what the tiny model computes with NumPy alone; a row is NaN where the image is missing."""
+    """Compute what the tiny model computes using only NumPy; a row is NaN where the image is missing."""
     features = np.full((len(paths), 6), np.nan)
     for row, path in enumerate(paths):
         if (folder / path).exists():

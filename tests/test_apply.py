@@ -1,4 +1,4 @@
-"""Applying a finished run to new photographs: in this process, and as a run of its own."""
+"""Applying a finished run to new photographs: in this process, and as a separate run."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def apply(result: fruitdask.RunResult, client: Any, tmp_path: Path) -> Callable[
 
 
 def project(result: fruitdask.RunResult, features: np.ndarray) -> np.ndarray:
-    """Project features onto the stored components of a run, with NumPy alone."""
+    """Project features onto the stored components of a run, using only NumPy."""
     arrays = store.read_arrays(result.output.child("pca.zarr"))
     return (features - arrays["mean"]) @ arrays["components"].T
 
@@ -170,7 +170,7 @@ def test_apply_again_computes_nothing_and_grows_without_fitting(
     before = apply()
     again = apply()
     assert again.n_computed == 0 and again.manifest["finished"] == before.manifest["finished"]
-    # More than a tenth: a run of its own would fit its components again.
+    # More than a tenth: an ordinary run would fit its components again.
     draw(tmp_path / "new", "4.png", "5.png", "6.png")
     grown = apply()
     assert grown.n_computed == 3 and grown.changes["added"] == 3
@@ -265,7 +265,7 @@ def test_apply_refuses_results_with_other_components(
         apply(output=str(tmp_path / "new" / "applied"))
 
 
-def test_apply_without_components_computes_features_alone(
+def test_apply_without_components_computes_only_features(
     sample_folder: Path, tiny_model: ModelConfig, finish: Finish, client: Any, tmp_path: Path
 ) -> None:
     result = finish(configure(sample_folder, tmp_path / "out", tiny_model, reduce={"enabled": False}))

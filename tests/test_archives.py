@@ -272,7 +272,7 @@ def test_run_on_an_archive_grows_with_it(
     draw(pictures, "quince/0.png")
     url = store()
     grown = run()
-    # In a tar whose files all have one time, it is unknown which of them has changed.
+    # If all files in a tar have the same time, it is unknown which of them has changed.
     assert grown.n_computed == (2 if pack is pack_zip else 13)
     np.testing.assert_allclose(
         grown.features.compute(), compute_colours(pictures, list(grown.table["path"])), rtol=1e-6

@@ -69,7 +69,7 @@ def list_folder(folder: Path, **options: Any) -> pd.DataFrame:
 
 
 def fill(folder: Path, *names: str) -> Path:
-    """Put small files there; each holds its own name."""
+    """Write small files; each contains its own name."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())

@@ -1,4 +1,4 @@
-"""Training and prediction: compared with scikit-learn, honest about groups, and "unknown" for strange images."""
+"""Training and prediction: compared with scikit-learn, evaluated by groups, and "unknown" for unfamiliar images."""
 
 import json
 import shutil
@@ -195,7 +195,7 @@ def test_interval_without_groups_is_wilsons() -> None:
     ],
     ids=["nothing", "one class", "unknown", "one image", "a class of one group", "one group", "copies"],
 )
-def test_data_that_cannot_be_tested_are_refused(labels: list[str], groups: list[str] | None, message: str) -> None:
+def test_data_that_cannot_be_tested_is_refused(labels: list[str], groups: list[str] | None, message: str) -> None:
     features = np.zeros((len(labels), 3), np.float32)
     with pytest.raises(TrainingError, match=message):
         classifier.train(features, np.array(labels, str), None if groups is None else np.array(groups))
@@ -258,7 +258,7 @@ def test_page_and_predictions_say_that_a_classifier_was_trained_on_earlier_data(
         assert ("have changed since the classifier was trained" in text) == (change in ("labels", "groups"))
 
 
-def test_known_photographs_are_labelled_and_strange_ones_are_unknown(
+def test_familiar_photographs_are_labelled_and_others_are_unknown(
     trained: tuple[Path, fruitdask.Classifier],
 ) -> None:
     output, found = trained

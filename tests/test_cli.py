@@ -56,7 +56,7 @@ def change(path: Path, **sections: dict[str, Any]) -> None:
 
 
 def use_own_cluster(path: Path) -> None:
-    """Make a configuration start a cluster of its own."""
+    """Make a configuration start its own cluster."""
     change(path, cluster={"n_workers": 1, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"})
 
 

@@ -101,7 +101,7 @@ def test_match_paths_by_the_longest_common_ending() -> None:
     assert match_paths(["a/1.jpg"], theirs, root="/data/photos").tolist() == [-2, -2]
     # Spark's paths may be the shorter ones.
     assert match_paths(["x/a/1.jpg", "x/b/1.jpg"], ["b/1.jpg", "1.jpg"]).tolist() == [1, -2]
-    # If neither path ends with the other, a common folder and file are enough, but a common file alone is not.
+    # If neither path ends with the other, a common folder and file are enough, but only a common file is not.
     assert match_paths(["x/a/1.jpg", "x/b/1.jpg"], ["s3://y/b/1.jpg", "s3://y/c/1.jpg"]).tolist() == [1, -1]
     assert match_paths(["a/1.jpg"], ["/data/b/1.jpg"]).tolist() == [-1]
     assert match_paths([], ["a.jpg"]).tolist() == [-1] and match_paths(["a.jpg"], []).tolist() == []

@@ -57,7 +57,7 @@ def test_costs_of_all_sizes_of_a_family_equal_the_price_list(name: str, region: 
 
 
 @pytest.mark.parametrize("region", REGIONS)
-def test_the_types_taken_by_default_have_a_price(region: str) -> None:
+def test_default_instance_types_have_a_price(region: str) -> None:
     types = EC2ClusterConfig(kind="ec2", docker_image="any").types
     assert compute_cost([Usage(name, False, region, 1) for name in types]).unpriced == ()
 
@@ -76,9 +76,7 @@ def test_instances_are_billed_by_the_second_for_at_least_a_minute(seconds: float
 
 
 def test_cost_of_a_volume_equals_the_example_of_aws() -> None:
-    """2,000 GB for 12 hours of a 30-day month, by the price of a GB here: https://aws.amazon.com/ebs/pricing, example
-    1.
-    """
+    """Example 1 of https://aws.amazon.com/ebs/pricing: 2,000 GB for 12 hours of a 30-day month."""
     cost = compute_cost([Usage("m6i.large", False, "us-east-1", 43_200)], volume_gb=2000)
     assert cost.volumes == pytest.approx(0.0952 * 2000 * 43_200 / (86_400 * 30)) and cost.addresses == 0
 

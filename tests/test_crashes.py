@@ -136,14 +136,14 @@ class Scene:
         self.files = hash_files(Path(config.output.url))
 
     def start(self, function: Any, *arguments: Any) -> int:
-        """Call a function in a process of its own; returns its exit code."""
+        """Call a function in a new process; return its exit code."""
         self._forker.send((function, arguments))
         assert self._forker.poll(PATIENCE_SECONDS)
         code: int = self._forker.recv()
         return code
 
     def make_config(self) -> Config:
-        """Make the configuration of a run with an output of its own."""
+        """Make the configuration of a run with its own output."""
         output = self._folder / f"out-{len(list(self._folder.iterdir()))}"
         output.mkdir()
         return fruitdask.load_config(

@@ -539,5 +539,5 @@ def test_erase_from_a_limited_run_adds_no_other_image(make_config: MakeConfig, f
 
 
 def test_excluding_everything_is_one_sentence(make_config: MakeConfig) -> None:
-    with pytest.raises(CatalogError, match="besides those that input.exclude names"):
+    with pytest.raises(CatalogError, match="other than those that input.exclude names"):
         fruitdask.list_images(make_config(input={"exclude": ["*"]}).input)

@@ -217,7 +217,7 @@ def test_summarize_quality_of_a_class_of_one_image() -> None:
     ],
     ids=["nothing", "one image", "one pair", "two classes of one", "one class", "one label per image"],
 )
-def test_summarize_quality_has_no_silhouette_where_there_is_none(
+def test_summarize_quality_has_no_silhouette_if_it_is_undefined(
     labels: list[str], agreement: float | None, by_class: dict[str, float | None]
 ) -> None:
     quality = summarize(np.arange(len(labels)), labels)
@@ -311,7 +311,7 @@ def test_grouped_figures_of_one_group_and_of_images_without_a_group(groups: list
         assert grouped["n_groups"] == 1 and grouped["classes_of_one_group"] == ["a", "b"]
         assert grouped["neighbors"]["agreement"] is None and grouped["silhouette"]["mean"] is None
     else:
-        # Each image is an object of its own.
+        # Each image shows another object.
         assert (grouped["n_groups"], grouped["neighbors"]) == (4, quality["neighbors"])
         assert grouped["silhouette"] == quality["silhouette"]
 

@@ -83,7 +83,7 @@ def list_paths(folder: Path) -> list[str]:
 
 
 def read_pixels(paths: list[Path], px: int) -> np.ndarray:
-    """Read images with Pillow alone, as float64 on the scale of -1 to 1."""
+    """Read images using only Pillow, as float64 on the scale of -1 to 1."""
     images = [Image.open(path).convert("RGB").resize((px, px), Image.Resampling.BICUBIC) for path in paths]
     return np.stack([np.asarray(image, np.float64) for image in images]) / 127.5 - 1
 
@@ -412,7 +412,7 @@ def test_damaged_exploration_is_one_sentence(sample_folder: Path, tmp_path: Path
 
 
 def explore_plainly(folder: Path, labels: Sequence[str], *, px: int, thumbnail_px: int) -> pd.DataFrame:
-    """Explore all images of a folder at once with Pillow and NumPy alone; one row per class."""
+    """Explore all images of a folder at once using only Pillow and NumPy; one row per class."""
     classes: dict[str, list[tuple[str, np.ndarray, np.ndarray]]] = {label: [] for label in sorted(set(labels))}
     for path, label in zip(list_paths(folder), labels, strict=True):
         with suppress(UnidentifiedImageError), Image.open(folder / path) as image:

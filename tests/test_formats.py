@@ -119,9 +119,9 @@ def test_read_header_gives_the_upright_size(kind: str, orientation: int) -> None
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "HEIC"])
-def test_orientation_in_exif_alone_is_ignored(kind: str) -> None:
+def test_orientation_only_in_exif_is_ignored(kind: str) -> None:
     # ISO/IEC 23008-12: only properties turn a picture; EXIF records their source.
-    # Both encoders would make a property of it, so the test turns another tag into the orientation afterwards.
+    # Both encoders would convert it to a property, so the test turns another tag into the orientation afterwards.
     data = save(draw_scene(), kind, exif=b"Exif\0\0II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x0113, 3, 1, 6, 0, 0))
     entry = struct.pack("<HHI", 0x0113, 3, 1), struct.pack("<HHI", 0x0112, 3, 1)
     turned = data.replace(*entry)

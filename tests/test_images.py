@@ -66,7 +66,7 @@ def draw_scene(width: int = 96, height: int = 64) -> Image.Image:
 
 
 def resize(image: Image.Image | Pixels, size_px: int = SIDE) -> Pixels:
-    """Resize with Pillow alone."""
+    """Resize using only Pillow."""
     picture = image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
     return np.asarray(picture.convert("RGB").resize((size_px, size_px), Image.Resampling.BICUBIC))
 

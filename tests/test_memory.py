@@ -106,7 +106,7 @@ def test_photograph_too_large_for_every_worker_is_named_and_no_other_fails(
     run_folder: RunFolder, photographs_of_100_megapixels: dict[str, Path]
 ) -> None:
     files = [photographs_of_100_megapixels["transparent.png"]]
-    # It is tried alone after the first death, not after the third.
+    # It is tried by itself after the first death, not after the third.
     with dask.config.set({"distributed.scheduler.allowed-failures": 0}):
         outcomes = run_folder(files, n_threads=1, memory=750 * MIB, max_pixels=SIDE * SIDE)
     assert dict(outcomes["status"].value_counts()) == {"crashed": 1, "ok": 4}

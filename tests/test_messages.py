@@ -31,7 +31,7 @@ _WRITE_AGAIN = "if this is what it should say, write the file again with pytest 
 
 
 class Scene:
-    """A folder for a mistake, and what is needed to make it."""
+    """A folder in which to make a mistake, and what a test needs for that."""
 
     def __init__(self, request: pytest.FixtureRequest) -> None:
         self._request = request
@@ -141,7 +141,7 @@ def apply_into_another(scene: Scene) -> None:
 
 
 def open_an_exploration(scene: Scene) -> None:
-    """Open results that are an exploration alone."""
+    """Open results that are only an exploration."""
     manifest = store.ExplorationManifest(fruitdask="1", status="running", fingerprint={})
     store.write_manifest(Location(str(scene.folder)), manifest)
     fruitdask.open(str(scene.folder))

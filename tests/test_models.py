@@ -50,7 +50,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 
 def read_pixels(paths: list[Path], size_px: int) -> np.ndarray:
-    """Read images as published work does, with Pillow alone."""
+    """Read images as published work does, using only Pillow."""
     images = [Image.open(path).convert("RGB").resize((size_px, size_px), Image.Resampling.BICUBIC) for path in paths]
     return np.stack([np.asarray(image) for image in images])
 
@@ -572,7 +572,7 @@ except KeyboardInterrupt:
 @needs_openvino
 def test_ctrl_c_does_not_crash_after_another_thread_has_dropped_the_last_network(tiny_model: ModelConfig) -> None:
     config = tiny_model.model_copy(update={"engine": "openvino"})
-    # A process of its own, because OpenVINO keeps what it sets up for the first network until the last one goes.
+    # In a new process, because OpenVINO keeps what it sets up for the first network until the last one goes.
     done = subprocess.run([sys.executable, "-c", _INTERRUPT, config.model_dump_json()], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 

@@ -1,4 +1,4 @@
-"""The notebooks: they run, in short cells without functions of their own, and what costs money stays off.
+"""The notebooks: they run, in short cells that define no functions, and what costs money stays off.
 
 Their outputs are stored. They get the same checks as outputs of a run here, and must be of the same kinds. After
 changing a notebook or an output, store them again with ``pytest tests/test_notebooks.py --write-golden``.

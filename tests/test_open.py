@@ -66,7 +66,7 @@ def test_to_xarray_says_what_to_install(
         result.to_xarray()
 
 
-def test_features_open_with_xarray_alone(make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path) -> None:
+def test_features_open_with_only_xarray(make_config: MakeConfig, finish: Finish, client: Any, tmp_path: Path) -> None:
     features = finish(make_config()).features.compute()
     # A warning would be an error here.
     with xarray.open_zarr(tmp_path / "out" / "features.zarr") as dataset:

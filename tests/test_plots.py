@@ -603,7 +603,7 @@ def test_a_hundred_thousand_points_make_a_small_svg() -> None:
     assert len(figures.render_svg(figures.plot_map(table, x="pca_1", y="pca_2", title="Map"))) < 1_500_000
 
 
-#: What a user's matplotlibrc may hold; with any of these lines alone the figures would look different, or fail.
+#: Lines that a user's matplotlibrc may contain; any one of them would change the figures, or make them fail.
 MATPLOTLIBRC = {
     "text.usetex": "True",
     "font.family": "serif",

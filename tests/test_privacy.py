@@ -604,7 +604,7 @@ def test_find_metadata_does_not_inflate_a_bomb() -> None:
 
 @settings(max_examples=100)
 @given(
-    # Pillow alone does not read HEIC.
+    # Pillow by itself does not read HEIC.
     kind=st.sampled_from([kind for kind in FORMATS if kind != "HEIC"]),
     main=st.dictionaries(
         st.sampled_from([MAKE, HOST, ARTIST, COPYRIGHT, 0x0131]), st.sampled_from(["Jo", " ", "A cat"])

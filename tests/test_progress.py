@@ -144,7 +144,7 @@ def test_notebook_progress_replaces_its_lines(monkeypatch: pytest.MonkeyPatch) -
             shown.append(data)
 
     def display(data: object, *, raw: bool = False, display_id: bool = False) -> Handle | None:
-        # Messages are displayed by rich, as outputs of their own.
+        # rich displays messages as separate outputs.
         return Handle() if raw and display_id else None
 
     monkeypatch.setattr("IPython.display.display", display)

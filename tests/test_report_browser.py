@@ -23,7 +23,7 @@ from fruitdask.report.figures.styles import INK
 from fruitdask.report.page import render_page
 from fruitdask.store.catalog import list_images
 
-#: A separate browser profile that makes no requests of its own.
+#: A separate browser profile that sends no requests by itself.
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",

@@ -439,7 +439,7 @@ def test_verify_says_what_is_still_to_be_computed(finished: Path, tmp_path: Path
     assert [fault.partition for fault in fruitdask.verify(str(output)).faults] == [3]
 
 
-def test_verify_of_an_exploration_alone(finished: Path, tmp_path: Path) -> None:
+def test_verify_of_an_exploration_without_a_run(finished: Path, tmp_path: Path) -> None:
     output = copy_output(finished, tmp_path)
     for name in ("manifest.json", "quality.json", "results.csv", "failures.csv"):
         (output / name).unlink()
@@ -572,12 +572,12 @@ class History:
         fruitdask.verify(str(self.output), repair=True)
 
     def explore(self) -> None:
-        """Explore alone."""
+        """Explore without a run."""
         self.run()
         fruitdask.explore(self.config, client=self._client)
 
     def explore_anew(self) -> None:
-        """Explore other images alone, which deletes the run."""
+        """Explore only other images, which deletes the run."""
         self.add()
         config = self.config
         output = config.output.model_copy(update={"overwrite": True})

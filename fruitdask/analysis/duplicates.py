@@ -17,7 +17,7 @@ _MAX_SMALL = 32
 def group_duplicates(keys: npt.NDArray[np.uint64], is_known: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
     """Number the groups of rows with the same key, shape (n, k), in the order of their first rows.
 
-    Returns shape (n,), int32; -1 for rows that are alone or have no key.
+    Returns shape (n,), int32; -1 for rows that have no duplicate or have no key.
 
     >>> keys = np.array([[7, 1], [7, 2], [0, 0], [7, 1], [0, 0]], np.uint64)
     >>> group_duplicates(keys, np.array([True, True, False, True, False]))
@@ -53,7 +53,7 @@ def group_near_duplicates(
 ) -> npt.NDArray[np.int32]:
     """Number the groups of rows whose 64-bit hashes differ in at most `max_bits` bits, directly or through others.
 
-    Returns shape (n,), int32; -1 for rows that are alone or have no hash.
+    Returns shape (n,), int32; -1 for rows that have no duplicate or have no hash.
 
     Exact without comparing all pairs: two hashes that differ in at most ``max_bits`` bits agree in at least one of
     ``max_bits + 1`` bands of bits (the pigeonhole principle; Norouzi, Punjani and Fleet 2014, "Fast exact search in

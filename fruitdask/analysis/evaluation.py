@@ -114,7 +114,7 @@ def summarize_quality(
 
 
 def number_groups(groups: Sequence[str] | npt.NDArray[Any] | pd.Series) -> npt.NDArray[np.int64]:
-    """Number groups, int64; each empty text is a group of its own.
+    """Number groups, int64; each empty text is a separate group.
 
     >>> number_groups(["r0", "", "r0", ""])
     array([0, 1, 0, 2])
@@ -177,9 +177,9 @@ class _Measured:
 
     #: Rows of the nearest ones, shape (n, k), int64, nearest first.
     neighbors: npt.NDArray[np.int64]
-    #: Mean distance to those of its own class, shape (n,), float64; NaN where there are none.
+    #: Mean distance to those of its own class, shape (n,), float64; NaN if there are none.
     own: npt.NDArray[np.float64]
-    #: Mean distance to those of the nearest other class, shape (n,), float64; infinite where there are none.
+    #: Mean distance to those of the nearest other class, shape (n,), float64; infinite if there are none.
     other: npt.NDArray[np.float64]
 
 
@@ -266,7 +266,7 @@ def _summarize_silhouettes(
     if not (1 < len(classes) < len(codes) and is_judged.any() and np.isfinite(measured.other).any()):
         return {"mean": None, "by_class": dict.fromkeys(classes)}
     larger = np.maximum(measured.own, measured.other)
-    # By convention 0 for an image that is alone in its class, and where all images are equal.
+    # By convention 0 for the only image of a class, and if all images are equal.
     known = np.isfinite(larger) & (larger > 0)
     silhouettes = np.divide(measured.other - measured.own, larger, out=np.zeros(len(codes)), where=known)
     return _average(silhouettes, classes, codes, is_judged, "mean")
@@ -308,7 +308,7 @@ def _average(
     is_judged: npt.NDArray[np.bool_],
     name: str,
 ) -> dict[str, Any]:
-    """Average values over the judged images, and over those of each class; None where there are none."""
+    """Average values over the judged images, and over those of each class; None if there are none."""
     counts = np.bincount(codes, weights=is_judged)
     sums = np.bincount(codes, weights=np.where(is_judged, values, 0))
     by_class = [float(total / n) if n else None for total, n in zip(sums, counts, strict=True)]

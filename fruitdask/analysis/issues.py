@@ -302,7 +302,7 @@ def _score(deviations: npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.int64],
 def find_copies(groups: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Find the rows of copies, and for each the row of the first image with the same content, int64.
 
-    `groups` are numbers of equal files, -1 for those that are alone.
+    `groups` are numbers of equal files, -1 for files without a copy.
 
     >>> find_copies(np.array([0, 1, -1, 0, 1]))
     (array([3, 4]), array([0, 1]))

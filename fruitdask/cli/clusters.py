@@ -97,7 +97,7 @@ def _open_place(
         yield _find_place_on_ec2(regions, all_regions=all_regions)
         return
     if regions or all_regions:
-        raise ConfigError("--region and --all-regions are only for --cloud ec2; give --resource-group alone")
+        raise ConfigError("--region and --all-regions are only for --cloud ec2; give only --resource-group")
     if not resource_group:
         raise ConfigError("--cloud azure needs --resource-group NAME, that of cluster.resource_group")
     from fruitdask.cluster.azure.machines import list_instances, open_arm, terminate_run

@@ -146,7 +146,7 @@ def load(config: str, overrides: tuple[str, ...], results: str | None = None) ->
 
 
 def describe_photographs(place: str, results: str | None = None) -> dict[str, Any] | None:
-    """Describe a run on photographs alone; None for a file, or a place that is missing."""
+    """Describe a run that is given only photographs; None for a file, or a place that is missing."""
     from fruitdask.core.config import describe_place
 
     sections = describe_place(place, results)

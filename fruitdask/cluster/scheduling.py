@@ -174,7 +174,7 @@ def _run_without_poison(
 
 
 def _find_poison(places: Sequence[int], kills: Callable[[Sequence[int]], bool]) -> list[int]:
-    """Find the images that kill workers alone, by bisection of images that kill workers together."""
+    """Find the images that each kill a worker, by bisection of images that kill workers together."""
     if len(places) == 1:
         return list(places) if kills(places) else []
     left, right = places[: len(places) // 2], places[len(places) // 2 :]

@@ -35,7 +35,7 @@ _OTHER_OPTIONS = re.compile(
 
 
 class Azure(AzureBlobFileSystem):  # type: ignore[misc]
-    """The file system of adlfs, with retries by its client alone, and blobs of any name.
+    """The file system of adlfs, with retries only by its client, and blobs of any name.
 
     The client of adlfs waits 15 seconds and longer before a retry, and reads of a response that breaks off are retried
     by another layer, three times each. adlfs cuts a name off at a question mark or a number sign.

@@ -79,7 +79,7 @@ def _list_places(places: list[Row | str], ask: _Ask) -> Iterator[Row]:
 
 
 class _Pages:
-    """Pages of one folder that have arrived, and the request for the next one; a file is a page of its own."""
+    """Pages of one folder that have arrived, and the request for the next one; a file counts as a page."""
 
     def __init__(self, place: Row | str, ask: _Ask) -> None:
         self.held = deque([] if isinstance(place, str) else [[place]])

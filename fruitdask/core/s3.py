@@ -19,7 +19,7 @@ _MAX_LEVEL_PAGES = 10
 
 
 class S3(S3FileSystem):  # type: ignore[misc]
-    """The file system of s3fs, with retries by its client alone.
+    """The file system of s3fs, with retries only by its client.
 
     s3fs retries around its client, for reads twice over, which multiplies the attempts and their time, and does not
     retry pages of listings. The client retries all requests, with backoff and jitter, up to a number of attempts and

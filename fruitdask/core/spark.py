@@ -48,7 +48,7 @@ class SparkFolder:
         return self._read(column, n_at_once, lambda batch: decode_vectors(batch, width))
 
     def find_width(self, column: str) -> int:
-        """Find the usual width of the vectors in the first batch that has any; 0 where there is none."""
+        """Find the usual width of the vectors in the first batch that has any; 0 if there is none."""
         for found in self._read(column, _WIDTHS_AT_ONCE, measure_vectors):
             if widths := Counter(found[found > 0].tolist()):
                 return int(widths.most_common(1)[0][0])

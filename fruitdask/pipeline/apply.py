@@ -28,7 +28,7 @@ def apply(
     progress: RunProgress | bool | None = None,
 ) -> RunResult:
     """
-    Apply a finished run to other images, as a run of its own that can be resumed and repeated.
+    Apply a finished run to other images, as a separate run that can be resumed and repeated.
 
     Parameters
     ----------

@@ -38,7 +38,7 @@ def embed_photographs(
 ) -> tuple[npt.NDArray[np.float32], pd.DataFrame]:
     """Compute the features of photographs in the same way as a finished run.
 
-    Returns features (n, n_features), float32, NaN where there are none, and a table of path, status and error.
+    Returns features (n, n_features), float32, NaN if there are none, and a table of path, status and error.
     """
     leave_imported_script()
     config = restore_config(manifest, overrides=overrides)

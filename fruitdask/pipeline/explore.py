@@ -1,4 +1,4 @@
-"""Explores images: alone, or during a run, whose tasks already hold the images in memory."""
+"""Explores images by itself, or during a run, whose tasks already hold the images in memory."""
 
 import hashlib
 import json
@@ -314,7 +314,7 @@ class ImageExploration:
         return numbers
 
     def _read_hashes(self, column: str, n_bits: int) -> npt.NDArray[np.uint64]:
-        """Read the first 128 bits of the hashes of all images, shape (n, 2) or (n, 1); zeros where there is none."""
+        """Read the first 128 bits of the hashes of all images, shape (n, 2) or (n, 1); zeros if there is none."""
         codes, _ = self._classes
         hashes, row = np.zeros((len(codes), min(n_bits, 128) // 64), np.uint64), 0
         for table in self.job.workspace.read_rows(range(self._n_partitions), [column]):

@@ -159,7 +159,7 @@ def _check_places(source: Location, output: Location) -> None:
     if output.is_archive:
         raise ConfigError(f"output.url {output.url}: expected a folder, found an archive; choose a folder")
     inner, outer = (os.path.realpath(place.path) if place.is_local else place.path for place in (output, source))
-    # Containers of Azure belong to accounts, buckets of S3 have names of their own.
+    # Containers of Azure belong to accounts, names of S3 buckets are unique.
     is_same = type(output.fs) is type(source.fs) and _find_account(output) == _find_account(source)
     if f"{inner}/".startswith(f"{outer}/") and is_same:
         raise ConfigError(f"output.url {output.url} lies inside input.url {source.url}; choose a folder outside it")

@@ -1,4 +1,4 @@
-"""Opens the results of a finished run, by their folder alone."""
+"""Opens the results of a finished run, given only their folder."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -70,7 +70,7 @@ def carry_out(
     client: Any = None,
     progress: RunProgress | bool | None = None,
 ) -> RunResult:
-    """Run the whole pipeline, with principal components of its own or those of another run."""
+    """Run the whole pipeline, with its own principal components or those of another run."""
     leave_imported_script()
     progress = resolve_progress(progress)
     with progress, ExitStack() as locks:

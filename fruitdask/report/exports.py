@@ -161,7 +161,7 @@ def write_lance(blocks: Iterable[Block], target: Location) -> None:
     try:
         lance.write_dataset(pa.RecordBatchReader.from_batches(first.schema, list_batches()), target.path)
     except Exception:
-        # Lance wraps an error of its source in one of its own, whose message is the whole traceback.
+        # Lance wraps an error of its source in its own error, whose message is the whole traceback.
         if failures:
             raise failures[0] from None
         raise

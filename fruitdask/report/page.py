@@ -237,7 +237,7 @@ def _draw(figure: "Figure", label: str) -> Any:
 
 
 def _trust(text: str) -> Any:
-    """Mark HTML of our own, and figures, in which matplotlib has escaped all text."""
+    """Mark our own HTML, and figures, in which matplotlib has escaped all text."""
     from markupsafe import Markup
 
     return Markup(text)

@@ -159,7 +159,7 @@ def _narrow(catalog: pd.DataFrame, config: InputConfig) -> pd.DataFrame:
         catalog = _keep_rows(catalog, ~match_paths(catalog["path"], patterns))
         if catalog.empty:
             name = "input.exclude" if config.exclude else "input.exclude_from"
-            raise CatalogError(f"{config.url}: expected images besides those that {name} names, found none")
+            raise CatalogError(f"{config.url}: expected images other than those that {name} names, found none")
     return catalog
 
 
@@ -179,7 +179,7 @@ def match_paths(paths: pd.Series, patterns: Sequence[str]) -> npt.NDArray[np.boo
 
 
 def escape_paths(patterns: Sequence[str], paths: pd.Series) -> tuple[str, ...]:
-    """Escape the patterns that are one of some paths, so that they match it alone.
+    """Escape the patterns that are one of some paths, so that they match only it.
 
     >>> escape_paths(["a[1].jpg", "b[1].jpg"], pd.Series(["a1.jpg", "a[1].jpg"]))
     ('a[[]1].jpg', 'b[1].jpg')
@@ -220,7 +220,7 @@ def take_rows(catalog: pd.DataFrame, rows: npt.NDArray[np.int64]) -> pd.DataFram
 def sample_evenly(
     catalog: pd.DataFrame, limit: int, *, among: npt.NDArray[np.bool_] | None = None
 ) -> npt.NDArray[np.int64]:
-    """Choose at most ``limit`` rows, of all or of ``among``, the same number of each class where there are enough.
+    """Choose at most ``limit`` rows, of all or of ``among``, the same number of each class if there are enough.
 
     Rows are taken class by class in turn, within a class by a hash of the path: the choice is reproducible, looks
     random, and a larger limit keeps what a smaller one chose.

@@ -89,7 +89,7 @@ def delete_strays(output: Location) -> None:
 
 
 def _copy_folder(source: Location, target: Location) -> None:
-    """Copy a folder, if it exists, to a place where there is none."""
+    """Copy a folder, if it exists, to a place that does not exist."""
     with explained(target, "write"):
         if exists(source):
             source.fs.copy(f"{source.path}/", f"{target.path}/", recursive=True)

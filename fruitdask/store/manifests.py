@@ -93,12 +93,12 @@ def describe_mismatch(output: Location, difference: str) -> str:
 
 
 def read_run(output: Location) -> RunManifest | None:
-    """Read the manifest of a run; None where there is none."""
+    """Read the manifest of a run; None if there is none."""
     return _read_manifest(output, RunManifest)
 
 
 def read_exploration_manifest(output: Location) -> ExplorationManifest | None:
-    """Read the manifest of an exploration; None where there is none."""
+    """Read the manifest of an exploration; None if there is none."""
     return _read_manifest(output, ExplorationManifest)
 
 
@@ -129,7 +129,7 @@ def write_manifest(output: Location, manifest: Manifest) -> None:
 
 
 def read_json(location: Location) -> Any:
-    """Read a JSON file; None where there is none."""
+    """Read a JSON file; None if there is none."""
     with explained(location, "read"):
         if not exists(location):
             return None

@@ -197,7 +197,7 @@ class Manifest(Record):
     regions: dict[str, str] = {}
     left_out: dict[str, int] = {}
     processing: dict[str, Any] = {}
-    #: SHA-256 of files without checksums of their own, by name.
+    #: SHA-256 of files without their own checksums, by name.
     digests: dict[str, str] = {}
 
     @property

@@ -254,7 +254,7 @@ def _fetch(
         except MemoryError:
             raise
         except Exception as error:
-            # File systems raise OSError, but also exceptions of their clients; any of them concerns this image alone.
+            # File systems raise OSError, but also exceptions of their clients; any of them affects only this image.
             cause = explain_error(error) or " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, PermissionError):
                 break

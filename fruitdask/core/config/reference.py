@@ -32,7 +32,7 @@ def build_reference() -> str:
 
 
 def _list_tables() -> Iterator[tuple[str, ...]]:
-    """List the sections that have a table of their own: those at the top, and each kind of cluster."""
+    """List the sections that have their own table: those at the top, and each kind of cluster."""
     for place in SECTIONS:
         if len(place) == 1 or (len(place) == 2 and "kind" in SECTIONS[place].model_fields):
             yield tuple(map(str, place))

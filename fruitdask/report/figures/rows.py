@@ -165,7 +165,7 @@ def _mark_missing(axes: Axes, is_missing: pd.Series) -> None:
 
 
 def _format_signed(value: float) -> str:
-    """Write a number with two decimals and a real minus; a dash where there is none."""
+    """Write a number with two decimals and a real minus; a dash if there is none."""
     return _DASH if math.isnan(value) else f"{value:.2f}".replace("-", "−")
 
 

@@ -14,7 +14,7 @@ _MAX_EXAMPLES = 1_200
 
 
 def count_examples(n_classes: int, per_class: int) -> int:
-    """Count the examples of a class besides its mean, the most and the least typical image, so that all fit."""
+    """Count the examples of a class in addition to its mean, the most and the least typical image, so that all fit."""
     return min(per_class, max(0, _MAX_EXAMPLES // max(1, n_classes) - 3))
 
 

@@ -116,7 +116,7 @@ def _open(data: bytes) -> Iterator[Image.Image]:
         image = open_heic(data)
     else:
         if is_avif(data):
-            # Workers decode in several threads of their own.
+            # Workers decode in several threads already.
             AvifImagePlugin.DEFAULT_MAX_THREADS = 1
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     with image:

@@ -101,7 +101,7 @@ def explain(data: bytes, error: Exception | None) -> str:
 
 
 def name_raw(data: bytes) -> str | None:
-    """Describe a raw file that is also a valid TIFF, of a thumbnail alone."""
+    """Describe a raw file that is also a valid TIFF, which has only a thumbnail."""
     if data[:4] in TIFF_HEADS and data[8:10] == b"CR":
         return f"{_EXPECTED}, found {_RAW.format('Canon CR2')}"
     return None

@@ -47,9 +47,9 @@ _CODE_LAYERS = ("TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
 class ModelFile:
     """The content of a file."""
 
-    #: ``keras`` or ``h5`` for a whole network, ``weights`` or ``legacy weights`` for weights alone.
+    #: ``keras`` or ``h5`` for a whole network, ``weights`` or ``legacy weights`` for a file of weights only.
     kind: str
-    #: Keras's description of the network's layers; empty for weights alone.
+    #: Keras's description of the network's layers; empty for a file of weights only.
     description: Mapping[str, Any] = field(default_factory=dict)
     #: Keras's description of the training, if the file has one.
     training: Any = None

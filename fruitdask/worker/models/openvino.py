@@ -108,10 +108,10 @@ def _find_reason(error: Exception) -> str:
 
 
 def _compile(network: Any, *, n_threads: int) -> Any:
-    """Compile a network for this machine's CPU, in a thread of its own.
+    """Compile a network for this machine's CPU, in its own thread.
 
     OpenVINO gives the thread that compiles the first network a stack for its signals, and frees it when the last
-    network goes, in whichever thread. The next Ctrl-C or SIGTERM would then crash the main thread.
+    network is deleted, in any thread. The next Ctrl-C or SIGTERM would then crash the main thread.
     """
     settings = {
         # On some CPUs the default is bfloat16, which changes MobileNetV2's features by a fifth.
