@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from fruitdask import store
 from fruitdask.core.storage import (
     Location,
     check_bucket,
@@ -426,3 +428,15 @@ def test_streamed_file_is_complete_or_absent(place: Place, n_bytes: int) -> None
         write(file)
     assert place.get("streamed/a.bin") == data
     assert place.root.fs.find(place.root.path) == [target.path]
+
+
+def test_folder_with_two_colons_in_its_name_is_no_chain_of_file_systems(tmp_path: Path) -> None:
+    # fsspec and Zarr would read and write the folder a instead.
+    for name in ("a", "a::b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "name.txt").write_text(name)
+    folder = Location(str(tmp_path / "a::b"))
+    assert folder.is_local and folder.fs.cat_file(folder.locate("name.txt")) == b"a::b"
+    store.write_arrays(folder.child("explore.zarr"), {"rows": (np.ones(2), ["row"])}, {})
+    assert store.read_arrays(folder.child("explore.zarr"))["rows"].tolist() == [1, 1]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["name.txt"]

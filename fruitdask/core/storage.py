@@ -169,7 +169,12 @@ def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str
     try:
         if location.is_s3 or location.is_azure:
             return _open_own(location)
-        fs, path = fsspec.core.url_to_fs(location.url, **location.options)
+        # fsspec would take a folder named a::b for the folder a.
+        fs, path = (
+            fsspec.core.url_to_fs(location.url, **location.options)
+            if "://" in location.url
+            else (LocalFileSystem(**location.options), LocalFileSystem._strip_protocol(location.url))
+        )
     except ImportError as error:
         hint = known_implementations.get(protocol, {}).get("err", str(error))
         if location.is_azure:
