@@ -331,8 +331,15 @@ def hash_file(location: Location) -> str:
 def exists(location: Location) -> bool:
     """Whether a file or folder exists."""
     with explained(location, "read"):
-        location.fs.invalidate_cache()
-        return bool(location.fs.exists(location.path))
+        if not location.is_local:
+            location.fs.invalidate_cache()
+            return bool(location.fs.exists(location.path))
+        try:
+            # fsspec takes what may not be read for missing, and a run would begin again.
+            os.stat(location.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
 
 def check_bucket(location: Location) -> None:
