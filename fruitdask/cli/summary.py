@@ -71,8 +71,8 @@ def print_exploration(found: "Exploration", config: "Config") -> None:
         column.justify = "right"
     for label, row in found.classes.head(_SHOWN_CLASSES).iterrows():
         size = f"{row['width_px_median']:.0f} x {row['height_px_median']:.0f}" if row["n_ok"] else "-"
-        has_pairs = row["n_ok"] > 1
-        difference = f"{row['mean_squared_difference']:.4f} ± {row['standard_error']:.4f}" if has_pairs else "-"
+        error = f" ± {row['standard_error']:.4f}" if row["n_ok"] > 2 else ""
+        difference = f"{row['mean_squared_difference']:.4f}{error}" if row["n_ok"] > 1 else "-"
         table.add_row(
             escape(show(str(label))), f"{row['n_images']:,}", size, difference, f"{row['n_near_duplicates']:,}"
         )
