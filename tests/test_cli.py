@@ -554,3 +554,31 @@ def test_signals_of_a_closing_terminal_end_a_command_unless_they_are_ignored(num
         assert signal.getsignal(number) == signal.SIG_IGN
     finally:
         signal.signal(number, before)
+
+
+def test_modules_in_the_current_folder_do_not_stand_in_for_those_of_python(tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_text("")
+    # The script fruitdask does not look in the current folder, but each process that it starts does.
+    code = (
+        "import sys; sys.path.remove('')\nfrom fruitdask.cli import main\nsys.argv = ['fruitdask', '--version']\n"
+        "try:\n    main()\nexcept SystemExit:\n    import subprocess\n"
+        "    sys.exit(subprocess.run([sys.executable, '-c', 'import tempfile']).returncode)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+
+
+@pytest.mark.parametrize("kind", ["folder", "disk"])
+def test_errors_of_the_system_are_one_sentence(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if kind == "folder":
+        tmp_path.rmdir()
+    with pytest.raises(SystemExit, match="1"), reported():
+        os.getcwd() if kind == "folder" else Path("/dev/full").write_text("x")
+    said = {"folder": "the current folder was deleted; change to", "disk": "no space left where this command prints"}
+    assert said[kind] in capsys.readouterr().err
+    monkeypatch.chdir("/")
+    with pytest.raises(OSError, match="nowhere"), reported():
+        Path("/nowhere").stat()

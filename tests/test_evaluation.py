@@ -15,6 +15,7 @@ from sklearn.metrics import silhouette_score
 from sklearn.model_selection import LeaveOneGroupOut, LeaveOneOut, cross_val_predict, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from fruitdask.analysis import classifier
 from fruitdask.analysis.evaluation import explain_variance, find_series, summarize_quality
 from fruitdask.analysis.neighbors import find_neighbors
 from fruitdask.errors import ReduceError
@@ -411,3 +412,17 @@ def test_explain_variance_returns_none_beyond_the_components(ratio: list[float],
 def test_neighbors_imports_sklearn_only_when_called() -> None:
     code = "import sys, fruitdask.analysis.evaluation, fruitdask.analysis.neighbors; print('sklearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_cosines_do_not_depend_on_one_image_of_huge_features() -> None:
+    random = np.random.default_rng(0)
+    labels, features = np.repeat(["a", "b"], 20), random.normal(size=(40, 5)).astype(np.float32)
+    features[20:, 0] += 4
+    huge = features.copy()
+    huge[0] *= 1e9
+    expected, found = (summarize(each, labels, metric="cosine") for each in (features, huge))
+    assert found["neighbors"] == expected["neighbors"] and expected["silhouette"]["mean"] > 0.2
+    assert found["silhouette"]["mean"] == pytest.approx(expected["silhouette"]["mean"], abs=1e-6)
+    reports = [classifier.train(each, labels)[1] for each in (features, huge)]
+    assert reports[0]["nearest_neighbors"] == reports[1]["nearest_neighbors"]
+    assert reports[0]["unknown_distance"] == pytest.approx(reports[1]["unknown_distance"], abs=1e-6)

@@ -168,6 +168,8 @@ def test_standard_error_is_that_of_repeated_samples() -> None:
 
     means, errors = np.array([measure(40) for _ in range(300)]).T
     assert errors.mean() == pytest.approx(means.std(), rel=0.15)
+    # A single pair has no spread, which is no reason to be sure of it.
+    assert np.isnan(measure(2)[1]) and measure(3)[1] > 0
 
 
 @pytest.mark.slow

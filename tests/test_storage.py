@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from fruitdask import store
 from fruitdask.core.storage import (
     Location,
     check_bucket,
@@ -420,3 +422,26 @@ def test_streamed_file_is_complete_or_absent(place: Place, n_bytes: int) -> None
         write(file)
     assert place.get("streamed/a.bin") == data
     assert place.root.fs.find(place.root.path) == [target.path]
+
+
+def test_folder_with_two_colons_in_its_name_is_no_chain_of_file_systems(tmp_path: Path) -> None:
+    # fsspec and Zarr would read and write the folder a instead.
+    for name in ("a", "a::b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "name.txt").write_text(name)
+    folder = Location(str(tmp_path / "a::b"))
+    assert folder.is_local and folder.fs.cat_file(folder.locate("name.txt")) == b"a::b"
+    store.write_arrays(folder.child("explore.zarr"), {"rows": (np.ones(2), ["row"])}, {})
+    assert store.read_arrays(folder.child("explore.zarr"))["rows"].tolist() == [1, 1]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["name.txt"]
+
+
+def test_what_cannot_be_read_is_not_missing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").symlink_to(tmp_path / "none")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    folder = Location(str(tmp_path))
+    assert [exists(folder.child(*names)) for names in (["file"], ["none"], ["broken"], ["file", "x"])] == [1, 0, 0, 0]
+    # As without a permission, which root always has.
+    with pytest.raises(StorageError, match="cannot read .*/loop/zarr.json: .*symbolic links.*; check the path and the"):
+        exists(folder.child("loop", "zarr.json"))

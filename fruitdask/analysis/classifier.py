@@ -221,7 +221,7 @@ def _ask_neighbors(
     """Let the nearest known images vote; returns class codes, and distances to the nearest image."""
     from sklearn.neighbors import KNeighborsClassifier
 
-    known, features = scale_to_one(known), scale_to_one(features)
+    known, features = scale_to_one(known, "cosine"), scale_to_one(features, "cosine")
     model = KNeighborsClassifier(min(_N_NEIGHBORS, len(known)), metric="cosine", algorithm="brute").fit(known, codes)
     return model.predict(features), model.kneighbors(features, 1)[0][:, 0]
 

@@ -219,7 +219,7 @@ def _measure(
         means[each, own] = np.inf
         return np.take_along_axis(nearest, by_distance, axis=1), own_means, np.nan_to_num(means, nan=np.inf).min(axis=1)
 
-    blocks = pairwise_distances_chunked(scale_to_one(features[order]), reduce_func=reduce, metric=metric)
+    blocks = pairwise_distances_chunked(scale_to_one(features[order], metric), reduce_func=reduce, metric=metric)
     neighbors, own, other = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
     back = np.argsort(order)
     return _Measured(order[neighbors][back], own[back], other[back])

@@ -253,8 +253,9 @@ def _describe_distances(distances: npt.NDArray[np.float64], pairs: npt.NDArray[n
     n = len(known)
     return {
         # The mean over pairs is a U-statistic (Hoeffding 1948): its variance is 4 / n times that of an image's mean
-        # difference from the others, which is n / (n - 1) times its distance from the mean, plus a constant.
-        "standard_error": float(2 * n / (n - 1) * known.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan"),
+        # difference from the others, which is n / (n - 1) times its distance from the mean, plus a constant. Two images
+        # are always at the same distance from their mean, and their single pair says nothing about its error.
+        "standard_error": float(2 * n / (n - 1) * known.std(ddof=1) / np.sqrt(n)) if n > 2 else float("nan"),
         **{f"pair_q{quantile * 100:02.0f}": float(q) for quantile, q in zip(_QUANTILES, quantiles, strict=True)},
     }
 

@@ -20,13 +20,15 @@ def number_contents(features: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.u
     return np.asarray(bits @ weights, np.uint64)
 
 
-def scale_to_one(features: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+def scale_to_one(features: npt.NDArray[np.floating[Any]], metric: str = "") -> npt.NDArray[np.floating[Any]]:
     """Scale features by a power of two, so that the largest is about 1 and squares are neither 0 nor infinite.
+
+    For cosines, each row has its own: scikit-learn takes those that are a million times smaller than others for zeros.
 
     >>> scale_to_one(np.array([[3e-30, 6e-30]], np.float32)).max() > 0.5
     np.True_
     """
-    exponent = np.frexp(np.abs(features).max(initial=0))[1]
+    exponent = np.frexp(np.abs(features).max(axis=1 if metric == "cosine" else None, keepdims=True, initial=0))[1]
     return np.asarray(np.ldexp(features, -exponent))
 
 
@@ -58,6 +60,8 @@ def find_neighbors(features: npt.NDArray[np.floating[Any]], *, n_neighbors: int,
     n_neighbors = min(n_neighbors, len(features) - 1)
     if len(features) < 2:
         return np.empty((len(features), 0), np.int64)
-    index = NearestNeighbors(n_neighbors=n_neighbors, metric=metric, algorithm="brute").fit(scale_to_one(features))
+    index = NearestNeighbors(n_neighbors=n_neighbors, metric=metric, algorithm="brute").fit(
+        scale_to_one(features, metric)
+    )
     # Without an argument, kneighbors excludes each row itself by its number.
     return np.asarray(index.kneighbors(return_distance=False), np.int64)

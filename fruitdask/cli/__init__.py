@@ -3,6 +3,7 @@
 import atexit
 import gc
 import io
+import os
 import sys
 from typing import NoReturn
 
@@ -70,5 +71,7 @@ def main() -> NoReturn:
     # Print a question mark for a character that the encoding lacks; on standard error, Python escapes it.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    # Otherwise the processes that it starts would import the user's random.py or types.py in the current folder.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     cli()
     raise SystemExit(0)

@@ -1,7 +1,9 @@
 """Shared parts of commands: options, errors as sentences and exit codes, rows of names and values."""
 
+import errno
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -82,12 +84,28 @@ def reported(*, verbose: bool = False, again: str = "run the same command again"
             raise
         _tell(f"{show(_clean(' '.join(str(error).split())))}; correct or delete it")
         sys.exit(2)
+    except OSError as error:
+        if (cause := _explain_system(error)) is None:
+            raise
+        _tell(cause)
+        sys.exit(1)
     except KeyboardInterrupt:
         _tell(f"interrupted; {again}")
         sys.exit(_INTERRUPTED)
     finally:
         for each, earlier in previous.items():
             signal.signal(each, earlier)
+
+
+def _explain_system(error: OSError) -> str | None:
+    """Explain an error that concerns neither input nor output; None for others."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left where this command prints, or for temporary files; make room there and run again"
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the current folder was deleted; change to another one and run again"
+    return None
 
 
 def _tell(sentence: str) -> None:
@@ -213,6 +231,15 @@ def find_output(output: str) -> tuple[str, dict[str, Any]]:
         return _find_results(output), {}
     config = load(output, ())
     return config.output.url, dict(config.output.storage_options)
+
+
+def format_fraction(value: float) -> str:
+    """Format a fraction as a percentage: like on the page, never 100 % below 1, nor 0 % above 0.
+
+    >>> [format_fraction(value) for value in (1, 0.9997, 0.5, 0.0003, 0)]
+    ['100.0%', '99.9%', '50.0%', '0.1%', '0.0%']
+    """
+    return f"{value if value in (0, 1) else min(max(value, 0.001), 0.999):.1%}"
 
 
 def print_rows(rows: dict[str, str], *above: Any) -> None:

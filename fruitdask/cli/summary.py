@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fruitdask.cli.common import print_rows, show
+from fruitdask.cli.common import format_fraction, print_rows, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,8 +71,8 @@ def print_exploration(found: "Exploration", config: "Config") -> None:
         column.justify = "right"
     for label, row in found.classes.head(_SHOWN_CLASSES).iterrows():
         size = f"{row['width_px_median']:.0f} x {row['height_px_median']:.0f}" if row["n_ok"] else "-"
-        has_pairs = row["n_ok"] > 1
-        difference = f"{row['mean_squared_difference']:.4f} ± {row['standard_error']:.4f}" if has_pairs else "-"
+        error = f" ± {row['standard_error']:.4f}" if row["n_ok"] > 2 else ""
+        difference = f"{row['mean_squared_difference']:.4f}{error}" if row["n_ok"] > 1 else "-"
         table.add_row(
             escape(show(str(label))), f"{row['n_images']:,}", size, difference, f"{row['n_near_duplicates']:,}"
         )
@@ -221,10 +221,11 @@ def _format_quality(quality: dict[str, Any] | None) -> str:
     neighbors = (grouped or quality or {}).get("neighbors", {})
     if quality is None or neighbors["agreement"] is None:
         return "unknown: no class has images of two groups (input.group_from)" if grouped else ""
-    by_chance = f" (by chance {chance:.1%})" if (chance := neighbors.get("chance")) is not None else ""
-    text = f"{neighbors['agreement']:.1%}{by_chance} of the {neighbors['k']} nearest neighbours"
+    by_chance = f" (by chance {format_fraction(chance)})" if (chance := neighbors.get("chance")) is not None else ""
+    text = f"{format_fraction(neighbors['agreement'])}{by_chance} of the {neighbors['k']} nearest neighbours"
     if grouped:
-        return f"{text} in other groups ({quality['neighbors']['agreement']:.1%} with those of its own group)"
+        own = format_fraction(quality["neighbors"]["agreement"])
+        return f"{text} in other groups ({own} with those of its own group)"
     if series := quality.get("series"):
         text += (
             f"; too high, because consecutive images look alike: set input.group_from, such as '{series['pattern']}'"

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fruitdask.cli.common import find_output, print_rows, reported, set_option, show, verbose_option
+from fruitdask.cli.common import find_output, format_fraction, print_rows, reported, set_option, show, verbose_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,7 +77,7 @@ def _print_evaluation(classifier: "Classifier") -> None:
     rows = {
         "linear probe": _format_accuracy(report["linear_probe"]),
         "nearest neighbours": _format_accuracy(report["nearest_neighbors"]),
-        "largest class": f"{largest / report['n_images']:.1%} right if it were always named",
+        "largest class": f"{format_fraction(largest / report['n_images'])} right if it were always named",
         "measured on": f"{held_out}, no object in two of them ({report['n_groups']:,} groups)" if grouped else held_out,
         "note": (
             ""
@@ -91,8 +91,8 @@ def _print_evaluation(classifier: "Classifier") -> None:
 
 def _format_accuracy(evaluated: dict[str, Any]) -> str:
     """Format an accuracy and its interval."""
-    low, high = evaluated["interval"]
-    return f"{evaluated['accuracy']:.1%} right (95 % interval {low:.1%} to {high:.1%})"
+    accuracy, low, high = map(format_fraction, (evaluated["accuracy"], *evaluated["interval"]))
+    return f"{accuracy} right (95 % interval {low} to {high})"
 
 
 def _build_table(by_class: dict[str, dict[str, Any]]) -> "Table":
@@ -106,14 +106,8 @@ def _build_table(by_class: dict[str, dict[str, Any]]) -> "Table":
     shown = sorted(by_class, key=lambda label: by_class[label]["recall"])[:_SHOWN_CLASSES]
     for label in sorted(shown):
         found = by_class[label]
-        low, high = found["interval"]
-        table.add_row(
-            escape(show(label)),
-            f"{found['n_images']:,}",
-            f"{found['recall']:.1%}",
-            f"{low:.0%} to {high:.0%}",
-            f"{found['precision']:.1%}",
-        )
+        low, high, recall, precision = map(format_fraction, (*found["interval"], found["recall"], found["precision"]))
+        table.add_row(escape(show(label)), f"{found['n_images']:,}", recall, f"{low} to {high}", precision)
     if len(by_class) > len(shown):
         table.add_row(f"... and {len(by_class) - len(shown)} more classes", "", "", "", "")
     return table

@@ -169,7 +169,12 @@ def _open_filesystem(location: Location) -> tuple[fsspec.AbstractFileSystem, str
     try:
         if location.is_s3 or location.is_azure:
             return _open_own(location)
-        fs, path = fsspec.core.url_to_fs(location.url, **location.options)
+        # fsspec would take a folder named a::b for the folder a.
+        fs, path = (
+            fsspec.core.url_to_fs(location.url, **location.options)
+            if "://" in location.url
+            else (LocalFileSystem(**location.options), LocalFileSystem._strip_protocol(location.url))
+        )
     except ImportError as error:
         hint = known_implementations.get(protocol, {}).get("err", str(error))
         if location.is_azure:
@@ -326,8 +331,15 @@ def hash_file(location: Location) -> str:
 def exists(location: Location) -> bool:
     """Whether a file or folder exists."""
     with explained(location, "read"):
-        location.fs.invalidate_cache()
-        return bool(location.fs.exists(location.path))
+        if not location.is_local:
+            location.fs.invalidate_cache()
+            return bool(location.fs.exists(location.path))
+        try:
+            # fsspec takes what may not be read for missing, and a run would begin again.
+            os.stat(location.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
 
 def check_bucket(location: Location) -> None:

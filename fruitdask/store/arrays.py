@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -359,7 +360,8 @@ def hash_arrays(location: Location) -> str:
 def name_store(location: Location) -> dict[str, Any]:
     """Name a Zarr store."""
     if location.is_local:
-        return {"store": location.path}
+        # As text, Zarr would take a::b for a chain of file systems.
+        return {"store": Path(location.path)}
     if location.is_s3 or location.is_azure:
         # Zarr would take those of s3fs and adlfs, which have retries of their own.
         fs = type(location.fs)(asynchronous=True, **location.options)
