@@ -234,7 +234,7 @@ def measure_deviations(
     >>> measure_deviations(np.array([1.0, 2, 3, 40]), np.zeros(4, int), floor=1.0).round(1).tolist()
     [-1.0, -0.3, 0.3, 25.3]
     """
-    order, sizes = np.argsort(codes, kind="stable"), np.bincount(codes)
+    order, sizes = np.argsort(codes, kind="stable").astype(np.int32), np.bincount(codes)
     deviations, spreads = np.full_like(values, np.nan), np.full(len(sizes), np.nan, values.dtype)
     for code, rows in enumerate(np.split(order, np.cumsum(sizes)[:-1])):
         with np.errstate(invalid="ignore"):
@@ -287,7 +287,7 @@ def _find_odd_sharpness(
     rows = np.flatnonzero(is_uniform)
     yield "uniform", rows, 1 - contrast[rows] / (2 * _UNIFORM_LEVELS)
     # Edges grow with contrast, which the brightness of the light determines too.
-    relative = np.log(np.maximum(sharpness, 1e-3) / np.maximum(contrast, 1) ** 2)
+    relative = np.log(np.maximum(sharpness, 1e-3)) - 2 * np.log(np.maximum(contrast, 1))
     deviations = measure_deviations(relative, codes, floor=_FLOORS["sharpness"])
     deviations[is_uniform] = np.nan
     yield "blurry", *_score(-deviations)

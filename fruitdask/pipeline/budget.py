@@ -9,6 +9,7 @@ from typing import Any
 from fruitdask.cluster import describe_workers, list_usage, open_client
 from fruitdask.cluster.cloud.prices import PRICES_OF, Cost, Usage, compute_cost
 from fruitdask.core.config import CloudClusterConfig, ClusterConfig, EC2ClusterConfig, LimitsConfig
+from fruitdask.core.memory import return_freed_memory
 from fruitdask.errors import ConfigError, LimitError
 from fruitdask.store.schema import CostRecord
 from fruitdask.worker.fetch import Stopwatch
@@ -36,6 +37,13 @@ class Clock(Stopwatch):
     def total_seconds(self) -> float:
         """Seconds since the run began."""
         return round(time.perf_counter() - self._start, 3)
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Add the seconds of a block to a stage, which begins without the memory that earlier ones have freed."""
+        return_freed_memory()
+        with super().measure(stage):
+            yield
 
 
 class Budget:

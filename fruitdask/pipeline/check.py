@@ -12,12 +12,13 @@ import pyarrow as pa
 from fruitdask import store
 from fruitdask.core.config import CheckConfig
 from fruitdask.core.escaping import format_csv
+from fruitdask.core.memory import return_freed_memory
 from fruitdask.core.storage import Location
 from fruitdask.pipeline.open import open as open_result
 from fruitdask.pipeline.reduce import BLOCK_BYTES
-from fruitdask.pipeline.results import RunResult, open_features
+from fruitdask.pipeline.results import RunResult, open_features, read_images
 from fruitdask.store.catalog import sample_evenly
-from fruitdask.store.exploration import read_images
+from fruitdask.store.exploration import read_images as read_explored
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -65,7 +66,7 @@ def check(results: "str | RunResult", *, storage_options: Mapping[str, Any] | No
     manifest, output = store.RunManifest.model_validate(result.manifest), result.output
     if manifest.issues is None:
         with store.locked(output), dask.config.set(scheduler="threads"):
-            issues = find_issues(CheckConfig(), output, store.read_table(output, store.CATALOG))
+            issues = find_issues(CheckConfig(), output, read_images(output))
             digests, record = write_issues(output, issues)
             store.write_manifest(output, manifest.change(issues=record, digests=manifest.digests | digests))
     return store.read_table(output, store.ISSUES)
@@ -113,7 +114,7 @@ class _Findings:
         self._output, self._is_ok = output, is_ok
         # Once images were added, the rows of the store are in another order than those of the exploration.
         finder = store.PathFinder(paths)
-        blocks = read_images(output, ("path",))
+        blocks = read_explored(output, ("path",))
         self._rows = [finder.find(block["path"].to_pandas()).astype(np.int32) for block in blocks]
 
     def read(self, *columns: str) -> pd.DataFrame:
@@ -121,6 +122,7 @@ class _Findings:
         values = np.full((len(columns), len(self._is_ok)), np.nan, np.float32)
         for rows, block in self._read_blocks(columns):
             values[:, rows] = np.where(self._is_ok[rows], block.to_numpy(np.float32, na_value=np.nan).T, np.nan)
+        return_freed_memory()
         return pd.DataFrame(values.T, columns=list(columns), copy=False)
 
     def read_copies(self) -> npt.NDArray[np.int32]:
@@ -145,7 +147,7 @@ class _Findings:
 
     def _read_blocks(self, columns: Sequence[str]) -> Iterator[tuple[npt.NDArray[np.int32], pd.DataFrame]]:
         """Read columns block by block, with the rows that their images have in the catalog."""
-        for rows, block in zip(self._rows, read_images(self._output, columns), strict=True):
+        for rows, block in zip(self._rows, read_explored(self._output, columns), strict=True):
             is_there = rows >= 0
             yield rows[is_there], block.to_pandas()[is_there]
 
@@ -178,6 +180,7 @@ def _find_by_features(
         columns = {"row": rows, "kind": "label", "score": scores, "other_row": votes.nearest, "class": votes.codes}
         yield pd.DataFrame(columns | {"agreement": votes.group_shares})[np.isfinite(scores)]
         distances[rows] = votes.distances
+    return_freed_memory()
     read = None if findings is None else findings.read
     for kind, here, odd_scores in find_odd_values(read, codes, distances):
         yield pd.DataFrame({"row": here, "kind": kind, "score": odd_scores})
