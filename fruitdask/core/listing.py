@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fruitdask.core.inventory import check_unique, list_inventory
 from fruitdask.core.prefixes import Row, list_below
 from fruitdask.core.storage import Location, explained
 from fruitdask.errors import CatalogError, ConfigError
@@ -137,21 +138,26 @@ def list_files(
     *,
     takes_hidden: bool,
     rules: Mapping[str, str],
+    inventory: Location | None = None,
     on_listed: Callable[[int], None] = lambda n_files: None,
 ) -> Listing:
     """List the files below a location; `rules` say how label, split and group follow from a path.
 
-    `on_listed` is called with the number of files found so far.
+    An inventory names the files, in place of the location itself. `on_listed` is called with the number of files found
+    so far.
     """
     selection = _Selection(_choose_extensions(extensions), takes_hidden=takes_hidden)
     columns = _Columns(PurePosixPath(root.path).name or PurePosixPath(root.base.path).stem, rules)
     with explained(root, "list"):
-        found = _list_rows(root, selection)
+        found = _list_rows(root, inventory, selection)
         while rows := list(islice(found, _ROWS_AT_ONCE)):
             _check_names([path for path, _, _ in rows], root)
             columns.extend(rows)
             on_listed(len(columns))
-    return Listing(columns.to_frame(), _sort_kinds(selection.left_out), columns.describe_merged())
+    files = columns.to_frame()
+    if inventory is not None:
+        check_unique(files["path"], inventory)
+    return Listing(files, _sort_kinds(selection.left_out), columns.describe_merged())
 
 
 def _choose_extensions(extensions: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -324,11 +330,16 @@ def _check_names(paths: Sequence[str], root: Location) -> None:
         raise CatalogError(f"{root.url}: found the object {odd!r}, expected names without ?versionId=; rename it")
 
 
-def _list_rows(root: Location, selection: _Selection) -> Iterator[Row]:
-    """List the selected files of any file system."""
-    if root.is_local:
+def _list_rows(root: Location, inventory: Location | None, selection: _Selection) -> Iterator[Row]:
+    """List the selected files of any file system, or those that an inventory names."""
+    if inventory is not None:
+        rows = list_inventory(root, inventory)
+    elif root.is_local:
         return _Walk(root.path or os.sep, selection).list_rows()
-    rows = list_below(root.fs, root.path) if root.is_s3 else _list_pages(root) if root.is_azure else _find_files(root)
+    else:
+        rows = (
+            list_below(root.fs, root.path) if root.is_s3 else _list_pages(root) if root.is_azure else _find_files(root)
+        )
     return (row for row in rows if selection.takes_path(row[0]))
 
 
