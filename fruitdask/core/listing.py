@@ -309,8 +309,14 @@ class _Columns:
             **named,
         }
         table = pd.DataFrame(columns, copy=False)
-        # Disks (except links) and S3 list in the order of paths; directory buckets and other stores may not.
-        return table if self._is_sorted else table.sort_values("path", ignore_index=True)
+        # Disks (except links) and S3 list in the order of paths; directory buckets, inventories and others may not.
+        if self._is_sorted:
+            return table
+        table = table.sort_values("path", ignore_index=True)
+        for name in self._rules:
+            # input.limit takes classes in this order.
+            table[name] = table[name].cat.reorder_categories(table[name].unique().astype("str"))
+        return table
 
 
 def _get_folder(path: str) -> str:
