@@ -263,9 +263,8 @@ def test_public_and_local_places_need_no_permission() -> None:
     ids=["report", "report at the top", "table"],
 )
 def test_launcher_alone_reads_the_inventory(url: str, objects: list[str]) -> None:
-    found = [
-        need for need in list_actions(load(input={"url": "s3://photos/set", "inventory": url})) if "Inventory" in need.statement
-    ]
+    config = load(input={"url": "s3://photos/set", "inventory": url})
+    found = [need for need in list_actions(config) if "Inventory" in need.statement]
     assert [(need.role, need.action) for need in found] == [("launcher", "s3:ListBucket"), ("launcher", "s3:GetObject")]
     assert found[1].resources == tuple(f"arn:aws:s3:::{name}" for name in objects)
 

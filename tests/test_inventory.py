@@ -112,7 +112,7 @@ def write_chunk(kind: str, rows: Rows, columns: dict[str, str]) -> bytes:
         text = io.StringIO()
         writer = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
         for row in rows:
-            values = row | {"key": quote_plus(row["key"], safe="/")}
+            values = row | {"key": quote_plus(row["key"], safe="/", errors="surrogateescape")}
             writer.writerow([_spell(values[name]) for name in columns.values()])
         return gzip.compress(text.getvalue().encode())
     types = {"size": pa.int64(), "is_latest": pa.bool_(), "is_delete_marker": pa.bool_()}
@@ -240,6 +240,13 @@ def test_report_with_a_damaged_chunk_is_refused(report: Report) -> None:
     report.client.put_object(Bucket=report.target, Key=key, Body=b"\x1f\x8bother")
     with pytest.raises(DamageError, match=r"0\.csv\.gz: expected the MD5 \w{32} of .*; name the manifest\.json of ano"):
         list_input(config)
+
+
+def test_report_with_a_name_that_is_not_utf_8_is_refused(report: Report) -> None:
+    report.client.put_object(Bucket=report.bucket, Key="set/a.jpg", Body=b"x")
+    report.put("CSV", [[report.describe()[0] | {"key": "set/\udcff.jpg"}]])
+    with pytest.raises(CatalogError, match="expected names in UTF-8; rename that file"):
+        list_input(report.configure("set", inventory=report.url))
 
 
 def test_report_on_this_machine_is_refused(report: Report, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -293,8 +293,9 @@ class _Columns:
         return (f"{several} from several folders of one name, {example}; if another folder is the class, {remedy}",)
 
     def to_frame(self) -> pd.DataFrame:
-        """Make a table that shares the columns' memory."""
-        n_files, buffers = len(self._sizes), [None, pa.py_buffer(self._ends), pa.py_buffer(self._paths)]
+        """Make a table that takes over the columns' memory."""
+        n_files, ends, paths = len(self._sizes), pa.py_buffer(self._ends), pa.py_buffer(self._paths)
+        self._ends, self._paths = array("q", [0]), bytearray()
         named = {
             name: pd.Categorical.from_codes(
                 np.frombuffer(self._codes[name], np.int32), pd.Index(list(self._names[name]), dtype="str")
@@ -302,21 +303,24 @@ class _Columns:
             for name in self._rules
         }
         columns = {
-            "path": pa.Array.from_buffers(pa.large_string(), n_files, buffers).to_pandas(),
+            "path": pa.Array.from_buffers(pa.large_string(), n_files, [None, ends, paths]).to_pandas().array,
             "label": named.pop("label"),
             "bytes": np.frombuffer(self._sizes, np.int64),
             "version": np.frombuffer(self._versions, np.int64),
             **named,
         }
-        table = pd.DataFrame(columns, copy=False)
+        del ends, paths
         # Disks (except links) and S3 list in the order of paths; directory buckets, inventories and others may not.
-        if self._is_sorted:
-            return table
-        table = table.sort_values("path", ignore_index=True)
-        for name in self._rules:
-            # input.limit takes classes in this order.
-            table[name] = table[name].cat.reorder_categories(table[name].unique().astype("str"))
-        return table
+        return pd.DataFrame(columns if self._is_sorted else _sort_rows(columns, self._rules), copy=False)
+
+
+def _sort_rows(columns: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
+    """Sort rows by path, and words by their first row: input.limit takes classes in this order."""
+    order = columns["path"].argsort()
+    # One column after the other, for the table is as large as it gets.
+    for name in columns:
+        columns[name] = columns[name].take(order)
+    return columns | {name: columns[name].reorder_categories(columns[name].unique().astype("str")) for name in words}
 
 
 def _get_folder(path: str) -> str:
