@@ -59,6 +59,7 @@ def test_load_config_fills_in_the_defaults(tmp_path: Path) -> None:
             "group_from": None,
             "limit": None,
             "manifest": None,
+            "inventory": None,
             "sample": None,
         },
         "model": {
@@ -200,12 +201,14 @@ def test_load_config_resolves_paths_of_the_file_against_the_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = (
-        "input: {url: ../photographs, manifest: ./labels.csv}\nmodel: {weights: w/m.weights.h5}\noutput: {url: out/}\n"
+        "input: {url: ../photographs, manifest: ./labels.csv, inventory: all.parquet}\n"
+        "model: {weights: w/m.weights.h5}\noutput: {url: out/}\n"
     )
     write(tmp_path / "conf", text)
     config = load_config("conf/run.yaml")
     assert config.input.url == str(tmp_path / "photographs")
     assert config.input.manifest == str(tmp_path / "conf" / "labels.csv")
+    assert config.input.inventory == str(tmp_path / "conf" / "all.parquet")
     assert config.model.weights == str(tmp_path / "conf" / "w" / "m.weights.h5")
     assert config.output.url == str(tmp_path / "conf" / "out")
 

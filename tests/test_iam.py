@@ -95,6 +95,7 @@ NEEDS = [
         )
     )
 ]
+REPORT = "s3://lists/all/photos/weekly/2026-11-29T01-00Z/manifest.json"
 KEY = "0a1b2c3d-0000-1111-2222-333344445555"
 KINDS = strategies.sampled_from(
     [
@@ -136,7 +137,11 @@ def configs(draw: Any) -> Config:
     extra = {"s3_additional_kwargs": {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": draw(KEYS)}}
     return fruitdask.load_config(
         {
-            "input": {"url": source, "manifest": draw(strategies.sampled_from([None, "s3://bucket/list.csv"]))},
+            "input": {
+                "url": source,
+                "manifest": draw(strategies.sampled_from([None, "s3://bucket/list.csv"])),
+                "inventory": draw(strategies.sampled_from([None, "s3://lists/manifest.json", "s3://lists/all.csv"])),
+            },
             "model": {"weights": name, "preprocessing": "none"},
             "cluster": draw(KINDS),
             "privacy": {"allowed_regions": draw(strategies.sampled_from([None, "eu", ["eu", "us-east-1"]]))},
@@ -183,7 +188,7 @@ def test_policies_pass_cfn_lint() -> None:
     loaded = [
         load(
             cluster=cluster,
-            input={"url": "s3://photos/set", "manifest": "s3://photos/list.csv"},
+            input={"url": "s3://photos/set", "manifest": "s3://photos/list.csv", "inventory": REPORT},
             model={"weights": "s3://nets/w.keras", "preprocessing": "none"},
             privacy={"allowed_regions": "eu"},
             output={"url": "s3://results/a/run", "storage_options": encryption},
@@ -221,6 +226,7 @@ def test_policies_are_below_the_size_limit_of_iam() -> None:
         input={
             "url": "s3://a-bucket-with-a-long-name-of-photographs/2026/november/fruits",
             "manifest": "s3://a-bucket/list.csv",
+            "inventory": REPORT,
         },
         model={"weights": "s3://a-bucket/networks/of/ours/mobilenet.weights.h5"},
         privacy={"allowed_regions": "eu"},
@@ -249,6 +255,22 @@ def test_public_and_local_places_need_no_permission() -> None:
     config = load(input={"url": "s3://open/fruits", "storage_options": {"anon": True}}, output={"url": "/tmp/run"})
     assert list_actions(config) == []
     assert build_policies(config)["workers"]["Statement"] == []
+
+
+@pytest.mark.parametrize(
+    ("url", "objects"),
+    [
+        (REPORT, ["lists/all/photos/weekly", "lists/all/photos/weekly/*"]),
+        ("s3://lists/manifest.json", ["lists/*"]),
+        ("s3://lists/all.csv", ["lists/all.csv"]),
+    ],
+    ids=["report", "report at the top", "table"],
+)
+def test_launcher_alone_reads_the_inventory(url: str, objects: list[str]) -> None:
+    config = load(input={"url": "s3://photos/set", "inventory": url})
+    found = [need for need in list_actions(config) if "Inventory" in need.statement]
+    assert [(need.role, need.action) for need in found] == [("launcher", "s3:ListBucket"), ("launcher", "s3:GetObject")]
+    assert found[1].resources == tuple(f"arn:aws:s3:::{name}" for name in objects)
 
 
 def test_cluster_on_ec2_needs_a_region(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,8 @@ def test_expected_cost_equals_arithmetic_by_hand(cloud: LoopbackEC2, monkeypatch
         "transfer": 0.02 * 0.2 + 0.09 * 3 * 1000 * 1280 * 4 / 1e9,
         "requests": (1000 + 10 * 18) * 0.00043 / 1000 + (1 + 10 * 6) * 0.0054 / 1000,
     }
+    named = build_plan(sections | {"input": {"url": "s3://far/in", "inventory": "s3://far/all.csv"}}, regions=regions)
+    assert found.costs["requests"] - named.costs["requests"] == pytest.approx(0.0054 / 1000)
     assert found.costs == pytest.approx(expected) and found.dollars == pytest.approx(sum(expected.values()))
     busy = found.seconds["featurize"] / running
     paid = busy * (expected["instances"] + expected["volumes"] + expected["addresses"])

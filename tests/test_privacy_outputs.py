@@ -333,7 +333,7 @@ def check_failure(done: Result, folder: Path) -> None:
     assert search(fsspec.filesystem("file"), str(folder / "out"))[0] == {}
 
 
-@pytest.mark.parametrize("key", ["input.url", "input.manifest", "model.weights"])
+@pytest.mark.parametrize("key", ["input.url", "input.manifest", "input.inventory", "model.weights"])
 def test_nothing_planted_is_in_an_error(
     planted: tuple[int, dict[str, Any]], command_line: Callable[..., Result], client: Any, tmp_path: Path, key: str
 ) -> None:

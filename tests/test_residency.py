@@ -196,12 +196,13 @@ def test_bucket_elsewhere_is_refused_before_a_byte_is_read(server: Server, tmp_p
     assert server.requests == [f"HEAD {server.url.removeprefix('http://')}/{VIRGINIA}"]
 
 
-@pytest.mark.parametrize("part", ["output", "manifest", "weights"])
+@pytest.mark.parametrize("part", ["output", "manifest", "inventory", "weights"])
 def test_every_bucket_is_checked(make_config: MakeConfig, server: Server, part: str) -> None:
     options, url = {"storage_options": {"endpoint_url": server.url}}, f"s3://{VIRGINIA}/there.h5"
     sections: dict[str, Any] = {
         "output": {"output": {"url": url} | options},
         "manifest": {"input": {"url": f"s3://{PARIS}/in", "manifest": url}},
+        "inventory": {"input": {"url": f"s3://{PARIS}/in", "inventory": url}},
         "weights": {"model": {"weights": url} | options},
     }[part]
     with pytest.raises(ResidencyError, match=f"^{part}: the bucket {VIRGINIA} is in us-east-1"):

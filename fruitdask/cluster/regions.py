@@ -82,11 +82,11 @@ def _find_all(config: Config, scheduler: str | None) -> Iterator[_Finding]:
     """Find where everything is, one place at a time."""
     source = Location(config.input.url, config.input.storage_options)
     yield _find_storage("input", source, config.input.region, key="input.region")
-    if config.input.manifest is not None and "://" in config.input.manifest:
-        manifest = Location(config.input.manifest, config.input.storage_options)
-        # The declared region of the images applies to a manifest on the same server.
-        declared = config.input.region if _have_same_host(manifest, source) else None
-        yield _find_storage("manifest", manifest, declared)
+    for place, url in (("manifest", config.input.manifest), ("inventory", config.input.inventory)):
+        if url is not None and "://" in url:
+            table = Location(url, config.input.storage_options)
+            # The declared region of the images applies to a table on the same server.
+            yield _find_storage(place, table, config.input.region if _have_same_host(table, source) else None)
     if "://" in config.model.weights:
         weights = Location(config.model.weights, config.model.storage_options)
         yield _find_storage("weights", weights, config.model.region, key="model.region")

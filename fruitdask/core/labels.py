@@ -155,8 +155,12 @@ def _list_mistakes(unlisted: pd.Series, files: pd.Series, root: Location) -> Ite
 
 def read_labels(config: InputConfig) -> pd.DataFrame:
     """Read the table of labels."""
-    url = str(config.manifest)
-    return _read_table(Location(url, config.storage_options if "://" in url else {}), "input.manifest")
+    return _read_table(locate_table(config, str(config.manifest)), "input.manifest")
+
+
+def locate_table(config: InputConfig, url: str) -> Location:
+    """Locate a table of the input, which is read with the options of the images unless it is on this machine."""
+    return Location(url, config.storage_options if "://" in url else {})
 
 
 def read_paths(url: str, setting: str) -> tuple[str, ...]:

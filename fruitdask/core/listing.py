@@ -5,7 +5,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fruitdask.core.inventory import check_unique, list_inventory
 from fruitdask.core.prefixes import Row, list_below
 from fruitdask.core.storage import Location, explained
 from fruitdask.errors import CatalogError, ConfigError
@@ -137,21 +138,26 @@ def list_files(
     *,
     takes_hidden: bool,
     rules: Mapping[str, str],
+    inventory: Location | None = None,
     on_listed: Callable[[int], None] = lambda n_files: None,
 ) -> Listing:
     """List the files below a location; `rules` say how label, split and group follow from a path.
 
-    `on_listed` is called with the number of files found so far.
+    An inventory names the files, in place of the location itself. `on_listed` is called with the number of files found
+    so far.
     """
     selection = _Selection(_choose_extensions(extensions), takes_hidden=takes_hidden)
     columns = _Columns(PurePosixPath(root.path).name or PurePosixPath(root.base.path).stem, rules)
     with explained(root, "list"):
-        found = _list_rows(root, selection)
+        found = _list_rows(root, inventory, selection)
         while rows := list(islice(found, _ROWS_AT_ONCE)):
             _check_names([path for path, _, _ in rows], root)
             columns.extend(rows)
             on_listed(len(columns))
-    return Listing(columns.to_frame(), _sort_kinds(selection.left_out), columns.describe_merged())
+    files = columns.to_frame()
+    if inventory is not None:
+        check_unique(files["path"], inventory)
+    return Listing(files, _sort_kinds(selection.left_out), columns.describe_merged())
 
 
 def _choose_extensions(extensions: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -287,8 +293,9 @@ class _Columns:
         return (f"{several} from several folders of one name, {example}; if another folder is the class, {remedy}",)
 
     def to_frame(self) -> pd.DataFrame:
-        """Make a table that shares the columns' memory."""
-        n_files, buffers = len(self._sizes), [None, pa.py_buffer(self._ends), pa.py_buffer(self._paths)]
+        """Make a table that takes over the columns' memory."""
+        n_files, ends, paths = len(self._sizes), pa.py_buffer(self._ends), pa.py_buffer(self._paths)
+        self._ends, self._paths = array("q", [0]), bytearray()
         named = {
             name: pd.Categorical.from_codes(
                 np.frombuffer(self._codes[name], np.int32), pd.Index(list(self._names[name]), dtype="str")
@@ -296,15 +303,24 @@ class _Columns:
             for name in self._rules
         }
         columns = {
-            "path": pa.Array.from_buffers(pa.large_string(), n_files, buffers).to_pandas(),
+            "path": pa.Array.from_buffers(pa.large_string(), n_files, [None, ends, paths]).to_pandas().array,
             "label": named.pop("label"),
             "bytes": np.frombuffer(self._sizes, np.int64),
             "version": np.frombuffer(self._versions, np.int64),
             **named,
         }
-        table = pd.DataFrame(columns, copy=False)
-        # Disks (except links) and S3 list in the order of paths; directory buckets and other stores may not.
-        return table if self._is_sorted else table.sort_values("path", ignore_index=True)
+        del ends, paths
+        # Disks (except links) and S3 list in the order of paths; directory buckets, inventories and others may not.
+        return pd.DataFrame(columns if self._is_sorted else _sort_rows(columns, self._rules), copy=False)
+
+
+def _sort_rows(columns: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
+    """Sort rows by path, and words by their first row: input.limit takes classes in this order."""
+    order = columns["path"].argsort()
+    # One column after the other, for the table is as large as it gets.
+    for name in columns:
+        columns[name] = columns[name].take(order)
+    return columns | {name: columns[name].reorder_categories(columns[name].unique().astype("str")) for name in words}
 
 
 def _get_folder(path: str) -> str:
@@ -324,11 +340,16 @@ def _check_names(paths: Sequence[str], root: Location) -> None:
         raise CatalogError(f"{root.url}: found the object {odd!r}, expected names without ?versionId=; rename it")
 
 
-def _list_rows(root: Location, selection: _Selection) -> Iterator[Row]:
-    """List the selected files of any file system."""
-    if root.is_local:
+def _list_rows(root: Location, inventory: Location | None, selection: _Selection) -> Iterator[Row]:
+    """List the selected files of any file system, or those that an inventory names."""
+    if inventory is not None:
+        rows = list_inventory(root, inventory)
+    elif root.is_local:
         return _Walk(root.path or os.sep, selection).list_rows()
-    rows = list_below(root.fs, root.path) if root.is_s3 else _list_pages(root) if root.is_azure else _find_files(root)
+    else:
+        rows = (
+            list_below(root.fs, root.path) if root.is_s3 else _list_pages(root) if root.is_azure else _find_files(root)
+        )
     return (row for row in rows if selection.takes_path(row[0]))
 
 

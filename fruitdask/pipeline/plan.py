@@ -405,7 +405,8 @@ class Estimator:
         reads = (
             self._is_on_s3("input") * n_left * self._n_reads + self._is_on_s3("output") * n_parts * _READS_PER_PARTITION
         )
-        listings = self._is_on_s3("input") * -(-len(self._work.inputs.catalog) // _KEYS_PER_LISTING)
+        is_listed = self._is_on_s3("input") and self._config.input.inventory is None
+        listings = is_listed * -(-len(self._work.inputs.catalog) // _KEYS_PER_LISTING)
         writes = self._is_on_s3("output") * n_parts * _WRITES_PER_PARTITION
         return {
             "instances": cost.instances,
@@ -429,6 +430,8 @@ class Estimator:
     def _list_assumptions(self, types: Mapping[str, InstanceType], costs: dict[str, float]) -> Iterator[str]:
         """List the assumptions behind the estimate."""
         cloud, config = self._work.cloud, self._config
+        if config.input.inventory is not None:
+            yield "the images are those of input.inventory, so input.url is not listed"
         if self._sample is not None:
             yield (
                 "a thread there is as fast as a core here, a quarter slower when all are busy, and files arrive as "

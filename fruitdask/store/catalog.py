@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fruitdask.core.config import InputConfig
-from fruitdask.core.labels import label_files, normalize_unique, read_labels, read_paths
+from fruitdask.core.labels import label_files, locate_table, normalize_unique, read_labels, read_paths
 from fruitdask.core.listing import GROUPINGS, Listing, find_rows, format_left_out, list_files
 from fruitdask.core.partition import VANISHED_BYTES, Partition
 from fruitdask.core.storage import Location, exists, explained
@@ -91,6 +91,7 @@ def list_input(config: InputConfig, *, on_listed: Callable[[int], None] = lambda
         ("",) if has_table else config.extensions,
         takes_hidden=has_table or config.hidden,
         rules=config.rules,
+        inventory=locate_table(config, config.inventory) if config.inventory is not None else None,
         on_listed=on_listed,
     )
     if listing.files.empty:
@@ -429,7 +430,8 @@ def _explain_file(url: str) -> str:
 def _explain_empty(root: Location, config: InputConfig, listing: Listing) -> str:
     """Explain why no image was found."""
     with explained(root, "read"):
-        if not exists(root):
+        # An inventory without files below the input was refused before.
+        if config.inventory is None and not exists(root):
             if _WILDCARDS.search(config.url) and not root.is_archive:
                 folder = _WILDCARDS.split(config.url)[0].rpartition("/")[0]
                 return (

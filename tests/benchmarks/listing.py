@@ -5,16 +5,20 @@
 A server in its own process makes up the pages, because a million objects in moto would take hours and gigabytes. It
 sends each page SECONDS after the request (0), as S3 does after 0.1 to 0.3.
 Listing includes the hash of the catalog, by which a run recognizes its images. fs.find makes the same table of what
-s3fs returns; beyond two million images it is left out.
+s3fs returns; beyond two million images it is left out. The same images come from an inventory too, whose rows are in no
+order, in CSV and in Parquet; pandas reads the CSV for comparison.
 """
 
 import hashlib
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+import pandas as pd
 from measuring import measure, print_header, print_line
 
 MAX_NAIVE_IMAGES = 2_000_000
@@ -25,7 +29,8 @@ NOTHING = "import fruitdask.store.catalog, s3fs"
 OURS = """
 from fruitdask.store.catalog import hash_catalog, list_images
 from fruitdask.core.config import InputConfig
-catalog = list_images(InputConfig(url="s3://bucket/photographs", storage_options=dict(endpoint_url=URL, anon=True)))
+options = dict(endpoint_url=URL, anon=True)
+catalog = list_images(InputConfig(url="s3://bucket/photographs", inventory=TABLE, storage_options=options))
 hash_catalog(catalog)
 print(len(catalog))
 """
@@ -35,6 +40,7 @@ found = s3fs.S3FileSystem(endpoint_url=URL, anon=True).find("bucket/photographs"
 rows = [(path[19:], path.split("/")[-2], entry["size"], entry["ETag"].strip('"')) for path, entry in found.items()]
 print(len(pandas.DataFrame(rows, columns=["path", "label", "bytes", "version"])))
 """
+PANDAS = "import pandas; print(len(pandas.read_csv(TABLE)))"
 
 
 class Listing(BaseHTTPRequestHandler):
@@ -87,6 +93,16 @@ def describe_folder(number: int) -> str:
     return f"<CommonPrefixes><Prefix>photographs/apple_golden_{number:04}/</Prefix></CommonPrefixes>"
 
 
+def list_rows(n_images: int) -> Iterator[tuple[str, int, str]]:
+    """Describe all objects as an inventory does, those of different folders after each other."""
+    n_folders = -(-n_images // IMAGES_PER_CLASS)
+    for number in (kind * IMAGES_PER_CLASS + image for image in range(IMAGES_PER_CLASS) for kind in range(n_folders)):
+        if number < n_images:
+            kind, image = divmod(number, IMAGES_PER_CLASS)
+            name = f"apple_golden_{kind:04}/IMG_20240101_{image:07}.jpg"
+            yield name, 100_000 + number, hashlib.md5(b"%d" % number).hexdigest()
+
+
 def serve(n_images: int, seconds: float) -> None:
     """Print the address, then serve until the process is killed."""
     Listing.n_images, Listing.seconds = n_images, seconds
@@ -100,17 +116,31 @@ def main() -> None:
     n_images = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
     command = [sys.executable, __file__, "serve", str(n_images), str(seconds)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with (
+        tempfile.TemporaryDirectory(prefix="listing-") as folder,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
+    ):
+        table = pd.DataFrame(list_rows(n_images), columns=["path", "bytes", "ETag"])
+        table.to_csv(csv := f"{folder}/inventory.csv.gz", index=False)
+        table.to_parquet(parquet := f"{folder}/inventory.parquet")
+        del table
         assert server.stdout is not None
         url = server.stdout.readline().strip()
         try:
-            programs = {"imports alone": NOTHING, "fs.find": NAIVE, "fruitdask": OURS}
+            programs: dict[str, tuple[str, str | None]] = {
+                "imports alone": (NOTHING, None),
+                "fs.find": (NAIVE, None),
+                "fruitdask": (OURS, None),
+                "fruitdask, CSV": (OURS, csv),
+                "fruitdask, Parquet": (OURS, parquet),
+                "pandas, CSV": (PANDAS, csv),
+            }
             if n_images > MAX_NAIVE_IMAGES:
                 del programs["fs.find"]
             print_header()
             measured = {}
-            for title, program in programs.items():
-                measured[title] = measure([sys.executable, "-c", f"URL = {url!r}\n{program}"])
+            for title, (program, file) in programs.items():
+                measured[title] = measure([sys.executable, "-c", f"URL, TABLE = {url!r}, {file!r}\n{program}"])
                 baseline = measured.get("fs.find", measured[title])
                 print_line(f"{title}, {measured[title].output.strip() or 0} images", measured[title], baseline)
         finally:

@@ -45,6 +45,7 @@ _NEEDS: Mapping[str, tuple[_Need, ...]] = {
         _Need("Read", "s3:GetObject", ("checks the folder; tries some images (fruitdask plan)", "reads the images")),
     ),
     "Manifest": (_LIST_ONE, _Need("Read", "s3:GetObject", ("reads the table of paths and labels", ""))),
+    "Inventory": (_LIST_ONE, _Need("Read", "s3:GetObject", ("reads the names and sizes of the images", ""))),
     "Weights": (_LIST_ONE, _Need("Read", "s3:GetObject", ("reads the weights to build the network", ""))),
     "Output": (
         _Need("List", "s3:ListBucket", ("finds earlier results, and the bucket's region", _NOT_FORBIDDEN)),
@@ -166,6 +167,7 @@ def _list_places(config: Config) -> Iterator[_Place]:
     for kind, url, section in (
         ("Input", source.url, source),
         ("Manifest", source.manifest or "", source),
+        ("Inventory", _find_report(source.inventory or ""), source),
         ("Weights", config.model.weights, config.model),
         ("Output", config.output.url, config.output),
     ):
@@ -175,13 +177,19 @@ def _list_places(config: Config) -> Iterator[_Place]:
             yield _locate(kind, url, section.region or _find_region(config))
 
 
+def _find_report(url: str) -> str:
+    """Find the folder of all reports of an S3 Inventory, whose files are beside the folders of the manifests."""
+    parts = url.split("/")
+    return "/".join([*parts[: max(3, len(parts) - 2)], ""]) if url.lower().endswith(".json") else url
+
+
 def _locate(kind: str, url: str, region: str | None) -> _Place:
     """Locate a place by ARNs, in which stars, question marks and dollar signs are variables."""
     name = re.sub(r"[*?$]", r"${\g<0>}", url.partition("://")[2].strip("/"))
     bucket, _, prefix = name.partition("/")
     names = [name] if prefix and kind != "Output" else []
     # Outputs are inside the folder; the existence of the input folder is checked by its own name, too.
-    names += [f"{name}/*"] if kind in ("Input", "Output") else []
+    names += [f"{name}/*"] if kind in ("Input", "Output") or url.endswith("/") else []
     arn = f"arn:{_find_partition(region)}:s3:::"
     return _Place(kind, arn + bucket, prefix, tuple(arn + key for key in names))
 

@@ -14,7 +14,13 @@ from fruitdask.core.config.sources import Source, parse_file, parse_override
 from fruitdask.errors import ConfigError, SettingsError
 
 #: Keys that hold a path or a URL; a relative path is relative to its file, or in ``--set`` to the working directory.
-URL_KEYS = (("input", "url"), ("input", "manifest"), ("model", "weights"), ("output", "url"))
+URL_KEYS = (
+    ("input", "url"),
+    ("input", "manifest"),
+    ("input", "inventory"),
+    ("model", "weights"),
+    ("output", "url"),
+)
 _WORDS_FOR_WEIGHTS = ("imagenet", "random")
 #: A configuration of every key is a few kilobytes.
 _MAX_BYTES = 1 << 20

@@ -89,6 +89,18 @@ class InputConfig(Section):
             "folders. A path that is not in the input becomes a missing image."
         ),
     )
+    inventory: str | None = Field(
+        None,
+        description=(
+            "What names the files, their sizes and versions, so that url is not listed: manifest.json of an S3 "
+            "Inventory of its bucket (CSV, Parquet or ORC, with the optional fields Size and ETag), or a CSV or "
+            "Parquet table with the columns path (relative to url, or a URL below it), bytes and optionally version "
+            "or ETag. S3 Inventory gives the same images as listing S3. A table without the versions of a listing "
+            "(ETags of S3 and Azure) computes images again that were listed before; without any versions, images have "
+            "changed only if their sizes have. Files that have gone become missing images, and files newer than the "
+            "inventory are left out."
+        ),
+    )
     sample: SampleConfig | None = Field(None, description="Draw a sample data set into url if it does not exist.")
 
     @field_validator("url")
@@ -132,6 +144,10 @@ class InputConfig(Section):
     def _check_labels(self) -> "InputConfig":
         if self.manifest is not None and self.label_from != "parent":
             raise ValueError("label_from and manifest both set the class of an image; remove one of them")
+        if self.inventory is not None and "::" in self.url:
+            raise ValueError(
+                "inventory expects a folder in url, found an archive, which names its files; remove inventory"
+            )
         return self
 
 

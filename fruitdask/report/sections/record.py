@@ -42,6 +42,7 @@ _METADATA = {
 _PLACES = {
     "input": "Photographs from",
     "manifest": "Their list from",
+    "inventory": "Their inventory from",
     "weights": "Network from",
     "output": "Results to",
     "cluster": "Computers",
