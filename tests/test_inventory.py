@@ -308,7 +308,7 @@ ZIPPED = gzip.compress(b"path,bytes\n" + b"".join(b"%d.jpg,1\n" % number**7 for 
         (b"path,bytes\n\xff.jpg,1\n", "invalid UTF8 data; correct it"),
         (b"path,bytes\nb.jpg,1\na.jpg,1\nb.jpg,2\n", r"expected each path once .* found 'b\.jpg' twice; remove one"),
         (b"path,bytes\na/../../b.jpg,1\n", r"expected paths inside input\.url, found 'a/\.\./\.\./b\.jpg'; write it"),
-        (b"path,bytes\ns3://x/a.jpg,1\n", r"found none in its 1 rows, the first of which is 's3://x/a\.jpg'"),
+        (b"path,bytes\ns3://x/a.jpg,1\n", r"found none; the first path is 's3://x/a\.jpg'; correct input\.url or"),
         (b"path,bytes\na.mov,1\n", r"expected images .* found only 1 \.mov; check input\.url and input\.extensions"),
         (ZIPPED[:-900], "Compressed file ended before the end-of-stream marker was reached; correct it or write it"),
         (ZIPPED[:-8] + b"12345678", "CRC check failed .*; correct it or write it again"),

@@ -39,15 +39,16 @@ _Relate = Callable[[str], str | None]
 def list_inventory(root: Location, location: Location) -> Iterator[Row]:
     """List the files below a folder that an inventory names."""
     is_report = location.url.lower().endswith(".json")
-    rows = _list_report(root, location) if is_report else _list_part(location, _make_relative(root, location))
-    n_rows, n_below, first = 0, 0, ""
+    relate = _make_relative(root, location)
+    rows = _list_report(root, location) if is_report else _list_part(location, relate, ("path", "bytes"))
+    first, is_empty = None, True
     for path, row in rows:
-        n_rows, first = n_rows + 1, first or path
+        first = first or path
         if row is not None:
-            n_below += 1
+            is_empty = False
             yield row
-    if not n_below:
-        found = f"none in its {n_rows:,} rows, the first of which is {first!r}" if n_rows else "no row"
+    if is_empty:
+        found = f"none; the first path is {first!r}; correct input.url or input.inventory" if first else "no row"
         raise CatalogError(
             f"{location.url}: expected files below input.url {root.url} in input.inventory, found {found}"
         )
@@ -92,7 +93,8 @@ def _list_report(root: Location, location: Location) -> Iterator[tuple[str, Row 
         return key[len(top) :] if key.startswith(top) and key[-1] != "/" else None
 
     for url, md5 in parts:
-        yield from _list_part(Location(url, location.storage_options), relate, names=names, md5=md5)
+        part = Location(url, location.storage_options)
+        yield from _list_part(part, relate, ("path", "bytes", "version"), names=names, md5=md5)
 
 
 def _make_relative(root: Location, location: Location) -> _Relate:
@@ -109,10 +111,14 @@ def _make_relative(root: Location, location: Location) -> _Relate:
 
 
 def _list_part(
-    location: Location, relate: _Relate, *, names: Sequence[str] | None = None, md5: str | None = None
+    location: Location,
+    relate: _Relate,
+    required: Sequence[str],
+    *,
+    names: Sequence[str] | None = None,
+    md5: str | None = None,
 ) -> Iterator[tuple[str, Row | None]]:
     """List the files that a table names: each path, and its row; `names` are the columns of CSV without a header."""
-    required = ("path", "bytes", "version") if md5 else ("path", "bytes")
     with _fetch(location, md5) as file, _decoded(location):
         for columns in _read_columns(file, names, required):
             paths, sizes = columns["path"], columns["bytes"]
@@ -173,17 +179,18 @@ def _read_columns(
 
 def _read_batches(file: BinaryIO, names: Sequence[str] | None, required: Sequence[str]) -> Iterator[pa.Table]:
     """Read the columns of a table in blocks of rows; `names` are those of CSV without a header."""
-    import pyarrow.orc
-    import pyarrow.parquet
-
     batches: Iterable[Any]
     head = file.read(4)
     file.seek(0)
     if head == b"PAR1":
+        import pyarrow.parquet
+
         parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
         found = _find_columns(parquet.schema_arrow.names, required)
         batches = parquet.iter_batches(_ROWS_AT_ONCE, columns=list(found), use_threads=False)
     elif head[:3] == b"ORC":
+        import pyarrow.orc
+
         orc = pyarrow.orc.ORCFile(file)
         found = _find_columns(orc.schema.names, required)
         batches = (orc.read_stripe(number, list(found)) for number in range(orc.nstripes))

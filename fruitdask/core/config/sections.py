@@ -92,13 +92,13 @@ class InputConfig(Section):
     inventory: str | None = Field(
         None,
         description=(
-            "What names the files, their sizes and versions, so that url is not listed: manifest.json of an S3 "
-            "Inventory of its bucket (CSV, Parquet or ORC, with the optional fields Size and ETag), or a CSV or "
-            "Parquet table with the columns path (relative to url, or a URL below it), bytes and optionally version "
-            "or ETag. S3 Inventory gives the same images as listing S3. A table without the versions of a listing "
-            "(ETags of S3 and Azure) computes images again that were listed before; without any versions, images have "
-            "changed only if their sizes have. Files that have gone become missing images, and files newer than the "
-            "inventory are left out."
+            "Names, sizes and versions of the files, which are read from here instead of listing url: manifest.json of "
+            "an S3 Inventory of its bucket (CSV, Parquet or ORC, with the optional fields Size and ETag), or a CSV or "
+            "Parquet table with the columns path (relative to url, or a URL below it), bytes, and optionally version "
+            "or ETag. S3 Inventory gives the same images as listing S3. With a table that has other versions than a "
+            "listing (on S3 and Azure: ETags), changing from one to the other computes all images again; without "
+            "versions, only another size shows that an image has changed. Deleted files become missing images, and "
+            "files newer than the inventory are left out."
         ),
     )
     sample: SampleConfig | None = Field(None, description="Draw a sample data set into url if it does not exist.")
