@@ -22,6 +22,11 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
         time.sleep(0.02)
 
 
+def assert_says(caught: pytest.ExceptionInfo[BaseException], *parts: str) -> None:
+    """Check that the message of an exception contains some parts."""
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
 def interrupt_self(number: int = signal.SIGINT) -> None:
     """Send a signal to this process, by default the one that Ctrl-C sends."""
     os.kill(os.getpid(), number)

@@ -118,7 +118,7 @@ def test_copies_in_other_groups_are_never_in_both_training_and_test() -> None:
     for name in ("linear_probe", "nearest_neighbors"):
         assert report[name]["accuracy"] < 0.7
     # Two groups of the same images leave no other image to learn from.
-    with pytest.raises(TrainingError, match="found only copies of the same images in several groups; a classifier"):
+    with pytest.raises(TrainingError, match="found only copies of the same images in several groups;"):
         classifier.train(np.tile(features, (2, 1)), np.tile(labels, 2), np.repeat(["x", "y"], 80))
 
 

@@ -18,7 +18,14 @@ from azure_clusters import check_nothing_left, configure, describe
 from azure_proxy import Refusal
 from azurite import CONTAINER, open_account
 from click.testing import CliRunner
-from cluster_events import PATIENCE_SECONDS, end_while_tasks_run, interrupt_self, make_slow_square, wait_until
+from cluster_events import (
+    PATIENCE_SECONDS,
+    assert_says,
+    end_while_tasks_run,
+    interrupt_self,
+    make_slow_square,
+    wait_until,
+)
 from distributed import wait
 from loopback_azure import LoopbackAzure
 from runs import Finish, configure as configure_run
@@ -78,21 +85,19 @@ def invoke(*arguments: str, answer: str | None = None) -> tuple[int, str]:
 def test_scheduler_that_never_starts(cloud: LoopbackAzure) -> None:
     """The start has a deadline, and the error says what to check."""
     cloud.faults.never_boots = {"scheduler"}
-    expected = (
-        r"scheduler did not start within cluster.start_timeout \(3 s\): machine dask-\w+-scheduler \(Standard_B2s_v2, "
-        r"image any, ubuntu.*\) is running; check that this machine is in the virtual network.*security group nsg"
-    )
-    with pytest.raises(ClusterStartError, match=expected):
+    message = r"scheduler did not start within cluster.start_timeout \(3 s\)"
+    with pytest.raises(ClusterStartError, match=message) as caught:
         with open_client(configure(start_timeout=3)):
             pass
+    assert_says(caught, "-scheduler (Standard_B2s_v2, image any, ubuntu", ") is running; ")
+    assert_says(caught, "check that this machine is in the virtual network", "security group nsg")
     assert len(cloud.machines) == 1
 
 
 def test_image_that_cannot_be_pulled(cloud: LoopbackAzure) -> None:
     """The machine deletes itself, so the client notices long before the deadline."""
     cloud.faults.unpullable = {"nobody/nothing:1"}
-    expected = r"scheduler ended before it started to listen: .*nobody/nothing:1.* is deleted.*pull"
-    with pytest.raises(ClusterStartError, match=expected):
+    with pytest.raises(ClusterStartError, match="ended before it started to listen: .* is deleted.*pull"):
         with open_client(configure(docker_image="nobody/nothing:1")):
             pass
 
@@ -100,10 +105,10 @@ def test_image_that_cannot_be_pulled(cloud: LoopbackAzure) -> None:
 def test_machine_that_may_not_delete_itself_is_deleted_by_its_client(cloud: LoopbackAzure) -> None:
     """Without the right to delete itself, the machine only stops, which still costs money; its console says why."""
     cloud.faults.unpullable, cloud.faults.may_delete = {"nobody/nothing:1"}, False
-    expected = r"is stopped; its console ends: .*cannot pull the image.*cannot delete itself: HTTP Error 403"
-    with pytest.raises(ClusterStartError, match=expected):
+    with pytest.raises(ClusterStartError, match="is stopped; its console ends: .*cannot pull the image") as caught:
         with open_client(configure(docker_image="nobody/nothing:1")):
             pass
+    assert_says(caught, "cannot delete itself: HTTP Error 403")
 
 
 @pytest.mark.parametrize(
@@ -290,14 +295,14 @@ def test_worker_that_ends_after_the_scheduler_is_noticed(cloud: LoopbackAzure) -
 def test_machines_that_cannot_be_deleted_are_named(cloud: LoopbackAzure) -> None:
     """The error names the machines that still cost money, and the command that deletes them."""
     refusal = Refusal("virtualMachines", "AuthorizationFailed", status=403, method="DELETE")
-    expected = (
-        r"dask-\w+-scheduler, dask-\w+-worker-\w+ of run \w+ may still run.*iam-policy.*"
-        r"clusters cleanup --cloud azure --subscription \S+ --resource-group fruits"
-    )
-    with pytest.raises(ClusterStartError, match=expected):
+    message = r"-scheduler, dask-\w+-worker-\w+ of run \w+ may still run"
+    with pytest.raises(ClusterStartError, match=message) as caught:
         with open_client(configure()) as client:
             run_id = client.cluster.settings.run_id
             cloud.faults.refusals.append(refusal)
+    assert_says(
+        caught, "iam-policy", f"cleanup --cloud azure --subscription {cloud.subscription} --resource-group fruits"
+    )
     cloud.faults.refusals.clear()
     with open_arm("fruits", subscription=None, action="clean up") as arm:
         assert len(terminate_run(arm, run_id)) == 2

@@ -12,7 +12,15 @@ from typing import Any
 
 import boto3
 import pytest
-from cluster_events import ENDS, PATIENCE_SECONDS, end_while_tasks_run, interrupt_self, make_slow_square, wait_until
+from cluster_events import (
+    ENDS,
+    PATIENCE_SECONDS,
+    assert_says,
+    end_while_tasks_run,
+    interrupt_self,
+    make_slow_square,
+    wait_until,
+)
 from distributed import wait
 from ec2_clusters import check_nothing_left, configure, list_rules
 from ec2_gateway import Refusal
@@ -71,13 +79,14 @@ def test_list_usage_is_empty_for_a_local_cluster(client: Any) -> None:
 def test_scheduler_that_never_starts(cloud: LoopbackEC2) -> None:
     """The start has a deadline, and the error says what to check."""
     cloud.faults.never_boots = {"scheduler"}
-    expected = (
-        r"scheduler did not start within cluster.start_timeout \(3 s\): instance i-\w+ \(t3.medium, image any, "
-        r"ami-\w+\) is running.*its console ends: .*security groups sg-\w+ admit this machine \(port 8786\).*subnet-"
-    )
-    with pytest.raises(ClusterStartError, match=expected):
+    message = r"scheduler did not start within cluster.start_timeout \(3 s\)"
+    with pytest.raises(ClusterStartError, match=message) as caught:
         with open_client(configure(start_timeout=3)):
             pass
+    assert_says(caught, "(t3.medium, image any, ami-", ") is running", "; its console ends: ")
+    assert_says(
+        caught, "check that the security groups sg-", "admit this machine (port 8786), and that the subnet subnet-"
+    )
     assert [instance.role for instance in cloud.instances(None)] == ["scheduler"]
 
 
@@ -85,13 +94,11 @@ def test_scheduler_that_never_starts(cloud: LoopbackEC2) -> None:
 def test_image_that_cannot_be_pulled(cloud: LoopbackEC2) -> None:
     """The instance ends, so the client notices long before the deadline."""
     cloud.faults.unpullable = {"nobody/nothing:1"}
-    expected = (
-        r"scheduler ended before it started to listen: .*nobody/nothing:1.* is \S+ "
-        r"\(.*Instance initiated shutdown\).*pull"
-    )
-    with pytest.raises(ClusterStartError, match=expected):
+    message = "scheduler ended before it started to listen: .*nobody/nothing"
+    with pytest.raises(ClusterStartError, match=message) as caught:
         with open_client(configure(docker_image="nobody/nothing:1")):
             pass
+    assert_says(caught, "Instance initiated shutdown", "check that it can pull cluster.docker_image")
 
 
 def are_both_running(fleet: Fleet) -> bool:
@@ -104,8 +111,8 @@ def test_workers_that_never_start(cloud: LoopbackEC2, monkeypatch: pytest.Monkey
     """The deadline applies to the first worker too; here it expires as soon as the worker's instance is running."""
     cloud.faults.never_boots = {"worker"}
     monkeypatch.setattr(Fleet, "is_late", property(are_both_running))
-    expected = r"no worker started within .*\(600 s\): instance i-\w+ \(m6i.large.*is running"
-    with pytest.raises(ClusterStartError, match=expected):
+    message = r"no worker started within .*\(600 s\): .*m6i.large.*is running"
+    with pytest.raises(ClusterStartError, match=message):
         with open_client(configure(start_timeout=600)):
             pass
 
@@ -303,14 +310,10 @@ if __name__ == "__main__":
 def test_instances_that_cannot_be_terminated_are_named(cloud: LoopbackEC2) -> None:
     """The error names the instances that still cost money, and the command that terminates them."""
     refusal = Refusal("UnauthorizedOperation", action="TerminateInstances")
-    expected = (
-        r"i-\w+, i-\w+ of run \w+ may still run.*\(UnauthorizedOperation\).*"
-        r"fruitdask clusters cleanup --region eu-west-1"
-    )
-    with pytest.raises(ClusterStartError, match=expected) as caught:
+    with pytest.raises(ClusterStartError, match=r"of run \w+ may still run.*\(UnauthorizedOperation\)") as caught:
         with open_client(configure()):
             cloud.faults.refusals.append(refusal)
-    assert all(instance.id in str(caught.value) for instance in cloud.instances())
+    assert_says(caught, "fruitdask clusters cleanup --region eu-west-1", *(one.id for one in cloud.instances()))
     cloud.faults.refusals.clear()
     assert len(terminate_run(cloud.region, cloud.instances()[0].tags["fruitdask:run"])) == 2
     drop_rules(cloud)

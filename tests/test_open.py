@@ -121,7 +121,7 @@ def test_missing_chunks_are_not_read_as_numbers(make_config: MakeConfig, finish:
     assert not (tmp_path / "images.parquet").exists()
     (tmp_path / "chunk").rename(store_folder / "features" / "c" / "1" / "0")
     (store_folder / "status" / "c" / "2").unlink()
-    with pytest.raises(DamageError, match=r"features\.zarr is damaged \(chunks of status are missing\); use"):
+    with pytest.raises(DamageError, match=r"features\.zarr is damaged \(chunks of status are missing\);"):
         result.X_y()
 
 
@@ -129,7 +129,5 @@ def test_incomplete_table_is_damage(make_config: MakeConfig, finish: Finish, tmp
     result = finish(make_config())
     (part,) = (tmp_path / "out" / "results.parquet").iterdir()
     part.unlink()
-    with pytest.raises(
-        DamageError, match=r"results\.parquet is damaged \(expected 12 images, found 0\); use fruitdask"
-    ):
+    with pytest.raises(DamageError, match=r"parquet is damaged \(expected 12 images, found 0\); use"):
         _ = result.table

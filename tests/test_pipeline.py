@@ -329,7 +329,7 @@ def test_run_refuses_and_writes_nothing(
 def test_what_is_no_configuration_or_no_open_client_is_one_sentence(
     make_config: MakeConfig, call: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="^config: expected a configuration, found str; load it with fruitdask.load_"):
+    with pytest.raises(ConfigError, match="^config: expected a configuration, found str; load it with"):
         call("configs/demo.yaml")
     if call is fruitdask.plan:
         return
@@ -338,7 +338,7 @@ def test_what_is_no_configuration_or_no_open_client_is_one_sentence(
     ) as client:
         pass
     for wrong, found in ((client, "one that is closed"), (cluster.scheduler_address, "str")):
-        with pytest.raises(ConfigError, match=f"^client: expected an open distributed.Client, found {found}; open one"):
+        with pytest.raises(ConfigError, match=f"^client: expected an open .*Client, found {found}; open one"):
             call(make_config(), client=wrong)
     assert not (tmp_path / "out").exists()
 
