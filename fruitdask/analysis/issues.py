@@ -263,31 +263,37 @@ def find_odd_values(
     `read` reads columns of the findings of an exploration for all images, as float32; None if there is none.
     `distances` are those of the images to their classes. Both are NaN where nothing is known.
     """
-    far = measure_deviations(np.log(np.maximum(distances, 1e-6)), codes, floor=_FLOORS["distance"])
-    yield "outlier", *_score(far)
+    yield "outlier", *_score(measure_deviations(np.log(np.maximum(distances, 1e-6)), codes, floor=_FLOORS["distance"]))
     if read is None:
         return
     deviations = measure_deviations(read(*_MEANS).to_numpy().mean(axis=1), codes, floor=_FLOORS["brightness"])
     yield "dark", *_score(-deviations)
     yield "bright", *_score(deviations)
+    # Of ten million images, each array takes 40 MB.
+    del deviations
     for kind, combine in _SIZES.items():
-        sides = read("width_px", "height_px")
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = np.log(combine(sides["width_px"].to_numpy(), sides["height_px"].to_numpy()))
+        values = _combine_sides(combine, read("width_px", "height_px"))
         yield kind, *_score(np.abs(measure_deviations(values, codes, floor=_FLOORS[kind])))
-    yield from _find_odd_sharpness(read("sharpness", "contrast"), codes)
+        del values
+    yield from _find_odd_sharpness(read("sharpness", "contrast").to_numpy().T, codes)
+
+
+def _combine_sides(combine: Callable[..., Floats], sides: pd.DataFrame) -> Floats:
+    """Compute the logarithm of what is computed from width and height."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log(combine(sides["width_px"].to_numpy(), sides["height_px"].to_numpy()))
 
 
 def _find_odd_sharpness(
-    images: pd.DataFrame, codes: npt.NDArray[np.integer]
+    values: Floats, codes: npt.NDArray[np.integer]
 ) -> Iterator[tuple[str, npt.NDArray[np.int64], npt.NDArray[np.floating]]]:
-    """Yield the images of one colour, and of the others those that are blurry."""
-    sharpness, contrast = images["sharpness"].to_numpy(), images["contrast"].to_numpy()
-    is_uniform = contrast < _UNIFORM_LEVELS
+    """Yield the images of one colour, and of the others those that are blurry, from sharpness and contrast (2, n)."""
+    is_uniform = values[1] < _UNIFORM_LEVELS
     rows = np.flatnonzero(is_uniform)
-    yield "uniform", rows, 1 - contrast[rows] / (2 * _UNIFORM_LEVELS)
+    yield "uniform", rows, 1 - values[1, rows] / (2 * _UNIFORM_LEVELS)
     # Edges grow with contrast, which the brightness of the light determines too.
-    relative = np.log(np.maximum(sharpness, 1e-3)) - 2 * np.log(np.maximum(contrast, 1))
+    relative = np.log(np.maximum(values[0], 1e-3)) - 2 * np.log(np.maximum(values[1], 1))
+    del values
     deviations = measure_deviations(relative, codes, floor=_FLOORS["sharpness"])
     deviations[is_uniform] = np.nan
     yield "blurry", *_score(-deviations)

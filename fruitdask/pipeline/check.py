@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 #: Columns of an exploration by which near duplicates are found.
 _LOOKS = ("perceptual_hash", "near_duplicate_group", "duplicate_group", "mean_red", "mean_green", "mean_blue")
-#: Images whose neighbours vote in one Dask graph: Dask warns of graphs of 10 MB, and their votes take 45 MB.
-_ROWS_AT_ONCE = 750_000
+#: Images whose neighbours vote in one Dask graph: Dask warns of graphs of 10 MB, and their votes take 15 MB.
+_ROWS_AT_ONCE = 250_000
 #: Pairs of near duplicates whose features are compared: one block of them is in memory.
 _PAIRS_AT_ONCE = 4_096
 
@@ -76,8 +76,8 @@ def find_issues(settings: CheckConfig, output: Location, catalog: pd.DataFrame) 
     """Find the photographs of a run to check, once its features are computed; `catalog` has one row per image."""
     from fruitdask.analysis.issues import COLUMNS, rank_issues
 
-    labels = catalog["label"].astype("category").cat.remove_unused_categories()
-    codes, classes = np.asarray(labels.cat.codes), np.asarray(labels.cat.categories, str)
+    labels = catalog["label"].astype("category").cat
+    codes, classes = np.asarray(labels.codes), np.asarray(labels.categories, str)
     features, is_ok = open_features(output, block_bytes=BLOCK_BYTES)
     found = [pd.DataFrame(columns=["row", "kind", "score", "other_row", "class", "agreement"])]
     exploration = store.read_exploration_manifest(output)
