@@ -27,6 +27,7 @@ from fruitdask.cluster.scheduling import map_partitions
 from fruitdask.core.config import Config
 from fruitdask.core.fingerprint import EXPLORATION, describe_settings
 from fruitdask.core.guard import leave_imported_script
+from fruitdask.core.memory import return_freed_memory
 from fruitdask.core.partition import Partition
 from fruitdask.core.progress import RunProgress, resolve_progress
 from fruitdask.core.storage import Location, exists
@@ -251,6 +252,8 @@ class ImageExploration:
         codes, labels = self._classes
         create_means(output, labels, thumbnail_px=workspace.thumbnail_px)
         facts, distances = self._compare(client)
+        # Grouping takes the most memory.
+        return_freed_memory()
         is_readable = np.isfinite(distances)
         groups = Groups.find(self._read_hashes, is_readable, max_bits=settings.near_duplicate_bits)
         numbers = self._read_numbers()
