@@ -379,7 +379,7 @@ def test_command_states_its_assumptions(tmp_path: Path) -> None:
 # -- moto
 
 #: A moto server in a process of its own, because enforcement holds for a whole process. It logs the requests to S3 in a
-#: file, and, as our fixture `read_once` does, it reads descriptions of services and lists its modules only once.
+#: file, and, as `conftest.py` does, it reads descriptions of services and lists its modules only once.
 _SERVER = r"""
 import functools, io, json, re, sys
 import moto.backends
