@@ -339,7 +339,7 @@ def test_cache_distinguishes_engines_and_versions(
         assert find_artifact(config) is None
         keep_artifact(config, artifact)
     assert [find_artifact(config) for config in configs] == artifacts
-    monkeypatch.setattr(cache, "version", lambda package: "1.0" if package == "openvino" else version(package))
+    monkeypatch.setattr(cache, "find_version", lambda package: "1.0" if package == "openvino" else version(package))
     assert [find_artifact(config) for config in configs] == [artifacts[0], None]
 
 

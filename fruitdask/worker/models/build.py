@@ -343,7 +343,7 @@ def _freeze(call: Callable[[Any], Any], input_px: int) -> bytes:
         return tf.identity(tf.cast(call(tf.cast(images, tf.float32)), tf.float32))
 
     signature = tf.TensorSpec((None, input_px, input_px, 3), tf.uint8, name="images")
-    frozen = convert_variables_to_constants_v2(tf.function(trace).get_concrete_function(signature))
+    frozen = convert_variables_to_constants_v2(tf.function(trace, autograph=False).get_concrete_function(signature))
     graph = frozen.graph.as_graph_def()
     output = graph.node.add(name="features", op="Identity", input=[frozen.outputs[0].name.split(":")[0]])
     output.attr["T"].type = tf.float32.as_datatype_enum
