@@ -66,7 +66,8 @@ def reported(*, verbose: bool = False, again: str = "run the same command again"
         handler.setFormatter(_SafeFormatter(_LOG_FORMAT))
         logging.basicConfig(level=logging.INFO, handlers=[handler])
     # Like Ctrl-C, a service manager or a terminal that closes must close clusters; nohup ignores the latter.
-    ending = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+    names = ("SIGTERM", "SIGHUP") if os.name == "posix" else ("SIGTERM",)
+    ending = [each for each in map(signal.Signals.__getitem__, names) if signal.getsignal(each) != signal.SIG_IGN]
     previous = {each: signal.signal(each, _end) for each in ending}
     try:
         yield
