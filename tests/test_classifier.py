@@ -179,6 +179,9 @@ def test_interval_without_groups_is_wilsons() -> None:
     repeated, groups = np.repeat(is_right, 5), np.repeat(np.arange(80), 5)
     assert classifier.measure_interval(repeated, groups) == pytest.approx([expected.low, expected.high], abs=5e-3)
     low, high = classifier.measure_interval(np.ones(50, bool), np.arange(50) % 3)
+    # Not a rounding error beside it, which would be printed as 99.9 % or 0.1 %.
+    assert classifier.measure_interval(np.ones(159, bool), None)[1] == 1
+    assert classifier.measure_interval(np.zeros(159, bool), None)[0] == 0
     assert (low, high) == pytest.approx(tuple(binomtest(3, 3).proportion_ci(method="wilson")), abs=1e-6)
 
 
