@@ -286,6 +286,7 @@ def test_predict_labels_a_folder_and_can_be_repeated(
     output, found = trained
     shutil.copytree(output.parent / "in" / "tomato_1", tmp_path / "new")
     shutil.copy(output.parent / "in" / "pear_1" / "broken.jpg", tmp_path / "new" / "broken.jpg")
+    Image.new("RGB", (48, 48), (0, 0, 255)).save(tmp_path / "new" / "strange.png")
     places = {"input": str(tmp_path / "new"), "output": str(tmp_path / "labelled")}
     settings = ["featurize.max_failed_fraction=0.5", "plots.enabled=false"]
     table = fruitdask.predict(str(output), **places, overrides=settings, client=client)
@@ -300,6 +301,11 @@ def test_predict_labels_a_folder_and_can_be_repeated(
     assert fruitdask.verify(str(tmp_path / "labelled")).is_well
     again = fruitdask.predict(str(output), **places, overrides=settings)
     pd.testing.assert_frame_equal(again, table)
+    options = [text for key, value in places.items() for text in (f"--{key}", value)]
+    options += [text for setting in settings for text in ("--set", setting)]
+    printed = CliRunner().invoke(cli, ["predict", str(output), *options])
+    assert printed.exit_code == 0, printed.output
+    assert "1 unknown" in printed.output and "set input.group_from, run and train again" in printed.output
     # Old predictions of other images would be wrong.
     draw(tmp_path / "new", "another.png")
     fruitdask.apply(str(output), **places, overrides=settings, client=client)
