@@ -179,6 +179,9 @@ def test_interval_without_groups_is_wilsons() -> None:
     repeated, groups = np.repeat(is_right, 5), np.repeat(np.arange(80), 5)
     assert classifier.measure_interval(repeated, groups) == pytest.approx([expected.low, expected.high], abs=5e-3)
     low, high = classifier.measure_interval(np.ones(50, bool), np.arange(50) % 3)
+    # Not a rounding error beside it, which would be printed as 99.9 % or 0.1 %.
+    assert classifier.measure_interval(np.ones(159, bool), None)[1] == 1
+    assert classifier.measure_interval(np.zeros(159, bool), None)[0] == 0
     assert (low, high) == pytest.approx(tuple(binomtest(3, 3).proportion_ci(method="wilson")), abs=1e-6)
 
 
@@ -283,6 +286,7 @@ def test_predict_labels_a_folder_and_can_be_repeated(
     output, found = trained
     shutil.copytree(output.parent / "in" / "tomato_1", tmp_path / "new")
     shutil.copy(output.parent / "in" / "pear_1" / "broken.jpg", tmp_path / "new" / "broken.jpg")
+    Image.new("RGB", (48, 48), (0, 0, 255)).save(tmp_path / "new" / "strange.png")
     places = {"input": str(tmp_path / "new"), "output": str(tmp_path / "labelled")}
     settings = ["featurize.max_failed_fraction=0.5", "plots.enabled=false"]
     table = fruitdask.predict(str(output), **places, overrides=settings, client=client)
@@ -297,6 +301,11 @@ def test_predict_labels_a_folder_and_can_be_repeated(
     assert fruitdask.verify(str(tmp_path / "labelled")).is_well
     again = fruitdask.predict(str(output), **places, overrides=settings)
     pd.testing.assert_frame_equal(again, table)
+    options = [text for key, value in places.items() for text in (f"--{key}", value)]
+    options += [text for setting in settings for text in ("--set", setting)]
+    printed = CliRunner().invoke(cli, ["predict", str(output), *options])
+    assert printed.exit_code == 0, printed.output
+    assert "1 unknown" in printed.output and "set input.group_from, run and train again" in printed.output
     # Old predictions of other images would be wrong.
     draw(tmp_path / "new", "another.png")
     fruitdask.apply(str(output), **places, overrides=settings, client=client)

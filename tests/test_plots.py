@@ -399,6 +399,11 @@ def test_plot_confusion_shades_by_share(n: int) -> None:
     assert ("100 %" in list_texts(figure)) == (n == 40)
 
 
+def test_plot_confusion_says_100_only_of_all() -> None:
+    (axes,) = figures.plot_confusion(["a", "b"], np.array([[1, 0], [0.003, 0.997]])).axes
+    assert [text.get_text() for text in axes.texts] == ["100", "99"]
+
+
 def count_images(axes: Axes) -> float:
     """Count the images in a histogram by the heights of its steps."""
     corners = cast(Polygon, axes.patches[0]).get_xy()

@@ -346,7 +346,7 @@ def test_render_page_escapes_what_comes_from_files(html: str, outline: Outline) 
 
 def test_render_page_describes_the_run_and_its_input(outline: Outline) -> None:
     for sentence in (
-        "The network MobileNetV2 turned 60 images of 4 classes into 1,280 numbers each, in 30 s in total, ",
+        "The network MobileNetV2 turned 58 of 60 images of 4 classes into 1,280 numbers each, in 30 s in total, ",
         "on a local cluster of 2 workers with 4 threads.",
         "2 images (3.3 %) could not be used; the reasons are below.",
         "Of the 5 images that look most like an image to the network, 94 % show the same class as the image itself",

@@ -194,7 +194,8 @@ def measure_interval(is_right: npt.NDArray[np.bool_], groups: npt.NDArray[np.int
         effective = float(len(np.unique(groups)))
     middle = (p + _Z**2 / (2 * effective)) / (1 + _Z**2 / effective)
     half = _Z * np.sqrt(p * (1 - p) / effective + _Z**2 / (4 * effective**2)) / (1 + _Z**2 / effective)
-    return [max(0.0, float(middle - half)), min(1.0, float(middle + half))]
+    # Where all are right or all are wrong, a limit is that fraction itself, not a rounding error beside it.
+    return [0.0 if p == 0 else float(max(0.0, middle - half)), 1.0 if p == 1 else float(min(1.0, middle + half))]
 
 
 def predict(

@@ -124,7 +124,7 @@ def _format_groups(groups: dict[str, int]) -> str:
         return "none"
     n_across = groups["n_groups_across_classes"]
     across = f", {n_across:,} of them across classes" if n_across else ""
-    return f"{groups['n_images']:,} images in {groups['n_groups']:,} groups{across}"
+    return f"{groups['n_images']:,} images in {groups['n_groups']:,} group{'s' * (groups['n_groups'] != 1)}{across}"
 
 
 def _build_class_table(by_class: dict[str, dict[str, int]]) -> "Table":

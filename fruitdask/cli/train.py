@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from fruitdask.pipeline.train import Classifier
 
 _SHOWN_CLASSES = 40
+_UNKNOWN_NOTE = (
+    "unknown images are less like their nearest training image than 99 % of held-out images were; if those had others "
+    "of the same object beside them, as in a series, too many are unknown: set input.group_from, run and train again"
+)
 
 
 @click.command()
@@ -52,6 +56,7 @@ def predict(output: str, source: str, target: str, overrides: tuple[str, ...], v
 
     with reported(verbose=verbose, again="stored results are kept, run the same command again to resume"):
         url, options = find_output(output)
+        from fruitdask.analysis.classifier import UNKNOWN_LABEL
         from fruitdask.pipeline.train import predict as predict_labels
         from fruitdask.store import PREDICTIONS_CSV
 
@@ -63,6 +68,7 @@ def predict(output: str, source: str, target: str, overrides: tuple[str, ...], v
         rows: dict[str, str] = {
             "images": f"{len(predictions):,}, of which {n_failed:,} cannot be used",
             "labels": ", ".join(f"{count:,} {label}" for label, count in counts.head(_SHOWN_CLASSES).items()),
+            "note": _UNKNOWN_NOTE if UNKNOWN_LABEL in counts else "",
             "results": f"{target.rstrip('/')}/{PREDICTIONS_CSV}",
         }
         print_rows(rows)

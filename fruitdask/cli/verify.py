@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -58,5 +59,5 @@ def _advise(found: "Verification", output: str) -> str:
         return ""
     if not found.can_be_mended:
         return "fruitdask run with --overwrite, or restore the folder from a backup"
-    run = "fruitdask run with its configuration"
+    run = f"fruitdask run {shlex.quote(output)}" if Path(output).is_file() else "fruitdask run with its configuration"
     return run if found.is_repaired else f"fruitdask verify {shlex.quote(output)} --repair, then {run}"

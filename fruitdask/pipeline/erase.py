@@ -24,6 +24,7 @@ from fruitdask.errors import (
     OutputError,
     StorageError,
 )
+from fruitdask.pipeline.config import write_config
 from fruitdask.pipeline.inputs import open_output
 from fruitdask.pipeline.results import RunResult
 from fruitdask.pipeline.run import run
@@ -240,9 +241,12 @@ def _run_without(plan: ErasurePlan, client: Any, progress: RunProgress) -> RunRe
     without = config.input.model_copy(update={"exclude": (*config.input.exclude, *plan.patterns)})
     kept = config.output.model_copy(update={"overwrite": False})
     try:
-        return run(config.model_copy(update={"input": without, "output": kept}), client=client, progress=progress)
+        result = run(config.model_copy(update={"input": without, "output": kept}), client=client, progress=progress)
     except FruitdaskError as error:
         raise type(error)(
             f"{plan.n_erased:,} of {plan.n_images:,} images were erased, but the results could not be computed "
             f"without them; use fruitdask run: {error}"
         ) from error
+    # That run has recorded the erased names as hidden texts, which nobody could set later.
+    write_config(result.output, config)
+    return result

@@ -200,7 +200,9 @@ def _list_storage(config: Config, role: Role) -> Iterator[Permission]:
     for place in _list_places(config):
         listed = {"StringLikeIfExists": {"s3:prefix": [place.prefix, f"{place.prefix}/*"]}} if place.prefix else {}
         for need in _NEEDS[place.kind]:
-            reason = "; ".join(filter(None, need.reasons if is_both else [need.reasons[ROLES.index(role)]]))
+            reason = "; ".join(
+                dict.fromkeys(filter(None, need.reasons if is_both else [need.reasons[ROLES.index(role)]]))
+            )
             resources = (place.bucket,) if need.statement in ("List", "Ask") else place.objects
             # S3 also checks this permission, without a prefix, before it reports an object as missing: hence IfExists.
             conditions = listed if need.statement == "List" else {}

@@ -262,11 +262,12 @@ def _shade(shares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _write_shares(axes: Axes, shares: npt.NDArray[np.float64], *, size: float) -> None:
-    """Write shares of at least half a percent into their cells, in white on dark blue."""
+    """Write shares of at least half a percent into their cells, in white on dark blue; 100 only where it is all."""
     for (row, column), value in np.ndenumerate(np.nan_to_num(shares)):
         if value >= 0.005:
             colour = "#ffffff" if value > 0.7 else INK
-            axes.text(column, row, f"{100 * value:.0f}", size=size, color=colour, ha="center", va="center_baseline")
+            shown = 1.0 if np.isclose(value, 1, rtol=0, atol=1e-9) else min(value, 0.99)
+            axes.text(column, row, f"{100 * shown:.0f}", size=size, color=colour, ha="center", va="center_baseline")
 
 
 def _add_share_legend(figure: Figure) -> None:

@@ -17,7 +17,7 @@ _MEANINGS = {
     "unreadable": "The file is not an image that can be decoded: it is damaged, cut short, or something else under an "
     "image's name.",
     "too_large": "The image has more pixels than featurize.max_pixels allows, or a side of more than 65,535.",
-    "missing": "The file was there when the images were listed, but not when it was read.",
+    "missing": "The file is not in the input, or no longer: it was removed, moved or renamed.",
     "unreachable": "The storage did not deliver the file, even after several attempts.",
     "not_finite": "The network returned NaN or infinity for it.",
     "crashed": "Each process that worked on it died: it needs too much memory, or crashes a decoder.",

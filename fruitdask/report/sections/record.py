@@ -20,7 +20,7 @@ _STAGES = {
     "reduce": "PCA, t-SNE and quality",
     "write": "Write the results",
     "check": "Find photographs to check",
-    "total": "Total",
+    "total": "Total, without drawing",
 }
 _WORKER_STAGES = {
     "load": "Load the network",

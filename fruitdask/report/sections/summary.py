@@ -50,6 +50,7 @@ def describe_summary(
         "n_images": counts.n_images,
         "n_classes": len(counts.by_class()),
         "n_failed": counts.n_failed,
+        "n_vanished": manifest.get("counts", {}).get("vanished", 0),
         "left_out": _say_left_out(config, manifest, exploration),
         "finished": manifest.get("finished") or (exploration.summary.get("finished") if exploration else None),
         "version": manifest.get("fruitdask") or (exploration.summary.get("fruitdask") if exploration else None),
