@@ -443,6 +443,9 @@ def test_erase_takes_a_results_folder(tiny_model: ModelConfig, finish: Finish, c
     erased = invoke("erase", str(tmp_path / "copy"), "--path", "fig/2.png", "--yes")
     assert erased.exit_code == 0, erased.output
     assert pd.read_csv(tmp_path / "copy" / "results.csv")["path"].tolist() == ["fig/1.png"]
+    # That file still exists, so a run must be told to leave it out; no file contains its name.
+    again = invoke("run", str(tmp_path / "copy" / "config.yaml"))
+    assert again.exit_code == 2 and "the environment variable FRUITDASK_INPUT_EXCLUDE_1 is not set" in again.stderr
 
 
 def test_explore_then_report(config_path: Path) -> None:

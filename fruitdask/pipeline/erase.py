@@ -247,6 +247,7 @@ def _run_without(plan: ErasurePlan, client: Any, progress: RunProgress) -> RunRe
             f"{plan.n_erased:,} of {plan.n_images:,} images were erased, but the results could not be computed "
             f"without them; use fruitdask run: {error}"
         ) from error
-    # That run has recorded the erased names as hidden texts, which nobody could set later.
-    write_config(result.output, config)
+    if plan.n_in_input == 0:
+        # Without the variables in place of erased names. While the files exist, these keep a run from reading them.
+        write_config(result.output, config)
     return result
