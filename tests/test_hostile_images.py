@@ -44,7 +44,7 @@ def harm(data: bytes) -> str:
 @pytest.mark.slow
 def test_opener_notices_harm_and_continues() -> None:
     tally = Tally()
-    with Opener(harm, limit_seconds=2) as opener:
+    with Opener(harm, limit_seconds=5) as opener:
         outcomes = [opener.open(data, tally) for data in (b"crash", b"hang", b"memory", b"")]
     assert outcomes == ["crash", "hang", "raised MemoryError", str(bytearray(1))]
     assert tally.harmful[:3] == [b"crash", b"hang", b"memory"]
