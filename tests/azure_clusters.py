@@ -2,11 +2,7 @@
 
 from typing import Any
 
-import dask.config
-
-# Load its defaults before a test changes a setting: otherwise restoring the setting would also remove the defaults.
-import dask_cloudprovider.config  # noqa: F401
-from cluster_events import PATIENCE_SECONDS
+from cluster_events import PATIENCE_SECONDS, check_tls_is_restored
 from loopback_azure import LoopbackAzure
 
 from fruitdask.core.config import AzureClusterConfig
@@ -29,5 +25,4 @@ def check_nothing_left(cloud: LoopbackAzure) -> None:
     """Check that no machine, disk, network interface, address, process or TLS setting is left."""
     assert cloud.wait_until_quiet(PATIENCE_SECONDS), [machine.log() for machine in cloud.alive()]
     assert cloud.list_resources() == [] and cloud.processes() == []
-    assert dask.config.get("distributed.comm.tls.ca-file") is None
-    assert not dask.config.get("distributed.comm.require-encryption")
+    check_tls_is_restored()

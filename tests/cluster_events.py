@@ -8,10 +8,20 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import dask.config
+
+# Load its defaults before a test changes a setting: otherwise restoring the setting would also remove the defaults.
+import dask_cloudprovider.config  # noqa: F401
 import pytest
 
 #: How long to wait for an event that is due soon.
 PATIENCE_SECONDS = 60
+
+
+def check_tls_is_restored() -> None:
+    """Check that no TLS setting of a cluster is left."""
+    assert dask.config.get("distributed.comm.tls.ca-file") is None
+    assert not dask.config.get("distributed.comm.require-encryption")
 
 
 def wait_until(condition: Callable[[], Any], what: str) -> None:

@@ -2,11 +2,7 @@
 
 from typing import Any
 
-import dask.config
-
-# Load its defaults before a test changes a setting: otherwise restoring the setting would also remove the defaults.
-import dask_cloudprovider.config  # noqa: F401
-from cluster_events import PATIENCE_SECONDS
+from cluster_events import PATIENCE_SECONDS, check_tls_is_restored
 from loopback_ec2 import LoopbackEC2
 
 from fruitdask.core.config import EC2ClusterConfig
@@ -23,8 +19,7 @@ def check_nothing_left(cloud: LoopbackEC2) -> None:
     assert cloud.wait_until_quiet(PATIENCE_SECONDS), [cloud.log(instance.id) for instance in cloud.instances()]
     assert cloud.instances() == [] and cloud.processes() == [] and cloud.leaks == []
     assert list_rules(cloud) == []
-    assert dask.config.get("distributed.comm.tls.ca-file") is None
-    assert not dask.config.get("distributed.comm.require-encryption")
+    check_tls_is_restored()
 
 
 def list_rules(cloud: LoopbackEC2) -> list[tuple[int, int, str]]:

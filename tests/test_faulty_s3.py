@@ -297,8 +297,8 @@ def test_features_that_cannot_be_opened_are_one_sentence_whichever_request_fails
             try:
                 open_features(Location(healthy.url, make_options(server.url), attempts=1))
                 break
-            except StorageError:
-                pass
+            except StorageError as error:
+                assert str(error).startswith("cannot read ")
     # The metadata of the group and of two arrays, and the statuses.
     assert n_passed >= 4
 

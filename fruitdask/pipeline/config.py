@@ -40,9 +40,9 @@ def read_config(output: Location, *, sections: Sequence[str] | None = None) -> d
     tree, _ = parse_file(text, location.url)
     if sections is not None:
         # The input is required and named on the page, but not read.
-        named = {key: value for key, value in dict(tree.get("input") or {}).items() if key in ("url", "extensions")}
-        source = {"url": output.url} | {key: value for key, value in named.items() if "${" not in str(value)}
-        tree = {name: tree[name] for name in sections if name in tree} | {"input": source}
+        source = dict(tree.get("input") or {})
+        named = {key: source[key] for key in ("url", "extensions") if key in source and "${" not in str(source[key])}
+        tree = {name: tree[name] for name in sections if name in tree} | {"input": {"url": output.url} | named}
     return tree | {"output": tree.get("output", {}) | {"url": output.url}}
 
 
