@@ -624,7 +624,7 @@ class History:
         row, other = self._random.choice(len(table), 2, replace=False)
         wrong = {
             "path": lambda: table.replace({"path": {table["path"][row]: "other.png"}}),
-            "twice": lambda: table.replace({"path": {table["path"][row]: table["path"][other]}}),
+            "twice": lambda: table.iloc[np.where(table.index == row, other, table.index)],
             "label": lambda: table.assign(label=np.where(table.index == row, "plum", table["label"])),
             "lost": lambda: table.drop(index=row),
         }
